@@ -1,0 +1,292 @@
+"""An adapter on disk and on the hub, in PEFT's format: `save_adapter`, `load_adapter`."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ia3.config import IA3Config
+from ia3.errors import InputError, shown
+
+if TYPE_CHECKING:
+    import torch
+
+    from ia3.model import IA3Model
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+TORCH_WEIGHTS_NAME = "adapter_model.bin"
+PREFIX = "base_model.model."
+
+# In the safetensors header, where PEFT does not look: the adapter rescales only the key and value part of fused
+# projections, so that training goes on as it began.
+_KEY_VALUE_ONLY = "ia3_key_value_only"
+
+Tensors = dict[str, "torch.Tensor"]
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary name beside `path` to write to; renamed to it at the end, removed when anything goes wrong."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp's files are private; a checkpoint is as readable as any file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def locate(path: str | os.PathLike, filename: str, subfolder: str | None = None, **hub_kwargs: Any) -> str:
+    """The file of a local adapter folder, or of a hub repository, downloaded.
+
+    Raises:
+        InputError: there is no such folder, repository or file.
+    """
+    folder = Path(path, subfolder) if subfolder else Path(path)
+    if (folder / filename).is_file():
+        return str(folder / filename)
+    if folder.exists():
+        raise InputError(f"Can't find {filename!r} in {str(folder)!r}: expected the folder of a saved adapter.")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return hf_hub_download(str(path), filename, subfolder=subfolder, **hub_kwargs)
+    except Exception as error:  # whatever the hub, the network or the name's form raised, the user's answer is the same
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"Can't find {filename!r} at {str(path)!r}: no such folder here, and the hub answered: {reason}"
+        ) from error
+
+
+def read_weights(path: str | os.PathLike, subfolder: str | None = None, **hub_kwargs: Any) -> tuple[Tensors, dict]:
+    """The tensors of an adapter, by the name in the file, and the safetensors header's own entries.
+
+    Raises:
+        InputError: the file is missing, cut short, or holds more than tensors.
+    """
+    import pickle
+
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        file = locate(path, WEIGHTS_NAME, subfolder=subfolder, **hub_kwargs)
+    except InputError:
+        try:
+            file = locate(path, TORCH_WEIGHTS_NAME, subfolder=subfolder, **hub_kwargs)
+        except InputError:
+            file = None
+        if file is None:
+            raise
+        try:
+            return dict(torch.load(file, map_location="cpu", weights_only=True)), {}
+        except (pickle.UnpicklingError, EOFError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(
+                f"Expected a dictionary of tensors in {file}, and nothing that runs code; it cannot be read so. "
+                f"Save the adapter as safetensors."
+            ) from error
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {key: opened.get_tensor(key) for key in opened}, opened.metadata() or {}
+    except SafetensorError as error:
+        raise InputError(
+            f"Cannot read {file}: {error}. Expected a whole safetensors file; copy or download it again."
+        ) from error
+
+
+def get_peft_model_state_dict(
+    model: IA3Model, state_dict: Mapping[str, torch.Tensor] | None = None, adapter_name: str = "default"
+) -> Tensors:
+    """One adapter's tensors by their names in a checkpoint.
+
+    Args:
+        model: the adapted model.
+        state_dict: the model's state, when it has been gathered already (by FSDP, DeepSpeed, …).
+        adapter_name: which adapter.
+    """
+    model.require_adapters([adapter_name])
+    if state_dict is None:
+        # The effective vectors: what a fused projection's mask holds at one is one in the file.
+        tensors = {
+            f"{PREFIX}{path}.ia3_l": layer.vector(adapter_name).detach()
+            for path, layer in model.layers.items()
+            if adapter_name in layer.ia3_l
+        }
+    else:
+        tensors = {
+            f"{PREFIX}{path}.ia3_l": state_dict[f"model.{path}.ia3_l.{adapter_name}"]
+            for path, layer in model.layers.items()
+            if adapter_name in layer.ia3_l
+        }
+    for path, module in model.trained_modules.items():
+        if adapter_name in module.modules_to_save:
+            for key, value in module.modules_to_save[adapter_name].state_dict().items():
+                name = f"model.{path}.modules_to_save.{adapter_name}.{key}"
+                tensors[f"{PREFIX}{path}.{key}"] = value if state_dict is None else state_dict[name]
+    return tensors
+
+
+def set_peft_model_state_dict(
+    model: IA3Model, tensors: Mapping[str, torch.Tensor], adapter_name: str = "default"
+) -> None:
+    """Fill an adapter of the model from a checkpoint's tensors. All are checked first, so that none or all are set.
+
+    Raises:
+        InputError: tensors are missing, surplus, not finite, or of another shape.
+    """
+    import torch
+
+    expected = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    _check(expected, tensors, adapter_name)
+    with torch.no_grad():
+        for path, layer in model.layers.items():
+            if adapter_name in layer.ia3_l:
+                value = tensors[f"{PREFIX}{path}.ia3_l"]
+                parameter = layer.ia3_l[adapter_name]
+                if parameter.is_meta:
+                    device = layer.weight.device
+                    filled = torch.nn.Parameter(value.to(device, torch.float32), parameter.requires_grad)
+                    layer.ia3_l[adapter_name] = filled
+                else:
+                    parameter.copy_(value)
+        for path, module in model.trained_modules.items():
+            if adapter_name in module.modules_to_save:
+                copied = module.modules_to_save[adapter_name]
+                copied.load_state_dict({key: tensors[f"{PREFIX}{path}.{key}"] for key in copied.state_dict()})
+
+
+def _check(expected: Tensors, found: Mapping[str, torch.Tensor], adapter_name: str) -> None:
+    import torch
+
+    missing, surplus = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing or surplus:
+        raise InputError(
+            f"Adapter {adapter_name!r} does not fit this model: expected {len(expected)} tensors, found {len(found)}; "
+            f"missing: {shown(missing, 3)}; surplus: {shown(surplus, 3)}. Is it for another base model?"
+        )
+    wrong = [
+        f"{key} is {tuple(found[key].shape)}, expected {tuple(value.shape)}"
+        for key, value in expected.items()
+        if found[key].shape != value.shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise InputError(
+            f"Adapter {adapter_name!r} has other shapes than this model: {'; '.join(wrong[:3])}{more}. Is it for another "
+            f"base model?"
+        )
+    broken = [key for key, value in found.items() if not torch.isfinite(value).all()]
+    if broken:
+        raise InputError(
+            f"Adapter {adapter_name!r} holds NaN or infinite values in {shown(broken, 3)}; train it again."
+        )
+
+
+def save_adapter(
+    model: IA3Model,
+    folder: str | os.PathLike,
+    adapter_name: str = "default",
+    safe_serialization: bool = True,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Write one adapter's config and tensors into a folder. What stood there stays whole until both are written."""
+    import dataclasses
+
+    import torch
+    from safetensors.torch import save_file
+
+    tensors = get_peft_model_state_dict(model, state_dict, adapter_name)
+    # Safetensors takes neither views nor one memory under two names.
+    tensors = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
+    base = model.model
+    config = dataclasses.replace(model.peft_config[adapter_name], inference_mode=True)
+    config.base_model_name_or_path = config.base_model_name_or_path or getattr(base, "name_or_path", None) or None
+    if config.task_type is None:
+        config.auto_mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
+    metadata = {"format": "pt"}
+    if any(adapter_name in layer.masks for layer in model.layers.values()):
+        metadata[_KEY_VALUE_ONLY] = "true"
+    folder = Path(folder)
+    name = WEIGHTS_NAME if safe_serialization else TORCH_WEIGHTS_NAME
+    with replacing(folder / name) as path:
+        if safe_serialization:
+            save_file(tensors, path, metadata=metadata)
+        else:
+            torch.save(tensors, path)
+        config.save_pretrained(folder)
+
+
+def load_adapter(
+    model: IA3Model,
+    path: str | os.PathLike,
+    adapter_name: str,
+    is_trainable: bool = False,
+    config: IA3Config | None = None,
+    low_cpu_mem_usage: bool = False,
+    subfolder: str | None = None,
+    **hub_kwargs: Any,
+) -> None:
+    """Add an adapter from a folder or the hub, or refill the one of that name. Nothing stays of one that does not fit.
+
+    Raises:
+        InputError: see `locate`, `read_weights`, `resolve_targets`, `set_peft_model_state_dict`.
+    """
+    config = config or IA3Config.from_pretrained(path, subfolder=subfolder, **hub_kwargs)
+    tensors, header = read_weights(path, subfolder=subfolder, **hub_kwargs)
+    if adapter_name in model.peft_config:
+        set_peft_model_state_dict(model, tensors, adapter_name)
+        return
+    config.inference_mode = not is_trainable
+    model.add_adapter(
+        adapter_name, config, low_cpu_mem_usage=low_cpu_mem_usage, key_value_only=_KEY_VALUE_ONLY in header
+    )
+    try:
+        set_peft_model_state_dict(model, tensors, adapter_name)
+    except BaseException:
+        model.delete_adapter(adapter_name)
+        raise
+
+
+MODEL_CARD = """---
+base_model: {base}
+library_name: peft
+tags:
+- ia3
+- "base_model:adapter:{base}"
+---
+
+# (IA)³ adapter for {base}
+
+{numbers} learned numbers that rescale keys, values and feed-forward activations ([arXiv:2205.05638]({paper})).
+
+```python
+from ia3 import PeftModel
+
+model = PeftModel.from_pretrained(base, "path/to/this/folder")
+```
+"""
+
+
+def write_model_card(model: IA3Model, folder: str | os.PathLike) -> None:
+    """Write a `README.md` that says what the adapter is, unless the folder has one."""
+    card = Path(folder, "README.md")
+    if card.exists():
+        return
+    name = next(iter(model.peft_config))
+    base = model.peft_config[name].base_model_name_or_path or getattr(model.model, "name_or_path", "") or "unknown"
+    numbers = sum(tensor.numel() for tensor in get_peft_model_state_dict(model, adapter_name=name).values())
+    with replacing(card) as path:
+        path.write_text(
+            MODEL_CARD.format(base=base, numbers=f"{numbers:,}", paper="https://arxiv.org/abs/2205.05638"),
+            encoding="utf-8",
+        )

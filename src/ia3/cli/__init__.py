@@ -1,0 +1,61 @@
+"""The command line, `ia3`: one file a command."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from ia3 import __version__
+from ia3.cli import evaluate, inspect, merge, predict, train
+from ia3.errors import InputError
+
+app = typer.Typer(
+    name="ia3",
+    help="Adapt a pretrained transformer to a task from a few dozen labelled examples, by (IA)³ and T-Few.\n\n"
+    "Start with: ia3 train (a real model, real data, no download site; about five minutes on two cores).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("train")(train.train)
+app.command("predict")(predict.predict)
+app.command("evaluate")(evaluate.evaluate)
+app.command("merge")(merge.merge)
+app.command("inspect")(inspect.inspect)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ia3 {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
+) -> None:
+    """Options of the whole program."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line. Bad input: one line on standard error, exit code 2. Ctrl-C: exit code 130."""
+    try:
+        app(arguments)
+    except InputError as error:
+        _fail(str(error), 2)
+    except KeyboardInterrupt as interruption:
+        _fail(str(interruption) or "Interrupted.", 130)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        # A full disk, a folder that may not be written: the user's to mend, like bad input.
+        where = f" ({error.filename})" if error.filename else ""
+        _fail(f"{error.strerror}{where}; nothing was left half written.", 2)
+
+
+def _fail(message: str, code: int) -> None:
+    sys.stdout.flush()
+    typer.echo(f"ia3: {' '.join(message.split())}", err=True)
+    raise SystemExit(code)

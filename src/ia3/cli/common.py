@@ -1,0 +1,138 @@
+"""What the commands share: the console, progress, loading an adapter with its task and base model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from ia3.config import CONFIG_NAME, IA3Config
+from ia3.errors import InputError, shown
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+    from transformers import PreTrainedTokenizerBase
+
+    from ia3.model import IA3Model
+    from ia3.tfew.task import Task
+
+TASK_NAME = "task.yaml"
+
+AdapterArgument = typer.Argument(help="Folder (or hub id) of a trained adapter.", show_default=False)
+ModelOption = typer.Option(
+    None,
+    "--model",
+    "-m",
+    help="Base model: a folder, a hub id or 'smollm2'. [default: the adapter's own]",
+    show_default=False,
+)
+JsonOption = typer.Option(False, "--json", help="Print machine-readable JSON on standard output and nothing else.")
+
+
+def console(json_output: bool = False) -> Console:
+    """Where people read: standard output, or standard error when standard output carries JSON."""
+    from rich.console import Console
+
+    return Console(stderr=json_output, highlight=False)
+
+
+def print_json(value: Any) -> None:
+    """The machine-readable result, one JSON document."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def quiet() -> None:
+    """Let no library talk into the command's own output."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+
+
+@contextmanager
+def progress(out: Console) -> Iterator[Progress]:
+    """Bars with time spent and time left."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=out,
+    ) as bars:
+        yield bars
+
+
+def load_task(folder: str) -> Task:
+    """The task stored beside an adapter."""
+    from ia3.checkpoint import locate
+    from ia3.tfew.task import Task
+
+    try:
+        return Task.from_file(locate(folder, TASK_NAME))
+    except InputError as error:
+        if Path(folder).is_dir() and not Path(folder, TASK_NAME).is_file():
+            raise InputError(
+                f"Expected a {TASK_NAME} beside the adapter in {folder!r}, found none: it was not trained by ia3 train; "
+                f"write one, or use the adapter from Python."
+            ) from error
+        raise
+
+
+def load_adapted(folder: str, model: str | None) -> tuple[IA3Model, PreTrainedTokenizerBase]:
+    """A base model with the adapter of a folder in it, and its tokenizer.
+
+    Args:
+        folder: the adapter's folder or hub id.
+        model: the base; None: the one that the adapter names.
+    """
+    config = IA3Config.from_pretrained(folder)
+    name = model or config.base_model_name_or_path
+    if not name:
+        raise InputError(f"The adapter's {CONFIG_NAME} in {folder!r} names no base model; say which: --model.")
+    quiet()
+    from ia3.model import IA3Model
+    from ia3.pretrained import load_base
+
+    base, tokenizer = load_base(name)
+    return IA3Model.from_pretrained(base, folder), tokenizer
+
+
+def parse_choices(text: str | None) -> dict[str, str] | None:
+    """`label=answer,label=answer` (or `label,label`) as a dictionary."""
+    if text is None:
+        return None
+    choices = {}
+    for part in text.split(","):
+        label, equals, answer = part.partition("=")
+        label, answer = label.strip(), answer.strip() if equals else label.strip()
+        if not label or not answer or label in choices:
+            raise InputError(
+                f"Expected --choices as label=text,label=text with different labels, found {part!r} in {text!r}."
+            )
+        choices[label] = answer
+    if len(choices) < 2:
+        raise InputError(f"Expected at least two --choices, found {shown(choices)}.")
+    return choices

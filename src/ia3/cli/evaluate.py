@@ -1,0 +1,82 @@
+"""`ia3 evaluate`: how good a trained adapter is on labelled rows."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import typer
+
+from ia3.cli.common import (
+    AdapterArgument,
+    JsonOption,
+    ModelOption,
+    console,
+    load_adapted,
+    load_task,
+    print_json,
+    progress,
+)
+
+
+def evaluate(
+    adapter: str = AdapterArgument,
+    data: str | None = typer.Option(
+        None,
+        "--data",
+        "-d",
+        help="Labelled rows: .csv, .tsv, .jsonl, … [default: the task's test rows]",
+        show_default=False,
+    ),
+    model: str | None = ModelOption,
+    json_output: bool = JsonOption,
+) -> None:
+    """Measure a trained adapter on labelled rows: accuracy, macro-F1, and each label's precision and recall."""
+    from ia3.errors import InputError
+    from ia3.tfew.task import read_rows
+
+    out = console(json_output)
+    task = load_task(adapter)
+    source = data or task.test
+    if source is None:
+        raise InputError("Expected labelled rows (--data): the task names no test rows.")
+    rows = read_rows(source)
+    labels = [task.label(row, number) for number, row in enumerate(rows, 1)]
+    for number, row in enumerate(rows, 1):
+        task.prompt(row, number)
+    with out.status("Loading …"):
+        adapted, tokenizer = load_adapted(adapter, model)
+        from ia3.tfew.predict import predict as predict_rows
+    with progress(out) as bars:
+        bar = bars.add_task("Evaluating", total=len(rows), note="")
+        found = predict_rows(adapted, tokenizer, task, rows, lambda count: bars.advance(bar, count))
+
+    import numpy as np
+    from sklearn.metrics import precision_recall_fscore_support
+
+    predictions = [item.label for item in found]
+    names = list(task.choices)
+    majority = Counter(labels).most_common(1)[0][0]
+    table = np.array(precision_recall_fscore_support(labels, predictions, labels=names, zero_division=0))  # type: ignore[arg-type]
+    result = {
+        **task.metrics(labels, predictions),
+        "majority": task.metrics(labels, [majority] * len(labels)),
+        "rows": len(rows),
+        "labels": {
+            name: {"precision": float(p), "recall": float(r), "f1": float(f), "rows": int(n)}
+            for name, p, r, f, n in zip(names, *table.tolist(), strict=True)
+        },
+    }
+    if json_output:
+        print_json(result)
+        return
+    from rich.markup import escape
+    from rich.table import Table
+
+    shown = Table(title=f"{len(rows)} rows: accuracy {result['accuracy']:.1%}, macro-F1 {result['macro_f1']:.1%}")
+    for name in ("label", "precision", "recall", "F1", "rows"):
+        shown.add_column(name, justify="left" if name == "label" else "right")
+    for name, values in result["labels"].items():
+        numbers = (f"{values[key]:.1%}" for key in ("precision", "recall", "f1"))
+        shown.add_row(escape(name), *numbers, str(values["rows"]))
+    out.print(shown)
+    out.print(f"Always answering {majority!r} would be right in {result['majority']['accuracy']:.1%}.", markup=False)

@@ -1,0 +1,103 @@
+"""`ia3 inspect`: what an adapter rescales, and how much. Reads the adapter alone; no base model is loaded."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from typing import Any
+
+import typer
+
+from ia3.cli.common import AdapterArgument, JsonOption, console, print_json
+from ia3.config import IA3Config
+
+
+def inspect(
+    adapter: str = AdapterArgument,
+    top: int = typer.Option(5, min=0, help="How many of the largest and smallest scalings to list."),
+    json_output: bool = JsonOption,
+) -> None:
+    """Show what an adapter rescales: modules, sizes, and the largest and smallest scalings by layer and kind."""
+    config = IA3Config.from_pretrained(adapter)
+    from ia3.checkpoint import PREFIX, read_weights
+
+    tensors, _ = read_weights(adapter)
+    vectors = {
+        name.removeprefix(PREFIX).removesuffix(".ia3_l"): tensor.flatten().float()
+        for name, tensor in tensors.items()
+        if name.endswith(".ia3_l")
+    }
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for path in vectors:
+        kinds[re.sub(r"\.\d+\.", ".*.", path)].append(path)
+    rows: list[dict[str, Any]] = []
+    for kind, paths in kinds.items():
+        values = [vectors[path] for path in paths]
+        sides = {"input" if tensors[f"{PREFIX}{path}.ia3_l"].shape[0] == 1 else "output" for path in paths}
+        rows.append(
+            {
+                "kind": kind,
+                "side": "/".join(sorted(sides)),
+                "modules": len(paths),
+                "numbers": sum(value.numel() for value in values),
+                "min": min(float(value.min()) for value in values),
+                "max": max(float(value.max()) for value in values),
+                "mean_change": float(sum((value - 1).abs().sum() for value in values) / sum(v.numel() for v in values)),
+            }
+        )
+    scalings = sorted(
+        (
+            {"module": path, "index": i, "scale": float(scale)}
+            for path, v in vectors.items()
+            for i, scale in enumerate(v)
+        ),
+        key=lambda item: item["scale"],
+    )
+    other = {name: list(tensor.shape) for name, tensor in tensors.items() if not name.endswith(".ia3_l")}
+    result = {
+        "base_model": config.base_model_name_or_path,
+        "target_modules": config.to_dict()["target_modules"],
+        "feedforward_modules": config.to_dict()["feedforward_modules"],
+        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
+        "kinds": rows,
+        "smallest": scalings[:top],
+        "largest": scalings[::-1][:top],
+        "modules_to_save": other,
+        "layers": {path: {"min": float(v.min()), "max": float(v.max())} for path, v in vectors.items()},
+    }
+    if json_output:
+        print_json(result)
+    else:
+        _print(result)
+
+
+def _print(result: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    out = console()
+    out.print(
+        f"(IA)³ adapter for [bold]{result['base_model'] or 'an unnamed model'}[/]: {result['parameters']:,} numbers, "
+        f"{result['bytes'] / 1000:.0f} kB"
+    )
+    table = Table("module", "side", title="What it rescales (1 is no change)")
+    for name in ("modules", "numbers", "smallest", "largest", "mean |l - 1|"):
+        table.add_column(name, justify="right")
+    for row in result["kinds"]:
+        table.add_row(
+            row["kind"],
+            row["side"],
+            str(row["modules"]),
+            f"{row['numbers']:,}",
+            f"{row['min']:.3f}",
+            f"{row['max']:.3f}",
+            f"{row['mean_change']:.4f}",
+        )
+    out.print(table)
+    if result["largest"]:
+        extremes = Table("module", "index", "scale", title="Largest and smallest scalings")
+        for item in [*result["largest"], *result["smallest"][::-1]]:
+            extremes.add_row(item["module"], str(item["index"]), f"{item['scale']:.4f}")
+        out.print(extremes)
+    for name, shape in result["modules_to_save"].items():
+        out.print(f"trained in full: {name} {tuple(shape)}", markup=False)

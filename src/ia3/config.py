@@ -1,0 +1,183 @@
+"""What an adapter is, and its JSON: `IA3Config`, with PEFT's fields, defaults and file format."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from dataclasses import asdict, dataclass, fields
+from enum import Enum
+from typing import Any
+
+from ia3.errors import InputError, shown
+
+CONFIG_NAME = "adapter_config.json"
+
+# Keys that PEFT writes beside its fields: provenance and settings of a run, nothing that changes an output.
+_PROVENANCE_KEYS = {"peft_version", "runtime_config"}
+
+# target_modules, feedforward_modules of PEFT 0.21, where they are not the model's keys, values and second
+# feed-forward input. `IA3Config.from_peft_defaults` is for those who need PEFT's choice; ours is in `targets`.
+_PEFT_DEFAULTS: dict[str, tuple[list[str], list[str]]] = {
+    "t5": (["k", "v", "wo"], ["wo"]),
+    "mt5": (["k", "v", "wi_1"], []),
+    "gpt2": (["c_attn", "mlp.c_proj"], ["mlp.c_proj"]),
+    "gpt_bigcode": (["c_attn", "mlp.c_proj"], ["mlp.c_proj"]),
+    "gpt_neo": (["q_proj", "v_proj", "c_proj"], ["c_proj"]),
+    "gptj": (["q_proj", "v_proj", "fc_out"], ["fc_out"]),
+    "opt": (["q_proj", "k_proj", "fc2"], ["fc2"]),
+    "deberta": (["in_proj", "output.dense"], ["output.dense"]),
+    "deberta-v2": (["key_proj", "value_proj", "output.dense"], ["output.dense"]),
+    "mixtral": (["k_proj", "v_proj", "w2"], ["w2"]),
+    "bloom": (["query_key_value", "mlp.dense_4h_to_h"], ["mlp.dense_4h_to_h"]),
+    **dict.fromkeys(("bert", "roberta"), (["key", "value", "output.dense"], ["output.dense"])),
+    **dict.fromkeys(("bart", "phi"), (["q_proj", "v_proj", "fc2"], ["fc2"])),
+    **dict.fromkeys(("llama", "mistral"), (["k_proj", "v_proj", "down_proj"], ["down_proj"])),
+    **dict.fromkeys(
+        ("llama4", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"),
+        (["q_proj", "v_proj", "down_proj"], ["down_proj"]),
+    ),
+    **dict.fromkeys(
+        ("gpt_neox", "falcon", "RefinedWeb", "RefinedWebModel"),
+        (["query_key_value", "dense_4h_to_h"], ["dense_4h_to_h"]),
+    ),
+}
+
+
+class PeftType(str, Enum):
+    """The kind of adapter, by PEFT's name for it."""
+
+    IA3 = "IA3"
+
+
+class TaskType(str, Enum):
+    """What the adapted model is for; SEQ_CLS and TOKEN_CLS train the classification head as well."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+@dataclass
+class IA3Config:
+    """The configuration of one (IA)³ adapter. Fields, order, defaults and JSON are PEFT's.
+
+    Args:
+        task_type: what the model is for. SEQ_CLS and TOKEN_CLS add the head to `modules_to_save`.
+        peft_type: always "IA3".
+        auto_mapping: the base model's class and library, written when there is no `task_type`.
+        base_model_name_or_path: the model that the adapter belongs to.
+        revision: the base model's revision on the hub.
+        inference_mode: the adapter is added frozen.
+        target_modules: which modules to rescale. A string is a regular expression for the whole module path; a list
+            matches a path that equals an entry or ends in `.entry`; "all-linear" is every Linear and Conv1D but the
+            output layer. None: keys, values and the feed-forward's second input, by the model's architecture.
+        exclude_modules: taken out of the targets; matched in the same way.
+        feedforward_modules: the targets whose *input* is rescaled; of the others it is the output.
+        fan_in_fan_out: the weight is stored (in, out). Corrected with a warning where it contradicts the layer.
+        modules_to_save: modules trained in full, one copy an adapter, and saved with it.
+        init_ia3_weights: start from ones, which change nothing. False: random vectors, for tests.
+
+    Raises:
+        InputError: `feedforward_modules` is no subset of `target_modules` (two lists), or a type is not known.
+    """
+
+    task_type: TaskType | str | None = None
+    peft_type: PeftType | str | None = None
+    auto_mapping: dict | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+    target_modules: set[str] | list[str] | str | None = None
+    exclude_modules: set[str] | list[str] | str | None = None
+    feedforward_modules: set[str] | list[str] | str | None = None
+    fan_in_fan_out: bool = False
+    modules_to_save: list[str] | None = None
+    init_ia3_weights: bool = True
+
+    def __post_init__(self) -> None:
+        if self.peft_type not in (None, PeftType.IA3):
+            raise InputError(
+                f"Expected peft_type 'IA3', found {_plain(self.peft_type)!r}: this is another method's config."
+            )
+        self.peft_type = PeftType.IA3
+        if self.task_type is not None:
+            known = [task.value for task in TaskType]
+            if self.task_type not in known:
+                raise InputError(f"Expected a task_type of {shown(known, 9)}, found {self.task_type!r}.")
+            self.task_type = TaskType(self.task_type)
+        for name in ("target_modules", "exclude_modules", "feedforward_modules"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                setattr(self, name, set(value))
+        if isinstance(self.feedforward_modules, set) and isinstance(self.target_modules, set):
+            surplus = sorted(self.feedforward_modules - self.target_modules)
+            if surplus:
+                raise InputError(
+                    f"`feedforward_modules` should be a subset of `target_modules`, found {shown(surplus)} beside "
+                    f"{shown(sorted(self.target_modules))}; add them to `target_modules` too."
+                )
+
+    @classmethod
+    def from_peft_defaults(cls, model_type: str, **kwargs: Any) -> IA3Config:
+        """PEFT's own choice of modules for an architecture (`config.model_type`), where it differs from the paper's.
+
+        Raises:
+            InputError: PEFT has no default for this architecture.
+        """
+        if model_type not in _PEFT_DEFAULTS:
+            raise InputError(
+                f"PEFT has no default (IA)³ modules for {model_type!r}; it has for {shown(sorted(_PEFT_DEFAULTS), 99)}."
+            )
+        targets, feedforward = _PEFT_DEFAULTS[model_type]
+        return cls(target_modules=targets, feedforward_modules=feedforward, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values; sets become sorted lists."""
+        return {key: sorted(value) if isinstance(value, set) else _plain(value) for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> IA3Config:
+        """The config of a dictionary; keys that are not (IA)³'s are ignored with a warning that names them."""
+        if values.get("peft_type") not in (None, PeftType.IA3):
+            raise InputError(f"Expected an (IA)³ adapter (peft_type 'IA3'), found peft_type {values['peft_type']!r}.")
+        names = {field.name for field in fields(cls)}
+        unknown = sorted(set(values) - names - _PROVENANCE_KEYS)
+        if unknown:
+            warnings.warn(f"Ignoring keys of a newer or another config: {shown(unknown, 99)}.", stacklevel=2)
+        return cls(**{key: value for key, value in values.items() if key in names})
+
+    @classmethod
+    def from_json_file(cls, path: str | os.PathLike) -> IA3Config:
+        """The config in one JSON file. Raises `InputError` when it is no adapter config."""
+        try:
+            with open(path, encoding="utf-8") as file:
+                values = json.load(file)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"Expected JSON in {path}, found something else ({error}); is the file cut short?"
+            ) from error
+        if not isinstance(values, dict) or "peft_type" not in values:
+            raise InputError(f"Expected an adapter config with a peft_type in {path}; this is another kind of JSON.")
+        return cls.from_dict(values)
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike, subfolder: str | None = None, **hub_kwargs: Any) -> IA3Config:
+        """Read `adapter_config.json` from a folder or a hub repository (`revision`, `token`, … as of the hub)."""
+        from ia3.checkpoint import locate
+
+        return cls.from_json_file(locate(path, CONFIG_NAME, subfolder=subfolder, **hub_kwargs))
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write `adapter_config.json` into a folder, which is made when it is not there."""
+        from ia3.checkpoint import replacing
+
+        with replacing(os.path.join(folder, CONFIG_NAME)) as path:
+            path.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True), encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, Enum) else value

@@ -1,0 +1,632 @@
+"""Put adapters into a model, switch, compose, merge, take them out: `IA3Model`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ia3 import checkpoint
+from ia3.config import IA3Config, PeftType, TaskType
+from ia3.errors import InputError, shown
+from ia3.layers import IA3Layer, TrainedModule
+from ia3.routing import Routing
+from ia3.targets import CLASSIFICATION_HEADS, Target, base_modules, matches, resolve_targets, shortest_names
+
+
+class IA3Model(nn.Module):
+    """A pretrained model with (IA)³ adapters in it (arXiv:2205.05638).
+
+    The model is adapted in place: its keys', values' and feed-forwards' projections become `IA3Layer`s, everything
+    else is frozen. Whatever `IA3Model` does not define (`generate`, `config`, `device`, …) is the wrapped model's.
+
+    Args:
+        model: the base model.
+        config: the first adapter's config, or several by name. `IA3Model(config, model)`, the order of PEFT's
+            documentation, works too.
+        adapter_name: the first adapter's name.
+        low_cpu_mem_usage: create vectors without memory, to be filled by a checkpoint.
+
+    Attributes:
+        model: the base model, with adapters in it.
+        peft_config: adapter name → `IA3Config`.
+
+    Raises:
+        InputError: the config fits no module of the model; see `resolve_targets`.
+    """
+
+    peft_type = PeftType.IA3
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: IA3Config | Mapping[str, IA3Config] | None = None,
+        adapter_name: str = "default",
+        low_cpu_mem_usage: bool = False,
+    ) -> None:
+        super().__init__()
+        if isinstance(config, nn.Module):
+            model, config = config, model  # type: ignore[assignment]
+        if not isinstance(model, nn.Module) or config is None:
+            raise InputError("Expected a model and an IA3Config: IA3Model(model, config).")
+        configs = dict(config) if isinstance(config, Mapping) else {adapter_name: config}
+        self.model = model
+        self.peft_config: dict[str, IA3Config] = {}
+        self.routing = Routing()
+        self._add_first(configs, low_cpu_mem_usage)
+
+    def _add_first(self, configs: dict[str, IA3Config], low_cpu_mem_usage: bool) -> None:
+        frozen = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        for name, config in configs.items():
+            self.add_adapter(name, config, low_cpu_mem_usage=low_cpu_mem_usage)
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        first = next(iter(configs))
+        self.set_adapter(first, inference_mode=configs[first].inference_mode)
+
+    # The pieces of the model that belong to adapters, by their path in the base model.
+
+    @property
+    def layers(self) -> dict[str, IA3Layer]:
+        """The rescaled layers by their path in the base model."""
+        return {path: module for path, module in self.model.named_modules() if isinstance(module, IA3Layer)}
+
+    @property
+    def trained_modules(self) -> dict[str, TrainedModule]:
+        """The modules of `modules_to_save` by their path in the base model."""
+        return {path: module for path, module in self.model.named_modules() if isinstance(module, TrainedModule)}
+
+    def _adapted(self) -> list[IA3Layer | TrainedModule]:
+        return [*self.layers.values(), *self.trained_modules.values()]
+
+    def _parameters_of(self, name: str) -> Iterator[nn.Parameter]:
+        for layer in self.layers.values():
+            if name in layer.ia3_l:
+                yield layer.ia3_l[name]
+        for module in self.trained_modules.values():
+            if name in module.modules_to_save:
+                yield from module.modules_to_save[name].parameters()
+
+    def require_adapters(self, names: Iterable[str]) -> None:
+        """Raise `InputError` for a name that no adapter has."""
+        for name in names:
+            if name not in self.peft_config:
+                raise InputError(f"Adapter {name!r} does not exist; there are {shown(self.peft_config, 20)}.")
+
+    # Adding and removing.
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        config: IA3Config,
+        low_cpu_mem_usage: bool = False,
+        key_value_only: bool | None = None,
+    ) -> None:
+        """Add another adapter, not active and frozen. `set_adapter` makes it active.
+
+        Args:
+            adapter_name: a name that is not taken, without a dot.
+            config: see `IA3Config`; it is completed with what was resolved.
+            low_cpu_mem_usage: create its vectors without memory, to be filled by a checkpoint.
+            key_value_only: see `resolve_targets`.
+
+        Raises:
+            InputError: the name is taken or not allowed, or the config does not fit the model.
+        """
+        if isinstance(adapter_name, IA3Config):  # transformers' own mixin takes them in this order
+            adapter_name, config = config or "default", adapter_name  # type: ignore[assignment]
+        if adapter_name in self.peft_config:
+            raise InputError(f"Adapter with name {adapter_name!r} already exists; choose another name or delete it.")
+        if not adapter_name or "." in adapter_name or adapter_name == "__base__":
+            raise InputError(
+                f"Expected an adapter name that is not empty, has no dot and is not '__base__', found {adapter_name!r}."
+            )
+        if not isinstance(config, IA3Config):
+            raise InputError(f"Expected an IA3Config, found a {type(config).__name__}.")
+        heads = list(CLASSIFICATION_HEADS) if config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS) else []
+        saved = [
+            *(config.modules_to_save or []),
+            *(name for name in heads if name not in (config.modules_to_save or [])),
+        ]
+        config.modules_to_save = saved or None
+        targets = resolve_targets(self.model, config, key_value_only)
+        kept = self._resolve_modules_to_save(config)
+        self._insert(adapter_name, targets, kept, config.init_ia3_weights, low_cpu_mem_usage)
+        self.peft_config[adapter_name] = config
+
+    def _resolve_modules_to_save(self, config: IA3Config) -> list[str]:
+        names = config.modules_to_save or []
+        modules = base_modules(self.model)
+        chosen = [path for path in modules if matches(path, names)]
+        unknown = [
+            name
+            for name in names
+            if name not in CLASSIFICATION_HEADS and not any(matches(path, [name]) for path in chosen)
+        ]
+        if unknown:
+            raise InputError(
+                f"No module is named {shown(unknown)}, as modules_to_save asks; the model's parts are "
+                f"{shown([name for name, _ in self.model.named_children()], 12)}."
+            )
+        return [path for path in chosen if not any(path.startswith(f"{other}.") for other in chosen)]
+
+    def _insert(self, name: str, targets: list[Target], kept: list[str], ones: bool, meta: bool) -> None:
+        for target in targets:
+            layer = self.model.get_submodule(self._wrapped_path(target.path))
+            if not isinstance(layer, IA3Layer):
+                layer = IA3Layer(target.module, self.routing)
+                self._replace(target.path, layer)
+            layer.add(name, target.feedforward, ones, target.rescaled, meta)
+        for path in kept:
+            module = self.model.get_submodule(self._wrapped_path(path))
+            if not isinstance(module, TrainedModule):
+                module = TrainedModule(module, self.routing)
+                self._replace(path, module)
+            module.add(name)
+        for parameter in self._parameters_of(name):
+            parameter.requires_grad_(False)
+
+    def _wrapped_path(self, path: str) -> str:
+        """Where a module of the base model is now, when modules above it have been wrapped."""
+        module, parts = self.model, []
+        for part in path.split("."):
+            if isinstance(module, IA3Layer):
+                parts.append("base_layer")
+                module = module.base_layer
+            elif isinstance(module, TrainedModule):
+                parts.append("original_module")
+                module = module.original_module
+            parts.append(part)
+            module = module.get_submodule(part)
+        return ".".join(parts)
+
+    def _replace(self, path: str, module: nn.Module) -> None:
+        parent, _, name = self._wrapped_path(path).rpartition(".")
+        setattr(self.model.get_submodule(parent), name, module)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter. When it was active, the first one that is left becomes active, with a warning, or none.
+
+        Raises:
+            InputError: there is no such adapter, or it is merged into the weights.
+        """
+        self.require_adapters([adapter_name])
+        if adapter_name in self.routing.merged:
+            raise InputError(f"Adapter {adapter_name!r} is merged into the weights; call unmerge_adapter() first.")
+        for path, layer in self.layers.items():
+            if adapter_name in layer.ia3_l:
+                layer.remove(adapter_name)
+                if not layer.ia3_l:
+                    self._replace(path, layer.base_layer)
+        for path, module in self.trained_modules.items():
+            if adapter_name in module.modules_to_save:
+                module.remove(adapter_name)
+                if not module.modules_to_save:
+                    self._replace(path, module.original_module)
+        del self.peft_config[adapter_name]
+        if adapter_name in self.routing.active:
+            left = [name for name in self.routing.active if name != adapter_name] or list(self.peft_config)[:1]
+            if left:
+                warnings.warn(
+                    f"Adapter {adapter_name!r} was active and is now deleted. Active now: {shown(left, 20)}.",
+                    stacklevel=2,
+                )
+                self.set_adapter(left)
+            else:
+                self.routing.active = ()
+
+    # Switching.
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapters in effect."""
+        return list(self.routing.active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The adapter in effect; a list unless it is exactly one."""
+        active = self.active_adapters
+        return active[0] if len(active) == 1 else active
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make one adapter active, or several, whose vectors multiply; they alone become trainable.
+
+        Args:
+            adapter_name: a name or a list of names.
+            inference_mode: leave them frozen.
+
+        Raises:
+            InputError: there is no such adapter.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(dict.fromkeys(adapter_name))
+        self.require_adapters(names)
+        if self.routing.merged:
+            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
+            self.unmerge_adapter()
+        self.routing.active = tuple(names)
+        for name in self.peft_config:
+            self.set_requires_grad(name, name in names and not inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Make adapters trainable, or freeze them, whether they are active or not."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        self.require_adapters(names)
+        for name in names:
+            for parameter in self._parameters_of(name):
+                parameter.requires_grad_(requires_grad)
+
+    def enable_adapter_layers(self) -> None:
+        """Switch the active adapters on again."""
+        self.routing.enabled = True
+
+    def disable_adapter_layers(self) -> None:
+        """Switch all adapters off: outputs equal the base model's, bit for bit. Merged ones are unmerged."""
+        if self.routing.merged:
+            self.unmerge_adapter()
+        self.routing.enabled = False
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within `with`, the base model. Afterwards everything is as it was before, merged adapters too."""
+        enabled, merged = self.routing.enabled, list(self.routing.merged)
+        self.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            self.routing.enabled = enabled
+            if merged:
+                self.merge_adapter(merged)
+
+    # Composing.
+
+    def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+        """Add an adapter whose vector in each module is Σ wᵢ·ℓᵢ; an adapter that leaves a module out counts as ones.
+
+        Args:
+            adapters: names of adapters.
+            weights: a weight for each.
+            adapter_name: the new adapter's name.
+
+        Raises:
+            InputError: a name is unknown or taken, the lists differ in length, two adapters rescale different sides
+                of one module, or more than one trains a module of `modules_to_save`.
+        """
+        self.require_adapters(adapters)
+        if len(adapters) != len(weights) or not adapters:
+            raise InputError(
+                f"Expected one weight for each adapter, found {len(adapters)} adapters and {len(weights)} weights."
+            )
+        layers = {path: layer for path, layer in self.layers.items() if any(name in layer.ia3_l for name in adapters)}
+        targets = []
+        for path, layer in layers.items():
+            sides = {layer.feedforward[name] for name in adapters if name in layer.ia3_l}
+            if len(sides) > 1:
+                raise InputError(f"Cannot add adapters that rescale different sides (input, output) of {path!r}.")
+            masks = [layer.masks.get(name) for name in adapters if name in layer.ia3_l]
+            mask = None if any(m is None for m in masks) else torch.stack(masks).any(0)  # type: ignore[arg-type]
+            targets.append(Target(path, layer.base_layer, sides.pop(), mask))
+        owners = {
+            path: [name for name in adapters if name in module.modules_to_save]
+            for path, module in self.trained_modules.items()
+        }
+        shared = [path for path, names in owners.items() if len(set(names)) > 1]
+        if shared:
+            raise InputError(f"Cannot add adapters that each train their own {shown(shared)} (modules_to_save).")
+        owners = {path: names[0] for path, names in owners.items() if names}
+
+        modules = set(base_modules(self.model))
+        feedforward = {target.path for target in targets if target.feedforward}
+        second = shortest_names(feedforward, modules - feedforward)
+        first = shortest_names(set(layers) - feedforward, modules - set(layers))
+        if adapter_name in self.peft_config:
+            raise InputError(f"Adapter with name {adapter_name!r} already exists; choose another name or delete it.")
+        config = dataclasses.replace(
+            self.peft_config[adapters[0]],
+            target_modules=first | second,
+            feedforward_modules=second,
+            exclude_modules=None,
+            modules_to_save=list(owners) or None,
+        )
+        self._insert(adapter_name, targets, list(owners), ones=True, meta=False)
+        self.peft_config[adapter_name] = config
+        with torch.no_grad():
+            for layer in layers.values():
+                vector = layer.ia3_l[adapter_name]
+                total = torch.zeros_like(vector)
+                for name, weight in zip(adapters, weights, strict=True):
+                    total += weight * (layer.vector(name) if name in layer.ia3_l else torch.ones_like(vector))
+                vector.copy_(total)
+            for path, owner in owners.items():
+                module = self.trained_modules[path]
+                module.modules_to_save[adapter_name].load_state_dict(module.modules_to_save[owner].state_dict())
+
+    # Merging and taking out.
+
+    def _names_to_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
+        names = self.active_adapters if adapter_names is None else list(adapter_names)
+        self.require_adapters(names)
+        return names
+
+    def _check_finite(self, names: Sequence[str]) -> None:
+        for path, layer in self.layers.items():
+            for key, value in layer.rescaled_parameters(names).items():
+                if not torch.isfinite(value).all():
+                    raise InputError(
+                        f"NaN or infinite values in the merged {key} of {path!r}; the adapter {shown(names)} seems to be "
+                        f"broken, and nothing was merged."
+                    )
+
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+        """Multiply adapters into the base weights in place. While any are merged, exactly they are in effect.
+
+        Args:
+            adapter_names: which; None: the active ones.
+            safe_merge: first make sure that no merged weight is NaN or infinite.
+
+        Raises:
+            InputError: an unknown name, or (`safe_merge`) a broken adapter; the model stays as it was.
+        """
+        names = self._names_to_merge(adapter_names)
+        new = [name for name in names if name not in self.routing.merged]
+        if not new:
+            if names:
+                warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
+            return
+        merged = (*self.routing.merged, *new)
+        if safe_merge:
+            self._check_finite(merged)
+        for layer in self.layers.values():
+            layer.merge(merged)
+        self.routing.merged = merged
+
+    def unmerge_adapter(self) -> None:
+        """Give the base weights back, bit for bit as they were before merging."""
+        if not self.routing.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        for layer in self.layers.values():
+            layer.unmerge()
+        self.routing.merged = ()
+
+    def merge_and_unload(
+        self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None, progressbar: bool = False
+    ) -> nn.Module:
+        """The base model, without adapters, with vectors multiplied into its weights and biases.
+
+        Args:
+            safe_merge: first make sure that no merged weight is NaN or infinite; if one is, the model stays as it was.
+            adapter_names: which adapters; None: the active ones.
+            progressbar: show one.
+
+        Raises:
+            InputError: an unknown name, or (`safe_merge`) a broken adapter.
+        """
+        from tqdm.auto import tqdm
+
+        names = list(dict.fromkeys([*self.routing.merged, *self._names_to_merge(adapter_names)]))
+        if safe_merge:
+            self._check_finite(names)
+        layers = self.layers
+        for path, layer in tqdm(layers.items(), disable=not progressbar, desc="Merging"):
+            layer.merge(names, keep_originals=False)
+            self._replace(path, layer.base_layer)
+        for path, module in self.trained_modules.items():
+            kept = next((name for name in names if name in module.modules_to_save), None)
+            self._replace(path, module.original_module if kept is None else module.modules_to_save[kept])
+        return self._emptied()
+
+    def unload(self) -> nn.Module:
+        """The base model as it was, without adapters."""
+        if self.routing.merged:
+            self.unmerge_adapter()
+        for path, layer in self.layers.items():
+            self._replace(path, layer.base_layer)
+        for path, module in self.trained_modules.items():
+            self._replace(path, module.original_module)
+        return self._emptied()
+
+    def _emptied(self) -> nn.Module:
+        self.peft_config.clear()
+        self.routing.active = self.routing.merged = ()
+        return self.model
+
+    # Counting.
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """How many parameters are trainable, and how many there are."""
+        trainable = total = 0
+        for parameter in self.parameters():
+            total += parameter.numel()
+            trainable += parameter.numel() if parameter.requires_grad else 0
+        return trainable, total
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters are trainable, in PEFT's words."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+        )
+
+    # Saving and loading.
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write adapters, and only they, in PEFT's format. One that is not named "default" gets a subfolder.
+
+        Args:
+            save_directory: a folder; made when it is not there.
+            safe_serialization: safetensors; False: `torch.save`.
+            selected_adapters: which; None: all.
+            is_main_process: False writes nothing (in distributed training only one process writes).
+            state_dict: the model's state, when it has been gathered already.
+            **kwargs: PEFT's other arguments, which mean nothing for (IA)³, are accepted and ignored.
+
+        Raises:
+            InputError: an unknown name, or the path is a file.
+        """
+        if os.path.isfile(save_directory):
+            raise InputError(f"Provided path ({save_directory}) should be a directory, not a file.")
+        names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
+        self.require_adapters(names)
+        if not is_main_process:
+            return
+        for name in names:
+            folder = save_directory if name == "default" else os.path.join(save_directory, name)
+            checkpoint.save_adapter(self, folder, name, safe_serialization, state_dict)
+        checkpoint.write_model_card(self, save_directory)
+
+    def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None, **kwargs: Any) -> str:
+        """Upload the adapters to a hub repository, which is made when it is not there. Returns the commit's address.
+
+        Args:
+            repo_id: owner/name.
+            private: for a new repository.
+            token: of the hub; None: the one that is logged in.
+            **kwargs: `commit_message`, `revision`, `create_pr`, … as of `huggingface_hub.upload_folder`.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        kwargs.setdefault("commit_message", "Upload (IA)³ adapter")
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: IA3Config | None = None,
+        low_cpu_mem_usage: bool = False,
+        **kwargs: Any,
+    ) -> IA3Model:
+        """Put a saved adapter into a base model.
+
+        Args:
+            model: the base model; adapted in place.
+            model_id: a folder or a hub repository.
+            adapter_name: the adapter's name in this model.
+            is_trainable: go on training it; else it is frozen and the model is put into evaluation mode.
+            config: use this one, not the saved one.
+            low_cpu_mem_usage: create vectors without memory before they are filled.
+            **kwargs: `subfolder`, and the hub's `revision`, `token`, `cache_dir`, ….
+
+        Raises:
+            InputError: no adapter there, another method's, damaged, or for another model; the model stays as it was.
+        """
+        adapted = cls.__new__(cls)
+        nn.Module.__init__(adapted)
+        adapted.model = model
+        adapted.peft_config = {}
+        adapted.routing = Routing()
+        frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        checkpoint.load_adapter(
+            adapted, model_id, adapter_name, is_trainable, config, low_cpu_mem_usage, **_hub_only(kwargs)
+        )
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        adapted.set_adapter(adapter_name, inference_mode=not is_trainable)
+        return adapted if is_trainable else adapted.eval()
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike,
+        adapter_name: str,
+        is_trainable: bool = False,
+        low_cpu_mem_usage: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Load a saved adapter beside the others, not active; or refill the one of that name.
+
+        Args and errors: see `from_pretrained`.
+        """
+        known = adapter_name in self.peft_config
+        checkpoint.load_adapter(
+            self, model_id, adapter_name, is_trainable, low_cpu_mem_usage=low_cpu_mem_usage, **_hub_only(kwargs)
+        )
+        if not known and is_trainable:
+            self.set_requires_grad(adapter_name)
+        if not is_trainable:
+            self.eval()
+
+    # Being the wrapped model.
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped model's forward pass, with the active adapters in effect."""
+        return self.model(*args, **kwargs)
+
+    def get_base_model(self) -> nn.Module:
+        """The wrapped model."""
+        return self.model
+
+    @property
+    def base_model(self) -> IA3Model:
+        """This object: where PEFT nests two, there is one here, and `model.base_model.model` is the wrapped model."""
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(super().__getattr__("model"), name)
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: IA3Config,
+    adapter_name: str = "default",
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+    **kwargs: Any,
+) -> IA3Model:
+    """The model with a new (IA)³ adapter in it; see `IA3Model`. The config learns the base model's name.
+
+    Args:
+        model: the base model; adapted in place.
+        peft_config: the adapter's config.
+        adapter_name: its name.
+        revision: the base model's revision, written into the config.
+        low_cpu_mem_usage: see `IA3Model`.
+        **kwargs: PEFT's other arguments, which mean nothing for (IA)³, are accepted and ignored.
+    """
+    if not isinstance(peft_config, IA3Config):
+        raise InputError(f"Expected an IA3Config, found a {type(peft_config).__name__}.")
+    peft_config.base_model_name_or_path = getattr(model, "name_or_path", None) or peft_config.base_model_name_or_path
+    peft_config.revision = revision or peft_config.revision
+    return IA3Model(model, peft_config, adapter_name, low_cpu_mem_usage)
+
+
+def inject_adapter_in_model(
+    peft_config: IA3Config, model: nn.Module, adapter_name: str = "default", low_cpu_mem_usage: bool = False
+) -> nn.Module:
+    """Put an adapter into a model and return that model, not an `IA3Model` around it."""
+    return IA3Model(model, peft_config, adapter_name, low_cpu_mem_usage).model
+
+
+def _hub_only(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Of a PEFT script's keyword arguments, those that say where the adapter is."""
+    known = {"subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download"}
+    return {key: value for key, value in kwargs.items() if key in known}
+
+
+PeftModel = IA3Model

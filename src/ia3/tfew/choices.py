@@ -1,0 +1,415 @@
+"""A prompt and all its answer choices in one row: `pack`, `score_choices`.
+
+The choices form a tree behind the prompt, in which common beginnings are shared: a token attends to the prompt and to
+its own ancestors, and its position counts on from the prompt. The last token of a choice is predicted, never read, so
+it is not in the row: single-token choices add nothing at all. The vocabulary projection runs at the tree only.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ia3.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+# Tokens that a batch may hold, padding included.
+BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt and its answer choices as token ids, and which choice is right (None when that is not known)."""
+
+    prompt: list[int]
+    choices: list[list[int]]
+    label: int | None = None
+
+    @property
+    def length(self) -> int:
+        """The longest (prompt + choice) in tokens."""
+        return len(self.prompt) + max(len(choice) for choice in self.choices)
+
+
+Batch = dict[str, torch.Tensor]
+"""Questions as tensors, B questions of at most C choices of at most T tokens:
+
+- the model's own inputs (`input_ids`, `attention_mask`, perhaps `position_ids`), R rows of L tokens;
+- `keep`: how many last positions, K, of each row have to be projected on the vocabulary (a 0-d tensor);
+- `position` (B, C, T): where the prediction of each choice token stands among the R·K projected positions;
+- `token` (B, C, T): the choice token; `mask` (B, C, T): whether there is one;
+- `label` (B,): the right choice; -100 where it is not known.
+"""
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    choices: Sequence[Sequence[str]],
+    labels: Sequence[int | None] | None = None,
+    max_length: int | None = None,
+) -> list[Question]:
+    """Prompts and choices as token ids.
+
+    A choice is tokenized by itself, as it continues a text: give it the leading space that it needs (" yes").
+
+    Args:
+        tokenizer: the model's.
+        prompts: N texts.
+        choices: the answer choices of each.
+        labels: the index of each prompt's right choice.
+        max_length: how many tokens (prompt + choice) the model takes; longer prompts lose their beginning.
+
+    Raises:
+        InputError: lengths differ, a prompt or choice is empty, or a choice alone is too long.
+    """
+    if isinstance(prompts, str) or len(prompts) != len(choices):
+        raise InputError(
+            f"Expected a list of prompts and as many lists of choices, found {len(prompts)} and {len(choices)}."
+        )
+    cache: dict[str, list[int]] = {}
+    encoded = tokenizer(list(prompts))["input_ids"] if prompts else []
+    questions, shortened = [], 0
+    for i, (prompt, texts) in enumerate(zip(encoded, choices, strict=True)):
+        prompt = list(prompt)  # type: ignore[arg-type]
+        if (
+            len(prompt) > 1
+            and prompt[-1] == tokenizer.eos_token_id
+            and not prompts[i].endswith(str(tokenizer.eos_token))
+        ):
+            prompt.pop()  # a tokenizer that closes every text would close the prompt before its answer
+        if isinstance(texts, str) or not len(texts):
+            raise InputError(f"Expected a list of answer choices for prompt {i}, found {texts!r}.")
+        for text in texts:
+            if text not in cache:
+                cache[text] = _continuation(tokenizer, text)
+            if not cache[text]:
+                raise InputError(f"Expected answer choices with at least one token, found {text!r} for prompt {i}.")
+        if not prompt:
+            raise InputError(f"Expected a prompt with at least one token, found {prompts[i]!r} (prompt {i}).")
+        answers = [cache[text] for text in texts]
+        if max_length is not None:
+            room = max_length - max(map(len, answers))
+            if room < 1:
+                raise InputError(
+                    f"Expected choices shorter than {max_length} tokens, found one of {max_length - room} (prompt {i})."
+                )
+            shortened += len(prompt) > room
+            prompt = prompt[-room:]
+        questions.append(Question(prompt, answers, None if labels is None else labels[i]))
+    if shortened:
+        logger.warning(
+            "%d prompts are longer than the model's %d tokens and lose their beginning.", shortened, max_length
+        )
+    return questions
+
+
+def _continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The tokens of a text that continues another one."""
+    alone: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
+    if not text.startswith(" "):
+        return alone
+    # SentencePiece puts a space of its own in front of every text: behind a word the given one is enough.
+    word: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
+    both: list[int] = tokenizer("a" + text, add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
+    return both[len(word) :] if word and both[: len(word)] == word else alone
+
+
+def pack(questions: Sequence[Question], pad_token_id: int = 0, dtype: torch.dtype = torch.float32) -> Batch:
+    """Each question as one row: the prompt, then the tree of its choices.
+
+    Prompts end at the same column (padded on the left), so that the tree's predictions are the last K columns.
+
+    Args:
+        questions: B of them.
+        pad_token_id: fills unused places; nothing attends to it.
+        dtype: of the additive attention mask, the model's.
+
+    Returns:
+        A `Batch` with R = B rows and `attention_mask` (B, 1, L, L): 0 where a token attends, the dtype's lowest
+        number elsewhere.
+    """
+    width = max(len(question.prompt) for question in questions)
+    trees = [_Tree(question.choices) for question in questions]
+    keep = max(len(tree.tokens) for tree in trees)
+    rows, length = len(questions), width + keep - 1
+    ids = np.full((rows, length), pad_token_id, dtype=np.int64)
+    positions = np.zeros((rows, length), dtype=np.int64)
+    allowed = np.zeros((rows, length, length), dtype=bool)
+    # A place that holds nothing attends to itself: a row of the softmax must not be empty.
+    allowed[:, np.arange(length), np.arange(length)] = True
+    for row, (question, tree) in enumerate(zip(questions, trees, strict=True)):
+        start, nodes = width - len(question.prompt), len(tree.tokens) - 1
+        ids[row, start:width] = question.prompt
+        ids[row, width : width + nodes] = tree.tokens[1:]
+        positions[row, start:width] = np.arange(len(question.prompt))
+        positions[row, width : width + nodes] = len(question.prompt) - 1 + np.array(tree.depths[1:], dtype=np.int64)
+        allowed[row, start:width, start:width] = np.tri(len(question.prompt), dtype=bool)
+        for node in range(1, nodes + 1):
+            column = width - 1 + node
+            allowed[row, column] |= allowed[row, width - 1 + tree.parents[node]]
+    mask = torch.zeros((rows, 1, length, length), dtype=dtype)
+    mask.masked_fill_(torch.from_numpy(~allowed)[:, None], torch.finfo(dtype).min)
+    return {
+        "input_ids": torch.from_numpy(ids),
+        "attention_mask": mask,
+        "position_ids": torch.from_numpy(positions),
+        "keep": torch.tensor(keep),
+        **_answers(
+            questions, [[[row * keep + node for node in path] for path in tree.paths] for row, tree in enumerate(trees)]
+        ),
+    }
+
+
+class _Tree:
+    """The choices of a question as a prefix tree. Node 0 is the end of the prompt; a node is a token that is read.
+
+    `paths` has, for each choice, the node that predicts each of its tokens.
+    """
+
+    def __init__(self, choices: Sequence[Sequence[int]]) -> None:
+        self.tokens, self.parents, self.depths = [-1], [-1], [0]
+        self.paths: list[list[int]] = []
+        children: dict[tuple[int, int], int] = {}
+        for choice in choices:
+            node, path = 0, [0]
+            for token in choice[:-1]:
+                if (node, token) not in children:
+                    children[node, token] = len(self.tokens)
+                    self.tokens.append(token)
+                    self.parents.append(node)
+                    self.depths.append(self.depths[node] + 1)
+                node = children[node, token]
+                path.append(node)
+            self.paths.append(path)
+
+
+def plain_rows(questions: Sequence[Question], pad_token_id: int = 0) -> Batch:
+    """Each (prompt + choice) as a row of its own, padded on the right: exact for every causal model, and slower.
+
+    Returns:
+        A `Batch` with a row for each choice and `attention_mask` (R, L).
+    """
+    texts = [question.prompt + choice[:-1] for question in questions for choice in question.choices]
+    length = max(map(len, texts))
+    first = min(len(question.prompt) for question in questions) - 1
+    keep = length - first
+    ids = torch.full((len(texts), length), pad_token_id)
+    mask = torch.zeros((len(texts), length), dtype=torch.long)
+    for row, text in enumerate(texts):
+        ids[row, : len(text)] = torch.tensor(text)
+        mask[row, : len(text)] = 1
+    paths, row = [], 0
+    for question in questions:
+        paths.append([])
+        for choice in question.choices:
+            start = row * keep + len(question.prompt) - 1 - first
+            paths[-1].append(range(start, start + len(choice)))
+            row += 1
+    return {"input_ids": ids, "attention_mask": mask, "keep": torch.tensor(keep), **_answers(questions, paths)}
+
+
+def _answers(questions: Sequence[Question], paths: Sequence[Sequence[Sequence[int]]]) -> Batch:
+    """`position`, `token`, `mask` and `label` of a batch."""
+    shape = (
+        len(questions),
+        max(len(question.choices) for question in questions),
+        max(len(choice) for question in questions for choice in question.choices),
+    )
+    position, token, mask = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape, bool)
+    for b, (question, places) in enumerate(zip(questions, paths, strict=True)):
+        for c, (choice, path) in enumerate(zip(question.choices, places, strict=True)):
+            position[b, c, : len(choice)] = path
+            token[b, c, : len(choice)] = choice
+            mask[b, c, : len(choice)] = True
+    labels = [-100 if question.label is None else question.label for question in questions]
+    return {
+        "position": torch.from_numpy(position),
+        "token": torch.from_numpy(token),
+        "mask": torch.from_numpy(mask),
+        "label": torch.tensor(labels),
+    }
+
+
+def token_log_probs(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """The log-probability of each choice token: float32 (B, C, T), 0 where there is none."""
+    known = inspect.signature(_base(model).forward).parameters
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
+    inputs = {key: value for key, value in inputs.items() if key in known}
+    keep = int(batch["keep"])
+    options: dict[str, Any] = {"use_cache": False, "logits_to_keep": keep, "return_dict": True}
+    logits = model(**inputs, **{key: value for key, value in options.items() if key in known}).logits
+    logits = logits[:, -keep:].float().flatten(0, 1)
+    chosen, mask = batch["position"], batch["mask"]
+    found = logits[chosen[mask], batch["token"][mask]] - logits.logsumexp(-1)[chosen[mask]]
+    return torch.zeros(mask.shape, dtype=found.dtype, device=found.device).masked_scatter(mask, found)
+
+
+def normalized_scores(log_probs: torch.Tensor, mask: torch.Tensor, power: float = 1.0) -> torch.Tensor:
+    """β(x, y) = Σ_t log p(y_t | x, y_<t) / T^power for each choice (Liu et al. 2022, section 3.2): (B, C).
+
+    Minus infinity where a question has fewer than C choices.
+    """
+    length = mask.sum(-1)
+    scores = log_probs.sum(-1) / length.clamp(min=1).pow(power)
+    return scores.masked_fill(length == 0, -math.inf)
+
+
+# Which models can be packed: base model → (attention, power of two above the row's length) → verdict.
+_verdicts: weakref.WeakKeyDictionary[nn.Module, dict[tuple, bool]] = weakref.WeakKeyDictionary()
+
+
+def collate(model: nn.Module, questions: Sequence[Question], pad_token_id: int = 0) -> Batch:
+    """The questions as a batch for this model: packed where that is exact, else plain rows.
+
+    Packing is wrong for some models (positions built from a 2-D mask, recurrent layers, windows counted over the
+    row). So each model is tried, at first use and again whenever rows get twice as long: the longest question,
+    packed and in plain rows, must score the same.
+    """
+    longest = max(questions, key=lambda question: question.length)
+    length = len(longest.prompt) + len(_Tree(longest.choices).tokens) - 1
+    base = _base(model)
+    key = (getattr(getattr(base, "config", None), "_attn_implementation", None), base_dtype(base), length.bit_length())
+    verdicts = _verdicts.setdefault(base, {})
+    if key not in verdicts:
+        verdicts[key] = _packing_is_exact(model, longest, pad_token_id)
+    return pack(questions, pad_token_id, base_dtype(base)) if verdicts[key] else plain_rows(questions, pad_token_id)
+
+
+@torch.no_grad()
+def _packing_is_exact(model: nn.Module, question: Question, pad_token_id: int) -> bool:
+    base, device = _base(model), next(model.parameters()).device
+    # A second, shorter row shows whether padding on the left is exact too.
+    shorter = Question(question.prompt[len(question.prompt) // 2 :], question.choices)
+    packed = _to(pack([question, shorter], pad_token_id, base_dtype(base)), device)
+    # Three choices are enough: one early and one late in the row, and the longest.
+    count = len(question.choices)
+    some = sorted({0, count - 1, max(range(count), key=lambda c: len(question.choices[c]))})
+    plain = _to(
+        plain_rows([Question(q.prompt, [q.choices[c] for c in some]) for q in (question, shorter)], pad_token_id),
+        device,
+    )
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        expected = normalized_scores(token_log_probs(model, plain), plain["mask"])
+        try:
+            found = normalized_scores(token_log_probs(model, packed), packed["mask"])[:, some]
+        except Exception as error:  # a model that takes no such mask says so in its own way
+            difference, reason = math.inf, f"{type(error).__name__}: {error}"
+        else:
+            difference = float((found - expected).abs().max())
+            reason = f"scores differ by {difference:.2g}"
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    tolerance = max(1e-4, 16 * torch.finfo(base_dtype(base)).eps * float(expected.abs().max()))
+    exact = difference <= tolerance
+    if not exact:
+        logger.info("%s: one row for each choice, because packing is not exact (%s).", type(base).__name__, reason)
+    return exact
+
+
+def batches(questions: Sequence[Question], tokens: int = BATCH_TOKENS) -> Iterator[list[int]]:
+    """Indices of questions, longest first, in groups whose packed rows hold at most so many tokens."""
+    sizes = [len(question.prompt) + len(_Tree(question.choices).tokens) - 1 for question in questions]
+    group: list[int] = []
+    for index in sorted(range(len(questions)), key=lambda i: -sizes[i]):
+        if group and sizes[group[0]] * (len(group) + 1) > tokens:
+            yield group
+            group = []
+        group.append(index)
+    if group:
+        yield group
+
+
+def score_choices(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    choices: Sequence[Sequence[str]],
+    length_normalization: float = 1.0,
+    batch_tokens: int = BATCH_TOKENS,
+    on_progress: Callable[[int], None] | None = None,
+) -> list[torch.Tensor]:
+    """The length-normalized log-probability of each answer choice of each prompt.
+
+    Args:
+        model: a causal language model, adapted or not. It is put into evaluation mode for the time.
+        tokenizer: its tokenizer.
+        prompts: N texts.
+        choices: for each prompt its answer choices; they may differ from prompt to prompt. A choice continues the
+            prompt, so it usually begins with a space.
+        length_normalization: the power of the choice's token count that the sum is divided by; 0: not at all.
+        batch_tokens: how many tokens go through the model at once.
+        on_progress: called with the number of prompts that each batch finished.
+
+    Returns:
+        N float32 tensors on the CPU, one number a choice: Σ_t log p(y_t | x, y_<t) / T^power.
+
+    Raises:
+        InputError: see `encode`; an encoder-decoder model; or scores that are not numbers.
+    """
+    base = _base(model)
+    config = getattr(base, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(f"Expected a decoder-only model, found {type(base).__name__}, an encoder-decoder.")
+    questions = encode(tokenizer, prompts, choices, max_length=model_max_length(model))
+    device = next(model.parameters()).device
+    pad = padding_id(tokenizer)
+    results: list[torch.Tensor] = [torch.empty(0)] * len(questions)
+    training = model.training
+    model.eval()
+    try:
+        for group in batches(questions, batch_tokens):
+            batch = _to(collate(model, [questions[i] for i in group], pad), device)
+            with torch.inference_mode():
+                scores = normalized_scores(token_log_probs(model, batch), batch["mask"], length_normalization).cpu()
+            for row, index in zip(scores, group, strict=True):
+                results[index] = row[: len(questions[index].choices)].clone()
+                if not torch.isfinite(results[index]).all():
+                    raise InputError(
+                        f"The model gives NaN or infinite scores (prompt {index}); is the adapter or the base broken?"
+                    )
+            if on_progress is not None:
+                on_progress(len(group))
+    finally:
+        model.train(training)
+    return results
+
+
+def model_max_length(model: nn.Module) -> int | None:
+    """How many tokens a model has positions for; None when it does not say."""
+    config = getattr(_base(model), "config", None)
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """A token id to fill places with that nothing attends to."""
+    return tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
+
+
+def base_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of a model's floating-point parameters."""
+    return next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.float32)
+
+
+def _base(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    return {key: value.to(device) for key, value in batch.items()}

@@ -1,0 +1,57 @@
+"""Labels and probabilities for rows: `predict`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from ia3.tfew.choices import score_choices
+from ia3.tfew.task import Row, Task
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A row's label, and the probability of each label."""
+
+    label: str
+    probabilities: dict[str, float]
+
+
+def predict(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    rows: Iterable[Row],
+    on_progress: Callable[[int], None] | None = None,
+) -> list[Prediction]:
+    """The label whose answer text has the best length-normalized log-probability, for each row.
+
+    Probabilities are the softmax of these scores, the distribution that the length-normalized loss trains.
+
+    Args:
+        model: a causal language model, adapted or not.
+        tokenizer: its tokenizer.
+        task: says what the rows mean; their labels are not read.
+        rows: column → value.
+        on_progress: called with the number of rows that each batch finished.
+
+    Raises:
+        InputError: see `Task.prompt` and `score_choices`.
+    """
+    prompts = [task.prompt(row, number) for number, row in enumerate(rows, 1)]
+    scores = score_choices(model, tokenizer, prompts, [task.answers] * len(prompts), on_progress=on_progress)
+    labels = list(task.choices)
+    predictions = []
+    for row in scores:
+        probabilities = torch.softmax(row.double(), -1).tolist()
+        # The first of equal scores, whatever the device's argmax would take.
+        best = max(range(len(labels)), key=lambda i: probabilities[i])
+        predictions.append(Prediction(labels[best], dict(zip(labels, probabilities, strict=True))))
+    return predictions

@@ -1,0 +1,143 @@
+"""The recipe: `transformers.Trainer` with T-Few's loss, optimizer and schedule."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import TrainingArguments
+
+from ia3.errors import InputError
+from ia3.tfew.choices import Batch, collate, normalized_scores, padding_id, token_log_probs
+from ia3.tfew.losses import tfew_loss
+from ia3.trainer import Trainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ia3.tfew.task import Task
+
+
+def training_arguments(output_dir: str | os.PathLike, steps: int = 1000, **kwargs: Any) -> TrainingArguments:
+    """The paper's settings (Liu et al. 2022, section 3.3) as `transformers.TrainingArguments`.
+
+    Adafactor with a learning rate of 3e-3 that rises over the first 6% of the steps and falls linearly to zero, in
+    batches of 8.
+
+    Args:
+        output_dir: where checkpoints go.
+        steps: optimizer steps; 1,000 in the paper. A model under 1B memorizes a few dozen examples within 60.
+        **kwargs: any other field of `TrainingArguments`, or another value for one of these.
+    """
+    paper: dict[str, Any] = {
+        "max_steps": steps,
+        "optim": "adafactor",
+        "learning_rate": 3e-3,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 0.06,
+        "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 8,
+        "label_names": ["label"],
+        "logging_steps": 1,
+        "report_to": "none",
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    return TrainingArguments(output_dir=str(output_dir), **{**paper, **kwargs})
+
+
+class TFewTrainer(Trainer):
+    """Trains the active adapter on a task with T-Few's three losses.
+
+    `evaluate()` measures the loss and the task's metrics; checkpoints hold the adapter and the state of training, and
+    `train(resume_from_checkpoint=…)` goes on from one.
+
+    Args:
+        model: an `IA3Model` around a causal language model.
+        args: `training_arguments(…)`, or any `TrainingArguments`.
+        processing_class: the model's tokenizer.
+        task: says what the rows mean.
+        train_dataset: labelled rows, a list of dictionaries or a `datasets.Dataset`.
+        eval_dataset: the same, for `evaluate()`.
+        unlikelihood_weight, length_normalized_weight, length_normalization: see `tfew_loss`.
+        **kwargs: the other arguments of `transformers.Trainer`.
+
+    Raises:
+        InputError: rows do not fit the task (see `Task.questions`), or show one label only.
+    """
+
+    # `compute_loss` returns a mean over the batch, whatever arguments the wrapped model takes.
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        processing_class: PreTrainedTokenizerBase,
+        task: Task,
+        train_dataset: Sequence[Mapping[str, Any]],
+        eval_dataset: Sequence[Mapping[str, Any]] | None = None,
+        unlikelihood_weight: float = 1.0,
+        length_normalized_weight: float = 1.0,
+        length_normalization: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        questions = task.questions(processing_class, train_dataset, model=model)
+        if len({question.label for question in questions}) < 2 and len(task.choices) > 1:
+            raise InputError(
+                f"Expected training rows of at least two labels, found only {task.label(train_dataset[0])!r} in "
+                f"{len(questions)} rows; T-Few learns from the difference."
+            )
+        held_out = None if eval_dataset is None else task.questions(processing_class, eval_dataset, model=model)
+        self.weights = {
+            "unlikelihood_weight": unlikelihood_weight,
+            "length_normalized_weight": length_normalized_weight,
+            "length_normalization": length_normalization,
+        }
+        names = list(task.choices)
+        if held_out is not None:
+            kwargs.setdefault(
+                "compute_metrics",
+                lambda result: task.metrics(
+                    [names[i] for i in result.label_ids], [names[i] for i in result.predictions]
+                ),
+            )
+        super().__init__(
+            model,
+            args,
+            data_collator=partial(collate, model, pad_token_id=padding_id(processing_class)),
+            train_dataset=questions,  # type: ignore[arg-type]
+            eval_dataset=held_out,  # type: ignore[arg-type]
+            processing_class=processing_class,
+            **kwargs,
+        )
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """T-Few's loss of a batch; with `return_outputs`, the choices' scores (B, C) too."""
+        log_probs = token_log_probs(model, inputs)
+        loss = tfew_loss(log_probs, inputs["mask"], inputs["label"], **self.weights).total
+        if not return_outputs:
+            return loss
+        return loss, normalized_scores(log_probs, inputs["mask"], self.weights["length_normalization"])
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: Batch,  # type: ignore[override]
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """The loss, the index of the best-scoring choice (B,), and the label (B,)."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, scores = self.compute_loss(model, inputs, return_outputs=True)
+        return loss.detach(), None if prediction_loss_only else scores.argmax(-1), inputs["label"]

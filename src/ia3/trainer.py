@@ -1,0 +1,91 @@
+"""`transformers.Trainer` for adapted models: it saves adapters only, and resumes from them."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils.generic import can_return_loss, find_labels
+
+from ia3.model import IA3Model
+
+
+class Trainer(transformers.Trainer):
+    """`transformers.Trainer` that knows an `IA3Model`, as the original knows PEFT's models.
+
+    The columns that a model takes and the labels that it knows are the wrapped model's; checkpoints hold adapters and
+    the state of training, not the base model; resuming and loading the best model read them back. Everything else,
+    and every other kind of model, is as in `transformers.Trainer`.
+    """
+
+    def __init__(self, model: nn.Module | None = None, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, *args, **kwargs)
+        base = self._wrapped()
+        if base is not None:
+            if self.args.label_names is None:
+                self.label_names = find_labels(type(base))
+            self.can_return_loss = can_return_loss(type(base))
+            if not hasattr(base, "accepts_loss_kwargs"):
+                parameters = inspect.signature(base.forward).parameters.values()
+                self.model_accepts_loss_kwargs = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+
+    def _adapted(self) -> IA3Model | None:
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return model if isinstance(model, IA3Model) else None
+
+    def _wrapped(self) -> nn.Module | None:
+        model = self._adapted()
+        return None if model is None else model.model
+
+    def _set_signature_columns_if_needed(self) -> None:
+        base = self._wrapped()
+        if base is None:
+            super()._set_signature_columns_if_needed()
+        elif self._signature_columns is None:
+            names = inspect.signature(base.forward).parameters
+            self._signature_columns = list(dict.fromkeys([*names, "label", "label_ids", *self.label_names]))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        model = self._adapted()
+        if model is None:
+            super()._save(output_dir, state_dict)
+            return
+        folder = str(output_dir or self.args.output_dir)
+        # A state that was gathered from a wrapper's shards has the wrapper's names; unsharded, the model has it all.
+        model.save_pretrained(folder, is_main_process=self.args.should_save, state_dict=state_dict)
+        if self.args.should_save and self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        adapted = self._adapted()
+        if adapted is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        for name in adapted.active_adapters:
+            folder = resume_from_checkpoint if name == "default" else os.path.join(resume_from_checkpoint, name)
+            adapted.load_adapter(folder, name, is_trainable=True)
+
+    def _load_best_model(self) -> None:
+        if self._adapted() is None or self.state.best_model_checkpoint is None:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def last_checkpoint(folder: str | os.PathLike) -> str | None:
+    """The newest whole checkpoint that a `Trainer` left in a folder; None when there is none.
+
+    One that was being written when the run ended has no `trainer_state.json` yet and does not count.
+    """
+    found = {}
+    for state in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json"):
+        step = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", state.parent.name)
+        if step and state.stat().st_size:
+            found[int(step[1])] = str(state.parent)
+    return found[max(found)] if found else None
