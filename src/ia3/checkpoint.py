@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ia3.config import IA3Config
-from ia3.errors import InputError, shown
+from ia3.errors import InputError, reason, shown
 
 if TYPE_CHECKING:
     import torch
@@ -62,9 +62,8 @@ def locate(path: str | os.PathLike, filename: str, subfolder: str | None = None,
     try:
         return hf_hub_download(str(path), filename, subfolder=subfolder, **hub_kwargs)
     except Exception as error:  # whatever the hub, the network or the name's form raised, the user's answer is the same
-        reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"Can't find {filename!r} at {str(path)!r}: no such folder here, and the hub answered: {reason}"
+            f"Can't find {filename!r} at {str(path)!r}: no such folder here, and the hub answered: {reason(error)}"
         ) from error
 
 
@@ -74,8 +73,6 @@ def read_weights(path: str | os.PathLike, subfolder: str | None = None, **hub_kw
     Raises:
         InputError: the file is missing, cut short, or holds more than tensors.
     """
-    import pickle
-
     import torch
     from safetensors import SafetensorError, safe_open
 
@@ -89,15 +86,18 @@ def read_weights(path: str | os.PathLike, subfolder: str | None = None, **hub_kw
         if file is None:
             raise
         try:
-            return dict(torch.load(file, map_location="cpu", weights_only=True)), {}
-        except (pickle.UnpicklingError, EOFError, RuntimeError, TypeError, ValueError) as error:
+            tensors = dict(torch.load(file, map_location="cpu", weights_only=True))
+            if not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+                raise TypeError("not all values are tensors")
+            return tensors, {}
+        except Exception as error:  # a damaged pickle makes the reader stumble anywhere
             raise InputError(
                 f"Expected a dictionary of tensors in {file}, and nothing that runs code; it cannot be read so. "
                 f"Save the adapter as safetensors."
             ) from error
     try:
         with safe_open(file, framework="pt") as opened:
-            return {key: opened.get_tensor(key) for key in opened}, opened.metadata() or {}
+            return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
         raise InputError(
             f"Cannot read {file}: {error}. Expected a whole safetensors file; copy or download it again."
@@ -115,19 +115,12 @@ def get_peft_model_state_dict(
         adapter_name: which adapter.
     """
     model.require_adapters([adapter_name])
-    if state_dict is None:
-        # The effective vectors: what a fused projection's mask holds at one is one in the file.
-        tensors = {
-            f"{PREFIX}{path}.ia3_l": layer.vector(adapter_name).detach()
-            for path, layer in model.layers.items()
-            if adapter_name in layer.ia3_l
-        }
-    else:
-        tensors = {
-            f"{PREFIX}{path}.ia3_l": state_dict[f"model.{path}.ia3_l.{adapter_name}"]
-            for path, layer in model.layers.items()
-            if adapter_name in layer.ia3_l
-        }
+    tensors = {}
+    for path, layer in model.layers.items():
+        if adapter_name in layer.ia3_l:
+            values = None if state_dict is None else state_dict[f"model.{path}.ia3_l.{adapter_name}"]
+            # The effective vector: what a fused projection's mask holds at one is one in the file.
+            tensors[f"{PREFIX}{path}.ia3_l"] = layer.vector(adapter_name, values).detach()
     for path, module in model.trained_modules.items():
         if adapter_name in module.modules_to_save:
             for key, value in module.modules_to_save[adapter_name].state_dict().items():
@@ -153,6 +146,8 @@ def set_peft_model_state_dict(
             if adapter_name in layer.ia3_l:
                 value = tensors[f"{PREFIX}{path}.ia3_l"]
                 parameter = layer.ia3_l[adapter_name]
+                if adapter_name in layer.masks and not torch.equal(layer.vector(adapter_name, value), value):
+                    del layer.masks[adapter_name]  # trained over the full width
                 if parameter.is_meta:
                     device = layer.weight.device
                     filled = torch.nn.Parameter(value.to(device, torch.float32), parameter.requires_grad)
@@ -224,6 +219,8 @@ def save_adapter(
         else:
             torch.save(tensors, path)
         config.save_pretrained(folder)
+    # An earlier save in the other format would be read in place of this one.
+    (folder / (TORCH_WEIGHTS_NAME if safe_serialization else WEIGHTS_NAME)).unlink(missing_ok=True)
 
 
 def load_adapter(

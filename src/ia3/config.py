@@ -98,6 +98,9 @@ class IA3Config:
     modules_to_save: list[str] | None = None
     init_ia3_weights: bool = True
 
+    # Not a field: whether `target_modules` was left to the architecture, which a completed config no longer shows.
+    chosen_by_architecture = False
+
     def __post_init__(self) -> None:
         if self.peft_type not in (None, PeftType.IA3):
             raise InputError(
@@ -112,7 +115,9 @@ class IA3Config:
         for name in ("target_modules", "exclude_modules", "feedforward_modules"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
-                setattr(self, name, set(value))
+                setattr(self, name, set(_names(name, value)))
+        if self.modules_to_save is not None:
+            self.modules_to_save = _names("modules_to_save", self.modules_to_save)
         if isinstance(self.feedforward_modules, set) and isinstance(self.target_modules, set):
             surplus = sorted(self.feedforward_modules - self.target_modules)
             if surplus:
@@ -177,6 +182,13 @@ class IA3Config:
 
         with replacing(os.path.join(folder, CONFIG_NAME)) as path:
             path.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True), encoding="utf-8")
+
+
+def _names(field: str, value: Any) -> list[str]:
+    """A list of names, or an error that says what stands there instead."""
+    if not isinstance(value, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in value):
+        raise InputError(f"Expected `{field}` to be a list of module names, found {value!r}.")
+    return list(value)
 
 
 def _plain(value: Any) -> Any:

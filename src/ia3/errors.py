@@ -9,6 +9,11 @@ class InputError(ValueError):
     """
 
 
+def reason(error: BaseException) -> str:
+    """The first line of what another library's error says; its type when it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def shown(names, limit: int = 5) -> str:
     """Names for an error message: the first few, quoted, and how many more there are."""
     names = list(names)

@@ -118,11 +118,11 @@ class IA3Layer(nn.Module):
         del self.ia3_l[name], self.feedforward[name]
         self.masks.pop(name, None)
 
-    def vector(self, name: str) -> torch.Tensor:
-        """An adapter's effective vector, in its stored shape."""
-        parameter = self.ia3_l[name]
+    def vector(self, name: str, values: torch.Tensor | None = None) -> torch.Tensor:
+        """An adapter's effective vector, in its stored shape; of other `values` than the parameter's when given."""
+        vector: torch.Tensor = self.ia3_l[name] if values is None else values
         mask = self.masks.get(name)
-        return parameter if mask is None else torch.where(mask.to(parameter.device), parameter, 1.0)
+        return vector if mask is None else torch.where(mask.to(vector.device), vector, 1.0)
 
     def scaling(self, names: Iterable[str], feedforward: bool) -> torch.Tensor | None:
         """The product of the named adapters' vectors on one side, flat; None when none has a vector there."""
@@ -177,7 +177,8 @@ class IA3Layer(nn.Module):
     def unmerge(self) -> None:
         """Give the base layer its original weights back, bit for bit."""
         for key, value in self._originals.items():
-            self.base_layer._parameters[key].data = value.to(self.base_layer._parameters[key].device)  # type: ignore[union-attr]
+            parameter: nn.Parameter = self.base_layer._parameters[key]  # type: ignore[assignment]
+            parameter.data = value.to(parameter.device, parameter.dtype)  # the model may have moved in between
         self._originals.clear()
 
     def __getattr__(self, name: str) -> Any:

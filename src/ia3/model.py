@@ -57,19 +57,29 @@ class IA3Model(nn.Module):
         if not isinstance(model, nn.Module) or config is None:
             raise InputError("Expected a model and an IA3Config: IA3Model(model, config).")
         configs = dict(config) if isinstance(config, Mapping) else {adapter_name: config}
-        self.model = model
-        self.peft_config: dict[str, IA3Config] = {}
-        self.routing = Routing()
-        self._add_first(configs, low_cpu_mem_usage)
-
-    def _add_first(self, configs: dict[str, IA3Config], low_cpu_mem_usage: bool) -> None:
-        frozen = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        for name, config in configs.items():
-            self.add_adapter(name, config, low_cpu_mem_usage=low_cpu_mem_usage)
-        for parameter in frozen:
-            parameter.requires_grad_(False)
+        with self._wrapping(model):
+            for name, one in configs.items():
+                self.add_adapter(name, one, low_cpu_mem_usage=low_cpu_mem_usage)
         first = next(iter(configs))
         self.set_adapter(first, inference_mode=configs[first].inference_mode)
+
+    @contextmanager
+    def _wrapping(self, model: nn.Module) -> Iterator[None]:
+        """Take a base model over: what adapters add within is kept, and all else frozen, unless something fails."""
+        self.model = model
+        self.peft_config: dict[str, IA3Config] = {}
+        # Layers that an earlier adapter left in the model go on asking their own object: it becomes this model's too.
+        asked = (module.routing for module in model.modules() if isinstance(module, (IA3Layer, TrainedModule)))
+        self.routing = next(asked, None) or Routing()
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        try:
+            yield
+        except BaseException:
+            for name in list(self.peft_config):
+                self.delete_adapter(name)
+            raise
+        for parameter in trainable:
+            parameter.requires_grad_(False)
 
     # The pieces of the model that belong to adapters, by their path in the base model.
 
@@ -122,12 +132,7 @@ class IA3Model(nn.Module):
         """
         if isinstance(adapter_name, IA3Config):  # transformers' own mixin takes them in this order
             adapter_name, config = config or "default", adapter_name  # type: ignore[assignment]
-        if adapter_name in self.peft_config:
-            raise InputError(f"Adapter with name {adapter_name!r} already exists; choose another name or delete it.")
-        if not adapter_name or "." in adapter_name or adapter_name == "__base__":
-            raise InputError(
-                f"Expected an adapter name that is not empty, has no dot and is not '__base__', found {adapter_name!r}."
-            )
+        self._check_new_name(adapter_name)
         if not isinstance(config, IA3Config):
             raise InputError(f"Expected an IA3Config, found a {type(config).__name__}.")
         heads = list(CLASSIFICATION_HEADS) if config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS) else []
@@ -138,8 +143,17 @@ class IA3Model(nn.Module):
         config.modules_to_save = saved or None
         targets = resolve_targets(self.model, config, key_value_only)
         kept = self._resolve_modules_to_save(config)
+        self._check_nesting([target.path for target in targets], kept)
         self._insert(adapter_name, targets, kept, config.init_ia3_weights, low_cpu_mem_usage)
         self.peft_config[adapter_name] = config
+
+    def _check_new_name(self, name: str) -> None:
+        if name in self.peft_config:
+            raise InputError(f"Adapter with name {name!r} already exists; choose another name or delete it.")
+        if not name or "." in name or name == "__base__":
+            raise InputError(
+                f"Expected an adapter name that is not empty, has no dot and is not '__base__', found {name!r}."
+            )
 
     def _resolve_modules_to_save(self, config: IA3Config) -> list[str]:
         names = config.modules_to_save or []
@@ -157,15 +171,25 @@ class IA3Model(nn.Module):
             )
         return [path for path in chosen if not any(path.startswith(f"{other}.") for other in chosen)]
 
+    def _check_nesting(self, targets: list[str], kept: list[str]) -> None:
+        """Refuse to rescale a part of a module that an adapter trains in full, or the reverse: copies would differ."""
+        inner, outer = {*targets, *self.layers}, {*kept, *self.trained_modules}
+        nested = [(a, b) for a in sorted(inner) for b in sorted(outer) if f"{a}.".startswith(f"{b}.")]
+        if nested:
+            a, b = nested[0]
+            raise InputError(
+                f"Cannot rescale {a!r} while an adapter trains {b!r} in full (modules_to_save); exclude one."
+            )
+
     def _insert(self, name: str, targets: list[Target], kept: list[str], ones: bool, meta: bool) -> None:
         for target in targets:
-            layer = self.model.get_submodule(self._wrapped_path(target.path))
+            layer = self.model.get_submodule(target.path)
             if not isinstance(layer, IA3Layer):
                 layer = IA3Layer(target.module, self.routing)
                 self._replace(target.path, layer)
             layer.add(name, target.feedforward, ones, target.rescaled, meta)
         for path in kept:
-            module = self.model.get_submodule(self._wrapped_path(path))
+            module = self.model.get_submodule(path)
             if not isinstance(module, TrainedModule):
                 module = TrainedModule(module, self.routing)
                 self._replace(path, module)
@@ -173,22 +197,8 @@ class IA3Model(nn.Module):
         for parameter in self._parameters_of(name):
             parameter.requires_grad_(False)
 
-    def _wrapped_path(self, path: str) -> str:
-        """Where a module of the base model is now, when modules above it have been wrapped."""
-        module, parts = self.model, []
-        for part in path.split("."):
-            if isinstance(module, IA3Layer):
-                parts.append("base_layer")
-                module = module.base_layer
-            elif isinstance(module, TrainedModule):
-                parts.append("original_module")
-                module = module.original_module
-            parts.append(part)
-            module = module.get_submodule(part)
-        return ".".join(parts)
-
     def _replace(self, path: str, module: nn.Module) -> None:
-        parent, _, name = self._wrapped_path(path).rpartition(".")
+        parent, _, name = path.rpartition(".")
         setattr(self.model.get_submodule(parent), name, module)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -263,26 +273,32 @@ class IA3Model(nn.Module):
                 parameter.requires_grad_(requires_grad)
 
     def enable_adapter_layers(self) -> None:
-        """Switch the active adapters on again."""
+        """Switch the adapters on again, merged ones too."""
         self.routing.enabled = True
+        self._sync_weights()
 
     def disable_adapter_layers(self) -> None:
-        """Switch all adapters off: outputs equal the base model's, bit for bit. Merged ones are unmerged."""
-        if self.routing.merged:
-            self.unmerge_adapter()
+        """Switch all adapters off, merged ones too: outputs equal the base model's, bit for bit."""
         self.routing.enabled = False
+        self._sync_weights()
+
+    def _sync_weights(self) -> None:
+        """Make the base weights hold what is merged: nothing while adapters are off."""
+        for layer in self.layers.values():
+            layer.unmerge()
+            if self.routing.enabled and self.routing.merged:
+                layer.merge(self.routing.merged)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within `with`, the base model. Afterwards everything is as it was before, merged adapters too."""
-        enabled, merged = self.routing.enabled, list(self.routing.merged)
+        """Within `with`, the base model. Afterwards everything is as it was before."""
+        enabled = self.routing.enabled
         self.disable_adapter_layers()
         try:
             yield
         finally:
-            self.routing.enabled = enabled
-            if merged:
-                self.merge_adapter(merged)
+            if enabled:
+                self.enable_adapter_layers()
 
     # Composing.
 
@@ -298,6 +314,7 @@ class IA3Model(nn.Module):
             InputError: a name is unknown or taken, the lists differ in length, two adapters rescale different sides
                 of one module, or more than one trains a module of `modules_to_save`.
         """
+        self._check_new_name(adapter_name)
         self.require_adapters(adapters)
         if len(adapters) != len(weights) or not adapters:
             raise InputError(
@@ -325,8 +342,6 @@ class IA3Model(nn.Module):
         feedforward = {target.path for target in targets if target.feedforward}
         second = shortest_names(feedforward, modules - feedforward)
         first = shortest_names(set(layers) - feedforward, modules - set(layers))
-        if adapter_name in self.peft_config:
-            raise InputError(f"Adapter with name {adapter_name!r} already exists; choose another name or delete it.")
         config = dataclasses.replace(
             self.peft_config[adapters[0]],
             target_modules=first | second,
@@ -382,18 +397,16 @@ class IA3Model(nn.Module):
         merged = (*self.routing.merged, *new)
         if safe_merge:
             self._check_finite(merged)
-        for layer in self.layers.values():
-            layer.merge(merged)
         self.routing.merged = merged
+        self._sync_weights()
 
     def unmerge_adapter(self) -> None:
         """Give the base weights back, bit for bit as they were before merging."""
         if not self.routing.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        for layer in self.layers.values():
-            layer.unmerge()
         self.routing.merged = ()
+        self._sync_weights()
 
     def merge_and_unload(
         self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None, progressbar: bool = False
@@ -482,6 +495,8 @@ class IA3Model(nn.Module):
             raise InputError(f"Provided path ({save_directory}) should be a directory, not a file.")
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         self.require_adapters(names)
+        if not names:
+            raise InputError("Expected an adapter to save, found none in the model.")
         if not is_main_process:
             return
         for name in names:
@@ -534,15 +549,10 @@ class IA3Model(nn.Module):
         """
         adapted = cls.__new__(cls)
         nn.Module.__init__(adapted)
-        adapted.model = model
-        adapted.peft_config = {}
-        adapted.routing = Routing()
-        frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        checkpoint.load_adapter(
-            adapted, model_id, adapter_name, is_trainable, config, low_cpu_mem_usage, **_hub_only(kwargs)
-        )
-        for parameter in frozen:
-            parameter.requires_grad_(False)
+        with adapted._wrapping(model):
+            checkpoint.load_adapter(
+                adapted, model_id, adapter_name, is_trainable, config, low_cpu_mem_usage, **_hub_only(kwargs)
+            )
         adapted.set_adapter(adapter_name, inference_mode=not is_trainable)
         return adapted if is_trainable else adapted.eval()
 
@@ -571,7 +581,11 @@ class IA3Model(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped model's forward pass, with the active adapters in effect."""
-        return self.model(*args, **kwargs)
+        return self.model(*args, **_without_adapter_names(kwargs))
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped model's generation, with the active adapters in effect."""
+        return self.model.generate(*args, **_without_adapter_names(kwargs))  # type: ignore[operator]
 
     def get_base_model(self) -> nn.Module:
         """The wrapped model."""
@@ -621,6 +635,15 @@ def inject_adapter_in_model(
 ) -> nn.Module:
     """Put an adapter into a model and return that model, not an `IA3Model` around it."""
     return IA3Model(model, peft_config, adapter_name, low_cpu_mem_usage).model
+
+
+def _without_adapter_names(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Refuse one adapter a row, which models would take for an argument of their own and ignore."""
+    if kwargs.pop("adapter_names", None) is not None:
+        raise InputError(
+            "Rows of different adapters (adapter_names) cannot be mixed in one batch yet; use set_adapter."
+        )
+    return kwargs
 
 
 def _hub_only(kwargs: dict[str, Any]) -> dict[str, Any]:

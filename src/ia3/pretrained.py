@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ia3.errors import InputError
+from ia3.errors import InputError, reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,8 +45,7 @@ def load_base(name: str = EMBEDDED_MODEL) -> tuple[PreTrainedModel, PreTrainedTo
             tokenizer = AutoTokenizer.from_pretrained(source)
             model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
         except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise InputError(f"Cannot load {name!r} as a causal language model: {reason}") from error
+            raise InputError(f"Cannot load {name!r} as a causal language model: {reason(error)}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     # Adapters record the name that the user gave, which finds the same weights again.

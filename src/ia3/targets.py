@@ -79,10 +79,7 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     modules: dict[str, nn.Module] = {}
 
     def visit(path: str, module: nn.Module) -> None:
-        if isinstance(module, IA3Layer):
-            module = module.base_layer
-        elif isinstance(module, TrainedModule):
-            module = module.original_module
+        module = unwrapped(module)
         modules[path] = module
         for name, child in module.named_children():
             visit(f"{path}.{name}" if path else name, child)
@@ -90,6 +87,13 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     visit("", model)
     del modules[""]
     return modules
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """A module without the wrapper that an adapter put around it."""
+    if isinstance(module, IA3Layer):
+        return module.base_layer
+    return module.original_module if isinstance(module, TrainedModule) else module
 
 
 def matches(path: str, pattern: Iterable[str] | str) -> bool:
@@ -117,14 +121,15 @@ def resolve_targets(model: nn.Module, config: IA3Config, key_value_only: bool | 
     modules = base_modules(model)
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     default = _DefaultTargets(modules, model_type)
+    config.chosen_by_architecture |= config.target_modules is None
     if key_value_only is None:
-        key_value_only = config.target_modules is None
+        key_value_only = config.chosen_by_architecture
     kept = config.modules_to_save or []
     excluded = [path for path in modules if matches(path, config.exclude_modules or ()) or _inside(path, kept)]
 
     if config.target_modules is None:
         paths = default.require()
-    elif config.target_modules == "all-linear":
+    elif _is_all_linear(config):
         paths = _all_linear(model, modules, config)
     else:
         paths = [path for path in modules if matches(path, config.target_modules)]
@@ -228,11 +233,15 @@ class _DefaultTargets:
         return False
 
 
+def _is_all_linear(config: IA3Config) -> bool:
+    return isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+
+
 def _all_linear(model: nn.Module, modules: dict[str, nn.Module], config: IA3Config) -> list[str]:
     """Every Linear and Conv1D but the output layer and, for a classifier, its head."""
     get_output: Callable = getattr(model, "get_output_embeddings", lambda: None)
     output = get_output()
-    output = output.base_layer if isinstance(output, IA3Layer) else output
+    output = None if output is None else unwrapped(output)
     heads = CLASSIFICATION_HEADS if config.task_type in ("SEQ_CLS", "TOKEN_CLS") else ()
     return [
         path
@@ -249,21 +258,22 @@ def _inside(path: str, names: Iterable[str]) -> bool:
 
 
 def _complete(config: IA3Config, chosen: list[str], feedforward: list[str], modules: dict[str, nn.Module]) -> None:
-    """Write into the config what was resolved."""
-    if config.target_modules is None or config.target_modules == "all-linear":
+    """Write into the config what was resolved, in names that resolve to the same again."""
+    if config.target_modules is None or _is_all_linear(config):
         # As two lists of names, so that one is a subset of the other, as PEFT demands.
-        second = shortest_names(feedforward, set(modules) - set(feedforward))
+        config.feedforward_modules = shortest_names(feedforward, set(modules) - set(feedforward))
         first = shortest_names(set(chosen) - set(feedforward), set(modules) - set(chosen))
-        config.target_modules = first | second
-        if config.feedforward_modules is None:
-            config.feedforward_modules = second
+        config.target_modules = first | config.feedforward_modules
     elif config.feedforward_modules is None:
+        others = set(chosen) - set(feedforward)
         if isinstance(config.target_modules, str):
-            config.feedforward_modules = shortest_names(feedforward, set(chosen) - set(feedforward))
+            config.feedforward_modules = shortest_names(feedforward, others)
         else:
-            config.feedforward_modules = {
-                name for name in config.target_modules if any(matches(path, [name]) for path in feedforward)
-            }
+            second = {name for name in config.target_modules if not any(matches(path, [name]) for path in others)}
+            if not all(matches(path, second) for path in feedforward):
+                second |= shortest_names(feedforward, set(modules) - set(feedforward))
+            config.feedforward_modules = {name for name in second if any(matches(path, [name]) for path in feedforward)}
+            config.target_modules = set(config.target_modules) | config.feedforward_modules
     transposed = {isinstance(modules[path], Conv1D) for path in chosen}
     if config.fan_in_fan_out not in transposed:
         kind = "Conv1D" if True in transposed else "torch.nn.Linear"

@@ -40,22 +40,20 @@ def _options(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line. Bad input: one line on standard error, exit code 2. Ctrl-C: exit code 130."""
+    """Run the command line. Bad input: one line on standard error, exit code 2. (Ctrl-C: exit code 130, by typer.)"""
     try:
         app(arguments)
     except InputError as error:
-        _fail(str(error), 2)
-    except KeyboardInterrupt as interruption:
-        _fail(str(interruption) or "Interrupted.", 130)
+        _fail(str(error))
     except OSError as error:
         if error.errno is None:
             raise
         # A full disk, a folder that may not be written: the user's to mend, like bad input.
         where = f" ({error.filename})" if error.filename else ""
-        _fail(f"{error.strerror}{where}; nothing was left half written.", 2)
+        _fail(f"{error.strerror}{where}; nothing was left half written.")
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str) -> None:
     sys.stdout.flush()
     typer.echo(f"ia3: {' '.join(message.split())}", err=True)
-    raise SystemExit(code)
+    raise SystemExit(2)

@@ -110,7 +110,7 @@ def train(
     _describe(out, description, model, chosen, len(test), checkpoint)
 
     quiet()
-    results = _run(out, description, model, chosen, test, labels, steps, seed, folder, checkpoint)
+    results = _run(out, run, description, chosen, test, labels, folder, checkpoint)
     _write(folder, description, results)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     if json_output:
@@ -153,14 +153,12 @@ def _rows(
 
 
 def _checkpoint(folder: Path, run: dict[str, Any], resume: bool) -> str | None:
-    """The checkpoint to go on from; None for a new run, which forgets the checkpoints of an earlier one."""
-    checkpoints = folder / "checkpoints"
+    """The checkpoint to go on from; None for a new run."""
     if not resume:
-        shutil.rmtree(checkpoints, ignore_errors=True)
-        _write_json(checkpoints / _RUN_NAME, run)
         return None
     from ia3.trainer import last_checkpoint
 
+    checkpoints = folder / "checkpoints"
     found = last_checkpoint(checkpoints) if checkpoints.is_dir() else None
     if found is None:
         raise InputError(f"Expected a checkpoint in {str(checkpoints)!r}, found none; start anew without --resume.")
@@ -176,16 +174,16 @@ def _checkpoint(folder: Path, run: dict[str, Any], resume: bool) -> str | None:
 
 def _run(
     out: Console,
+    run: dict[str, Any],
     task: Task,
-    model_name: str,
     chosen: list[Row],
     test: list[Row],
     labels: list[str],
-    steps: int,
-    seed: int,
     folder: Path,
     checkpoint: str | None,
 ) -> dict[str, Any]:
+    """Measure, train, measure again; the adapter is saved in between. `run` has the settings that decide the result."""
+    model_name, steps, seed = run["model"], run["steps"], run["seed"]
     with out.status(f"Loading {model_name} …"):
         from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
@@ -227,13 +225,18 @@ def _run(
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
         zero_shot = measure("Zero-shot") if test else None
+        if checkpoint is None:  # a new run forgets the checkpoints of an earlier one
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            _write_json(folder / "checkpoints" / _RUN_NAME, run)
         started = time.perf_counter()
         try:
             trained = trainer.train(resume_from_checkpoint=checkpoint)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                f"Interrupted; go on with the same command and --resume (checkpoints in {folder})."
-            ) from None
+            bars.stop()
+            typer.echo(
+                f"ia3: interrupted; go on with the same command and --resume (checkpoints in {folder}).", err=True
+            )
+            raise typer.Exit(130) from None
         seconds = time.perf_counter() - started
         model.save_pretrained(folder)
         after = measure("Trained") if test else None

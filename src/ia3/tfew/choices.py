@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 # Tokens that a batch may hold, padding included.
 BATCH_TOKENS = 4096
 
+# Reading the weights once more costs about as much as so many tokens do.
+_PASS_TOKENS = 64
+
 
 @dataclass(frozen=True)
 class Question:
@@ -264,7 +267,7 @@ def normalized_scores(log_probs: torch.Tensor, mask: torch.Tensor, power: float 
     Minus infinity where a question has fewer than C choices.
     """
     length = mask.sum(-1)
-    scores = log_probs.sum(-1) / length.clamp(min=1).pow(power)
+    scores = log_probs.sum(-1) / length.clamp(min=1).to(log_probs.dtype).pow(power)
     return scores.masked_fill(length == 0, -math.inf)
 
 
@@ -324,13 +327,21 @@ def _packing_is_exact(model: nn.Module, question: Question, pad_token_id: int) -
 
 
 def batches(questions: Sequence[Question], tokens: int = BATCH_TOKENS) -> Iterator[list[int]]:
-    """Indices of questions, longest first, in groups whose packed rows hold at most so many tokens."""
+    """Indices of questions, longest first, in groups of similar length.
+
+    A group's packed rows hold at most so many tokens, and it ends before its padding costs more than another pass
+    through the model does.
+    """
     sizes = [len(question.prompt) + len(_Tree(question.choices).tokens) - 1 for question in questions]
     group: list[int] = []
+    padding = 0
     for index in sorted(range(len(questions)), key=lambda i: -sizes[i]):
-        if group and sizes[group[0]] * (len(group) + 1) > tokens:
-            yield group
-            group = []
+        if group:
+            longest = sizes[group[0]]
+            padding += longest - sizes[index]
+            if longest * (len(group) + 1) > tokens or padding > _PASS_TOKENS:
+                yield group
+                group, padding = [], 0
         group.append(index)
     if group:
         yield group

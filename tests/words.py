@@ -1,0 +1,55 @@
+"""A tokenizer of whole words for tiny models, and a toy task that a tiny model can learn."""
+
+import random
+
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+GOOD = ["lovely", "tasty", "fresh", "perfect"]
+BAD = ["awful", "stale", "broken", "bitter"]
+OTHER = [
+    "the",
+    "a",
+    "tea",
+    "was",
+    "it",
+    "and",
+    "is",
+    "soup",
+    "cake",
+    "today",
+    "review",
+    ":",
+    "answer",
+    "text",
+    "what",
+    "question",
+    ",",
+    "or",
+    "?",
+    "not",
+    "good",
+    "bad",
+    "fine",
+]
+SPECIAL = ["<pad>", "</s>", "<unk>"]
+VOCABULARY = [*SPECIAL, *GOOD, *BAD, *OTHER]
+
+
+def tokenizer(**kwargs) -> PreTrainedTokenizerFast:
+    """Splits at white space; unknown words become `<unk>`."""
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = dict(zip(("pad_token", "eos_token", "unk_token"), SPECIAL, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=made, **{**special, **kwargs})
+
+
+def rows(count: int = 40, seed: int = 0) -> list[dict[str, str]]:
+    """Rows with columns `text` and `label`: one telling word in a sentence, label pos or neg."""
+    chance = random.Random(seed)
+    made = []
+    for i in range(count):
+        label = ("pos", "neg")[i % 2]
+        word = chance.choice(GOOD if label == "pos" else BAD)
+        made.append({"text": f"the {chance.choice(['tea', 'soup', 'cake'])} was {word} today", "label": label})
+    return made
