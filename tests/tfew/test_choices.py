@@ -157,15 +157,30 @@ class TestSelfCheck:
         llama.model.rotary_emb.forward = counting.__get__(llama.model.rotary_emb)
         assert not self.verdict(llama)
 
-    def test_is_made_once_for_each_doubling_of_length_and_leaves_modes_alone(self, llama, monkeypatch):
+    def test_a_window_counted_over_the_row_is_found_out_when_rows_reach_it(self, llama, monkeypatch):
+        forward = module.token_log_probs
+
+        def windowed(model, batch):  # as if the model saw no farther back than 16 places of the row
+            if batch["attention_mask"].dim() == 4:
+                far = torch.ones(batch["attention_mask"].shape[-2:]).tril(-16).bool()
+                batch = {**batch, "attention_mask": batch["attention_mask"].masked_fill(far, -1e9)}
+            return forward(model, batch)
+
+        monkeypatch.setattr(module, "token_log_probs", windowed)
+        short, long = ([Question([5, *range(3, 3 + n)], [[9, 10], [11, 12, 13]])] for n in (5, 30))
+        assert "position_ids" in collate(llama, short)
+        assert "position_ids" not in collate(llama, long)
+        assert "position_ids" in collate(llama, short)
+
+    def test_is_made_again_for_longer_rows_only_and_leaves_modes_alone(self, llama, monkeypatch):
         calls = []
         check = module._packing_is_exact
         monkeypatch.setattr(module, "_packing_is_exact", lambda *a: calls.append(1) or check(*a))
         llama.train()
         llama.model.layers[0].eval()
-        for length in (4, 5, 6, 20, 21):
+        for length in (4, 3, 20, 7):
             collate(llama, [Question([5] * length, [[6], [7]])])
-        assert len(calls) == 2
+        assert len(calls) == 4  # twice, each time short rows and the longest
         assert llama.training and not llama.model.layers[0].training
 
 

@@ -41,11 +41,6 @@ class Question:
     choices: list[list[int]]
     label: int | None = None
 
-    @property
-    def length(self) -> int:
-        """The longest (prompt + choice) in tokens."""
-        return len(self.prompt) + max(len(choice) for choice in self.choices)
-
 
 Batch = dict[str, torch.Tensor]
 """Questions as tensors, B questions of at most C choices of at most T tokens:
@@ -199,6 +194,11 @@ class _Tree:
                 path.append(node)
             self.paths.append(path)
 
+    @property
+    def farthest(self) -> int:
+        """The choice whose last prediction stands farthest back in the row."""
+        return max(range(len(self.paths)), key=lambda choice: self.paths[choice][-1])
+
 
 def plain_rows(questions: Sequence[Question], pad_token_id: int = 0) -> Batch:
     """Each (prompt + choice) as a row of its own, padded on the right: exact for every causal model, and slower.
@@ -271,59 +271,72 @@ def normalized_scores(log_probs: torch.Tensor, mask: torch.Tensor, power: float 
     return scores.masked_fill(length == 0, -math.inf)
 
 
-# Which models can be packed: base model → (attention, power of two above the row's length) → verdict.
-_verdicts: weakref.WeakKeyDictionary[nn.Module, dict[tuple, bool]] = weakref.WeakKeyDictionary()
+@dataclass
+class _Verdict:
+    """Up to which row length packing is exact for a model, and from which on it is not, as far as it was tried."""
+
+    exact: int = 0
+    wrong: float = math.inf
+
+
+_verdicts: weakref.WeakKeyDictionary[nn.Module, dict[tuple, _Verdict]] = weakref.WeakKeyDictionary()
 
 
 def collate(model: nn.Module, questions: Sequence[Question], pad_token_id: int = 0) -> Batch:
     """The questions as a batch for this model: packed where that is exact, else plain rows.
 
     Packing is wrong for some models (positions built from a 2-D mask, recurrent layers, windows counted over the
-    row). So each model is tried, at first use and again whenever rows get twice as long: the longest question,
-    packed and in plain rows, must score the same.
+    row). So each model is tried, at first use and again whenever rows are longer than ever: the longest question must
+    score the same packed and in a plain row.
     """
-    longest = max(questions, key=lambda question: question.length)
-    length = len(longest.prompt) + len(_Tree(longest.choices).tokens) - 1
+    longest = max(questions, key=_row_length)
+    length = _row_length(longest)
     base = _base(model)
-    key = (getattr(getattr(base, "config", None), "_attn_implementation", None), base_dtype(base), length.bit_length())
-    verdicts = _verdicts.setdefault(base, {})
-    if key not in verdicts:
-        verdicts[key] = _packing_is_exact(model, longest, pad_token_id)
-    return pack(questions, pad_token_id, base_dtype(base)) if verdicts[key] else plain_rows(questions, pad_token_id)
+    dtype = base_dtype(base)
+    key = (getattr(getattr(base, "config", None), "_attn_implementation", None), dtype)
+    verdict = _verdicts.setdefault(base, {}).setdefault(key, _Verdict())
+    if verdict.exact < length < verdict.wrong:
+        # Two short rows show whether padding on the left is exact too, the longest one everything else.
+        short = [Question(longest.prompt[-size:], longest.choices[:2]) for size in (2, 8)]
+        if _packing_is_exact(model, short, pad_token_id) and _packing_is_exact(model, [longest], pad_token_id):
+            verdict.exact = length
+        else:
+            verdict.wrong = length
+    return pack(questions, pad_token_id, dtype) if length < verdict.wrong else plain_rows(questions, pad_token_id)
 
 
 @torch.no_grad()
-def _packing_is_exact(model: nn.Module, question: Question, pad_token_id: int) -> bool:
+def _packing_is_exact(model: nn.Module, questions: Sequence[Question], pad_token_id: int) -> bool:
     base, device = _base(model), next(model.parameters()).device
-    # A second, shorter row shows whether padding on the left is exact too.
-    shorter = Question(question.prompt[len(question.prompt) // 2 :], question.choices)
-    packed = _to(pack([question, shorter], pad_token_id, base_dtype(base)), device)
-    # Three choices are enough: one early and one late in the row, and the longest.
-    count = len(question.choices)
-    some = sorted({0, count - 1, max(range(count), key=lambda c: len(question.choices[c]))})
-    plain = _to(
-        plain_rows([Question(q.prompt, [q.choices[c] for c in some]) for q in (question, shorter)], pad_token_id),
-        device,
-    )
+    packed = _to(pack(questions, pad_token_id, base_dtype(base)), device)
+    # The choice that ends last in the row is the one that packing moves farthest.
+    last = [_Tree(question.choices).farthest for question in questions]
+    alone = [Question(q.prompt, [q.choices[c]]) for q, c in zip(questions, last, strict=True)]
+    plain = _to(plain_rows(alone, pad_token_id), device)
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        expected = normalized_scores(token_log_probs(model, plain), plain["mask"])
+        expected = normalized_scores(token_log_probs(model, plain), plain["mask"])[:, 0]
         try:
-            found = normalized_scores(token_log_probs(model, packed), packed["mask"])[:, some]
+            scores = normalized_scores(token_log_probs(model, packed), packed["mask"])
         except Exception as error:  # a model that takes no such mask says so in its own way
-            difference, reason = math.inf, f"{type(error).__name__}: {error}"
+            difference, why = math.inf, f"{type(error).__name__}: {error}"
         else:
-            difference = float((found - expected).abs().max())
-            reason = f"scores differ by {difference:.2g}"
+            difference = float((scores[range(len(last)), last] - expected).abs().max())
+            why = f"scores differ by {difference:.2g}"
     finally:
         for module, mode in training.items():
             module.training = mode
     tolerance = max(1e-4, 16 * torch.finfo(base_dtype(base)).eps * float(expected.abs().max()))
     exact = difference <= tolerance
     if not exact:
-        logger.info("%s: one row for each choice, because packing is not exact (%s).", type(base).__name__, reason)
+        logger.info("%s: one row for each choice, because packing is not exact (%s).", type(base).__name__, why)
     return exact
+
+
+def _row_length(question: Question) -> int:
+    """How many tokens a question's packed row has."""
+    return len(question.prompt) + len(_Tree(question.choices).tokens) - 1
 
 
 def batches(questions: Sequence[Question], tokens: int = BATCH_TOKENS) -> Iterator[list[int]]:
@@ -332,7 +345,7 @@ def batches(questions: Sequence[Question], tokens: int = BATCH_TOKENS) -> Iterat
     A group's packed rows hold at most so many tokens, and it ends before its padding costs more than another pass
     through the model does.
     """
-    sizes = [len(question.prompt) + len(_Tree(question.choices).tokens) - 1 for question in questions]
+    sizes = [_row_length(question) for question in questions]
     group: list[int] = []
     padding = 0
     for index in sorted(range(len(questions)), key=lambda i: -sizes[i]):
