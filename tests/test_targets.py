@@ -136,13 +136,13 @@ def test_without_feedforward_modules_the_architecture_says(llama):
     }
 
 
-def test_targets_come_in_the_models_order_and_know_their_shapes(llama):
+def test_targets_come_in_the_models_order_and_know_their_sides(llama):
     targets = resolve_targets(llama, IA3Config(target_modules=["down_proj", "k_proj"]))
     order = [name for name, _ in llama.named_modules()]
     assert [target.path for target in targets] == sorted((target.path for target in targets), key=order.index)
-    assert {target.path.rpartition(".")[2]: target.shape for target in targets} == {
-        "k_proj": (tiny.HIDDEN // 2, 1),  # two key-value heads of four
-        "down_proj": (1, tiny.INNER),
+    assert {target.path.rpartition(".")[2]: target.feedforward for target in targets} == {
+        "k_proj": False,
+        "down_proj": True,
     }
     assert all(target.module is llama.get_submodule(target.path) for target in targets)
 
@@ -529,7 +529,7 @@ def test_cross_attention_of_gpt2_is_rescaled_whole():
     )
     for path, target in targets.items():
         if "crossattention" in path:
-            assert target.shape == (2 * tiny.HIDDEN, 1) and target.rescaled is None
+            assert target.module.weight.shape[1] == 2 * tiny.HIDDEN and target.rescaled is None
         elif path.endswith("attn.c_attn"):
             assert target.rescaled.tolist() == [False] * tiny.HIDDEN + [True] * 2 * tiny.HIDDEN
 

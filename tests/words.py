@@ -31,6 +31,12 @@ OTHER = [
     "good",
     "bad",
     "fine",
+    "bill",
+    "fault",
+    "billing",
+    "technical",
+    "pos",
+    "neg",
 ]
 SPECIAL = ["<pad>", "</s>", "<unk>"]
 VOCABULARY = [*SPECIAL, *GOOD, *BAD, *OTHER]

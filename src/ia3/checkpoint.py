@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ia3.config import IA3Config
-from ia3.errors import InputError, reason, shown
+from ia3.config import CONFIG_NAME, IA3Config
+from ia3.errors import InputError, shown
+from ia3.files import locate, replacing
 
 if TYPE_CHECKING:
     import torch
@@ -28,73 +28,22 @@ _KEY_VALUE_ONLY = "ia3_key_value_only"
 Tensors = dict[str, "torch.Tensor"]
 
 
-@contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary name beside `path` to write to; renamed to it at the end, removed when anything goes wrong."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp's files are private; a checkpoint is as readable as any file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def locate(path: str | os.PathLike, filename: str, subfolder: str | None = None, **hub_kwargs: Any) -> str:
-    """The file of a local adapter folder, or of a hub repository, downloaded.
-
-    Raises:
-        InputError: there is no such folder, repository or file.
-    """
-    folder = Path(path, subfolder) if subfolder else Path(path)
-    if (folder / filename).is_file():
-        return str(folder / filename)
-    if folder.exists():
-        raise InputError(f"Can't find {filename!r} in {str(folder)!r}: expected the folder of a saved adapter.")
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return hf_hub_download(str(path), filename, subfolder=subfolder, **hub_kwargs)
-    except Exception as error:  # whatever the hub, the network or the name's form raised, the user's answer is the same
-        raise InputError(
-            f"Can't find {filename!r} at {str(path)!r}: no such folder here, and the hub answered: {reason(error)}"
-        ) from error
-
-
 def read_weights(path: str | os.PathLike, subfolder: str | None = None, **hub_kwargs: Any) -> tuple[Tensors, dict]:
     """The tensors of an adapter, by the name in the file, and the safetensors header's own entries.
 
     Raises:
         InputError: the file is missing, cut short, or holds more than tensors.
     """
-    import torch
     from safetensors import SafetensorError, safe_open
 
     try:
         file = locate(path, WEIGHTS_NAME, subfolder=subfolder, **hub_kwargs)
-    except InputError:
+    except InputError as missing:
         try:
             file = locate(path, TORCH_WEIGHTS_NAME, subfolder=subfolder, **hub_kwargs)
         except InputError:
-            file = None
-        if file is None:
-            raise
-        try:
-            tensors = dict(torch.load(file, map_location="cpu", weights_only=True))
-            if not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-                raise TypeError("not all values are tensors")
-            return tensors, {}
-        except Exception as error:  # a damaged pickle makes the reader stumble anywhere
-            raise InputError(
-                f"Expected a dictionary of tensors in {file}, and nothing that runs code; it cannot be read so. "
-                f"Save the adapter as safetensors."
-            ) from error
+            raise missing from None
+        return _read_torch_weights(file), {}
     try:
         with safe_open(file, framework="pt") as opened:
             return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
@@ -102,6 +51,21 @@ def read_weights(path: str | os.PathLike, subfolder: str | None = None, **hub_kw
         raise InputError(
             f"Cannot read {file}: {error}. Expected a whole safetensors file; copy or download it again."
         ) from error
+
+
+def _read_torch_weights(file: str) -> Tensors:
+    import torch
+
+    try:
+        tensors = dict(torch.load(file, map_location="cpu", weights_only=True))
+        if not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+            raise TypeError("not all values are tensors")
+    except Exception as error:  # a damaged pickle makes the reader stumble anywhere
+        raise InputError(
+            f"Expected a dictionary of tensors in {file}, and nothing that runs code; it cannot be read so. "
+            f"Save the adapter as safetensors."
+        ) from error
+    return tensors
 
 
 def get_peft_model_state_dict(
@@ -158,6 +122,7 @@ def set_peft_model_state_dict(
             if adapter_name in module.modules_to_save:
                 copied = module.modules_to_save[adapter_name]
                 copied.load_state_dict({key: tensors[f"{PREFIX}{path}.{key}"] for key in copied.state_dict()})
+    model.sync_weights()
 
 
 def _check(expected: Tensors, found: Mapping[str, torch.Tensor], adapter_name: str) -> None:
@@ -195,9 +160,8 @@ def save_adapter(
     state_dict: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Write one adapter's config and tensors into a folder. What stood there stays whole until both are written."""
-    import dataclasses
-
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = get_peft_model_state_dict(model, state_dict, adapter_name)
@@ -213,12 +177,15 @@ def save_adapter(
         metadata[_KEY_VALUE_ONLY] = "true"
     folder = Path(folder)
     name = WEIGHTS_NAME if safe_serialization else TORCH_WEIGHTS_NAME
-    with replacing(folder / name) as path:
-        if safe_serialization:
-            save_file(tensors, path, metadata=metadata)
+    with replacing(folder / name) as weights, replacing(folder / CONFIG_NAME) as description:
+        description.write_text(config.to_json(), encoding="utf-8")
+        if not safe_serialization:
+            torch.save(tensors, weights)
         else:
-            torch.save(tensors, path)
-        config.save_pretrained(folder)
+            try:
+                save_file(tensors, weights, metadata=metadata)
+            except SafetensorError as error:  # its own word for what the operating system refused
+                raise OSError(f"Cannot write {folder / name}: {error}") from error
     # An earlier save in the other format would be read in place of this one.
     (folder / (TORCH_WEIGHTS_NAME if safe_serialization else WEIGHTS_NAME)).unlink(missing_ok=True)
 
@@ -252,38 +219,3 @@ def load_adapter(
     except BaseException:
         model.delete_adapter(adapter_name)
         raise
-
-
-MODEL_CARD = """---
-base_model: {base}
-library_name: peft
-tags:
-- ia3
-- "base_model:adapter:{base}"
----
-
-# (IA)³ adapter for {base}
-
-{numbers} learned numbers that rescale keys, values and feed-forward activations ([arXiv:2205.05638]({paper})).
-
-```python
-from ia3 import PeftModel
-
-model = PeftModel.from_pretrained(base, "path/to/this/folder")
-```
-"""
-
-
-def write_model_card(model: IA3Model, folder: str | os.PathLike) -> None:
-    """Write a `README.md` that says what the adapter is, unless the folder has one."""
-    card = Path(folder, "README.md")
-    if card.exists():
-        return
-    name = next(iter(model.peft_config))
-    base = model.peft_config[name].base_model_name_or_path or getattr(model.model, "name_or_path", "") or "unknown"
-    numbers = sum(tensor.numel() for tensor in get_peft_model_state_dict(model, adapter_name=name).values())
-    with replacing(card) as path:
-        path.write_text(
-            MODEL_CARD.format(base=base, numbers=f"{numbers:,}", paper="https://arxiv.org/abs/2205.05638"),
-            encoding="utf-8",
-        )

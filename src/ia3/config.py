@@ -10,6 +10,7 @@ from enum import Enum
 from typing import Any
 
 from ia3.errors import InputError, shown
+from ia3.files import locate, replacing
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -144,6 +145,10 @@ class IA3Config:
         """The fields as plain JSON values; sets become sorted lists."""
         return {key: sorted(value) if isinstance(value, set) else _plain(value) for key, value in asdict(self).items()}
 
+    def to_json(self) -> str:
+        """What `adapter_config.json` holds."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True)
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> IA3Config:
         """The config of a dictionary; keys that are not (IA)³'s are ignored with a warning that names them."""
@@ -172,16 +177,12 @@ class IA3Config:
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike, subfolder: str | None = None, **hub_kwargs: Any) -> IA3Config:
         """Read `adapter_config.json` from a folder or a hub repository (`revision`, `token`, … as of the hub)."""
-        from ia3.checkpoint import locate
-
         return cls.from_json_file(locate(path, CONFIG_NAME, subfolder=subfolder, **hub_kwargs))
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write `adapter_config.json` into a folder, which is made when it is not there."""
-        from ia3.checkpoint import replacing
-
         with replacing(os.path.join(folder, CONFIG_NAME)) as path:
-            path.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True), encoding="utf-8")
+            path.write_text(self.to_json(), encoding="utf-8")
 
 
 def _names(field: str, value: Any) -> list[str]:

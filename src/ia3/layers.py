@@ -21,15 +21,13 @@ from ia3.routing import Routing
 
 @dataclass(frozen=True)
 class Rule:
-    """How a vector scales modules of one type: the axes of the weight, of the activation, and of the stored vector.
+    """How a vector scales modules of one type: the axes of the weight that hold input and output features.
 
-    `weight_in` and `weight_out` are the axes of the weight that hold input and output features, `activation` the
-    axis of inputs and outputs that holds them.
+    Those of the activations are the last ones.
     """
 
     weight_in: int
     weight_out: int
-    activation: int = -1
 
     def features(self, module: nn.Module, feedforward: bool) -> int:
         """How long the vector is: the module's input features for a feed-forward, else its output features."""
@@ -42,7 +40,7 @@ class Rule:
         return (1, length) if feedforward else (length, 1)
 
     def scale(self, activation: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-        """The activation times a flat vector along the feature axis, in the activation's dtype."""
+        """The activation times a flat vector along the last axis, in the activation's dtype."""
         return (activation * vector).to(activation.dtype)
 
     def scale_weight(self, weight: torch.Tensor, vector: torch.Tensor, feedforward: bool) -> torch.Tensor:

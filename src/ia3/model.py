@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ia3 import checkpoint
+from ia3.cards import write_model_card
 from ia3.config import IA3Config, PeftType, TaskType
 from ia3.errors import InputError, shown
 from ia3.layers import IA3Layer, TrainedModule
@@ -96,7 +97,8 @@ class IA3Model(nn.Module):
     def _adapted(self) -> list[IA3Layer | TrainedModule]:
         return [*self.layers.values(), *self.trained_modules.values()]
 
-    def _parameters_of(self, name: str) -> Iterator[nn.Parameter]:
+    def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
+        """An adapter's parameters: its vectors, and its copies of `modules_to_save`."""
         for layer in self.layers.values():
             if name in layer.ia3_l:
                 yield layer.ia3_l[name]
@@ -150,9 +152,20 @@ class IA3Model(nn.Module):
     def _check_new_name(self, name: str) -> None:
         if name in self.peft_config:
             raise InputError(f"Adapter with name {name!r} already exists; choose another name or delete it.")
-        if not name or "." in name or name == "__base__":
+        if (
+            not name
+            or "." in name
+            or name == "__base__"
+            or hasattr(nn.ModuleDict, name)
+            or hasattr(nn.ParameterDict, name)
+        ):
             raise InputError(
-                f"Expected an adapter name that is not empty, has no dot and is not '__base__', found {name!r}."
+                f"Expected an adapter name that is not empty, has no dot and is no word of Python's dictionaries or "
+                f"'__base__', found {name!r}."
+            )
+        if any(name in layer.ia3_l for layer in self.layers.values()):
+            raise InputError(
+                f"The model has an adapter {name!r} of an earlier IA3Model; unload that or choose another name."
             )
 
     def _resolve_modules_to_save(self, config: IA3Config) -> list[str]:
@@ -194,7 +207,7 @@ class IA3Model(nn.Module):
                 module = TrainedModule(module, self.routing)
                 self._replace(path, module)
             module.add(name)
-        for parameter in self._parameters_of(name):
+        for parameter in self.adapter_parameters(name):
             parameter.requires_grad_(False)
 
     def _replace(self, path: str, module: nn.Module) -> None:
@@ -269,20 +282,20 @@ class IA3Model(nn.Module):
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         self.require_adapters(names)
         for name in names:
-            for parameter in self._parameters_of(name):
+            for parameter in self.adapter_parameters(name):
                 parameter.requires_grad_(requires_grad)
 
     def enable_adapter_layers(self) -> None:
         """Switch the adapters on again, merged ones too."""
         self.routing.enabled = True
-        self._sync_weights()
+        self.sync_weights()
 
     def disable_adapter_layers(self) -> None:
         """Switch all adapters off, merged ones too: outputs equal the base model's, bit for bit."""
         self.routing.enabled = False
-        self._sync_weights()
+        self.sync_weights()
 
-    def _sync_weights(self) -> None:
+    def sync_weights(self) -> None:
         """Make the base weights hold what is merged: nothing while adapters are off."""
         for layer in self.layers.values():
             layer.unmerge()
@@ -398,7 +411,7 @@ class IA3Model(nn.Module):
         if safe_merge:
             self._check_finite(merged)
         self.routing.merged = merged
-        self._sync_weights()
+        self.sync_weights()
 
     def unmerge_adapter(self) -> None:
         """Give the base weights back, bit for bit as they were before merging."""
@@ -406,7 +419,7 @@ class IA3Model(nn.Module):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         self.routing.merged = ()
-        self._sync_weights()
+        self.sync_weights()
 
     def merge_and_unload(
         self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None, progressbar: bool = False
@@ -502,7 +515,7 @@ class IA3Model(nn.Module):
         for name in names:
             folder = save_directory if name == "default" else os.path.join(save_directory, name)
             checkpoint.save_adapter(self, folder, name, safe_serialization, state_dict)
-        checkpoint.write_model_card(self, save_directory)
+        write_model_card(self, save_directory)
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None, **kwargs: Any) -> str:
         """Upload the adapters to a hub repository, which is made when it is not there. Returns the commit's address.

@@ -33,8 +33,10 @@ def load_base(name: str = EMBEDDED_MODEL) -> tuple[PreTrainedModel, PreTrainedTo
     if not Path(name).exists() and name == EMBEDDED_MODEL:
         source = str(_embedded_folder() or _EMBEDDED_ON_HUB)
     else:
-        source = name
         folder = Path(name)
+        if folder.is_dir():
+            name = str(folder.resolve())  # an adapter that records it is used from other places too
+        source = name
         if folder.exists() and not (folder / "config.json").is_file():
             hint = " It is an adapter's folder." if (folder / "adapter_config.json").is_file() else ""
             raise InputError(f"Expected a model's folder with a config.json, found {name!r} without one.{hint}")
@@ -44,7 +46,9 @@ def load_base(name: str = EMBEDDED_MODEL) -> tuple[PreTrainedModel, PreTrainedTo
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
             model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
-        except (OSError, ValueError, KeyError) as error:
+        except (
+            Exception
+        ) as error:  # a damaged file, a missing package, another kind of model: the user's answer is the same
             raise InputError(f"Cannot load {name!r} as a causal language model: {reason(error)}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

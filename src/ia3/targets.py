@@ -24,26 +24,8 @@ _SECOND_FEEDFORWARD = {"down_proj": None, "fc2": None, "wo": None, "mlp.c_proj":
 
 # Architectures that these names cover whole: every attention and every feed-forward block.
 _COVERED = frozenset(
-    [
-        "bart",
-        "bert",
-        "gemma",
-        "gemma2",
-        "gemma3_text",
-        "gpt2",
-        "llama",
-        "mbart",
-        "mistral",
-        "mt5",
-        "opt",
-        "qwen2",
-        "qwen3",
-        "roberta",
-        "smollm3",
-        "t5",
-        "umt5",
-        "xlm-roberta",
-    ]
+    "bart bert gemma gemma2 gemma3_text gpt2 llama mbart mistral mt5 opt qwen2 qwen3 roberta smollm3 t5 umt5 "  # noqa: SIM905
+    "xlm-roberta".split()
 )
 
 # Names of classification heads, which SEQ_CLS and TOKEN_CLS adapters train in full.
@@ -65,13 +47,6 @@ class Target:
     module: nn.Module
     feedforward: bool
     rescaled: torch.Tensor | None = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of its vector in a checkpoint."""
-        rule = find_rule(self.module)
-        assert rule is not None
-        return rule.stored_shape(self.module, self.feedforward)
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -99,7 +74,12 @@ def unwrapped(module: nn.Module) -> nn.Module:
 def matches(path: str, pattern: Iterable[str] | str) -> bool:
     """Whether a module path is meant: by regular expression (a string), or by whole trailing components (a list)."""
     if isinstance(pattern, str):
-        return re.fullmatch(pattern, path) is not None
+        try:
+            return re.fullmatch(pattern, path) is not None
+        except re.error as error:
+            raise InputError(
+                f"Expected a regular expression, found {pattern!r}: {error}; for one name, use a list."
+            ) from error
     return any(path == entry or path.endswith(f".{entry}") for entry in pattern)
 
 

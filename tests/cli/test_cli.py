@@ -164,7 +164,7 @@ class TestTrain:
 
         monkeypatch.setattr(TFewTrainer, "training_step", interrupted)
         code, _, err = train(steps=8, output=tmp_path / "cut")
-        assert code == 130 and "--resume" in err
+        assert code == 130 and "checkpoint-4 with the same command and --resume" in err
         monkeypatch.setattr(TFewTrainer, "training_step", step)
         code, _, err = train("--resume", steps=9, output=tmp_path / "cut")
         assert code == 2 and "'steps'" in err
@@ -212,23 +212,86 @@ class TestTrain:
         code, _, err = train(test_data=write_csv(tmp_path / "bad.csv", rows))
         assert code == 2 and message in err and not (tmp_path / "out").exists()
 
+    def test_a_base_model_cut_short(self, train, place, tmp_path):
+        shutil.copytree(place / "model", tmp_path / "model")
+        weights = (tmp_path / "model" / "model.safetensors").read_bytes()
+        (tmp_path / "model" / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+        code, _, err = train(model=tmp_path / "model")
+        assert code == 2 and "Cannot load" in err and err.count("\n") == 1
+
     def test_one_class_only(self, train, tmp_path):
         path = write_csv(tmp_path / "one.csv", [{"text": f"tea {i}", "label": "pos"} for i in range(40)])
         code, _, err = train(data=path, choices=None)
         assert code == 2 and "at least two labels in column 'label', found 'pos'" in err
 
-    def test_a_full_disk_leaves_the_earlier_adapter(self, train, tmp_path, monkeypatch):
-        import safetensors.torch
+    def test_interrupted_before_a_checkpoint_says_so(self, train, tmp_path, monkeypatch):
+        from ia3.tfew import TFewTrainer
+
+        def interrupted(self, *args, **kwargs):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(TFewTrainer, "training_step", interrupted)
+        code, _, err = train()
+        assert code == 130 and "no checkpoint yet" in err
+        assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+    def test_interrupted_after_training_leaves_the_earlier_adapter_whole(self, train, tmp_path, monkeypatch):
+        import ia3.tfew
 
         assert train()[0] == 0
         before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+        calls, real = [], ia3.tfew.predict
 
-        def full(*args, **kwargs):
-            raise OSError(28, "No space left on device")
+        def interrupted(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return real(*args, **kwargs)
 
-        monkeypatch.setattr(safetensors.torch, "save_file", full)
-        code, _, err = train(seed=5)
-        assert code == 2 and "No space left on device" in err and err.count("\n") == 1
+        monkeypatch.setattr(ia3.tfew, "predict", interrupted)
+        assert train(choices="pos=bad,neg=good")[0] == 130
+        assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()} == before
+
+    def test_other_rows_are_not_resumed_on(self, train, place, tmp_path, monkeypatch):
+        from ia3.tfew import TFewTrainer
+
+        step = TFewTrainer.training_step
+
+        def interrupted(self, *args, **kwargs):
+            if self.state.global_step == 3:
+                raise KeyboardInterrupt
+            return step(self, *args, **kwargs)
+
+        data = write_csv(tmp_path / "rows.csv", words.rows(60, seed=1))
+        monkeypatch.setattr(TFewTrainer, "training_step", interrupted)
+        assert train(data=data)[0] == 130
+        write_csv(data, words.rows(60, seed=2))
+        code, _, err = train("--resume", data=data)
+        assert code == 2 and "'examples'" in err
+
+    def test_row_numbers_in_errors_are_the_files(self, train, tmp_path):
+        rows = words.rows(60)
+        rows[30]["text"] = ""
+        code, _, err = train(data=write_csv(tmp_path / "rows.csv", rows))
+        assert code == 2 and "(row 31)" in err
+
+    def test_a_full_disk_leaves_the_earlier_adapter(self, train, place, tmp_path):
+        """A real limit on the size of files, in a process of its own."""
+        assert train()[0] == 0
+        before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+        arguments = ["train", "--model", place / "model", "--data", place / "train.csv", "--template", TEMPLATE]
+        arguments += ["--choices", CHOICES, "--seed", 5, "--steps", 4, "--output", tmp_path / "out"]
+        script = (
+            "import resource, sys; from ia3.cli import main\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
+            "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+            "main(sys.argv[1:])"
+        )
+        command = [sys.executable, "-c", script, *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        last = done.stderr.strip().splitlines()[-1]
+        assert last.startswith("ia3: ") and "whole" in last and "Traceback" not in done.stderr
         assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()} == before
 
 
@@ -240,6 +303,11 @@ class TestPredict:
         assert all(sum(item["probabilities"].values()) == pytest.approx(1) for item in found)
         code, out, _ = ia3("predict", place / "adapter", "the tea was lovely")
         assert code == 0 and "the tea was lovely" in out and "%" in out
+
+    def test_its_own_output_can_be_predicted_again(self, ia3, place, tmp_path):
+        for source, name in ((place / "test.csv", "a.csv"), (tmp_path / "a.csv", "b.csv")):
+            assert ia3("predict", place / "adapter", "--data", source, "--output", tmp_path / name)[0] == 0
+        assert (tmp_path / "a.csv").read_text() == (tmp_path / "b.csv").read_text()
 
     @pytest.mark.parametrize("name", ["found.csv", "found.jsonl"])
     def test_rows_of_a_file(self, ia3, place, tmp_path, name):

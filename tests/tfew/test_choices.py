@@ -157,6 +157,29 @@ class TestSelfCheck:
         llama.model.rotary_emb.forward = counting.__get__(llama.model.rotary_emb)
         assert not self.verdict(llama)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_a_window_of_the_model_is_found_out_in_half_precision_too(self, dtype):
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        config = transformers.AutoConfig.for_model(
+            "mistral", vocab_size=tiny.VOCAB, sliding_window=8, num_key_value_heads=2, **sizes
+        )
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+        model.to(dtype)
+        long = [Question([5, *range(3, 33)], [[9, 10], [11, 12, 13]])]
+        assert "position_ids" not in collate(model, long)
+
+    def test_a_broken_adapter_is_no_verdict_on_the_model(self, llama):
+        vectors = IA3Model(llama, IA3Config())
+        vector = vectors.layers["model.layers.0.self_attn.k_proj"].ia3_l["default"]
+        vector.data[0] = math.nan
+        collate(vectors, self.made)
+        vector.data[0] = 1.0
+        assert "position_ids" in collate(vectors, self.made)
+
     def test_a_window_counted_over_the_row_is_found_out_when_rows_reach_it(self, llama, monkeypatch):
         forward = module.token_log_probs
 
@@ -180,7 +203,7 @@ class TestSelfCheck:
         llama.model.layers[0].eval()
         for length in (4, 3, 20, 7):
             collate(llama, [Question([5] * length, [[6], [7]])])
-        assert len(calls) == 4  # twice, each time short rows and the longest
+        assert len(calls) == 2
         assert llama.training and not llama.model.layers[0].training
 
 
@@ -218,6 +241,14 @@ class TestScoreChoices:
         short = score_choices(gpt2, tokenizer, [" ".join(["tea"] * 61 + ["was"])], [["good", "not bad"]])
         assert torch.equal(found[0], short[0])
         assert "1 prompts are longer" in caplog.text
+
+    def test_what_marks_the_beginning_of_a_text_stays(self):
+        from tokenizers.processors import TemplateProcessing
+
+        opening = words.tokenizer(bos_token="<unk>")
+        opening.backend_tokenizer.post_processor = TemplateProcessing(single="<unk> $A", special_tokens=[("<unk>", 2)])
+        made = encode(opening, ["tea was the cake"], [["good"]], max_length=4)[0]
+        assert made.prompt == [2, *words.tokenizer()("the cake")["input_ids"]]
 
     def test_a_closing_token_of_the_tokenizer_does_not_close_the_prompt(self):
         from tokenizers.processors import TemplateProcessing

@@ -28,9 +28,34 @@ class TestTask:
         assert task.answers == [" good", " not good"]
         assert task.columns == ["text"]
 
+    def test_white_space_at_the_end_is_dropped(self):
+        assert Task(template=" {{ text }} :\n \n", choices=CHOICES).prompt({"text": "tea"}) == " tea :"
+
     def test_columns_whose_names_are_no_identifiers(self):
-        task = Task(template='{{ row["Review Text"] }} :', choices=CHOICES)
-        assert task.prompt({"Review Text": "tea"}) == "tea :"
+        task = Task(template='{{ row["Review Text"] }} {{ row.more }} :', choices=CHOICES)
+        assert task.columns == ["Review Text", "more"]
+        assert task.prompt({"Review Text": "tea", "more": "x"}) == "tea x :"
+        with pytest.raises(InputError, match="found it empty"):
+            task.prompt({"Review Text": "", "more": " "})
+
+    @pytest.mark.parametrize(
+        "template", ["{{ text + 'x' }}", "{{ text / 0 }}", "{% include 'a' %}", "{{ range(10**9) }}"]
+    )
+    def test_templates_that_fail_are_one_line(self, template):
+        with pytest.raises(InputError, match="Cannot render") as error:
+            Task(template=template, choices=CHOICES).prompt({"text": 1})
+        assert "\n" not in str(error.value)
+
+    def test_answers_that_a_tokenizer_cannot_tell_apart(self, llama):
+        task = Task(template=TEMPLATE, choices={"pos": "heavenly", "neg": "dreadful"})  # both unknown words
+        for use in (task.questions, lambda tokenizer, rows: predict(llama, tokenizer, task, rows)):
+            with pytest.raises(InputError, match="' heavenly' and ' dreadful' are the same"):
+                use(words.tokenizer(), [{"text": "tea", "label": "pos"}])
+
+    def test_words_in_yaml_stay_words(self, tmp_path):
+        (tmp_path / "task.yaml").write_text("template: '{{ text }}'\nchoices: {yes: on, 1: 2.0}\ntest:\n")
+        task = Task.from_file(tmp_path / "task.yaml")
+        assert task.choices == {"yes": "on", "1": "2.0"} and task.test is None
 
     def test_questions(self, task):
         tokenizer = words.tokenizer()
@@ -56,7 +81,7 @@ class TestTask:
 
     def test_yaml_round_trip(self, task, tmp_path):
         task = Task.create(
-            **{
+            {
                 **task.model_dump(),
                 "template": 'a "quoted" line:\n{{ text }}\n\n  über ☃ {# c #}:',
                 "choices": {"yes": "no", "1": "~"},
@@ -88,11 +113,18 @@ class TestTask:
     )
     def test_fields_that_cannot_be(self, task, fields, message):
         with pytest.raises(InputError, match=message) as error:
-            Task.create(**{**task.model_dump(), **fields})
+            Task.create({**task.model_dump(), **fields})
         assert "\n" not in str(error.value)
 
     @pytest.mark.parametrize(
-        "content, message", [("a: [", "YAML"), ("- a", "fields"), ("choices: {a: b, c: d}", "template")]
+        "content, message",
+        [
+            ("a: [", "YAML"),
+            ("choices: {a: b, a: c}", "'a' stands twice"),
+            ("where: 1", "where"),
+            ("- a", "fields"),
+            ("choices: {a: b, c: d}", "template"),
+        ],
     )
     def test_files_that_are_no_tasks(self, tmp_path, content, message):
         (tmp_path / "task.yaml").write_text(content)
@@ -133,6 +165,13 @@ class TestInfer:
         assert task.choices == {"a": "a", "b_c": "b c"}
         assert task.prompt({"review": "Tea!"}) == "Tea!\n\nQuestion: What is the kind, a or b c?\nAnswer:"
 
+    @pytest.mark.parametrize("column", ["Review Text", "row", "None", "self", "if", "a'b", "über", "1st"])
+    def test_any_column_name_can_be_the_text(self, column):
+        task = Task.infer([{column: "a", "label": "x{%"}, {column: "b", "label": "{{y"}])
+        prompt = task.prompt({column: "Tea!", "label": "secret"})
+        assert prompt.startswith("Tea!\n") and "x{% or {{y?" in prompt and "secret" not in prompt
+        assert task.columns == [column]
+
     def test_many_labels_are_not_listed(self):
         task = Task.infer([{"text": "a", "label": f"l{i}"} for i in range(11)])
         assert task.prompt({"text": "Tea!"}) == "Tea!\n\nLabel:"
@@ -167,6 +206,17 @@ class TestRows:
         path.write_bytes('\ufefftext,label\r\n"two\r\nlines, ""quoted""",1\r\nüber,NA\r\n'.encode())
         assert read_rows(path) == [{"text": 'two\r\nlines, "quoted"', "label": "1"}, {"text": "über", "label": "NA"}]
 
+    def test_long_texts_and_line_separators_inside_them(self, tmp_path):
+        long = "tea " * 50_000
+        write = {
+            "rows.csv": f"text,label\n{long},1\n",
+            "rows.jsonl": "\ufeff" + json.dumps({"text": "a\u2028b\x85"}, ensure_ascii=False),
+        }
+        for name, content in write.items():
+            (tmp_path / name).write_text(content, encoding="utf-8")
+        assert read_rows(tmp_path / "rows.csv")[0]["text"] == long
+        assert read_rows(tmp_path / "rows.jsonl") == [{"text": "a\u2028b\x85"}]
+
     def test_tsv(self, tmp_path):
         (tmp_path / "rows.tsv").write_text("text\tlabel\na, b\t1\n")
         assert read_rows(tmp_path / "rows.tsv") == [{"text": "a, b", "label": "1"}]
@@ -197,6 +247,7 @@ class TestRows:
             ("rows.csv", "", "Expected rows .* found none"),
             ("rows.csv", "text,label\n", "Expected rows .* found none"),
             ("rows.csv", "text,label\na,b\nc\n", "Expected 2 values .* found 1 in row 2"),
+            ("rows.csv", "text,label,text\na,b,c\n", "names that differ"),
             ("rows.csv", "text,label\na,b,c\n", "Expected 2 values .* found 3 in row 1"),
             ("rows.csv", b"text,label\n\xff,b\n", "UTF-8"),
             ("rows.jsonl", '{"a": 1}\n{"a": \n', "line 2"),

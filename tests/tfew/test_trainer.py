@@ -20,7 +20,7 @@ def trainer(folder, steps=12, rows=None, seed=0, **kwargs):
     model = IA3Model(tiny.build("llama"), IA3Config(task_type="CAUSAL_LM"))
     options = {"seed": seed, "save_strategy": "no", "disable_tqdm": True, **kwargs.pop("args", {})}
     arguments = training_arguments(folder, steps, **options)
-    return TFewTrainer(model, arguments, words.tokenizer(), TASK, rows or words.rows(32), **kwargs)
+    return TFewTrainer(model, arguments, words.tokenizer(), TASK, words.rows(32) if rows is None else rows, **kwargs)
 
 
 def test_loss_falls_and_only_vectors_change(tmp_path):
@@ -99,6 +99,23 @@ def test_checkpoints_hold_adapters_only(tmp_path):
     assert not {"model.safetensors", "pytorch_model.bin"} & set(files)
 
 
+def test_a_wrapper_for_parallel_training_is_seen_through(tmp_path):
+    from ia3.tfew.choices import collate, token_log_probs
+
+    class Parallel(torch.nn.Module):  # as DistributedDataParallel looks from outside
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, *args, **kwargs):
+            return self.module(*args, **kwargs)
+
+    run = trainer(tmp_path)
+    batch = collate(Parallel(run.model), run.train_dataset[:3])
+    assert "position_ids" in batch
+    assert torch.equal(token_log_probs(Parallel(run.model), batch), token_log_probs(run.model, batch))
+
+
 def test_evaluate_gives_loss_and_the_tasks_metrics(tmp_path):
     run = trainer(tmp_path, eval_dataset=words.rows(10, seed=5))
     found = run.evaluate()
@@ -114,6 +131,7 @@ def test_evaluate_gives_loss_and_the_tasks_metrics(tmp_path):
         ([{"text": "tea", "label": "pos"}] * 4, "at least two labels, found only 'pos'"),
         ([{"text": "tea", "label": "maybe"}], "found 'maybe'"),
         ([{"text": "", "label": "pos"}], "row 1"),
+        ([], "found only none in 0 rows"),
     ],
 )
 def test_rows_that_cannot_be_learned_from(tmp_path, rows, message):

@@ -46,11 +46,19 @@ def main(arguments: list[str] | None = None) -> None:
     except InputError as error:
         _fail(str(error))
     except OSError as error:
-        if error.errno is None:
-            raise
         # A full disk, a folder that may not be written: the user's to mend, like bad input.
         where = f" ({error.filename})" if error.filename else ""
-        _fail(f"{error.strerror}{where}; nothing was left half written.")
+        _fail(f"{error.strerror or error}{where}; what was saved before is still whole.")
+    except Exception as error:
+        if not _is_failed_write(error):
+            raise
+        _fail(f"Cannot write a file: {error}; is the disk full? What was saved before is still whole.")
+
+
+def _is_failed_write(error: Exception) -> bool:
+    """Whether torch or safetensors could not write; they say so in errors of their own."""
+    text = str(error)
+    return type(error).__name__ == "SafetensorError" or "iostream error" in text or "PytorchStreamWriter" in text
 
 
 def _fail(message: str) -> None:

@@ -87,7 +87,7 @@ def progress(out: Console) -> Iterator[Progress]:
 
 def load_task(folder: str) -> Task:
     """The task stored beside an adapter."""
-    from ia3.checkpoint import locate
+    from ia3.files import locate
     from ia3.tfew.task import Task
 
     try:
@@ -130,7 +130,8 @@ def parse_choices(text: str | None) -> dict[str, str] | None:
         label, answer = label.strip(), answer.strip() if equals else label.strip()
         if not label or not answer or label in choices:
             raise InputError(
-                f"Expected --choices as label=text,label=text with different labels, found {part!r} in {text!r}."
+                f"Expected --choices as label=text,label=text with different labels, found {part!r} in {text!r}; "
+                f"labels with commas go into a task file (--task)."
             )
         choices[label] = answer
     if len(choices) < 2:

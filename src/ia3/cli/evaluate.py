@@ -40,9 +40,8 @@ def evaluate(
     if source is None:
         raise InputError("Expected labelled rows (--data): the task names no test rows.")
     rows = read_rows(source)
-    labels = [task.label(row, number) for number, row in enumerate(rows, 1)]
-    for number, row in enumerate(rows, 1):
-        task.prompt(row, number)
+    task.check(rows)
+    labels = [task.label(row) for row in rows]
     with out.status("Loading …"):
         adapted, tokenizer = load_adapted(adapter, model)
         from ia3.tfew.predict import predict as predict_rows

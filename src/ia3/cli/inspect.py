@@ -77,8 +77,9 @@ def _print(result: dict[str, Any]) -> None:
 
     out = console()
     out.print(
-        f"(IA)³ adapter for [bold]{result['base_model'] or 'an unnamed model'}[/]: {result['parameters']:,} numbers, "
-        f"{result['bytes'] / 1000:.0f} kB"
+        f"(IA)³ adapter for {result['base_model'] or 'an unnamed model'}: {result['parameters']:,} numbers, "
+        f"{result['bytes'] / 1000:.0f} kB",
+        markup=False,
     )
     table = Table("module", "side", title="What it rescales (1 is no change)")
     for name in ("modules", "numbers", "smallest", "largest", "mean |l - 1|"):

@@ -45,4 +45,4 @@ def merge(
     if json_output:
         print_json({"output": str(output), "bytes": size, "model_class": type(merged).__name__})
     else:
-        out.print(f"{type(merged).__name__} saved in [bold]{output}[/] ({size / 1e6:.0f} MB).")
+        out.print(f"{type(merged).__name__} saved in {output} ({size / 1e6:.0f} MB).", markup=False)

@@ -53,8 +53,7 @@ def predict(
 
     task = load_task(adapter)
     rows = read_rows(data) if data else _text_rows(task, texts or [])
-    for number, row in enumerate(rows, 1):
-        task.prompt(row, number)
+    task.check(rows, labelled=False)
     with out.status("Loading …"):
         adapted, tokenizer = load_adapted(adapter, model)
         from ia3.tfew.predict import predict as predict_rows
@@ -63,7 +62,7 @@ def predict(
         found = predict_rows(adapted, tokenizer, task, rows, lambda count: bars.advance(bar, count))
     if output is not None:
         _write(output, rows, found)
-        out.print(f"{len(rows)} rows written to [bold]{output}[/]")
+        out.print(f"{len(rows)} rows written to {output}", markup=False)
     if json_output:
         print_json([{"label": item.label, "probabilities": item.probabilities} for item in found])
     elif output is None:
@@ -80,7 +79,7 @@ def _text_rows(task: Task, texts: list[str]) -> list[dict[str, str]]:
 
 
 def _write(path: Path, rows: list[dict], found: list[Prediction]) -> None:
-    from ia3.checkpoint import replacing
+    from ia3.files import replacing
 
     with replacing(path) as temporary:
         if path.suffix.lower() == ".jsonl":
@@ -96,8 +95,10 @@ def _write(path: Path, rows: list[dict], found: list[Prediction]) -> None:
             return
         text = io.StringIO()
         labels = list(found[0].probabilities)
-        names = [*rows[0], "prediction", *(f"probability_{label}" for label in labels)]
-        writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
+        added = ["prediction", *(f"probability_{label}" for label in labels)]
+        # All columns of all rows; those of an earlier prediction are replaced.
+        names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in added]
+        writer = csv.DictWriter(text, names + added, lineterminator="\n")
         writer.writeheader()
         for row, item in zip(rows, found, strict=True):
             probabilities = {f"probability_{label}": f"{value:.6f}" for label, value in item.probabilities.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import shutil
@@ -14,11 +15,13 @@ import typer
 
 from ia3.cli.common import TASK_NAME, JsonOption, console, parse_choices, print_json, progress, quiet
 from ia3.errors import InputError, shown
+from ia3.files import replacing
 from ia3.pretrained import EMBEDDED_MODEL
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ia3.model import IA3Model
     from ia3.tfew.task import Row, Task
 
 EMBEDDED_TASK = "food-reviews"
@@ -61,7 +64,7 @@ def train(
     ),
     examples_per_label: int = typer.Option(16, min=1, help="Training examples of each label, drawn at random."),
     test_rows: int = typer.Option(200, min=0, help="Measure on at most so many test rows, drawn at random; 0: on all."),
-    steps: int = typer.Option(48, min=1, help="Optimizer steps, of 8 examples each."),
+    steps: int = typer.Option(40, min=1, help="Optimizer steps, of 8 examples each."),
     seed: int = typer.Option(0, help="Decides which examples are drawn, and their order."),
     output: Path | None = typer.Option(
         None, "--output", "-o", help="Folder of the adapter. [default: adapters/NAME]", show_default=False
@@ -85,6 +88,8 @@ def train(
         raise InputError(f"Expected a folder for --output, found the file {str(folder)!r}.")
     from ia3.tfew.task import few_shot
 
+    description.check(rows)
+    description.check(test or [])
     chosen = few_shot(rows, description, examples_per_label, seed)
     if test is None:
         used = {id(row) for row in chosen}
@@ -92,11 +97,6 @@ def train(
     if test_rows and len(test) > test_rows:
         # The same test rows whatever the seed, so that runs can be compared.
         test = random.Random(0).sample(test, test_rows)
-    labels = [description.label(row, number) for number, row in enumerate(test, 1)]
-    for number, row in enumerate(test, 1):
-        description.prompt(row, number)
-    for number, row in enumerate(chosen, 1):
-        description.prompt(row, number)
 
     run = {
         "model": model,
@@ -104,20 +104,20 @@ def train(
         "examples_per_label": examples_per_label,
         "steps": steps,
         "seed": seed,
-        "data": data,
+        "examples": hashlib.sha256(json.dumps(chosen, default=str).encode()).hexdigest(),
     }
     checkpoint = _checkpoint(folder, run, resume)
     _describe(out, description, model, chosen, len(test), checkpoint)
 
     quiet()
-    results = _run(out, run, description, chosen, test, labels, folder, checkpoint)
-    _write(folder, description, results)
+    results = _run(out, run, description, chosen, test, folder, checkpoint)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     if json_output:
         print_json({"output": str(folder), **results})
     else:
         _print_table(out, results)
-        out.print(f'\nSaved in [bold]{folder}[/]. Try it: ia3 predict {folder} "some text"')
+        hint = f' Try it: ia3 predict {folder} "some text"' if len(description.columns) == 1 else ""
+        out.print(f"\nSaved in {folder}.{hint}", markup=False)
 
 
 def _rows(
@@ -143,7 +143,7 @@ def _rows(
             raise InputError("--text-column goes with --data; a task's template names its columns itself.")
         changes = {"label_column": label_column, "choices": given, "template": template}
         values = description.model_dump() | {key: value for key, value in changes.items() if value is not None}
-        description = Task.create(**values)
+        description = Task.create(values)
         source = data or description.train
         if source is None:
             raise InputError(f"Expected training rows: neither --data nor a `train:` in {task_file}.")
@@ -178,21 +178,21 @@ def _run(
     task: Task,
     chosen: list[Row],
     test: list[Row],
-    labels: list[str],
     folder: Path,
     checkpoint: str | None,
 ) -> dict[str, Any]:
-    """Measure, train, measure again; the adapter is saved in between. `run` has the settings that decide the result."""
+    """Measure, train, measure again, save. `run` has the settings that decide the result."""
     model_name, steps, seed = run["model"], run["steps"], run["seed"]
-    with out.status(f"Loading {model_name} …"):
+    labels = [task.label(row) for row in test]
+    with out.status("Loading the model …"):
         from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
         from ia3 import IA3Config, IA3Model, load_base
-        from ia3.checkpoint import WEIGHTS_NAME
         from ia3.tfew import TFewTrainer, predict, training_arguments
+        from ia3.trainer import last_checkpoint
 
         base, tokenizer = load_base(model_name)
-        model = IA3Model(base, IA3Config(task_type="CAUSAL_LM", base_model_name_or_path=model_name))
+        model = IA3Model(base, IA3Config(task_type="CAUSAL_LM", base_model_name_or_path=base.name_or_path))
 
     with progress(out) as bars:
 
@@ -233,12 +233,15 @@ def _run(
             trained = trainer.train(resume_from_checkpoint=checkpoint)
         except KeyboardInterrupt:
             bars.stop()
-            typer.echo(
-                f"ia3: interrupted; go on with the same command and --resume (checkpoints in {folder}).", err=True
+            whole = last_checkpoint(folder / "checkpoints")
+            way = (
+                f"go on from {whole} with the same command and --resume"
+                if whole
+                else "start again: there is no checkpoint yet"
             )
+            typer.echo(f"ia3: interrupted; {way}.", err=True)
             raise typer.Exit(130) from None
         seconds = time.perf_counter() - started
-        model.save_pretrained(folder)
         after = measure("Trained") if test else None
 
     results: dict[str, Any] = {}
@@ -250,8 +253,7 @@ def _run(
             "trained": after,
             "majority": task.metrics(labels, [majority] * len(labels)),
         }
-    return {
-        **results,
+    results |= {
         "train_seconds": round(seconds, 2),
         "train_loss": trained.training_loss,
         "steps": steps,
@@ -259,34 +261,38 @@ def _run(
         "train_examples": len(chosen),
         "test_rows": len(test),
         "trainable_parameters": model.get_nb_trainable_parameters()[0],
-        "adapter_bytes": (folder / WEIGHTS_NAME).stat().st_size,
-        "model": model_name,
+        "model": base.name_or_path,
         "task": task.name,
     }
+    return _write(folder, model, task, results)
 
 
 def _describe(out: Console, task: Task, model: str, chosen: list[Row], test_rows: int, checkpoint: str | None) -> None:
-    out.print(f"[bold]{task.name}[/] on [bold]{model}[/]: {len(chosen)} training examples, {test_rows} test rows")
+    out.print(
+        f"{task.name} on {model}: {len(chosen)} training examples, {test_rows} test rows", markup=False, style="bold"
+    )
     out.print("The prompt, and its answer choices:", style="dim")
     for line in task.template.rstrip().splitlines():
         out.print(f"  {line}", markup=False)
     out.print("  → " + " | ".join(f"{text}" for text in task.choices.values()), markup=False)
     if checkpoint is not None:
-        out.print(f"Going on from {checkpoint}", style="dim")
+        out.print(f"Going on from {checkpoint}", style="dim", markup=False)
 
 
-def _write(folder: Path, task: Task, results: dict[str, Any]) -> None:
+def _write(folder: Path, model: IA3Model, task: Task, results: dict[str, Any]) -> dict[str, Any]:
+    """Save the adapter and all that belongs to it; returns the results with the adapter's size."""
+    from ia3.checkpoint import WEIGHTS_NAME
+
     task.save(folder / TASK_NAME)
+    model.save_pretrained(folder)
+    results["adapter_bytes"] = (folder / WEIGHTS_NAME).stat().st_size
     _write_json(folder / "metrics.json", results)
-    from ia3.checkpoint import replacing
-
     with replacing(folder / "README.md") as path:
         path.write_text(_model_card(folder, task, results), encoding="utf-8")
+    return results
 
 
 def _write_json(path: Path, value: Any) -> None:
-    from ia3.checkpoint import replacing
-
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -351,6 +357,6 @@ Labels and their answers:
 ## Use
 
 ```
-ia3 predict {folder.name} "some text"
+ia3 predict {folder.name} --data rows.csv
 ```
 """

@@ -45,6 +45,7 @@ def predict(
     Raises:
         InputError: see `Task.prompt` and `score_choices`.
     """
+    task.check_answers(tokenizer)
     prompts = [task.prompt(row, number) for number, row in enumerate(rows, 1)]
     scores = score_choices(model, tokenizer, prompts, [task.answers] * len(prompts), on_progress=on_progress)
     labels = list(task.choices)

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import jinja2
 import jinja2.meta
+import jinja2.nodes
 import jinja2.sandbox
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from ia3.checkpoint import replacing
 from ia3.errors import InputError, reason, shown
+from ia3.files import replacing
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,7 +38,7 @@ class _Environment(jinja2.sandbox.SandboxedEnvironment):
     """Templates come from files of others, so they are rendered in a sandbox; a missing column is an error."""
 
     def __init__(self) -> None:
-        super().__init__(undefined=jinja2.StrictUndefined, keep_trailing_newline=False)
+        super().__init__(undefined=jinja2.StrictUndefined)
 
 
 _ENVIRONMENT = _Environment()
@@ -76,7 +77,10 @@ class Task(BaseModel):
         if isinstance(value, (list, tuple)):
             value = {label: label for label in value}
         if isinstance(value, Mapping):
-            return {_text(label): _text(answer) for label, answer in value.items()}
+            texts = {_text(label): _text(answer) for label, answer in value.items()}
+            if len(texts) < len(value):
+                raise ValueError(f"expected labels that differ as text, found {list(value)}")
+            return texts
         return value
 
     @field_validator("choices")
@@ -107,21 +111,24 @@ class Task(BaseModel):
         if not path.is_file():
             raise InputError(f"Expected a task file, found no {str(path)!r}.")
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+            # Everything in a task is text: `yes` and `1` are words and labels here, not true and a number.
+            values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise InputError(f"Expected YAML in {path}: {' '.join(str(error).split())}") from error
         if not isinstance(values, dict):
             raise InputError(f"Expected fields such as template and choices in {path}, found {type(values).__name__}.")
+        values = {key: value for key, value in values.items() if value not in ("", "~", "null")}
         for name in ("train", "test"):
-            if values.get(name) and (path.parent / values[name]).exists():
-                values[name] = str(path.parent / values[name])
-        return cls.create(where=str(path), **values)
+            source = values.get(name)
+            if isinstance(source, str) and source and (path.parent / source).exists():
+                values[name] = str((path.parent / source).resolve())
+        return cls.create(values, where=str(path))
 
     @classmethod
-    def create(cls, where: str = "the task", **values: Any) -> Task:
+    def create(cls, values: Mapping[str, Any], where: str = "the task") -> Task:
         """A task of fields; what is wrong with them is said in one line (`InputError`)."""
         try:
-            return cls(**values)
+            return cls.model_validate(dict(values))
         except ValidationError as error:
             problems = [
                 f"{'.'.join(map(str, item['loc'])) or 'task'}: {item['msg'].removeprefix('Value error, ')}"
@@ -174,7 +181,7 @@ class Task(BaseModel):
         if template is None:
             text_column = _choose(text_column, columns, "text", "text-column", [label_column])
             template = _made_template(text_column, label_column, list(choices.values()))
-        return cls.create(name=name, template=template, label_column=label_column, choices=dict(choices))
+        return cls.create({"name": name, "template": template, "label_column": label_column, "choices": dict(choices)})
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the task as YAML, in whole or not at all."""
@@ -186,8 +193,14 @@ class Task(BaseModel):
 
     @cached_property
     def columns(self) -> list[str]:
-        """The columns that the template names, in alphabetical order (those that it reaches by `row[…]` excepted)."""
-        return sorted(jinja2.meta.find_undeclared_variables(_ENVIRONMENT.parse(self.template)) - {"row"})
+        """The columns that the template names, by themselves or as `row["…"]`, in alphabetical order."""
+        tree = _ENVIRONMENT.parse(self.template)
+        names = jinja2.meta.find_undeclared_variables(tree) - {"row"}
+        for node in tree.find_all((jinja2.nodes.Getitem, jinja2.nodes.Getattr)):
+            if isinstance(node.node, jinja2.nodes.Name) and node.node.name == "row":
+                name = node.attr if isinstance(node, jinja2.nodes.Getattr) else getattr(node.arg, "value", None)
+                names |= {name} if isinstance(name, str) else set()
+        return sorted(names)
 
     @cached_property
     def _compiled(self) -> jinja2.Template:
@@ -218,14 +231,14 @@ class Task(BaseModel):
             raise InputError(
                 f"Expected some text in {shown(self.columns)}, found it empty{where}; fill or drop the row."
             )
+        values = {name: "" if value is None else value for name, value in row.items()}
         try:
-            values = {name: "" if value is None else value for name, value in row.items()}
-            text = self._compiled.render(**{str(k): v for k, v in values.items() if k != "row"}, row=values)
-        except jinja2.TemplateError as error:
+            text = self._compiled.render({**values, "row": values}).rstrip()
+        except Exception as error:  # a template can do anything wrong that a program can
             raise InputError(
-                f"Cannot render the template{where}: {error}; the columns are {shown(row, 20)}."
+                f"Cannot render the template{where}: {reason(error)}; the columns are {shown(row, 20)}."
             ) from error
-        if not text.strip():
+        if not text:
             raise InputError(f"The template gives an empty prompt{where}; fill or drop the row.")
         return text
 
@@ -242,6 +255,24 @@ class Task(BaseModel):
         if label not in self.choices:
             raise InputError(f"Expected a label of {shown(self.choices, 20)}, found {label!r}{where}.")
         return label
+
+    def check(self, rows: Iterable[Row], labelled: bool = True) -> None:
+        """Raise what `prompt` and `label` would raise for the first row, in the file's order, that cannot be used."""
+        for number, row in enumerate(rows, 1):
+            self.prompt(row, number)
+            if labelled:
+                self.label(row, number)
+
+    def check_answers(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raise `InputError` when a tokenizer makes the same tokens of two answer texts, which nothing can tell apart."""
+        seen: dict[tuple[int, ...], str] = {}
+        for text in self.answers:
+            tokens = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+            if tokens in seen:
+                raise InputError(
+                    f"The answers {seen[tokens]!r} and {text!r} are the same to this model's tokenizer; choose other words."
+                )
+            seen[tokens] = text
 
     def questions(
         self,
@@ -263,6 +294,7 @@ class Task(BaseModel):
         """
         from ia3.tfew.choices import encode, model_max_length
 
+        self.check_answers(tokenizer)
         rows = list(rows)
         prompts = [self.prompt(row, i + 1) for i, row in enumerate(rows)]
         names = list(self.choices)
@@ -333,6 +365,17 @@ def few_shot(rows: Sequence[Row], task: Task, per_label: int, seed: int = 0) -> 
     return chosen
 
 
+class _Loader(yaml.BaseLoader):
+    """YAML in which every value is text, nothing a number, and a key stands once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 class _Dumper(yaml.SafeDumper):
     """YAML in which text of several lines stays readable."""
 
@@ -371,20 +414,32 @@ def _choose(asked: str | None, columns: list[str], usual: str, option: str, take
 
 
 def _made_template(text_column: str, label_column: str, answers: list[str]) -> str:
-    text = f"{{{{ {text_column} }}}}" if text_column.isidentifier() else f"{{{{ row[{text_column!r}] }}}}"
+    text = f"{{{{ {text_column} }}}}"
+    try:
+        plain = jinja2.meta.find_undeclared_variables(_ENVIRONMENT.parse(text)) == {text_column} != {"row"}
+    except jinja2.TemplateError:
+        plain = False
+    if not plain:
+        text = f"{{{{ row[{text_column!r}] }}}}"
     if len(answers) > _MOST_LISTED:
-        return f"{text}\n\n{label_column.replace('_', ' ').capitalize()}:"
-    listed = f"{', '.join(answers[:-1])} or {answers[-1]}"
-    return f"{text}\n\nQuestion: What is the {label_column.replace('_', ' ')}, {listed}?\nAnswer:"
+        return f"{text}\n\n{label_column.replace('_', ' ').replace('{', '').capitalize()}:"
+    question = f"What is the {label_column.replace('_', ' ')}, {', '.join(answers[:-1])} or {answers[-1]}?"
+    if "{" in question:
+        question = f"{{% raw %}}{question}{{% endraw %}}"
+    return f"{text}\n\nQuestion: {question}\nAnswer:"
 
 
 def _from_csv(path: Path) -> list[dict[str, Any]]:
+    csv.field_size_limit(2**31 - 1)
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
         try:
             rows = list(reader)
         except csv.Error as error:
             raise InputError(f"Cannot read {str(path)!r} as CSV: line {reader.line_num}: {error}.") from error
+        names = list(reader.fieldnames or [])
+        if len(set(names)) < len(names):
+            raise InputError(f"Expected column names that differ in {str(path)!r}, found {shown(names, 20)}.")
         for number, row in enumerate(rows, 1):
             if None in row or None in row.values():
                 found = len(row) - 1 + len(row[None]) if None in row else sum(v is not None for v in row.values())
@@ -397,7 +452,7 @@ def _from_csv(path: Path) -> list[dict[str, Any]]:
 
 def _from_json_lines(path: Path) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if line.strip():
             try:
                 row = json.loads(line)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +11,15 @@ from torch import nn
 from transformers import TrainingArguments
 
 from ia3.errors import InputError
-from ia3.tfew.choices import Question, batches, collate, normalized_scores, padding_id, token_log_probs
+from ia3.tfew.choices import (
+    Question,
+    batches,
+    collate,
+    normalized_scores,
+    padding_id,
+    to_device,
+    token_log_probs,
+)
 from ia3.tfew.losses import tfew_loss
 from ia3.trainer import Trainer
 
@@ -86,10 +93,12 @@ class TFewTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         questions = task.questions(processing_class, train_dataset, model=model)
-        if len({question.label for question in questions}) < 2 and len(task.choices) > 1:
+        shown = {question.label for question in questions}
+        if len(shown) < 2:
+            names = ", ".join(repr(list(task.choices)[label]) for label in shown if label is not None) or "none"
             raise InputError(
-                f"Expected training rows of at least two labels, found only {task.label(train_dataset[0])!r} in "
-                f"{len(questions)} rows; T-Few learns from the difference."
+                f"Expected training rows of at least two labels, found only {names} in {len(questions)} rows; T-Few learns "
+                f"from the difference."
             )
         held_out = None if eval_dataset is None else task.questions(processing_class, eval_dataset, model=model)
         self.weights = {
@@ -108,7 +117,7 @@ class TFewTrainer(Trainer):
         super().__init__(
             model,
             args,
-            data_collator=partial(_collate_by_length, model, padding_id(processing_class)),
+            data_collator=_collate,
             train_dataset=questions,  # type: ignore[arg-type]
             eval_dataset=held_out,  # type: ignore[arg-type]
             processing_class=processing_class,
@@ -123,16 +132,20 @@ class TFewTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """T-Few's loss of a batch; with `return_outputs`, the index of the best-scoring choice of each question too."""
-        losses, best = [], []
-        for part in inputs["parts"]:
+        questions: list[Question] = inputs["questions"]
+        best = torch.empty_like(inputs["label"])
+        losses = []
+        # The loss is a mean, so that the parts of a batch add up: parts of similar length, of which little is padding.
+        for group in batches(questions):
+            part = collate(model, [questions[i] for i in group], padding_id(self.processing_class))  # type: ignore[arg-type]
+            part = to_device(part, best.device)
             log_probs = token_log_probs(model, part)
             loss = tfew_loss(log_probs, part["mask"], part["label"], **self.weights).total
-            losses.append(loss * (len(part["label"]) / len(inputs["label"])))
-            if return_outputs:
-                scores = normalized_scores(log_probs, part["mask"], self.weights["length_normalization"])
-                best.append(scores.argmax(-1))
+            losses.append(loss * (len(group) / len(questions)))
+            scores = normalized_scores(log_probs.detach(), part["mask"], self.weights["length_normalization"])
+            best[group] = scores.argmax(-1)
         total = torch.stack(losses).sum()
-        return (total, torch.cat(best)) if return_outputs else total
+        return (total, best) if return_outputs else total
 
     def prediction_step(
         self,
@@ -148,7 +161,6 @@ class TFewTrainer(Trainer):
         return loss.detach(), None if prediction_loss_only else best, inputs["label"]
 
 
-def _collate_by_length(model: nn.Module, pad_token_id: int, questions: Sequence[Question]) -> dict[str, Any]:
-    """A batch in parts of similar length, so that little of it is padding: the loss is a mean, its parts add up."""
-    parts = [collate(model, [questions[i] for i in group], pad_token_id) for group in batches(questions)]
-    return {"label": torch.cat([part["label"] for part in parts]), "parts": parts}
+def _collate(questions: list[Question]) -> dict[str, Any]:
+    """The questions as they are, packed later where the model is at hand; and their labels (B,)."""
+    return {"label": torch.tensor([question.label for question in questions]), "questions": questions}

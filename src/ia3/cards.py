@@ -1,0 +1,46 @@
+"""The model card that goes with saved adapters."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ia3.files import replacing
+
+if TYPE_CHECKING:
+    from ia3.model import IA3Model
+
+_MODEL_CARD = """---
+base_model: {base}
+library_name: peft
+tags:
+- ia3
+- "base_model:adapter:{base}"
+---
+
+# (IA)³ adapter for {base}
+
+{numbers} learned numbers that rescale keys, values and feed-forward activations ([arXiv:2205.05638]({paper})).
+
+```python
+from ia3 import PeftModel
+
+model = PeftModel.from_pretrained(base, "path/to/this/folder")
+```
+"""
+
+
+def write_model_card(model: IA3Model, folder: str | os.PathLike) -> None:
+    """Write a `README.md` that says what the adapter is, unless the folder has one."""
+    card = Path(folder, "README.md")
+    if card.exists():
+        return
+    name = next(iter(model.peft_config))
+    base = model.peft_config[name].base_model_name_or_path or getattr(model.model, "name_or_path", "") or "unknown"
+    numbers = sum(parameter.numel() for parameter in model.adapter_parameters(name))
+    with replacing(card) as path:
+        path.write_text(
+            _MODEL_CARD.format(base=base, numbers=f"{numbers:,}", paper="https://arxiv.org/abs/2205.05638"),
+            encoding="utf-8",
+        )

@@ -1,0 +1,51 @@
+"""Files: found here or on the hub, and replaced in whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ia3.errors import InputError, reason
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary name beside `path` to write to; renamed to it at the end, removed when anything goes wrong."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp's files are private; a checkpoint is as readable as any file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def locate(path: str | os.PathLike, filename: str, subfolder: str | None = None, **hub_kwargs: Any) -> str:
+    """The file of a local adapter folder, or of a hub repository, downloaded.
+
+    Raises:
+        InputError: there is no such folder, repository or file.
+    """
+    folder = Path(path, subfolder) if subfolder else Path(path)
+    if (folder / filename).is_file():
+        return str(folder / filename)
+    if folder.exists():
+        raise InputError(f"Can't find {filename!r} in {str(folder)!r}: expected the folder of a saved adapter.")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return hf_hub_download(str(path), filename, subfolder=subfolder, **hub_kwargs)
+    except Exception as error:  # whatever the hub, the network or the name's form raised, the user's answer is the same
+        raise InputError(
+            f"Can't find {filename!r} at {str(path)!r}: no such folder here, and the hub answered: {reason(error)}"
+        ) from error

