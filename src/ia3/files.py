@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ia3.errors import InputError, reason
+from ia3.errors import InputError, reason, shown
 
 
 @contextmanager
@@ -41,6 +41,9 @@ def locate(path: str | os.PathLike, filename: str, subfolder: str | None = None,
         return str(folder / filename)
     if folder.exists():
         raise InputError(f"Can't find {filename!r} in {str(folder)!r}: expected the folder of a saved adapter.")
+    if folder.parent != Path() and folder.parent.is_dir():  # a name mistyped beside others, no hub repository
+        others = sorted(child.name for child in folder.parent.iterdir() if child.is_dir())
+        raise InputError(f"Can't find the folder {folder.name!r} in {str(folder.parent)!r}; there are {shown(others)}.")
     from huggingface_hub import hf_hub_download
 
     try:

@@ -379,6 +379,12 @@ class TestAdapterFolders:
         (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
         self.fails(ia3, adapter, "--model")
 
+    def test_mistyped_beside_others_name_them_and_ask_no_hub(self, ia3, place, monkeypatch):
+        import huggingface_hub
+
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args, **kwargs: pytest.fail("asked the hub"))
+        self.fails(ia3, place / "adaptr", f"Can't find the folder 'adaptr' in '{place}'; there are 'adapter', 'model'")
+
     def test_that_are_not_there(self, ia3, tmp_path):
         self.fails(ia3, tmp_path / "nowhere", "nowhere")
 

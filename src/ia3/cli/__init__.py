@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 
 import typer
@@ -41,6 +42,7 @@ def _options(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line. Bad input: one line on standard error, exit code 2. (Ctrl-C: exit code 130, by typer.)"""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; what comes of them is said in one line
     try:
         app(arguments)
     except InputError as error:

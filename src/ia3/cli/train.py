@@ -117,7 +117,7 @@ def train(
     else:
         _print_table(out, results)
         hint = f' Try it: ia3 predict {folder} "some text"' if len(description.columns) == 1 else ""
-        out.print(f"\nSaved in {folder}.{hint}", markup=False)
+        out.print(f"\nSaved in {folder}.{hint}", markup=False, soft_wrap=True)
 
 
 def _rows(
