@@ -1,7 +1,8 @@
 """One T-Few training step of 8 examples on SmolLM2-135M in float32: ours, PEFT's, and the floor, in one process.
 
 - PEFT: its IA3Model on the same modules; every (prompt + choice) a row of its own, padded to one batch, full logits,
-  the same three losses.
+  the same three losses. Beyond 128 rows, example by example: 8 examples of 77 choices at once did not
+  fit into 24 GiB.
 - floor: the frozen base model's forward and backward to its input embeddings, over the same packed tokens.
 
     python benchmarks/train_step.py [--repeats 3] [--choices 2,6,77] [--json]
@@ -90,7 +91,15 @@ def our_step(model: IA3Model, asked: list[Question]) -> None:
 
 
 def peft_step(model: torch.nn.Module, asked: list[Question]) -> None:
-    """The same loss from padded rows and full logits."""
+    """The same loss from padded rows and full logits, in as few passes as hold at most 128 rows each."""
+    size = max(1, 128 // len(asked[0].choices))
+    for start in range(0, len(asked), size):
+        part = asked[start : start + size]
+        (peft_loss(model, part) * (len(part) / len(asked))).backward()
+
+
+def peft_loss(model: torch.nn.Module, asked: list[Question]) -> torch.Tensor:
+    """T-Few's loss of one padded batch."""
     rows = plain_rows([Question(q.prompt, [[*choice, 0] for choice in q.choices], q.label) for q in asked])
     ids, mask = rows["input_ids"], rows["attention_mask"]
     logits = model(input_ids=ids, attention_mask=mask).logits
@@ -104,7 +113,7 @@ def peft_step(model: torch.nn.Module, asked: list[Question]) -> None:
     count = len(asked[0].choices)
     shape = (len(asked), count, ids.shape[1] - 1)
     answered = (targets[:, 1:] != -100).view(shape)
-    tfew_loss(found.view(shape), answered, torch.tensor([q.label for q in asked])).total.backward()
+    return tfew_loss(found.view(shape), answered, torch.tensor([q.label for q in asked])).total
 
 
 def floor_step(model: torch.nn.Module, asked: list[Question]) -> None:
