@@ -9,8 +9,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ia3 import IA3Layer, InputError
-from ia3.layers import RULES, TrainedModule, find_rule
+from ia3.layers import TrainedModule
 from ia3.routing import Routing
+from ia3.rules import RULES, find_rule
 
 IN, OUT = 5, 7
 
@@ -37,7 +38,7 @@ def make(kind: str, bias: bool = True, dtype: torch.dtype = torch.float32, **ada
     torch.manual_seed(1)
     for name, feedforward in adapters.items():
         layer.add(name, feedforward, ones=False)
-    layer.routing.active = tuple(adapters)
+    layer.routing.switch(active=tuple(adapters))
     return layer
 
 
@@ -123,7 +124,7 @@ def test_several_adapters_multiply(kind, sides):
     layer = make(kind, a=sides[0], b=sides[1], idle=False)
     x = torch.randn(3, IN)
     for names in (("a", "b"), ("b",), ("b", "a"), ()):
-        layer.routing.active = names
+        layer.routing.switch(active=names)
         expected = formula(layer, x, vectors_of(layer, *names))
         torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-6)
     layer.merge(["a"])
@@ -205,9 +206,9 @@ def test_the_multiplication_itself_is_float32():
 def test_ones_change_no_bit(kind, feedforward):
     layer = IA3Layer(make_base(kind), Routing())
     layer.add("a", feedforward)
-    layer.routing.active = ("a",)
+    layer.routing.switch(active=("a",))
     x = torch.randn(3, IN)
-    assert torch.equal(layer.ia3_l["a"], torch.ones(layer.rule.stored_shape(layer.base_layer, feedforward)))
+    assert torch.equal(layer.ia3_l["a"], torch.ones(layer.rule.shape(layer.base_layer, feedforward)))
     assert torch.equal(layer(x), layer.base_layer(x))
 
 
@@ -227,11 +228,11 @@ def test_what_routing_leaves_out_has_no_effect(kind, feedforward):
     x = torch.randn(3, IN)
     base, adapted = layer.base_layer(x), layer(x)
     assert not torch.equal(base, adapted)
-    layer.routing.enabled = False
+    layer.routing.switch(enabled=False)
     assert torch.equal(layer(x), base)
-    layer.routing.enabled = True
+    layer.routing.switch(enabled=True)
     assert torch.equal(layer(x), adapted)
-    layer.routing.active = ("another",)
+    layer.routing.switch(active=("another",))
     assert torch.equal(layer(x), base)
 
 
@@ -241,7 +242,7 @@ def test_a_mask_leaves_features_alone(kind):
     layer = IA3Layer(make_base(kind), Routing())
     mask = torch.tensor([False, True, True, False, True, True, False])
     layer.add("a", False, ones=False, rescaled=mask)
-    layer.routing.active = ("a",)
+    layer.routing.switch(active=("a",))
     x = torch.randn(3, IN)
     base, result = layer.base_layer(x), layer(x)
     assert torch.equal(result[:, ~mask], base[:, ~mask])
@@ -315,7 +316,7 @@ def test_a_copy_is_equal_and_its_own(copied):
     assert torch.equal(other(x), layer(x))
     other.unmerge()
     assert not torch.equal(other.weight, layer.weight)
-    other.routing.active = ()
+    other.routing.switch(active=())
     assert layer.routing.active == ("a", "b")
 
 
@@ -358,12 +359,12 @@ def test_a_trained_module_answers_by_the_adapter_in_effect():
     results[None] = module.original_module(x)
     assert len({result.sum().item() for result in results.values()}) == 3
     for active, expected in [((), None), (("a",), "a"), (("b",), "b"), (("c", "b"), "b"), (("a", "b"), "a")]:
-        routing.active = active
+        routing.switch(active=active)
         assert torch.equal(module(x), results[expected])
-    routing.merged = ("b",)
+    routing.switch(merged=("b",))
     assert torch.equal(module(x), results["b"])
     assert module.weight is module.modules_to_save["b"].weight
-    routing.enabled = False
+    routing.switch(enabled=False)
     assert torch.equal(module(x), results[None])
 
 

@@ -16,7 +16,8 @@ from peft.tuners.tuners_utils import check_target_module_exists
 import ia3
 import tiny
 from ia3 import IA3Config, InputError
-from ia3.targets import _COVERED, base_modules, matches, resolve_targets, shortest_names
+from ia3.architectures import COVERED as _COVERED
+from ia3.targets import base_modules, matches, resolve_targets, shortest_names
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated")
 

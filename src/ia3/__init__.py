@@ -9,6 +9,15 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from ia3.auto import (
+        AutoPeftModel,
+        AutoPeftModelForCausalLM,
+        AutoPeftModelForFeatureExtraction,
+        AutoPeftModelForQuestionAnswering,
+        AutoPeftModelForSeq2SeqLM,
+        AutoPeftModelForSequenceClassification,
+        AutoPeftModelForTokenClassification,
+    )
     from ia3.checkpoint import get_peft_model_state_dict, set_peft_model_state_dict
     from ia3.config import IA3Config, PeftType, TaskType
     from ia3.config import IA3Config as PeftConfig
@@ -16,8 +25,16 @@ if TYPE_CHECKING:
     from ia3.layers import IA3Layer
     from ia3.model import IA3Model, PeftModel, get_peft_model, inject_adapter_in_model
     from ia3.pretrained import load_base
+    from ia3.rules import Rule, WeightRule, register_rule
 
 _HOMES = {
+    "AutoPeftModel": "auto",
+    "AutoPeftModelForCausalLM": "auto",
+    "AutoPeftModelForFeatureExtraction": "auto",
+    "AutoPeftModelForQuestionAnswering": "auto",
+    "AutoPeftModelForSeq2SeqLM": "auto",
+    "AutoPeftModelForSequenceClassification": "auto",
+    "AutoPeftModelForTokenClassification": "auto",
     "IA3Config": "config",
     "PeftType": "config",
     "TaskType": "config",
@@ -30,9 +47,19 @@ _HOMES = {
     "get_peft_model_state_dict": "checkpoint",
     "set_peft_model_state_dict": "checkpoint",
     "load_base": "pretrained",
+    "Rule": "rules",
+    "WeightRule": "rules",
+    "register_rule": "rules",
 }
 
 __all__ = [
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
     "IA3Config",
     "IA3Layer",
     "IA3Model",
@@ -40,11 +67,14 @@ __all__ = [
     "PeftConfig",
     "PeftModel",
     "PeftType",
+    "Rule",
     "TaskType",
+    "WeightRule",
     "get_peft_model",
     "get_peft_model_state_dict",
     "inject_adapter_in_model",
     "load_base",
+    "register_rule",
     "set_peft_model_state_dict",
 ]
 

@@ -8,13 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
+
 from ia3.config import CONFIG_NAME, IA3Config
 from ia3.errors import InputError, shown
 from ia3.files import locate, replacing
+from ia3.layers import IA3Layer, TrainedModule
+from ia3.targets import wrappers
 
 if TYPE_CHECKING:
-    import torch
-
     from ia3.model import IA3Model
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -25,7 +29,7 @@ PREFIX = "base_model.model."
 # projections, so that training goes on as it began.
 _KEY_VALUE_ONLY = "ia3_key_value_only"
 
-Tensors = dict[str, "torch.Tensor"]
+Tensors = dict[str, torch.Tensor]
 
 
 def read_weights(path: str | os.PathLike, subfolder: str | None = None, **hub_kwargs: Any) -> tuple[Tensors, dict]:
@@ -54,8 +58,6 @@ def read_weights(path: str | os.PathLike, subfolder: str | None = None, **hub_kw
 
 
 def _read_torch_weights(file: str) -> Tensors:
-    import torch
-
     try:
         tensors = dict(torch.load(file, map_location="cpu", weights_only=True))
         if not all(isinstance(value, torch.Tensor) for value in tensors.values()):
@@ -69,65 +71,81 @@ def _read_torch_weights(file: str) -> Tensors:
 
 
 def get_peft_model_state_dict(
-    model: IA3Model, state_dict: Mapping[str, torch.Tensor] | None = None, adapter_name: str = "default"
+    model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None = None, adapter_name: str = "default"
 ) -> Tensors:
     """One adapter's tensors by their names in a checkpoint.
 
     Args:
-        model: the adapted model.
+        model: an `IA3Model`, or a model with an adapter injected into it; the latter's names have no prefix.
         state_dict: the model's state, when it has been gathered already (by FSDP, DeepSpeed, …).
         adapter_name: which adapter.
+
+    Raises:
+        InputError: there is no such adapter.
     """
-    model.require_adapters([adapter_name])
+    base, inner, outer = _parts(model)
     tensors = {}
-    for path, layer in model.layers.items():
+    for path, layer in wrappers(base, IA3Layer).items():
         if adapter_name in layer.ia3_l:
-            values = None if state_dict is None else state_dict[f"model.{path}.ia3_l.{adapter_name}"]
+            values = None if state_dict is None else state_dict[f"{inner}{path}.ia3_l.{adapter_name}"]
             # The effective vector: what a fused projection's mask holds at one is one in the file.
-            tensors[f"{PREFIX}{path}.ia3_l"] = layer.vector(adapter_name, values).detach()
-    for path, module in model.trained_modules.items():
+            tensors[f"{outer}{path}.ia3_l"] = layer.vector(adapter_name, values).detach()
+    for path, module in wrappers(base, TrainedModule).items():
         if adapter_name in module.modules_to_save:
             for key, value in module.modules_to_save[adapter_name].state_dict().items():
-                name = f"model.{path}.modules_to_save.{adapter_name}.{key}"
-                tensors[f"{PREFIX}{path}.{key}"] = value if state_dict is None else state_dict[name]
+                name = f"{inner}{path}.modules_to_save.{adapter_name}.{key}"
+                tensors[f"{outer}{path}.{key}"] = value if state_dict is None else state_dict[name]
+    if not tensors:
+        raise InputError(f"Adapter {adapter_name!r} does not exist in this {type(model).__name__}.")
     return tensors
 
 
 def set_peft_model_state_dict(
-    model: IA3Model, tensors: Mapping[str, torch.Tensor], adapter_name: str = "default"
-) -> None:
+    model: nn.Module,
+    peft_model_state_dict: Mapping[str, torch.Tensor],
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+) -> _IncompatibleKeys:
     """Fill an adapter of the model from a checkpoint's tensors. All are checked first, so that none or all are set.
 
-    Raises:
-        InputError: tensors are missing, surplus, not finite, or of another shape.
-    """
-    import torch
+    Args:
+        model: an `IA3Model`, or a model with an adapter injected into it.
+        peft_model_state_dict: as `get_peft_model_state_dict` returns it.
+        adapter_name: which adapter.
+        low_cpu_mem_usage: accepted for PEFT's sake; vectors without memory are filled in any case.
 
-    expected = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    _check(expected, tensors, adapter_name)
+    Returns:
+        Missing and unexpected keys, as PEFT does; there are none, or an error is raised.
+
+    Raises:
+        InputError: no such adapter, or tensors are missing, surplus, not finite, or of another shape.
+    """
+    tensors = peft_model_state_dict
+    _check(get_peft_model_state_dict(model, adapter_name=adapter_name), tensors, adapter_name)
+    base, _, outer = _parts(model)
+    layers = wrappers(base, IA3Layer)
     with torch.no_grad():
-        for path, layer in model.layers.items():
+        for path, layer in layers.items():
             if adapter_name in layer.ia3_l:
-                value = tensors[f"{PREFIX}{path}.ia3_l"]
-                parameter = layer.ia3_l[adapter_name]
-                if adapter_name in layer.masks and not torch.equal(layer.vector(adapter_name, value), value):
-                    del layer.masks[adapter_name]  # trained over the full width
-                if parameter.is_meta:
-                    device = layer.weight.device
-                    filled = torch.nn.Parameter(value.to(device, torch.float32), parameter.requires_grad)
-                    layer.ia3_l[adapter_name] = filled
-                else:
-                    parameter.copy_(value)
-        for path, module in model.trained_modules.items():
+                layer.fill(adapter_name, tensors[f"{outer}{path}.ia3_l"])
+        for path, module in wrappers(base, TrainedModule).items():
             if adapter_name in module.modules_to_save:
                 copied = module.modules_to_save[adapter_name]
-                copied.load_state_dict({key: tensors[f"{PREFIX}{path}.{key}"] for key in copied.state_dict()})
-    model.sync_weights()
+                copied.load_state_dict({key: tensors[f"{outer}{path}.{key}"] for key in copied.state_dict()})
+    for routing in {layer.routing for layer in layers.values()}:
+        routing.refresh()
+        routing.sync_weights()
+    return _IncompatibleKeys([], [])
+
+
+def _parts(model: nn.Module) -> tuple[nn.Module, str, str]:
+    """The base model, and the prefixes of its names in the model's state and in a checkpoint."""
+    from ia3.model import IA3Model
+
+    return (model.model, "model.", PREFIX) if isinstance(model, IA3Model) else (model, "", "")
 
 
 def _check(expected: Tensors, found: Mapping[str, torch.Tensor], adapter_name: str) -> None:
-    import torch
-
     missing, surplus = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or surplus:
         raise InputError(
@@ -160,7 +178,6 @@ def save_adapter(
     state_dict: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Write one adapter's config and tensors into a folder. What stood there stays whole until both are written."""
-    import torch
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 

@@ -1,4 +1,4 @@
-"""(IA)³ itself: the rescaled layer, and the rule for each module type.
+"""(IA)³ itself: the rescaled layer.
 
 A learned vector l multiplies the output of a key or value projection, l ⊙ (W x + b), or the input of the second
 feed-forward projection, W (l ⊙ x) + b (Liu et al. 2022, equation 1 and the paragraph below it).
@@ -7,58 +7,16 @@ feed-forward projection, W (l ⊙ x) + b (Liu et al. 2022, equation 1 and the pa
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from ia3.errors import InputError
-from ia3.routing import Routing
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How a vector scales modules of one type: the axes of the weight that hold input and output features.
-
-    Those of the activations are the last ones.
-    """
-
-    weight_in: int
-    weight_out: int
-
-    def features(self, module: nn.Module, feedforward: bool) -> int:
-        """How long the vector is: the module's input features for a feed-forward, else its output features."""
-        weight: torch.Tensor = module.weight  # type: ignore[assignment]
-        return weight.shape[self.weight_in if feedforward else self.weight_out]
-
-    def stored_shape(self, module: nn.Module, feedforward: bool) -> tuple[int, ...]:
-        """The vector's shape in a checkpoint and as a parameter: (1, in) on the input side, (out, 1) on the other."""
-        length = self.features(module, feedforward)
-        return (1, length) if feedforward else (length, 1)
-
-    def scale(self, activation: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-        """The activation times a flat vector along the last axis, in the activation's dtype."""
-        return (activation * vector).to(activation.dtype)
-
-    def scale_weight(self, weight: torch.Tensor, vector: torch.Tensor, feedforward: bool) -> torch.Tensor:
-        """The weight that does alone what `weight` does with the vector on its input or output side."""
-        shape = [1] * weight.dim()
-        shape[self.weight_in if feedforward else self.weight_out] = -1
-        return (weight * vector.view(shape)).to(weight.dtype)
-
-
-RULES: dict[type[nn.Module], Rule] = {
-    nn.Linear: Rule(weight_in=1, weight_out=0),
-    Conv1D: Rule(weight_in=0, weight_out=1),
-}
-
-
-def find_rule(module: nn.Module) -> Rule | None:
-    """The rule of a module's type or of the nearest type that it derives from; None when there is none."""
-    return next((RULES[cls] for cls in type(module).__mro__ if cls in RULES), None)
+from ia3 import quantized
+from ia3.errors import InputError, shown
+from ia3.routing import Routing, Vector
+from ia3.rules import find_rule, rule_types
 
 
 class IA3Layer(nn.Module):
@@ -67,31 +25,41 @@ class IA3Layer(nn.Module):
     Args:
         base_layer: the module to rescale; its type must have a rule.
         routing: the model's one `Routing`, which says whose vectors act.
+        weights_read: other modules read the base layer's parameters in place of calling it; what they read is then
+            rescaled too.
 
     Attributes:
-        ia3_l: adapter name → vector, a float32 parameter of shape (out, 1), or (1, in) on the input side.
+        ia3_l: adapter name → vector, a float32 parameter of the rule's shape.
         feedforward: adapter name → whether its vector scales the input.
+        masks: adapter name → which entries of its vector count, where not all do.
+
+    Raises:
+        InputError: no rule for the module's type.
     """
 
-    def __init__(self, base_layer: nn.Module, routing: Routing) -> None:
+    def __init__(self, base_layer: nn.Module, routing: Routing, weights_read: bool = False) -> None:
         super().__init__()
         rule = find_rule(base_layer)
         if rule is None:
-            known = ", ".join(sorted(cls.__name__ for cls in RULES))
-            raise InputError(f"Cannot rescale a {type(base_layer).__name__}; (IA)³ vectors are known for: {known}.")
+            raise InputError(
+                f"Cannot rescale a {type(base_layer).__name__}; there are rules for {shown(rule_types(), 99)} and what "
+                f"derives from them. Choose other target_modules, or add a rule: ia3.register_rule."
+            )
         self.base_layer = base_layer
         self.ia3_l = nn.ParameterDict()
         self.feedforward: dict[str, bool] = {}
-        self.routing = routing
-        self.rule = rule
         self.masks: dict[str, torch.Tensor] = {}
-        self._originals: dict[str, torch.Tensor] = {}
+        self.rule = rule
+        self.weights_read = weights_read or rule.axis is None
+        self.routing = routing
+        self.slot = routing.join(self)
+        self._originals: dict[str, Any] = {}
         self.train(base_layer.training)
 
     def add(
         self, name: str, feedforward: bool, ones: bool = True, rescaled: torch.Tensor | None = None, meta: bool = False
     ) -> None:
-        """Give an adapter its vector here.
+        """Give an adapter its vector here. `Routing.refresh` makes it known.
 
         Args:
             name: the adapter.
@@ -101,10 +69,9 @@ class IA3Layer(nn.Module):
                 fused projection). The others count as ones whatever the parameter holds.
             meta: leave the vector without memory until a checkpoint fills it.
         """
-        weight: torch.Tensor = self.base_layer.weight  # type: ignore[assignment]
-        shape = self.rule.stored_shape(self.base_layer, feedforward)
+        shape = self.rule.shape(self.base_layer, feedforward)
         # A base on the meta device is filled later; the vector then waits with it.
-        device = torch.device("meta") if meta else weight.device
+        device = torch.device("meta") if meta else next(self.base_layer.parameters()).device
         vector = torch.ones(shape, device=device) if ones else torch.randn(shape, device=device)
         self.feedforward[name] = feedforward
         if rescaled is not None:
@@ -112,81 +79,138 @@ class IA3Layer(nn.Module):
         self.ia3_l[name] = nn.Parameter(vector)
 
     def remove(self, name: str) -> None:
-        """Take an adapter's vector away."""
+        """Take an adapter's vector away. `Routing.refresh` makes it known."""
         del self.ia3_l[name], self.feedforward[name]
         self.masks.pop(name, None)
 
+    @torch.no_grad()
+    def fill(self, name: str, values: torch.Tensor) -> None:
+        """Give an adapter's vector other values, of its shape. `Routing.refresh` makes it known."""
+        parameter = self.ia3_l[name]
+        if name in self.masks and not torch.equal(self.vector(name, values), values):
+            del self.masks[name]  # trained over the full width
+        if parameter.is_meta:
+            device = next(self.base_layer.parameters()).device
+            self.ia3_l[name] = nn.Parameter(values.to(device, torch.float32), parameter.requires_grad)
+        else:
+            parameter.copy_(values)
+
+    def find(self, name: str) -> Vector | None:
+        """An adapter's vector here; None when it does not target this module."""
+        if name not in self.ia3_l:
+            return None
+        return Vector(self.ia3_l[name], self.feedforward[name], self.masks.get(name))
+
     def vector(self, name: str, values: torch.Tensor | None = None) -> torch.Tensor:
         """An adapter's effective vector, in its stored shape; of other `values` than the parameter's when given."""
-        vector: torch.Tensor = self.ia3_l[name] if values is None else values
-        mask = self.masks.get(name)
-        return vector if mask is None else torch.where(mask.to(vector.device), vector, 1.0)
+        vector = Vector(self.ia3_l[name] if values is None else values, self.feedforward[name], self.masks.get(name))
+        return vector.effective()
 
-    def scaling(self, names: Iterable[str], feedforward: bool) -> torch.Tensor | None:
-        """The product of the named adapters' vectors on one side, flat; None when none has a vector there."""
-        product = None
-        for name in names:
-            if self.feedforward.get(name) is feedforward:
-                vector = self.vector(name).flatten()
-                product = vector if product is None else product * vector
-        return product
+    def _acting(self) -> Sequence[Vector | None]:
+        if torch.compiler.is_compiling():
+            return [table[self.slot] for table in self.routing.acting]
+        # The parameters that the module holds now: FSDP puts others in their place for the time of a forward pass.
+        return [self.find(name) for name in self.routing.vectors]
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The base layer between the acting adapters' input and output scalings."""
-        names = self.routing.vectors
-        before, after = self.scaling(names, True), self.scaling(names, False)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the base layer returns, with the acting adapters' vectors on its input and output."""
+        vectors = self._acting()
+        if self.rule.axis is None:
+            changed, _ = self._rescaled(vectors)
+            return torch.func.functional_call(self.base_layer, changed, args, kwargs)
+        before, after = _product(vectors, True), _product(vectors, False)
         if before is not None:
-            x = self.rule.scale(x, before)
-        result = self.base_layer(x, *args, **kwargs)
+            args = (self.rule.scale(args[0], before), *args[1:])
+        result = self.base_layer(*args, **kwargs)
         return result if after is None else self.rule.scale(result, after)
 
-    @torch.no_grad()
-    def rescaled_parameters(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Those of the base layer's parameters that change, with the named adapters (and no others) multiplied in."""
-        names = [name for name in names if name in self.ia3_l]
-        if not names:
-            return {}
-        original = {
-            key: self._originals.get(key, parameter.data)
-            for key, parameter in self.base_layer._parameters.items()
-            if parameter is not None
-        }
-        weight = original["weight"]
-        before, after = self.scaling(names, True), self.scaling(names, False)
-        if before is not None:
-            weight = self.rule.scale_weight(weight, before, True)
-        if after is None:
-            return {"weight": weight}
-        changed = {"weight": self.rule.scale_weight(weight, after, False)}
-        if "bias" in original:
-            changed["bias"] = (original["bias"] * after).to(original["bias"].dtype)
-        return changed
+    def _rescaled(self, vectors: Sequence[Vector | None]) -> tuple[dict[str, Any], float]:
+        """What of the base layer changes with vectors multiplied in, by name; and the relative error of doing so."""
+        before, after = _product(vectors, True), _product(vectors, False)
+        if before is None and after is None:
+            return {}, 0.0
+        if quantized.is_quantized(self.base_layer):
+            return quantized.rescaled(self.base_layer, before, after)
+        own = {name: value for name, value in self.base_layer._parameters.items() if value is not None}
+        changed: dict[str, Any] = {}
+        for vector, feedforward in ((before, True), (after, False)):
+            if vector is not None:
+                changed |= self.rule.rescale(self.base_layer, own | changed, vector, feedforward)
+        return changed, 0.0
 
     @torch.no_grad()
-    def merge(self, names: Iterable[str], keep_originals: bool = True) -> None:
-        """Multiply adapters into the base weights, in place of any that are merged already."""
-        for key, value in self.rescaled_parameters(names).items():
-            parameter: nn.Parameter = self.base_layer._parameters[key]  # type: ignore[assignment]
+    def broken(self, names: Iterable[str]) -> str | None:
+        """The first parameter that would hold NaN or infinity with adapters merged; None when none would.
+
+        Call it while the base layer holds no others.
+        """
+        vectors = [self.find(name) for name in names]
+        if not all(_is_finite(vector.parameter) for vector in vectors if vector is not None):
+            return "vector"  # of a packed weight one could not tell
+        return next((key for key, value in self._rescaled(vectors)[0].items() if not _is_finite(value)), None)
+
+    @torch.no_grad()
+    def merge(self, names: Iterable[str], keep_originals: bool = True) -> float:
+        """Multiply adapters into the base layer, in place of any that are merged already.
+
+        Returns:
+            The relative error that quantized weights took, 0.0 where the vector went into their scales.
+        """
+        self.unmerge()
+        changed, error = self._rescaled([self.find(name) for name in names])
+        for key, value in changed.items():
+            original = getattr(self.base_layer, key)
+            if isinstance(original, nn.Parameter) and not isinstance(value, nn.Parameter):
+                # A new parameter, not new values in the old one, which may be tied to another module's.
+                value = nn.Parameter(value, requires_grad=original.requires_grad)
+            setattr(self.base_layer, key, value)
             if keep_originals:
-                self._originals.setdefault(key, parameter.data)
-            parameter.data = value
+                self._originals[key] = original
+        return error
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Give the base layer its original weights back, bit for bit."""
-        for key, value in self._originals.items():
-            parameter: nn.Parameter = self.base_layer._parameters[key]  # type: ignore[assignment]
-            parameter.data = value.to(parameter.device, parameter.dtype)  # the model may have moved in between
+        """Give the base layer back what it had before merging, bit for bit."""
+        for key, original in self._originals.items():
+            merged = getattr(self.base_layer, key)
+            if isinstance(original, nn.Parameter) and (original.dtype, original.device) != (
+                merged.dtype,
+                merged.device,
+            ):
+                original.data = original.data.to(merged.device, merged.dtype)  # the model has moved in between
+            setattr(self.base_layer, key, original)
         self._originals.clear()
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> IA3Layer:
+        super()._apply(fn, recurse)  # may put new parameters in place of the old
+        self.routing.refresh()
+        return self
 
     def __getattr__(self, name: str) -> Any:
         # Models read `weight`, `in_features`, … of the modules that they own.
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_layer":
+            if name in ("base_layer", "weights_read"):
                 raise
-            return getattr(super().__getattr__("base_layer"), name)
+        base: nn.Module = super().__getattr__("base_layer")  # type: ignore[assignment]
+        if self.weights_read and name in base._parameters:
+            return self._rescaled(self._acting())[0].get(name, base._parameters[name])
+        return getattr(base, name)
+
+
+def _product(vectors: Iterable[Vector | None], feedforward: bool) -> torch.Tensor | None:
+    """The product of the vectors on one side, flat; None when there is none."""
+    product = None
+    for vector in vectors:
+        if vector is not None and vector.feedforward is feedforward:
+            flat = vector.effective().flatten()
+            product = flat if product is None else product * flat
+    return product
+
+
+def _is_finite(value: Any) -> bool:
+    return not (torch.is_tensor(value) and value.is_floating_point()) or bool(torch.isfinite(value).all())
 
 
 class TrainedModule(nn.Module):
@@ -197,6 +221,7 @@ class TrainedModule(nn.Module):
         self.original_module = original_module
         self.modules_to_save = nn.ModuleDict()
         self.routing = routing
+        routing.trained.append(self)
         self.train(original_module.training)
 
     def add(self, name: str) -> None:

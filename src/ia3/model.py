@@ -14,12 +14,22 @@ import torch
 from torch import nn
 
 from ia3 import checkpoint
+from ia3.architectures import READS_WEIGHTS
 from ia3.cards import write_model_card
 from ia3.config import IA3Config, PeftType, TaskType
 from ia3.errors import InputError, shown
 from ia3.layers import IA3Layer, TrainedModule
 from ia3.routing import Routing
-from ia3.targets import CLASSIFICATION_HEADS, Target, base_modules, matches, resolve_targets, shortest_names
+from ia3.targets import (
+    CLASSIFICATION_HEADS,
+    Target,
+    base_modules,
+    matches,
+    resolve_targets,
+    shortest_names,
+    unwrapped,
+    wrappers,
+)
 
 
 class IA3Model(nn.Module):
@@ -69,6 +79,7 @@ class IA3Model(nn.Module):
         """Take a base model over: what adapters add within is kept, and all else frozen, unless something fails."""
         self.model = model
         self.peft_config: dict[str, IA3Config] = {}
+        self._trainable: set[str] = set()  # the adapters to freeze when others become active
         # Layers that an earlier adapter left in the model go on asking their own object: it becomes this model's too.
         asked = (module.routing for module in model.modules() if isinstance(module, (IA3Layer, TrainedModule)))
         self.routing = next(asked, None) or Routing()
@@ -87,22 +98,19 @@ class IA3Model(nn.Module):
     @property
     def layers(self) -> dict[str, IA3Layer]:
         """The rescaled layers by their path in the base model."""
-        return {path: module for path, module in self.model.named_modules() if isinstance(module, IA3Layer)}
+        return wrappers(self.model, IA3Layer)
 
     @property
     def trained_modules(self) -> dict[str, TrainedModule]:
         """The modules of `modules_to_save` by their path in the base model."""
-        return {path: module for path, module in self.model.named_modules() if isinstance(module, TrainedModule)}
-
-    def _adapted(self) -> list[IA3Layer | TrainedModule]:
-        return [*self.layers.values(), *self.trained_modules.values()]
+        return wrappers(self.model, TrainedModule)
 
     def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
         """An adapter's parameters: its vectors, and its copies of `modules_to_save`."""
-        for layer in self.layers.values():
+        for layer in self.routing.layers:
             if name in layer.ia3_l:
                 yield layer.ia3_l[name]
-        for module in self.trained_modules.values():
+        for module in self.routing.trained:
             if name in module.modules_to_save:
                 yield from module.modules_to_save[name].parameters()
 
@@ -163,7 +171,7 @@ class IA3Model(nn.Module):
                 f"Expected an adapter name that is not empty, has no dot and is no word of Python's dictionaries or "
                 f"'__base__', found {name!r}."
             )
-        if any(name in layer.ia3_l for layer in self.layers.values()):
+        if any(name in layer.ia3_l for layer in self.routing.layers):
             raise InputError(
                 f"The model has an adapter {name!r} of an earlier IA3Model; unload that or choose another name."
             )
@@ -195,24 +203,41 @@ class IA3Model(nn.Module):
             )
 
     def _insert(self, name: str, targets: list[Target], kept: list[str], ones: bool, meta: bool) -> None:
+        layers: dict[nn.Module, IA3Layer] = {}  # a module at several paths is one module, with one vector
         for target in targets:
-            layer = self.model.get_submodule(target.path)
-            if not isinstance(layer, IA3Layer):
-                layer = IA3Layer(target.module, self.routing)
-                self._replace(target.path, layer)
-            layer.add(name, target.feedforward, ones, target.rescaled, meta)
+            parent, place = self._place(target.path)
+            layer = getattr(parent, place)
+            if target.module not in layers:
+                if not isinstance(layer, IA3Layer):
+                    layer = IA3Layer(target.module, self.routing, type(parent).__name__ in READS_WEIGHTS)
+                layer.add(name, target.feedforward, ones, target.rescaled, meta)
+                layers[target.module] = layer
+            setattr(parent, place, layers[target.module])
         for path in kept:
-            module = self.model.get_submodule(path)
+            parent, place = self._place(path)
+            module = getattr(parent, place)
             if not isinstance(module, TrainedModule):
                 module = TrainedModule(module, self.routing)
-                self._replace(path, module)
+                setattr(parent, place, module)
             module.add(name)
+        self.routing.refresh()
         for parameter in self.adapter_parameters(name):
             parameter.requires_grad_(False)
 
-    def _replace(self, path: str, module: nn.Module) -> None:
+    def _place(self, path: str) -> tuple[nn.Module, str]:
+        """The module that owns the one at a path, and the name that it has there."""
         parent, _, name = path.rpartition(".")
-        setattr(self.model.get_submodule(parent), name, module)
+        return unwrapped(self.model.get_submodule(parent)), name
+
+    def _take_out(self, replacements: Mapping[IA3Layer | TrainedModule, nn.Module]) -> None:
+        """Put plain modules where wrappers stand, at every path."""
+        for parent in list(self.model.modules()):
+            for name, child in list(parent._modules.items()):
+                if isinstance(child, (IA3Layer, TrainedModule)) and child in replacements:
+                    setattr(parent, name, replacements[child])
+        for wrapper in replacements:
+            self.routing.leave(wrapper)
+        self.routing.refresh()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. When it was active, the first one that is left becomes active, with a warning, or none.
@@ -223,17 +248,22 @@ class IA3Model(nn.Module):
         self.require_adapters([adapter_name])
         if adapter_name in self.routing.merged:
             raise InputError(f"Adapter {adapter_name!r} is merged into the weights; call unmerge_adapter() first.")
-        for path, layer in self.layers.items():
+        empty: dict[IA3Layer | TrainedModule, nn.Module] = {}
+        for layer in self.routing.layers:
             if adapter_name in layer.ia3_l:
                 layer.remove(adapter_name)
                 if not layer.ia3_l:
-                    self._replace(path, layer.base_layer)
-        for path, module in self.trained_modules.items():
+                    empty[layer] = layer.base_layer
+        for module in self.routing.trained:
             if adapter_name in module.modules_to_save:
                 module.remove(adapter_name)
                 if not module.modules_to_save:
-                    self._replace(path, module.original_module)
+                    empty[module] = module.original_module
+        if empty:
+            self._take_out(empty)
+        self.routing.refresh()
         del self.peft_config[adapter_name]
+        self._trainable.discard(adapter_name)
         if adapter_name in self.routing.active:
             left = [name for name in self.routing.active if name != adapter_name] or list(self.peft_config)[:1]
             if left:
@@ -243,7 +273,7 @@ class IA3Model(nn.Module):
                 )
                 self.set_adapter(left)
             else:
-                self.routing.active = ()
+                self.routing.switch(active=())
 
     # Switching.
 
@@ -273,34 +303,28 @@ class IA3Model(nn.Module):
         if self.routing.merged:
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
             self.unmerge_adapter()
-        self.routing.active = tuple(names)
-        for name in self.peft_config:
-            self.set_requires_grad(name, name in names and not inference_mode)
+        self.routing.switch(active=names)
+        self.set_requires_grad([name for name in self._trainable if name not in names], False)
+        self.set_requires_grad(names, not inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Make adapters trainable, or freeze them, whether they are active or not."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         self.require_adapters(names)
         for name in names:
+            (self._trainable.add if requires_grad else self._trainable.discard)(name)
             for parameter in self.adapter_parameters(name):
                 parameter.requires_grad_(requires_grad)
 
     def enable_adapter_layers(self) -> None:
         """Switch the adapters on again, merged ones too."""
-        self.routing.enabled = True
-        self.sync_weights()
+        self.routing.switch(enabled=True)
+        _warn_of_rounding(self.routing.sync_weights())
 
     def disable_adapter_layers(self) -> None:
         """Switch all adapters off, merged ones too: outputs equal the base model's, bit for bit."""
-        self.routing.enabled = False
-        self.sync_weights()
-
-    def sync_weights(self) -> None:
-        """Make the base weights hold what is merged: nothing while adapters are off."""
-        for layer in self.layers.values():
-            layer.unmerge()
-            if self.routing.enabled and self.routing.merged:
-                layer.merge(self.routing.merged)
+        self.routing.switch(enabled=False)
+        _warn_of_rounding(self.routing.sync_weights())
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -383,13 +407,16 @@ class IA3Model(nn.Module):
         return names
 
     def _check_finite(self, names: Sequence[str]) -> None:
+        """Raise when adapters would leave NaN or infinity in the weights, which stay as they are."""
         for path, layer in self.layers.items():
-            for key, value in layer.rescaled_parameters(names).items():
-                if not torch.isfinite(value).all():
-                    raise InputError(
-                        f"NaN or infinite values in the merged {key} of {path!r}; the adapter {shown(names)} seems to be "
-                        f"broken, and nothing was merged."
-                    )
+            layer.unmerge()  # to look at the adapters in the original weights
+            broken = layer.broken(names)
+            if broken:
+                _warn_of_rounding(self.routing.sync_weights())
+                raise InputError(
+                    f"NaN or infinite values in the merged {broken} of {path!r}; the adapter {shown(names)} seems to "
+                    f"be broken, and nothing was merged."
+                )
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
         """Multiply adapters into the base weights in place. While any are merged, exactly they are in effect.
@@ -410,16 +437,16 @@ class IA3Model(nn.Module):
         merged = (*self.routing.merged, *new)
         if safe_merge:
             self._check_finite(merged)
-        self.routing.merged = merged
-        self.sync_weights()
+        self.routing.switch(merged=merged)
+        _warn_of_rounding(self.routing.sync_weights())
 
     def unmerge_adapter(self) -> None:
         """Give the base weights back, bit for bit as they were before merging."""
         if not self.routing.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.routing.merged = ()
-        self.sync_weights()
+        self.routing.switch(merged=())
+        _warn_of_rounding(self.routing.sync_weights())
 
     def merge_and_unload(
         self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None, progressbar: bool = False
@@ -439,28 +466,48 @@ class IA3Model(nn.Module):
         names = list(dict.fromkeys([*self.routing.merged, *self._names_to_merge(adapter_names)]))
         if safe_merge:
             self._check_finite(names)
-        layers = self.layers
-        for path, layer in tqdm(layers.items(), disable=not progressbar, desc="Merging"):
-            layer.merge(names, keep_originals=False)
-            self._replace(path, layer.base_layer)
-        for path, module in self.trained_modules.items():
-            kept = next((name for name in names if name in module.modules_to_save), None)
-            self._replace(path, module.original_module if kept is None else module.modules_to_save[kept])
+        replacements: dict[IA3Layer | TrainedModule, nn.Module] = {}
+        errors = []
+        with self._untying():
+            for layer in tqdm(self.routing.layers, disable=not progressbar, desc="Merging"):
+                errors.append(layer.merge(names, keep_originals=False))
+                replacements[layer] = layer.base_layer
+            for module in self.routing.trained:
+                kept = next((name for name in names if name in module.modules_to_save), None)
+                replacements[module] = module.original_module if kept is None else module.modules_to_save[kept]
+            self._take_out(replacements)
+        _warn_of_rounding(errors)
         return self._emptied()
 
     def unload(self) -> nn.Module:
         """The base model as it was, without adapters."""
-        if self.routing.merged:
-            self.unmerge_adapter()
-        for path, layer in self.layers.items():
-            self._replace(path, layer.base_layer)
-        for path, module in self.trained_modules.items():
-            self._replace(path, module.original_module)
+        replacements: dict[IA3Layer | TrainedModule, nn.Module] = {}
+        for layer in self.routing.layers:
+            layer.unmerge()
+            replacements[layer] = layer.base_layer
+        for module in self.routing.trained:
+            replacements[module] = module.original_module
+        self._take_out(replacements)
         return self._emptied()
+
+    @contextmanager
+    def _untying(self) -> Iterator[None]:
+        """Within, output and input embeddings may become different; then say so in the model's config, or a saved
+        model would be tied again when it is loaded."""
+        tied = _embeddings_are_one(self.model)
+        yield
+        if tied and not _embeddings_are_one(self.model):
+            self.model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+            warnings.warn(
+                "The adapter changed one of two tied embeddings; the merged model has both, and tie_word_embeddings "
+                "is now False in its config.",
+                stacklevel=4,
+            )
 
     def _emptied(self) -> nn.Module:
         self.peft_config.clear()
-        self.routing.active = self.routing.merged = ()
+        self._trainable.clear()
+        self.routing.switch(active=(), merged=())
         return self.model
 
     # Counting.
@@ -564,7 +611,7 @@ class IA3Model(nn.Module):
         nn.Module.__init__(adapted)
         with adapted._wrapping(model):
             checkpoint.load_adapter(
-                adapted, model_id, adapter_name, is_trainable, config, low_cpu_mem_usage, **_hub_only(kwargs)
+                adapted, model_id, adapter_name, is_trainable, config, low_cpu_mem_usage, **hub_only(kwargs)
             )
         adapted.set_adapter(adapter_name, inference_mode=not is_trainable)
         return adapted if is_trainable else adapted.eval()
@@ -583,7 +630,7 @@ class IA3Model(nn.Module):
         """
         known = adapter_name in self.peft_config
         checkpoint.load_adapter(
-            self, model_id, adapter_name, is_trainable, low_cpu_mem_usage=low_cpu_mem_usage, **_hub_only(kwargs)
+            self, model_id, adapter_name, is_trainable, low_cpu_mem_usage=low_cpu_mem_usage, **hub_only(kwargs)
         )
         if not known and is_trainable:
             self.set_requires_grad(adapter_name)
@@ -647,7 +694,29 @@ def inject_adapter_in_model(
     peft_config: IA3Config, model: nn.Module, adapter_name: str = "default", low_cpu_mem_usage: bool = False
 ) -> nn.Module:
     """Put an adapter into a model and return that model, not an `IA3Model` around it."""
-    return IA3Model(model, peft_config, adapter_name, low_cpu_mem_usage).model
+    adapted = IA3Model(model, peft_config, adapter_name, low_cpu_mem_usage)
+    model.peft_config = {**getattr(model, "peft_config", {}), **adapted.peft_config}  # type: ignore[assignment]
+    return model
+
+
+def _embeddings_are_one(model: nn.Module) -> bool:
+    """Whether a language model's input and output embeddings are the same parameter."""
+    try:
+        inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):  # not a transformers model, or one without such a thing
+        return False
+    return getattr(inputs, "weight", None) is not None and inputs.weight is getattr(outputs, "weight", None)
+
+
+def _warn_of_rounding(errors: Sequence[float]) -> None:
+    rounded = [error for error in errors if error > 0]
+    if rounded:
+        warnings.warn(
+            f"{len(rounded)} of {len(errors)} quantized modules could not take their vector exactly and were quantized "
+            f"again: their weights are off by {max(rounded):.2%} at most, {sum(rounded) / len(rounded):.2%} on average "
+            f"(relative error of the rescaled weight).",
+            stacklevel=4,
+        )
 
 
 def _without_adapter_names(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -659,7 +728,7 @@ def _without_adapter_names(kwargs: dict[str, Any]) -> dict[str, Any]:
     return kwargs
 
 
-def _hub_only(kwargs: dict[str, Any]) -> dict[str, Any]:
+def hub_only(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Of a PEFT script's keyword arguments, those that say where the adapter is."""
     known = {"subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download"}
     return {key: value for key, value in kwargs.items() if key in known}

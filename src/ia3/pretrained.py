@@ -30,18 +30,7 @@ def load_base(name: str = EMBEDDED_MODEL) -> tuple[PreTrainedModel, PreTrainedTo
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if not Path(name).exists() and name == EMBEDDED_MODEL:
-        source = str(_embedded_folder() or _EMBEDDED_ON_HUB)
-    else:
-        folder = Path(name)
-        if folder.is_dir():
-            name = str(folder.resolve())  # an adapter that records it is used from other places too
-        source = name
-        if folder.exists() and not (folder / "config.json").is_file():
-            hint = " It is an adapter's folder." if (folder / "adapter_config.json").is_file() else ""
-            raise InputError(f"Expected a model's folder with a config.json, found {name!r} without one.{hint}")
-        if name.startswith((".", "/", "~")) and not folder.exists():
-            raise InputError(f"Expected a model's folder, found no {name!r} here.")
+    name, source = find_base(name)
     with _quiet_loading():
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
@@ -55,6 +44,25 @@ def load_base(name: str = EMBEDDED_MODEL) -> tuple[PreTrainedModel, PreTrainedTo
     # Adapters record the name that the user gave, which finds the same weights again.
     model.name_or_path = model.config._name_or_path = name
     return model.eval(), tokenizer
+
+
+def find_base(name: str) -> tuple[str, str]:
+    """The name to record for a base model, which finds it from other places too, and where its files are.
+
+    Raises:
+        InputError: a local folder that is not there or is no model's.
+    """
+    if not Path(name).exists() and name == EMBEDDED_MODEL:
+        return name, str(_embedded_folder() or _EMBEDDED_ON_HUB)
+    folder = Path(name)
+    if folder.is_dir():
+        name = str(folder.resolve())
+    if folder.exists() and not (folder / "config.json").is_file():
+        hint = " It is an adapter's folder." if (folder / "adapter_config.json").is_file() else ""
+        raise InputError(f"Expected a model's folder with a config.json, found {name!r} without one.{hint}")
+    if name.startswith((".", "/", "~")) and not folder.exists():
+        raise InputError(f"Expected a model's folder, found no {name!r} here.")
+    return name, name
 
 
 def _embedded_folder() -> Path | None:

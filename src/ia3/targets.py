@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ia3.architectures import candidates, default_sites, feedforward_sites
 from ia3.config import IA3Config
 from ia3.errors import InputError, shown
-from ia3.layers import IA3Layer, TrainedModule, find_rule
+from ia3.layers import IA3Layer, TrainedModule
+from ia3.rules import find_rule, rule_types
 
-# Sibling projections that make keys and values.
-_KEY_VALUE_PAIRS = (("k_proj", "v_proj"), ("key", "value"), ("k", "v"))
-
-# The feed-forward's second projection, and the sibling that must stand beside its parent where the name alone is not
-# enough (BERT's attention has an `output.dense` too).
-_SECOND_FEEDFORWARD = {"down_proj": None, "fc2": None, "wo": None, "mlp.c_proj": None, "output.dense": "intermediate"}
-
-# Architectures that these names cover whole: every attention and every feed-forward block.
-_COVERED = frozenset(
-    "bart bert gemma gemma2 gemma3_text gpt2 llama mbart mistral mt5 opt qwen2 qwen3 roberta smollm3 t5 umt5 "  # noqa: SIM905
-    "xlm-roberta".split()
-)
+Wrapper = TypeVar("Wrapper", IA3Layer, TrainedModule)
 
 # Names of classification heads, which SEQ_CLS and TOKEN_CLS adapters train in full.
 CLASSIFICATION_HEADS = ("classifier", "score")
@@ -49,19 +41,32 @@ class Target:
     rescaled: torch.Tensor | None = None
 
 
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The model's modules, adapters' wrappers in place of what they wrap, by their path in the base model."""
+
+    def visit(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        for name, child in unwrapped(module)._modules.items():  # a module at two places twice
+            if child is None:
+                continue
+            below = f"{path}.{name}" if path else name
+            yield below, child
+            yield from visit(below, child)
+
+    return visit("", model)
+
+
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The base model's modules by their path, as if no adapter were there."""
-    modules: dict[str, nn.Module] = {}
+    return {path: unwrapped(module) for path, module in walk(model)}
 
-    def visit(path: str, module: nn.Module) -> None:
-        module = unwrapped(module)
-        modules[path] = module
-        for name, child in module.named_children():
-            visit(f"{path}.{name}" if path else name, child)
 
-    visit("", model)
-    del modules[""]
-    return modules
+def wrappers(model: nn.Module, kind: type[Wrapper]) -> dict[str, Wrapper]:
+    """What adapters put around modules, each once, by the path in the base model (the first of several)."""
+    found: dict[Wrapper, str] = {}
+    for path, module in walk(model):
+        if isinstance(module, kind):
+            found.setdefault(module, path)
+    return {path: module for module, path in found.items()}
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -99,20 +104,24 @@ def resolve_targets(model: nn.Module, config: IA3Config, key_value_only: bool | 
         InputError: no module matches, a module's type cannot be rescaled, or the architecture is not known.
     """
     modules = base_modules(model)
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    default = _DefaultTargets(modules, model_type)
+    base_config = getattr(model, "config", None)
     config.chosen_by_architecture |= config.target_modules is None
     if key_value_only is None:
         key_value_only = config.chosen_by_architecture
     kept = config.modules_to_save or []
     excluded = [path for path in modules if matches(path, config.exclude_modules or ()) or _inside(path, kept)]
 
+    masks: dict[str, torch.Tensor | None] = {}
+    sites = default_sites(modules, base_config) if config.target_modules is None or key_value_only else []
+    if key_value_only:
+        masks = {site.path: site.rescaled for site in sites}
     if config.target_modules is None:
-        paths = default.require()
+        paths = [site.path for site in sites]
     elif _is_all_linear(config):
         paths = _all_linear(model, modules, config)
     else:
         paths = [path for path in modules if matches(path, config.target_modules)]
+    model_type = getattr(base_config, "model_type", None)
     asked = config.target_modules if config.target_modules is not None else f"the keys and values of {model_type}"
     chosen = [path for path in paths if path not in excluded]
     if not chosen:
@@ -120,25 +129,32 @@ def resolve_targets(model: nn.Module, config: IA3Config, key_value_only: bool | 
         raise InputError(
             f"{what} target_modules {sorted(asked) if isinstance(asked, set) else asked!r}"
             + (f" (exclude_modules {config.exclude_modules!r})" if paths else "")
-            + f"; modules that can be rescaled: {_candidates(modules)}."
+            + f"; modules that can be rescaled: {candidates(modules)}."
         )
-    for path in chosen:
-        if find_rule(modules[path]) is None:
-            raise InputError(
-                f"Cannot rescale {path!r}, a {type(modules[path]).__name__}; expected a Linear or Conv1D. Narrow "
-                f"target_modules or exclude it."
-            )
-
     if config.feedforward_modules is None:
-        expected = default.require_feedforward() if config.target_modules is not None else default.feedforward
+        expected = {site.path for site in (sites or feedforward_sites(modules, base_config)) if site.feedforward}
         feedforward = [path for path in chosen if path in expected]
     else:
         feedforward = [path for path in chosen if matches(path, config.feedforward_modules)]
+    targets = [Target(path, modules[path], path in feedforward, masks.get(path)) for path in chosen]
+    for target in targets:
+        _check(target)
     _complete(config, chosen, feedforward, modules)
-    return [
-        Target(path, modules[path], path in feedforward, default.mask(path) if key_value_only else None)
-        for path in chosen
-    ]
+    return targets
+
+
+def _check(target: Target) -> None:
+    """Raise unless the target's type has a rule that fits its side."""
+    rule = find_rule(target.module)
+    if rule is None:
+        raise InputError(
+            f"Cannot rescale {target.path!r}, a {type(target.module).__name__}; there are rules for "
+            f"{shown(rule_types(), 99)}. Narrow target_modules, exclude it, or add a rule (ia3.register_rule)."
+        )
+    try:
+        rule.shape(target.module, target.feedforward)
+    except InputError as error:
+        raise InputError(f"Cannot rescale {target.path!r}: {error}") from error
 
 
 def shortest_names(paths: Iterable[str], others: Iterable[str]) -> set[str]:
@@ -153,64 +169,6 @@ def shortest_names(paths: Iterable[str], others: Iterable[str]) -> set[str]:
                 names.add(name)
                 break
     return names
-
-
-class _DefaultTargets:
-    """The paper's choice for an architecture: keys, values, and the second feed-forward projection's input."""
-
-    def __init__(self, modules: dict[str, nn.Module], model_type: str | None) -> None:
-        self.modules = modules
-        self.model_type = model_type
-        self.key_value = [path for path in modules if self._is_key_or_value(path)]
-        self.feedforward = [path for path in modules if self._is_second_feedforward(path)]
-
-    def require(self) -> list[str]:
-        """Keys, values and feed-forwards, or an error when the architecture is not known."""
-        self._check("target_modules")
-        chosen = {*self.key_value, *self.feedforward}
-        return [path for path in self.modules if path in chosen]
-
-    def require_feedforward(self) -> list[str]:
-        """The feed-forwards alone, or an error when the architecture is not known."""
-        self._check("feedforward_modules")
-        return self.feedforward
-
-    def mask(self, path: str) -> torch.Tensor | None:
-        """For a fused projection, which of its outputs are keys or values."""
-        module = self.modules[path]
-        if not (isinstance(module, Conv1D) and path.endswith("c_attn")):
-            return None
-        width, out = module.weight.shape
-        if out != 3 * width:  # GPT-2's cross-attention: [keys | values], nothing else
-            return None
-        return torch.arange(out) >= width  # [queries | keys | values]
-
-    def _check(self, field: str) -> None:
-        if self.model_type not in _COVERED:
-            raise InputError(
-                f"Please specify `{field}` in the config: there is no default for the architecture "
-                f"{self.model_type!r} (there is for {shown(sorted(_COVERED), 99)}). Modules that can be rescaled: "
-                f"{_candidates(self.modules)}."
-            )
-
-    def _sibling(self, path: str, name: str) -> str:
-        parent = path.rpartition(".")[0]
-        return f"{parent}.{name}" if parent else name
-
-    def _is_key_or_value(self, path: str) -> bool:
-        name = path.rpartition(".")[2]
-        if name == "c_attn":
-            return True
-        return any(
-            name in pair and all(self._sibling(path, other) in self.modules for other in pair)
-            for pair in _KEY_VALUE_PAIRS
-        )
-
-    def _is_second_feedforward(self, path: str) -> bool:
-        for name, beside in _SECOND_FEEDFORWARD.items():
-            if matches(path, [name]):
-                return beside is None or self._sibling(path.rpartition(".")[0], beside) in self.modules
-        return False
 
 
 def _is_all_linear(config: IA3Config) -> bool:
@@ -254,8 +212,10 @@ def _complete(config: IA3Config, chosen: list[str], feedforward: list[str], modu
                 second |= shortest_names(feedforward, set(modules) - set(feedforward))
             config.feedforward_modules = {name for name in second if any(matches(path, [name]) for path in feedforward)}
             config.target_modules = set(config.target_modules) | config.feedforward_modules
-    transposed = {isinstance(modules[path], Conv1D) for path in chosen}
-    if config.fan_in_fan_out not in transposed:
+    transposed = {
+        isinstance(modules[path], Conv1D) for path in chosen if isinstance(modules[path], (nn.Linear, Conv1D))
+    }
+    if transposed and config.fan_in_fan_out not in transposed:
         kind = "Conv1D" if True in transposed else "torch.nn.Linear"
         warnings.warn(
             f"fan_in_fan_out is set to {config.fan_in_fan_out} but the target module is `{kind}`. "
@@ -263,11 +223,3 @@ def _complete(config: IA3Config, chosen: list[str], feedforward: list[str], modu
             stacklevel=3,
         )
         config.fan_in_fan_out = not config.fan_in_fan_out
-
-
-def _candidates(modules: dict[str, nn.Module]) -> str:
-    """Module names that could be targets, for an error message."""
-    names = {
-        re.sub(r"(^|\.)\d+\.", ".", path).rpartition(".")[2] for path, module in modules.items() if find_rule(module)
-    }
-    return shown(sorted(names), 12)
