@@ -35,7 +35,7 @@ COVERED = frozenset(
         "xlm-roberta",
     ]
 )
-READS_WEIGHTS = frozenset({"MultiheadAttention", "WavLMAttention"})
+READS_WEIGHTS = frozenset({"MultiheadAttention", "TransformerEncoderLayer", "WavLMAttention"})
 
 
 @dataclass(frozen=True)

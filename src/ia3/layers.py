@@ -108,7 +108,7 @@ class IA3Layer(nn.Module):
 
     def _acting(self) -> Sequence[Vector | None]:
         if torch.compiler.is_compiling():
-            return [table[self.slot] for table in self.routing.acting]
+            return [table[self.slot] for table in self.routing.acting_vectors]
         # The parameters that the module holds now: FSDP puts others in their place for the time of a forward pass.
         return [self.find(name) for name in self.routing.vectors]
 
@@ -221,7 +221,7 @@ class TrainedModule(nn.Module):
         self.original_module = original_module
         self.modules_to_save = nn.ModuleDict()
         self.routing = routing
-        routing.trained.append(self)
+        self.slot = routing.join(self)
         self.train(original_module.training)
 
     def add(self, name: str) -> None:
@@ -234,11 +234,18 @@ class TrainedModule(nn.Module):
         """Take an adapter's copy away."""
         del self.modules_to_save[name]
 
+    def find(self, name: str) -> nn.Module | None:
+        """An adapter's copy; None when it has none."""
+        return self.modules_to_save[name] if name in self.modules_to_save else None
+
     @property
     def current(self) -> nn.Module:
         """The copy of the first acting adapter that has one, else the original."""
-        name = next((name for name in self.routing.modules if name in self.modules_to_save), None)
-        return self.original_module if name is None else self.modules_to_save[name]
+        if torch.compiler.is_compiling():
+            copies = [table[self.slot] for table in self.routing.acting_modules]
+        else:
+            copies = [self.find(name) for name in self.routing.modules]
+        return next((module for module in copies if module is not None), self.original_module)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the current module returns."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -40,15 +40,14 @@ class Routing:
         merged: names of the adapters that are multiplied into the base weights at the moment.
         vectors: names of the adapters whose vectors a forward pass multiplies by: none while some are merged.
         modules: names of the adapters whose own copies of `modules_to_save` are used, best first.
-        trained: the modules that adapters train in full.
-        acting: for each of `vectors` its vectors by the layers' slots. Compiled code reads them here: to it names are
-            constants and a switch of names is another program, a switch of tensors of one shape is not.
+        acting_vectors, acting_modules: for each of `vectors` and `modules` what it has in each slot. Compiled code
+            looks here: to it names are constants and a switch of names is another program, a switch of tensors of one
+            shape is not.
     """
 
     def __init__(self) -> None:
-        self._slots: list[IA3Layer | None] = []
-        self.trained: list[TrainedModule] = []
-        self._tables: dict[str, list[Vector | None]] = {}
+        self._slots: list[IA3Layer | TrainedModule | None] = []
+        self._tables: dict[str, list[Any]] = {}
         self.switch(active=(), enabled=True, merged=())
 
     def switch(
@@ -63,28 +62,35 @@ class Routing:
             self.merged = tuple(merged)
         self.vectors = () if self.merged or not self.enabled else self.active
         self.modules = (self.merged or self.active) if self.enabled else ()
-        self.acting = tuple(self._table(name) for name in self.vectors)
+        self.acting_vectors = tuple(self._table(name) for name in self.vectors)
+        self.acting_modules = tuple(self._table(name) for name in self.modules)
 
     @property
     def layers(self) -> list[IA3Layer]:
-        """The layers that ask this object."""
-        return [layer for layer in self._slots if layer is not None]
+        """The rescaled layers that ask this object."""
+        from ia3.layers import IA3Layer
 
-    def join(self, layer: IA3Layer) -> int:
-        """Take a layer in; returns its place in a table."""
+        return [member for member in self._slots if isinstance(member, IA3Layer)]
+
+    @property
+    def trained(self) -> list[TrainedModule]:
+        """The modules trained in full that ask this object."""
+        from ia3.layers import TrainedModule
+
+        return [member for member in self._slots if isinstance(member, TrainedModule)]
+
+    def join(self, member: IA3Layer | TrainedModule) -> int:
+        """Take a layer or a trained module in; returns its slot."""
         if None in self._slots:
             slot = self._slots.index(None)
-            self._slots[slot] = layer
+            self._slots[slot] = member
             return slot
-        self._slots.append(layer)
+        self._slots.append(member)
         return len(self._slots) - 1
 
-    def leave(self, module: IA3Layer | TrainedModule) -> None:
-        """Let go of a layer or trained module that has been taken out of the model."""
-        if module in self.trained:
-            self.trained.remove(module)  # type: ignore[arg-type]
-        else:
-            self._slots[self._slots.index(module)] = None  # type: ignore[arg-type]
+    def leave(self, member: IA3Layer | TrainedModule) -> None:
+        """Let go of one that has been taken out of the model."""
+        self._slots[member.slot] = None
 
     def refresh(self) -> None:
         """Look all vectors up again: some were added, removed or replaced."""
@@ -99,7 +105,7 @@ class Routing:
         """
         return [layer.merge(self.merged if self.enabled else ()) for layer in self.layers]
 
-    def _table(self, name: str) -> list[Vector | None]:
+    def _table(self, name: str) -> list[Any]:
         if name not in self._tables:
-            self._tables[name] = [None if layer is None else layer.find(name) for layer in self._slots]
+            self._tables[name] = [None if member is None else member.find(name) for member in self._slots]
         return self._tables[name]
