@@ -236,7 +236,7 @@ class TrainedModule(nn.Module):
 
     def find(self, name: str) -> nn.Module | None:
         """An adapter's copy; None when it has none."""
-        return self.modules_to_save[name] if name in self.modules_to_save else None
+        return self.modules_to_save._modules.get(name)
 
     @property
     def current(self) -> nn.Module:
