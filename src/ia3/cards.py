@@ -33,14 +33,18 @@ model = PeftModel.from_pretrained(base, "path/to/this/folder")
 
 def write_model_card(model: IA3Model, folder: str | os.PathLike) -> None:
     """Write a `README.md` that says what the adapter is, unless the folder has one."""
+    name = next(iter(model.peft_config))
+    base = model.peft_config[name].base_model_name_or_path or getattr(model.model, "name_or_path", "")
+    write_card(folder, base, sum(parameter.numel() for parameter in model.adapter_parameters(name)))
+
+
+def write_card(folder: str | os.PathLike, base: str | None, numbers: int) -> None:
+    """Write a `README.md` for an adapter of so many numbers, unless the folder has one."""
     card = Path(folder, "README.md")
     if card.exists():
         return
-    name = next(iter(model.peft_config))
-    base = model.peft_config[name].base_model_name_or_path or getattr(model.model, "name_or_path", "") or "unknown"
-    numbers = sum(parameter.numel() for parameter in model.adapter_parameters(name))
     with replacing(card) as path:
         path.write_text(
-            _MODEL_CARD.format(base=base, numbers=f"{numbers:,}", paper="https://arxiv.org/abs/2205.05638"),
+            _MODEL_CARD.format(base=base or "unknown", numbers=f"{numbers:,}", paper="https://arxiv.org/abs/2205.05638"),
             encoding="utf-8",
         )
