@@ -45,6 +45,8 @@ def write_card(folder: str | os.PathLike, base: str | None, numbers: int) -> Non
         return
     with replacing(card) as path:
         path.write_text(
-            _MODEL_CARD.format(base=base or "unknown", numbers=f"{numbers:,}", paper="https://arxiv.org/abs/2205.05638"),
+            _MODEL_CARD.format(
+                base=base or "unknown", numbers=f"{numbers:,}", paper="https://arxiv.org/abs/2205.05638"
+            ),
             encoding="utf-8",
         )

@@ -6,6 +6,7 @@ Nothing is approximated: each vector lands where it has the same effect, or the 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -34,14 +35,13 @@ _TASKS = {
     "ForCausalLM": TaskType.CAUSAL_LM,
     "LMHeadModel": TaskType.CAUSAL_LM,
 }
-# The heads that these tasks train are modules of the transformers class, and small.
-_HEAD_TASKS = {TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS}
+# Tasks whose head AdapterHub saves beside the adapter, as PEFT's `modules_to_save`.
+_HEADS = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
 
 
 @dataclass
 class Conversion:
-    """A converted adapter: where it came from, its config, its tensors by their names in a checkpoint, and a line for
-    everything in the source that is not part of it."""
+    """A converted adapter: the source's kind, the config, tensors by their names in a checkpoint, and what was lost."""
 
     source: str
     config: IA3Config
@@ -49,14 +49,16 @@ class Conversion:
     notes: list[str] = field(default_factory=list)
 
 
-def convert(source: str | os.PathLike, output: str | os.PathLike, base: str | None = None, **hub: Any) -> Conversion:
+def convert(
+    source: str | os.PathLike, output: str | os.PathLike, base: str | None = None, **hub_kwargs: Any
+) -> Conversion:
     """Write the (IA)³ adapter in `source`, of whatever kind, as a folder that PEFT and this package read.
 
     Args:
         source: a T-Few `.pt` file; or a folder or hub id with an AdapterHub adapter or PEFT's `adapter_model.bin`.
         output: the folder to write, new or empty.
         base: the base model's name to record; None: the one that the source names, if it does.
-        hub: `revision`, `token`, … for a hub id.
+        hub_kwargs: `revision`, `token`, … for a hub id.
 
     Raises:
         InputError: the source is no whole (IA)³ adapter of a known kind, or the output is in use. Nothing is written.
@@ -64,7 +66,12 @@ def convert(source: str | os.PathLike, output: str | os.PathLike, base: str | No
     output = Path(output)
     if output.exists() and (output.is_file() or any(output.iterdir())):
         raise InputError(f"Expected the output to be a new or empty folder, found {str(output)!r}; choose another.")
-    converted = from_tfew(_read(source)) if Path(source).is_file() else _from_folder(source, **hub)
+    if Path(source).is_file():
+        converted = from_tfew(_read(source))
+    elif Path(source).suffix in (".pt", ".pth", ".bin", ".safetensors"):
+        raise InputError(f"Can't find the file {str(source)!r}.")
+    else:
+        converted = _from_folder(source, **hub_kwargs)
     converted.config.inference_mode = True
     converted.config.base_model_name_or_path = base or converted.config.base_model_name_or_path
     _write(converted, output)
@@ -72,28 +79,20 @@ def convert(source: str | os.PathLike, output: str | os.PathLike, base: str | No
 
 
 def from_tfew(tensors: Mapping[str, torch.Tensor]) -> Conversion:
-    """The adapter of the T-Few authors' code (`src/models/lora.py`, rank 0 and scaling rank 1) for T5 and T0.
+    """The adapter of the T-Few authors' code for T5 and T0 (`LoRALinear` with rank 0 and scaling rank 1).
 
-    There `multi_lora_b`, (features, 1), multiplies a projection's output and `multi_lora_a`, (1, features), its input.
+    There `multi_lora_b`, (features, 1), multiplies a projection's output: keys, values, and the feed-forward's `wi_1`.
 
     Raises:
-        InputError: other tensors, another rank, or both sides of one projection.
+        InputError: other tensors (`lora_a`, `lora_b`, `multi_lora_a`) or another rank.
     """
-    sides = _matched(r"(?P<path>.+)\.multi_lora_(?P<side>[ab])", tensors, "T-Few (IA)³ file")
-    vectors: Tensors = {}
-    for name, match in sides.items():
-        if match["path"] in vectors:
-            raise InputError(
-                f"Expected one vector a projection, found two for {match['path']!r} (multi_lora_a and multi_lora_b): "
-                f"(IA)³ rescales one side."
-            )
-        vectors[match["path"]] = _vector(name, tensors[name], column=match["side"] == "b")
-    config, tensors = _adapter(_before_wo(vectors))
+    found = _matched(r"(.+)\.multi_lora_b", tensors, "T-Few (IA)³ file")
+    config, adapter = _adapter({match[1]: _vector(name, tensors[name]) for name, match in found.items()})
     config.task_type = TaskType.SEQ_2_SEQ_LM
-    return Conversion("T-Few", config, tensors)
+    return Conversion("T-Few", config, adapter)
 
 
-def from_adapterhub(folder: str | os.PathLike, **hub: Any) -> Conversion:
+def from_adapterhub(folder: str | os.PathLike, **hub_kwargs: Any) -> Conversion:
     """The adapter of AdapterHub's `adapters` (and `adapter-transformers`): an `IA3Config` saved by `save_adapter`.
 
     There `lora_B`, (features, 1), times `alpha` multiplies a projection's output, bias included: keys and values, and
@@ -103,110 +102,106 @@ def from_adapterhub(folder: str | os.PathLike, **hub: Any) -> Conversion:
     Raises:
         InputError: another method, a gate, tensors that are no such vectors; and see `locate`.
     """
-    values = _read_json(locate(folder, CONFIG_NAME, **hub))
+    values = _read_json(locate(folder, CONFIG_NAME, **hub_kwargs))
     method = values["config"] if isinstance(values.get("config"), dict) else {}
-    if (method.get("architecture"), method.get("composition_mode"), method.get("r")) != ("lora", "scale", 1):
+    expected = {"architecture": "lora", "composition_mode": "scale", "r": 1, "use_gating": False}
+    found = {key: method.get(key) for key in expected}
+    if {**found, "use_gating": bool(found["use_gating"])} != expected:
         raise InputError(
-            f"Expected an AdapterHub (IA)³ adapter (architecture 'lora', composition_mode 'scale', r 1) in "
-            f"{str(folder)!r}, found {method.get('architecture')!r}, {method.get('composition_mode')!r}, "
-            f"{method.get('r')!r}: this is another method's."
+            f"Expected an AdapterHub (IA)³ adapter, {expected}, in {str(folder)!r}, found {found}: another method's, or "
+            f"with a gate that depends on the input."
         )
-    if method.get("use_gating"):
-        raise InputError(f"Expected fixed vectors in {str(folder)!r}, found use_gating: a gate that depends on the input.")
     # Before 1.1 alpha had no effect, and AdapterHub itself reads such adapters as if it were r (adapters#770).
-    old = re.match(r"adapters\.(0|1\.0)\.", str(values.get("version")))
-    alpha = 1 if old else method.get("alpha", 1)
+    alpha = 1 if re.match(r"adapters\.(0|1\.0)\.", str(values.get("version"))) else method.get("alpha", 1)
+    if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        raise InputError(f"Expected a number for alpha in {str(folder)!r}, found {alpha!r}.")
     model_type, model_class = values.get("model_type"), str(values.get("model_class"))
-    fused = ["c_attn", "in_proj"]
-    if interface := _find(folder, "adapter_interface.json", **hub):
-        fused.append(str(_read_json(interface).get("interface", {}).get("attn_qkv_proj")))
+    fused = (".c_attn", ".in_proj")
+    if interface := _find(folder, "adapter_interface.json", **hub_kwargs):
+        fused += (f".{_read_json(interface).get('interface', {}).get('attn_qkv_proj')}",)
 
-    file = _find(folder, *_HUB_WEIGHTS, **hub) or locate(folder, _HUB_WEIGHTS[0], **hub)
+    file = _find(folder, *_HUB_WEIGHTS, **hub_kwargs) or locate(folder, _HUB_WEIGHTS[0], **hub_kwargs)
     tensors = _read(file)
     vectors: Tensors = {}
-    for name, match in _matched(r"(?P<path>.+)\.loras\.[^.]+\.lora_B", tensors, "AdapterHub (IA)³ adapter").items():
-        path, vector = match["path"], _vector(name, tensors[name])
+    pattern = rf"(.+)\.loras\.{re.escape(str(values.get('name')))}\.lora_B"
+    for name, match in _matched(pattern, tensors, "AdapterHub (IA)³ adapter").items():
+        path, vector = match[1], _vector(name, tensors[name])
         if model_type in ("t5", "mt5"):
-            path = path.removeprefix("transformer.")  # of AdapterHub's own model class, which transformers has not
-        if path.endswith(tuple(f".{name}" for name in fused)):
-            vector = _full_width(name, vector, method.get("attn_matrices", []))
+            path = path.removeprefix("transformer.")  # T5AdapterModel has it, T5ForConditionalGeneration has not
+        if path.endswith(fused):
+            vector = _full_width(name, vector, method.get("attn_matrices"))
         vectors[path] = vector * alpha
     # A name in every layer fits other layers too, and BERT's `output.dense` also its attention's.
-    config, tensors = _adapter(_before_wo(vectors), whole=bool(method.get("leave_out") or method.get("output_lora")))
+    config, tensors = _adapter(vectors, whole=bool(method.get("leave_out") or method.get("output_lora")))
     config.base_model_name_or_path = values.get("model_name") or None
     config.fan_in_fan_out = model_type == "gpt2"
-    task = next((task for name, task in _TASKS.items() if model_class.endswith(name)), None)
     converted = Conversion("AdapterHub", config, tensors)
-    head = _find(folder, *_HUB_HEADS, **hub)
-    if task not in _HEAD_TASKS:
-        config.task_type = task
-    elif head:
+    if any(path.endswith(fused[1:]) for path in vectors):
+        converted.notes.append(
+            "AdapterHub trains with a random bias in a fused projection that has none, and saves it nowhere: outputs "
+            "are not those that it had."
+        )
+    task = next((task for name, task in _TASKS.items() if model_class.endswith(name)), None)
+    head = _find(folder, *_HUB_HEADS, **hub_kwargs)
+    if head and task in _HEADS:
         modules = {f"{PREFIX}{name}": tensor for name, tensor in _read(head).items()}
         config.task_type, config.modules_to_save = task, sorted({name.split(".")[2] for name in modules})
         tensors.update(modules)
-        head = None
-    if head:
-        converted.notes.append(f"Not converted: the prediction head in {Path(head).name}; only its vectors are.")
+    elif task not in _HEADS:
+        config.task_type = task
+        if head:
+            whose = "; a language model's is its base model's, unless it was trained" if task else ""
+            converted.notes.append(f"The prediction head in {Path(head).name} is left out{whose}.")
     return converted
 
 
-def _from_folder(folder: str | os.PathLike, **hub: Any) -> Conversion:
+def _from_folder(folder: str | os.PathLike, **hub_kwargs: Any) -> Conversion:
     """The adapter of a folder or hub id, told by its config."""
-    values = _read_json(locate(folder, CONFIG_NAME, **hub))
+    values = _read_json(locate(folder, CONFIG_NAME, **hub_kwargs))
     if "peft_type" not in values:
-        return from_adapterhub(folder, **hub)
+        return from_adapterhub(folder, **hub_kwargs)
     config = IA3Config.from_dict(values)
-    if _find(folder, WEIGHTS_NAME, **hub):
+    if _find(folder, WEIGHTS_NAME, **hub_kwargs):
         raise InputError(f"{str(folder)!r} is a PEFT adapter in safetensors already; use it as it is.")
-    tensors = _read(locate(folder, TORCH_WEIGHTS_NAME, **hub))
-    trained = [*(config.modules_to_save or []), *(["classifier", "score"] if config.task_type in _HEAD_TASKS else [])]
-    heads = "".join(rf"|.*\.{re.escape(name)}\..+" for name in trained)
+    tensors = _read(locate(folder, TORCH_WEIGHTS_NAME, **hub_kwargs))
+    heads = "".join(rf"|(.+\.)?{re.escape(name)}\..+" for name in config.modules_to_save or [])
     for name in _matched(rf"{re.escape(PREFIX)}(.+\.ia3_l{heads})", tensors, "PEFT (IA)³ adapter"):
         if name.endswith(".ia3_l") and max(tensors[name].shape, default=0) != tensors[name].numel():
             raise InputError(f"Expected a vector, found {name!r} of shape {tuple(tensors[name].shape)}.")
     return Conversion("PEFT", config, tensors)
 
 
-def _before_wo(vectors: Tensors) -> Tensors:
-    """The paper's form of T5's gated feed-forward: act(wi_0 x) · (l · wi_1 x) = l · (…), the input of `wo`."""
-    moved = {}
-    for path, vector in vectors.items():
-        after = re.sub(r"\.wi_1$", ".wo", path)
-        moves = after != path and after not in vectors and vector.shape[1] == 1
-        moved[after if moves else path] = vector.T if moves else vector
-    return moved
-
-
 def _adapter(vectors: Tensors, whole: bool = False) -> tuple[IA3Config, Tensors]:
-    """The config and the checkpoint's tensors of vectors by path, (features, 1) on the output, (1, features) on the
-    input; modules named by their whole path, or by what follows the layer's number."""
+    """The config and the checkpoint's tensors of vectors, (features, 1), on the outputs of modules by path.
 
-    def names(column: bool, whole: bool) -> set[str]:
-        paths = [path for path, vector in vectors.items() if (vector.shape[1] == 1) is column]
-        return {path if whole else re.sub(r".*\.\d+\.", "", path) for path in paths}
+    T5's gated feed-forward takes the paper's form: act(wi_0 x) · (l · wi_1 x) = l · (…), the input of `wo`.
 
-    whole = whole or bool(names(True, whole) & names(False, whole))
-    inputs = names(False, whole)
-    config = IA3Config(target_modules=names(True, whole) | inputs, feedforward_modules=inputs)
-    return config, {f"{PREFIX}{path}.ia3_l": vector for path, vector in vectors.items()}
+    Args:
+        vectors: the vectors by module path.
+        whole: name modules by their whole path; else by what follows the layer's number.
+    """
+    free = not any(path.endswith(".wo") for path in vectors)  # a module is rescaled on one side
+    moved = {path: re.sub(r"\.wi_1$", ".wo", path) if free else path for path in vectors}
+    names = {path: path if whole else re.sub(r".*\.\d+\.", "", path) for path in moved.values()}
+    inputs = {names[after] for path, after in moved.items() if after != path}
+    config = IA3Config(target_modules=set(names.values()), feedforward_modules=inputs)
+    return config, {f"{PREFIX}{moved[path]}.ia3_l": v if moved[path] == path else v.T for path, v in vectors.items()}
 
 
-def _full_width(name: str, vector: torch.Tensor, parts: list[str]) -> torch.Tensor:
+def _full_width(name: str, vector: torch.Tensor, parts: Any) -> torch.Tensor:
     """A vector for some thirds of a fused projection, with ones for the others."""
     import torch
 
-    width, surplus = divmod(len(vector), max(1, len({"q", "k", "v"} & set(parts))))
-    if surplus or not {"q", "k", "v"} & set(parts):
-        raise InputError(f"Expected equal parts for {parts} of a fused projection in {name!r}, found {len(vector)} numbers.")
-    given = iter(vector.split(width))
-    return torch.cat([next(given) if part in parts else torch.ones_like(vector[:width]) for part in "qkv"])
+    given = [part for part in "qkv" if isinstance(parts, list) and part in parts]
+    if not given or len(vector) % len(given):
+        raise InputError(f"Expected numbers for {given} of a fused projection in {name!r}, found {len(vector)}.")
+    values = dict(zip(given, vector.chunk(len(given)), strict=True))
+    return torch.cat([values.get(part, torch.ones_like(values[given[0]])) for part in "qkv"])
 
 
-def _vector(name: str, tensor: torch.Tensor, column: bool = True) -> torch.Tensor:
-    """A tensor as (features, 1), or (1, features) where it is no column."""
-    if tensor.ndim != 2 or tensor.shape[1 if column else 0] != 1 or not tensor.numel():
-        expected = "(features, 1)" if column else "(1, features)"
-        raise InputError(f"Expected a vector of shape {expected}, found {name!r} of shape {tuple(tensor.shape)}.")
+def _vector(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.ndim != 2 or tensor.shape[1] != 1 or not tensor.numel():
+        raise InputError(f"Expected a vector of shape (features, 1), found {name!r} of shape {tuple(tensor.shape)}.")
     return tensor
 
 
@@ -222,11 +217,11 @@ def _matched(pattern: str, tensors: Mapping[str, Any], kind: str) -> dict[str, r
     return {name: match for name, match in matches.items() if match}
 
 
-def _find(source: str | os.PathLike, *names: str, **hub: Any) -> str | None:
+def _find(source: str | os.PathLike, *names: str, **hub_kwargs: Any) -> str | None:
     """The first of these files that the folder or hub repository has."""
     for name in names:
         try:
-            return locate(source, name, **hub)
+            return locate(source, name, **hub_kwargs)
         except InputError:
             continue
     return None
@@ -257,7 +252,9 @@ def _read(file: str | os.PathLike) -> Tensors:
         and (value.layout, value.device.type) == (torch.strided, "cpu")
         for name, value in found.items()
     ):
-        raise InputError(f"Expected a flat dictionary of floating-point tensors in {str(file)!r}, found something else.")
+        raise InputError(
+            f"Expected a flat dictionary of floating-point tensors in {str(file)!r}, found something else."
+        )
     broken = [name for name, value in found.items() if not torch.isfinite(value).all()]
     if broken:
         raise InputError(f"Expected finite numbers in {str(file)!r}, found NaN or infinite ones in {shown(broken, 3)}.")

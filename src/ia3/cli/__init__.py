@@ -8,7 +8,7 @@ import sys
 import typer
 
 from ia3 import __version__
-from ia3.cli import evaluate, inspect, merge, predict, train
+from ia3.cli import convert, evaluate, inspect, merge, predict, train
 from ia3.errors import InputError
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.command("predict")(predict.predict)
 app.command("evaluate")(evaluate.evaluate)
 app.command("merge")(merge.merge)
 app.command("inspect")(inspect.inspect)
+app.command("convert")(convert.convert)
 
 
 def _version(wanted: bool) -> None:
