@@ -337,7 +337,7 @@ class TestTFew:
             plain = base(**batch).logits
             with rescaled(base, vectors):
                 expected = base(**batch).logits
-            assert tiny.relative_error(plain, expected) > 1e-2
+            assert tiny.relative_error(plain, expected) > 1e-3
             for library in (ia3, peft):
                 model = loaded(library, base, tmp_path / "out")
                 assert tiny.relative_error(model(**batch).logits, expected) < 1e-5

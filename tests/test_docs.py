@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 import tiny
 import words
@@ -33,7 +34,7 @@ def test_every_block_is_named_once_and_run_here_or_by_ci():
     assert None not in names and len(set(names)) == len(names)
     assert set(blocks("command")) == set(re.findall(r"\$\(readme (\w+)\)", (ROOT / ".ci" / "run").read_text()))
     assert set(blocks("example")) == {
-        "train", "template", "python", "peft", "modules", "several", "task.yaml", "task", "task-python",
+        "train", "template", "python", "peft", "modules", "several", "convert", "task.yaml", "task", "task-python",
     }  # fmt: skip
 
 
@@ -48,10 +49,19 @@ def place(tmp_path_factory):
     for name in ("tickets", "checked", "new"):
         (folder / f"{name}.csv").write_text("message,queue\n" + "\n".join(lines) + "\n")
     (folder / "task.yaml").write_text(blocks("example")["task.yaml"])
+    torch.save(
+        {"encoder.block.0.layer.0.SelfAttention.k.multi_lora_b": torch.ones(8, 1)}, folder / "t03b_ia3_finish.pt"
+    )
+    hub = folder / "adapterhub" / "sentiment"
+    hub.mkdir(parents=True)
+    method = {"architecture": "lora", "composition_mode": "scale", "r": 1, "alpha": 1}
+    (hub / "adapter_config.json").write_text(json.dumps({"config": method, "name": "sentiment", "model_type": "bert"}))
+    name = "bert.encoder.layer.0.attention.self.key.loras.sentiment.lora_B"
+    torch.save({name: torch.ones(8, 1)}, hub / "pytorch_adapter.bin")
     return folder
 
 
-@pytest.mark.parametrize("name", ["train", "template", "task"])
+@pytest.mark.parametrize("name", ["train", "template", "convert", "task"])
 def test_commands(name, place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     commands = re.split(r"\n(?=ia3 )", blocks("example")[name].strip())

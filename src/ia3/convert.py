@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -237,10 +238,12 @@ def _read(file: str | os.PathLike) -> Tensors:
     from safetensors.torch import load_file
 
     try:
-        if str(file).endswith(".safetensors"):
-            found = load_file(file)
-        else:
-            found = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch says of an odd pickle; the error below is enough
+            if str(file).endswith(".safetensors"):
+                found = load_file(file)
+            else:
+                found = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or hostile file makes the readers stumble anywhere
         raise InputError(
             f"Cannot read {str(file)!r}: expected a whole file of tensors, and nothing that runs code; is it cut short?"

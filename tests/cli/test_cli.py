@@ -9,6 +9,7 @@ import sys
 
 import peft
 import pytest
+import torch
 import transformers
 
 import tiny
@@ -424,6 +425,40 @@ def test_inspect(ia3, place):
     assert found["smallest"][0]["scale"] == min(layer["min"] for layer in found["layers"].values())
     code, out, _ = ia3("inspect", place / "adapter")
     assert code == 0 and "160 numbers" in out and "down_proj" in out
+
+
+def test_convert(ia3, tmp_path):
+    layers = "encoder.block.0.layer"
+    vectors = {f"{layers}.0.SelfAttention.k.multi_lora_b": 4, f"{layers}.1.DenseReluDense.wi_1.multi_lora_b": 6}
+    torch.save({name: torch.full((size, 1), 0.5) for name, size in vectors.items()}, tmp_path / "finish.pt")
+    arguments = ("convert", tmp_path / "finish.pt", "--base", "bigscience/T0_3B", "--output")
+    code, out, err = ia3(*arguments, tmp_path / "a", "--json")
+    size = sum(file.stat().st_size for file in (tmp_path / "a").iterdir())
+    assert code == 0 and not err
+    assert json.loads(out) == {
+        "output": str(tmp_path / "a"),
+        "source": "T-Few",
+        "base_model": "bigscience/T0_3B",
+        "target_modules": ["DenseReluDense.wo", "SelfAttention.k"],
+        "feedforward_modules": ["DenseReluDense.wo"],
+        "parameters": 10,
+        "bytes": size,
+        "notes": [],
+    }
+    code, out, _ = ia3(*arguments, tmp_path / "b")
+    assert code == 0 and "T-Few adapter of 10 numbers in 2 tensors" in out
+    assert json.loads(ia3("inspect", tmp_path / "b", "--json")[1])["parameters"] == 10
+    code, out, _ = ia3("convert", tmp_path / "finish.pt", "--output", tmp_path / "c")
+    assert code == 0 and "names no base model" in out
+
+
+def test_what_cannot_be_converted_is_refused_in_one_line(ia3, tmp_path):
+    torch.save({"model.layers.0.self_attn.q_proj.lora_A": torch.ones(4, 2)}, tmp_path / "lora.pt")
+    (tmp_path / "text.pt").write_text("no tensors")
+    for name, said in (("lora.pt", "q_proj.lora_A"), ("text.pt", "whole file of tensors"), ("none.pt", "Can't find")):
+        code, out, err = ia3("convert", tmp_path / name, "--output", tmp_path / "out", "--json")
+        assert (code, out, err.count("\n")) == (2, "", 1) and said in err
+        assert not (tmp_path / "out").exists()
 
 
 def test_help_loads_neither_torch_nor_transformers():
