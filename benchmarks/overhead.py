@@ -1,0 +1,156 @@
+"""What an adapter costs: forward and backward against the merged model and PEFT, and many adapters in one model.
+
+SmolLM2-135M in float32, in one process, times as medians of interleaved repeats:
+
+- forward: 8 rows of 64 tokens, and one token a row after 64 cached ones, without gradients. Peer: the merged model.
+- forward + backward: 8 rows of 64 tokens. Floor: the frozen base model, backward to its input embeddings.
+- adapters: loading from disk, switching to another, deleting; milliseconds an adapter.
+
+    python benchmarks/overhead.py [--repeats 15] [--adapters 1000] [--peft-adapters 50] [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import torch
+from torch import nn
+
+from ia3 import IA3Config, IA3Model, load_base
+
+ROWS, TOKENS = 8, 64
+TARGETS = {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+
+
+def interleaved(steps: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each step, one of each in turn, after one to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for repeat in range(repeats + 1):
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step()
+            if repeat:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+@torch.no_grad()
+def randomized(model: nn.Module) -> nn.Module:
+    """The same random vectors in ours and PEFT's."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in sorted(model.named_parameters()):
+        if ".ia3_l." in name:
+            parameter.copy_(1 + 0.1 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def forward(model: nn.Module, ids: torch.Tensor) -> Callable[[], object]:
+    """A whole batch."""
+
+    @torch.no_grad()
+    def step() -> object:
+        return model(input_ids=ids, use_cache=False)
+
+    return step
+
+
+def decode(model: nn.Module, ids: torch.Tensor) -> Callable[[], object]:
+    """One more token a row; the cache is cut back afterwards."""
+    with torch.no_grad():
+        cache = model(input_ids=ids).past_key_values
+
+    @torch.no_grad()
+    def step() -> object:
+        result = model(input_ids=ids[:, :1], past_key_values=cache)
+        cache.crop(-1)
+        return result
+
+    return step
+
+
+def train(model: nn.Module, ids: torch.Tensor) -> Callable[[], object]:
+    """Forward and backward to what is trainable; to the input embeddings where nothing is."""
+    frozen = not any(parameter.requires_grad for parameter in model.parameters())
+
+    def step() -> None:
+        if frozen:
+            inputs = {"inputs_embeds": model.get_input_embeddings()(ids).detach().requires_grad_()}
+        else:
+            inputs = {"input_ids": ids}
+        model(**inputs, use_cache=False).logits.logsumexp(-1).mean().backward()
+
+    return step
+
+
+def many(model: nn.Module, folder: Path, count: int) -> dict[str, float]:
+    """Milliseconds an adapter to load, to switch to, to delete, beside those that are there."""
+    started = time.perf_counter()
+    for number in range(count):
+        model.load_adapter(folder, f"a{number}")
+    loaded = time.perf_counter()
+    for number in range(count):
+        model.set_adapter(f"a{number}", inference_mode=True)
+    switched = time.perf_counter()
+    model.set_adapter("default", inference_mode=True)
+    deleting = time.perf_counter()
+    for number in range(count):
+        model.delete_adapter(f"a{number}")
+    deleted = time.perf_counter()
+    spans = {"load": loaded - started, "switch": switched - loaded, "delete": deleted - deleting}
+    return {name: 1e3 * seconds / count for name, seconds in spans.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--adapters", type=int, default=1000)
+    parser.add_argument("--peft-adapters", type=int, default=50)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+
+    base = load_base()[0].requires_grad_(False)
+    ours = randomized(IA3Model(load_base()[0], IA3Config(**TARGETS)))
+    theirs = randomized(peft.get_peft_model(load_base()[0], peft.IA3Config(**TARGETS)))
+    merged = randomized(IA3Model(load_base()[0], IA3Config(**TARGETS))).merge_and_unload()
+    ids = torch.randint(1000, 20000, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
+
+    results = {}
+    plain = {"ours": ours, "PEFT": theirs, "merged": merged}
+    for name, kind in (("forward", forward), ("one token", decode)):
+        results[name] = interleaved({key: kind(model, ids) for key, model in plain.items()}, options.repeats)
+    trained = {"ours": ours, "PEFT": theirs, "floor": base}
+    steps = {key: train(model, ids) for key, model in trained.items()}
+    results["forward + backward"] = interleaved(steps, options.repeats)
+    with tempfile.TemporaryDirectory() as folder:
+        ours.save_pretrained(folder)
+        results["adapters"] = {
+            "ours": many(ours, Path(folder), options.adapters),
+            "PEFT": many(theirs, Path(folder), options.peft_adapters),
+        }
+
+    if options.json:
+        print(json.dumps(results, indent=2))
+        return
+    for name, peer in (("forward", "merged"), ("one token", "merged"), ("forward + backward", "floor")):
+        times = results[name]
+        print(
+            f"{name:20} ours/{peer} {times['ours'] / times[peer]:.3f}   PEFT/{peer} {times['PEFT'] / times[peer]:.3f}"
+            f"   (ours {1e3 * times['ours']:.1f} ms)"
+        )
+    for name in ("load", "switch", "delete"):
+        mine, other = results["adapters"]["ours"][name], results["adapters"]["PEFT"][name]
+        print(
+            f"{name:20} ours {mine:.3f} ms ({options.adapters} adapters)   PEFT {other:.3f} ms "
+            f"({options.peft_adapters} adapters)"
+        )
+
+
+if __name__ == "__main__":
+    main()
