@@ -15,7 +15,6 @@ from torch.nn.modules.module import _IncompatibleKeys
 from ia3.config import CONFIG_NAME, IA3Config
 from ia3.errors import InputError, shown
 from ia3.files import locate, replacing
-from ia3.layers import IA3Layer, TrainedModule
 from ia3.targets import wrappers
 
 if TYPE_CHECKING:
@@ -84,13 +83,14 @@ def get_peft_model_state_dict(
         InputError: there is no such adapter.
     """
     base, inner, outer = _parts(model)
+    layers, trained = wrappers(base)
     tensors = {}
-    for path, layer in wrappers(base, IA3Layer).items():
+    for path, layer in layers.items():
         if adapter_name in layer.ia3_l:
             values = None if state_dict is None else state_dict[f"{inner}{path}.ia3_l.{adapter_name}"]
             # The effective vector: what a fused projection's mask holds at one is one in the file.
             tensors[f"{outer}{path}.ia3_l"] = layer.vector(adapter_name, values).detach()
-    for path, module in wrappers(base, TrainedModule).items():
+    for path, module in trained.items():
         if adapter_name in module.modules_to_save:
             for key, value in module.modules_to_save[adapter_name].state_dict().items():
                 name = f"{inner}{path}.modules_to_save.{adapter_name}.{key}"
@@ -123,12 +123,12 @@ def set_peft_model_state_dict(
     tensors = peft_model_state_dict
     _check(get_peft_model_state_dict(model, adapter_name=adapter_name), tensors, adapter_name)
     base, _, outer = _parts(model)
-    layers = wrappers(base, IA3Layer)
+    layers, trained = wrappers(base)
     with torch.no_grad():
         for path, layer in layers.items():
             if adapter_name in layer.ia3_l:
                 layer.fill(adapter_name, tensors[f"{outer}{path}.ia3_l"])
-        for path, module in wrappers(base, TrainedModule).items():
+        for path, module in trained.items():
             if adapter_name in module.modules_to_save:
                 copied = module.modules_to_save[adapter_name]
                 copied.load_state_dict({key: tensors[f"{outer}{path}.{key}"] for key in copied.state_dict()})

@@ -98,12 +98,12 @@ class IA3Model(nn.Module):
     @property
     def layers(self) -> dict[str, IA3Layer]:
         """The rescaled layers by their path in the base model."""
-        return wrappers(self.model, IA3Layer)
+        return wrappers(self.model)[0]
 
     @property
     def trained_modules(self) -> dict[str, TrainedModule]:
         """The modules of `modules_to_save` by their path in the base model."""
-        return wrappers(self.model, TrainedModule)
+        return wrappers(self.model)[1]
 
     def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
         """An adapter's parameters: its vectors, and its copies of `modules_to_save`."""
@@ -194,7 +194,8 @@ class IA3Model(nn.Module):
 
     def _check_nesting(self, targets: list[str], kept: list[str]) -> None:
         """Refuse to rescale a part of a module that an adapter trains in full, or the reverse: copies would differ."""
-        inner, outer = {*targets, *self.layers}, {*kept, *self.trained_modules}
+        layers, trained = wrappers(self.model)
+        inner, outer = {*targets, *layers}, {*kept, *trained}
         nested = [(a, b) for a in sorted(inner) for b in sorted(outer) if f"{a}.".startswith(f"{b}.")]
         if nested:
             a, b = nested[0]

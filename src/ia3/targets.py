@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import nn
@@ -17,8 +16,6 @@ from ia3.config import IA3Config
 from ia3.errors import InputError, shown
 from ia3.layers import IA3Layer, TrainedModule
 from ia3.rules import find_rule, rule_types
-
-Wrapper = TypeVar("Wrapper", IA3Layer, TrainedModule)
 
 # Names of classification heads, which SEQ_CLS and TOKEN_CLS adapters train in full.
 CLASSIFICATION_HEADS = ("classifier", "score")
@@ -41,18 +38,18 @@ class Target:
     rescaled: torch.Tensor | None = None
 
 
-def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def walk(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The model's modules, adapters' wrappers in place of what they wrap, by their path in the base model."""
+    found: list[tuple[str, nn.Module]] = []
 
-    def visit(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    def visit(prefix: str, module: nn.Module) -> None:
         for name, child in unwrapped(module)._modules.items():  # a module at two places twice
-            if child is None:
-                continue
-            below = f"{path}.{name}" if path else name
-            yield below, child
-            yield from visit(below, child)
+            if child is not None:
+                found.append((prefix + name, child))
+                visit(f"{prefix}{name}.", child)
 
-    return visit("", model)
+    visit("", model)
+    return found
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -60,13 +57,16 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {path: unwrapped(module) for path, module in walk(model)}
 
 
-def wrappers(model: nn.Module, kind: type[Wrapper]) -> dict[str, Wrapper]:
+def wrappers(model: nn.Module) -> tuple[dict[str, IA3Layer], dict[str, TrainedModule]]:
     """What adapters put around modules, each once, by the path in the base model (the first of several)."""
-    found: dict[Wrapper, str] = {}
+    layers: dict[IA3Layer, str] = {}
+    trained: dict[TrainedModule, str] = {}
     for path, module in walk(model):
-        if isinstance(module, kind):
-            found.setdefault(module, path)
-    return {path: module for module, path in found.items()}
+        if isinstance(module, IA3Layer):
+            layers.setdefault(module, path)
+        elif isinstance(module, TrainedModule):
+            trained.setdefault(module, path)
+    return {path: layer for layer, path in layers.items()}, {path: module for module, path in trained.items()}
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -85,7 +85,7 @@ def matches(path: str, pattern: Iterable[str] | str) -> bool:
             raise InputError(
                 f"Expected a regular expression, found {pattern!r}: {error}; for one name, use a list."
             ) from error
-    return any(path == entry or path.endswith(f".{entry}") for entry in pattern)
+    return f".{path}".endswith(tuple(f".{entry}" for entry in pattern))
 
 
 def resolve_targets(model: nn.Module, config: IA3Config, key_value_only: bool | None = None) -> list[Target]:
@@ -109,7 +109,8 @@ def resolve_targets(model: nn.Module, config: IA3Config, key_value_only: bool | 
     if key_value_only is None:
         key_value_only = config.chosen_by_architecture
     kept = config.modules_to_save or []
-    excluded = [path for path in modules if matches(path, config.exclude_modules or ()) or _inside(path, kept)]
+    leave_out = config.exclude_modules
+    excluded = {path for path in modules if (leave_out and matches(path, leave_out)) or (kept and _inside(path, kept))}
 
     masks: dict[str, torch.Tensor | None] = {}
     sites = default_sites(modules, base_config) if config.target_modules is None or key_value_only else []
