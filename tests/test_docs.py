@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
+import ia3
 import tiny
 import words
 from ia3.cli import main
@@ -34,7 +36,7 @@ def test_every_block_is_named_once_and_run_here_or_by_ci():
     assert None not in names and len(set(names)) == len(names)
     assert set(blocks("command")) == set(re.findall(r"\$\(readme (\w+)\)", (ROOT / ".ci" / "run").read_text()))
     assert set(blocks("example")) == {
-        "train", "template", "python", "peft", "modules", "several", "convert", "task.yaml", "task", "task-python",
+        "train", "template", "python", "peft", "modules", "rule", "several", "auto", "convert", "task.yaml", "task", "task-python",
     }  # fmt: skip
 
 
@@ -79,7 +81,9 @@ def test_commands(name, place, monkeypatch, capsys):
         assert json.loads((place / "adapters" / "tickets" / "metrics.json").read_text())["task"] == "tickets"
 
 
-@pytest.mark.parametrize("names", [["peft"], ["modules", "several"], ["task-python"]], ids=lambda names: names[-1])
+@pytest.mark.parametrize(
+    "names", [["peft"], ["modules", "several"], ["rule"], ["task-python"]], ids=lambda names: names[-1]
+)
 def test_python(names, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     scope: dict = {}
@@ -87,6 +91,15 @@ def test_python(names, tmp_path, monkeypatch):
         exec(compile(blocks("example")[name], name, "exec"), scope)
     if "modules" in names:
         assert "mlp.down_proj" not in " ".join(scope["model"].layers)
+
+
+def test_the_base_model_is_found(place, monkeypatch):
+    monkeypatch.chdir(place)
+    base = transformers.AutoModelForCausalLM.from_pretrained("model")
+    ia3.get_peft_model(base, ia3.IA3Config(task_type="CAUSAL_LM")).save_pretrained("adapters/tickets")
+    scope: dict = {}
+    exec(compile(blocks("example")["auto"], "auto", "exec"), scope)
+    assert scope["model"].dtype == torch.bfloat16
 
 
 @pytest.mark.slow
