@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ia3 import checkpoint
+from ia3 import checkpoint, quantized
 from ia3.architectures import READS_WEIGHTS
 from ia3.cards import write_model_card
 from ia3.config import IA3Config, PeftType, TaskType
@@ -55,6 +55,9 @@ class IA3Model(nn.Module):
 
     peft_type = PeftType.IA3
 
+    # To transformers.Trainer: a quantized base can be trained, for adapters are.
+    _hf_peft_config_loaded = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -80,6 +83,13 @@ class IA3Model(nn.Module):
         self.model = model
         self.peft_config: dict[str, IA3Config] = {}
         self._trainable: set[str] = set()  # the adapters to freeze when others become active
+        quantized.release_dequantized(model)
+        quantized.keep_plain_layout(model)
+        self._blocking = [
+            path
+            for path, module in base_modules(model).items()
+            if quantized.is_quantized(module) and not quantized.passes_gradients(module)
+        ]
         # Layers that an earlier adapter left in the model go on asking their own object: it becomes this model's too.
         asked = (module.routing for module in model.modules() if isinstance(module, (IA3Layer, TrainedModule)))
         self.routing = next(asked, None) or Routing()
@@ -312,6 +322,14 @@ class IA3Model(nn.Module):
         """Make adapters trainable, or freeze them, whether they are active or not."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         self.require_adapters(names)
+        if requires_grad and self._blocking:
+            warnings.warn(
+                f"{len(self._blocking)} modules are quantized in a way that passes no gradients on, such as "
+                f"{self._blocking[0]!r}: vectors below them will not be trained. Load the model with its weights alone "
+                f"quantized, or not quantized.",
+                stacklevel=3,
+            )
+            self._blocking = []
         for name in names:
             (self._trainable.add if requires_grad else self._trainable.discard)(name)
             for parameter in self.adapter_parameters(name):

@@ -86,6 +86,8 @@ def _dequantize(file: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from ia3.quantized import release_dequantized
+
     if importlib.util.find_spec("gguf") is None:
         raise InputError("Reading the embedded model needs the package 'gguf'; install it: pip install gguf")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -94,9 +96,7 @@ def _dequantize(file: Path, folder: Path) -> None:
         with _quiet_loading():
             where = {"gguf_file": file.name}
             model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **where)
-            # Saved as an ordinary float32 model: without the traces of the quantized file.
-            model.hf_quantizer = None  # type: ignore[assignment]
-            delattr(model.config, "quantization_config")
+            release_dequantized(model)
             model.save_pretrained(temporary)
             AutoTokenizer.from_pretrained(file.parent, **where).save_pretrained(temporary)
         try:

@@ -130,6 +130,19 @@ def keep_plain_layout(model: nn.Module) -> None:
                 module.quant_state = weight.quant_state  # type: ignore[assignment]
 
 
+def release_dequantized(model: nn.Module) -> None:
+    """Take the marks of a quantized file off a model that was dequantized when it was loaded (GGUF).
+
+    transformers leaves them on, and with them refuses to train or to save what is a plain floating-point model.
+    """
+    config = getattr(model, "config", None)
+    method = getattr(getattr(config, "quantization_config", None), "quant_method", None)
+    if method == "gguf" and not any(map(is_quantized, model.modules())):
+        del config.quantization_config  # type: ignore[union-attr]
+        model.hf_quantizer = None  # type: ignore[assignment]
+        model.is_quantized = False  # type: ignore[assignment]
+
+
 def _weight(module: nn.Module) -> Any:
     """A module's weight, with the scales that bitsandbytes moves to the layer in the first 8-bit forward pass."""
     weight: Any = module.weight
