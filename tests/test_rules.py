@@ -11,6 +11,8 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers.models.dbrx import modeling_dbrx
+from transformers.models.jetmoe import modeling_jetmoe
 from transformers.pytorch_utils import Conv1D
 
 import ia3
@@ -681,6 +683,38 @@ def test_dbrx():
     )
     base = randomized(transformers.DbrxForCausalLM(made))
     check_model(base, ["Wqkv", "experts.mlp"], ["experts.mlp"], logits, 4)
+
+
+def test_dbrxs_experts_are_the_formula():
+    """They are called with slices of parameters that another module has read."""
+    made = transformers.DbrxConfig(
+        d_model=16, ffn_config={"ffn_hidden_size": 12, "moe_num_experts": 3, "hidden_size": 16}
+    )
+    base = filled(modeling_dbrx.DbrxExperts(made.ffn_config))
+    model = ia3.get_peft_model(base, IA3Config(target_modules=["mlp"], feedforward_modules=["mlp"])).double()
+    tiny.randomize(model)
+    assert model.layers["mlp"].ia3_l["default"].shape == (1, 36)
+    vectors = model.layers["mlp"].ia3_l["default"].detach().view(3, 12)
+    torch.manual_seed(3)
+    x, weights = torch.randn(1, 3, 16, **DOUBLE), torch.rand(3, 2, **DOUBLE)
+    chosen = torch.tensor([[0, 1], [1, 2], [2, 0]])
+    w1, v1, w2 = (p.view(3, 12, 16) for p in (base.mlp.w1, base.mlp.v1, base.mlp.base_layer.w2))
+    expected = torch.zeros(3, 16, **DOUBLE)
+    for t, k in itertools.product(range(3), range(2)):
+        e = chosen[t, k]
+        inner = nn.functional.silu(w1[e] @ x[0, t]) * (v1[e] @ x[0, t])
+        expected[t] += weights[t, k] * torch.einsum("i,i,io->o", vectors[e], inner, w2[e])
+    torch.testing.assert_close(model(x, chosen, weights)[0].detach(), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_jetmoes_experts_are_the_formula():
+    layer = rescaled(filled(modeling_jetmoe.JetMoeParallelExperts(3, 5, 7)), True)
+    assert layer.ia3_l["a"].shape == (3, 1, 5)
+    x = torch.randn(6, 5, **DOUBLE)
+    owners = [0, 0, 0, 1, 2, 2]
+    weight, vectors = layer.base_layer.weight.clone(), layer.ia3_l["a"].detach()[:, 0]
+    expected = torch.stack([torch.einsum("oi,i,i->o", weight[e], vectors[e], x[t]) for t, e in enumerate(owners)])
+    check_layer(layer, x, [3, 1, 2], expected=expected)
 
 
 def test_xlnet():
