@@ -216,14 +216,19 @@ class IA3Model(nn.Module):
     def _insert(self, name: str, targets: list[Target], kept: list[str], ones: bool, meta: bool) -> None:
         layers: dict[nn.Module, IA3Layer] = {}  # a module at several paths is one module, with one vector
         for target in targets:
-            parent, place = self._place(target.path)
-            layer = getattr(parent, place)
             if target.module not in layers:
+                parent, place = self._place(target.path)
+                layer = getattr(parent, place)
                 if not isinstance(layer, IA3Layer):
                     layer = IA3Layer(target.module, self.routing, type(parent).__name__ in READS_WEIGHTS)
                 layer.add(name, target.feedforward, ones, target.rescaled, meta)
                 layers[target.module] = layer
-            setattr(parent, place, layers[target.module])
+        # At every path, named by the config or not: merging changes the module for all of them too.
+        full = tuple(f"{path}." for path in (*kept, *self.trained_modules))
+        for path, module in base_modules(self.model).items():
+            if module in layers and not path.startswith(full):
+                parent, place = self._place(path)
+                setattr(parent, place, layers[module])
         for path in kept:
             parent, place = self._place(path)
             module = getattr(parent, place)
