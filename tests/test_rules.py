@@ -560,49 +560,6 @@ def test_experts_have_no_output_side():
 # Whole models.
 
 
-def check_model(base: nn.Module, targets: list[str], feedforward: list[str], call, count: int) -> None:
-    """Adapted, merged and merged out are one; off is the base; unmerging is exact; every vector's gradient is right.
-
-    All in float64, but for norms and routers, which many models compute in float32. `call(model)` gives the output.
-    """
-    base = base.double().eval().requires_grad_(False)  # torch itself answers with other bits to what is frozen
-    before = tiny.state(base)
-    with torch.no_grad():
-        plain = call(base)
-    model = ia3.get_peft_model(base, IA3Config(target_modules=targets, feedforward_modules=feedforward)).eval()
-    assert len(model.layers) == count
-    model.double()
-    tiny.randomize(model)
-    direction = torch.randn(plain.shape, generator=torch.Generator().manual_seed(5), **DOUBLE)
-    adapted = call(model)
-    assert tiny.relative_error(adapted.detach(), plain) > 0.01
-    (adapted * direction).sum().backward()
-    with torch.no_grad():
-        torch.testing.assert_close(call(model), adapted)
-        adapted = call(model)
-        for path, parameter in tiny.adapter_parameters(model).items():
-            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(6), **DOUBLE)
-            values, ends = parameter.clone(), []
-            for step in (1e-4, -1e-4):
-                parameter.copy_(values + step * noise)
-                ends.append((call(model) * direction).sum())
-            parameter.copy_(values)
-            slope = (parameter.grad * noise).sum().item()
-            assert abs(slope) > 1e-3, path
-            assert (ends[0] - ends[1]).item() / 2e-4 == pytest.approx(slope, rel=1e-2, abs=1e-2), path
-        with model.disable_adapter():
-            assert torch.equal(call(model), plain)
-        model.merge_adapter()
-        torch.testing.assert_close(call(model), adapted, rtol=1e-5, atol=1e-5)
-        with model.disable_adapter():
-            assert torch.equal(call(model), plain)
-        model.unmerge_adapter()
-        assert torch.equal(call(model), adapted)
-        merged = copy.deepcopy(model).merge_and_unload()
-        torch.testing.assert_close(call(merged), adapted, rtol=1e-5, atol=1e-5)
-        assert tiny.same_bits(model.unload().state_dict(), before)
-
-
 TOKENS = torch.tensor([[5, 17, 23, 9, 41], [3, 8, 8, 30, 12]])
 
 
@@ -625,7 +582,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 def test_mixtures_of_experts_in_whole_models(arch, implementation):
     shared = ["shared_expert.down_proj"] if arch in ("qwen2_moe", "llama4_text") else []
     targets = ["k_proj", "v_proj", "experts", *shared]
-    check_model(build_experts(arch, implementation), targets, ["experts", *shared], logits, 2 * (3 + len(shared)))
+    tiny.check_model(build_experts(arch, implementation), targets, ["experts", *shared], logits, 2 * (3 + len(shared)))
 
 
 @pytest.mark.parametrize("arch", ["mixtral", "gpt_oss", "qwen3_moe"])
@@ -659,16 +616,8 @@ def test_jetmoe():
         attn_implementation="eager",
     )
     base = nn.Module.eval(transformers.JetMoeForCausalLM(made))
-    randomized(base)
-    check_model(base, ["kv_proj", "mlp.output_linear"], ["mlp.output_linear"], logits, 4)
-
-
-def randomized(model: nn.Module, scale: float = 0.3) -> nn.Module:
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
-    return model
+    tiny.randomized(base)
+    tiny.check_model(base, ["kv_proj", "mlp.output_linear"], ["mlp.output_linear"], logits, 4)
 
 
 def test_dbrx():
@@ -681,8 +630,8 @@ def test_dbrx():
         attn_config={"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         ffn_config={"ffn_hidden_size": 12, "moe_num_experts": 3, "moe_top_k": 2, "hidden_size": 16},
     )
-    base = randomized(transformers.DbrxForCausalLM(made))
-    check_model(base, ["Wqkv", "experts.mlp"], ["experts.mlp"], logits, 4)
+    base = tiny.randomized(transformers.DbrxForCausalLM(made))
+    tiny.check_model(base, ["Wqkv", "experts.mlp"], ["experts.mlp"], logits, 4)
 
 
 def test_dbrxs_experts_are_the_formula():
@@ -719,8 +668,8 @@ def test_jetmoes_experts_are_the_formula():
 
 def test_xlnet():
     made = transformers.XLNetConfig(vocab_size=tiny.VOCAB, d_model=16, n_layer=2, n_head=2, d_inner=12, dropout=0.0)
-    base = randomized(transformers.XLNetLMHeadModel(made))
-    check_model(base, ["rel_attn", "layer_2"], ["layer_2"], lambda m: m(input_ids=TOKENS).logits, 4)
+    base = tiny.randomized(transformers.XLNetLMHeadModel(made))
+    tiny.check_model(base, ["rel_attn", "layer_2"], ["layer_2"], lambda m: m(input_ids=TOKENS).logits, 4)
 
 
 def test_xlnets_attention_is_the_formula():
@@ -761,10 +710,10 @@ def test_wavlm_reads_weights_without_calling_their_modules():
         feat_proj_dropout=0.0,
         layerdrop=0.0,
     )
-    base = randomized(transformers.WavLMModel(made))
+    base = tiny.randomized(transformers.WavLMModel(made))
     sound = torch.randn(2, 60, generator=torch.Generator().manual_seed(0), **DOUBLE)
     targets = ["k_proj", "v_proj", "output_dense"]
-    check_model(base, targets, ["output_dense"], lambda m: m(input_values=sound).last_hidden_state, 6)
+    tiny.check_model(base, targets, ["output_dense"], lambda m: m(input_values=sound).last_hidden_state, 6)
 
 
 # Rules of one's own.

@@ -3,9 +3,12 @@
 `import tiny` works in every file under `tests/`, because pytest puts the folder of `conftest.py` on the path.
 """
 
+import copy
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import nn
@@ -180,3 +183,59 @@ def state(model: nn.Module) -> dict[str, torch.Tensor]:
 def same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
     """Whether two states have the same names and the same values in all of them."""
     return list(found) == list(expected) and all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def randomized(model: nn.Module, scale: float = 0.3) -> nn.Module:
+    """The model with every parameter random."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def check_model(
+    base: nn.Module, targets: list[str], feedforward: list[str], call: Callable[[nn.Module], torch.Tensor], count: int
+) -> None:
+    """Adapted, merged and merged out are one; off is the base; unmerging is exact; every vector's gradient is right.
+
+    All in float64, but for norms and routers, which many models compute in float32. `call(model)` gives the output.
+    """
+    import ia3
+
+    base = base.double().eval().requires_grad_(False)  # torch itself answers with other bits to what is frozen
+    before = state(base)
+    with torch.no_grad():
+        plain = call(base)
+    model = ia3.get_peft_model(base, ia3.IA3Config(target_modules=targets, feedforward_modules=feedforward)).eval()
+    assert len(model.layers) == count
+    model.double()
+    randomize(model)
+    direction = torch.randn(plain.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    adapted = call(model)
+    assert relative_error(adapted.detach(), plain) > 0.01
+    (adapted * direction).sum().backward()
+    with torch.no_grad():
+        torch.testing.assert_close(call(model), adapted)
+        adapted = call(model)
+        for path, parameter in adapter_parameters(model).items():
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+            values, ends = parameter.clone(), []
+            for step in (1e-4, -1e-4):
+                parameter.copy_(values + step * noise)
+                ends.append((call(model) * direction).sum())
+            parameter.copy_(values)
+            slope = (parameter.grad * noise).sum().item()
+            assert abs(slope) > 1e-3, path
+            assert (ends[0] - ends[1]).item() / 2e-4 == pytest.approx(slope, rel=1e-2, abs=1e-2), path
+        with model.disable_adapter():
+            assert torch.equal(call(model), plain)
+        model.merge_adapter()
+        torch.testing.assert_close(call(model), adapted, rtol=1e-5, atol=1e-5)
+        with model.disable_adapter():
+            assert torch.equal(call(model), plain)
+        model.unmerge_adapter()
+        assert torch.equal(call(model), adapted)
+        merged = copy.deepcopy(model).merge_and_unload()
+        torch.testing.assert_close(call(merged), adapted, rtol=1e-5, atol=1e-5)
+        assert same_bits(model.unload().state_dict(), before)
