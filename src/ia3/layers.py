@@ -54,6 +54,7 @@ class IA3Layer(nn.Module):
         self.routing = routing
         self.slot = routing.join(self)
         self._originals: dict[str, Any] = {}
+        self.register_load_state_dict_post_hook(_look_up_again)
         self.train(base_layer.training)
 
     def add(
@@ -197,6 +198,10 @@ class IA3Layer(nn.Module):
         if self.weights_read and name in base._parameters:
             return self._rescaled(self._acting())[0].get(name, base._parameters[name])
         return getattr(base, name)
+
+
+def _look_up_again(layer: IA3Layer, _: Any) -> None:
+    layer.routing.refresh()  # `load_state_dict(…, assign=True)` puts new parameters in place of the old
 
 
 def _product(vectors: Iterable[Vector | None], feedforward: bool) -> torch.Tensor | None:
