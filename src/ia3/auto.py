@@ -92,9 +92,12 @@ class AutoPeftModel:
                 f"{name!r} of {library!r}; use {shown([c.__name__ for c in _BY_TASK.values()], 9)}."
             )
         try:
-            return getattr(importlib.import_module(library), name)
+            base_class = getattr(importlib.import_module(library), name)
         except (ImportError, AttributeError) as error:
             raise InputError(f"The base model's class {name!r} is not in this version's {library!r}.") from error
+        if not (isinstance(base_class, type) and issubclass(base_class, transformers.PreTrainedModel)):
+            raise InputError(f"Expected a model's class in the adapter's auto_mapping, found {name!r} of {library!r}.")
+        return base_class
 
     @staticmethod
     def _fit_tokenizer(model: Any, path: str | os.PathLike, place: dict[str, Any]) -> None:
