@@ -52,7 +52,7 @@ class PeftType(str, Enum):
 
 
 class TaskType(str, Enum):
-    """What the adapted model is for; SEQ_CLS and TOKEN_CLS train the classification head as well."""
+    """What the adapted model is for; SEQ_CLS, TOKEN_CLS and QUESTION_ANS train the head as well."""
 
     SEQ_CLS = "SEQ_CLS"
     SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
@@ -67,7 +67,7 @@ class IA3Config:
     """The configuration of one (IA)³ adapter. Fields, order, defaults and JSON are PEFT's.
 
     Args:
-        task_type: what the model is for. SEQ_CLS and TOKEN_CLS add the head to `modules_to_save`.
+        task_type: what the model is for. SEQ_CLS, TOKEN_CLS and QUESTION_ANS add the head to `modules_to_save`.
         peft_type: always "IA3".
         auto_mapping: the base model's class and library, written when there is no `task_type`.
         base_model_name_or_path: the model that the adapter belongs to.

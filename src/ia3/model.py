@@ -16,12 +16,12 @@ from torch import nn
 from ia3 import checkpoint, quantized
 from ia3.architectures import READS_WEIGHTS
 from ia3.cards import write_model_card
-from ia3.config import IA3Config, PeftType, TaskType
+from ia3.config import IA3Config, PeftType
 from ia3.errors import InputError, shown
 from ia3.layers import IA3Layer, TrainedModule
 from ia3.routing import Routing
 from ia3.targets import (
-    CLASSIFICATION_HEADS,
+    TASK_HEADS,
     Target,
     base_modules,
     matches,
@@ -155,7 +155,7 @@ class IA3Model(nn.Module):
         self._check_new_name(adapter_name)
         if not isinstance(config, IA3Config):
             raise InputError(f"Expected an IA3Config, found a {type(config).__name__}.")
-        heads = list(CLASSIFICATION_HEADS) if config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS) else []
+        heads = TASK_HEADS.get(config.task_type or "", ())
         saved = [
             *(config.modules_to_save or []),
             *(name for name in heads if name not in (config.modules_to_save or [])),
@@ -193,7 +193,8 @@ class IA3Model(nn.Module):
         unknown = [
             name
             for name in names
-            if name not in CLASSIFICATION_HEADS and not any(matches(path, [name]) for path in chosen)
+            if not any(name in heads for heads in TASK_HEADS.values())
+            and not any(matches(path, [name]) for path in chosen)
         ]
         if unknown:
             raise InputError(

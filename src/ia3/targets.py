@@ -17,8 +17,9 @@ from ia3.errors import InputError, shown
 from ia3.layers import IA3Layer, TrainedModule
 from ia3.rules import find_rule, rule_types
 
-# Names of classification heads, which SEQ_CLS and TOKEN_CLS adapters train in full.
-CLASSIFICATION_HEADS = ("classifier", "score")
+# Names of the heads that adapters for a task train in full; a model has at most one of them.
+_CLASSIFICATION = ("classifier", "score")
+TASK_HEADS = {"SEQ_CLS": _CLASSIFICATION, "TOKEN_CLS": _CLASSIFICATION, "QUESTION_ANS": ("qa_outputs",)}
 
 
 @dataclass(frozen=True)
@@ -177,11 +178,11 @@ def _is_all_linear(config: IA3Config) -> bool:
 
 
 def _all_linear(model: nn.Module, modules: dict[str, nn.Module], config: IA3Config) -> list[str]:
-    """Every Linear and Conv1D but the output layer and, for a classifier, its head."""
+    """Every Linear and Conv1D but the output layer and the head that the task trains in full."""
     get_output: Callable = getattr(model, "get_output_embeddings", lambda: None)
     output = get_output()
     output = None if output is None else unwrapped(output)
-    heads = CLASSIFICATION_HEADS if config.task_type in ("SEQ_CLS", "TOKEN_CLS") else ()
+    heads = TASK_HEADS.get(config.task_type or "", ())
     return [
         path
         for path, module in modules.items()
