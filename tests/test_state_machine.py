@@ -134,8 +134,10 @@ class BesidePeft(RuleBasedStateMachine):
         self.frozen = False
         self.fields["sum"] = self.fields[pair[0]]
 
-    @rule()
-    def disable(self):
+    @rule(often=st.integers(0, 3))
+    def disable(self, often):
+        if often:
+            return  # much else cannot be compared meanwhile
         self.both(lambda model: model.base_model.disable_adapter_layers())
         self.off = True
 
@@ -147,8 +149,10 @@ class BesidePeft(RuleBasedStateMachine):
             self.theirs.base_model.set_adapter(self.theirs.base_model.active_adapters, inference_mode=True)
 
     @precondition(lambda self: self.fields and not self.merged and not self.off)
-    @rule()
-    def merge(self):
+    @rule(often=st.integers(0, 2))
+    def merge(self, often):
+        if often:
+            return
         self.both(lambda model: model.base_model.merge_adapter())
 
     # Of modules that what is merged leaves alone, and of heads, PEFT goes on using the active adapter.
@@ -173,7 +177,7 @@ class BesidePeft(RuleBasedStateMachine):
             assert torch.equal(found, self.plain)
             if self.merged:
                 return  # PEFT unmerges for good and by division
-        torch.testing.assert_close(found, self.theirs(X).detach(), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(found, self.theirs.base_model(X).detach(), rtol=1e-3, atol=1e-3)
 
     @invariant()
     def what_is_trainable_is_pefts(self):
