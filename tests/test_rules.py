@@ -414,6 +414,7 @@ ENCODER_TARGETS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("case", ENCODER_TARGETS)
