@@ -40,6 +40,8 @@ def is_quantized(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     if not isinstance(module, nn.Linear) or weight is None:
         return False
+    if type(weight) is nn.Parameter:  # asked first: torch.compile cannot read a type's module
+        return False
     library = type(weight).__module__.partition(".")[0]
     if library == "bitsandbytes":
         # Both of its classes hold the unquantized weight at first; one of 4 bits may be stored as any dtype.
