@@ -41,38 +41,13 @@ NOTHING = {
 }
 
 # Vision and speech types without attention: convolutions, poolings, recurrences; SwiftFormer's has no values.
-NO_ATTENTION = {
-    "bit",
-    "convnext",
-    "convnextv2",
-    "dac",
-    "dinov3_convnext",
-    "efficientnet",
-    "encodec",
-    "focalnet",
-    "glm_image_vqmodel",
-    "hgnet_v2",
-    "mobilenet_v1",
-    "mobilenet_v2",
-    "muse_spark_audio",
-    "patchtsmixer",
-    "poolformer",
-    "pp_lcnet",
-    "pp_ocrv5_mobile_rec",
-    "pp_ocrv5_server_rec",
-    "pp_ocrv6_small_det",
-    "pp_ocrv6_small_rec",
-    "pp_ocrv6_tiny_rec",
-    "regnet",
-    "resnet",
-    "swiftformer",
-    "textnet",
-    "univnet",
-    "uvdoc",
-    "vibevoice_acoustic_tokenizer",
-    "vibevoice_acoustic_tokenizer_decoder",
-    "vibevoice_acoustic_tokenizer_encoder",
-}
+_NO_ATTENTION = """
+    bit convnext convnextv2 dac dinov3_convnext efficientnet encodec focalnet glm_image_vqmodel hgnet_v2 mobilenet_v1
+    mobilenet_v2 muse_spark_audio patchtsmixer poolformer pp_lcnet pp_ocrv5_mobile_rec pp_ocrv5_server_rec
+    pp_ocrv6_small_det pp_ocrv6_small_rec pp_ocrv6_tiny_rec regnet resnet swiftformer textnet univnet uvdoc
+    vibevoice_acoustic_tokenizer vibevoice_acoustic_tokenizer_decoder vibevoice_acoustic_tokenizer_encoder
+"""
+NO_ATTENTION = _NO_ATTENTION.split()
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -91,10 +66,10 @@ def sites_of(model: nn.Module) -> list[Site]:
     return default_sites(modules_of(model), model.config)
 
 
-def built(model_type: str, meta: bool) -> PreTrainedModel:
+def built(model_type: str, auto_class: str | None = None, meta: bool = True) -> PreTrainedModel:
     """A tiny model, or the test is skipped with the reason why there is none."""
     try:
-        return zoo.build(model_type, meta=meta)
+        return zoo.build(model_type, auto_class, meta=meta)
     except ImportError as error:
         pytest.skip(f"needs a library: {str(error).strip().splitlines()[0][:90]}")
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -122,7 +97,9 @@ OTHER_WIDTHS = {
     "vibevoice_asr": (zoo.INNER, 8, 16, 32, 64, 128, 256, 512),
 }
 # As wide, but no feed-forward: embeddings, convolutions over mel bins, hyper-connections, projectors, adapters.
-WIDE = re.compile(r"\.conv\d(\.|$)|embeddings\.|_hc$|hc_head|hyper_connection|projector\.\w+$|xpath|_adapter_list")
+WIDE = re.compile(
+    r"\.conv\d(\.|$)|embeddings\.|_hc$|hc_head|hyper_connection|(projector|merger)\.\w+$|xpath|_adapter_list"
+)
 # Where the intermediate activation is as wide as the hidden states, only the count of sites is compared.
 SAME_WIDTH = {"distilbert", "perceiver", "vibevoice_asr"}
 
@@ -369,13 +346,13 @@ def tensor(output: Any) -> torch.Tensor:
 def reach(model: PreTrainedModel, path: str, site: Site) -> list[int]:
     """At how many positions an attention's output changes with each feature of one position's projection."""
     modules = dict(model.named_modules())
-    attention, feature = modules[path], -1
+    attention, feature = modules[path], None
     args, kwargs = arguments(model, path)
 
     def disturb(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         output = output.clone()
         last = output.movedim(1, -1) if isinstance(module, nn.Conv2d) else output
-        if feature >= 0:
+        if feature is not None:
             last[(0,) * (last.dim() - 1)][feature] += 3.0
         return output
 
@@ -383,7 +360,7 @@ def reach(model: PreTrainedModel, path: str, site: Site) -> list[int]:
     hook = modules[site.path].register_forward_hook(disturb)
     base = tensor(attention(*args, **kwargs))
     assert site.rescaled is not None
-    for feature in range(len(site.rescaled)):  # noqa: B007  # `disturb` sees it
+    for feature in range(len(site.rescaled)):  # noqa: B007 (the hook reads it)
         difference = (tensor(attention(*args, **kwargs)) - base).abs().flatten(0, -2).amax(-1)
         counts.append(int((difference > 1e-6 * base.abs().max()).sum()))
     hook.remove()
@@ -472,15 +449,36 @@ def test_text_type(model_type: str) -> None:
     if model_type != "voxtral_realtime":  # hears before it reads
         check_attention(model, sites)
 
-    prefix = model.base_model_prefix  # without its head a model has the same sites
+    check_base_model(model, sites)
+
+
+def check_base_model(model: PreTrainedModel, sites: list[Site]) -> None:
+    """Without its head a model has the same sites."""
     if model.base_model is not model:
         inner = default_sites(modules_of(model.base_model), model.base_model.config)
-        assert [f"{prefix}.{site.path}" for site in inner] == [site.path for site in sites]
+        assert [f"{model.base_model_prefix}.{site.path}" for site in inner] == [site.path for site in sites]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "auto_class"),
+    [
+        (model_type, auto_class)
+        for auto_class in ("SEQ_2_SEQ_LM", "SEQ_CLS")
+        for model_type in zoo.model_types(auto_class)
+        if auto_class != zoo.auto_class_of(model_type) and model_type not in {*REFUSED, *NOTHING}
+    ],
+)
+def test_text_type_under_another_head(model_type: str, auto_class: str) -> None:
+    model = built(model_type, auto_class)
+    modules, sites = modules_of(model), sites_of(model)
+    check_feedforwards(model_type, modules, sites)
+    check_classes(modules, sites)
+    check_base_model(model, sites)
 
 
 @pytest.mark.parametrize("model_type", OTHERS)
 def test_other_type(model_type: str) -> None:
-    model = built(model_type, meta=True)
+    model = built(model_type)
     modules = modules_of(model)
     if model_type in NO_ATTENTION:
         with pytest.raises(InputError, match=r"it has no attention|has no values"):

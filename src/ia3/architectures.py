@@ -51,32 +51,18 @@ class Site:
 # Sibling projections under one attention module. BiMultiHeadAttention attends both ways by one product of scores, which
 # the "text" side's vector scales for both.
 _KEY_VALUE = (
-    ("k_proj", "v_proj"),
-    ("key", "value"),
-    ("k", "v"),
-    ("k_lin", "v_lin"),
-    ("Wk", "Wv"),
-    ("k_head", "v_head"),
-    ("key_proj", "value_proj"),
-    ("linear_k", "linear_v"),
-    ("project_k", "project_v"),
-    ("projection_key", "projection_value"),
-    ("key_global", "value_global"),
-    ("layout_key", "layout_value"),
-    ("key_protein", "value_protein"),
-    ("text_proj", "values_text_proj", "values_vision_proj"),
-    ("kv_b_proj",),
-    ("to_kv",),
-    ("kv_proj",),
-    ("keys_values",),
+    "k_proj v_proj, key value, k v, k_lin v_lin, Wk Wv, k_head v_head, key_proj value_proj, linear_k linear_v, "
+    "project_k project_v, projection_key projection_value, key_global value_global, layout_key layout_value, "
+    "key_protein value_protein, text_proj values_text_proj values_vision_proj, kv_b_proj, to_kv, kv_proj, keys_values"
 )
+_SIBLINGS = [names.split() for names in _KEY_VALUE.split(", ")]
 # Deformable attention samples values at learned offsets: it has no keys.
 _VALUE_ONLY = {"value_proj": "sampling_offsets"}
 
 
 def _mask(*widths: int, repeat: int = 1) -> torch.Tensor:
     """A mask from the widths of alternating runs: others first, then keys and values, then others, …"""
-    runs = [torch.full((width,), i % 2 == 1) for i, width in enumerate(widths)]
+    runs = [torch.full((width,), i % 2 == 1, device="cpu") for i, width in enumerate(widths)]
     return torch.cat(runs * repeat)
 
 
@@ -183,37 +169,17 @@ _FUSED_IN: dict[tuple[str, str], _Layout] = {
 
 # --- Feed-forwards ------------------------------------------------------------------------------------------------
 
-# The second projection → what the first, its sibling, is called.
-_SECOND = {
-    "down_proj": ("up_proj", "gate_up_proj", "gate_proj"),
-    "fc2": ("fc1",),
-    "wo": ("wi", "wi_0"),
-    "Wo": ("Wi",),
-    "lin2": ("lin1",),
-    "c_proj": ("c_fc",),
-    "dense_4h_to_h": ("dense_h_to_4h",),
-    "fc_out": ("fc_in",),
-    "linear2": ("linear1",),
-    "linear_2": ("linear_1",),
-    "linear_fc2": ("linear_fc1",),
-    "linear_down": ("linear_up",),
-    "output_dense": ("intermediate_dense",),
-    "ffw_layer_2": ("ffw_layer_1",),
-    "layer_2": ("layer_1",),
-    "w2": ("w1",),
-    "w_out": ("w_in",),
-    "ffn_output": ("ffn",),
-    "proj_down": ("proj_up",),
-    "dense2": ("dense1",),
-    "conv2": ("conv1",),
-    "conv_2": ("conv_1",),
-    "out_proj": ("in_proj",),
-    "proj_out": ("proj_in",),
-    "output_linear": ("input_linear",),
-    "output": ("intermediate",),
-}
+# The second projection after what its sibling, the first, is called.
+_PAIRS = (
+    "up_proj down_proj, gate_up_proj down_proj, gate_proj down_proj, fc1 fc2, wi wo, wi_0 wo, Wi Wo, lin1 lin2, c_fc c_proj, "
+    "dense_h_to_4h dense_4h_to_h, fc_in fc_out, linear1 linear2, linear_1 linear_2, linear_fc1 linear_fc2, "
+    "linear_up linear_down, intermediate_dense output_dense, ffw_layer_1 ffw_layer_2, layer_1 layer_2, w1 w2, w_in w_out, "
+    "ffn ffn_output, proj_up proj_down, dense1 dense2, conv1 conv2, conv_1 conv_2, in_proj out_proj, proj_in proj_out, "
+    "input_linear output_linear, intermediate output"
+)
+_FIRST_SECOND = {tuple(names.split()) for names in _PAIRS.split(", ")}
 # Second projections in a module of their own, beside that of the first: BERT's `output.dense` and `intermediate.dense`.
-_OUTPUT = re.compile(r"(\w+_)?output(_\w+)?|dense")
+_OUTPUT = re.compile(r"(\w+_)?output(_\w+)?")
 _INTERMEDIATE = re.compile(r"(\w+_)?(intermediate|inter)(_\w+)?")
 
 # What a feed-forward block, or the layer that has its projections directly, is called.
@@ -259,8 +225,8 @@ class _Tree:
 
     def projection(self, parent: str, name: str) -> str | None:
         """The path of a projection, or of the one in a module that clips or normalizes its output; None without one."""
-        own = _join(parent, name)
-        for path in (own, f"{own}.linear", f"{own}.convolution"):
+        outer = f"{parent}.{name}" if parent else name
+        for path in (outer, f"{outer}.linear", f"{outer}.convolution"):
             module = self.modules.get(path)
             if isinstance(module, _PROJECTIONS) or hasattr(module, "in_features"):  # quantized ones have no base class
                 return path
@@ -278,7 +244,7 @@ class _Tree:
         names, attention = self.children.get(parent, {}), self.modules.get(parent, nn.Module())
         if isinstance(attention, nn.MultiheadAttention) or {"k", "v"} <= attention._parameters.keys():  # or XLNet's
             yield Site(parent, False)
-        for siblings in _KEY_VALUE:
+        for siblings in _SIBLINGS:
             paths = [self.projection(parent, name) for name in siblings if name in names]
             if len(paths) == len(siblings):
                 yield from (Site(path, False) for path in paths if path is not None)
@@ -286,9 +252,15 @@ class _Tree:
             layout = _FUSED_IN.get((type(attention).__name__, name)) or _FUSED.get(name)
             path = self.projection(parent, name)
             if layout is not None and path is not None:
-                yield Site(path, False, layout(attention, _features(self.modules[path])))
+                mask = layout(attention, _features(self.modules[path]))
+                if mask is None or mask.any():
+                    yield Site(path, False, mask)
             if _VALUE_ONLY.get(name) in names and path is not None:
                 yield Site(path, False)
+
+    def has_intermediate(self, layer: str) -> bool:
+        """Whether a layer has a module for its first feed-forward projection."""
+        return any(_INTERMEDIATE.fullmatch(name) for name in self.children.get(layer, ()))
 
     def feedforward_sites(self, parent: str) -> Iterator[Site]:
         """The second projections, or the experts, that a module owns."""
@@ -301,14 +273,10 @@ class _Tree:
             path = self.projection(parent, name)
             if path is None:
                 continue
-            if any(first in names for first in _SECOND.get(name, ())):
+            if any((first, name) in _FIRST_SECOND for first in names):
                 if (_PLAIN if name in _AMBIGUOUS else _BLOCK).fullmatch(called):
                     yield Site(path, True)
-            elif (
-                name in ("dense", "conv1d")
-                and _OUTPUT.fullmatch(called)
-                and any(_INTERMEDIATE.fullmatch(beside) for beside in self.children.get(above, ()))
-            ):
+            elif name in ("dense", "conv1d") and _OUTPUT.fullmatch(called) and self.has_intermediate(above):
                 yield Site(path, True)
         if isinstance(module, (nn.Sequential, nn.ModuleList)) and re.search(r"\.\d+\.", parent):
             own = self.projections(parent)
@@ -335,11 +303,10 @@ def default_sites(modules: Mapping[str, nn.Module], config: PretrainedConfig | N
     for path, module in modules.items():
         if type(module).__name__ in _REFUSED:
             _refuse(modules, model_type, "target_modules", f"{_REFUSED[type(module).__name__]} ({path!r})")
-    keys_values = _sites(tree, tree.key_value_sites)
-    feedforward = _sites(tree, tree.feedforward_sites)
+    keys_values, feedforward = _sites(tree, tree.key_value_sites), _sites(tree, tree.feedforward_sites)
     if not keys_values:
         _refuse(modules, model_type, "target_modules", "it has no attention with keys and values of its own")
-    left_out = _left_out(tree, keys_values, feedforward)
+    left_out = [*_attentions_left_out(tree, keys_values), *_feedforwards_left_out(tree, feedforward)]
     if left_out:
         _refuse(modules, model_type, "target_modules", f"the rules do not cover {shown(left_out, 3)}")
     order = {path: i for i, path in enumerate(modules)}
@@ -347,18 +314,19 @@ def default_sites(modules: Mapping[str, nn.Module], config: PretrainedConfig | N
 
 
 def feedforward_sites(modules: Mapping[str, nn.Module], config: PretrainedConfig | None) -> list[Site]:
-    """The feed-forward half of `default_sites`; an architecture without attention has one too.
+    """The feed-forward half of `default_sites`, also of an architecture whose attention it refuses.
 
     Raises:
-        InputError: the architecture is not known.
+        InputError: the architecture is not known, or the rules leave one of its feed-forward blocks out.
     """
-    _known(modules, config, "feedforward_modules")
+    model_type = _known(modules, config, "feedforward_modules")
     tree = _Tree(modules)
-    return _sites(tree, tree.feedforward_sites)
-
-
-def _join(parent: str, name: str) -> str:
-    return f"{parent}.{name}" if parent else name
+    sites = _sites(tree, tree.feedforward_sites)
+    left_out = list(_feedforwards_left_out(tree, sites))
+    if left_out:
+        _refuse(modules, model_type, "feedforward_modules", f"the rules do not cover {shown(left_out, 3)}")
+    order = {path: i for i, path in enumerate(modules)}
+    return sorted(sites, key=lambda site: order[site.path])
 
 
 def _features(projection: nn.Module) -> int:
@@ -384,28 +352,26 @@ def _sites(tree: _Tree, find: Callable[[str], Iterator[Site]]) -> list[Site]:
     return list(found.values())
 
 
-def _left_out(tree: _Tree, keys_values: list[Site], feedforward: list[Site]) -> list[str]:
-    """Attention and feed-forward blocks, told by the names of their classes, without a site."""
+def _uncovered(tree: _Tree, classes: re.Pattern[str], sites: list[Site], deep: bool) -> Iterator[str]:
+    """Modules of classes with certain names that have projections, themselves or deeper inside, but no site."""
+    covered = {id(tree.modules[path]) for site in sites for path in (site.path, *_parents(site.path))}
+    for path, module in tree.modules.items():
+        if classes.search(type(module).__name__) and id(module) not in covered and not _between(path):
+            parts = module.modules() if deep else module.children()
+            if sum(isinstance(part, _PROJECTIONS) for part in parts) > 1 or len(module._parameters) > 1:
+                yield path
 
-    def blocks(pattern: re.Pattern[str], sites: list[Site]) -> list[str]:
-        covered = {id(tree.modules[path]) for site in sites for path in (site.path, *_parents(site.path))}
-        return [
-            path
-            for path, module in tree.modules.items()
-            if pattern.search(type(module).__name__)
-            and id(module) not in covered
-            and not _between(path)
-            and (len(tree.projections(path)) > 1 or len(module._parameters) > 1)
-        ]
 
-    # Deformable attention may sample its input itself, and a layer may attend to another layer's keys and values.
-    attentions = [
-        path
-        for path in blocks(_ATTENTION_CLASS, keys_values)
-        if "sampling_offsets" not in tree.children[path]
-        and not getattr(tree.modules[path], "is_kv_shared_layer", False)
-    ]
-    return attentions + [path for path in blocks(_FEEDFORWARD_CLASS, feedforward) if _LAYER.search(path)]
+def _attentions_left_out(tree: _Tree, sites: list[Site]) -> Iterator[str]:
+    for path in _uncovered(tree, _ATTENTION_CLASS, sites, True):
+        # Deformable attention may sample its input itself, and a layer may attend to another layer's keys and values.
+        samples = "sampling_offsets" in tree.children.get(path, ())
+        if not samples and not getattr(tree.modules[path], "is_kv_shared_layer", False):
+            yield path
+
+
+def _feedforwards_left_out(tree: _Tree, sites: list[Site]) -> Iterator[str]:
+    return (path for path in _uncovered(tree, _FEEDFORWARD_CLASS, sites, False) if _LAYER.search(path))
 
 
 def _parents(path: str) -> Iterator[str]:
