@@ -178,20 +178,38 @@ def save_adapter(
     state_dict: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Write one adapter's config and tensors into a folder. What stood there stays whole until both are written."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    tensors = get_peft_model_state_dict(model, state_dict, adapter_name)
-    # Safetensors takes neither views nor one memory under two names.
-    tensors = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
     base = model.model
     config = dataclasses.replace(model.peft_config[adapter_name], inference_mode=True)
     config.base_model_name_or_path = config.base_model_name_or_path or getattr(base, "name_or_path", None) or None
     if config.task_type is None:
         config.auto_mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
-    metadata = {"format": "pt"}
-    if any(adapter_name in layer.masks for layer in model.layers.values()):
-        metadata[_KEY_VALUE_ONLY] = "true"
+    tensors = get_peft_model_state_dict(model, state_dict, adapter_name)
+    key_value_only = any(adapter_name in layer.masks for layer in model.layers.values())
+    write_adapter(folder, config, tensors, safe_serialization, key_value_only)
+
+
+def write_adapter(
+    folder: str | os.PathLike,
+    config: IA3Config,
+    tensors: Tensors,
+    safe_serialization: bool = True,
+    key_value_only: bool = False,
+) -> None:
+    """Write a config and tensors as an adapter's folder.
+
+    Args:
+        folder: where; made when it is not there.
+        config: the adapter's.
+        tensors: by their names in a checkpoint.
+        safe_serialization: as safetensors; False: `torch.save`.
+        key_value_only: note that only the key and value part of fused projections is rescaled.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    # Safetensors takes neither views nor one memory under two names.
+    tensors = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
+    metadata = {"format": "pt", **({_KEY_VALUE_ONLY: "true"} if key_value_only else {})}
     folder = Path(folder)
     name = WEIGHTS_NAME if safe_serialization else TORCH_WEIGHTS_NAME
     with replacing(folder / name) as weights, replacing(folder / CONFIG_NAME) as description:

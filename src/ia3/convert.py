@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ia3.cards import write_card
-from ia3.checkpoint import PREFIX, TORCH_WEIGHTS_NAME, WEIGHTS_NAME, Tensors
+from ia3.checkpoint import PREFIX, TORCH_WEIGHTS_NAME, WEIGHTS_NAME, Tensors, write_adapter
 from ia3.config import CONFIG_NAME, IA3Config, TaskType
 from ia3.errors import InputError, shown
-from ia3.files import locate, replacing
+from ia3.files import locate
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +75,12 @@ def convert(
         converted = _from_folder(source, **hub_kwargs)
     converted.config.inference_mode = True
     converted.config.base_model_name_or_path = base or converted.config.base_model_name_or_path
-    _write(converted, output)
+    write_adapter(output, converted.config, converted.tensors)
+    write_card(
+        output,
+        converted.config.base_model_name_or_path,
+        sum(tensor.numel() for tensor in converted.tensors.values()),
+    )
     return converted
 
 
@@ -272,14 +277,3 @@ def _read_json(file: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"Expected a JSON object in {file!r}, found {type(values).__name__}.")
     return values
-
-
-def _write(converted: Conversion, folder: Path) -> None:
-    from safetensors.torch import save_file
-
-    tensors = {name: value.clone().contiguous() for name, value in converted.tensors.items()}
-    with replacing(folder / WEIGHTS_NAME) as weights, replacing(folder / CONFIG_NAME) as description:
-        description.write_text(converted.config.to_json(), encoding="utf-8")
-        save_file(tensors, weights, metadata={"format": "pt"})
-    numbers = sum(value.numel() for value in tensors.values())
-    write_card(folder, converted.config.base_model_name_or_path, numbers)
