@@ -187,7 +187,9 @@ class IA3Model(nn.Module):
             )
 
     def _resolve_modules_to_save(self, config: IA3Config) -> list[str]:
-        names = config.modules_to_save or []
+        names = config.modules_to_save
+        if not names:
+            return []
         modules = base_modules(self.model)
         chosen = [path for path in modules if matches(path, names)]
         unknown = [
