@@ -1,5 +1,10 @@
 """The one error that is the user's to mend: what was expected, what was found, what to do, in one line."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class InputError(ValueError):
     """Bad input: a file, column, label, model, adapter or value that cannot be used.
@@ -19,3 +24,10 @@ def shown(names, limit: int = 5) -> str:
     names = list(names)
     text = ", ".join(repr(name) for name in names[:limit]) or "none"
     return text + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def similar(name: str, names: Iterable[str]) -> str:
+    """For an error message about an unknown name: the names that come close to it, else the first few there are."""
+    names = list(names)
+    close = difflib.get_close_matches(name, names)
+    return f"close to it: {shown(close)}" if close else f"there are {shown(names)}"
