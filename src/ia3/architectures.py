@@ -29,6 +29,33 @@ READS_WEIGHTS = frozenset(
     {"MultiheadAttention", "TransformerEncoderLayer", "WavLMAttention", "DisentangledSelfAttention", "BloomMLP"}
 )
 
+# Modules whose parts get activations of shape (length, batch, features).
+_TIME_FIRST = frozenset(
+    {
+        "modeling_fsmt.Attention",
+        "modeling_fsmt.DecoderLayer",
+        "modeling_fsmt.EncoderLayer",
+        "modeling_led.LEDEncoderSelfAttention",
+        "modeling_longformer.LongformerSelfAttention",
+        "modeling_xlnet.XLNetFeedForward",
+    }
+)
+
+# Experts that are modules of their own get a choice of tokens, and nobody tells them of which rows.
+_SCATTERED = re.compile(r"(^|\.)experts\.(expert_)?\d+\.")
+
+
+def row_axis(path: str, parent: nn.Module) -> int | None:
+    """On which axis of its activations a module finds the rows of a batch; None: on none.
+
+    Args:
+        path: the module's, in the base model.
+        parent: the module that calls it.
+    """
+    if _SCATTERED.search(path):
+        return None
+    return 1 if f"{type(parent).__module__.rpartition('.')[2]}.{type(parent).__name__}" in _TIME_FIRST else 0
+
 
 @dataclass(frozen=True)
 class Site:

@@ -7,7 +7,7 @@ feed-forward projection, W (l ⊙ x) + b (Liu et al. 2022, equation 1 and the pa
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import nn
 
 from ia3 import quantized
 from ia3.errors import InputError, shown
-from ia3.routing import Routing, Vector
+from ia3.routing import Routing, Sides, Vector
 from ia3.rules import find_rule, rule_types
 
 
@@ -27,6 +27,7 @@ class IA3Layer(nn.Module):
         routing: the model's one `Routing`, which says whose vectors act.
         weights_read: other modules read the base layer's parameters in place of calling it; what they read is then
             rescaled too.
+        row_axis: the axis of its activations that holds the rows of a batch; None: none does.
 
     Attributes:
         ia3_l: adapter name → vector, a float32 parameter of the rule's shape.
@@ -37,7 +38,9 @@ class IA3Layer(nn.Module):
         InputError: no rule for the module's type.
     """
 
-    def __init__(self, base_layer: nn.Module, routing: Routing, weights_read: bool = False) -> None:
+    def __init__(
+        self, base_layer: nn.Module, routing: Routing, weights_read: bool = False, row_axis: int | None = 0
+    ) -> None:
         super().__init__()
         rule = find_rule(base_layer)
         if rule is None:
@@ -51,6 +54,7 @@ class IA3Layer(nn.Module):
         self.masks: dict[str, torch.Tensor] = {}
         self.rule = rule
         self.weights_read = weights_read or rule.axis is None
+        self.row_axis = row_axis
         self.routing = routing
         self.slot = routing.join(self)
         self._originals: dict[str, Any] = {}
@@ -72,12 +76,17 @@ class IA3Layer(nn.Module):
         """
         shape = self.rule.shape(self.base_layer, feedforward)
         # A base on the meta device is filled later; the vector then waits with it.
-        device = torch.device("meta") if meta else next(self.base_layer.parameters()).device
+        device = torch.device("meta") if meta else self.vector_device
         vector = torch.ones(shape, device=device) if ones else torch.randn(shape, device=device)
         self.feedforward[name] = feedforward
         if rescaled is not None:
             self.masks[name] = rescaled.view(shape)
         self.ia3_l[name] = nn.Parameter(vector)
+
+    @property
+    def vector_device(self) -> torch.device:
+        """Where its vectors are put."""
+        return next(self.base_layer.parameters()).device
 
     def remove(self, name: str) -> None:
         """Take an adapter's vector away. `Routing.refresh` makes it known."""
@@ -91,8 +100,7 @@ class IA3Layer(nn.Module):
         if name in self.masks and not torch.equal(self.vector(name, values), values):
             del self.masks[name]  # trained over the full width
         if parameter.is_meta:
-            device = next(self.base_layer.parameters()).device
-            self.ia3_l[name] = nn.Parameter(values.to(device, torch.float32), parameter.requires_grad)
+            self.ia3_l[name] = nn.Parameter(values.to(self.vector_device, torch.float32), parameter.requires_grad)
         else:
             parameter.copy_(values)
 
@@ -115,19 +123,39 @@ class IA3Layer(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the base layer returns, with the acting adapters' vectors on its input and output."""
-        vectors = self._acting()
-        if self.rule.axis is None:
-            changed, _ = self._rescaled(vectors)
-            return torch.func.functional_call(self.base_layer, changed, args, kwargs)
-        before, after = _product(vectors, True), _product(vectors, False)
-        if before is not None:
-            args = (self.rule.scale(args[0], before), *args[1:])
-        result = self.base_layer(*args, **kwargs)
-        return result if after is None else self.rule.scale(result, after)
+        rows = self.routing.rows
+        before, after = _sides(self._acting()) if rows is None else rows.vectors[self.slot]
+        if self.rule.axis is not None:
+            if before is not None:
+                args = (self._scale(args[0], before), *args[1:])
+            result = self.base_layer(*args, **kwargs)
+            return result if after is None else self._scale(result, after)
+        if rows is None:
+            return self._run_rescaled((before, after), args, kwargs)
 
-    def _rescaled(self, vectors: Sequence[Vector | None]) -> tuple[dict[str, Any], float]:
+        def run(group: int, *args: Any, **kwargs: Any) -> Any:
+            first = rows.groups[group][0]
+            sides = (None if before is None else before[first], None if after is None else after[first])
+            return self._run_rescaled(sides, args, kwargs)
+
+        return rows.apart(run, args, kwargs, self.rule.rows(self.base_layer))
+
+    def _scale(self, activation: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+        if vector.dim() == 1 or self.row_axis == 0:
+            return self.rule.scale(activation, vector)
+        if self.row_axis is None:
+            raise InputError(
+                f"An expert ({type(self.base_layer).__name__}) gets tokens of all rows, so that rows cannot have different "
+                f"adapters; give the model one adapter at a time (set_adapter)."
+            )
+        return self.rule.scale(activation.transpose(0, 1), vector).transpose(0, 1)
+
+    def _run_rescaled(self, sides: Sides, args: Any, kwargs: Any) -> Any:
+        return torch.func.functional_call(self.base_layer, self._rescaled(sides)[0], args, kwargs)
+
+    def _rescaled(self, sides: Sides) -> tuple[dict[str, Any], float]:
         """What of the base layer changes with vectors multiplied in, by name; and the relative error of doing so."""
-        before, after = _product(vectors, True), _product(vectors, False)
+        before, after = sides
         if before is None and after is None:
             return {}, 0.0
         if quantized.is_quantized(self.base_layer):
@@ -148,7 +176,7 @@ class IA3Layer(nn.Module):
         vectors = [self.find(name) for name in names]
         if not all(_is_finite(vector.parameter) for vector in vectors if vector is not None):
             return "vector"  # of a packed weight one could not tell
-        return next((key for key, value in self._rescaled(vectors)[0].items() if not _is_finite(value)), None)
+        return next((key for key, value in self._rescaled(_sides(vectors))[0].items() if not _is_finite(value)), None)
 
     @torch.no_grad()
     def merge(self, names: Iterable[str], keep_originals: bool = True) -> float:
@@ -158,7 +186,7 @@ class IA3Layer(nn.Module):
             The relative error that quantized weights took, 0.0 where the vector went into their scales.
         """
         self.unmerge()
-        changed, error = self._rescaled([self.find(name) for name in names])
+        changed, error = self._rescaled(_sides([self.find(name) for name in names]))
         for key, value in changed.items():
             original = getattr(self.base_layer, key)
             if isinstance(original, nn.Parameter) and not isinstance(value, nn.Parameter):
@@ -196,12 +224,22 @@ class IA3Layer(nn.Module):
                 raise
         base: nn.Module = super().__getattr__("base_layer")  # type: ignore[assignment]
         if self.weights_read and name in base._parameters:
-            return self._rescaled(self._acting())[0].get(name, base._parameters[name])
+            if self.routing.rows is not None and self.routing.rows.vectors[self.slot] != (None, None):
+                raise InputError(
+                    f"Another module reads the {name} of a {type(base).__name__} in place of calling it, so that rows "
+                    f"cannot have different adapters; give the model one adapter at a time (set_adapter)."
+                )
+            return self._rescaled(_sides(self._acting()))[0].get(name, base._parameters[name])
         return getattr(base, name)
 
 
 def _look_up_again(layer: IA3Layer, _: Any) -> None:
     layer.routing.refresh()  # `load_state_dict(…, assign=True)` puts new parameters in place of the old
+
+
+def _sides(vectors: Sequence[Vector | None]) -> Sides:
+    """What scales the input and the output: the products of vectors, flat; None for none."""
+    return _product(vectors, True), _product(vectors, False)
 
 
 def _product(vectors: Iterable[Vector | None], feedforward: bool) -> torch.Tensor | None:
@@ -253,8 +291,21 @@ class TrainedModule(nn.Module):
         return next((module for module in copies if module is not None), self.original_module)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the current module returns."""
-        return self.current(*args, **kwargs)
+        """What the current module returns; in a mixed batch, of each row its own adapter's."""
+        rows = self.routing.rows
+        if rows is None:
+            return self.current(*args, **kwargs)
+
+        def run(group: int, *args: Any, **kwargs: Any) -> Any:
+            return (rows.modules[group][self.slot] or self.original_module)(*args, **kwargs)
+
+        return rows.apart(run, args, kwargs)
+
+    def standing_in(self, parameters: Mapping[str, torch.Tensor]) -> Callable:
+        """The original as a function, with other parameters and buffers in it."""
+        own = self.original_module.state_dict(keep_vars=True)
+        values = {key: value.to(own[key].dtype) for key, value in parameters.items()}
+        return lambda *args, **kwargs: torch.func.functional_call(self.original_module, values, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:

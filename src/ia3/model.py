@@ -6,20 +6,20 @@ import dataclasses
 import os
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ia3 import checkpoint, quantized
-from ia3.architectures import READS_WEIGHTS
+from ia3.architectures import READS_WEIGHTS, row_axis
 from ia3.cards import write_model_card
 from ia3.config import IA3Config, PeftType
-from ia3.errors import InputError, shown
+from ia3.errors import InputError, shown, similar
 from ia3.layers import IA3Layer, TrainedModule
-from ia3.routing import Routing
+from ia3.routing import BASE, Routing, uncompiled
 from ia3.targets import (
     TASK_HEADS,
     Target,
@@ -30,6 +30,9 @@ from ia3.targets import (
     unwrapped,
     wrappers,
 )
+
+if TYPE_CHECKING:
+    from ia3.bank import AdapterBank
 
 
 class IA3Model(nn.Module):
@@ -170,13 +173,7 @@ class IA3Model(nn.Module):
     def _check_new_name(self, name: str) -> None:
         if name in self.peft_config:
             raise InputError(f"Adapter with name {name!r} already exists; choose another name or delete it.")
-        if (
-            not name
-            or "." in name
-            or name == "__base__"
-            or hasattr(nn.ModuleDict, name)
-            or hasattr(nn.ParameterDict, name)
-        ):
+        if not name or "." in name or name == BASE or hasattr(nn.ModuleDict, name) or hasattr(nn.ParameterDict, name):
             raise InputError(
                 f"Expected an adapter name that is not empty, has no dot and is no word of Python's dictionaries or "
                 f"'__base__', found {name!r}."
@@ -217,31 +214,43 @@ class IA3Model(nn.Module):
             )
 
     def _insert(self, name: str, targets: list[Target], kept: list[str], ones: bool, meta: bool) -> None:
+        layers, trained = self._wrap(targets, kept)
+        for layer, target in layers.items():
+            layer.add(name, target.feedforward, ones, target.rescaled, meta)
+        for module in trained:
+            module.add(name)
+        self.routing.refresh()
+        for parameter in self.adapter_parameters(name):
+            parameter.requires_grad_(False)
+
+    def _wrap(self, targets: list[Target], kept: list[str]) -> tuple[dict[IA3Layer, Target], list[TrainedModule]]:
+        """Put layers around the targets and the modules to train in full, where there are none yet; returns all."""
         layers: dict[nn.Module, IA3Layer] = {}  # a module at several paths is one module, with one vector
+        found: dict[IA3Layer, Target] = {}
         for target in targets:
             if target.module not in layers:
                 parent, place = self._place(target.path)
                 layer = getattr(parent, place)
                 if not isinstance(layer, IA3Layer):
-                    layer = IA3Layer(target.module, self.routing, type(parent).__name__ in READS_WEIGHTS)
-                layer.add(name, target.feedforward, ones, target.rescaled, meta)
+                    weights_read = type(parent).__name__ in READS_WEIGHTS
+                    layer = IA3Layer(target.module, self.routing, weights_read, row_axis(target.path, parent))
                 layers[target.module] = layer
+                found[layer] = target
         # At every path, named by the config or not: merging changes the module for all of them too.
         full = tuple(f"{path}." for path in (*kept, *self.trained_modules))
         for path, module in base_modules(self.model).items():
             if module in layers and not path.startswith(full):
                 parent, place = self._place(path)
                 setattr(parent, place, layers[module])
+        trained = []
         for path in kept:
             parent, place = self._place(path)
             module = getattr(parent, place)
             if not isinstance(module, TrainedModule):
                 module = TrainedModule(module, self.routing)
                 setattr(parent, place, module)
-            module.add(name)
-        self.routing.refresh()
-        for parameter in self.adapter_parameters(name):
-            parameter.requires_grad_(False)
+            trained.append(module)
+        return found, trained
 
     def _place(self, path: str) -> tuple[nn.Module, str]:
         """The module that owns the one at a path, and the name that it has there."""
@@ -258,6 +267,11 @@ class IA3Model(nn.Module):
             self.routing.leave(wrapper)
         self.routing.refresh()
 
+    def _is_idle(self, member: IA3Layer | TrainedModule) -> bool:
+        """Whether no adapter needs a wrapper, of the model's own or of the bank."""
+        own = member.ia3_l if isinstance(member, IA3Layer) else member.modules_to_save
+        return not own and not self.routing.serves_bank(member)
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. When it was active, the first one that is left becomes active, with a warning, or none.
 
@@ -271,12 +285,12 @@ class IA3Model(nn.Module):
         for layer in self.routing.layers:
             if adapter_name in layer.ia3_l:
                 layer.remove(adapter_name)
-                if not layer.ia3_l:
+                if self._is_idle(layer):
                     empty[layer] = layer.base_layer
         for module in self.routing.trained:
             if adapter_name in module.modules_to_save:
                 module.remove(adapter_name)
-                if not module.modules_to_save:
+                if self._is_idle(module):
                     empty[module] = module.original_module
         if empty:
             self._take_out(empty)
@@ -293,6 +307,19 @@ class IA3Model(nn.Module):
                 self.set_adapter(left)
             else:
                 self.routing.switch(active=())
+
+    @property
+    def bank(self) -> AdapterBank | None:
+        """The adapters that rows can have besides the model's own; see `AdapterBank`."""
+        return self.routing.bank
+
+    def _attach_bank(self, bank: AdapterBank) -> None:
+        """Let rows have the adapters of a bank, in place of an earlier bank's."""
+        layers, trained = self._wrap(bank.targets, bank.modules)
+        members = {target.path: layer for layer, target in layers.items()}
+        self.routing.attach(bank, members | dict(zip(bank.modules, trained, strict=True)))
+        wrapped: list[IA3Layer | TrainedModule] = [*self.routing.layers, *self.routing.trained]
+        self._take_out({member: unwrapped(member) for member in wrapped if self._is_idle(member)})
 
     # Switching.
 
@@ -534,6 +561,7 @@ class IA3Model(nn.Module):
     def _emptied(self) -> nn.Module:
         self.peft_config.clear()
         self._trainable.clear()
+        self.routing.attach(None, {})
         self.routing.switch(active=(), merged=())
         return self.model
 
@@ -666,13 +694,62 @@ class IA3Model(nn.Module):
 
     # Being the wrapped model.
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The wrapped model's forward pass, with the active adapters in effect."""
-        return self.model(*args, **_without_adapter_names(kwargs))
+    @torch.compiler.disable(recursive=False)  # compiled code begins inside, where names have become tensors
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The wrapped model's forward pass.
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The wrapped model's generation, with the active adapters in effect."""
-        return self.model.generate(*args, **_without_adapter_names(kwargs))  # type: ignore[operator]
+        Args:
+            *args: the wrapped model's.
+            adapter_names: an adapter for each row of the batch, "__base__" for none; None: the active adapters for all.
+            **kwargs: the wrapped model's.
+
+        Raises:
+            InputError: `adapter_names` is not a name a row, a name is unknown, adapters are merged, or the model mixes
+                rows in a way that does not allow it.
+        """
+        self._route(adapter_names, args, kwargs)
+        try:
+            return self.model(*args, **kwargs)
+        finally:
+            self.routing.rows = None
+
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The wrapped model's generation. Args and errors: see `forward`."""
+        self._route(adapter_names, args, kwargs)
+        generate: Callable = self.model.generate  # type: ignore[assignment]
+        try:
+            return generate(*args, **kwargs)
+        finally:
+            self.routing.rows = None
+
+    @uncompiled
+    def _route(self, names: Sequence[str] | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Set which adapter acts on which row of the batch that these arguments hold."""
+        if names is None:
+            return
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise InputError(f"Expected adapter_names as a list of a name for each row, found {names!r}.")
+        rows = _row_count(args, kwargs)
+        if len(names) != (len(names) if rows is None else rows) or not names:
+            raise InputError(f"Expected adapter_names for the {rows} rows of the batch, found {len(names)}.")
+        if self.routing.merged:
+            raise InputError(
+                f"Adapters are merged into the weights ({shown(self.routing.merged)}), so that all rows have them; call "
+                f"unmerge_adapter() first."
+            )
+        bank = self.routing.bank
+        for row, name in enumerate(names):
+            if name not in self.peft_config and name != BASE and (bank is None or name not in bank):
+                known = [*self.peft_config, *(() if bank is None else bank.names)]
+                raise InputError(f"Row {row}: adapter {name!r} does not exist; {similar(name, known)}.")
+        if not self.routing.enabled:
+            return
+        self.routing.rows = self.routing.gather(names, self.peft_config)
+        if torch.is_grad_enabled() and self.training:
+            for module in self.model.modules():
+                function = module.__dict__.get("_gradient_checkpointing_func")
+                if function is not None and not isinstance(function, _SameRows):
+                    module.__dict__["_gradient_checkpointing_func"] = _SameRows(function, self.routing)
 
     def get_base_model(self) -> nn.Module:
         """The wrapped model."""
@@ -746,13 +823,30 @@ def _warn_of_rounding(errors: Sequence[float]) -> None:
         )
 
 
-def _without_adapter_names(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Refuse one adapter a row, which models would take for an argument of their own and ignore."""
-    if kwargs.pop("adapter_names", None) is not None:
-        raise InputError(
-            "Rows of different adapters (adapter_names) cannot be mixed in one batch yet; use set_adapter."
-        )
-    return kwargs
+class _SameRows:
+    """A checkpointing function whose second pass, in the backward pass, has the rows of the first."""
+
+    def __init__(self, function: Callable, routing: Routing) -> None:
+        self.function, self.routing = function, routing
+
+    def __call__(self, module: Callable, *args: Any, **kwargs: Any) -> Any:
+        rows = self.routing.rows
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            current, self.routing.rows = self.routing.rows, rows
+            try:
+                return module(*args, **kwargs)
+            finally:
+                self.routing.rows = current
+
+        return self.function(run, *args, **kwargs)
+
+
+def _row_count(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
+    """How many rows a model's arguments hold; None when they do not say."""
+    names = ("inputs", "input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "attention_mask")
+    values = [*args[:1], *(kwargs.get(name) for name in names), *kwargs.values()]
+    return next((len(value) for value in values if isinstance(value, torch.Tensor) and value.dim()), None)
 
 
 def hub_only(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+import functools
+import threading
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
+from torch.nn import functional as F
+
+from ia3.errors import InputError
 
 if TYPE_CHECKING:
+    from ia3.bank import AdapterBank
     from ia3.layers import IA3Layer, TrainedModule
+
+BASE = "__base__"
+"""The name of no adapter, in a batch whose rows have one each."""
 
 
 class Vector(NamedTuple):
@@ -31,6 +40,135 @@ class Vector(NamedTuple):
         return torch.where(self.mask.to(self.parameter.device), self.parameter, 1.0)
 
 
+Sides = tuple[torch.Tensor | None, torch.Tensor | None]
+
+
+_Function = TypeVar("_Function", bound=Callable)
+
+
+def uncompiled(function: _Function) -> _Function:
+    """A function, or method, that `torch.compile` leaves alone."""
+    return torch.compiler.disable(function)  # type: ignore[return-value]
+
+
+class RowLayout(NamedTuple):
+    """How a module's arguments hold the rows of a batch.
+
+    Attributes:
+        axis: the axis of rows, or of adjacent blocks for each, in the first argument and in the results.
+        divide: arguments can be divided among adapters, those that are as long along it or hold tokens one after the
+            other; False: the module has to run on the whole batch for each of them.
+        copies: how many times the batch stands along the axis, one after the other.
+    """
+
+    axis: int = 0
+    divide: bool = True
+    copies: int = 1
+
+
+class Rows:
+    """Which adapter acts on each of the B rows of a batch.
+
+    Attributes:
+        vectors: for each slot the rows' vectors (B, features) that scale its input, and its output; None for none.
+        groups: for each different adapter the rows that are its, a tensor of indices.
+        modules: for each of `groups` and each slot, what stands for a module of `modules_to_save`; None for the
+            original.
+    """
+
+    def __init__(
+        self, names: Sequence[str], vectors: Sequence[Sides], modules: Mapping[str, Sequence[Callable | None]]
+    ) -> None:
+        self.vectors = vectors
+        members: dict[str, list[int]] = {}
+        for row, name in enumerate(names):
+            members.setdefault(name, []).append(row)
+        self.groups = [torch.tensor(rows) for rows in members.values()]
+        self.modules = [modules[name] for name in members]
+        self._count = len(names)
+
+    @uncompiled  # how many groups there are, and of how many rows, differs from batch to batch
+    def apart(self, call: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], layout: RowLayout | None = None):
+        """What a module returns whose rows have to go through it adapter by adapter.
+
+        Args:
+            call: takes a group's number and the module's arguments.
+            args: its arguments.
+            kwargs: the same.
+            layout: how they hold the rows.
+
+        Raises:
+            InputError: rows cannot be told apart, or adapters' results differ in shape.
+        """
+        axis, divide, copies = layout or RowLayout()
+        values = [*args, *kwargs.values()]
+        first = next(value for value in values if isinstance(value, torch.Tensor))
+        length = first.shape[axis]
+        check_rows(length, self._count * copies)
+
+        def places(length: int, rows: torch.Tensor) -> torch.Tensor:
+            return torch.arange(length).view(copies, self._count, -1)[:, rows].flatten().to(first.device)
+
+        divided = {length, length * first.shape[1] if first.dim() > 2 and axis == 0 else length} if divide else set()
+        parts = []
+        for group, rows in enumerate(self.groups):
+            chosen = [
+                value.index_select(axis, places(value.shape[axis], rows))
+                if isinstance(value, torch.Tensor) and value.dim() > axis and value.shape[axis] in divided
+                else value
+                for value in values
+            ]
+            part = call(group, *chosen[: len(args)], **dict(zip(kwargs, chosen[len(args) :], strict=True)))
+            parts.append(part if divide else _selected(part, places(length, rows), axis))
+        order = torch.cat([places(length, rows) for rows in self.groups]).argsort()
+        return _joined(parts, order, axis)
+
+
+def check_rows(length: int, rows: int) -> None:
+    """Raise unless an axis of that length can hold blocks of equal size for each row of a mixed batch."""
+    if length % rows:
+        raise InputError(
+            f"Expected a module's input to hold {rows} rows, or blocks of them, found {length}: this model mixes rows on "
+            f"the way, so that they cannot have different adapters; give it one adapter at a time (set_adapter)."
+        )
+
+
+def _selected(result: Any, place: torch.Tensor, axis: int) -> Any:
+    if isinstance(result, torch.Tensor):
+        return result.index_select(axis, place)
+    return (
+        type(result)(_selected(part, place, axis) for part in result) if isinstance(result, (tuple, list)) else result
+    )
+
+
+def _joined(parts: Sequence[Any], order: torch.Tensor, axis: int) -> Any:
+    """The groups' results as one, in the order of the rows."""
+    first = parts[0]
+    if isinstance(first, (tuple, list)):
+        return type(first)(_joined(part, order, axis) for part in zip(*parts, strict=True))
+    if first is None:
+        return None
+    if not isinstance(first, torch.Tensor):
+        raise InputError(
+            f"Expected a module that returns tensors, found a {type(first).__name__}: rows of different adapters cannot "
+            f"be put together; give the model one adapter at a time (set_adapter)."
+        )
+    shapes = list(dict.fromkeys(str(tuple(part.movedim(axis, 0).shape[1:])) for part in parts))
+    if len(shapes) > 1:
+        raise InputError(
+            f"Expected adapters whose own modules (modules_to_save) return rows of one shape, found "
+            f"{', '.join(shapes)}: a batch takes those with as many labels."
+        )
+    return torch.cat(list(parts), axis).index_select(axis, order)
+
+
+class _Local(threading.local):
+    rows: Rows | None = None
+
+    def __reduce__(self) -> tuple:
+        return _Local, ()  # what a forward pass is at is no part of a copied or stored model
+
+
 class Routing:
     """The state that all `IA3Layer`s of one model ask. Switching or disabling adapters is one assignment here.
 
@@ -40,6 +178,8 @@ class Routing:
         merged: names of the adapters that are multiplied into the base weights at the moment.
         vectors: names of the adapters whose vectors a forward pass multiplies by: none while some are merged.
         modules: names of the adapters whose own copies of `modules_to_save` are used, best first.
+        bank: adapters that the layers do not hold themselves.
+        rows: which adapter acts on which row, in this thread; None: the `vectors` and `modules` act on all.
         acting_vectors, acting_modules: for each of `vectors` and `modules` what it has in each slot. Compiled code
             looks here: to it names are constants and a switch of names is another program, a switch of tensors of one
             shape is not.
@@ -48,6 +188,10 @@ class Routing:
     def __init__(self) -> None:
         self._slots: list[IA3Layer | TrainedModule | None] = []
         self._tables: dict[str, list[Any]] = {}
+        self._segments: dict[tuple[int, bool], int] = {}
+        self._local = _Local()
+        self.bank: AdapterBank | None = None
+        self._banked: dict[str, int] = {}
         self.switch(active=(), enabled=True, merged=())
 
     def switch(
@@ -64,6 +208,15 @@ class Routing:
         self.modules = (self.merged or self.active) if self.enabled else ()
         self.acting_vectors = tuple(self._table(name) for name in self.vectors)
         self.acting_modules = tuple(self._table(name) for name in self.modules)
+
+    @property
+    def rows(self) -> Rows | None:
+        """Which adapter acts on which row, in this thread."""
+        return self._local.rows
+
+    @rows.setter
+    def rows(self, rows: Rows | None) -> None:
+        self._local.rows = rows
 
     @property
     def layers(self) -> list[IA3Layer]:
@@ -95,6 +248,7 @@ class Routing:
     def refresh(self) -> None:
         """Look all vectors up again: some were added, removed or replaced."""
         self._tables.clear()
+        self._segments = {}
         self.switch()
 
     def sync_weights(self) -> list[float]:
@@ -109,3 +263,102 @@ class Routing:
         if name not in self._tables:
             self._tables[name] = [None if member is None else member.find(name) for member in self._slots]
         return self._tables[name]
+
+    # Rows of different adapters.
+
+    def attach(self, bank: AdapterBank | None, members: Mapping[str, IA3Layer | TrainedModule]) -> None:
+        """Let rows be of adapters in a bank, whose entries belong to these members (by path)."""
+        self.bank = bank
+        self._banked = {path: member.slot for path, member in members.items()}
+        self.refresh()
+
+    def serves_bank(self, member: IA3Layer | TrainedModule) -> bool:
+        """Whether adapters in the bank rescale a layer, or have a module of their own in its place."""
+        return member.slot in self._banked.values()
+
+    def gather(self, names: Sequence[str], own: Container[str]) -> Rows:
+        """The vectors of a batch with an adapter for each row: one matrix (B, all features), sliced by slot and side.
+
+        Args:
+            names: of adapters, or `BASE`.
+            own: the adapters that layers hold themselves; the others are in the bank.
+
+        Raises:
+            InputError: see `AdapterBank.gather`.
+        """
+        self._segments = self._segments or self._find_segments()
+        distinct = list(dict.fromkeys(names))
+        banked = [name for name in distinct if name not in own and name != BASE]
+        modules = {name: self._table(name) for name in distinct if name not in banked}
+        found: dict[str, torch.Tensor] = {}
+        if self.bank is not None and banked:
+            # As they come, when all rows are the bank's: then nothing has to be copied once more.
+            asked = names if not any(name in own for name in distinct) else [*banked, BASE]
+            vectors, parameters = self._divide(self.bank, self.bank.gather(asked))
+            for name in banked:
+                modules[name] = self._modules(self.bank, parameters, asked.index(name))
+            if asked is names:
+                return Rows(names, self._by_slot(vectors), modules)
+            found = dict(zip(asked, vectors, strict=True))
+        rows = [found[name] if name in found else self._flat(name) for name in distinct]
+        dtype = functools.reduce(torch.promote_types, [row.dtype for row in rows])
+        matrix = torch.stack([row.to(dtype) for row in rows])
+        if len(distinct) < len(names):
+            matrix = matrix[torch.tensor([distinct.index(name) for name in names], device=matrix.device)]
+        return Rows(names, self._by_slot(matrix), modules)
+
+    def _find_segments(self) -> dict[tuple[int, bool], int]:
+        """How many numbers the flat vector holds for each slot and side: first as in the bank's rows, then the rest."""
+        entries = () if self.bank is None else self.bank.entries
+        segments = {
+            (self._banked[entry.path], entry.feedforward): entry.size for entry in entries if entry.parameter is None
+        }
+        for layer in self.layers:
+            for name, vector in layer.ia3_l.items():
+                segments.setdefault((layer.slot, layer.feedforward[name]), vector.numel())
+        return segments
+
+    def _flat(self, name: str) -> torch.Tensor:
+        """An adapter as one vector, ones where it has none: differentiable."""
+        table = self._table(name)
+        parts, device = [], self.layers[0].vector_device if self.layers else None
+        for (slot, feedforward), size in self._segments.items():
+            vector = table[slot]
+            if vector is not None and vector.feedforward is feedforward:
+                parts.append(vector.effective().flatten().to(device))
+            else:
+                parts.append(torch.ones(size, device=device))
+        return torch.cat(parts) if parts else torch.ones(0)
+
+    def _by_slot(self, matrix: torch.Tensor) -> list[Sides]:
+        vectors: list[Sides] = [(None, None)] * len(self._slots)
+        # One split: its gradient is one matrix too, not a matrix for each slice.
+        pieces = matrix.split(list(self._segments.values()), 1)
+        for (slot, feedforward), piece in zip(self._segments, pieces, strict=True):
+            before, after = vectors[slot]
+            vectors[slot] = (piece, after) if feedforward else (before, piece)
+        return vectors
+
+    def _divide(self, bank: AdapterBank, rows: torch.Tensor) -> tuple[torch.Tensor, dict[str, dict[str, torch.Tensor]]]:
+        """The bank's rows as vectors of all segments, and the parameters of modules by path and name."""
+        pieces = rows.split([entry.size for entry in bank.entries], 1)
+        parameters: dict[str, dict[str, torch.Tensor]] = {}
+        for entry, piece in zip(bank.entries, pieces, strict=True):
+            if entry.parameter is not None:
+                parameters.setdefault(entry.path, {})[entry.parameter] = piece.unflatten(1, entry.shape)
+        if parameters:
+            rows = torch.cat(
+                [piece for entry, piece in zip(bank.entries, pieces, strict=True) if entry.parameter is None], 1
+            )
+        return F.pad(rows, (0, sum(self._segments.values()) - rows.shape[1]), value=1.0), parameters
+
+    def _modules(
+        self, bank: AdapterBank, parameters: Mapping[str, Mapping[str, torch.Tensor]], row: int
+    ) -> list[Callable | None]:
+        """What stands for the modules that an adapter of the bank trained in full, by slot."""
+        modules: list[Callable | None] = [None] * len(self._slots)
+        for path, values in parameters.items():
+            slot = self._banked[path]
+            module: TrainedModule = self._slots[slot]  # type: ignore[assignment]
+            modules[slot] = module.standing_in({key: value[row] for key, value in values.items()})
+        return modules

@@ -13,6 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ia3.errors import InputError
+from ia3.routing import RowLayout, check_rows
 
 Parameters = dict[str, torch.Tensor]
 
@@ -53,9 +54,29 @@ class Rule:
         raise NotImplementedError
 
     def scale(self, activation: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-        """The activation (…, features, …) times a flat vector along `axis`, in the activation's dtype."""
+        """The activation times a vector along `axis`, in the activation's dtype.
+
+        Args:
+            activation: (…, features, …).
+            vector: flat; or (B, features) for a batch of B rows with an adapter each. The activation's first axis then
+                holds the rows, or adjacent blocks of equal size for each (beams, tokens).
+
+        Raises:
+            InputError: that axis cannot be divided among the rows.
+        """
         assert self.axis is not None
-        return _multiply(activation, vector, self.axis)
+        return (_multiply if vector.dim() == 1 else _multiply_rows)(activation, vector, self.axis)
+
+    def rows(self, module: nn.Module) -> RowLayout:
+        """How the module's arguments hold the rows of a batch with an adapter for each; asked when `axis` is None.
+
+        Raises:
+            InputError: they do not, so that one batch can have one adapter only.
+        """
+        raise InputError(
+            f"Rows of a {type(module).__name__} cannot have different adapters; give the model one adapter at a time "
+            f"(set_adapter)."
+        )
 
 
 def _multiply(tensor: torch.Tensor, vector: torch.Tensor, axis: int) -> torch.Tensor:
@@ -63,6 +84,17 @@ def _multiply(tensor: torch.Tensor, vector: torch.Tensor, axis: int) -> torch.Te
     if axis != -1:
         vector = vector.view(-1, *[1] * (-axis - 1))
     return (tensor * vector).to(tensor.dtype)
+
+
+def _multiply_rows(tensor: torch.Tensor, vectors: torch.Tensor, axis: int) -> torch.Tensor:
+    """Each row, or block of rows, of a tensor times its own of the vectors (B, features) along one axis."""
+    count, length = len(vectors), tensor.shape[0]
+    vectors = vectors.to(tensor.device).view(count, *[1] * (tensor.dim() + axis - 1), -1, *[1] * (-axis - 1))
+    if length == count:
+        return (tensor * vectors).to(tensor.dtype)
+    check_rows(length, count)
+    blocks = tensor.unflatten(0, (count, length // count))
+    return (blocks * vectors.unsqueeze(1)).to(tensor.dtype).flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -154,6 +186,9 @@ class MultiheadAttentionRule(_KeyValueRule):
         }
         return {name: _multiply(parameters[name], *factors[name]) for name in factors if name in parameters}
 
+    def rows(self, module: nn.Module) -> RowLayout:
+        return RowLayout(0 if module.batch_first else 1, divide=False)  # masks have their rows on other axes
+
 
 class XLNetAttentionRule(_KeyValueRule):
     """XLNet's relative attention: parameters `k` and `v` of shape (hidden, heads, head_dim)."""
@@ -167,6 +202,9 @@ class XLNetAttentionRule(_KeyValueRule):
         key, value = vector.view(2, *parameters["k"].shape[1:])
         return {name: (parameters[name] * part).to(parameters[name].dtype) for name, part in (("k", key), ("v", value))}
 
+    def rows(self, module: nn.Module) -> RowLayout:
+        return RowLayout(1, divide=False)
+
 
 @dataclass(frozen=True)
 class ExpertsRule(Rule):
@@ -175,9 +213,11 @@ class ExpertsRule(Rule):
     Args:
         parameter: the second feed-forward projections of all experts, of shape (experts, out, in), or
             (experts, in, out) where the modules say so or the first projections' shape does; or (experts · in, out).
+        sorted: the module gets the tokens sorted by expert.
     """
 
     parameter: str = "down_proj"
+    sorted: bool = False
 
     def shape(self, module: nn.Module, feedforward: bool) -> tuple[int, ...]:
         """(experts, 1, in); (1, experts · in) where the parameter has two axes only."""
@@ -211,6 +251,14 @@ class ExpertsRule(Rule):
             return {self.parameter: (weight * vector).to(weight.dtype)}
         return {self.parameter: _multiply(weight, vector, axis)}
 
+    def rows(self, module: nn.Module) -> RowLayout:
+        """See `Rule.rows`. The router's choices come along with the tokens, as arguments of the same length."""
+        if self.sorted:
+            return super().rows(module)
+        weight: torch.Tensor = getattr(module, self.parameter)
+        # Llama 4 gives each expert all tokens.
+        return RowLayout(copies=len(weight) if type(module).__name__ == "Llama4TextExperts" else 1)
+
 
 def _convolution(dimensions: int) -> WeightRule:
     return WeightRule("in_channels", "out_channels", -1 - dimensions, -2 - dimensions, axis=-1 - dimensions)
@@ -228,8 +276,8 @@ RULES: dict[type[nn.Module] | str, Rule] = {
     nn.Embedding: WeightRule(None, "embedding_dim", weight_in=-2, weight_out=-1),
     nn.MultiheadAttention: MultiheadAttentionRule(),
     "XLNetRelativeAttention": XLNetAttentionRule(),
-    "JetMoeParallelExperts": ExpertsRule("weight"),
-    "DbrxExpertGLU": ExpertsRule("w2"),
+    "JetMoeParallelExperts": ExpertsRule("weight", sorted=True),
+    "DbrxExpertGLU": ExpertsRule("w2", sorted=True),
 }
 
 

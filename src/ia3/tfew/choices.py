@@ -13,7 +13,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,21 +39,31 @@ _PASS_TOKENS = 64
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt and its answer choices as token ids, and which choice is right (None when that is not known)."""
+    """A prompt and its answer choices as token ids.
+
+    Attributes:
+        prompt: its tokens.
+        choices: the tokens of each choice.
+        label: the index of the right choice; None when that is not known.
+        adapter: whose answer is wanted, "__base__" for no adapter's; None: the active ones'. All questions of a batch
+            say it, or none does.
+    """
 
     prompt: list[int]
     choices: list[list[int]]
     label: int | None = None
+    adapter: str | None = None
 
 
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, Any]
 """Questions as tensors, B questions of at most C choices of at most T tokens:
 
 - the model's own inputs (`input_ids`, `attention_mask`, perhaps `position_ids`), R rows of L tokens;
 - `keep`: how many last positions, K, of each row have to be projected on the vocabulary (a 0-d tensor);
 - `position` (B, C, T): where the prediction of each choice token stands among the R·K projected positions;
 - `token` (B, C, T): the choice token; `mask` (B, C, T): whether there is one;
-- `label` (B,): the right choice; -100 where it is not known.
+- `label` (B,): the right choice; -100 where it is not known;
+- `adapter_names`: where questions say it, the adapter of each of the R rows.
 """
 
 
@@ -172,6 +182,7 @@ def pack(questions: Sequence[Question], pad_token_id: int = 0, dtype: torch.dtyp
         "attention_mask": mask,
         "position_ids": torch.from_numpy(positions),
         "keep": torch.tensor(keep),
+        **_adapters(questions, [1] * rows),
         **_answers(
             questions, [[[row * keep + node for node in path] for path in tree.paths] for row, tree in enumerate(trees)]
         ),
@@ -228,7 +239,19 @@ def plain_rows(questions: Sequence[Question], pad_token_id: int = 0) -> Batch:
             start = row * keep + len(question.prompt) - 1 - first
             paths[-1].append(range(start, start + len(choice)))
             row += 1
-    return {"input_ids": ids, "attention_mask": mask, "keep": torch.tensor(keep), **_answers(questions, paths)}
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "keep": torch.tensor(keep),
+        **_adapters(questions, [len(question.choices) for question in questions]),
+        **_answers(questions, paths),
+    }
+
+
+def _adapters(questions: Sequence[Question], rows: Sequence[int]) -> Batch:
+    """`adapter_names` of a batch whose questions have so many rows each; nothing where they leave it open."""
+    names = [name for question, count in zip(questions, rows, strict=True) for name in [question.adapter] * count]
+    return {} if names[0] is None else {"adapter_names": names}
 
 
 def _answers(questions: Sequence[Question], paths: Sequence[Sequence[Sequence[int]]]) -> Batch:
@@ -258,6 +281,8 @@ def token_log_probs(model: nn.Module, batch: Batch) -> torch.Tensor:
     known = inspect.signature(_base(model).forward).parameters
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
     inputs = {key: value for key, value in inputs.items() if key in known}
+    if "adapter_names" in batch:
+        inputs["adapter_names"] = batch["adapter_names"]
     keep = int(batch["keep"])
     options: dict[str, Any] = {"use_cache": False, "logits_to_keep": keep, "return_dict": True}
     logits = model(**inputs, **{key: value for key, value in options.items() if key in known}).logits
@@ -384,6 +409,7 @@ def score_choices(
     length_normalization: float = 1.0,
     batch_tokens: int = BATCH_TOKENS,
     on_progress: Callable[[int], None] | None = None,
+    adapter_names: Sequence[str] | None = None,
 ) -> list[torch.Tensor]:
     """The length-normalized log-probability of each answer choice of each prompt.
 
@@ -396,6 +422,7 @@ def score_choices(
         length_normalization: the power of the choice's token count that the sum is divided by; 0: not at all.
         batch_tokens: how many tokens go through the model at once.
         on_progress: called with the number of prompts that each batch finished.
+        adapter_names: for each prompt the adapter of an `IA3Model` that answers it; None: the active ones.
 
     Returns:
         N float32 tensors on the CPU, one number a choice: Σ_t log p(y_t | x, y_<t) / T^power.
@@ -408,6 +435,10 @@ def score_choices(
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(f"Expected a decoder-only model, found {type(base).__name__}, an encoder-decoder.")
     questions = encode(tokenizer, prompts, choices, max_length=model_max_length(model))
+    if adapter_names is not None:
+        if len(adapter_names) != len(questions):
+            raise InputError(f"Expected adapter_names for the {len(questions)} prompts, found {len(adapter_names)}.")
+        questions = [replace(question, adapter=name) for question, name in zip(questions, adapter_names, strict=True)]
     device = next(model.parameters()).device
     pad = padding_id(tokenizer)
     results: list[torch.Tensor] = [torch.empty(0)] * len(questions)
@@ -450,4 +481,4 @@ def _base(model: nn.Module) -> nn.Module:
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch's tensors on a device."""
-    return {key: value.to(device) for key, value in batch.items()}
+    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,7 @@ def predict(
     task: Task,
     rows: Iterable[Row],
     on_progress: Callable[[int], None] | None = None,
+    adapter_names: Sequence[str] | None = None,
 ) -> list[Prediction]:
     """The label whose answer text has the best length-normalized log-probability, for each row.
 
@@ -41,13 +42,16 @@ def predict(
         task: says what the rows mean; their labels are not read.
         rows: column → value.
         on_progress: called with the number of rows that each batch finished.
+        adapter_names: for each row the adapter that answers it; None: the active ones.
 
     Raises:
         InputError: see `Task.prompt` and `score_choices`.
     """
     task.check_answers(tokenizer)
     prompts = [task.prompt(row, number) for number, row in enumerate(rows, 1)]
-    scores = score_choices(model, tokenizer, prompts, [task.answers] * len(prompts), on_progress=on_progress)
+    scores = score_choices(
+        model, tokenizer, prompts, [task.answers] * len(prompts), on_progress=on_progress, adapter_names=adapter_names
+    )
     labels = list(task.choices)
     predictions = []
     for row in scores:
