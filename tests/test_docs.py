@@ -36,7 +36,7 @@ def test_every_block_is_named_once_and_run_here_or_by_ci():
     assert None not in names and len(set(names)) == len(names)
     assert set(blocks("command")) == set(re.findall(r"\$\(readme (\w+)\)", (ROOT / ".ci" / "run").read_text()))
     assert set(blocks("example")) == {
-        "train", "template", "python", "peft", "modules", "rule", "several", "auto", "convert", "task.yaml", "task", "task-python",
+        "train", "template", "python", "peft", "modules", "rule", "several", "mixed", "bank", "auto", "convert", "task.yaml", "task", "task-python",
     }  # fmt: skip
 
 
@@ -82,7 +82,7 @@ def test_commands(name, place, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "names", [["peft"], ["modules", "several"], ["rule"], ["task-python"]], ids=lambda names: names[-1]
+    "names", [["peft"], ["modules", "several"], ["modules", "mixed", "bank"], ["rule"], ["task-python"]], ids=lambda names: names[-1]
 )
 def test_python(names, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -43,7 +43,8 @@ class IA3Model(nn.Module):
 
     Args:
         model: the base model.
-        config: the first adapter's config, or several by name. `IA3Model(config, model)`, the order of PEFT's
+        config: the first adapter's config, or several by name, or an empty dictionary (for a model whose adapters are
+            all in a bank, or added later). `IA3Model(config, model)`, the order of PEFT's
             documentation, works too.
         adapter_name: the first adapter's name.
         low_cpu_mem_usage: create vectors without memory, to be filled by a checkpoint.
@@ -77,8 +78,8 @@ class IA3Model(nn.Module):
         with self._wrapping(model):
             for name, one in configs.items():
                 self.add_adapter(name, one, low_cpu_mem_usage=low_cpu_mem_usage)
-        first = next(iter(configs))
-        self.set_adapter(first, inference_mode=configs[first].inference_mode)
+        for first in list(configs)[:1]:
+            self.set_adapter(first, inference_mode=configs[first].inference_mode)
 
     @contextmanager
     def _wrapping(self, model: nn.Module) -> Iterator[None]:
@@ -315,9 +316,9 @@ class IA3Model(nn.Module):
 
     def _attach_bank(self, bank: AdapterBank) -> None:
         """Let rows have the adapters of a bank, in place of an earlier bank's."""
-        layers, trained = self._wrap(bank.targets, bank.modules)
-        members = {target.path: layer for layer, target in layers.items()}
-        self.routing.attach(bank, members | dict(zip(bank.modules, trained, strict=True)))
+        self._wrap(bank.targets, bank.modules)
+        members = {**self.layers, **self.trained_modules}
+        self.routing.attach(bank, {entry.path: members[entry.path].slot for entry in bank.entries})
         wrapped: list[IA3Layer | TrainedModule] = [*self.routing.layers, *self.routing.trained]
         self._take_out({member: unwrapped(member) for member in wrapped if self._is_idle(member)})
 
@@ -715,6 +716,11 @@ class IA3Model(nn.Module):
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The wrapped model's generation. Args and errors: see `forward`."""
+        if adapter_names is not None and hasattr(self.model, "_maybe_reduce_batch"):
+            raise InputError(
+                f"{type(self.model).__name__} drops rows that are finished from the batch, so that rows cannot have "
+                f"different adapters; generate with one adapter at a time (set_adapter)."
+            )
         self._route(adapter_names, args, kwargs)
         generate: Callable = self.model.generate  # type: ignore[assignment]
         try:

@@ -266,10 +266,10 @@ class Routing:
 
     # Rows of different adapters.
 
-    def attach(self, bank: AdapterBank | None, members: Mapping[str, IA3Layer | TrainedModule]) -> None:
-        """Let rows be of adapters in a bank, whose entries belong to these members (by path)."""
+    def attach(self, bank: AdapterBank | None, slots: Mapping[str, int]) -> None:
+        """Let rows be of adapters in a bank; `slots` says which each path of its entries has."""
         self.bank = bank
-        self._banked = {path: member.slot for path, member in members.items()}
+        self._banked = dict(slots)
         self.refresh()
 
     def serves_bank(self, member: IA3Layer | TrainedModule) -> bool:

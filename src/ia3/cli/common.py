@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from ia3.errors import InputError, shown
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ia3.model import IA3Model
     from ia3.tfew.task import Task
@@ -108,16 +108,47 @@ def load_adapted(folder: str, model: str | None) -> tuple[IA3Model, PreTrainedTo
         folder: the adapter's folder or hub id.
         model: the base; None: the one that the adapter names.
     """
-    config = IA3Config.from_pretrained(folder)
+    base, tokenizer = _load_base({folder: IA3Config.from_pretrained(folder)}, model)
+    from ia3.model import IA3Model
+
+    return IA3Model.from_pretrained(base, folder), tokenizer
+
+
+def load_bank(folders: Mapping[str, str], model: str | None) -> tuple[IA3Model, PreTrainedTokenizerBase]:
+    """A base model whose bank holds adapters by name, and its tokenizer.
+
+    Args:
+        folders: name → the adapter's folder; one at least.
+        model: the base; None: the one that all of them name.
+    """
+    configs = {folder: IA3Config.from_pretrained(folder) for folder in folders.values()}
+    base, tokenizer = _load_base(configs, model)
+    from ia3.bank import AdapterBank
+    from ia3.model import IA3Model
+
+    adapted = IA3Model(base, {}).eval()
+    bank = AdapterBank(adapted, next(iter(configs.values())))
+    for name, folder in folders.items():
+        bank.load(folder, name)
+    return adapted, tokenizer
+
+
+def _load_base(configs: Mapping[str, IA3Config], model: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model that adapters (folder → config) name, or the given one."""
+    (folder, config), *others = configs.items()
     name = model or config.base_model_name_or_path
     if not name:
         raise InputError(f"The adapter's {CONFIG_NAME} in {folder!r} names no base model; say which: --model.")
+    for other, its in others:
+        if model is None and its.base_model_name_or_path != name:
+            raise InputError(
+                f"Expected adapters of one base model, found {name!r} in {folder!r} and {its.base_model_name_or_path!r} "
+                f"in {other!r}; give --model if they are the same."
+            )
     quiet()
-    from ia3.model import IA3Model
     from ia3.pretrained import load_base
 
-    base, tokenizer = load_base(name)
-    return IA3Model.from_pretrained(base, folder), tokenizer
+    return load_base(name)
 
 
 def parse_choices(text: str | None) -> dict[str, str] | None:

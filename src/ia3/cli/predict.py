@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 from pathlib import Path
@@ -16,13 +17,17 @@ from ia3.cli.common import (
     ModelOption,
     console,
     load_adapted,
+    load_bank,
     load_task,
     print_json,
     progress,
 )
-from ia3.errors import InputError, shown
+from ia3.errors import InputError, shown, similar
+from ia3.files import adapter_folders
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from ia3.tfew.predict import Prediction
     from ia3.tfew.task import Task
 
@@ -40,33 +45,81 @@ def predict(
         help="Write rows with label and probabilities to a .csv or .jsonl file.",
         show_default=False,
     ),
+    adapter_column: str | None = typer.Option(
+        None,
+        help="Column of --data with the name of each row's adapter: ADAPTER is then the folder of all of them.",
+        show_default=False,
+    ),
     model: str | None = ModelOption,
     json_output: bool = JsonOption,
 ) -> None:
-    """Label texts, or the rows of a file, with a trained adapter: the label and each label's probability."""
+    """Label texts, or the rows of a file, with a trained adapter: the label and each label's probability.
+
+    A file can mix rows of many adapters, of different tasks: ia3 predict adapters --data rows.csv --adapter-column task
+    """
     out = console(json_output)
     if bool(texts) == bool(data):
         raise InputError('Expected texts or --data, one of the two; for example: ia3 predict ADAPTER "some text".')
+    if adapter_column is not None and data is None:
+        raise InputError("Expected --data with --adapter-column, a column of it; found texts.")
     if output is not None and output.suffix.lower() not in (".csv", ".jsonl"):
         raise InputError(f"Expected --output to end in .csv or .jsonl, found {str(output)!r}.")
     from ia3.tfew.task import read_rows
 
-    task = load_task(adapter)
-    rows = read_rows(data) if data else _text_rows(task, texts or [])
-    task.check(rows, labelled=False)
+    rows = read_rows(data) if data else []
+    if adapter_column is not None:
+        names = _adapter_of_each(Path(adapter), rows, adapter_column)
+        known = {name: load_task(str(Path(adapter, name))) for name in dict.fromkeys(names)}
+        tasks = [known[name] for name in names]
+    else:
+        names, task = None, load_task(adapter)
+        rows = rows or _text_rows(task, texts or [])
+        tasks = [task] * len(rows)
+    for number, (task, row) in enumerate(zip(tasks, rows, strict=True), 1):
+        task.prompt(row, number)  # before a model is loaded, what cannot be used
     with out.status("Loading …"):
-        adapted, tokenizer = load_adapted(adapter, model)
+        if names is None:
+            adapted, tokenizer = load_adapted(adapter, model)
+        else:
+            adapted, tokenizer = load_bank({name: str(Path(adapter, name)) for name in known}, model)
         from ia3.tfew.predict import predict as predict_rows
     with progress(out) as bars:
         bar = bars.add_task("Predicting", total=len(rows), note="")
-        found = predict_rows(adapted, tokenizer, task, rows, lambda count: bars.advance(bar, count))
+        advance = functools.partial(bars.advance, bar)
+        found = predict_rows(adapted, tokenizer, tasks, rows, advance, names)
     if output is not None:
         _write(output, rows, found)
         out.print(f"{len(rows)} rows written to {output}", markup=False)
     if json_output:
-        print_json([{"label": item.label, "probabilities": item.probabilities} for item in found])
+        adapters = [{"adapter": name} for name in names] if names else [{}] * len(found)
+        print_json(
+            [
+                {**which, "label": item.label, "probabilities": item.probabilities}
+                for which, item in zip(adapters, found, strict=True)
+            ]
+        )
     elif output is None:
-        _print_table(out, task, rows, found)
+        _print_table(out, tasks, rows, found, names)
+
+
+def _adapter_of_each(folder: Path, rows: list[dict], column: str) -> list[str]:
+    """The adapter that a column names for each row, a subfolder of `folder`."""
+    if not folder.is_dir():
+        raise InputError(f"Expected a folder of adapters with --adapter-column, found no {str(folder)!r} here.")
+    there = adapter_folders(str(folder))
+    if not there:
+        raise InputError(f"Expected adapters in subfolders of {str(folder)!r}, as --adapter-column names them.")
+    names = []
+    for number, row in enumerate(rows, 1):
+        if column not in row:
+            raise InputError(
+                f"Expected a column {column!r} (row {number}), found {shown(row, 20)}; see --adapter-column."
+            )
+        name = "" if row[column] is None else str(row[column]).strip()
+        if name not in there:
+            raise InputError(f"Row {number}: there is no adapter {name!r} in {str(folder)!r}; {similar(name, there)}.")
+        names.append(name)
+    return names
 
 
 def _text_rows(task: Task, texts: list[str]) -> list[dict[str, str]]:
@@ -94,7 +147,7 @@ def _write(path: Path, rows: list[dict], found: list[Prediction]) -> None:
             temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
             return
         text = io.StringIO()
-        labels = list(found[0].probabilities)
+        labels = list(dict.fromkeys(label for item in found for label in item.probabilities))
         added = ["prediction", *(f"probability_{label}" for label in labels)]
         # All columns of all rows; those of an earlier prediction are replaced.
         names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in added]
@@ -106,20 +159,25 @@ def _write(path: Path, rows: list[dict], found: list[Prediction]) -> None:
         temporary.write_text(text.getvalue(), encoding="utf-8")
 
 
-def _print_table(out, task: Task, rows: list[dict], found: list[Prediction]) -> None:
+def _print_table(
+    out: Console, tasks: list[Task], rows: list[dict], found: list[Prediction], adapters: list[str] | None
+) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    # With many labels, the best few say enough.
-    few = len(task.choices) <= 6
+    # With many labels, or different ones, the best label's probability says enough.
+    labels = list(found[0].probabilities)
+    few = len(labels) <= 6 and all(list(item.probabilities) == labels for item in found)
     table = Table()
+    if adapters is not None:
+        table.add_column("adapter")
     table.add_column("text", max_width=60, no_wrap=True, overflow="ellipsis")
     table.add_column("label", style="bold")
-    for name in task.choices if few else ("probability",):
+    for name in labels if few else ("probability",):
         table.add_column(escape(name), justify="right")
-    column = (task.columns or list(rows[0]))[0]
-    for row, item in zip(rows, found, strict=True):
+    for i, (task, row, item) in enumerate(zip(tasks, rows, found, strict=True)):
         values = item.probabilities.values() if few else [item.probabilities[item.label]]
-        text = " ".join(str(row.get(column, "")).split())
-        table.add_row(escape(text), escape(item.label), *(f"{value:.1%}" for value in values))
+        text = " ".join(str(row.get((task.columns or list(row))[0], "")).split())
+        which = [] if adapters is None else [escape(adapters[i])]
+        table.add_row(*which, escape(text), escape(item.label), *(f"{value:.1%}" for value in values))
     out.print(table)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ia3.errors import InputError
 from ia3.tfew.choices import score_choices
 from ia3.tfew.task import Row, Task
 
@@ -27,7 +28,7 @@ class Prediction:
 def predict(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    task: Task,
+    task: Task | Sequence[Task],
     rows: Iterable[Row],
     on_progress: Callable[[int], None] | None = None,
     adapter_names: Sequence[str] | None = None,
@@ -39,22 +40,26 @@ def predict(
     Args:
         model: a causal language model, adapted or not.
         tokenizer: its tokenizer.
-        task: says what the rows mean; their labels are not read.
+        task: says what the rows mean, all of them or each; their labels are not read.
         rows: column → value.
         on_progress: called with the number of rows that each batch finished.
         adapter_names: for each row the adapter that answers it; None: the active ones.
 
     Raises:
-        InputError: see `Task.prompt` and `score_choices`.
+        InputError: see `Task.prompt` and `score_choices`; or as many tasks as rows were expected.
     """
-    task.check_answers(tokenizer)
-    prompts = [task.prompt(row, number) for number, row in enumerate(rows, 1)]
-    scores = score_choices(
-        model, tokenizer, prompts, [task.answers] * len(prompts), on_progress=on_progress, adapter_names=adapter_names
-    )
-    labels = list(task.choices)
+    rows = list(rows)
+    tasks = [task] * len(rows) if isinstance(task, Task) else list(task)
+    if len(tasks) != len(rows):
+        raise InputError(f"Expected one task, or one for each of {len(rows)} rows, found {len(tasks)}.")
+    for each in {id(each): each for each in tasks}.values():
+        each.check_answers(tokenizer)
+    prompts = [each.prompt(row, number) for number, (each, row) in enumerate(zip(tasks, rows, strict=True), 1)]
+    choices = [each.answers for each in tasks]
+    scores = score_choices(model, tokenizer, prompts, choices, on_progress=on_progress, adapter_names=adapter_names)
     predictions = []
-    for row in scores:
+    for each, row in zip(tasks, scores, strict=True):
+        labels = list(each.choices)
         probabilities = torch.softmax(row.double(), -1).tolist()
         # The first of equal scores, whatever the device's argmax would take.
         best = max(range(len(labels)), key=lambda i: probabilities[i])
