@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch._dynamo.eval_frame import skip_code
 
 from ia3 import checkpoint, quantized
 from ia3.architectures import READS_WEIGHTS, row_axis
@@ -695,7 +696,6 @@ class IA3Model(nn.Module):
 
     # Being the wrapped model.
 
-    @torch.compiler.disable(recursive=False)  # compiled code begins inside, where names have become tensors
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The wrapped model's forward pass.
 
@@ -708,11 +708,17 @@ class IA3Model(nn.Module):
             InputError: `adapter_names` is not a name a row, a name is unknown, adapters are merged, or the model mixes
                 rows in a way that does not allow it.
         """
+        if adapter_names is None:
+            return self.model(*args, **kwargs)
         self._route(adapter_names, args, kwargs)
         try:
             return self.model(*args, **kwargs)
         finally:
             self.routing.rows = None
+
+    # Compiled code begins inside, where names have become tensors. (torch.compiler.disable(recursive=False) does this and
+    # more: it refuses torch.export, and a compiled module with this one in it.)
+    skip_code(forward.__code__)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The wrapped model's generation. Args and errors: see `forward`."""
