@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         AutoPeftModelForSequenceClassification,
         AutoPeftModelForTokenClassification,
     )
+    from ia3.bank import AdapterBank
     from ia3.checkpoint import get_peft_model_state_dict, set_peft_model_state_dict
     from ia3.config import IA3Config, PeftType, TaskType
     from ia3.config import IA3Config as PeftConfig
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from ia3.rules import Rule, WeightRule, register_rule
 
 _HOMES = {
+    "AdapterBank": "bank",
     "AutoPeftModel": "auto",
     "AutoPeftModelForCausalLM": "auto",
     "AutoPeftModelForFeatureExtraction": "auto",
@@ -53,6 +55,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AdapterBank",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",

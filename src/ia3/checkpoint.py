@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,17 @@ _KEY_VALUE_ONLY = "ia3_key_value_only"
 Tensors = dict[str, torch.Tensor]
 
 
+def locate_weights(path: str | os.PathLike, subfolder: str | None = None, **hub_kwargs: Any) -> str:
+    """The file of an adapter's tensors: safetensors, else `torch.save`'s. Raises `InputError` when there is neither."""
+    try:
+        return locate(path, WEIGHTS_NAME, subfolder=subfolder, **hub_kwargs)
+    except InputError as missing:
+        try:
+            return locate(path, TORCH_WEIGHTS_NAME, subfolder=subfolder, **hub_kwargs)
+        except InputError:
+            raise missing from None
+
+
 def read_weights(path: str | os.PathLike, subfolder: str | None = None, **hub_kwargs: Any) -> tuple[Tensors, dict]:
     """The tensors of an adapter, by the name in the file, and the safetensors header's own entries.
 
@@ -39,13 +50,8 @@ def read_weights(path: str | os.PathLike, subfolder: str | None = None, **hub_kw
     """
     from safetensors import SafetensorError, safe_open
 
-    try:
-        file = locate(path, WEIGHTS_NAME, subfolder=subfolder, **hub_kwargs)
-    except InputError as missing:
-        try:
-            file = locate(path, TORCH_WEIGHTS_NAME, subfolder=subfolder, **hub_kwargs)
-        except InputError:
-            raise missing from None
+    file = locate_weights(path, subfolder, **hub_kwargs)
+    if file.endswith(TORCH_WEIGHTS_NAME):
         return _read_torch_weights(file), {}
     try:
         with safe_open(file, framework="pt") as opened:
@@ -121,7 +127,8 @@ def set_peft_model_state_dict(
         InputError: no such adapter, or tensors are missing, surplus, not finite, or of another shape.
     """
     tensors = peft_model_state_dict
-    _check(get_peft_model_state_dict(model, adapter_name=adapter_name), tensors, adapter_name)
+    expected = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    check_tensors({key: value.shape for key, value in expected.items()}, tensors, adapter_name)
     base, _, outer = _parts(model)
     layers, trained = wrappers(base)
     with torch.no_grad():
@@ -145,17 +152,18 @@ def _parts(model: nn.Module) -> tuple[nn.Module, str, str]:
     return (model.model, "model.", PREFIX) if isinstance(model, IA3Model) else (model, "", "")
 
 
-def _check(expected: Tensors, found: Mapping[str, torch.Tensor], adapter_name: str) -> None:
-    missing, surplus = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+def check_tensors(shapes: Mapping[str, Sequence[int]], found: Mapping[str, torch.Tensor], adapter_name: str) -> None:
+    """Raise `InputError` unless `found` has exactly these names and shapes, and finite values."""
+    missing, surplus = sorted(set(shapes) - set(found)), sorted(set(found) - set(shapes))
     if missing or surplus:
         raise InputError(
-            f"Adapter {adapter_name!r} does not fit this model: expected {len(expected)} tensors, found {len(found)}; "
+            f"Adapter {adapter_name!r} does not fit this model: expected {len(shapes)} tensors, found {len(found)}; "
             f"missing: {shown(missing, 3)}; surplus: {shown(surplus, 3)}. Is it for another base model?"
         )
     wrong = [
-        f"{key} is {tuple(found[key].shape)}, expected {tuple(value.shape)}"
-        for key, value in expected.items()
-        if found[key].shape != value.shape
+        f"{key} is {tuple(found[key].shape)}, expected {tuple(shape)}"
+        for key, shape in shapes.items()
+        if tuple(found[key].shape) != tuple(shape)
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""

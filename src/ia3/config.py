@@ -163,9 +163,14 @@ class IA3Config:
     @classmethod
     def from_json_file(cls, path: str | os.PathLike) -> IA3Config:
         """The config in one JSON file. Raises `InputError` when it is no adapter config."""
+        with open(path, "rb") as file:
+            return cls.from_json(file.read(), path)
+
+    @classmethod
+    def from_json(cls, data: bytes, path: str | os.PathLike) -> IA3Config:
+        """The config in what was read from `path`. Raises `InputError` when it is no adapter config."""
         try:
-            with open(path, encoding="utf-8") as file:
-                values = json.load(file)
+            values = json.loads(data.decode("utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise InputError(
                 f"Expected JSON in {path}, found something else ({error}); is the file cut short?"
