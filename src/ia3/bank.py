@@ -626,7 +626,7 @@ def _entries(parts: Iterable[tuple[str, str, str | None, bool, torch.Tensor]]) -
 def _rows(budget: int | str, row_bytes: int) -> int:
     """How many rows a budget has room for, at least two."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]i?)?B?", str(budget), re.IGNORECASE)
-    if match is None or isinstance(budget, bool):
+    if match is None or not isinstance(budget, (int, str)):
         raise InputError(f"Expected a budget in bytes, or such as '512MB' or '2GiB', found {budget!r}.")
     size = float(match[1]) * _UNITS[(match[2] or "").capitalize()]
     rows = int(size // row_bytes)
