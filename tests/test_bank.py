@@ -473,6 +473,8 @@ def test_a_folder_that_no_longer_holds_what_was_loaded(gone, model, tmp_path):
     bank.add("other", tensors(bank))
     assert bank.statistics.spilled == 1
     assert holds(bank, "one", expected)
+    bank.register(tmp_path)  # known from there
+    assert holds(bank, "one", expected)
 
 
 def test_more_at_once_than_fit(model):
@@ -516,7 +518,7 @@ def test_an_adapter_that_cannot_be_spilled_stays(model, monkeypatch):
     made = tensors(bank, seed=1)
     bank.add("one", made)
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
@@ -904,6 +906,10 @@ def test_an_archive_with_a_name_that_is_taken_or_values_that_are_not_finite(arch
     for _ in range(2):
         with pytest.raises(InputError, match="Adapter 'team/2' holds NaN"):
             other.gather(["team/2"])
+    another = AdapterBank(model)
+    with pytest.raises(InputError, match="Adapter 'team/2' holds NaN"):
+        another.load_archive(path)
+    assert another.names == [] and another.statistics.resident == 0
     other.delete("team/2")
     path.write_bytes(content[:-4])
     with pytest.raises(InputError, match="cut short"):

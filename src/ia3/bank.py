@@ -332,15 +332,20 @@ class AdapterBank:
             InputError: see `register`; or a value is not finite.
         """
         with self._writing():
+            before = set(self._homes)
             names = self._register_archive(path)
-            if self._capacity is None:
-                self._grow(self._top + len(names))
-            for name in names:
-                if name in self._rows:
-                    continue
-                if not self._free and self._top == len(self._array):
-                    break
-                self._reload(name)
+            try:
+                if self._capacity is None:
+                    self._grow(self._top + len(names))
+                for name in names:
+                    if name not in self._rows:
+                        if not self._free and self._top == len(self._array):
+                            break
+                        self._reload(name)
+            except BaseException:
+                for name in set(names) - before:
+                    self.delete(name)
+                raise
         return names
 
     def save_archive(self, path: str | os.PathLike, names: Iterable[str] | None = None) -> None:
@@ -349,7 +354,8 @@ class AdapterBank:
         It may be more than fits into memory: what is not resident is read from its home, and stays there.
         """
         names = self.names if names is None else list(dict.fromkeys(names))
-        self._require(names)
+        with self._writing():
+            self._require(names)
         row = torch.empty(self.width, dtype=self.dtype, device="cpu")
 
         def rows() -> Iterator[torch.Tensor]:
@@ -381,13 +387,14 @@ class AdapterBank:
         """Make all names known, or none. Returns whether any was not before."""
         for name in homes:
             _check_name(name)
-        taken = [name for name, home in homes.items() if name in self._homes and self._homes[name] != home]
+        known = {name: self._homes[name] for name in homes if name in self._homes}
+        taken = [name for name, home in known.items() if homes[name] not in (home, getattr(home, "origin", None))]
         if taken:
             raise InputError(
                 f"{shown(taken, 3)} of these adapters are known from another place; delete them from the bank or rename "
                 f"the new ones."
             )
-        news = {name: home for name, home in homes.items() if name not in self._homes}
+        news = {name: home for name, home in homes.items() if name not in known}
         with self._lock:
             self._homes.update(news)
         self._deleted.difference_update(news)
@@ -543,7 +550,7 @@ class AdapterBank:
             if home is None or not home.holds():
                 if self._spill is None:
                     self._spill = SpillFile(None, self._layout)
-                self._homes[name] = self._spill.write(self._array[row].cpu())
+                self._homes[name] = self._spill.write(self._array[row].cpu(), origin=home)
         except BaseException:
             with self._lock:
                 self._rows[name] = row

@@ -203,10 +203,17 @@ class Folder:
 
 
 class Record(NamedTuple):
-    """A record of a file of rows as an adapter's home."""
+    """A record of a file of rows as an adapter's home.
+
+    Attributes:
+        file: where.
+        start: its first byte.
+        origin: of a spilled adapter, the home that no longer holds it.
+    """
 
     file: RowFile
     start: int
+    origin: Home | None = None
 
     def read(self, layout: Layout, row: torch.Tensor, name: str) -> None:
         """See `Home.read`."""
@@ -221,10 +228,13 @@ class Record(NamedTuple):
 class RowFile:
     """An open file of rows of one dtype. One thread at a time may use it."""
 
-    def __init__(self, file: BufferedReader | BufferedRandom, path: str, dtype: torch.dtype) -> None:
+    def __init__(
+        self, file: BufferedReader | BufferedRandom, path: str, dtype: torch.dtype, scratch: str | None = None
+    ) -> None:
         self.path = path
         self._file = file
         self._dtype = dtype
+        self._finish = weakref.finalize(self, _discard, file, scratch)
 
     def __eq__(self, other: object) -> bool:
         # The same file on disk, opened twice.
@@ -243,8 +253,8 @@ class RowFile:
             row.copy_(buffer)
 
     def close(self) -> None:
-        """Let go of the file."""
-        self._file.close()
+        """Let go of the file, and remove it when it is a scratch file."""
+        self._finish()
 
 
 class SpillFile(RowFile):
@@ -264,14 +274,13 @@ class SpillFile(RowFile):
         self._end = 0
         path = None if folder is None else os.path.join(os.path.abspath(folder), _SPILL_NAME)
         file = _open_alone(path) if path else tempfile.TemporaryFile(prefix="ia3_bank_")  # noqa: SIM115
-        super().__init__(file, path or "the bank's temporary file", layout.dtype)
-        self._finish = weakref.finalize(self, _discard, file, path)
+        super().__init__(file, path or "the bank's temporary file", layout.dtype, scratch=path)
 
     def __len__(self) -> int:
         """The number of records in use."""
         return self._end // self._record_bytes - len(self._free)
 
-    def write(self, row: torch.Tensor) -> Record:
+    def write(self, row: torch.Tensor, origin: Home | None) -> Record:
         """Write a row into a record that is free."""
         start = self._free[-1] if self._free else self._end
         self._file.seek(start)
@@ -281,15 +290,11 @@ class SpillFile(RowFile):
             self._free.pop()
         else:
             self._end += self._record_bytes
-        return Record(self, start)
+        return Record(self, start, origin)
 
     def release(self, record: Record) -> None:
         """Let a record be used for another adapter."""
         self._free.append(record.start)
-
-    def close(self) -> None:
-        """Remove the file."""
-        self._finish()
 
 
 def _open_alone(path: str) -> BufferedRandom:
@@ -315,7 +320,7 @@ def _open_alone(path: str) -> BufferedRandom:
     return file
 
 
-def _discard(file: BufferedRandom, path: str | None) -> None:
+def _discard(file: BufferedReader | BufferedRandom, path: str | None) -> None:
     if path is not None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)  # while it is locked
