@@ -22,7 +22,7 @@ import tiny
 from ia3 import IA3Config, IA3Model, InputError, get_peft_model_state_dict
 from ia3.bank import AdapterBank
 from ia3.checkpoint import write_adapter
-from ia3.rows import Layout
+from ia3.layout import Layout
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -522,7 +522,7 @@ def test_an_adapter_that_cannot_be_spilled_stays(model, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("ia3.rows.SpillFile.write", full)
+        patched.setattr("ia3.homes.SpillFile.write", full)
         with pytest.raises(OSError, match="No space"):
             bank.add("two", tensors(bank))
     assert bank.names == ["one"] and holds(bank, "one", made)
@@ -600,7 +600,7 @@ def test_the_least_recently_used_goes_first(model, capacity, steps):
         else:
             with pytest.raises(InputError):
                 take(step, what, number)
-        assert set(bank._rows) - {"__base__"} == set(recent)
+        assert set(bank._resident.rows) - {"__base__"} == set(recent)
         assert set(bank.names) == set(values)
         statistics = bank.statistics
         assert {name: getattr(statistics, name) for name in counts} == counts

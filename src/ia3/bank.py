@@ -6,29 +6,27 @@ import dataclasses
 import os
 import re
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ia3.checkpoint import PREFIX, locate_weights
+from ia3.checkpoint import locate_weights
 from ia3.config import CONFIG_NAME, IA3Config
 from ia3.errors import InputError, shown, similar
 from ia3.files import locate
-from ia3.rows import DTYPES, Entry, Folder, Home, Layout, Record, RowFile, SpillFile, open_archive, write_archive
-from ia3.rules import find_rule
-from ia3.targets import TASK_HEADS, Target, base_modules, resolve_targets
+from ia3.homes import Folder, Home, Record, RowFile, SpillFile, open_archive, write_archive
+from ia3.layout import DTYPES, Entry, Layout, resolve_entries
+from ia3.residency import BASE, Residency
+from ia3.targets import TASK_HEADS, Target, resolve_targets
 
 if TYPE_CHECKING:
     from ia3.model import IA3Model
 
 __all__ = ["AdapterBank", "BankStatistics", "Entry"]
 
-BASE = "__base__"
 _RESERVED = (BASE, "__metadata__")  # the latter is no name in a safetensors file
 
 _UNITS = {"": 1} | {
@@ -119,33 +117,24 @@ class AdapterBank:
         self.targets = list(targets.values())
         self.modules = model._resolve_modules_to_save(self.config)
         model._check_nesting([target.path for target in self.targets], self.modules)
-        parts = _parts(model, self.targets, self.modules)
-        self._layout = Layout(_entries(parts), self.targets, dtype)
-        self.entries, self.width, self.dtype = self._layout.entries, self._layout.width, dtype
+        entries, base = resolve_entries(model, self.targets, self.modules)
+        self._layout = Layout(entries, self.targets, dtype)
+        self.entries, self.width, self.dtype = entries, self._layout.width, dtype
         device = next(model.model.parameters()).device
         self.device = torch.device("cpu") if device.type == "meta" else device
-        self._capacity = None if budget is None else _rows(budget, self._layout.row_bytes) - 1
+        capacity = None if budget is None else _rows(budget, self._layout.row_bytes) - 1
 
-        # One writer at a time changes which adapter is where; gathers that find all they need resident do not wait for
-        # it. `_lock` guards what both look at, and is never held while anything is read, written or computed.
+        # One writer at a time changes what is known and resident; gathers that find all that they need do not wait for it.
         self._writer = threading.RLock()
-        self._lock = threading.Condition(threading.Lock())  # notified when a gather ends
-        self._array = self._empty(16 if self._capacity is None else self._capacity + 1)
+        self._resident = Residency(self.width, dtype, self.device, capacity)
         self._stage = None if self.device.type == "cpu" else torch.empty(self.width, dtype=dtype, device="cpu")
         self._homes: dict[str, Home | None] = {}  # of all that can be asked for; None: only in memory
-        self._rows = {BASE: 0}  # of the resident ones
-        self._recent: OrderedDict[str, None] = OrderedDict()  # those that may be evicted, the next one first
-        self._pinned: set[str] = set()
-        self._leases: dict[int, set[int]] = {}  # rows that running gathers read, whatever becomes of their names
-        self._free: list[int] = []
-        self._top = 1  # the first row that was never used
         self._roots: list[str] = []  # registered folders
         self._deleted: set[str] = set()  # names that a registered folder still has
         self._files: list[RowFile] = []  # archives
         self._spill = None if spill is None else SpillFile(spill, self._layout)
         self._closed = False
-        self._hits = self._misses = self._evictions = 0
-        self._write(0, lambda _, row, name: self._layout.pack({part[0]: part[4] for part in parts}, row, name), BASE)
+        self._write(0, lambda layout, row, name: layout.pack(base, row, name), BASE)
         model._attach_bank(self)
 
     def __deepcopy__(self, memo: dict) -> AdapterBank:
@@ -163,25 +152,24 @@ class AdapterBank:
     @property
     def statistics(self) -> BankStatistics:
         """What the bank holds and has done."""
-        with self._lock:
-            return BankStatistics(
-                resident=len(self._rows) - 1,
-                known=len(self._homes),
-                capacity=self._capacity,
-                pinned=len(self._pinned),
-                row_bytes=self._layout.row_bytes,
-                resident_bytes=len(self._rows) * self._layout.row_bytes,
-                hits=self._hits,
-                misses=self._misses,
-                evictions=self._evictions,
-                spilled=0 if self._spill is None else len(self._spill),
-            )
+        resident = self._resident
+        return BankStatistics(
+            resident=len(resident.rows) - 1,
+            known=len(self._homes),
+            capacity=resident.capacity,
+            pinned=len(resident.pinned),
+            row_bytes=self._layout.row_bytes,
+            resident_bytes=len(resident.rows) * self._layout.row_bytes,
+            hits=resident.hits,
+            misses=resident.misses,
+            evictions=resident.evictions,
+            spilled=0 if self._spill is None else len(self._spill),
+        )
 
     @property
     def names(self) -> list[str]:
         """All adapters that can be asked for, in memory or not; of registered folders those that have been seen."""
-        with self._lock:
-            return list(self._homes)
+        return list(self._homes)
 
     def __len__(self) -> int:
         return len(self._homes)
@@ -205,53 +193,29 @@ class AdapterBank:
     @contextmanager
     def _leased(self, names: Sequence[str]) -> Iterator[tuple[torch.Tensor, dict[str, int]]]:
         """The array, and each name's row in it, which nobody overwrites within `with`."""
-        lease: set[int] = set()
-        try:
-            yield self._lease(names, lease)
-        finally:
-            with self._lock:
-                self._leases.pop(id(lease), None)
-                self._lock.notify_all()
-
-    def _lease(self, names: Sequence[str], lease: set[int]) -> tuple[torch.Tensor, dict[str, int]]:
         distinct = dict.fromkeys(names)
-        with self._lock:
-            try:
-                rows = {name: self._rows[name] for name in distinct}
-            except KeyError:
-                rows = None
-            else:
-                lease.update(rows.values())
-                self._leases[id(lease)] = lease
-                self._asked(distinct)
-                return self._array, rows
-        # Only one thread at a time holds leases and waits for others': the writer.
+        with self._resident.lease() as lease:
+            yield self._resident.find(distinct, lease) or self._bring(names, distinct, lease)
+
+    def _bring(
+        self, names: Sequence[str], distinct: Mapping[str, Any], lease: set[int]
+    ) -> tuple[torch.Tensor, dict[str, int]]:
+        # Only the writer may wait for others' leases while it has one.
         with self._writing():
             for position, name in enumerate(names):
-                if name not in self._rows and not self._is_known(name):
+                if name != BASE and not self._is_known(name):
                     raise InputError(
                         f"Unknown adapter {name!r} for row {position}; {similar(str(name), self.names)}. Load or "
                         f"register it first."
                     )
-            self._require_room(distinct)
-            with self._lock:
-                rows = {name: self._rows[name] for name in distinct if name in self._rows}
-                lease.update(rows.values())
-                self._leases[id(lease)] = lease
+            self._resident.require_room(distinct)
+            rows = self._resident.hold(distinct, lease)
             missing = [name for name in distinct if name not in rows]
             for name in missing:
                 rows[name] = self._reload(name)
                 lease.add(rows[name])
-            with self._lock:
-                self._asked(distinct, len(missing))
-            return self._array, rows
-
-    def _asked(self, names: Mapping[str, Any], missed: int = 0) -> None:
-        self._hits += len(names) - missed - (BASE in names)
-        self._misses += missed
-        for name in names:
-            if name in self._recent:
-                self._recent.move_to_end(name)
+            self._resident.touch(distinct, len(missing))
+            return self._resident.array, rows
 
     # Bringing adapters in.
 
@@ -281,7 +245,7 @@ class AdapterBank:
         name = given if name is None else name
         _check_name(name)
         with self._writing():
-            self._require_room([name])
+            self._resident.require_room([name])
             home = Folder(folder)
             self._fill(name, home.read, home)
         return name
@@ -296,7 +260,7 @@ class AdapterBank:
         with self._writing():
             if name in self._homes:
                 raise InputError(f"Adapter {name!r} already exists; choose another name or delete it.")
-            self._require_room([name])
+            self._resident.require_room([name])
             self._fill(name, lambda layout, row, name: layout.pack(tensors, row, name), None)
 
     def register(self, path: str | os.PathLike) -> list[str]:
@@ -335,11 +299,11 @@ class AdapterBank:
             before = set(self._homes)
             names = self._register_archive(path)
             try:
-                if self._capacity is None:
-                    self._grow(self._top + len(names))
+                if self._resident.capacity is None:
+                    self._resident.reserve(len(names))
                 for name in names:
-                    if name not in self._rows:
-                        if not self._free and self._top == len(self._array):
+                    if name not in self._resident.rows:
+                        if self._resident.is_full:
                             break
                         self._reload(name)
             except BaseException:
@@ -362,10 +326,12 @@ class AdapterBank:
             for name in names:
                 with self._writing():
                     self._require([name])
-                    if name in self._rows:
-                        row.copy_(self._array[self._rows[name]])
+                    if name in self._resident.rows:
+                        row.copy_(self._resident.array[self._resident.rows[name]])
                     else:
-                        self._home(name).read(self._layout, row, name)
+                        home = self._homes[name]
+                        assert home is not None
+                        home.read(self._layout, row, name)
                 yield row
 
         write_archive(path, self._layout, self.config, names, rows())
@@ -395,8 +361,7 @@ class AdapterBank:
                 f"the new ones."
             )
         news = {name: home for name, home in homes.items() if name not in known}
-        with self._lock:
-            self._homes.update(news)
+        self._homes.update(news)
         self._deleted.difference_update(news)
         return bool(news)
 
@@ -406,13 +371,8 @@ class AdapterBank:
         """Forget an adapter; its files stay. Gathers that are running end with the values that they began with."""
         with self._writing():
             self._require([name])
-            with self._lock:
-                home = self._homes.pop(name)
-                self._recent.pop(name, None)
-                self._pinned.discard(name)
-                if name in self._rows:
-                    self._free.append(self._rows.pop(name))
-            self._release(home)
+            self._resident.drop(name)
+            self._release(self._homes.pop(name))
             if self._find(name) is not None:
                 self._deleted.add(name)
 
@@ -420,19 +380,14 @@ class AdapterBank:
         """Load adapters and keep them resident. Raises `InputError` as `gather` does."""
         with self._writing():
             self._require(names)
-            with self._leased(names), self._lock:
-                for name in names:
-                    self._pinned.add(name)
-                    self._recent.pop(name, None)
+            with self._leased(names):
+                self._resident.pin(names)
 
     def unpin(self, *names: str) -> None:
         """Let adapters be evicted again, when their turn comes."""
         with self._writing():
             self._require(names)
-            with self._lock:
-                for name in self._pinned.intersection(names):
-                    self._pinned.discard(name)
-                    self._recent[name] = None
+            self._resident.unpin(names)
 
     def close(self) -> None:
         """Let go of all files and remove the spill file. What is resident can still be gathered, nothing be changed."""
@@ -474,74 +429,37 @@ class AdapterBank:
             if not self._is_known(name):
                 raise InputError(f"Unknown adapter {name!r}; {similar(str(name), self.names)}.")
 
-    def _home(self, name: str) -> Home:
-        home = self._homes[name]
-        assert home is not None  # only what is resident can do without
-        return home
-
-    # Rows. All of this is the writer's.
+    # Filling rows, which is the writer's.
 
     def _reload(self, name: str) -> int:
-        home = self._home(name)
+        home = self._homes[name]
+        assert home is not None  # only what is resident can do without
         return self._fill(name, home.read, home)
 
     def _fill(self, name: str, read: Callable[[Layout, torch.Tensor, str], None], home: Home | None) -> int:
         """Read an adapter into a row, then let its name mean that row."""
-        row = self._take(name)
+        row, victim = self._resident.take(name)
+        if victim is not None:
+            self._keep(victim, row)
         try:
             self._write(row, read, name)
         except BaseException:
-            with self._lock:
-                self._free.append(row)
+            self._resident.give_back(row)
             raise
-        with self._lock:
-            former, left = self._homes.get(name), self._rows.get(name)
-            if left is not None:
-                self._free.append(left)
-            self._rows[name], self._homes[name] = row, home
-            if name not in self._pinned:
-                self._recent[name] = None
-                self._recent.move_to_end(name)
+        former = self._homes.get(name)
+        self._homes[name] = home
+        self._resident.put(name, row)
         if former is not home:
             self._release(former)
         self._deleted.discard(name)
         return row
 
     def _write(self, row: int, read: Callable[[Layout, torch.Tensor, str], None], name: str) -> None:
-        target = self._array[row] if self._stage is None else self._stage
+        target = self._resident.array[row] if self._stage is None else self._stage
         read(self._layout, target, name)
         if target is self._stage:
-            self._synchronize()  # gathers that have ended here may still run there
-            self._array[row].copy_(target)
-
-    def _take(self, name: str) -> int:
-        """A row that no gather reads, for an adapter to be read into; another is evicted when there is none."""
-        if self._capacity is None and self._top == len(self._array) and not self._free:
-            self._grow(len(self._array) * 3 // 2)
-        with self._lock:
-            while (found := self._pick(name)) is None:
-                self._lock.wait()  # for gathers in other threads, which wait for nothing
-        row, victim = found
-        if victim is not None:
-            self._keep(victim, row)
-        return row
-
-    def _pick(self, name: str) -> tuple[int, str | None] | None:
-        """A row and whose it was; None while gathers read all that there are."""
-        leased = set().union(*self._leases.values())
-        for i in reversed(range(len(self._free))):
-            if self._free[i] not in leased:
-                return self._free.pop(i), None
-        if self._top < len(self._array):
-            self._top += 1
-            return self._top - 1, None
-        if self._capacity is not None:
-            own = [name] if name in self._rows else []  # to refill an adapter, no other has to go
-            for victim in chain(own, self._recent):
-                if self._rows[victim] not in leased:
-                    self._recent.pop(victim, None)
-                    return self._rows.pop(victim), victim
-        return None
+            self._resident.synchronize()  # whose lease has ended may still be read on the device
+            self._resident.array[row].copy_(target)
 
     def _keep(self, name: str, row: int) -> None:
         """See to it that an adapter whose row is to be overwritten has a home; else it stays."""
@@ -550,84 +468,14 @@ class AdapterBank:
             if home is None or not home.holds():
                 if self._spill is None:
                     self._spill = SpillFile(None, self._layout)
-                self._homes[name] = self._spill.write(self._array[row].cpu(), origin=home)
+                self._homes[name] = self._spill.write(self._resident.array[row].cpu(), origin=home)
         except BaseException:
-            with self._lock:
-                self._rows[name] = row
-                if name not in self._pinned:
-                    self._recent[name] = None
-                    self._recent.move_to_end(name, last=False)
+            self._resident.restore(name, row)
             raise
-        with self._lock:
-            self._evictions += 1
 
     def _release(self, home: Home | None) -> None:
         if self._spill is not None and isinstance(home, Record) and home.file is self._spill:
             self._spill.release(home)
-
-    def _require_room(self, names: Iterable[str]) -> None:
-        if self._capacity is None:
-            return
-        others = [name for name in names if name != BASE and name not in self._pinned]
-        if len(self._pinned) + len(others) > self._capacity:
-            raise InputError(
-                f"Expected no more than {self._capacity} adapters at once, as the budget has room for, found "
-                f"{len(others)} distinct ones beside {len(self._pinned)} that are pinned; give the bank a larger budget, "
-                f"split the batch or unpin some."
-            )
-
-    def _empty(self, rows: int) -> torch.Tensor:
-        """An array whose pages take memory when they are first written."""
-        with torch.inference_mode(False):  # such tensors could not be changed outside of it
-            return torch.empty(rows, self.width, dtype=self.dtype, device=self.device)
-
-    def _grow(self, rows: int) -> None:
-        """Move to a larger array; gathers that are running read the old one."""
-        if rows > len(self._array):
-            array = self._empty(rows)
-            array[: self._top] = self._array[: self._top]
-            self._synchronize()
-            with self._lock:
-                self._array = array
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-
-def _parts(
-    model: IA3Model, targets: Iterable[Target], kept: Iterable[str]
-) -> list[tuple[str, str, str | None, bool, torch.Tensor]]:
-    """An adapter's tensors in the order of a row: name in a checkpoint, path, parameter, side, the base model's values."""
-    modules = base_modules(model.model)
-    full = tuple(f"{path}." for path in (*kept, *model.trained_modules))
-    paths: dict[nn.Module, str] = {}
-    for path, module in modules.items():
-        if not path.startswith(full):
-            paths.setdefault(module, path)
-    parts = []
-    for target in targets:
-        path, rule = paths[target.module], find_rule(target.module)
-        assert rule is not None  # or resolving had failed
-        ones = torch.ones(rule.shape(target.module, target.feedforward), device="cpu")
-        parts.append((f"{PREFIX}{path}.ia3_l", path, None, target.feedforward, ones))
-    for path in kept:
-        for key, value in modules[path].state_dict().items():
-            if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.is_meta:
-                found = f"{value.dtype} on {value.device}" if isinstance(value, torch.Tensor) else type(value).__name__
-                raise InputError(
-                    f"Expected modules_to_save whose state is floating-point numbers in memory, found {found} in "
-                    f"'{path}.{key}'; a bank cannot hold such adapters."
-                )
-            parts.append((f"{PREFIX}{path}.{key}", path, key, False, value.detach()))
-    return sorted(parts, key=lambda part: part[0])
-
-
-def _entries(parts: Iterable[tuple[str, str, str | None, bool, torch.Tensor]]) -> Iterator[Entry]:
-    start = 0
-    for key, path, parameter, feedforward, value in parts:
-        yield Entry(key, path, parameter, feedforward, tuple(value.shape), start, value.numel())
-        start += value.numel()
 
 
 def _rows(budget: int | str, row_bytes: int) -> int:

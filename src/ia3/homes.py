@@ -1,172 +1,26 @@
-"""An adapter as one flat row of numbers: its layout, and the files that rows are read from.
-
-The columns are in the order in which safetensors writes tensors of one dtype, names sorted, so that the data section of
-an adapter's file is its row.
-"""
+"""Where adapters' rows come from and go to: folders, archives, the spill file."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import tempfile
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from io import BufferedRandom, BufferedReader
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
-from ia3.checkpoint import WEIGHTS_NAME, Tensors, check_tensors, locate_weights, read_weights
-from ia3.config import CONFIG_NAME, IA3Config
-from ia3.errors import InputError, reason, shown
-from ia3.files import locate, replacing
-from ia3.targets import Target, matches
-
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}  # by safetensors' names
+from ia3.checkpoint import locate_weights
+from ia3.config import IA3Config
+from ia3.errors import InputError, reason
+from ia3.files import replacing
+from ia3.layout import DTYPES, Layout, file_stamp, memory, tensor_header
 
 _ENTRIES_KEY = "ia3_bank"  # in an archive's header
 _SPILL_NAME = "ia3_bank.spill"
-_REMEMBERED = 64  # configs and headers, so that many different ones take no memory
-
-
-class Entry(NamedTuple):
-    """One named slice of an adapter's flat row.
-
-    Attributes:
-        key: the tensor's name in a checkpoint.
-        path: the module's path in the base model.
-        parameter: None for a vector (`ia3_l`); else the key in the state of a module of `modules_to_save`.
-        feedforward: of a vector, whether it scales the input.
-        shape: the tensor's shape in a checkpoint.
-        start: the first of its columns.
-        size: the number of its columns.
-    """
-
-    key: str
-    path: str
-    parameter: str | None
-    feedforward: bool
-    shape: tuple[int, ...]
-    start: int
-    size: int
-
-    def described(self) -> list:
-        """Name, shape, and a vector's side, as an archive holds them."""
-        return [self.key, list(self.shape), None if self.parameter is not None else self.feedforward]
-
-
-class Layout:
-    """The columns of a row, and how a row is filled. Rows are tensors (width,) of `dtype` in the CPU's memory.
-
-    Args:
-        entries: in order, without gaps.
-        targets: what the vectors rescale; an adapter's config must agree on the sides.
-        dtype: one of `DTYPES`.
-    """
-
-    def __init__(self, entries: Iterable[Entry], targets: Iterable[Target], dtype: torch.dtype) -> None:
-        self.entries = tuple(entries)
-        self.dtype = dtype
-        self.width = sum(entry.size for entry in self.entries)
-        self.row_bytes = self.width * dtype.itemsize
-        self._sides = {target.path: target.feedforward for target in targets}
-        self._shapes = {entry.key: entry.shape for entry in self.entries}
-        self._header = {
-            entry.key: _described(dtype, entry.shape, entry.start * dtype.itemsize) for entry in self.entries
-        }
-        self._known_configs: set[bytes] = set()  # raw bytes that were found good
-        self._known_headers: set[bytes] = set()
-
-    def tensors(self, row: torch.Tensor) -> Tensors:
-        """The named tensors that a row consists of, as views."""
-        return {entry.key: row[entry.start : entry.start + entry.size].view(entry.shape) for entry in self.entries}
-
-    def check_finite(self, row: torch.Tensor, name: str) -> None:
-        """Raise `InputError` when a row of adapter `name` holds NaN or infinite values."""
-        # Both spread into the sum, which takes a quarter of the time; a sum may also overflow without them.
-        if not math.isfinite(row.sum()) and not torch.isfinite(row).all():
-            check_tensors(self._shapes, self.tensors(row), name)
-
-    def pack(self, tensors: Mapping[str, torch.Tensor], row: torch.Tensor, name: str) -> None:
-        """Fill a row with an adapter's tensors. Raises `InputError` unless they are exactly the layout's, and finite."""
-        check_tensors(self._shapes, tensors, name)
-        for key, part in self.tensors(row).items():
-            part.copy_(tensors[key].detach())
-        self.check_finite(row, name)  # a narrower dtype may overflow
-
-    def read_folder(self, folder: str, row: torch.Tensor, name: str) -> tuple[int, ...]:
-        """Fill a row from an adapter's folder.
-
-        Returns:
-            What changes when the file of tensors does.
-
-        Raises:
-            InputError: no adapter, not finite, another method, or other modules, sides or shapes.
-        """
-        self._check_config(folder, name)
-        with contextlib.suppress(FileNotFoundError), open(os.path.join(folder, WEIGHTS_NAME), "rb") as file:
-            status = os.fstat(file.fileno())
-            if self._is_row(file, status.st_size) and file.readinto(_bytes(row)) == self.row_bytes:
-                self.check_finite(row, name)
-                return _stamp(status)
-        stamp = _stamp(os.stat(locate_weights(folder)))
-        self.pack(read_weights(folder)[0], row, name)
-        return stamp
-
-    def _is_row(self, file: BufferedReader, size: int) -> bool:
-        """Whether what follows the safetensors header, at which the file then stands, is exactly a row."""
-        length = int.from_bytes(file.read(8), "little")
-        if size != 8 + length + self.row_bytes:
-            return False
-        header = file.read(length)
-        if header in self._known_headers:
-            return True
-        try:
-            described = json.loads(header)
-            described.pop("__metadata__", None)
-        except (ValueError, AttributeError):
-            return False
-        if described != self._header:
-            return False
-        _remember(self._known_headers, header)
-        return True
-
-    def _check_config(self, folder: str, name: str) -> None:
-        try:
-            with open(os.path.join(folder, CONFIG_NAME), "rb") as file:
-                data = file.read()
-        except FileNotFoundError:
-            path = locate(folder, CONFIG_NAME)  # says what is wrong, or the file has appeared
-            with open(path, "rb") as file:
-                data = file.read()
-        if data in self._known_configs:
-            return
-        config = IA3Config.from_json(data, os.path.join(folder, CONFIG_NAME))
-        named = config.feedforward_modules
-        if named is not None:  # else the shapes tell
-            wrong = [path for path, side in self._sides.items() if matches(path, named) is not side]
-            if wrong:
-                raise InputError(
-                    f"Adapter {name!r} rescales another side (input, output) than the bank at {shown(wrong, 3)}: its "
-                    f"feedforward_modules are {sorted(named) if isinstance(named, set) else named!r}. Use another bank."
-                )
-        _remember(self._known_configs, data)
-
-    def check_described(self, found: Any, path: str) -> None:
-        """Raise `InputError` unless an archive's description of its entries is this layout's."""
-        expected = [entry.described() for entry in self.entries]
-        if found != expected:
-            found = found if isinstance(found, list) else []
-            first = next((i for i, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]), None)
-            if first is None:
-                first = min(len(found), len(expected))
-            theirs, ours = ((entries[first : first + 1] or ["none"])[0] for entries in (found, expected))
-            raise InputError(
-                f"The adapters in {path} are of another kind: expected {len(expected)} entries, found {len(found)}; the "
-                f"first that differs is {theirs}, expected {ours}. Are they for another base model?"
-            )
 
 
 class Home(Protocol):
@@ -197,7 +51,7 @@ class Folder:
     def holds(self) -> bool:
         """Whether the file of tensors is the one that was read."""
         try:
-            return _stamp(os.stat(locate_weights(self.path))) == self._stamp
+            return file_stamp(os.stat(locate_weights(self.path))) == self._stamp
         except (InputError, OSError):
             return False
 
@@ -238,7 +92,7 @@ class RowFile:
 
     def __eq__(self, other: object) -> bool:
         # The same file on disk, opened twice.
-        return isinstance(other, RowFile) and _stamp(os.fstat(other._file.fileno())) == _stamp(
+        return isinstance(other, RowFile) and file_stamp(os.fstat(other._file.fileno())) == file_stamp(
             os.fstat(self._file.fileno())
         )
 
@@ -246,7 +100,7 @@ class RowFile:
         """Fill a row from the bytes at `start`, cast when the file's dtype is another."""
         buffer = row if row.dtype == self._dtype else torch.empty(row.shape, dtype=self._dtype, device="cpu")
         self._file.seek(start)
-        data = _bytes(buffer)
+        data = memory(buffer)
         if self._file.readinto(data) != data.nbytes:
             raise InputError(f"{self.path} has been cut short since it was opened; copy it again.")
         if buffer is not row:
@@ -284,7 +138,7 @@ class SpillFile(RowFile):
         """Write a row into a record that is free."""
         start = self._free[-1] if self._free else self._end
         self._file.seek(start)
-        self._file.write(_bytes(row))
+        self._file.write(memory(row))
         self._file.flush()
         if self._free:
             self._free.pop()
@@ -345,7 +199,7 @@ def write_archive(
         "config": config.to_json(),
     }
     header = {"__metadata__": metadata} | {
-        name: _described(layout.dtype, [layout.width], i * layout.row_bytes) for i, name in enumerate(names)
+        name: tensor_header(layout.dtype, [layout.width], i * layout.row_bytes) for i, name in enumerate(names)
     }
     try:
         data = json.dumps(header, ensure_ascii=False).encode()
@@ -357,7 +211,7 @@ def write_archive(
     with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(len(data).to_bytes(8, "little") + data)
         for row in rows:
-            file.write(_bytes(row))
+            file.write(memory(row))
 
 
 def open_archive(path: str | os.PathLike, layout: Layout) -> tuple[RowFile, dict[str, Record]]:
@@ -387,7 +241,7 @@ def open_archive(path: str | os.PathLike, layout: Layout) -> tuple[RowFile, dict
         layout.check_described(entries, path)
         for dtype in DTYPES:
             row_bytes = layout.width * dtype.itemsize
-            expected = [_described(dtype, [layout.width], i * row_bytes) for i in range(len(header))]
+            expected = [tensor_header(dtype, [layout.width], i * row_bytes) for i in range(len(header))]
             if list(header.values()) == expected:
                 break
         else:
@@ -402,24 +256,3 @@ def open_archive(path: str | os.PathLike, layout: Layout) -> tuple[RowFile, dict
         raise
     rows = RowFile(file, path, dtype)
     return rows, {name: Record(rows, 8 + length + i * row_bytes) for i, name in enumerate(header)}
-
-
-def _described(dtype: torch.dtype, shape: Sequence[int], start: int) -> dict[str, Any]:
-    """A tensor's entry in a safetensors header; `start` is its first byte in the data section."""
-    end = start + math.prod(shape) * dtype.itemsize
-    return {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-
-
-def _bytes(row: torch.Tensor) -> Any:
-    """A row's memory, to read into and write from."""
-    return row.view(torch.uint8).numpy()
-
-
-def _stamp(status: os.stat_result) -> tuple[int, ...]:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _remember(known: set[bytes], data: bytes) -> None:
-    if len(known) >= _REMEMBERED:
-        known.clear()
-    known.add(data)

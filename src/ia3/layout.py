@@ -1,0 +1,227 @@
+"""An adapter as one flat row of numbers: which tensor is where, and how a row is filled.
+
+The columns are in the order in which safetensors writes tensors of one dtype, names sorted, so that the data section of
+an adapter's file is its row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from io import BufferedReader
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ia3.checkpoint import PREFIX, WEIGHTS_NAME, Tensors, check_tensors, locate_weights, read_weights
+from ia3.config import CONFIG_NAME, IA3Config
+from ia3.errors import InputError, shown
+from ia3.files import locate
+from ia3.rules import find_rule
+from ia3.targets import Target, base_modules, matches
+
+if TYPE_CHECKING:
+    from ia3.model import IA3Model
+
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}  # by safetensors' names
+
+_REMEMBERED = 64  # configs and headers, so that many different ones take no memory
+
+
+class Entry(NamedTuple):
+    """One named slice of an adapter's flat row.
+
+    Attributes:
+        key: the tensor's name in a checkpoint.
+        path: the module's path in the base model.
+        parameter: None for a vector (`ia3_l`); else the key in the state of a module of `modules_to_save`.
+        feedforward: of a vector, whether it scales the input.
+        shape: the tensor's shape in a checkpoint.
+        start: the first of its columns.
+        size: the number of its columns.
+    """
+
+    key: str
+    path: str
+    parameter: str | None
+    feedforward: bool
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+    def described(self) -> list:
+        """Name, shape, and a vector's side, as an archive holds them."""
+        return [self.key, list(self.shape), None if self.parameter is not None else self.feedforward]
+
+
+def resolve_entries(
+    model: IA3Model, targets: Iterable[Target], kept: Iterable[str]
+) -> tuple[tuple[Entry, ...], Tensors]:
+    """The columns of adapters that rescale `targets` and train the modules at `kept`; and the base model's tensors.
+
+    Raises:
+        InputError: a module to save has state that is no floating-point number, or has no memory.
+    """
+    full = tuple(f"{path}." for path in (*kept, *model.trained_modules))
+    modules = base_modules(model.model)
+    paths: dict[nn.Module, str] = {}  # the first of several, as in a checkpoint
+    for path, module in modules.items():
+        if not path.startswith(full):
+            paths.setdefault(module, path)
+    parts: dict[str, tuple[str, str | None, bool, torch.Tensor]] = {}
+    for target in targets:
+        path, rule = paths[target.module], find_rule(target.module)
+        assert rule is not None  # or resolving had failed
+        ones = torch.ones(rule.shape(target.module, target.feedforward), device="cpu")
+        parts[f"{PREFIX}{path}.ia3_l"] = path, None, target.feedforward, ones
+    for path in kept:
+        for key, value in modules[path].state_dict().items():
+            if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.is_meta:
+                found = f"{value.dtype} on {value.device}" if isinstance(value, torch.Tensor) else type(value).__name__
+                raise InputError(
+                    f"Expected modules_to_save whose state is floating-point numbers in memory, found {found} in "
+                    f"'{path}.{key}'; a bank cannot hold such adapters."
+                )
+            parts[f"{PREFIX}{path}.{key}"] = path, key, False, value
+    entries, start = [], 0
+    for key, (path, parameter, feedforward, value) in sorted(parts.items(), key=lambda part: part[0]):
+        entries.append(Entry(key, path, parameter, feedforward, tuple(value.shape), start, value.numel()))
+        start += value.numel()
+    return tuple(entries), {key: part[-1] for key, part in parts.items()}
+
+
+class Layout:
+    """The columns of a row, and how a row is filled. Rows are tensors (width,) of `dtype` in the CPU's memory.
+
+    Args:
+        entries: in order, without gaps.
+        targets: what the vectors rescale; an adapter's config must agree on the sides.
+        dtype: one of `DTYPES`.
+    """
+
+    def __init__(self, entries: Iterable[Entry], targets: Iterable[Target], dtype: torch.dtype) -> None:
+        self.entries = tuple(entries)
+        self.dtype = dtype
+        self.width = sum(entry.size for entry in self.entries)
+        self.row_bytes = self.width * dtype.itemsize
+        self._sides = {target.path: target.feedforward for target in targets}
+        self._shapes = {entry.key: entry.shape for entry in self.entries}
+        self._header = {
+            entry.key: tensor_header(dtype, entry.shape, entry.start * dtype.itemsize) for entry in self.entries
+        }
+        self._known_configs: set[bytes] = set()  # raw bytes that were found good
+        self._known_headers: set[bytes] = set()
+
+    def tensors(self, row: torch.Tensor) -> Tensors:
+        """The named tensors that a row consists of, as views."""
+        return {entry.key: row[entry.start : entry.start + entry.size].view(entry.shape) for entry in self.entries}
+
+    def check_finite(self, row: torch.Tensor, name: str) -> None:
+        """Raise `InputError` when a row of adapter `name` holds NaN or infinite values."""
+        # Both spread into the sum, which takes a quarter of the time; a sum may also overflow without them.
+        if not math.isfinite(row.sum()) and not torch.isfinite(row).all():
+            check_tensors(self._shapes, self.tensors(row), name)
+
+    def pack(self, tensors: Mapping[str, torch.Tensor], row: torch.Tensor, name: str) -> None:
+        """Fill a row with an adapter's tensors. Raises `InputError` unless they are exactly the layout's, and finite."""
+        check_tensors(self._shapes, tensors, name)
+        for key, part in self.tensors(row).items():
+            part.copy_(tensors[key].detach())
+        self.check_finite(row, name)  # a narrower dtype may overflow
+
+    def read_folder(self, folder: str, row: torch.Tensor, name: str) -> tuple[int, ...]:
+        """Fill a row from an adapter's folder.
+
+        Returns:
+            What changes when the file of tensors does.
+
+        Raises:
+            InputError: no adapter, not finite, another method, or other modules, sides or shapes.
+        """
+        self._check_config(folder, name)
+        with contextlib.suppress(FileNotFoundError), open(os.path.join(folder, WEIGHTS_NAME), "rb") as file:
+            status = os.fstat(file.fileno())
+            if self._is_row(file, status.st_size) and file.readinto(memory(row)) == self.row_bytes:
+                self.check_finite(row, name)
+                return file_stamp(status)
+        stamp = file_stamp(os.stat(locate_weights(folder)))
+        self.pack(read_weights(folder)[0], row, name)
+        return stamp
+
+    def _is_row(self, file: BufferedReader, size: int) -> bool:
+        """Whether what follows the safetensors header, at which the file then stands, is exactly a row."""
+        length = int.from_bytes(file.read(8), "little")
+        if size != 8 + length + self.row_bytes:
+            return False
+        header = file.read(length)
+        if header in self._known_headers:
+            return True
+        try:
+            described = json.loads(header)
+            described.pop("__metadata__", None)
+        except (ValueError, AttributeError):
+            return False
+        if described != self._header:
+            return False
+        _remember(self._known_headers, header)
+        return True
+
+    def _check_config(self, folder: str, name: str) -> None:
+        try:
+            with open(os.path.join(folder, CONFIG_NAME), "rb") as file:
+                data = file.read()
+        except FileNotFoundError:
+            path = locate(folder, CONFIG_NAME)  # says what is wrong, or the file has appeared
+            with open(path, "rb") as file:
+                data = file.read()
+        if data in self._known_configs:
+            return
+        config = IA3Config.from_json(data, os.path.join(folder, CONFIG_NAME))
+        named = config.feedforward_modules
+        if named is not None:  # else the shapes tell
+            wrong = [path for path, side in self._sides.items() if matches(path, named) is not side]
+            if wrong:
+                raise InputError(
+                    f"Adapter {name!r} rescales another side (input, output) than the bank at {shown(wrong, 3)}: its "
+                    f"feedforward_modules are {sorted(named) if isinstance(named, set) else named!r}. Use another bank."
+                )
+        _remember(self._known_configs, data)
+
+    def check_described(self, found: Any, path: str) -> None:
+        """Raise `InputError` unless an archive's description of its entries is this layout's."""
+        expected = [entry.described() for entry in self.entries]
+        if found != expected:
+            found = found if isinstance(found, list) else []
+            first = next((i for i, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]), None)
+            if first is None:
+                first = min(len(found), len(expected))
+            theirs, ours = ((entries[first : first + 1] or ["none"])[0] for entries in (found, expected))
+            raise InputError(
+                f"The adapters in {path} are of another kind: expected {len(expected)} entries, found {len(found)}; the "
+                f"first that differs is {theirs}, expected {ours}. Are they for another base model?"
+            )
+
+
+def tensor_header(dtype: torch.dtype, shape: Sequence[int], start: int) -> dict[str, Any]:
+    """A tensor's entry in a safetensors header; `start` is its first byte in the data section."""
+    end = start + math.prod(shape) * dtype.itemsize
+    return {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+
+
+def memory(row: torch.Tensor) -> Any:
+    """A row's memory, to read into and write from."""
+    return row.view(torch.uint8).numpy()
+
+
+def file_stamp(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _remember(known: set[bytes], data: bytes) -> None:
+    if len(known) >= _REMEMBERED:
+        known.clear()
+    known.add(data)

@@ -1,0 +1,212 @@
+"""Which adapter is in which row of one array, who reads it, and who goes next: `Residency`."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+
+from ia3.errors import InputError
+
+BASE = "__base__"  # the name of row 0, which is always there
+
+
+class Residency:
+    """Rows of an array by adapter name, for any number of readers and one writer at a time.
+
+    A reader leases the rows that it is going to read: until its lease ends nobody overwrites them, whatever becomes of
+    their names. One lock guards the tables; it is never held while rows are read, written or moved. The caller sees to
+    it that there is one writer: to `hold`, `take` and all below belongs a lock of the caller's.
+
+    Args:
+        width: columns of the array.
+        dtype, device: of the array.
+        capacity: how many adapters there is room for; None: the array grows.
+
+    Attributes:
+        array: (rows, width). Growing replaces it; leased rows stay what they were in the old one.
+        rows: name → row.
+        pinned: names that are never evicted.
+        hits, misses, evictions: see `BankStatistics`.
+    """
+
+    def __init__(self, width: int, dtype: torch.dtype, device: torch.device, capacity: int | None) -> None:
+        self.capacity = capacity
+        self.array = _empty(16 if capacity is None else capacity + 1, width, dtype, device)
+        self.rows = {BASE: 0}
+        self.pinned: set[str] = set()
+        self.hits = self.misses = self.evictions = 0
+        self._lock = threading.Condition(threading.Lock())  # notified when a lease ends
+        self._leases: dict[int, set[int]] = {}
+        self._recent: OrderedDict[str, None] = OrderedDict()  # those that may be evicted, the next one first
+        self._free: list[int] = []
+        self._top = 1  # the first row that was never used
+
+    # For readers.
+
+    @contextmanager
+    def lease(self) -> Iterator[set[int]]:
+        """A set of rows that are not overwritten within `with`, to be filled by `find` or `hold`."""
+        lease: set[int] = set()
+        try:
+            yield lease
+        finally:
+            with self._lock:
+                self._leases.pop(id(lease), None)
+                self._lock.notify_all()
+
+    def find(self, names: Mapping[str, Any], lease: set[int]) -> tuple[torch.Tensor, dict[str, int]] | None:
+        """Lease the rows of distinct names when all are resident: the array and each name's row in it, else None."""
+        with self._lock:
+            try:
+                rows = {name: self.rows[name] for name in names}
+            except KeyError:
+                return None
+            self._hold(rows, lease)
+            self._touch(names, 0)
+            return self.array, rows
+
+    # For the writer.
+
+    def hold(self, names: Mapping[str, Any], lease: set[int]) -> dict[str, int]:
+        """Lease the rows of those names that are resident. The writer may add rows to the lease."""
+        with self._lock:
+            rows = {name: self.rows[name] for name in names if name in self.rows}
+            self._hold(rows, lease)
+            return rows
+
+    def touch(self, names: Mapping[str, Any], missed: int) -> None:
+        """Distinct names were asked for, of which some had to be loaded: the last to be evicted now."""
+        with self._lock:
+            self._touch(names, missed)
+
+    def require_room(self, names: Iterable[str]) -> None:
+        """Raise `InputError` unless distinct names can be resident all at once, beside what is pinned."""
+        if self.capacity is None:
+            return
+        others = sum(name != BASE and name not in self.pinned for name in names)
+        if len(self.pinned) + others > self.capacity:
+            raise InputError(
+                f"Expected no more than {self.capacity} adapters at once, as the budget has room for, found {others} "
+                f"distinct ones beside {len(self.pinned)} that are pinned; give the bank a larger budget, split the batch "
+                f"or unpin some."
+            )
+
+    def take(self, name: str) -> tuple[int, str | None]:
+        """A row that nobody reads, to be filled for an adapter, and the adapter that was evicted from it, if any.
+
+        It waits for other threads' leases when these are on all that could go; `require_room` has said that some could.
+        """
+        if self.capacity is None and self.is_full:
+            self.reserve(len(self.array) // 2)
+        with self._lock:
+            while (found := self._pick(name)) is None:
+                self._lock.wait()
+            return found
+
+    def _pick(self, name: str) -> tuple[int, str | None] | None:
+        leased = set().union(*self._leases.values())
+        for i in reversed(range(len(self._free))):
+            if self._free[i] not in leased:
+                return self._free.pop(i), None
+        if self._top < len(self.array):
+            self._top += 1
+            return self._top - 1, None
+        if self.capacity is not None:
+            own = [name] if name in self.rows else []  # to refill an adapter, no other has to go
+            for victim in chain(own, self._recent):
+                if self.rows[victim] not in leased:
+                    self._recent.pop(victim, None)
+                    self.evictions += 1
+                    return self.rows.pop(victim), victim
+        return None
+
+    def restore(self, name: str, row: int) -> None:
+        """Undo an eviction."""
+        with self._lock:
+            self.evictions -= 1
+            self.rows[name] = row
+            if name not in self.pinned:
+                self._recent[name] = None
+                self._recent.move_to_end(name, last=False)
+
+    def put(self, name: str, row: int) -> None:
+        """Let a name mean a row that was taken, from now on."""
+        with self._lock:
+            if name in self.rows:
+                self._free.append(self.rows[name])
+            self.rows[name] = row
+            if name not in self.pinned:
+                self._recent[name] = None
+                self._recent.move_to_end(name)
+
+    def give_back(self, row: int) -> None:
+        """Let go of a row that was taken."""
+        with self._lock:
+            self._free.append(row)
+
+    def drop(self, name: str) -> None:
+        """Forget a name, resident or not."""
+        with self._lock:
+            self._recent.pop(name, None)
+            self.pinned.discard(name)
+            if name in self.rows:
+                self._free.append(self.rows.pop(name))
+
+    def pin(self, names: Iterable[str]) -> None:
+        """Never evict these, which are resident."""
+        with self._lock:
+            for name in names:
+                self.pinned.add(name)
+                self._recent.pop(name, None)
+
+    def unpin(self, names: Iterable[str]) -> None:
+        """Let these be evicted again, when their turn comes."""
+        with self._lock:
+            for name in names:
+                if name in self.pinned:
+                    self.pinned.discard(name)
+                    if name in self.rows:
+                        self._recent[name] = None
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no row is free."""
+        return not self._free and self._top == len(self.array)
+
+    def reserve(self, more: int) -> None:
+        """Make the array longer, by so many rows that were never used."""
+        array = _empty(self._top + more, self.array.shape[1], self.array.dtype, self.array.device)
+        array[: self._top] = self.array[: self._top]
+        self.synchronize()
+        with self._lock:
+            self.array = array
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what was asked of it: a lease ends before that."""
+        if self.array.is_cuda:
+            torch.cuda.synchronize(self.array.device)
+
+    # Under the lock.
+
+    def _hold(self, rows: Mapping[str, int], lease: set[int]) -> None:
+        lease.update(rows.values())
+        self._leases[id(lease)] = lease
+
+    def _touch(self, names: Mapping[str, Any], missed: int) -> None:
+        self.hits += len(names) - missed - (BASE in names)
+        self.misses += missed
+        for name in names:
+            if name in self._recent:
+                self._recent.move_to_end(name)
+
+
+def _empty(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """An array whose pages take memory when they are first written."""
+    with torch.inference_mode(False):  # such tensors could not be changed outside of it
+        return torch.empty(rows, width, dtype=dtype, device=device)
