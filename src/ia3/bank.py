@@ -300,7 +300,7 @@ class AdapterBank:
             names = self._register_archive(path)
             try:
                 if self._resident.capacity is None:
-                    self._resident.reserve(len(names))
+                    self._resident.reserve(sum(name not in self._resident.rows for name in names))
                 for name in names:
                     if name not in self._resident.rows:
                         if self._resident.is_full:

@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from io import BufferedReader
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -161,26 +162,25 @@ class Layout:
         if header in self._known_headers:
             return True
         try:
-            described = json.loads(header)
-            described.pop("__metadata__", None)
+            tensors = json.loads(header)
+            tensors.pop("__metadata__", None)
         except (ValueError, AttributeError):
             return False
-        if described != self._header:
+        if tensors != self._header:
             return False
         _remember(self._known_headers, header)
         return True
 
     def _check_config(self, folder: str, name: str) -> None:
-        try:
-            with open(os.path.join(folder, CONFIG_NAME), "rb") as file:
-                data = file.read()
-        except FileNotFoundError:
-            path = locate(folder, CONFIG_NAME)  # says what is wrong, or the file has appeared
-            with open(path, "rb") as file:
-                data = file.read()
+        path = locate(folder, CONFIG_NAME)
+        with open(path, "rb") as file:
+            data = file.read()
         if data in self._known_configs:
             return
-        config = IA3Config.from_json(data, os.path.join(folder, CONFIG_NAME))
+        try:
+            config = IA3Config.from_json(data, path)
+        except InputError as error:
+            raise InputError(f"Adapter {name!r} cannot be loaded: {error}") from error
         named = config.feedforward_modules
         if named is not None:  # else the shapes tell
             wrong = [path for path, side in self._sides.items() if matches(path, named) is not side]
@@ -196,10 +196,7 @@ class Layout:
         expected = [entry.described() for entry in self.entries]
         if found != expected:
             found = found if isinstance(found, list) else []
-            first = next((i for i, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]), None)
-            if first is None:
-                first = min(len(found), len(expected))
-            theirs, ours = ((entries[first : first + 1] or ["none"])[0] for entries in (found, expected))
+            theirs, ours = next(pair for pair in zip_longest(found, expected, fillvalue="none") if pair[0] != pair[1])
             raise InputError(
                 f"The adapters in {path} are of another kind: expected {len(expected)} entries, found {len(found)}; the "
                 f"first that differs is {theirs}, expected {ours}. Are they for another base model?"
@@ -218,6 +215,7 @@ def memory(row: torch.Tensor) -> Any:
 
 
 def file_stamp(status: os.stat_result) -> tuple[int, ...]:
+    """What tells a file from another, and from itself before it was written."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 

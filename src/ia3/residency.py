@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ia3.errors import InputError
+from ia3.errors import InputError, reason
 
 BASE = "__base__"  # the name of row 0, which is always there
 
@@ -208,5 +208,11 @@ class Residency:
 
 def _empty(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """An array whose pages take memory when they are first written."""
-    with torch.inference_mode(False):  # such tensors could not be changed outside of it
-        return torch.empty(rows, width, dtype=dtype, device=device)
+    try:
+        with torch.inference_mode(False):  # such tensors could not be changed outside of it
+            return torch.empty(rows, width, dtype=dtype, device=device)
+    except RuntimeError as error:
+        raise InputError(
+            f"Expected memory on {device} for {rows} rows of {width * dtype.itemsize} bytes, there is too little: "
+            f"{reason(error)}. Give the bank a smaller budget."
+        ) from error
