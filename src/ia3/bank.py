@@ -329,9 +329,7 @@ class AdapterBank:
                     if name in self._resident.rows:
                         row.copy_(self._resident.array[self._resident.rows[name]])
                     else:
-                        home = self._homes[name]
-                        assert home is not None
-                        home.read(self._layout, row, name)
+                        self._home(name).read(self._layout, row, name)
                 yield row
 
         write_archive(path, self._layout, self.config, names, rows())
@@ -431,9 +429,13 @@ class AdapterBank:
 
     # Filling rows, which is the writer's.
 
-    def _reload(self, name: str) -> int:
+    def _home(self, name: str) -> Home:
         home = self._homes[name]
         assert home is not None  # only what is resident can do without
+        return home
+
+    def _reload(self, name: str) -> int:
+        home = self._home(name)
         return self._fill(name, home.read, home)
 
     def _fill(self, name: str, read: Callable[[Layout, torch.Tensor, str], None], home: Home | None) -> int:

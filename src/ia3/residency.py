@@ -20,8 +20,8 @@ class Residency:
     """Rows of an array by adapter name, for any number of readers and one writer at a time.
 
     A reader leases the rows that it is going to read: until its lease ends nobody overwrites them, whatever becomes of
-    their names. One lock guards the tables; it is never held while rows are read, written or moved. The caller sees to
-    it that there is one writer: to `hold`, `take` and all below belongs a lock of the caller's.
+    their names. One lock guards the tables; it is never held while rows are read, written or moved. That there is one
+    writer, for `hold` and all that stands below it, the caller sees to by a lock of its own.
 
     Args:
         width: columns of the array.
