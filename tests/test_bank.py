@@ -19,21 +19,14 @@ from safetensors import safe_open
 
 import ia3
 import tiny
-from ia3 import IA3Config, IA3Model, InputError, get_peft_model_state_dict
+from ia3 import IA3Config, InputError, get_peft_model_state_dict
 from ia3.bank import AdapterBank
+from ia3.bank.layout import Layout
 from ia3.checkpoint import write_adapter
-from ia3.layout import Layout
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 pytestmark = pytest.mark.filterwarnings("ignore:Adapter name 'a' should not be contained")
-
-
-@pytest.fixture(autouse=True)
-def attachable(monkeypatch):
-    """Until models take banks."""
-    if not hasattr(IA3Model, "_attach_bank"):
-        monkeypatch.setattr(IA3Model, "_attach_bank", lambda self, bank: None, raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -538,7 +531,7 @@ def test_an_adapter_that_cannot_be_spilled_stays(model, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("ia3.homes.SpillFile.write", full)
+        patched.setattr("ia3.bank.homes.SpillFile.write", full)
         with pytest.raises(OSError, match="No space"):
             bank.add("two", tensors(bank))
     assert bank.names == list(made) and bank.statistics.evictions == 0
@@ -649,6 +642,7 @@ with open({str(tmp_path / "spill" / "ia3_bank.spill")!r}, "r+b") as file:
     again.add("two", tensors(again, 2.0))
     assert holds(again, "one", made)
     del again
+    AdapterBank(model)  # takes its place in the model
     assert list((tmp_path / "spill").iterdir()) == []
 
 

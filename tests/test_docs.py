@@ -82,7 +82,9 @@ def test_commands(name, place, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "names", [["peft"], ["modules", "several"], ["modules", "mixed", "bank"], ["rule"], ["task-python"]], ids=lambda names: names[-1]
+    "names",
+    [["peft"], ["modules", "several"], ["modules", "mixed", "bank"], ["rule"], ["task-python"]],
+    ids=lambda names: names[-1],
 )
 def test_python(names, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

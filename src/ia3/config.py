@@ -199,3 +199,23 @@ def _names(field: str, value: Any) -> list[str]:
 
 def _plain(value: Any) -> Any:
     return value.value if isinstance(value, Enum) else value
+
+
+def adapter_folders(root: str) -> dict[str, str]:
+    """Every folder below a folder that has an adapter's config, by its relative path with slashes, sorted."""
+    found = {}
+    waiting = [(root, "")]
+    while waiting:
+        folder, name = waiting.pop()
+        with os.scandir(folder) as children:
+            for child in children:
+                path = f"{name}/{child.name}" if name else child.name
+                if child.name == CONFIG_NAME:
+                    if name:
+                        found[name] = folder
+                elif child.is_symlink():  # a link may lead back up: it is looked at, not into
+                    if os.path.isfile(os.path.join(child.path, CONFIG_NAME)):
+                        found[path] = child.path
+                elif child.is_dir():
+                    waiting.append((child.path, path))
+    return dict(sorted(found.items()))

@@ -22,8 +22,8 @@ from ia3.cli.common import (
     print_json,
     progress,
 )
+from ia3.config import adapter_folders
 from ia3.errors import InputError, shown, similar
-from ia3.files import adapter_folders
 
 if TYPE_CHECKING:
     from rich.console import Console

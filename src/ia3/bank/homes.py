@@ -13,11 +13,11 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from ia3.bank.layout import DTYPES, Layout, file_stamp, memory, tensor_header
 from ia3.checkpoint import locate_weights
 from ia3.config import IA3Config
 from ia3.errors import InputError, reason
 from ia3.files import replacing
-from ia3.layout import DTYPES, Layout, file_stamp, memory, tensor_header
 
 _ENTRIES_KEY = "ia3_bank"  # in an archive's header
 _SPILL_NAME = "ia3_bank.spill"

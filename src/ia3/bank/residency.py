@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from ia3.errors import InputError, reason
-
-BASE = "__base__"  # the name of row 0, which is always there
+from ia3.routing import BASE
 
 
 class Residency:

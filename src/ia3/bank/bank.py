@@ -13,19 +13,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ia3.bank.homes import Folder, Home, Record, RowFile, SpillFile, open_archive, write_archive
+from ia3.bank.layout import DTYPES, Layout, resolve_entries
+from ia3.bank.residency import Residency
 from ia3.checkpoint import locate_weights
-from ia3.config import CONFIG_NAME, IA3Config
+from ia3.config import CONFIG_NAME, IA3Config, adapter_folders
 from ia3.errors import InputError, shown, similar
 from ia3.files import locate
-from ia3.homes import Folder, Home, Record, RowFile, SpillFile, open_archive, write_archive
-from ia3.layout import DTYPES, Entry, Layout, resolve_entries
-from ia3.residency import BASE, Residency
+from ia3.routing import BASE
 from ia3.targets import TASK_HEADS, Target, resolve_targets
 
 if TYPE_CHECKING:
     from ia3.model import IA3Model
-
-__all__ = ["AdapterBank", "BankStatistics", "Entry"]
 
 _RESERVED = (BASE, "__metadata__")  # the latter is no name in a safetensors file
 
@@ -280,7 +279,7 @@ class AdapterBank:
         with self._writing():
             if not os.path.isdir(path):
                 return self._register_archive(path)
-            folders = _adapter_folders(path)
+            folders = adapter_folders(path)
             self._add_homes({name: Folder(folder) for name, folder in folders.items()})
             if path not in self._roots:
                 self._roots.append(path)
@@ -498,23 +497,3 @@ def _rows(budget: int | str, row_bytes: int) -> int:
 def _check_name(name: str) -> None:
     if not isinstance(name, str) or not name or name in _RESERVED:
         raise InputError(f"Expected an adapter name that is not empty, {shown(_RESERVED)}, found {name!r}.")
-
-
-def _adapter_folders(root: str) -> dict[str, str]:
-    """Every folder below a folder that has an adapter's config, by its relative path with slashes, sorted."""
-    found = {}
-    waiting = [(root, "")]
-    while waiting:
-        folder, name = waiting.pop()
-        with os.scandir(folder) as children:
-            for child in children:
-                path = f"{name}/{child.name}" if name else child.name
-                if child.name == CONFIG_NAME:
-                    if name:
-                        found[name] = folder
-                elif child.is_symlink():  # a link may lead back up: it is looked at, not into
-                    if os.path.isfile(os.path.join(child.path, CONFIG_NAME)):
-                        found[path] = child.path
-                elif child.is_dir():
-                    waiting.append((child.path, path))
-    return dict(sorted(found.items()))
