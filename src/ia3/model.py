@@ -20,7 +20,7 @@ from ia3.cards import write_model_card
 from ia3.config import IA3Config, PeftType
 from ia3.errors import InputError, shown, similar
 from ia3.layers import IA3Layer, TrainedModule
-from ia3.routing import BASE, Routing, uncompiled
+from ia3.routing import BASE, Routing, Rows, uncompiled
 from ia3.targets import (
     TASK_HEADS,
     Target,
@@ -708,13 +708,14 @@ class IA3Model(nn.Module):
             InputError: `adapter_names` is not a name a row, a name is unknown, adapters are merged, or the model mixes
                 rows in a way that does not allow it.
         """
-        if adapter_names is None:
+        before = self.routing.rows  # of a call that this one is made within
+        if adapter_names is None and before is None:
             return self.model(*args, **kwargs)
-        self._route(adapter_names, args, kwargs)
+        self.routing.rows = self._rows(adapter_names, args, kwargs)
         try:
             return self.model(*args, **kwargs)
         finally:
-            self.routing.rows = None
+            self.routing.rows = before
 
     # Compiled code begins inside, where names have become tensors. (torch.compiler.disable(recursive=False) does this and
     # more: it refuses torch.export, and a compiled module with this one in it.)
@@ -727,23 +728,25 @@ class IA3Model(nn.Module):
                 f"{type(self.model).__name__} drops rows that are finished from the batch, so that rows cannot have "
                 f"different adapters; generate with one adapter at a time (set_adapter)."
             )
-        self._route(adapter_names, args, kwargs)
+        before = self.routing.rows
+        self.routing.rows = self._rows(adapter_names, args, kwargs)
         generate: Callable = self.model.generate  # type: ignore[assignment]
         try:
             return generate(*args, **kwargs)
         finally:
-            self.routing.rows = None
+            self.routing.rows = before
 
     @uncompiled
-    def _route(self, names: Sequence[str] | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Set which adapter acts on which row of the batch that these arguments hold."""
+    def _rows(self, names: Sequence[str] | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rows | None:
+        """Which adapter acts on which row of the batch that these arguments hold; None: the active ones on all."""
         if names is None:
-            return
+            return None
         if isinstance(names, str) or not all(isinstance(name, str) for name in names):
             raise InputError(f"Expected adapter_names as a list of a name for each row, found {names!r}.")
         rows = _row_count(args, kwargs)
-        if len(names) != (len(names) if rows is None else rows) or not names:
-            raise InputError(f"Expected adapter_names for the {rows} rows of the batch, found {len(names)}.")
+        if not names or len(names) != (rows or len(names)):
+            batch = "the rows" if rows is None else f"the {rows} rows"
+            raise InputError(f"Expected adapter_names for {batch} of the batch, found {len(names)}.")
         if self.routing.merged:
             raise InputError(
                 f"Adapters are merged into the weights ({shown(self.routing.merged)}), so that all rows have them; call "
@@ -755,13 +758,13 @@ class IA3Model(nn.Module):
                 known = [*self.peft_config, *(() if bank is None else bank.names)]
                 raise InputError(f"Row {row}: adapter {name!r} does not exist; {similar(name, known)}.")
         if not self.routing.enabled:
-            return
-        self.routing.rows = self.routing.gather(names, self.peft_config)
-        if torch.is_grad_enabled() and self.training:
+            return None
+        if torch.is_grad_enabled() and self.model.training:
             for module in self.model.modules():
                 function = module.__dict__.get("_gradient_checkpointing_func")
                 if function is not None and not isinstance(function, _SameRows):
                     module.__dict__["_gradient_checkpointing_func"] = _SameRows(function, self.routing)
+        return self.routing.gather(names, self.peft_config)
 
     def get_base_model(self) -> nn.Module:
         """The wrapped model."""

@@ -163,7 +163,8 @@ def _joined(parts: Sequence[Any], order: torch.Tensor, axis: int) -> Any:
 
 
 class _Local(threading.local):
-    rows: Rows | None = None
+    def __init__(self) -> None:
+        self.rows: Rows | None = None  # each thread's own: compiled code would not look again at the class's
 
     def __reduce__(self) -> tuple:
         return _Local, ()  # what a forward pass is at is no part of a copied or stored model
