@@ -313,4 +313,16 @@ class TrainedModule(nn.Module):
         except AttributeError:
             if name in ("original_module", "modules_to_save", "routing"):
                 raise
+        rows = self.routing.rows
+        if rows is None:
             return getattr(self.current, name)
+        modules = [group[self.slot] or self.original_module for group in rows.modules]
+        if isinstance(modules[0], nn.Module) and all(module is modules[0] for module in modules):
+            return getattr(modules[0], name)
+        value = getattr(self.original_module, name)
+        if isinstance(value, (torch.Tensor, nn.Module)):
+            raise InputError(
+                f"Another module reads the {name} of a {type(self.original_module).__name__} in place of calling it, so "
+                f"that rows cannot each have their own adapter's; give the model one adapter at a time (set_adapter)."
+            )
+        return value

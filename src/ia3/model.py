@@ -741,12 +741,24 @@ class IA3Model(nn.Module):
         """Which adapter acts on which row of the batch that these arguments hold; None: the active ones on all."""
         if names is None:
             return None
-        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-            raise InputError(f"Expected adapter_names as a list of a name for each row, found {names!r}.")
+        self.check_adapter_names(names)
         rows = _row_count(args, kwargs)
         if not names or len(names) != (rows or len(names)):
             batch = "the rows" if rows is None else f"the {rows} rows"
             raise InputError(f"Expected adapter_names for {batch} of the batch, found {len(names)}.")
+        if not self.routing.enabled:
+            return None
+        if torch.is_grad_enabled() and self.model.training:
+            for module in self.model.modules():
+                function = module.__dict__.get("_gradient_checkpointing_func")
+                if function is not None and not isinstance(function, _SameRows):
+                    module.__dict__["_gradient_checkpointing_func"] = _SameRows(function, self.routing)
+        return self.routing.gather(names, self.peft_config)
+
+    def check_adapter_names(self, names: Sequence[str]) -> None:
+        """Raise `InputError` unless a batch can have these adapters, one for each row."""
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise InputError(f"Expected adapter_names as a list of a name for each row, found {names!r}.")
         if self.routing.merged:
             raise InputError(
                 f"Adapters are merged into the weights ({shown(self.routing.merged)}), so that all rows have them; call "
@@ -757,14 +769,6 @@ class IA3Model(nn.Module):
             if name not in self.peft_config and name != BASE and (bank is None or name not in bank):
                 known = [*self.peft_config, *(() if bank is None else bank.names)]
                 raise InputError(f"Row {row}: adapter {name!r} does not exist; {similar(name, known)}.")
-        if not self.routing.enabled:
-            return None
-        if torch.is_grad_enabled() and self.model.training:
-            for module in self.model.modules():
-                function = module.__dict__.get("_gradient_checkpointing_func")
-                if function is not None and not isinstance(function, _SameRows):
-                    module.__dict__["_gradient_checkpointing_func"] = _SameRows(function, self.routing)
-        return self.routing.gather(names, self.peft_config)
 
     def get_base_model(self) -> nn.Module:
         """The wrapped model."""

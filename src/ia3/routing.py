@@ -100,8 +100,12 @@ class Rows:
         Raises:
             InputError: rows cannot be told apart, or adapters' results differ in shape.
         """
+        if len(self.groups) == 1:
+            return call(0, *args, **kwargs)
         axis, divide, copies = layout or RowLayout()
         values = [*args, *kwargs.values()]
+        for value in values:
+            _require_plain(value)
         first = next(value for value in values if isinstance(value, torch.Tensor))
         length = first.shape[axis]
         check_rows(length, self._count * copies)
@@ -110,18 +114,33 @@ class Rows:
             return torch.arange(length).view(copies, self._count, -1)[:, rows].flatten().to(first.device)
 
         divided = {length, length * first.shape[1] if first.dim() > 2 and axis == 0 else length} if divide else set()
+
+        def part_of(value: Any, rows: torch.Tensor) -> Any:
+            if isinstance(value, (tuple, list)):
+                return type(value)(part_of(each, rows) for each in value)
+            if isinstance(value, torch.Tensor) and value.dim() > axis and value.shape[axis] in divided:
+                return value.index_select(axis, places(value.shape[axis], rows))
+            return value
+
         parts = []
         for group, rows in enumerate(self.groups):
-            chosen = [
-                value.index_select(axis, places(value.shape[axis], rows))
-                if isinstance(value, torch.Tensor) and value.dim() > axis and value.shape[axis] in divided
-                else value
-                for value in values
-            ]
+            chosen = [part_of(value, rows) for value in values]
             part = call(group, *chosen[: len(args)], **dict(zip(kwargs, chosen[len(args) :], strict=True)))
             parts.append(part if divide else _selected(part, places(length, rows), axis))
         order = torch.cat([places(length, rows) for rows in self.groups]).argsort()
         return _joined(parts, order, axis)
+
+
+def _require_plain(value: Any) -> None:
+    """Raise for an argument that cannot be divided among adapters, such as a cache that a module writes into."""
+    if isinstance(value, (tuple, list)):
+        for each in value:
+            _require_plain(each)
+    elif not isinstance(value, (torch.Tensor, torch.dtype, str, int, float, type(None))):
+        raise InputError(
+            f"Expected tensors as the arguments of a module that rows have to go through adapter by adapter, found a "
+            f"{type(value).__name__}; give the model one adapter at a time (set_adapter), or try use_cache=False."
+        )
 
 
 def check_rows(length: int, rows: int) -> None:
@@ -158,6 +177,12 @@ def _joined(parts: Sequence[Any], order: torch.Tensor, axis: int) -> Any:
         raise InputError(
             f"Expected adapters whose own modules (modules_to_save) return rows of one shape, found "
             f"{', '.join(shapes)}: a batch takes those with as many labels."
+        )
+    if sum(part.shape[axis] for part in parts) != len(order):
+        raise InputError(
+            f"Expected a module that returns a result for each of {len(order)} rows, found "
+            f"{sum(part.shape[axis] for part in parts)}: rows of different adapters cannot be put together; give the "
+            f"model one adapter at a time (set_adapter)."
         )
     return torch.cat(list(parts), axis).index_select(axis, order)
 

@@ -436,6 +436,10 @@ def score_choices(
         raise InputError(f"Expected a decoder-only model, found {type(base).__name__}, an encoder-decoder.")
     questions = encode(tokenizer, prompts, choices, max_length=model_max_length(model))
     if adapter_names is not None:
+        check: Callable | None = getattr(_unwrapped(model), "check_adapter_names", None)
+        if check is None:
+            raise InputError(f"Expected an IA3Model, whose adapters adapter_names are, found a {type(base).__name__}.")
+        check(adapter_names)  # before the first batch, and with the numbers of the prompts
         if len(adapter_names) != len(questions):
             raise InputError(f"Expected adapter_names for the {len(questions)} prompts, found {len(adapter_names)}.")
         questions = [replace(question, adapter=name) for question, name in zip(questions, adapter_names, strict=True)]
@@ -475,8 +479,12 @@ def base_dtype(model: nn.Module) -> torch.dtype:
 
 def _base(model: nn.Module) -> nn.Module:
     """The transformers model inside a wrapper for parallel training and inside an adapted model."""
-    model = model.module if isinstance(getattr(model, "module", None), nn.Module) else model  # type: ignore[assignment]
+    model = _unwrapped(model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(getattr(model, "module", None), nn.Module) else model  # type: ignore[return-value]
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
