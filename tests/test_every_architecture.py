@@ -1,4 +1,6 @@
-"""An adapter with the default targets in every text architecture: it acts as its merged weights do."""
+"""Adapters with the default targets in every text architecture: alone as merged, and a batch of several row by row."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,32 +12,77 @@ from test_architectures import NOTHING, REFUSED, TEXT, _quiet, built  # noqa: F4
 # Voxtral hears before it reads.
 ADAPTED = [name for name in TEXT if name not in {*NOTHING, *REFUSED, "voxtral_realtime"}]
 
+# Those in which rows cannot have different adapters, and what the error says.
+UNMIXED = {
+    "dbrx": "Another module reads the v1",
+    "jetmoe": "Rows of a JetMoeParallelExperts",
+    "musicgen": "this model mixes rows on the way",  # its input has a row for each codebook
+    "musicgen_melody": "this model mixes rows on the way",
+    "switch_transformers": "An expert .* gets tokens of all rows",
+}
 
-@pytest.mark.parametrize("model_type", ADAPTED)
-def test_adapted_answers_are_the_merged_ones(model_type):
-    base = built(model_type, meta=False).eval().requires_grad_(False)  # torch's linear rounds otherwise if trainable
-    batch = zoo.inputs(base)
+# Activations with time first can be divided among the rows too, wrongly, because their number divides the length.
+ROWS, LENGTH = 4, 12
+NAMES = ("one", "__base__", "two", "one")
 
-    def answer(model):
-        with torch.no_grad():
-            output = model(**batch)
+
+@pytest.fixture(scope="module")
+def adapted(request):
+    """A tiny model with adapters `one` and `two`, and what it answers without them."""
+    base = built(request.param, meta=False).eval().requires_grad_(False)  # torch's linear rounds otherwise if trainable
+    batch = zoo.inputs(base, ROWS, LENGTH)
+
+    @torch.no_grad()
+    def answer(**kwargs):
+        output = model(**batch, **kwargs)
         return next(value for value in output.values() if torch.is_tensor(value) and value.is_floating_point())
 
-    plain = answer(base)
-    if not torch.equal(plain, answer(base)):
+    model = base
+    plain = answer()
+    if not torch.equal(plain, answer()):
         pytest.skip("answers at random")
-    model = ia3.IA3Model(base, ia3.IA3Config()).eval()
+    model = ia3.IA3Model(base, {"one": ia3.IA3Config(), "two": ia3.IA3Config()}).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for vector in model.adapter_parameters("default"):
-            vector.copy_(1 + 0.5 * torch.randn(vector.shape, generator=generator))
-    adapted = answer(model)
+        for name in model.peft_config:
+            for vector in model.adapter_parameters(name):
+                vector.copy_(1 + 0.5 * torch.randn(vector.shape, generator=generator))
+    model.set_adapter("one", inference_mode=True)
+    rows = len(next(iter(batch.values())))
+    return SimpleNamespace(kind=request.param, model=model, answer=answer, plain=plain, one=answer(), rows=rows)
+
+
+architectures = pytest.mark.parametrize("adapted", ADAPTED, indirect=True)
+
+
+@architectures
+def test_adapted_answers_are_the_merged_ones(adapted):
+    model, answer, plain = adapted.model, adapted.answer, adapted.plain
     model.merge_adapter()
-    merged = answer(model)
+    merged = answer()
     model.unmerge_adapter()
-    assert torch.equal(answer(model), adapted)
+    assert torch.equal(answer(), adapted.one)
     scale = plain.abs().max()
-    assert (adapted - merged).abs().max() <= 1e-4 * scale
-    assert not torch.allclose(adapted, plain, rtol=0, atol=float(1e-6 * scale))
+    assert (adapted.one - merged).abs().max() <= 1e-4 * scale
+    assert not torch.allclose(adapted.one, plain, rtol=0, atol=float(1e-6 * scale))
     with model.disable_adapter():
-        assert torch.equal(answer(model), plain)
+        assert torch.equal(answer(), plain)
+
+
+@architectures
+def test_each_row_of_a_batch_has_its_own_adapter_or_the_model_refuses(adapted):
+    model, answer, plain = adapted.model, adapted.answer, adapted.plain
+    if adapted.kind in UNMIXED:
+        with pytest.raises(ia3.InputError, match=UNMIXED[adapted.kind]) as error:
+            answer(adapter_names=NAMES * (adapted.rows // ROWS))
+        assert "one adapter at a time" in str(error.value)
+        assert torch.equal(answer(), adapted.one)
+        return
+    mixed = answer(adapter_names=NAMES)
+    model.set_adapter("two", inference_mode=True)
+    alone = {"one": adapted.one, "__base__": plain, "two": answer()}
+    scale = plain.abs().max()
+    for row, name in enumerate(NAMES):
+        assert (mixed[row] - alone[name][row]).abs().max() <= 1e-4 * scale
+        for other in {*NAMES} - {name}:
+            assert (mixed[row] - alone[other][row]).abs().max() > 1e-6 * scale
