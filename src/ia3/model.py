@@ -850,6 +850,11 @@ class _SameRows:
 
     def __call__(self, module: Callable, *args: Any, **kwargs: Any) -> Any:
         rows = self.routing.rows
+        if rows is not None and torch.is_grad_enabled() and getattr(self.function, "keywords", {}).get("use_reentrant"):
+            raise InputError(
+                "Gradients of rows with different adapters cannot go through layers that are checkpointed by reentrance; "
+                "give gradient_checkpointing_enable the gradient_checkpointing_kwargs {'use_reentrant': False}."
+            )
 
         def run(*args: Any, **kwargs: Any) -> Any:
             current, self.routing.rows = self.routing.rows, rows
