@@ -43,6 +43,12 @@ class Trainer(transformers.Trainer):
         model = self._adapted()
         return None if model is None else model.model
 
+    @property
+    def trained_adapters(self) -> list[str]:
+        """The adapters that are read back from a checkpoint."""
+        model = self._adapted()
+        return [] if model is None else model.active_adapters
+
     def _set_signature_columns_if_needed(self) -> None:
         base = self._wrapped()
         if base is None:
@@ -67,7 +73,7 @@ class Trainer(transformers.Trainer):
         if adapted is None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        for name in adapted.active_adapters:
+        for name in self.trained_adapters:
             folder = resume_from_checkpoint if name == "default" else os.path.join(resume_from_checkpoint, name)
             adapted.load_adapter(folder, name, is_trainable=True)
 

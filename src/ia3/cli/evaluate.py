@@ -47,7 +47,7 @@ def evaluate(
         from ia3.tfew.predict import predict as predict_rows
     with progress(out) as bars:
         bar = bars.add_task("Evaluating", total=len(rows), note="")
-        found = predict_rows(adapted, tokenizer, task, rows, lambda count: bars.advance(bar, count))
+        found = predict_rows(adapted, tokenizer, task, rows, lambda done: bars.advance(bar, len(done)))
 
     import numpy as np
     from sklearn.metrics import precision_recall_fscore_support

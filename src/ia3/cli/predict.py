@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import functools
 import io
 import json
 from pathlib import Path
@@ -85,8 +84,7 @@ def predict(
         from ia3.tfew.predict import predict as predict_rows
     with progress(out) as bars:
         bar = bars.add_task("Predicting", total=len(rows), note="")
-        advance = functools.partial(bars.advance, bar)
-        found = predict_rows(adapted, tokenizer, tasks, rows, advance, names)
+        found = predict_rows(adapted, tokenizer, tasks, rows, lambda done: bars.advance(bar, len(done)), names)
     if output is not None:
         _write(output, rows, found)
         out.print(f"{len(rows)} rows written to {output}", markup=False)

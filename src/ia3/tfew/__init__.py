@@ -1,12 +1,15 @@
 """T-Few: train an adapter from a few dozen labelled examples, and score answer choices with it."""
 
 from ia3.tfew.choices import pack, score_choices
+from ia3.tfew.fleet import FleetTrainer, Member
 from ia3.tfew.losses import tfew_loss
 from ia3.tfew.predict import Prediction, predict
 from ia3.tfew.task import Task, few_shot, read_rows
 from ia3.tfew.trainer import TFewTrainer, training_arguments
 
 __all__ = [
+    "FleetTrainer",
+    "Member",
     "Prediction",
     "TFewTrainer",
     "Task",

@@ -408,7 +408,7 @@ def score_choices(
     choices: Sequence[Sequence[str]],
     length_normalization: float = 1.0,
     batch_tokens: int = BATCH_TOKENS,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: Callable[[list[int]], None] | None = None,
     adapter_names: Sequence[str] | None = None,
 ) -> list[torch.Tensor]:
     """The length-normalized log-probability of each answer choice of each prompt.
@@ -421,7 +421,7 @@ def score_choices(
             prompt, so it usually begins with a space.
         length_normalization: the power of the choice's token count that the sum is divided by; 0: not at all.
         batch_tokens: how many tokens go through the model at once.
-        on_progress: called with the number of prompts that each batch finished.
+        on_progress: called with the indices of the prompts that each batch finished.
         adapter_names: for each prompt the adapter of an `IA3Model` that answers it; None: the active ones.
 
     Returns:
@@ -457,7 +457,7 @@ def score_choices(
                         f"The model gives NaN or infinite scores (prompt {index}); is the adapter or the base broken?"
                     )
             if on_progress is not None:
-                on_progress(len(group))
+                on_progress(group)
     return results
 
 

@@ -30,7 +30,7 @@ def predict(
     tokenizer: PreTrainedTokenizerBase,
     task: Task | Sequence[Task],
     rows: Iterable[Row],
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: Callable[[list[int]], None] | None = None,
     adapter_names: Sequence[str] | None = None,
 ) -> list[Prediction]:
     """The label whose answer text has the best length-normalized log-probability, for each row.
@@ -40,26 +40,28 @@ def predict(
     Args:
         model: a causal language model, adapted or not.
         tokenizer: its tokenizer.
-        task: says what the rows mean, all of them or each; their labels are not read.
+        task: says what the rows mean; or a task for each row. Labels of rows are not read.
         rows: column → value.
-        on_progress: called with the number of rows that each batch finished.
+        on_progress: called with the indices of the rows that each batch finished.
         adapter_names: for each row the adapter that answers it; None: the active ones.
 
     Raises:
-        InputError: see `Task.prompt` and `score_choices`; or as many tasks as rows were expected.
+        InputError: see `Task.prompt` and `score_choices`; or not as many tasks as rows.
     """
     rows = list(rows)
     tasks = [task] * len(rows) if isinstance(task, Task) else list(task)
     if len(tasks) != len(rows):
-        raise InputError(f"Expected one task, or one for each of {len(rows)} rows, found {len(tasks)}.")
-    for each in {id(each): each for each in tasks}.values():
-        each.check_answers(tokenizer)
-    prompts = [each.prompt(row, number) for number, (each, row) in enumerate(zip(tasks, rows, strict=True), 1)]
-    choices = [each.answers for each in tasks]
-    scores = score_choices(model, tokenizer, prompts, choices, on_progress=on_progress, adapter_names=adapter_names)
+        raise InputError(f"Expected a task for each of the {len(rows)} rows, found {len(tasks)}.")
+    for one in {id(one): one for one in tasks}.values():
+        one.check_answers(tokenizer)
+    prompts = [one.prompt(row, number) for number, (one, row) in enumerate(zip(tasks, rows, strict=True), 1)]
+    answers = [one.answers for one in tasks]
+    scores = score_choices(
+        model, tokenizer, prompts, answers, on_progress=on_progress, adapter_names=adapter_names
+    )
     predictions = []
-    for each, row in zip(tasks, scores, strict=True):
-        labels = list(each.choices)
+    for one, row in zip(tasks, scores, strict=True):
+        labels = list(one.choices)
         probabilities = torch.softmax(row.double(), -1).tolist()
         # The first of equal scores, whatever the device's argmax would take.
         best = max(range(len(labels)), key=lambda i: probabilities[i])

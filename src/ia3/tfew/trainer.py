@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -92,34 +93,34 @@ class TFewTrainer(Trainer):
         length_normalization: float = 1.0,
         **kwargs: Any,
     ) -> None:
-        questions = task.questions(processing_class, train_dataset, model=model)
-        shown = {question.label for question in questions}
-        if len(shown) < 2:
-            names = ", ".join(repr(list(task.choices)[label]) for label in shown if label is not None) or "none"
-            raise InputError(
-                f"Expected training rows of at least two labels, found only {names} in {len(questions)} rows; T-Few learns "
-                f"from the difference."
-            )
+        questions = training_questions(task, processing_class, train_dataset, model)
         held_out = None if eval_dataset is None else task.questions(processing_class, eval_dataset, model=model)
-        self.weights = {
-            "unlikelihood_weight": unlikelihood_weight,
-            "length_normalized_weight": length_normalized_weight,
-            "length_normalization": length_normalization,
-        }
-        names = list(task.choices)
         if held_out is not None:
-            kwargs.setdefault(
-                "compute_metrics",
-                lambda result: task.metrics(
-                    [names[i] for i in result.label_ids], [names[i] for i in result.predictions]
-                ),
-            )
+            kwargs.setdefault("compute_metrics", metrics_of(task))
+        weights = (unlikelihood_weight, length_normalized_weight, length_normalization)
+        self._set_up(model, args, processing_class, questions, held_out, collate_questions, weights, **kwargs)
+
+    def _set_up(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        processing_class: PreTrainedTokenizerBase,
+        train_dataset: Any,
+        eval_dataset: Any,
+        data_collator: Callable[[list[Any]], dict[str, Any]],
+        weights: tuple[float, float, float],
+        **kwargs: Any,
+    ) -> None:
+        """Become a trainer of questions; `weights` are the last three arguments of `tfew_loss`."""
+        self.weights = dict(
+            zip(("unlikelihood_weight", "length_normalized_weight", "length_normalization"), weights, strict=True)
+        )
         super().__init__(
             model,
             args,
-            data_collator=_collate,
-            train_dataset=questions,  # type: ignore[arg-type]
-            eval_dataset=held_out,  # type: ignore[arg-type]
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             processing_class=processing_class,
             **kwargs,
         )
@@ -132,20 +133,27 @@ class TFewTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """T-Few's loss of a batch; with `return_outputs`, the index of the best-scoring choice of each question too."""
+        losses, best = self._losses(model, inputs)
+        total = torch.stack(list(losses.values())).sum()
+        return (total, best) if return_outputs else total
+
+    def _losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str | None, torch.Tensor], torch.Tensor]:
+        """For each adapter that questions name the loss of its own, a scalar; the best choice of each question (B,)."""
         questions: list[Question] = inputs["questions"]
         best = torch.empty_like(inputs["label"])
-        losses = []
+        losses: dict[str | None, list[torch.Tensor]] = {}
         # The loss is a mean, so that the parts of a batch add up: parts of similar length, of which little is padding.
         for group in batches(questions):
             part = collate(model, [questions[i] for i in group], padding_id(self.processing_class))  # type: ignore[arg-type]
             part = to_device(part, best.device)
             log_probs = token_log_probs(model, part)
-            loss = tfew_loss(log_probs, part["mask"], part["label"], **self.weights).total
-            losses.append(loss * (len(group) / len(questions)))
+            for name, rows in _by_adapter([questions[i] for i in group]).items():
+                mine = log_probs[rows], part["mask"][rows], part["label"][rows]
+                share = len(mine[0]) / inputs["counts"][name]
+                losses.setdefault(name, []).append(tfew_loss(*mine, **self.weights).total * share)
             scores = normalized_scores(log_probs.detach(), part["mask"], self.weights["length_normalization"])
             best[group] = scores.argmax(-1)
-        total = torch.stack(losses).sum()
-        return (total, best) if return_outputs else total
+        return {name: torch.stack(parts).sum() for name, parts in losses.items()}, best
 
     def prediction_step(
         self,
@@ -161,6 +169,51 @@ class TFewTrainer(Trainer):
         return loss.detach(), None if prediction_loss_only else best, inputs["label"]
 
 
-def _collate(questions: list[Question]) -> dict[str, Any]:
-    """The questions as they are, packed later where the model is at hand; and their labels (B,)."""
-    return {"label": torch.tensor([question.label for question in questions]), "questions": questions}
+def training_questions(
+    task: Task, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]], model: nn.Module
+) -> list[Question]:
+    """Labelled rows as questions.
+
+    Raises:
+        InputError: rows do not fit the task (see `Task.questions`), or show one label only.
+    """
+    questions = task.questions(tokenizer, rows, model=model)
+    shown = {question.label for question in questions}
+    if len(shown) < 2:
+        names = ", ".join(repr(list(task.choices)[label]) for label in shown if label is not None) or "none"
+        raise InputError(
+            f"Expected training rows of at least two labels, found only {names} in {len(questions)} rows; T-Few learns "
+            f"from the difference."
+        )
+    return questions
+
+
+def metrics_of(task: Task) -> Callable[[Any], dict[str, float]]:
+    """A task's metrics as the `compute_metrics` of a trainer whose predictions are indices of choices."""
+    names = list(task.choices)
+    return lambda result: task.metrics([names[i] for i in result.label_ids], [names[i] for i in result.predictions])
+
+
+def collate_questions(questions: list[Question]) -> dict[str, Any]:
+    """A batch: `questions` as they are, packed later where the model is at hand; their labels, `label` (B,); and
+    `counts`, how many of them each adapter has, which stay those of the whole when the batch is divided."""
+    return {
+        "label": torch.tensor([question.label for question in questions]),
+        "questions": questions,
+        "counts": Counter(question.adapter for question in questions),
+    }
+
+
+def divided(inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A batch as smaller ones, each of which goes through the model at once; their losses add up to the batch's."""
+    questions: list[Question] = inputs["questions"]
+    for group in batches(questions):
+        yield {**inputs, "label": inputs["label"][group], "questions": [questions[i] for i in group]}
+
+
+def _by_adapter(questions: Sequence[Question]) -> dict[str | None, list[int] | slice]:
+    """Which questions are whose; a slice when all are one adapter's, for then nothing has to be copied."""
+    names = list(dict.fromkeys(question.adapter for question in questions))
+    if len(names) == 1:
+        return {names[0]: slice(None)}
+    return {name: [i for i, question in enumerate(questions) if question.adapter == name] for name in names}

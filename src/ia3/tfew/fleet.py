@@ -1,0 +1,275 @@
+"""Many adapters trained at once on one model in memory: `FleetTrainer`."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.data_loader import SeedableRandomSampler
+from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
+from transformers import TrainingArguments
+
+from ia3.errors import InputError, shown
+from ia3.model import IA3Model
+from ia3.tfew.choices import Question
+from ia3.tfew.trainer import TFewTrainer, collate_questions, divided, metrics_of, training_questions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ia3.tfew.task import Row, Task
+
+
+@dataclass(frozen=True)
+class Member:
+    """An adapter of a fleet, and what it learns.
+
+    Attributes:
+        name: the adapter's name in the model.
+        task: says what the rows mean.
+        rows: labelled rows to learn from, a list of dictionaries or a `datasets.Dataset`.
+        seed: decides the order of the rows, as the arguments' seed does for an adapter that is trained alone.
+        learning_rate: the highest; None: the arguments'.
+        eval_rows: labelled rows for `evaluate()`.
+    """
+
+    name: str
+    task: Task
+    rows: Sequence[Row]
+    seed: int = 0
+    learning_rate: float | None = None
+    eval_rows: Sequence[Row] | None = None
+
+
+class FleetTrainer(TFewTrainer):
+    """Trains several adapters of one model at once: several tasks, several seeds of a task, several learning rates.
+
+    A step is a step of every member: a batch of `per_device_train_batch_size` rows of each, all of which go through the
+    model together, in parts of limited size. Each adapter ends where a `TFewTrainer` with its seed and its learning rate
+    would have brought it alone, to rounding: it sees its rows in the same order, and its loss, the norm to which its
+    gradients are clipped, and the optimizer's state are its own. Random draws within the model are not: dropout in the
+    base model falls on other numbers than in a run alone.
+
+    Logs have the sum of the members' losses (`loss`) and each one's (`loss/NAME`); the metrics of `train()` have
+    `train_loss` and `train_loss/NAME`, means over its steps. `evaluate()` measures each member that has `eval_rows` on
+    them: `eval_NAME_loss`, `eval_NAME_accuracy`, …. Checkpoints hold all adapters of the model. To the arguments, the
+    whole training is one epoch.
+
+    Args:
+        model: an `IA3Model` that has the members' adapters; they become trainable, and all others are frozen.
+        args: `training_arguments(…)`, or any `TrainingArguments` with `max_steps`; of their seeds, `data_seed` decides
+            every member's order when it is given, as it does alone.
+        processing_class: the model's tokenizer.
+        members: who learns what.
+        unlikelihood_weight, length_normalized_weight, length_normalization: see `tfew_loss`.
+        **kwargs: the other arguments of `transformers.Trainer`, without `optimizers`.
+
+    Raises:
+        InputError: no members, a name that is given twice or is no adapter's, merged adapters, rows that do not fit a
+            member's task or show one label only, or arguments that have no meaning for a fleet.
+    """
+
+    def __init__(
+        self,
+        model: IA3Model,
+        args: TrainingArguments,
+        processing_class: PreTrainedTokenizerBase,
+        members: Iterable[Member],
+        unlikelihood_weight: float = 1.0,
+        length_normalized_weight: float = 1.0,
+        length_normalization: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        members = list(members)
+        _check(model, args, members, kwargs)
+        self.members = {member.name: member for member in members}
+        # One that is active anyway has the whole batch, which every model can give it, also one that mixes rows.
+        self._alone = len(members) == 1 and model.active_adapters == [members[0].name]
+        questions, held_out = {}, {}
+        for member in members:
+            try:
+                found = training_questions(member.task, processing_class, member.rows, model)
+                questions[member.name] = self._named(member, found)
+                if member.eval_rows is not None:
+                    found = member.task.questions(processing_class, member.eval_rows, model=model)
+                    held_out[member.name] = self._named(member, found)
+            except InputError as error:
+                raise InputError(f"Member {member.name!r}: {error}") from error
+        orders = [
+            _batches(questions[member.name], args, member.seed if args.data_seed is None else args.data_seed)
+            for member in members
+        ]
+        steps = _Steps([[question for batch in step for question in batch] for step in zip(*orders, strict=True)])
+        model.set_requires_grad([name for name in model.peft_config if name not in self.members], False)
+        model.set_requires_grad(list(self.members))
+        self._parameters = {name: list(model.adapter_parameters(name)) for name in self.members}
+        self._count_anew()
+        weights = (unlikelihood_weight, length_normalized_weight, length_normalization)
+        self._set_up(model, args, processing_class, steps, held_out or None, collate_questions, weights, **kwargs)
+        # Whatever asks for clipping, here or in `Trainer`, asks the accelerator.
+        clip = functools.partial(self._clip_each, self.accelerator.clip_grad_norm_)
+        self.accelerator.clip_grad_norm_ = clip  # type: ignore[method-assign]
+
+    @property
+    def trained_adapters(self) -> list[str]:
+        """The members' adapters."""
+        return list(self.members)
+
+    def _named(self, member: Member, questions: list[Question]) -> list[Question]:
+        return questions if self._alone else [replace(question, adapter=member.name) for question in questions]
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `transformers.Trainer.train`."""
+        self._count_anew()
+        return super().train(*args, **kwargs)
+
+    def _count_anew(self) -> None:
+        # Steps, and each member's losses in them: since the last log, and before it.
+        self._steps = self._logged_steps = 0
+        self._sums: dict[str, Any] = dict.fromkeys(self.members, 0.0)
+        self._logged_sums = dict.fromkeys(self.members, 0.0)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """A batch of all members for each step, in order."""
+        steps = DataLoader(
+            self.train_dataset,  # type: ignore[arg-type]
+            batch_size=1,
+            sampler=SequentialSampler(self.train_dataset),  # type: ignore[arg-type]
+            collate_fn=lambda items: self.data_collator(items[0]),
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(steps)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The arguments' optimizer, with groups of parameters of one member each, at its learning rate."""
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer(*args, **kwargs)
+        groups, optimizer.param_groups = optimizer.param_groups, []
+        for name, member in self.members.items():
+            mine = set(self._parameters[name])
+            rate = {} if member.learning_rate is None else {"lr": member.learning_rate}
+            for group in groups:
+                parameters = [parameter for parameter in group["params"] if parameter in mine]
+                if parameters:
+                    optimizer.add_param_group({**group, "params": parameters, **rate})
+        return optimizer
+
+    def _clip_each(self, clip: Callable, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
+        """Clip each member's gradients to a norm of their own; returns that of all, before."""
+        norm = clip(parameters, math.inf, norm_type)  # undoes, once, the scale of gradients in half precision
+        for mine in self._parameters.values():
+            nn.utils.clip_grad_norm_(mine, max_norm, norm_type)
+        return norm
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Forward and backward, part by part: memory holds the activations of one; returns the sum of losses."""
+        losses = []
+        # The last part first, as one backward pass through their sum goes: so gradients add up in the same order.
+        for part in reversed(list(divided(inputs))):
+            losses.append(super().training_step(model, part, num_items_in_batch))
+        self._steps += 1
+        return torch.stack(losses[::-1]).sum()
+
+    def _losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str | None, torch.Tensor], torch.Tensor]:
+        losses, best = super()._losses(model, inputs)
+        if model.training:
+            for name, loss in losses.items():
+                self._sums[next(iter(self.members)) if name is None else name] += loss.detach()
+        return losses, best
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, and with the sum of losses each member's."""
+        if "loss" in logs:
+            logs |= {f"loss/{name}": float(total) / self._steps for name, total in self._sums.items()}
+        if "loss" in logs or "train_loss" in logs:
+            self._logged_steps += self._steps
+            self._logged_sums = {name: total + float(self._sums[name]) for name, total in self._logged_sums.items()}
+            self._steps, self._sums = 0, dict.fromkeys(self.members, 0.0)
+        if "train_loss" in logs:
+            steps = max(self._logged_steps, 1)
+            logs |= {f"train_loss/{name}": total / steps for name, total in self._logged_sums.items()}
+        super().log(logs, *args, **kwargs)
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Loss and metrics of each member that has `eval_rows`, or of the one that is named (`eval_dataset`)."""
+        if isinstance(eval_dataset, str) and eval_dataset in self.members:
+            self.compute_metrics = metrics_of(self.members[eval_dataset].task)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+
+class _Steps(Dataset):
+    """The questions of each step."""
+
+    def __init__(self, steps: list[list[Question]]) -> None:
+        self.steps = steps
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, step: int) -> list[Question]:
+        return self.steps[step]
+
+
+def _batches(questions: list[Question], args: TrainingArguments, seed: int) -> list[list[Question]]:
+    """The batch of each step of a run alone: epoch after epoch, in the orders that accelerate draws from the seed."""
+    sampler = SeedableRandomSampler(questions, data_seed=seed)  # counts its epochs itself
+    size = args.per_device_train_batch_size
+    if args.dataloader_drop_last and len(questions) < size:
+        raise InputError(
+            f"Expected at least one batch of {size} rows, found {len(questions)} rows and dataloader_drop_last."
+        )
+    found: list[list[Question]] = []
+    while len(found) < args.max_steps:
+        epoch = BatchSampler(sampler, size, args.dataloader_drop_last)
+        found += [[questions[i] for i in batch] for batch in epoch]
+    return found[: args.max_steps]
+
+
+def _check(model: Any, args: TrainingArguments, members: Sequence[Member], kwargs: Mapping[str, Any]) -> None:
+    if not isinstance(model, IA3Model):
+        raise InputError(f"Expected an IA3Model with the members' adapters, found a {type(model).__name__}.")
+    names = [member.name for member in members]
+    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    if twice or not names:
+        raise InputError(
+            f"Expected members with names that differ, found {shown(twice)} twice."
+            if twice
+            else "Expected at least one member, found none; for example [Member('default', task, rows)]."
+        )
+    model.require_adapters(names)
+    if model.routing.merged:
+        raise InputError(
+            f"Expected adapters that are not merged, found {shown(model.routing.merged)}; call unmerge_adapter() first."
+        )
+    for member in members:
+        rate = member.learning_rate
+        if rate is not None and not (math.isfinite(rate) and rate > 0):
+            raise InputError(f"Member {member.name!r}: expected a learning rate above 0, found {rate}.")
+    # What would make a member's training another one than alone, or nothing at all.
+    strategy = getattr(args, "train_sampling_strategy", "random")
+    conditions = {
+        "max_steps above 0: members' epochs differ in length": args.max_steps > 0,
+        "gradient_accumulation_steps of 1: batches go through the model in parts of limited size anyway; make them "
+        "larger (per_device_train_batch_size)": args.gradient_accumulation_steps == 1,
+        "one process with one device": args.world_size == 1 and args.n_gpu <= 1,
+        "train_sampling_strategy 'random', with the seedable sampler": str(getattr(strategy, "value", strategy))
+        == "random"
+        and args.accelerator_config.use_seedable_sampler,
+        "no `optimizers`: a fleet makes its own, by the arguments' `optim`": "optimizers" not in kwargs,
+    }
+    for expected, met in conditions.items():
+        if not met:
+            raise InputError(f"A fleet needs {expected}.")
