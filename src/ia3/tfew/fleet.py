@@ -145,7 +145,7 @@ class FleetTrainer(TFewTrainer):
         )
         return self.accelerator.prepare(steps)
 
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The arguments' optimizer, with groups of parameters of one member each, at its learning rate."""
         if self.optimizer is not None:
             return self.optimizer
@@ -207,7 +207,7 @@ class FleetTrainer(TFewTrainer):
         """Loss and metrics of each member that has `eval_rows`, or of the one that is named (`eval_dataset`)."""
         if isinstance(eval_dataset, str) and eval_dataset in self.members:
             self.compute_metrics = metrics_of(self.members[eval_dataset].task)
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # type: ignore[arg-type]
 
 
 class _Steps(Dataset):
@@ -260,14 +260,13 @@ def _check(model: Any, args: TrainingArguments, members: Sequence[Member], kwarg
             raise InputError(f"Member {member.name!r}: expected a learning rate above 0, found {rate}.")
     # What would make a member's training another one than alone, or nothing at all.
     strategy = getattr(args, "train_sampling_strategy", "random")
+    seedable = getattr(args.accelerator_config, "use_seedable_sampler", True)
     conditions = {
         "max_steps above 0: members' epochs differ in length": args.max_steps > 0,
         "gradient_accumulation_steps of 1: batches go through the model in parts of limited size anyway; make them "
         "larger (per_device_train_batch_size)": args.gradient_accumulation_steps == 1,
         "one process with one device": args.world_size == 1 and args.n_gpu <= 1,
-        "train_sampling_strategy 'random', with the seedable sampler": str(getattr(strategy, "value", strategy))
-        == "random"
-        and args.accelerator_config.use_seedable_sampler,
+        "train_sampling_strategy 'random', with the seedable sampler": strategy == "random" and seedable,
         "no `optimizers`: a fleet makes its own, by the arguments' `optim`": "optimizers" not in kwargs,
     }
     for expected, met in conditions.items():

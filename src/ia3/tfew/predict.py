@@ -56,9 +56,7 @@ def predict(
         one.check_answers(tokenizer)
     prompts = [one.prompt(row, number) for number, (one, row) in enumerate(zip(tasks, rows, strict=True), 1)]
     answers = [one.answers for one in tasks]
-    scores = score_choices(
-        model, tokenizer, prompts, answers, on_progress=on_progress, adapter_names=adapter_names
-    )
+    scores = score_choices(model, tokenizer, prompts, answers, on_progress=on_progress, adapter_names=adapter_names)
     predictions = []
     for one, row in zip(tasks, scores, strict=True):
         labels = list(one.choices)

@@ -1,0 +1,152 @@
+"""What `ia3 train` leaves: an adapter's folder with its metrics and its model card, and tables on the screen."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ia3.cli.common import TASK_NAME
+from ia3.files import replacing
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ia3.model import IA3Model
+    from ia3.tfew.task import Task
+
+_METHODS = {"zero_shot": "zero-shot", "trained": "trained", "majority": "majority class"}
+_METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
+
+
+def write(folder: Path, model: IA3Model, adapter: str, task: Task, results: dict[str, Any]) -> dict[str, Any]:
+    """Save an adapter and all that belongs to it; returns the results with the adapter's size."""
+    from ia3.checkpoint import WEIGHTS_NAME, save_adapter
+
+    task.save(folder / TASK_NAME)
+    save_adapter(model, folder, adapter)
+    results = {**results, "adapter_bytes": (folder / WEIGHTS_NAME).stat().st_size}
+    write_json(folder / "metrics.json", results)
+    with replacing(folder / "README.md") as path:
+        path.write_text(_model_card(folder, task, results), encoding="utf-8")
+    return results
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, in whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def print_table(out: Console, results: dict[str, Any]) -> None:
+    """One adapter's results."""
+    from rich.table import Table
+
+    if "trained" in results:
+        table = Table(title=f"{results['test_rows']} test rows")
+        for name in ("", *_METRICS.values()):
+            table.add_column(name, justify="right" if name else "left")
+        for key, name in _METHODS.items():
+            style = "bold" if key == "trained" else None
+            table.add_row(name, *(f"{results[key][metric]:.1%}" for metric in _METRICS), style=style)
+        out.print(table)
+    out.print(
+        f"{results['steps']} steps in {results['train_seconds']:.0f} s; {results['trainable_parameters']:,} trained "
+        f"parameters; adapter of {results['adapter_bytes'] / 1000:.0f} kB"
+    )
+
+
+def print_fleet_table(out: Console, members: Mapping[str, dict[str, Any]], seeds: Mapping[str, Sequence[str]]) -> None:
+    """A fleet's results, a row for each member and one for the mean of each group of seeds.
+
+    Args:
+        out: the console.
+        members: results by the member's name.
+        seeds: names of members that differ in the seed alone, by what they share.
+    """
+    from rich.markup import escape
+    from rich.table import Table
+
+    measured = {name: results for name, results in members.items() if "trained" in results}
+    if measured:
+        table = Table(title="Accuracy (macro-F1) on test rows")
+        table.add_column("", overflow="fold")
+        for name in ("rows", *_METHODS.values()):
+            table.add_column(name, justify="right")
+        for name, results in measured.items():
+            table.add_row(escape(name), str(results["test_rows"]), *_cells([results]))
+        for shared, names in seeds.items():
+            some = [measured[name] for name in names if name in measured]
+            if len(some) > 1:
+                table.add_row(escape(f"{shared} mean ± SD".strip()), "", *_cells(some), style="bold")
+        out.print(table)
+    first = next(iter(members.values()))
+    out.print(
+        f"{first['steps']} steps of {len(members)} adapters in {first['train_seconds']:.0f} s; "
+        f"{first['trainable_parameters']:,} trained parameters in each"
+    )
+
+
+def _cells(some: Sequence[dict[str, Any]]) -> list[str]:
+    """For each method accuracy and macro-F1: mean and standard deviation, or the value where all have the same."""
+    cells = []
+    for method in _METHODS:
+        texts = []
+        for metric in _METRICS:
+            values = [100 * results[method][metric] for results in some]
+            spread = f" ± {statistics.stdev(values):.1f}" if len(set(values)) > 1 else ""
+            texts.append(f"{statistics.mean(values):.1f}{spread}%")
+        cells.append(f"{texts[0]} ({texts[1]})")
+    return cells
+
+
+def _model_card(folder: Path, task: Task, results: dict[str, Any]) -> str:
+    lines = []
+    if "trained" in results:
+        lines = [f"| {results['test_rows']} test rows | accuracy | macro-F1 |", "|---|---:|---:|"]
+        lines += [
+            f"| {name} | {results[key]['accuracy']:.1%} | {results[key]['macro_f1']:.1%} |"
+            for key, name in _METHODS.items()
+        ]
+    base = results["model"]
+    how = f"{results['train_seconds']:.0f} s, seed {results['seed']}"
+    if "learning_rate" in results:
+        how += f", learning rate {results['learning_rate']}"
+    if "trained_at_once" in results:
+        how += f", {results['trained_at_once']} adapters at once"
+    choices = "\n".join(f"- `{label}`: {text}" for label, text in task.choices.items())
+    return f"""---
+base_model: {json.dumps(base)}
+library_name: peft
+tags:
+- ia3
+- t-few
+---
+
+# {task.name}
+
+{task.description or "A text classifier"}: an (IA)³ adapter ([arXiv:2205.05638](https://arxiv.org/abs/2205.05638)) for
+`{base}`, trained by `ia3 train` with T-Few's recipe on {results["train_examples"]} labelled examples in
+{results["steps"]} steps ({how}).
+{results["trainable_parameters"]:,} numbers, {results["adapter_bytes"] / 1000:.0f} kB.
+
+{chr(10).join(lines)}
+
+## The prompt
+
+```
+{task.template.rstrip()}
+```
+
+Labels and their answers:
+
+{choices}
+
+## Use
+
+```
+ia3 predict {folder.name} --data rows.csv
+```
+"""

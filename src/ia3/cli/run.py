@@ -1,0 +1,315 @@
+"""The work of `ia3 train`: measure, train all adapters at once, measure again, save."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from ia3.cli.common import progress
+from ia3.cli.results import write, write_json
+from ia3.errors import InputError, shown
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from ia3.tfew.task import Row, Task
+
+# Settings that a resumed run must share with the one that was interrupted.
+_RUN_NAME = "run.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """An adapter to train.
+
+    Attributes:
+        name: of its folder within the output folder, such as "seed-0"; "" for a single adapter in that folder itself.
+        shared: the same without the seed.
+        task: what its rows mean.
+        seed: decided which examples were drawn, and decides their order.
+        learning_rate: None: the recipe's.
+        examples: what it learns from.
+        test: what it is measured on; none: not at all.
+    """
+
+    name: str
+    shared: str
+    task: Task
+    seed: int
+    learning_rate: float | None
+    examples: Sequence[Row]
+    test: Sequence[Row]
+
+    def titled(self, text: str) -> str:
+        """A progress bar's title, with the name where there are several."""
+        return f"{text} {self.name}".strip()
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the command: jobs of different names, all on one base model.
+
+    Attributes:
+        model: the base model's name.
+        jobs: the adapters.
+        steps: optimizer steps.
+        examples_per_label: how many were drawn.
+        folder: where results go.
+    """
+
+    model: str
+    jobs: Sequence[Job]
+    steps: int
+    examples_per_label: int
+    folder: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.folder / "checkpoints"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that decides the result."""
+        return {
+            "model": self.model,
+            "steps": self.steps,
+            "examples_per_label": self.examples_per_label,
+            "members": {
+                job.name: {
+                    "task": job.task.model_dump(),
+                    "seed": job.seed,
+                    "learning_rate": job.learning_rate,
+                    "examples": hashlib.sha256(json.dumps(job.examples, default=str).encode()).hexdigest(),
+                }
+                for job in self.jobs
+            },
+        }
+
+    def checkpoint(self) -> str:
+        """The checkpoint to go on from.
+
+        Raises:
+            InputError: there is none, or it is of a run with other settings.
+        """
+        from ia3.trainer import last_checkpoint
+
+        found = last_checkpoint(self.checkpoints) if self.checkpoints.is_dir() else None
+        if found is None:
+            raise InputError(
+                f"Expected a checkpoint in {str(self.checkpoints)!r}, found none; start anew without --resume."
+            )
+        earlier = json.loads((self.checkpoints / _RUN_NAME).read_text(encoding="utf-8"))
+        different = _differences(earlier, self.settings)
+        if different:
+            raise InputError(
+                f"Expected the settings of the interrupted run, found another {shown(different)}; repeat its options, "
+                f"or start anew without --resume."
+            )
+        return found
+
+
+def _differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The settings in which two runs differ, by name."""
+    before, members = earlier.pop("members", {}), now["members"]
+    different = [key for key in now if key != "members" and earlier.get(key) != now[key]]
+    if list(before) != list(members):
+        return [*different, "members"]
+    pairs = [(before[name], members[name]) for name in members]
+    return different + list(dict.fromkeys(key for a, b in pairs for key in b if a.get(key) != b[key]))
+
+
+def run_jobs(out: Console, run: Run, checkpoint: str | None) -> dict[str, dict[str, Any]]:
+    """Do the work; returns the results of each job by its name.
+
+    Args:
+        out: where people read.
+        run: what to do.
+        checkpoint: of an interrupted run, to go on from.
+    """
+    jobs = run.jobs
+    with out.status("Loading the model …"):
+        from transformers import PrinterCallback, ProgressCallback, set_seed
+
+        from ia3 import IA3Config, IA3Model, load_base
+        from ia3.tfew import FleetTrainer, Member, training_arguments
+
+        base, tokenizer = load_base(run.model)
+        # Names in the model may hold neither the dots nor the slashes that names of folders may.
+        adapters = ["default"] if len(jobs) == 1 else [f"member{number}" for number in range(len(jobs))]
+        configs = {
+            adapter: IA3Config(task_type="CAUSAL_LM", base_model_name_or_path=base.name_or_path) for adapter in adapters
+        }
+        model = IA3Model(base, configs)
+
+    with progress(out) as bars:
+        arguments = training_arguments(
+            run.checkpoints,
+            run.steps,
+            seed=jobs[0].seed,
+            save_strategy="steps",
+            save_steps=max(1, min(10, run.steps // 4)),
+            save_total_limit=2,
+            disable_tqdm=True,
+        )
+        set_seed(jobs[0].seed)
+        members = [
+            Member(adapter, job.task, job.examples, job.seed, job.learning_rate)
+            for adapter, job in zip(adapters, jobs, strict=True)
+        ]
+        callback = _bars_callback(bars, {a: job.titled("Training") for a, job in zip(adapters, jobs, strict=True)})
+        trainer = FleetTrainer(model, arguments, tokenizer, members, callbacks=[callback])
+        for unwanted in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(unwanted)
+
+        def predicted(asked: Mapping[str, Sequence[tuple[Task, Row]]], adapters: Sequence[str] | None = None):
+            return _predicted(bars, model, tokenizer, asked, adapters)
+
+        zero_shot = _zero_shot(bars, jobs, predicted)
+        if checkpoint is None:  # a new run forgets the checkpoints of an earlier one
+            shutil.rmtree(run.checkpoints, ignore_errors=True)
+            write_json(run.checkpoints / _RUN_NAME, run.settings)
+        started = time.perf_counter()
+        try:
+            trained = trainer.train(resume_from_checkpoint=checkpoint)
+        except KeyboardInterrupt:
+            bars.stop()
+            _say_interrupted(run)
+            raise typer.Exit(130) from None
+        seconds = time.perf_counter() - started
+        after = _trained(bars, jobs, adapters, predicted)
+
+    results = {}
+    for adapter, job, before, then in zip(adapters, jobs, zero_shot, after, strict=True):
+        found: dict[str, Any] = {}
+        if job.test:
+            # The majority of the training rows says nothing when they are balanced; the test rows' own is the fair bar.
+            labels = [job.task.label(row) for row in job.test]
+            majority = Counter(labels).most_common(1)[0][0]
+            found = {
+                "zero_shot": before,
+                "trained": then,
+                "majority": job.task.metrics(labels, [majority] * len(labels)),
+            }
+        found |= {
+            "train_seconds": round(seconds, 2),
+            "train_loss": trained.metrics[f"train_loss/{adapter}"],
+            "steps": run.steps,
+            "seed": job.seed,
+            **({} if job.learning_rate is None else {"learning_rate": job.learning_rate}),
+            **({} if len(jobs) == 1 else {"trained_at_once": len(jobs)}),
+            "train_examples": len(job.examples),
+            "test_rows": len(job.test),
+            "trainable_parameters": sum(parameter.numel() for parameter in model.adapter_parameters(adapter)),
+            "model": base.name_or_path,
+            "task": job.task.name,
+        }
+        results[job.name] = write(run.folder / job.name, model, adapter, job.task, found)
+    return results
+
+
+_Predicted = Callable[..., dict[str, list[str]]]
+
+
+def _zero_shot(bars: Progress, jobs: Sequence[Job], predicted: _Predicted) -> list[dict[str, float] | None]:
+    """The untrained model's metrics on each job's test rows; a row of several jobs' goes through the model once."""
+    tasks = {id(job.task): job.task for job in jobs}
+    rows = {key: {id(row): row for job in jobs if id(job.task) == key for row in job.test} for key in tasks}
+    titles = {key: f"Zero-shot {task.name}" if len(tasks) > 1 else "Zero-shot" for key, task in tasks.items()}
+    found = predicted({titles[key]: [(task, row) for row in rows[key].values()] for key, task in tasks.items()})
+    labels = {key: dict(zip(rows[key], found[titles[key]], strict=True)) for key in tasks}
+    scores = [_scores(job, [labels[id(job.task)][id(row)] for row in job.test]) for job in jobs]
+    for key, task in tasks.items():
+        _note(bars, titles[key], task, [score for job, score in zip(jobs, scores, strict=True) if job.task is task])
+    return scores
+
+
+def _trained(
+    bars: Progress, jobs: Sequence[Job], adapters: Sequence[str], predicted: _Predicted
+) -> list[dict[str, float] | None]:
+    """The metrics of each job's adapter on its test rows."""
+    titles = [job.titled("Trained") for job in jobs]
+    asked = {title: [(job.task, row) for row in job.test] for title, job in zip(titles, jobs, strict=True)}
+    names = [adapter for adapter, job in zip(adapters, jobs, strict=True) for _ in job.test]
+    found = predicted(asked, names if len(jobs) > 1 else None)
+    scores = [_scores(job, found[title]) for title, job in zip(titles, jobs, strict=True)]
+    for title, job, score in zip(titles, jobs, scores, strict=True):
+        _note(bars, title, job.task, [score])
+    return scores
+
+
+def _predicted(
+    bars: Progress,
+    model: Any,
+    tokenizer: Any,
+    asked: Mapping[str, Sequence[tuple[Task, Row]]],
+    adapters: Sequence[str] | None,
+) -> dict[str, list[str]]:
+    """The label of each row, by the title of its bar; rows of all titles share batches."""
+    from ia3.tfew import predict
+
+    titles = [title for title, pairs in asked.items() for _ in pairs]
+    pairs = [pair for some in asked.values() for pair in some]
+    found: dict[str, list[str]] = {title: [] for title in asked}
+    if pairs:
+        ids = {title: bars.add_task(title, total=len(some), note="") for title, some in asked.items() if some}
+
+        def advance(done: list[int]) -> None:
+            for title, count in Counter(titles[index] for index in done).items():
+                bars.advance(ids[title], count)
+
+        tasks, rows = zip(*pairs, strict=True)
+        for title, item in zip(titles, predict(model, tokenizer, tasks, rows, advance, adapters), strict=True):
+            found[title].append(item.label)
+    return found
+
+
+def _scores(job: Job, predictions: list[str]) -> dict[str, float] | None:
+    return job.task.metrics([job.task.label(row) for row in job.test], predictions) if job.test else None
+
+
+def _note(bars: Progress, title: str, task: Task, scores: Sequence[dict[str, float] | None]) -> None:
+    """Show the headline number, a mean where jobs were measured on different rows, beside a bar that is full."""
+    values = [score[task.metric] for score in scores if score is not None]
+    for bar in bars.tasks:
+        if values and bar.description == title:
+            bars.update(bar.id, note=f"{task.metric.replace('_', '-')} {statistics.mean(values):.1%}")
+
+
+def _bars_callback(bars: Progress, titles: Mapping[str, str]) -> Any:
+    """A trainer's callback that shows each member's steps and loss."""
+    from transformers import TrainerCallback
+
+    class Bars(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            done, total = state.global_step, state.max_steps
+            self.ids = {a: bars.add_task(title, total=total, completed=done, note="") for a, title in titles.items()}
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+            for adapter, bar in self.ids.items():
+                if logs and f"loss/{adapter}" in logs:
+                    loss = float(logs[f"loss/{adapter}"])
+                    bars.update(bar, completed=state.global_step, note=f"loss {loss:.3f}")
+
+    return Bars()
+
+
+def _say_interrupted(run: Run) -> None:
+    from ia3.trainer import last_checkpoint
+
+    whole = last_checkpoint(run.checkpoints)
+    way = (
+        f"go on from {whole} with the same command and --resume" if whole else "start again: there is no checkpoint yet"
+    )
+    typer.echo(f"ia3: interrupted; {way}.", err=True)
