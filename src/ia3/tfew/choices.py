@@ -343,12 +343,12 @@ def _packing_is_exact(model: nn.Module, question: Question, pad_token_id: int) -
 
     # Two short rows show whether padding on the left is exact too, and how much rounding does to plain rows alone;
     # of the long row, the choice that ends last is the one that packing moves farthest.
-    short = [Question(question.prompt[-size:], question.choices[:4]) for size in (2, 8)]
+    short = [replace(question, prompt=question.prompt[-size:], choices=question.choices[:4]) for size in (2, 8)]
     last = _Tree(question.choices).farthest
     with evaluating(model), torch.no_grad():
         plain = scores(plain_rows(short, pad_token_id))
         noise = max(float((scores(plain_rows([q], pad_token_id)) - plain[i]).abs().max()) for i, q in enumerate(short))
-        far = scores(plain_rows([Question(question.prompt, [question.choices[last]])], pad_token_id))[0, 0]
+        far = scores(plain_rows([replace(question, choices=[question.choices[last]])], pad_token_id))[0, 0]
         if not torch.isfinite(plain).all() or not torch.isfinite(far):
             return True  # a broken adapter says nothing about the model; whoever uses the scores will see it
         try:

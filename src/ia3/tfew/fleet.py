@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -112,8 +111,7 @@ class FleetTrainer(TFewTrainer):
         weights = (unlikelihood_weight, length_normalized_weight, length_normalization)
         self._set_up(model, args, processing_class, steps, held_out or None, collate_questions, weights, **kwargs)
         # Whatever asks for clipping, here or in `Trainer`, asks the accelerator.
-        clip = functools.partial(self._clip_each, self.accelerator.clip_grad_norm_)
-        self.accelerator.clip_grad_norm_ = clip  # type: ignore[method-assign]
+        self.accelerator.clip_grad_norm_ = self._clip_each  # type: ignore[method-assign]
 
     @property
     def trained_adapters(self) -> list[str]:
@@ -160,12 +158,11 @@ class FleetTrainer(TFewTrainer):
                     optimizer.add_param_group({**group, "params": parameters, **rate})
         return optimizer
 
-    def _clip_each(self, clip: Callable, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
-        """Clip each member's gradients to a norm of their own; returns that of all, before."""
-        norm = clip(parameters, math.inf, norm_type)  # undoes, once, the scale of gradients in half precision
-        for mine in self._parameters.values():
-            nn.utils.clip_grad_norm_(mine, max_norm, norm_type)
-        return norm
+    def _clip_each(self, parameters: Any, max_norm: float, norm_type: float = 2) -> torch.Tensor:
+        """Clip each member's gradients to a norm of their own; returns that of all, before. (`parameters` are all.)"""
+        self.accelerator.unscale_gradients()
+        norms = [nn.utils.clip_grad_norm_(mine, max_norm, norm_type) for mine in self._parameters.values()]
+        return torch.linalg.vector_norm(torch.stack(norms), norm_type)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
