@@ -21,21 +21,6 @@ TEMPLATE = "review : {{ text }} answer :"
 CHOICES = "pos=good,neg=not good"
 
 
-@pytest.fixture
-def ia3(capsys, monkeypatch):
-    """Runs the command line in this process: exit code, standard output, standard error."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        code = ended.value.code or 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
-
-
 def write_csv(path, rows):
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])

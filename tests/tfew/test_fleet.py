@@ -92,7 +92,7 @@ def test_each_member_ends_where_it_would_have_ended_alone(tmp_path, options, fie
         assert metrics[f"train_loss/{member.name}"] == pytest.approx(result.training_loss, rel=1e-5)
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(
     counts=st.lists(st.integers(2, 20), min_size=1, max_size=3),
     size=st.integers(1, 9),
