@@ -36,7 +36,8 @@ def test_every_block_is_named_once_and_run_here_or_by_ci():
     assert None not in names and len(set(names)) == len(names)
     assert set(blocks("command")) == set(re.findall(r"\$\(readme (\w+)\)", (ROOT / ".ci" / "run").read_text()))
     assert set(blocks("example")) == {
-        "train", "template", "python", "peft", "modules", "rule", "several", "mixed", "bank", "auto", "convert", "task.yaml", "task", "task-python",
+        "train", "template", "python", "peft", "modules", "rule", "several", "mixed", "bank", "auto", "convert",
+        "task.yaml", "task", "task-python", "fleet", "fleet-python",
     }  # fmt: skip
 
 
@@ -51,6 +52,8 @@ def place(tmp_path_factory):
     for name in ("tickets", "checked", "new"):
         (folder / f"{name}.csv").write_text("message,queue\n" + "\n".join(lines) + "\n")
     (folder / "task.yaml").write_text(blocks("example")["task.yaml"])
+    other = blocks("example")["task.yaml"].replace("name: tickets", "name: urgency")
+    (folder / "urgency.yaml").write_text(other)
     torch.save(
         {"encoder.block.0.layer.0.SelfAttention.k.multi_lora_b": torch.ones(8, 1)}, folder / "t03b_ia3_finish.pt"
     )
@@ -63,7 +66,7 @@ def place(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", ["train", "template", "convert", "task"])
+@pytest.mark.parametrize("name", ["train", "template", "convert", "task", "fleet"])
 def test_commands(name, place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     commands = re.split(r"\n(?=ia3 )", blocks("example")[name].strip())
@@ -102,6 +105,14 @@ def test_the_base_model_is_found(place, monkeypatch):
     scope: dict = {}
     exec(compile(blocks("example")["auto"], "auto", "exec"), scope)
     assert scope["model"].dtype == torch.bfloat16
+
+
+def test_a_fleet_in_python(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    code = blocks("example")["fleet-python"]
+    exec(compile(code.replace("steps=40", "steps=2"), "fleet-python", "exec"), {})
+    assert "Prediction(label=" in capsys.readouterr().out
+    assert (place / "adapters" / "seeds" / "seed-2" / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.slow
