@@ -94,7 +94,7 @@ def test_each_member_ends_where_it_would_have_ended_alone(tmp_path, options, fie
 
 @settings(max_examples=4)
 @given(
-    counts=st.lists(st.integers(2, 20), min_size=1, max_size=3),
+    counts=st.lists(st.integers(2, 20), min_size=1, max_size=2),
     size=st.integers(1, 9),
     seed=st.integers(0, 2**31 - 10),
     steps=st.integers(1, 10),

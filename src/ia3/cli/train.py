@@ -131,13 +131,11 @@ def train(
         for one in all_seeds:
             examples, test = _drawn(source, examples_per_label, test_rows, one)
             for rate in rates:
-                names = [
-                    [] if tasks is None else [source.task.name],
-                    [] if seeds is None else [f"seed-{one}"],
-                    [] if learning_rates is None else [f"lr-{rate}"],
-                ]
-                name = "/".join([*names[0], "-".join(names[1] + names[2])]).rstrip("/")
-                shared = "/".join(names[0] + names[2])
+                task_part = "" if tasks is None else source.task.name
+                seed_part = "" if seeds is None else f"seed-{one}"
+                rate_part = "" if learning_rates is None else f"lr-{rate}"
+                name = _joined("/", task_part, _joined("-", seed_part, rate_part))
+                shared = _joined("/", task_part, rate_part)
                 jobs.append(Job(name, shared, source.task, one, rate, examples, test))
     for path in dict.fromkeys(path for job in jobs for path in (folder / job.name, (folder / job.name).parent, folder)):
         if path.is_file():
@@ -169,6 +167,10 @@ def _together(one: str, value: Any, other: str, others: Any) -> None:
     """Refuse two options that exclude each other."""
     if value is not None and others is not None:
         raise InputError(f"Expected {one} or {other}, one of the two, found both.")
+
+
+def _joined(separator: str, *parts: str) -> str:
+    return separator.join(part for part in parts if part)
 
 
 def _numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:

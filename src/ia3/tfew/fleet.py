@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 from ia3.errors import InputError, shown
 from ia3.model import IA3Model
 from ia3.tfew.choices import Question
-from ia3.tfew.trainer import TFewTrainer, collate_questions, divided, metrics_of, training_questions
+from ia3.tfew.trainer import TFewTrainer, divided, metrics_of, training_questions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,7 +87,7 @@ class FleetTrainer(TFewTrainer):
         members = list(members)
         _check(model, args, members, kwargs)
         self.members = {member.name: member for member in members}
-        # One that is active anyway has the whole batch, which every model can give it, also one that mixes rows.
+        # One that is active has all rows without being named, also in a model that cannot tell rows apart.
         self._alone = len(members) == 1 and model.active_adapters == [members[0].name]
         questions, held_out = {}, {}
         for member in members:
@@ -109,7 +109,7 @@ class FleetTrainer(TFewTrainer):
         self._parameters = {name: list(model.adapter_parameters(name)) for name in self.members}
         self._count_anew()
         weights = (unlikelihood_weight, length_normalized_weight, length_normalization)
-        self._set_up(model, args, processing_class, steps, held_out or None, collate_questions, weights, **kwargs)
+        self._set_up(model, args, processing_class, steps, held_out or None, weights, **kwargs)
         # Whatever asks for clipping, here or in `Trainer`, asks the accelerator.
         self.accelerator.clip_grad_norm_ = self._clip_each  # type: ignore[method-assign]
 
@@ -258,14 +258,16 @@ def _check(model: Any, args: TrainingArguments, members: Sequence[Member], kwarg
     # What would make a member's training another one than alone, or nothing at all.
     strategy = getattr(args, "train_sampling_strategy", "random")
     seedable = getattr(args.accelerator_config, "use_seedable_sampler", True)
-    conditions = {
-        "max_steps above 0: members' epochs differ in length": args.max_steps > 0,
-        "gradient_accumulation_steps of 1: batches go through the model in parts of limited size anyway; make them "
-        "larger (per_device_train_batch_size)": args.gradient_accumulation_steps == 1,
-        "one process with one device": args.world_size == 1 and args.n_gpu <= 1,
-        "train_sampling_strategy 'random', with the seedable sampler": strategy == "random" and seedable,
-        "no `optimizers`: a fleet makes its own, by the arguments' `optim`": "optimizers" not in kwargs,
+    alone = (args.world_size, max(1, args.n_gpu)) == (1, 1) and not args.deepspeed and not args.fsdp
+    requirements = {
+        f"max_steps above 0, found {args.max_steps}; members' epochs differ in length": args.max_steps > 0,
+        f"gradient_accumulation_steps of 1, found {args.gradient_accumulation_steps}; batches go through the model in "
+        f"parts anyway, so make them larger (per_device_train_batch_size)": args.gradient_accumulation_steps == 1,
+        f"one process with one device, found {args.world_size} with {args.n_gpu}, or DeepSpeed or FSDP": alone,
+        f"train_sampling_strategy 'random' with use_seedable_sampler, found {str(strategy)!r} and {seedable}": seedable
+        and strategy == "random",
+        "no `optimizers`, found some; a fleet makes its own of the arguments' `optim`": "optimizers" not in kwargs,
     }
-    for expected, met in conditions.items():
+    for text, met in requirements.items():
         if not met:
-            raise InputError(f"A fleet needs {expected}.")
+            raise InputError(f"For a fleet, expected {text}.")

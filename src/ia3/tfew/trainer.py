@@ -98,7 +98,7 @@ class TFewTrainer(Trainer):
         if held_out is not None:
             kwargs.setdefault("compute_metrics", metrics_of(task))
         weights = (unlikelihood_weight, length_normalized_weight, length_normalization)
-        self._set_up(model, args, processing_class, questions, held_out, collate_questions, weights, **kwargs)
+        self._set_up(model, args, processing_class, questions, held_out, weights, **kwargs)
 
     def _set_up(
         self,
@@ -107,7 +107,6 @@ class TFewTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase,
         train_dataset: Any,
         eval_dataset: Any,
-        data_collator: Callable[[list[Any]], dict[str, Any]],
         weights: tuple[float, float, float],
         **kwargs: Any,
     ) -> None:
@@ -118,7 +117,7 @@ class TFewTrainer(Trainer):
         super().__init__(
             model,
             args,
-            data_collator=data_collator,
+            data_collator=collate_questions,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
