@@ -85,6 +85,8 @@ def test_each_seed_is_the_plain_runs(train, ia3, tmp_path):
     spread = f" ± {statistics.stdev(trained):.1f}" if len(set(trained)) > 1 else ""
     assert f"{statistics.mean(trained):.1f}{spread}%" in out
     assert ia3("predict", tmp_path / "out" / "seed-3", "the tea was lovely")[0] == 0
+    code, _, err = ia3("predict", tmp_path / "out", "the tea was lovely")
+    assert code == 2 and "holds several" in err and "seed-4" in err
 
 
 def test_the_product_of_tasks_seeds_and_learning_rates(train, ia3, place, tmp_path, monkeypatch):
@@ -204,3 +206,17 @@ def test_a_file_where_a_folder_has_to_be(train, tmp_path):
     (tmp_path / "out" / "seed-1").touch()
     code, _, err = train(seeds="0,1")
     assert code == 2 and "found the file" in err and "seed-1" in err
+
+
+def test_help_shows_the_defaults(ia3):
+    code, out, _ = ia3("train", "--help")
+    assert code == 0
+    for text in (
+        "--seeds",
+        "--tasks",
+        "--learning-rates",
+        "[default: 0]",
+        "[default: the task's]",
+        "[default: adapters/",
+    ):
+        assert text in out

@@ -31,7 +31,7 @@ ModelOption = typer.Option(
     None,
     "--model",
     "-m",
-    help="Base model: a folder, a hub id or 'smollm2'. [default: the adapter's own]",
+    help="Base model: a folder, a hub id or 'smollm2'. \\[default: the adapter's own]",
     show_default=False,
 )
 JsonOption = typer.Option(False, "--json", help="Print machine-readable JSON on standard output and nothing else.")
@@ -93,6 +93,13 @@ def load_task(folder: str) -> Task:
     try:
         return Task.from_file(locate(folder, TASK_NAME))
     except InputError as error:
+        inner = [
+            str(path.parent) for depth in ("*", "*/*") for path in sorted(Path(folder).glob(f"{depth}/{TASK_NAME}"))
+        ]
+        if inner:
+            raise InputError(
+                f"Expected an adapter's folder, found {folder!r}, which holds several: {shown(inner)}."
+            ) from error
         if Path(folder).is_dir() and not Path(folder, TASK_NAME).is_file():
             raise InputError(
                 f"Expected a {TASK_NAME} beside the adapter in {folder!r}, found none: it was not trained by ia3 train; "

@@ -16,7 +16,7 @@ def convert(
     ),
     output: Path = typer.Option(..., "--output", "-o", help="Folder of the adapter; must not exist yet, or be empty."),
     base: str | None = typer.Option(
-        None, help="Base model to record, such as bigscience/T0_3B. [default: the source's own]", show_default=False
+        None, help="Base model to record, such as bigscience/T0_3B. \\[default: the source's own]", show_default=False
     ),
     json_output: bool = JsonOption,
 ) -> None:

@@ -24,7 +24,7 @@ def evaluate(
         None,
         "--data",
         "-d",
-        help="Labelled rows: .csv, .tsv, .jsonl, … [default: the task's test rows]",
+        help="Labelled rows: .csv, .tsv, .jsonl, … \\[default: the task's test rows]",
         show_default=False,
     ),
     model: str | None = ModelOption,

@@ -37,13 +37,15 @@ def train(
         None,
         "--data",
         "-d",
-        help="Labelled rows: .csv, .tsv, .jsonl, a data set's folder or hub id. [default: the task's]",
+        help="Labelled rows: .csv, .tsv, .jsonl, a data set's folder or hub id. \\[default: the task's]",
         show_default=False,
     ),
     text_column: str | None = typer.Option(
-        None, help="Column with the text. [default: 'text', or the only other one]", show_default=False
+        None, help="Column with the text. \\[default: 'text', or the only other one]", show_default=False
     ),
-    label_column: str | None = typer.Option(None, help="Column with the label. [default: 'label']", show_default=False),
+    label_column: str | None = typer.Option(
+        None, help="Column with the label. \\[default: 'label']", show_default=False
+    ),
     task: Path | None = typer.Option(
         None, "--task", help="A task.yaml instead: template, choices and data in one file.", show_default=False
     ),
@@ -53,22 +55,22 @@ def train(
     test_data: str | None = typer.Option(
         None,
         "--test-data",
-        help="Labelled rows to measure on. [default: the task's, else rows of --data that training leaves over]",
+        help="Labelled rows to measure on. \\[default: the task's, else rows of --data that training leaves over]",
         show_default=False,
     ),
     template: str | None = typer.Option(
         None,
-        help="Jinja template of the prompt, such as '{{ text }} Sentiment:'. [default: made from column and labels]",
+        help="Jinja template of the prompt, such as '{{ text }} Sentiment:'. \\[default: made from column and labels]",
         show_default=False,
     ),
     choices: str | None = typer.Option(
-        None, help="Answer text of each label: 'label=text,label=text'. [default: the labels]", show_default=False
+        None, help="Answer text of each label: 'label=text,label=text'. \\[default: the labels]", show_default=False
     ),
     examples_per_label: int = typer.Option(16, min=1, help="Training examples of each label, drawn at random."),
     test_rows: int = typer.Option(200, min=0, help="Measure on at most so many test rows, drawn at random; 0: on all."),
     steps: int = typer.Option(40, min=1, help="Optimizer steps, of 8 examples each."),
     seed: int | None = typer.Option(
-        None, help="Decides which examples are drawn, and their order. [default: 0]", show_default=False
+        None, help="Decides which examples are drawn, and their order. \\[default: 0]", show_default=False
     ),
     seeds: str | None = typer.Option(
         None, "--seeds", help="Several, an adapter for each: 0,1,2. All train at once.", show_default=False
@@ -76,14 +78,14 @@ def train(
     learning_rates: str | None = typer.Option(
         None,
         "--learning-rates",
-        help="Several, an adapter for each: 1e-3,3e-3. All train at once. [default: the recipe's, 3e-3]",
+        help="Several, an adapter for each: 1e-3,3e-3. All train at once. \\[default: the recipe's, 3e-3]",
         show_default=False,
     ),
     output: Path | None = typer.Option(
         None,
         "--output",
         "-o",
-        help="Folder of the adapter. [default: adapters/NAME; adapters/fleet with --tasks]",
+        help="Folder of the adapter. \\[default: adapters/NAME; adapters/fleet with --tasks]",
         show_default=False,
     ),
     resume: bool = typer.Option(False, "--resume", help="Go on from the last checkpoint of an interrupted run."),
