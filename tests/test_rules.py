@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 import ia3
 import tiny
 from ia3 import IA3Config, IA3Layer, InputError, WeightRule, register_rule
-from ia3.routing import Routing
+from ia3.routing import Routing, RowLayout
 from ia3.rules import RULES, Rule, find_rule
 
 sides = pytest.mark.parametrize("feedforward", [False, True], ids=["output", "input"])
@@ -807,3 +807,251 @@ def test_a_type_without_a_rule_is_named_with_its_path():
         assert word in message
     assert "\n" not in message
     assert not any(isinstance(module, IA3Layer) for module in holder.modules())
+
+
+# Rows of a batch with an adapter each.
+
+NAMES = ("a", "__base__", "b", "a")
+
+
+def of_two(base: nn.Module, feedforward: bool, **kwargs) -> IA3Layer:
+    """A layer with adapters `a` and `b` of random float64 values."""
+    layer = IA3Layer(base, Routing(), **kwargs)
+    torch.manual_seed(1)
+    for name in "ab":
+        layer.add(name, feedforward, ones=False)
+    return layer.double()
+
+
+def mixed(layer: nn.Module, names, *args, **kwargs):
+    routing = layer.routing
+    routing.rows = routing.gather(names, "ab")
+    try:
+        result = layer(*args, **kwargs)
+    finally:
+        routing.rows = None
+    return result if isinstance(layer, Weights) else first(result)
+
+
+class Weights(nn.Module):
+    """Of what an attention returns, its weights."""
+
+    def __init__(self, layer: IA3Layer, place: int = 1) -> None:
+        super().__init__()
+        self.layer, self.routing, self.place = layer, layer.routing, place
+
+    def forward(self, *args, **kwargs):
+        return self.layer(*args, **kwargs)[self.place]
+
+
+def check_rows(layer: IA3Layer, *args, names=NAMES, axis: int = 0, owners=None, **kwargs) -> torch.Tensor:
+    """Each place along an axis is as under its owner's adapter alone, and so are the gradients.
+
+    The owners, as numbers of rows, are blocks of equal size by default.
+    """
+    found = mixed(layer, names, *args, **kwargs)
+    length = found.shape[axis]
+    owners = torch.arange(length) // (length // len(names)) if owners is None else owners
+    direction = torch.randn(found.shape, generator=torch.Generator().manual_seed(5), **DOUBLE)
+    (found * direction).sum().backward()
+    grads = {name: layer.ia3_l[name].grad.clone() for name in "ab"}
+    layer.zero_grad()
+    for name in {*names}:
+        layer.routing.switch(active=() if name == "__base__" else (name,))
+        places = torch.tensor([place for place in range(length) if names[owners[place]] == name])
+        alone = first(layer(*args, **kwargs))
+        expected = alone.index_select(axis, places)
+        torch.testing.assert_close(found.index_select(axis, places), expected, rtol=1e-10, atol=1e-10)
+        rest = torch.tensor([place for place in range(length) if names[owners[place]] != name])
+        assert (found - alone).index_select(axis, rest).abs().max() > 1e-3
+        if name != "__base__":
+            (expected * direction.index_select(axis, places)).sum().backward()
+            torch.testing.assert_close(layer.ia3_l[name].grad, grads[name], rtol=1e-9, atol=1e-9)
+            layer.zero_grad()
+    with pytest.raises(InputError, match="one adapter at a time"):
+        mixed(layer, ("a", "b") * length, *args, **kwargs)  # more rows than the axis is long
+    return found
+
+
+@settings(max_examples=60)
+@given(
+    names=st.lists(st.sampled_from(["a", "b", "__base__"]), min_size=1, max_size=5),
+    block=st.integers(1, 3),
+    inner=st.lists(st.integers(1, 3), max_size=2),
+    kind=st.sampled_from(["linear", "conv1d"]),
+    feedforward=st.booleans(),
+    by_column=st.booleans(),
+)
+def test_rows_of_a_linear_map_are_the_formula(names, block, inner, kind, feedforward, by_column):
+    base = filled(nn.Linear(5, 7) if kind == "linear" else Conv1D(7, 5))
+    weight = base.weight if kind == "linear" else base.weight.T
+    by_column = by_column and bool(inner)
+    layer = of_two(base, feedforward, row_axis=1 if by_column else 0)
+    vectors = {name: layer.ia3_l[name].detach().flatten() for name in "ab"}
+    vectors["__base__"] = torch.ones(5 if feedforward else 7, **DOUBLE)
+    x = torch.randn(len(names), block, *inner, 5, generator=torch.Generator().manual_seed(2), **DOUBLE)
+    expected = torch.stack(
+        [
+            (x[row] * vectors[name]) @ weight.T + base.bias
+            if feedforward
+            else (x[row] @ weight.T + base.bias) * vectors[name]
+            for row, name in enumerate(names)
+        ]
+    )
+    x, expected = x.flatten(0, 1), expected.flatten(0, 1)
+    found = mixed(layer, names, x.transpose(0, 1).contiguous() if by_column else x)
+    found = found.transpose(0, 1) if by_column else found
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    length = len(x) * 2 + 1
+    if len(names) > 1 and length % len(names):
+        with pytest.raises(InputError, match=f"hold {len(names)} rows, or blocks of them, found {length}:"):
+            mixed(of_two(base, feedforward), names, torch.randn(length, *inner, 5, **DOUBLE))
+
+
+@pytest.mark.parametrize("rows", [4, 8])
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+@sides
+def test_rows_of_a_convolution(case, rows, feedforward):
+    base, x = make_convolution(case)
+    x = torch.cat([x + step for step in range(rows // 2)])
+    layer = of_two(base, feedforward)
+    found = check_rows(layer, x)
+    before, after = (torch.ones(count, **DOUBLE) for count in (base.in_channels, base.out_channels))
+    vector = layer.ia3_l["b"].detach().flatten()
+    sides = (vector, after) if feedforward else (before, vector)
+    block = slice(2 * rows // 4, 3 * rows // 4)  # the third row's
+    torch.testing.assert_close(found[block], convolution(base, x[block], *sides), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 3), (8, 2)])
+def test_rows_of_an_embedding(shape):
+    layer = of_two(filled(nn.Embedding(9, 4)), False)
+    check_rows(layer, torch.arange(100)[: torch.Size(shape).numel()].view(shape) % 9)
+
+
+@pytest.mark.parametrize("case", ATTENTIONS)
+@pytest.mark.parametrize("masked", [None, "shared", "padding", "each"])
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_rows_of_an_attention(case, masked, need_weights):
+    base = make_attention(case)
+    torch.manual_seed(3)
+    q, k, v = (torch.randn(4, n, w, **DOUBLE) for n, w in ((3, 8), (4, base.kdim), (4, base.vdim)))
+    if not base.batch_first:
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    masks = {
+        None: {},
+        "shared": {"attn_mask": torch.triu(torch.ones(3, 4, dtype=torch.bool), 1)},
+        "padding": {"key_padding_mask": torch.triu(torch.ones(4, 4, dtype=torch.bool), 1)},
+        "each": {"attn_mask": torch.randn(8, 3, 4, **DOUBLE)},  # rows times heads
+    }
+    layer = of_two(base, False)
+    check_rows(layer, q, k, v, axis=0 if base.batch_first else 1, need_weights=need_weights, **masks[masked])
+    if need_weights:
+        found = mixed(Weights(layer), NAMES, q, k, v, **masks[masked])
+        for row, name in enumerate(NAMES):
+            layer.routing.switch(active=() if name == "__base__" else (name,))
+            torch.testing.assert_close(found[row], layer(q, k, v, **masks[masked])[1][row])
+
+
+@pytest.mark.parametrize("arch", MIXTURES)
+def test_rows_of_experts(arch):
+    """Two tokens a row, which choose their experts."""
+    layer = of_two(experts(arch), True)
+    torch.manual_seed(3)
+    if arch == "llama4_text":  # every expert gets all tokens
+        check_rows(layer, torch.randn(24, 16, **DOUBLE), owners=torch.arange(24) % 8 // 2)
+        return
+    x, weights = torch.randn(8, 16, **DOUBLE), torch.rand(8, 2, **DOUBLE)
+    chosen = torch.tensor([[0, 1], [1, 2], [2, 0], [0, 2], [1, 0], [2, 1], [0, 1], [0, 2]])
+    found = check_rows(layer, x, chosen, weights)
+    vectors = layer.ia3_l["b"].detach()[:, 0]
+    for t in (4, 5):
+        parts = [weights[t, k] * expert(layer.base_layer, arch, e, x[t], vectors[e]) for k, e in enumerate(chosen[t])]
+        torch.testing.assert_close(found[t].detach(), sum(parts), rtol=1e-10, atol=1e-10)
+
+
+def test_rows_of_experts_that_get_rows_and_choices_of_tokens():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down_proj = nn.Parameter(torch.randn(3, 5, 6))
+
+        def forward(self, x, chosen, scale=None):
+            flat = torch.stack([self.down_proj[e] @ token for e, token in zip(chosen, x.flatten(0, 1), strict=True)])
+            return (flat * scale[:, None]).view(*x.shape[:2], 5)
+
+    layer = of_two(filled(Experts()), True)
+    x, chosen = torch.randn(4, 3, 6, **DOUBLE), torch.arange(12) % 3
+    check_rows(layer, x, chosen, scale=torch.rand(12, **DOUBLE))
+
+
+@pytest.mark.parametrize("two_streams", [False, True])
+def test_rows_of_xlnets_attention(two_streams):
+    made = transformers.XLNetConfig(vocab_size=tiny.VOCAB, d_model=16, n_layer=1, n_head=2, d_inner=12, dropout=0.0)
+    layer = of_two(filled(transformers.XLNetModel(made)).layer[0].rel_attn, False)
+    torch.manual_seed(3)
+    h, g = torch.randn(3, 4, 16, **DOUBLE), torch.randn(2, 4, 16, **DOUBLE) if two_streams else None
+    arguments = {"h": h, "g": g, "attn_mask_h": None, "attn_mask_g": None, "r": torch.randn(6, 4, 16, **DOUBLE)}
+    if two_streams:
+        arguments["target_mapping"] = torch.eye(2, 3, **DOUBLE)[:, :, None].expand(-1, -1, 4)
+    arguments["seg_mat"] = None
+    check_rows(layer, **arguments, axis=1)
+    found = mixed(Weights(layer, 2), NAMES, **arguments, output_attentions=True)
+    for row, name in enumerate(NAMES):
+        layer.routing.switch(active=() if name == "__base__" else (name,))
+        expected = layer(**arguments, output_attentions=True)[2]
+        for weights, wanted in zip(*[[x] if torch.is_tensor(x) else x for x in (found, expected)], strict=True):
+            torch.testing.assert_close(weights[:, :, row], wanted[:, :, row])
+
+
+@pytest.mark.usefixtures("own_rules")
+def test_rows_of_a_rule_of_ones_own():
+    """A rule without an axis says how its module holds rows, or rows cannot differ; one row can always have its own."""
+    register_rule(TwoInOne, KeyRule())
+    layer, x = of_two(filled(TwoInOne(4)), False), torch.randn(4, 4, **DOUBLE)
+    with pytest.raises(InputError, match="Rows of a TwoInOne cannot have different adapters"):
+        mixed(layer, NAMES, x)
+
+    class Dividing(KeyRule):
+        def rows(self, module):
+            return RowLayout()
+
+    register_rule(TwoInOne, Dividing())
+    check_rows(of_two(filled(TwoInOne(4)), False), x)
+
+    class Clipping(WeightRule):
+        def scale(self, activation, vector):
+            return super().scale(activation, vector.clamp(max=1))
+
+    register_rule(Columns, Clipping("n_in", "n_out", weight_in=-2, weight_out=-1))
+    check_rows(of_two(filled(Columns(3, 5)), True), torch.randn(4, 2, 3, **DOUBLE))
+
+
+def test_rows_of_sorted_experts_are_refused():
+    layer = of_two(filled(modeling_jetmoe.JetMoeParallelExperts(3, 5, 7)), True)
+    with pytest.raises(InputError, match="Rows of a JetMoeParallelExperts"):
+        mixed(layer, NAMES, torch.randn(8, 5, **DOUBLE), [3, 1, 4])
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_rows_of_torchs_encoder(batch_first):
+    """Right in training, where torch calls its layers; refused where it looks at their weights, for its fast path."""
+    targets = ["self_attn", "linear1", "linear2"]
+    model = in_encoder(encoder(batch_first), *targets, feedforward=["linear2"])
+    model.add_adapter("other", IA3Config(target_modules=targets, feedforward_modules=["linear2"]))
+    tiny.randomize(model, 2, "other")
+    model.double()
+    x = torch.randn(4, 4, 8, generator=torch.Generator().manual_seed(3), **DOUBLE)
+    names = ["default", "other", "__base__", "default"]
+    with torch.no_grad():
+        if batch_first:
+            with pytest.raises(InputError, match="reads the"):
+                model(x, adapter_names=names)
+        model.train()
+        found = model(x, adapter_names=names)
+        for row, name in enumerate(names):
+            model.routing.switch(active=() if name == "__base__" else (name,))
+            expected = model(x)
+            at = (slice(None), row) if not batch_first else row
+            torch.testing.assert_close(found[at], expected[at])

@@ -54,6 +54,8 @@ def row_axis(path: str, parent: nn.Module) -> int | None:
     """
     if _SCATTERED.search(path):
         return None
+    if getattr(getattr(parent, "self_attn", None), "batch_first", True) is False:  # torch's own transformer layers
+        return 1
     return 1 if f"{type(parent).__module__.rpartition('.')[2]}.{type(parent).__name__}" in _TIME_FIRST else 0
 
 

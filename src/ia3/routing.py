@@ -59,11 +59,13 @@ class RowLayout(NamedTuple):
         divide: arguments can be divided among adapters, those that are as long along it or hold tokens one after the
             other; False: the module has to run on the whole batch for each of them.
         copies: how many times the batch stands along the axis, one after the other.
+        results: of several results, the axis of rows in each, where it is not `axis` in all.
     """
 
     axis: int = 0
     divide: bool = True
     copies: int = 1
+    results: tuple[int, ...] = ()
 
 
 class Rows:
@@ -102,7 +104,7 @@ class Rows:
         """
         if len(self.groups) == 1:
             return call(0, *args, **kwargs)
-        axis, divide, copies = layout or RowLayout()
+        axis, divide, copies, results = layout or RowLayout()
         values = [*args, *kwargs.values()]
         for value in values:
             _require_plain(value)
@@ -126,9 +128,9 @@ class Rows:
         for group, rows in enumerate(self.groups):
             chosen = [part_of(value, rows) for value in values]
             part = call(group, *chosen[: len(args)], **dict(zip(kwargs, chosen[len(args) :], strict=True)))
-            parts.append(part if divide else _selected(part, places(length, rows), axis))
+            parts.append(part if divide else _selected(part, places(length, rows), results or axis))
         order = torch.cat([places(length, rows) for rows in self.groups]).argsort()
-        return _joined(parts, order, axis)
+        return _joined(parts, order, results or axis)
 
 
 def _require_plain(value: Any) -> None:
@@ -152,19 +154,25 @@ def check_rows(length: int, rows: int) -> None:
         )
 
 
-def _selected(result: Any, place: torch.Tensor, axis: int) -> Any:
-    if isinstance(result, torch.Tensor):
-        return result.index_select(axis, place)
-    return (
-        type(result)(_selected(part, place, axis) for part in result) if isinstance(result, (tuple, list)) else result
-    )
+def _axes(axis: int | tuple[int, ...], count: int) -> tuple[int, ...]:
+    """The axis of rows in each of so many results, and in those of the first when there is one only."""
+    return (axis,) * count if isinstance(axis, int) else (*axis, *[axis[-1]] * count)[:count]
 
 
-def _joined(parts: Sequence[Any], order: torch.Tensor, axis: int) -> Any:
+def _selected(result: Any, place: torch.Tensor, axis: int | tuple[int, ...]) -> Any:
+    if isinstance(result, (tuple, list)):
+        axes = _axes(axis, len(result))
+        return type(result)(_selected(part, place, axes[i]) for i, part in enumerate(result))
+    return result.index_select(_axes(axis, 1)[0], place) if isinstance(result, torch.Tensor) else result
+
+
+def _joined(parts: Sequence[Any], order: torch.Tensor, axis: int | tuple[int, ...]) -> Any:
     """The groups' results as one, in the order of the rows."""
     first = parts[0]
     if isinstance(first, (tuple, list)):
-        return type(first)(_joined(part, order, axis) for part in zip(*parts, strict=True))
+        axes = _axes(axis, len(first))
+        return type(first)(_joined(part, order, axes[i]) for i, part in enumerate(zip(*parts, strict=True)))
+    axis = _axes(axis, 1)[0]
     if first is None:
         return None
     if not isinstance(first, torch.Tensor):

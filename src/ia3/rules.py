@@ -187,7 +187,8 @@ class MultiheadAttentionRule(_KeyValueRule):
         return {name: _multiply(parameters[name], *factors[name]) for name in factors if name in parameters}
 
     def rows(self, module: nn.Module) -> RowLayout:
-        return RowLayout(0 if module.batch_first else 1, divide=False)  # masks have their rows on other axes
+        # Masks have their rows on other axes, the returned weights always on the first.
+        return RowLayout(0 if module.batch_first else 1, divide=False, results=(0 if module.batch_first else 1, 0))
 
 
 class XLNetAttentionRule(_KeyValueRule):
@@ -203,7 +204,7 @@ class XLNetAttentionRule(_KeyValueRule):
         return {name: (parameters[name] * part).to(parameters[name].dtype) for name, part in (("k", key), ("v", value))}
 
     def rows(self, module: nn.Module) -> RowLayout:
-        return RowLayout(1, divide=False)
+        return RowLayout(1, divide=False, results=(1, 1, 2))  # of both streams, and their attention weights
 
 
 @dataclass(frozen=True)
