@@ -4,6 +4,7 @@ The compiler stops before it would write machine code.
 """
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -213,7 +214,7 @@ def test_compiled_after_being_changed_whole(copied):
     assert tiny.relative_error(run(**inputs("llama")).logits, model(**inputs("llama")).logits) <= 1e-5
 
 
-def test_mixtral_compiles_without_a_break():
+def mixtral():
     made = transformers.MixtralConfig(
         vocab_size=tiny.VOCAB,
         hidden_size=16,
@@ -228,9 +229,15 @@ def test_mixtral_compiles_without_a_break():
     base = transformers.MixtralForCausalLM._from_config(made, experts_implementation="batched_mm").eval()
     fields = {"target_modules": ["k_proj", "v_proj", "experts"], "feedforward_modules": ["experts"]}
     model = ia3.get_peft_model(base, IA3Config(**fields), adapter_name="one").eval()
-    model.add_adapter("two", IA3Config(**fields))
-    for seed, name in enumerate(("one", "two"), start=1):
+    for seed, name in enumerate(("two", "three"), start=2):
+        model.add_adapter(name, IA3Config(**fields))
         tiny.randomize(model, seed, name)
+    tiny.randomize(model, 1, "one")
+    return model
+
+
+def test_mixtral_compiles_without_a_break():
+    model = mixtral()
     run = compiled(model)
     expected = model(**inputs("llama")).logits
     assert tiny.relative_error(run(**inputs("llama")).logits, expected) <= 1e-5
@@ -271,3 +278,109 @@ def test_an_attention_compiles_without_a_break(widths, targets):
         assert tiny.relative_error(found, expected) <= 1e-5
         for key, gradient in gradients(model, name).items():
             assert tiny.relative_error(grads[key], gradient) <= 1e-4
+
+
+# Batches whose rows have an adapter each.
+
+BASE = "__base__"
+ONE_LAYER = {"llama": {"num_hidden_layers": 1}, "t5": {"num_layers": 1}, "bert": {"num_hidden_layers": 1}}
+MIXES = (
+    ("one", "two", BASE),
+    ("three", BASE, "one"),
+    ("two", "two", "two"),
+    ("one", "three", "one"),
+    (BASE, BASE, BASE),
+)
+
+
+@pytest.mark.parametrize("arch", ["llama", "t5"])
+def test_new_mixes_of_adapters_do_not_recompile(arch):
+    """Also when what is compiled first has no names; and going back to none does not either."""
+    # Gradients are a property of compiled code.
+    model = adapted(arch, base=tiny.build(arch, **ONE_LAYER[arch])).requires_grad_(False)
+    run = compiled(model)
+    batch = inputs(arch)
+    seen = [run(**batch).logits]
+    found = run(**batch, adapter_names=MIXES[0]).logits
+    assert tiny.relative_error(found, model(**batch, adapter_names=MIXES[0]).logits) <= 1e-5
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for names in MIXES:
+            found = run(**batch, adapter_names=names).logits
+            assert tiny.relative_error(found, model(**batch, adapter_names=names).logits) <= 1e-5
+            assert all(not torch.equal(found, other) for other in seen)
+            seen.append(found)
+            assert torch.equal(run(**batch).logits, seen[0])
+        model.set_adapter("two", inference_mode=True)
+        assert torch.equal(run(**batch, adapter_names=MIXES[1]).logits, seen[2])
+        assert torch.equal(run(**batch).logits, seen[3])
+        other = threading.Thread(target=lambda: seen.append(run(**batch, adapter_names=MIXES[0]).logits))
+        other.start()  # a thread that has had no rows yet
+        other.join()
+        assert torch.equal(seen[-1], seen[1])
+    with pytest.raises(ia3.InputError, match="Row 1"):
+        run(**batch, adapter_names=["one", "nobody", "one"])
+    assert torch.equal(run(**batch).logits, seen[3])
+
+
+def test_training_on_mixes_does_not_recompile():
+    model = adapted("llama", base=tiny.build("llama", **ONE_LAYER["llama"]))
+    model.set_requires_grad(["one", "two", "three"])
+    run = compiled(model)
+    run(**inputs("llama"), adapter_names=MIXES[0]).logits.sum().backward()
+    model.zero_grad()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for names in MIXES[:4]:
+            grads = []
+            for each in (run, model):
+                each(**inputs("llama"), adapter_names=names).logits.square().sum().backward()
+                grads.append({path: p.grad for path, p in model.named_parameters() if ".ia3_l." in path})
+                model.zero_grad()
+            for path, found in grads[0].items():
+                assert (found is not None) is (path.rpartition(".")[2] in names)
+                assert found is None or tiny.relative_error(found, grads[1][path]) <= 1e-4
+
+
+@pytest.mark.parametrize("kind", ["heads", "experts"])
+def test_what_goes_adapter_by_adapter_does_so_between_compiled_parts(kind):
+    model, arch = (
+        (adapted("bert", base=tiny.build("bert", **ONE_LAYER["bert"])), "bert")
+        if kind == "heads"
+        else (mixtral(), "llama")
+    )
+    model.requires_grad_(False)
+    run = torch.compile(model, backend="aot_eager")
+    batch = inputs(arch)
+    run(**batch, adapter_names=MIXES[0])
+    plain = run(**batch).logits
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for names in MIXES:
+            found = run(**batch, adapter_names=names).logits
+            assert tiny.relative_error(found, model(**batch, adapter_names=names).logits) <= 1e-5
+        assert torch.equal(run(**batch).logits, plain)
+
+
+def test_an_adapted_model_in_a_compiled_function():
+    """Whole when all rows have one adapter; with names there is a break around the model."""
+    model, batch = (
+        adapted("llama", base=tiny.build("llama", **ONE_LAYER["llama"])).requires_grad_(False),
+        inputs("llama"),
+    )
+
+    def answer(names=None):
+        return model(**batch, adapter_names=names).logits * 2
+
+    whole, broken = (torch.compile(answer, backend="aot_eager", fullgraph=full) for full in (True, False))
+    assert tiny.relative_error(whole(), answer()) <= 1e-5
+    for names in (None, *MIXES[:2], None):
+        assert tiny.relative_error(broken(names), answer(names)) <= 1e-5
+    assert model.routing.rows is None
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_adapted_model_is_exported(strict):
+    model, batch = adapted("llama", base=tiny.build("llama", **ONE_LAYER["llama"])), inputs("llama")
+    with torch.no_grad():
+        expected = model(**batch).logits
+        model(**batch, adapter_names=MIXES[0])
+        exported = torch.export.export(model, (), batch, strict=strict).module()
+        assert tiny.relative_error(exported(**batch).logits, expected) <= 1e-6
