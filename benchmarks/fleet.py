@@ -7,7 +7,7 @@
 
 Whole: seconds from the start of a process to its end: imports, loading, zero-shot, training, measuring, saving. Training:
 what the command itself measures. Memory: the largest resident set of a process. The short form
-`--steps 8 --test-rows 24` takes about three minutes.
+`--seeds 3 --steps 3 --test-rows 8 --threads 1` takes about four minutes on a busy core.
 """
 
 from __future__ import annotations
