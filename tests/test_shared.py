@@ -119,6 +119,27 @@ def test_each_place_of_a_shared_module_is_rescaled():
 
 
 @pytest.mark.parametrize("kind", [Twice, Hybrid])
+def test_rows_of_shared_modules_have_their_own_adapters_at_every_place(kind):
+    model = adapted(kind)
+    model.add_adapter("two", IA3Config(target_modules=["key"], feedforward_modules=[]))
+    tiny.randomize(model.double(), 2, "two")
+    model.set_requires_grad(["default", "two"])
+    names = ["two", "__base__", "default"]
+    found = model(X, adapter_names=names)
+    found.square().sum().backward()
+    grads = {path: p.grad for path, p in model.named_parameters() if ".ia3_l." in path}
+    model.zero_grad()
+    for row, name in enumerate(names):
+        model.routing.switch(active=() if name == "__base__" else (name,))
+        expected = model(X)[row]
+        torch.testing.assert_close(found[row], expected, rtol=1e-12, atol=1e-12)
+        if name != "__base__":
+            expected.square().sum().backward()
+    for path, gradient in grads.items():
+        torch.testing.assert_close(gradient, model.get_parameter(path).grad, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", [Twice, Hybrid])
 @pytest.mark.parametrize("how", ["unload", "delete_adapter", "merge_and_unload"])
 def test_all_paths_are_given_back(kind, how):
     base = kind().double()
@@ -188,6 +209,9 @@ def test_a_shared_head_trained_in_full_is_one_copy():
     trained = model.trained_modules
     assert len(trained) == 1
     expected = model(X).detach()
+    plain = Heads().double()(X)
+    mixed = model(X, adapter_names=["default", "__base__", "default"])
+    torch.testing.assert_close(mixed, torch.stack([expected[0], plain[1], expected[2]]))
     merged = copy.deepcopy(model).merge_and_unload()
     torch.testing.assert_close(merged(X).detach(), expected)
     model.unload()

@@ -182,6 +182,23 @@ class BesidePeft(RuleBasedStateMachine):
     def unmerge(self):
         self.both(lambda model: model.base_model.unmerge_adapter())
 
+    @rule(data=st.data())
+    def mix(self, data):
+        """Each row as under its adapter alone, which the invariants hold against PEFT's."""
+        names = data.draw(st.lists(st.sampled_from([*self.names, "__base__"]), min_size=4, max_size=4))
+        if self.merged:
+            with pytest.raises(ia3.InputError, match="merged into the weights"):
+                self.ours(X, adapter_names=names)
+            return
+        found = self.ours(X, adapter_names=names).detach()
+        active = self.ours.routing.active
+        for row, name in enumerate(names):
+            self.ours.routing.switch(active=() if name == "__base__" else (name,))
+            torch.testing.assert_close(found[row], self.ours(X)[row].detach(), rtol=1e-4, atol=1e-5)
+        self.ours.routing.switch(active=active)
+        if self.off or {*names} == {"__base__"}:
+            torch.testing.assert_close(found, self.plain, rtol=1e-4, atol=1e-5)
+
     @invariant()
     def outputs_are_pefts(self):
         found = self.ours(X).detach()

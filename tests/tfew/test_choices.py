@@ -222,6 +222,59 @@ class TestScoreChoices:
             assert found.tolist() == pytest.approx(alone(llama, Question(ids[0], ids[1:])), abs=1e-4)
             assert found.dtype == torch.float32 and found.device.type == "cpu"
 
+    @pytest.mark.parametrize("name, packed", [("llama", True), ("bloom", False)])
+    def test_each_prompt_is_answered_by_its_adapter(self, name, packed):
+        """In packed rows and in plain ones, in several batches that each hold more than one adapter."""
+        sizes = {} if packed else {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": tiny.VOCAB}
+        base = tiny.build("llama") if packed else transformers.BloomForCausalLM(transformers.BloomConfig(**sizes))
+        model = IA3Model(tiny.randomized(base.eval(), 0.2), {"one": IA3Config(), "two": IA3Config()})
+        for seed, adapter in enumerate(model.peft_config):
+            tiny.randomize(model, seed, adapter)
+        tokenizer = words.tokenizer()
+        prompts = ["the tea was", "review : the soup is", "a cake", "the cake was lovely and the tea was", "it is"]
+        texts = [[" good", " not good"], [" bad"], [" fine", " awful and stale today"], [" good", " bad"], [" not bad"]]
+        names = ["two", "one", "__base__", "one", "two"]
+        batches_seen = []
+        found = score_choices(
+            model, tokenizer, prompts, texts, batch_tokens=20, on_progress=batches_seen.append, adapter_names=names
+        )
+        assert len(batches_seen) > 1 and max(batches_seen) > 1
+        assert ("position_ids" in collate(model, encode(tokenizer, prompts, texts))) is packed
+        for row, adapter in enumerate(names):
+            results = {}
+            for each in ("one", "two", "__base__"):
+                model.routing.switch(active=() if each == "__base__" else (each,))
+                results[each] = score_choices(model, tokenizer, [prompts[row]], [texts[row]])[0]
+            torch.testing.assert_close(found[row], results.pop(adapter), rtol=1e-4, atol=1e-4)
+            assert all((found[row] - other).abs().max() > 1e-3 for other in results.values())
+        assert model.routing.rows is None
+
+    @pytest.mark.parametrize(
+        "names, message",
+        [
+            (["one"], "the 3 prompts, found 1"),
+            ([], "the 3 prompts, found 0"),
+            ("one", "a list of a name for each row"),
+            ([None, "one", "one"], "a list of a name for each row"),  # not the active one, for all
+            (["one", "one", "own"], "Row 2: adapter 'own' does not exist; close to it: 'one'"),  # by the prompts' order
+        ],
+    )
+    def test_adapter_names_that_do_not_fit(self, llama, names, message):
+        model, seen = IA3Model(llama, IA3Config(), "one"), []
+        with pytest.raises(InputError, match=message):
+            score_choices(
+                model,
+                words.tokenizer(),
+                ["the tea was", "the soup is today", "tea"],
+                [["good"]] * 3,
+                batch_tokens=1,
+                on_progress=seen.append,
+                adapter_names=names,
+            )
+        assert not seen and model.routing.rows is None
+        with pytest.raises(InputError, match=r"IA3Model, .* found a LlamaForCausalLM"):
+            score_choices(model.unload(), words.tokenizer(), ["tea"], [["good"]], adapter_names=["one"])
+
     def test_length_normalization_is_a_power(self, llama):
         tokenizer = words.tokenizer()
         made = encode(tokenizer, ["the tea was"], [["not good", "bad"]])

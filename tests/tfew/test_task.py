@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import tiny
 import words
-from ia3 import InputError
+from ia3 import IA3Config, IA3Model, InputError
 from ia3.tfew import Task, few_shot, predict, read_rows
 
 TEMPLATE = "review : {{ text }} answer :"
@@ -295,3 +295,18 @@ class TestPredict:
     def test_an_empty_row_is_named_before_any_work(self, task):
         with pytest.raises(InputError, match="row 2"):
             predict(tiny.build("llama"), words.tokenizer(), task, [{"text": "tea"}, {"text": " "}])
+
+    def test_each_row_by_its_adapter(self, task, llama):
+        model = IA3Model(llama, {"one": IA3Config(), "two": IA3Config()})
+        rows, tokenizer, names = words.rows(6), words.tokenizer(), ["one", "two", "__base__"] * 2
+        for seed, name in enumerate(("one", "two")):
+            tiny.randomize(model, seed, name)
+        found = predict(model, tokenizer, task, rows, adapter_names=names)
+        for start, name in enumerate(names[:3]):
+            model.routing.switch(active=() if name == "__base__" else (name,))
+            for row in (start, start + 3):
+                alone = predict(model, tokenizer, task, [rows[row]])[0]
+                assert found[row].label == alone.label
+                assert found[row].probabilities == pytest.approx(alone.probabilities, abs=1e-5)
+        with pytest.raises(InputError, match="the 6 prompts, found 2"):
+            predict(model, tokenizer, task, rows, adapter_names=["one", "two"])
