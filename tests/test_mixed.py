@@ -16,6 +16,7 @@ from torch import nn
 
 import ia3
 import tiny
+import zoo
 from ia3 import IA3Config, InputError
 
 BASE = "__base__"
@@ -428,7 +429,7 @@ def test_checkpointed_layers_run_again_with_the_rows_of_their_pass(arch):
     layer = next(iter(model.layers.values()))
     layer.register_forward_hook(lambda *_: calls.append(1))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for whose in (model, model.model):  # whether the adapted model is in training mode or only the one in it
+    for whose in (model.model, model):  # whether only the wrapped model is in training mode or both are
         model.eval()
         whose.train()
         for path, gradient in step().items():
@@ -651,8 +652,6 @@ def test_an_error_inside_the_model_leaves_no_rows():
     ],
 )
 def test_models_that_mix_rows_refuse(arch, changes):
-    import zoo
-
     model = ia3.IA3Model(zoo.build(arch, **changes), {"one": IA3Config(), "two": IA3Config()}).eval()
     batch = zoo.inputs(model.model, 4)
     with torch.no_grad():
@@ -660,6 +659,25 @@ def test_models_that_mix_rows_refuse(arch, changes):
         with pytest.raises(InputError, match="one adapter at a time"):
             model(**batch, adapter_names=["one", "two", "one", BASE])
         assert torch.equal(model(**batch)[0], before)
+
+
+def test_guided_generation_that_doubles_the_batch_refuses():
+    model = ia3.IA3Model(zoo.build("dia"), {"one": IA3Config(), "two": IA3Config()}).eval()
+    for seed, name in enumerate(("one", "two")):
+        tiny.randomize(model, seed, name)
+    tokens = torch.randint(4, 60, (2, 8), generator=torch.Generator().manual_seed(0))
+
+    def generate(**kwargs):
+        return model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=12, **kwargs)
+
+    with pytest.raises(InputError, match="guidance_scale=1"):
+        generate(adapter_names=["one", "two"], guidance_scale=3.0)
+    assert torch.equal(
+        generate(adapter_names=["two", "two"], guidance_scale=3.0),
+        row_by_row(model, ["two", "two"], lambda: generate(guidance_scale=3.0)),
+    )
+    found = generate(adapter_names=["one", "two"], guidance_scale=1.0)
+    assert torch.equal(found, row_by_row(model, ["one", "two"], lambda: generate(guidance_scale=1.0)))
 
 
 def test_no_adapter_can_be_called_as_none_is():

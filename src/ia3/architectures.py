@@ -41,6 +41,9 @@ _TIME_FIRST = frozenset(
     }
 )
 
+# Generation that is guided puts a second batch, without the prompts, behind the first one here: a row is no block then.
+DOUBLED = frozenset({"dia", "janus", "musicgen", "musicgen_melody"})
+
 # Experts that are modules of their own get a choice of tokens, and nobody tells them of which rows.
 _SCATTERED = re.compile(r"(^|\.)experts\.(expert_)?\d+\.")
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch._dynamo.eval_frame import skip_code
 
 from ia3 import checkpoint, quantized
-from ia3.architectures import READS_WEIGHTS, row_axis
+from ia3.architectures import DOUBLED, READS_WEIGHTS, row_axis
 from ia3.cards import write_model_card
 from ia3.config import IA3Config, PeftType
 from ia3.errors import InputError, shown, similar
@@ -728,6 +728,7 @@ class IA3Model(nn.Module):
                 f"{type(self.model).__name__} drops rows that are finished from the batch, so that rows cannot have "
                 f"different adapters; generate with one adapter at a time (set_adapter)."
             )
+        self._check_guidance(adapter_names, kwargs)
         before = self.routing.rows
         self.routing.rows = self._rows(adapter_names, args, kwargs)
         generate: Callable = self.model.generate  # type: ignore[assignment]
@@ -735,6 +736,17 @@ class IA3Model(nn.Module):
             return generate(*args, **kwargs)
         finally:
             self.routing.rows = before
+
+    def _check_guidance(self, names: Sequence[str] | None, kwargs: Mapping[str, Any]) -> None:
+        config = kwargs.get("generation_config") or getattr(self.model, "generation_config", None)
+        scale = kwargs.get("guidance_scale", getattr(config, "guidance_scale", None))
+        guided = scale not in (None, 1) or kwargs.get("generation_mode") == "image"
+        kind = getattr(getattr(self.model, "config", None), "model_type", None)
+        if len({*(names or ())}) > 1 and guided and kind in DOUBLED:
+            raise InputError(
+                f"Guided generation ({kind}) puts a second batch behind the first, so that rows cannot have different "
+                f"adapters; give the model one adapter at a time (set_adapter), or guidance_scale=1."
+            )
 
     @uncompiled
     def _rows(self, names: Sequence[str] | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rows | None:
