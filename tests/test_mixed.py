@@ -661,6 +661,22 @@ def test_models_that_mix_rows_refuse(arch, changes):
         assert torch.equal(model(**batch)[0], before)
 
 
+def test_queries_of_an_image_model_that_come_first():
+    """Their number, 100, can be divided among the rows too."""
+    base = zoo.build("mask2former")
+    images = zoo.inputs(base, 4)
+    model = ia3.IA3Model(base, {"one": IA3Config(), "two": IA3Config()}).eval().requires_grad_(False)
+    for seed, name in enumerate(("one", "two")):
+        tiny.randomize(model, seed, name)
+
+    def call(**kwargs):
+        return model(**images, **kwargs).transformer_decoder_last_hidden_state
+
+    found, expected = call(adapter_names=NAMES), row_by_row(model, NAMES, call)
+    assert found.shape[:2] == (4, 100)
+    assert tiny.relative_error(found, expected) <= 1e-5
+
+
 def test_guided_generation_that_doubles_the_batch_refuses():
     model = ia3.IA3Model(zoo.build("dia"), {"one": IA3Config(), "two": IA3Config()}).eval()
     for seed, name in enumerate(("one", "two")):

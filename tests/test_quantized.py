@@ -395,6 +395,26 @@ def test_peft_rescales_the_same_activations(quantized_llama):
         assert tiny.relative_error(tiny.logits(tuned, "llama"), expected) < 1e-4
 
 
+def test_rows_of_a_quantized_model_have_their_own_adapters(quantized_llama):
+    model = tiny.adapt("llama", ia3, base=quantized_llama, adapter="one")
+    targets, feedforward = tiny.TARGETS["llama"]
+    model.add_adapter("two", ia3.IA3Config(target_modules=targets, feedforward_modules=feedforward))
+    tiny.randomize(model, 2, "two")
+    names, tokens = ("two", "__base__", "one"), tiny.batch("llama")["input_ids"]
+    with torch.no_grad():
+        found = model(tokens, adapter_names=names).logits
+        for row, name in enumerate(names):
+            model.routing.switch(active=() if name == "__base__" else (name,))
+            alone = model(tokens).logits
+            assert tiny.relative_error(found[row], alone[row]) <= 0.03  # int8 rounds by the largest of a batch
+            others = [each for each in range(3) if each != row]
+            assert tiny.relative_error(found[others], alone[others]) > 0.05
+    model.routing.switch(active=("one",))
+    model(tokens, adapter_names=names).logits.square().sum().backward()
+    gradients = [p.grad for p in tiny.adapter_parameters(model, "one").values()]
+    assert all(gradient.abs().max() > 0 for gradient in gradients)
+
+
 def test_an_adapter_in_a_quantized_model_is_trained_merged_and_taken_out(quantized_llama, tmp_path):
     model = tiny.adapt("llama", ia3, base=quantized_llama, seed=None)
     base = tiny.logits(model, "llama")

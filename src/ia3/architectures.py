@@ -37,6 +37,9 @@ _TIME_FIRST = frozenset(
         "modeling_fsmt.EncoderLayer",
         "modeling_led.LEDEncoderSelfAttention",
         "modeling_longformer.LongformerSelfAttention",
+        "modeling_mask2former.Mask2FormerMaskedAttentionDecoderLayer",
+        "modeling_oneformer.OneFormerTextMLP",
+        "modeling_oneformer.OneFormerTransformerDecoderFFNLayer",
         "modeling_xlnet.XLNetFeedForward",
     }
 )
