@@ -18,7 +18,8 @@ from transformers.pytorch_utils import Conv1D
 import ia3
 import tiny
 from ia3 import IA3Config, IA3Layer, InputError, WeightRule, register_rule
-from ia3.routing import Routing, RowLayout
+from ia3.routing import Routing
+from ia3.rows import RowLayout
 from ia3.rules import RULES, Rule, find_rule
 
 sides = pytest.mark.parametrize("feedforward", [False, True], ids=["output", "input"])

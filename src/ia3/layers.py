@@ -15,7 +15,8 @@ from torch import nn
 
 from ia3 import quantized
 from ia3.errors import InputError, shown
-from ia3.routing import Routing, Sides, Vector
+from ia3.routing import Routing, Vector
+from ia3.rows import Sides
 from ia3.rules import find_rule, rule_types
 
 

@@ -20,7 +20,8 @@ from ia3.cards import write_model_card
 from ia3.config import IA3Config, PeftType
 from ia3.errors import InputError, shown, similar
 from ia3.layers import IA3Layer, TrainedModule
-from ia3.routing import BASE, Routing, Rows, uncompiled
+from ia3.routing import Routing
+from ia3.rows import BASE, Rows, SameRows, row_count, uncompiled
 from ia3.targets import (
     TASK_HEADS,
     Target,
@@ -723,12 +724,7 @@ class IA3Model(nn.Module):
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The wrapped model's generation. Args and errors: see `forward`."""
-        if adapter_names is not None and hasattr(self.model, "_maybe_reduce_batch"):
-            raise InputError(
-                f"{type(self.model).__name__} drops rows that are finished from the batch, so that rows cannot have "
-                f"different adapters; generate with one adapter at a time (set_adapter)."
-            )
-        self._check_guidance(adapter_names, kwargs)
+        self._check_generation(adapter_names, kwargs)
         before = self.routing.rows
         self.routing.rows = self._rows(adapter_names, args, kwargs)
         generate: Callable = self.model.generate  # type: ignore[assignment]
@@ -737,12 +733,20 @@ class IA3Model(nn.Module):
         finally:
             self.routing.rows = before
 
-    def _check_guidance(self, names: Sequence[str] | None, kwargs: Mapping[str, Any]) -> None:
+    def _check_generation(self, names: Sequence[str] | None, kwargs: Mapping[str, Any]) -> None:
+        """Refuse generation that moves rows, when they have different adapters."""
+        if len({*(names or ())}) < 2:
+            return
+        if hasattr(self.model, "_maybe_reduce_batch"):
+            raise InputError(
+                f"{type(self.model).__name__} drops rows that are finished from the batch, so that rows cannot have "
+                f"different adapters; give the model one adapter at a time (set_adapter)."
+            )
         config = kwargs.get("generation_config") or getattr(self.model, "generation_config", None)
         scale = kwargs.get("guidance_scale", getattr(config, "guidance_scale", None))
         guided = scale not in (None, 1) or kwargs.get("generation_mode") == "image"
         kind = getattr(getattr(self.model, "config", None), "model_type", None)
-        if len({*(names or ())}) > 1 and guided and kind in DOUBLED:
+        if guided and kind in DOUBLED:
             raise InputError(
                 f"Guided generation ({kind}) puts a second batch behind the first, so that rows cannot have different "
                 f"adapters; give the model one adapter at a time (set_adapter), or guidance_scale=1."
@@ -754,7 +758,7 @@ class IA3Model(nn.Module):
         if names is None:
             return None
         self.check_adapter_names(names)
-        rows = _row_count(args, kwargs)
+        rows = row_count(args, kwargs)
         if not names or len(names) != (rows or len(names)):
             batch = "the rows" if rows is None else f"the {rows} rows"
             raise InputError(f"Expected adapter_names for {batch} of the batch, found {len(names)}.")
@@ -763,8 +767,8 @@ class IA3Model(nn.Module):
         if torch.is_grad_enabled() and self.model.training:
             for module in self.model.modules():
                 function = module.__dict__.get("_gradient_checkpointing_func")
-                if function is not None and not isinstance(function, _SameRows):
-                    module.__dict__["_gradient_checkpointing_func"] = _SameRows(function, self.routing)
+                if function is not None and not isinstance(function, SameRows):
+                    module.__dict__["_gradient_checkpointing_func"] = SameRows(function, self.routing)
         return self.routing.gather(names, self.peft_config)
 
     def check_adapter_names(self, names: Sequence[str]) -> None:
@@ -852,37 +856,6 @@ def _warn_of_rounding(errors: Sequence[float]) -> None:
             f"(relative error of the rescaled weight).",
             stacklevel=4,
         )
-
-
-class _SameRows:
-    """A checkpointing function whose second pass, in the backward pass, has the rows of the first."""
-
-    def __init__(self, function: Callable, routing: Routing) -> None:
-        self.function, self.routing = function, routing
-
-    def __call__(self, module: Callable, *args: Any, **kwargs: Any) -> Any:
-        rows = self.routing.rows
-        if rows is not None and torch.is_grad_enabled() and getattr(self.function, "keywords", {}).get("use_reentrant"):
-            raise InputError(
-                "Gradients of rows with different adapters cannot go through layers that are checkpointed by reentrance; "
-                "give gradient_checkpointing_enable the gradient_checkpointing_kwargs {'use_reentrant': False}."
-            )
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            current, self.routing.rows = self.routing.rows, rows
-            try:
-                return module(*args, **kwargs)
-            finally:
-                self.routing.rows = current
-
-        return self.function(run, *args, **kwargs)
-
-
-def _row_count(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
-    """How many rows a model's arguments hold; None when they do not say."""
-    names = ("inputs", "input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "attention_mask")
-    values = [*args[:1], *(kwargs.get(name) for name in names), *kwargs.values()]
-    return next((len(value) for value in values if isinstance(value, torch.Tensor) and value.dim()), None)
 
 
 def hub_only(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ia3.errors import InputError
-from ia3.routing import RowLayout, check_rows
+from ia3.rows import RowLayout, check_rows
 
 Parameters = dict[str, torch.Tensor]
 

@@ -20,7 +20,7 @@ from ia3.checkpoint import locate_weights
 from ia3.config import CONFIG_NAME, IA3Config, adapter_folders
 from ia3.errors import InputError, shown, similar
 from ia3.files import locate
-from ia3.routing import BASE
+from ia3.rows import BASE
 from ia3.targets import TASK_HEADS, Target, resolve_targets
 
 if TYPE_CHECKING:

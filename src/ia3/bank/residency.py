@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ia3.errors import InputError, reason
-from ia3.routing import BASE
+from ia3.rows import BASE
 
 
 class Residency:
