@@ -677,6 +677,38 @@ def test_queries_of_an_image_model_that_come_first():
     assert tiny.relative_error(found, expected) <= 1e-5
 
 
+def test_rows_with_different_numbers_of_images():
+    """The vision tower gets all images one after the other: right when rows have equally many, refused otherwise."""
+    base = zoo.build("llava", "IMAGE_TEXT").requires_grad_(False)
+    image, size = base.config.image_token_id, base.config.vision_config.image_size
+    count = (size // base.config.vision_config.patch_size) ** 2
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    even = torch.tensor([[image] * count + [7] * count + [5], [image] * count + [9] * count + [5]])
+    uneven = torch.tensor([[image] * count * 2 + [5], [7] * count * 2 + [5]])
+    names = ("one", "two")
+
+    def build(config):
+        model = ia3.IA3Model(copy.deepcopy(base), {"one": config(), "two": config()}).eval()
+        for seed, name in enumerate(names):
+            tiny.randomize(model, seed, name)
+        return model
+
+    def check(model, tokens):
+        batch = {"input_ids": tokens, "pixel_values": images}
+        with torch.no_grad():
+            found = model(**batch, adapter_names=names).logits
+            expected = row_by_row(model, names, lambda: model(**batch).logits)
+        assert tiny.relative_error(found, expected) <= 1e-5
+
+    model = build(IA3Config)
+    check(model, even)
+    for call in (model, model.generate):
+        with pytest.raises(InputError, match="different amounts of image input"):
+            call(input_ids=uneven, pixel_values=images, adapter_names=names)
+        call(input_ids=uneven, pixel_values=images, adapter_names=["two", "two"])
+    check(build(lambda: IA3Config(target_modules=r".*language_model.*k_proj", feedforward_modules=[])), uneven)
+
+
 def test_guided_generation_that_doubles_the_batch_refuses():
     model = ia3.IA3Model(zoo.build("dia"), {"one": IA3Config(), "two": IA3Config()}).eval()
     for seed, name in enumerate(("one", "two")):

@@ -47,6 +47,9 @@ _TIME_FIRST = frozenset(
 # Generation that is guided puts a second batch, without the prompts, behind the first one here: a row is no block then.
 DOUBLED = frozenset({"dia", "janus", "musicgen", "musicgen_melody"})
 
+# Parts that get the images, videos or sounds of all rows one after the other, however many each row has.
+TOWER = re.compile(r"(^|\.)\w*(vision|visual|image|video|audio|speech|projector|merger|connector)\w*\.")
+
 # Experts that are modules of their own get a choice of tokens, and nobody tells them of which rows.
 _SCATTERED = re.compile(r"(^|\.)experts\.(expert_)?\d+\.")
 
@@ -63,6 +66,18 @@ def row_axis(path: str, parent: nn.Module) -> int | None:
     if getattr(getattr(parent, "self_attn", None), "batch_first", True) is False:  # torch's own transformer layers
         return 1
     return 1 if f"{type(parent).__module__.rpartition('.')[2]}.{type(parent).__name__}" in _TIME_FIRST else 0
+
+
+def uneven_media(config: PretrainedConfig | None, tokens: torch.Tensor) -> str | None:
+    """What rows of tokens (B, length) hold in different numbers of places: "image", "video", "audio"; None: nothing."""
+    for kind in ("image", "video", "audio"):
+        for name in (f"{kind}_token_id", f"{kind}_token_index"):
+            token = getattr(config, name, None)
+            if isinstance(token, int):
+                places = (tokens == token).sum(-1)
+                if bool((places != places[0]).any()):
+                    return kind
+    return None
 
 
 @dataclass(frozen=True)

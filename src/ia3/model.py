@@ -15,7 +15,7 @@ from torch import nn
 from torch._dynamo.eval_frame import skip_code
 
 from ia3 import checkpoint, quantized
-from ia3.architectures import DOUBLED, READS_WEIGHTS, row_axis
+from ia3.architectures import DOUBLED, READS_WEIGHTS, TOWER, row_axis, uneven_media
 from ia3.cards import write_model_card
 from ia3.config import IA3Config, PeftType
 from ia3.errors import InputError, shown, similar
@@ -752,6 +752,21 @@ class IA3Model(nn.Module):
                 f"adapters; give the model one adapter at a time (set_adapter), or guidance_scale=1."
             )
 
+    def _check_media(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        tokens = kwargs.get("input_ids", args[0] if args else None)
+        media = ("pixel_values", "image", "video", "audio", "input_features", "input_values")
+        if not isinstance(tokens, torch.Tensor) or not any(
+            isinstance(value, torch.Tensor) and name.startswith(media) for name, value in kwargs.items()
+        ):
+            return
+        kind = uneven_media(getattr(self.model, "config", None), tokens)  # type: ignore[arg-type]
+        tower = next((path for path in self.layers if TOWER.search(path)), None) if kind else None
+        if tower is not None:
+            raise InputError(
+                f"Rows have different amounts of {kind} input, which {tower!r} gets one after the other, so that they "
+                f"cannot have different adapters; give the model one adapter at a time (set_adapter)."
+            )
+
     @uncompiled
     def _rows(self, names: Sequence[str] | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rows | None:
         """Which adapter acts on which row of the batch that these arguments hold; None: the active ones on all."""
@@ -764,6 +779,8 @@ class IA3Model(nn.Module):
             raise InputError(f"Expected adapter_names for {batch} of the batch, found {len(names)}.")
         if not self.routing.enabled:
             return None
+        if len({*names}) > 1:
+            self._check_media(args, kwargs)
         if torch.is_grad_enabled() and self.model.training:
             for module in self.model.modules():
                 function = module.__dict__.get("_gradient_checkpointing_func")
