@@ -15,11 +15,12 @@ from torch import nn
 from torch._dynamo.eval_frame import skip_code
 
 from ia3 import checkpoint, quantized
-from ia3.architectures import DOUBLED, READS_WEIGHTS, TOWER, row_axis, uneven_media
+from ia3.architectures import READS_WEIGHTS, row_axis
 from ia3.cards import write_model_card
 from ia3.config import IA3Config, PeftType
 from ia3.errors import InputError, shown, similar
 from ia3.layers import IA3Layer, TrainedModule
+from ia3.mixing import check_generation, check_media
 from ia3.routing import Routing
 from ia3.rows import BASE, Rows, SameRows, row_count, uncompiled
 from ia3.targets import (
@@ -724,7 +725,7 @@ class IA3Model(nn.Module):
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The wrapped model's generation. Args and errors: see `forward`."""
-        self._check_generation(adapter_names, kwargs)
+        check_generation(self.model, adapter_names or (), kwargs)
         before = self.routing.rows
         self.routing.rows = self._rows(adapter_names, args, kwargs)
         generate: Callable = self.model.generate  # type: ignore[assignment]
@@ -732,40 +733,6 @@ class IA3Model(nn.Module):
             return generate(*args, **kwargs)
         finally:
             self.routing.rows = before
-
-    def _check_generation(self, names: Sequence[str] | None, kwargs: Mapping[str, Any]) -> None:
-        """Refuse generation that moves rows, when they have different adapters."""
-        if len({*(names or ())}) < 2:
-            return
-        if hasattr(self.model, "_maybe_reduce_batch"):
-            raise InputError(
-                f"{type(self.model).__name__} drops rows that are finished from the batch, so that rows cannot have "
-                f"different adapters; give the model one adapter at a time (set_adapter)."
-            )
-        config = kwargs.get("generation_config") or getattr(self.model, "generation_config", None)
-        scale = kwargs.get("guidance_scale", getattr(config, "guidance_scale", None))
-        guided = scale not in (None, 1) or kwargs.get("generation_mode") == "image"
-        kind = getattr(getattr(self.model, "config", None), "model_type", None)
-        if guided and kind in DOUBLED:
-            raise InputError(
-                f"Guided generation ({kind}) puts a second batch behind the first, so that rows cannot have different "
-                f"adapters; give the model one adapter at a time (set_adapter), or guidance_scale=1."
-            )
-
-    def _check_media(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        tokens = kwargs.get("input_ids", args[0] if args else None)
-        media = ("pixel_values", "image", "video", "audio", "input_features", "input_values")
-        if not isinstance(tokens, torch.Tensor) or not any(
-            isinstance(value, torch.Tensor) and name.startswith(media) for name, value in kwargs.items()
-        ):
-            return
-        kind = uneven_media(getattr(self.model, "config", None), tokens)  # type: ignore[arg-type]
-        tower = next((path for path in self.layers if TOWER.search(path)), None) if kind else None
-        if tower is not None:
-            raise InputError(
-                f"Rows have different amounts of {kind} input, which {tower!r} gets one after the other, so that they "
-                f"cannot have different adapters; give the model one adapter at a time (set_adapter)."
-            )
 
     @uncompiled
     def _rows(self, names: Sequence[str] | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rows | None:
@@ -779,8 +746,7 @@ class IA3Model(nn.Module):
             raise InputError(f"Expected adapter_names for {batch} of the batch, found {len(names)}.")
         if not self.routing.enabled:
             return None
-        if len({*names}) > 1:
-            self._check_media(args, kwargs)
+        check_media(self.model, lambda: self.layers, names, args, kwargs)
         if torch.is_grad_enabled() and self.model.training:
             for module in self.model.modules():
                 function = module.__dict__.get("_gradient_checkpointing_func")
