@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may depend on the network; read when huggingface_hub is imported
 
 import pytest
+import torch
 from hypothesis import settings
 
 import tiny
@@ -30,3 +31,22 @@ def llama():
 def gpt2():
     """A tiny GPT-2, whose attention makes queries, keys and values in one fused projection."""
     return tiny.build("gpt2")
+
+
+# Tiny models are slowed down by more threads. Real ones get all.
+THREADS = torch.get_num_threads()
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def all_threads():
+    """As many threads as there are, for a real model."""
+    torch.set_num_threads(THREADS)
+    yield
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "slow" in item.keywords:
+            item.fixturenames.insert(0, "all_threads")
