@@ -115,7 +115,7 @@ def change(path, old, new):
         (lambda f: shutil.rmtree(f / "all"), "Expected a folder of adapters with --adapter-column"),
         (lambda f: (shutil.rmtree(f / "all"), (f / "all").mkdir()), "Expected adapters in subfolders"),
     ],
-    ids=str,
+
 )  # fmt: skip
 def test_bad_input_is_one_line(ia3, place, mixed, tmp_path, spoil, message):
     shutil.copytree(place / "all", tmp_path / "all")
