@@ -305,7 +305,7 @@ class TrainedModule(nn.Module):
     def standing_in(self, parameters: Mapping[str, torch.Tensor]) -> Callable:
         """The original as a function, with other parameters and buffers in it."""
         own = self.original_module.state_dict(keep_vars=True)
-        values = {key: value.to(own[key].dtype) for key, value in parameters.items()}
+        values = {key: value.to(own[key]) for key, value in parameters.items()}
         return lambda *args, **kwargs: torch.func.functional_call(self.original_module, values, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:

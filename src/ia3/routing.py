@@ -164,15 +164,16 @@ class Routing:
         """
         self._segments = self._segments or self._find_segments()
         distinct = list(dict.fromkeys(names))
-        banked = [name for name in distinct if name not in own and name != BASE]
+        banked = dict.fromkeys(name for name in distinct if name not in own and name != BASE)
         modules = {name: self._table(name) for name in distinct if name not in banked}
         found: dict[str, torch.Tensor] = {}
         if self.bank is not None and banked:
             # As they come, when all rows are the bank's: then nothing has to be copied once more.
             asked = names if not any(name in own for name in distinct) else [*banked, BASE]
-            vectors, parameters = self._divide(self.bank, self.bank.gather(asked))
+            vectors, parameters = self._divide(self.bank, self.bank.gather(asked).to(self._device))
+            first = {name: row for row, name in reversed(list(enumerate(asked)))}
             for name in banked:
-                modules[name] = self._modules(self.bank, parameters, asked.index(name))
+                modules[name] = self._modules(self.bank, parameters, first[name])
             if asked is names:
                 return Rows(names, self._by_slot(vectors), modules)
             found = dict(zip(asked, vectors, strict=True))
@@ -180,7 +181,8 @@ class Routing:
         dtype = functools.reduce(torch.promote_types, [row.dtype for row in rows])
         matrix = torch.stack([row.to(dtype) for row in rows])
         if len(distinct) < len(names):
-            matrix = matrix[torch.tensor([distinct.index(name) for name in names], device=matrix.device)]
+            places = {name: row for row, name in enumerate(distinct)}
+            matrix = matrix[torch.tensor([places[name] for name in names], device=matrix.device)]
         return Rows(names, self._by_slot(matrix), modules)
 
     def _find_segments(self) -> dict[tuple[int, bool], int]:
@@ -197,7 +199,7 @@ class Routing:
     def _flat(self, name: str) -> torch.Tensor:
         """An adapter as one vector, ones where it has none: differentiable."""
         table = self._table(name)
-        parts, device = [], self.layers[0].vector_device if self.layers else None
+        parts, device = [], self._device
         for (slot, feedforward), size in self._segments.items():
             vector = table[slot]
             if vector is not None and vector.feedforward is feedforward:
@@ -205,6 +207,12 @@ class Routing:
             else:
                 parts.append(torch.ones(size, device=device))
         return torch.cat(parts) if parts else torch.ones(0)
+
+    @property
+    def _device(self) -> torch.device | None:
+        """Where the vectors of a batch are put together."""
+        layers = self.layers
+        return layers[0].vector_device if layers else None
 
     def _by_slot(self, matrix: torch.Tensor) -> list[Sides]:
         vectors: list[Sides] = [(None, None)] * len(self._slots)
