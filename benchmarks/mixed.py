@@ -30,24 +30,13 @@ from pathlib import Path
 import peft
 import psutil
 import torch
+from timing import interleaved
 from torch import nn
 
 from ia3 import AdapterBank, IA3Config, IA3Model, get_peft_model_state_dict, load_base
 
 ROWS, TOKENS, NEW = 64, 64, 16
 TARGETS = {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
-
-
-def interleaved(steps: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each step, one of each in turn, after one to warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for repeat in range(repeats + 1):
-        for name, step in steps.items():
-            started = time.perf_counter()
-            step()
-            if repeat:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
 
 
 def against(seconds: dict[str, list[float]], peer: str) -> dict[str, dict[str, float]]:
@@ -174,7 +163,6 @@ def bank_part(repeats: int, count: int) -> dict:
         for name in names[:10]:
             bank.load(folder / "all" / name, name)
         few = names[:10]
-        steps: dict[str, Callable] = {}
 
         def batch(among: list[str]) -> Callable[[], object]:
             return lambda: score(ours, ids, adapter_names=chance.choices(among, k=ROWS))
@@ -188,8 +176,7 @@ def bank_part(repeats: int, count: int) -> dict:
         row_bytes = 4 * bank.width
         results["bytes over vectors"] = (resident() - before) / (count * row_bytes)
         results["load ms"] = 1e3 * statistics.median(took)
-        steps = {"10 of them": batch(few), "all": batch(names)}
-        seconds = interleaved(steps, repeats)
+        seconds = interleaved({"10 of them": batch(few), "all": batch(names)}, repeats)
         results["batch"] = against({**with_few, **seconds}, "10 resident")
         picks = [chance.choices(names, k=ROWS) for _ in range(50)]
         started = time.perf_counter()

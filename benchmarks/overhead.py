@@ -21,6 +21,7 @@ from pathlib import Path
 
 import peft
 import torch
+from timing import interleaved
 from torch import nn
 
 from ia3 import IA3Config, IA3Model, load_base
@@ -29,16 +30,9 @@ ROWS, TOKENS = 8, 64
 TARGETS = {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
 
 
-def interleaved(steps: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each step, one of each in turn, after one to warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for repeat in range(repeats + 1):
-        for name, step in steps.items():
-            started = time.perf_counter()
-            step()
-            if repeat:
-                seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+def medians(steps: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each step."""
+    return {name: statistics.median(values) for name, values in interleaved(steps, repeats).items()}
 
 
 @torch.no_grad()
@@ -124,10 +118,10 @@ def main() -> None:
     results = {}
     plain = {"ours": ours, "PEFT": theirs, "merged": merged}
     for name, kind in (("forward", forward), ("one token", decode)):
-        results[name] = interleaved({key: kind(model, ids) for key, model in plain.items()}, options.repeats)
+        results[name] = medians({key: kind(model, ids) for key, model in plain.items()}, options.repeats)
     trained = {"ours": ours, "PEFT": theirs, "floor": base}
     steps = {key: train(model, ids) for key, model in trained.items()}
-    results["forward + backward"] = interleaved(steps, options.repeats)
+    results["forward + backward"] = medians(steps, options.repeats)
     with tempfile.TemporaryDirectory() as folder:
         ours.save_pretrained(folder)
         results["adapters"] = {

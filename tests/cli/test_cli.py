@@ -61,15 +61,14 @@ def train(ia3, place, tmp_path):
         options = {
             "model": place / "model",
             "data": place / "train.csv",
-            "test-data": place / "test.csv",
+            "test_data": place / "test.csv",
             "template": TEMPLATE,
             "choices": CHOICES,
             "steps": 4,
             "output": tmp_path / "out",
-            **{key.replace("_", "-"): v for key, v in changes.items()},
+            **changes,
         }
-        given = [part for key, value in options.items() if value is not None for part in (f"--{key}", value)]
-        return ia3("train", *given, *more)
+        return ia3("train", *more, **options)
 
     return run
 

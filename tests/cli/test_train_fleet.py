@@ -43,13 +43,7 @@ def train(ia3, place, tmp_path):
             **({} if "tasks" in options or "data" in options else {"task": place / "teas.yaml"}),
             **options,
         }
-        given = [
-            part
-            for key, value in options.items()
-            if value is not None
-            for part in (f"--{key}".replace("_", "-"), value)
-        ]
-        return ia3("train", *given, *more)
+        return ia3("train", *more, **options)
 
     return run
 
