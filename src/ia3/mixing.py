@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from ia3.architectures import DOUBLED, TOWER, uneven_media
 from ia3.errors import InputError
 
+if TYPE_CHECKING:
+    from ia3.model import IA3Model
 
-def check_generation(model: nn.Module, names: Sequence[str], kwargs: Mapping[str, Any]) -> None:
+
+def check_generation(model: IA3Model, names: Sequence[str], kwargs: Mapping[str, Any]) -> None:
     """Refuse generation that moves rows about, when they have different adapters."""
     if len({*names}) < 2:
         return
     if hasattr(model, "_maybe_reduce_batch"):
         raise InputError(
-            f"{type(model).__name__} drops rows that are finished from the batch, so that rows cannot have different "
+            f"{type(model.model).__name__} drops rows that are finished from the batch, so that rows cannot have different "
             f"adapters; give the model one adapter at a time (set_adapter)."
         )
     config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
@@ -32,13 +34,7 @@ def check_generation(model: nn.Module, names: Sequence[str], kwargs: Mapping[str
         )
 
 
-def check_media(
-    model: nn.Module,
-    adapted: Callable[[], Iterable[str]],
-    names: Sequence[str],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-) -> None:
+def check_media(model: IA3Model, names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Refuse rows of different adapters that bring different numbers of images, videos or sounds to an adapted tower."""
     tokens = kwargs.get("input_ids", args[0] if args else None)
     media = ("pixel_values", "image", "video", "audio", "input_features", "input_values")
@@ -46,7 +42,7 @@ def check_media(
     if len({*names}) < 2 or not given or not isinstance(tokens, torch.Tensor):
         return
     kind = uneven_media(getattr(model, "config", None), tokens)
-    tower = next((path for path in adapted() if TOWER.search(path)), None) if kind else None
+    tower = next((path for path in model.layers if TOWER.search(path)), None) if kind else None
     if tower is not None:
         raise InputError(
             f"Rows have different amounts of {kind} input, which {tower!r} gets one after the other, so that they "

@@ -162,17 +162,21 @@ class IA3Model(nn.Module):
         self._check_new_name(adapter_name)
         if not isinstance(config, IA3Config):
             raise InputError(f"Expected an IA3Config, found a {type(config).__name__}.")
+        targets, kept = self.resolve(config, key_value_only)
+        self._insert(adapter_name, targets, kept, config.init_ia3_weights, low_cpu_mem_usage)
+        self.peft_config[adapter_name] = config
+
+    def resolve(self, config: IA3Config, key_value_only: bool | None = None) -> tuple[list[Target], list[str]]:
+        """What an adapter of this config rescales, and the paths of modules that it trains in full.
+
+        Args and errors: see `add_adapter`.
+        """
         heads = TASK_HEADS.get(config.task_type or "", ())
-        saved = [
-            *(config.modules_to_save or []),
-            *(name for name in heads if name not in (config.modules_to_save or [])),
-        ]
-        config.modules_to_save = saved or None
+        config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *heads])) or None
         targets = resolve_targets(self.model, config, key_value_only)
         kept = self._resolve_modules_to_save(config)
         self._check_nesting([target.path for target in targets], kept)
-        self._insert(adapter_name, targets, kept, config.init_ia3_weights, low_cpu_mem_usage)
-        self.peft_config[adapter_name] = config
+        return targets, kept
 
     def _check_new_name(self, name: str) -> None:
         if name in self.peft_config:
@@ -271,10 +275,13 @@ class IA3Model(nn.Module):
             self.routing.leave(wrapper)
         self.routing.refresh()
 
-    def _is_idle(self, member: IA3Layer | TrainedModule) -> bool:
-        """Whether no adapter needs a wrapper, of the model's own or of the bank."""
-        own = member.ia3_l if isinstance(member, IA3Layer) else member.modules_to_save
-        return not own and not self.routing.serves_bank(member)
+    def _take_out_idle(self) -> None:
+        """Take out the wrappers that no adapter needs any more, of the model's own or of the bank."""
+        idle: list[IA3Layer | TrainedModule] = [layer for layer in self.routing.layers if not layer.ia3_l]
+        idle += [module for module in self.routing.trained if not module.modules_to_save]
+        replacements = {member: unwrapped(member) for member in idle if not self.routing.serves_bank(member)}
+        if replacements:
+            self._take_out(replacements)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. When it was active, the first one that is left becomes active, with a warning, or none.
@@ -285,19 +292,13 @@ class IA3Model(nn.Module):
         self.require_adapters([adapter_name])
         if adapter_name in self.routing.merged:
             raise InputError(f"Adapter {adapter_name!r} is merged into the weights; call unmerge_adapter() first.")
-        empty: dict[IA3Layer | TrainedModule, nn.Module] = {}
         for layer in self.routing.layers:
             if adapter_name in layer.ia3_l:
                 layer.remove(adapter_name)
-                if self._is_idle(layer):
-                    empty[layer] = layer.base_layer
         for module in self.routing.trained:
             if adapter_name in module.modules_to_save:
                 module.remove(adapter_name)
-                if self._is_idle(module):
-                    empty[module] = module.original_module
-        if empty:
-            self._take_out(empty)
+        self._take_out_idle()
         self.routing.refresh()
         del self.peft_config[adapter_name]
         self._trainable.discard(adapter_name)
@@ -322,8 +323,7 @@ class IA3Model(nn.Module):
         self._wrap(bank.targets, bank.modules)
         members = {**self.layers, **self.trained_modules}
         self.routing.attach(bank, {entry.path: members[entry.path].slot for entry in bank.entries})
-        wrapped: list[IA3Layer | TrainedModule] = [*self.routing.layers, *self.routing.trained]
-        self._take_out({member: unwrapped(member) for member in wrapped if self._is_idle(member)})
+        self._take_out_idle()
 
     # Switching.
 
@@ -725,7 +725,7 @@ class IA3Model(nn.Module):
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The wrapped model's generation. Args and errors: see `forward`."""
-        check_generation(self.model, adapter_names or (), kwargs)
+        check_generation(self, adapter_names or (), kwargs)
         before = self.routing.rows
         self.routing.rows = self._rows(adapter_names, args, kwargs)
         generate: Callable = self.model.generate  # type: ignore[assignment]
@@ -746,7 +746,7 @@ class IA3Model(nn.Module):
             raise InputError(f"Expected adapter_names for {batch} of the batch, found {len(names)}.")
         if not self.routing.enabled:
             return None
-        check_media(self.model, lambda: self.layers, names, args, kwargs)
+        check_media(self, names, args, kwargs)
         if torch.is_grad_enabled() and self.model.training:
             for module in self.model.modules():
                 function = module.__dict__.get("_gradient_checkpointing_func")

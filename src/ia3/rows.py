@@ -80,6 +80,7 @@ class Rows:
         if len(self.groups) == 1:
             return call(0, *args, **kwargs)
         axis, divide, copies, results = layout or RowLayout()
+        axes = results or (axis,)
         values = [*args, *kwargs.values()]
         for value in values:
             _require_plain(value)
@@ -103,9 +104,9 @@ class Rows:
         for group, rows in enumerate(self.groups):
             chosen = [part_of(value, rows) for value in values]
             part = call(group, *chosen[: len(args)], **dict(zip(kwargs, chosen[len(args) :], strict=True)))
-            parts.append(part if divide else _selected(part, places(length, rows), results or axis))
+            parts.append(part if divide else _selected(part, places(length, rows), axes))
         order = torch.cat([places(length, rows) for rows in self.groups]).argsort()
-        return _joined(parts, order, results or axis)
+        return _joined(parts, order, axes)
 
 
 def _require_plain(value: Any) -> None:
@@ -129,25 +130,25 @@ def check_rows(length: int, rows: int) -> None:
         )
 
 
-def _axes(axis: int | tuple[int, ...], count: int) -> tuple[int, ...]:
-    """The axis of rows in each of so many results, and in those of the first when there is one only."""
-    return (axis,) * count if isinstance(axis, int) else (*axis, *[axis[-1]] * count)[:count]
+def _axis_of_each(axes: tuple[int, ...], results: Sequence[Any]) -> list[tuple[int, ...]]:
+    """The axis of rows in each of several results; the last one given counts for all behind it."""
+    return [axes[i : i + 1] or axes[-1:] for i in range(len(results))]
 
 
-def _selected(result: Any, place: torch.Tensor, axis: int | tuple[int, ...]) -> Any:
+def _selected(result: Any, place: torch.Tensor, axes: tuple[int, ...]) -> Any:
     if isinstance(result, (tuple, list)):
-        axes = _axes(axis, len(result))
-        return type(result)(_selected(part, place, axes[i]) for i, part in enumerate(result))
-    return result.index_select(_axes(axis, 1)[0], place) if isinstance(result, torch.Tensor) else result
+        parts = zip(result, _axis_of_each(axes, result), strict=True)
+        return type(result)(_selected(part, place, own) for part, own in parts)
+    return result.index_select(axes[0], place) if isinstance(result, torch.Tensor) else result
 
 
-def _joined(parts: Sequence[Any], order: torch.Tensor, axis: int | tuple[int, ...]) -> Any:
+def _joined(parts: Sequence[Any], order: torch.Tensor, axes: tuple[int, ...]) -> Any:
     """The groups' results as one, in the order of the rows."""
     first = parts[0]
     if isinstance(first, (tuple, list)):
-        axes = _axes(axis, len(first))
-        return type(first)(_joined(part, order, axes[i]) for i, part in enumerate(zip(*parts, strict=True)))
-    axis = _axes(axis, 1)[0]
+        several = zip(zip(*parts, strict=True), _axis_of_each(axes, first), strict=True)
+        return type(first)(_joined(part, order, own) for part, own in several)
+    axis = axes[0]
     if first is None:
         return None
     if not isinstance(first, torch.Tensor):

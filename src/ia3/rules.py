@@ -215,10 +215,12 @@ class ExpertsRule(Rule):
         parameter: the second feed-forward projections of all experts, of shape (experts, out, in), or
             (experts, in, out) where the modules say so or the first projections' shape does; or (experts · in, out).
         sorted: the module gets the tokens sorted by expert.
+        copied: the module gets all tokens once for each expert.
     """
 
     parameter: str = "down_proj"
     sorted: bool = False
+    copied: bool = False
 
     def shape(self, module: nn.Module, feedforward: bool) -> tuple[int, ...]:
         """(experts, 1, in); (1, experts · in) where the parameter has two axes only."""
@@ -257,8 +259,7 @@ class ExpertsRule(Rule):
         if self.sorted:
             return super().rows(module)
         weight: torch.Tensor = getattr(module, self.parameter)
-        # Llama 4 gives each expert all tokens.
-        return RowLayout(copies=len(weight) if type(module).__name__ == "Llama4TextExperts" else 1)
+        return RowLayout(copies=len(weight) if self.copied else 1)
 
 
 def _convolution(dimensions: int) -> WeightRule:
@@ -278,6 +279,7 @@ RULES: dict[type[nn.Module] | str, Rule] = {
     nn.MultiheadAttention: MultiheadAttentionRule(),
     "XLNetRelativeAttention": XLNetAttentionRule(),
     "JetMoeParallelExperts": ExpertsRule("weight", sorted=True),
+    "Llama4TextExperts": ExpertsRule(copied=True),
     "DbrxExpertGLU": ExpertsRule("w2", sorted=True),
 }
 

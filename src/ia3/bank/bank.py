@@ -21,7 +21,7 @@ from ia3.config import CONFIG_NAME, IA3Config, adapter_folders
 from ia3.errors import InputError, shown, similar
 from ia3.files import locate
 from ia3.rows import BASE
-from ia3.targets import TASK_HEADS, Target, resolve_targets
+from ia3.targets import Target
 
 if TYPE_CHECKING:
     from ia3.model import IA3Model
@@ -108,14 +108,11 @@ class AdapterBank:
                 raise InputError("Expected a config: the model has no adapter whose config the bank could take.")
             config = model.peft_config[next(iter([*model.active_adapters, *model.peft_config]))]
         self.config = dataclasses.replace(config)
-        heads = TASK_HEADS.get(config.task_type or "", ())
-        self.config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *heads])) or None
+        found, self.modules = model.resolve(self.config, key_value_only=False)
         targets: dict[nn.Module, Target] = {}  # a module at several paths once
-        for target in resolve_targets(model.model, self.config, key_value_only=False):
+        for target in found:
             targets.setdefault(target.module, target)
         self.targets = list(targets.values())
-        self.modules = model._resolve_modules_to_save(self.config)
-        model._check_nesting([target.path for target in self.targets], self.modules)
         entries, base = resolve_entries(model, self.targets, self.modules)
         self._layout = Layout(entries, self.targets, dtype)
         self.entries, self.width, self.dtype = entries, self._layout.width, dtype

@@ -202,7 +202,7 @@ def _sources(files: str) -> list[_Source]:
     paths = [part.strip() for part in files.split(",") if part.strip()]
     if not paths:
         raise InputError(f"Expected task files with commas between them for --tasks, found {files!r}.")
-    sources = [_source(Path(path), None, None, None, None, None, None) for path in paths]
+    sources = [_source(Path(path)) for path in paths]
     names = [source.task.name for source in sources]
     for path, name in zip(paths, names, strict=True):
         if names.count(name) > 1:
@@ -213,13 +213,13 @@ def _sources(files: str) -> list[_Source]:
 
 
 def _source(
-    task_file: Path | None,
-    data: str | None,
-    test_data: str | None,
-    label_column: str | None,
-    text_column: str | None,
-    choices: str | None,
-    template: str | None,
+    task_file: Path | None = None,
+    data: str | None = None,
+    test_data: str | None = None,
+    label_column: str | None = None,
+    text_column: str | None = None,
+    choices: str | None = None,
+    template: str | None = None,
 ) -> _Source:
     from ia3.tfew.task import Task, read_rows
 
