@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class InputError(ValueError):
@@ -31,3 +35,11 @@ def similar(name: str, names: Iterable[str]) -> str:
     names = list(names)
     close = difflib.get_close_matches(name, names)
     return f"close to it: {shown(close)}" if close else f"there are {shown(names)}"
+
+
+def problems(error: ValidationError, whole: str) -> str:
+    """What is wrong with the fields of a pydantic model, in one line; `whole` stands for the model itself."""
+    return "; ".join(
+        f"{'.'.join(map(str, item['loc'])) or whole}: {item['msg'].removeprefix('Value error, ')}"
+        for item in error.errors()
+    )

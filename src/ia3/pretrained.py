@@ -46,6 +46,23 @@ def load_base(name: str = EMBEDDED_MODEL) -> tuple[PreTrainedModel, PreTrainedTo
     return model.eval(), tokenizer
 
 
+def parameter_count(name: str) -> int:
+    """How many parameters a base model has, by its config: no weights are read.
+
+    Raises:
+        InputError: there is no such model, or transformers has no such type.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    name, source = find_base(name)
+    try:
+        with torch.device("meta"):
+            return AutoModel.from_config(AutoConfig.from_pretrained(source)).num_parameters()
+    except Exception as error:
+        raise InputError(f"Cannot read the config of {name!r}: {reason(error)}") from error
+
+
 def find_base(name: str) -> tuple[str, str]:
     """The name to record for a base model, which finds it from other places too, and where its files are.
 

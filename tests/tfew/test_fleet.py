@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import tiny
 import words
 from ia3 import IA3Config, IA3Model, InputError
-from ia3.tfew import FleetTrainer, Member, Task, TFewTrainer, predict, training_arguments
+from ia3.tfew import FleetTrainer, Member, Recipe, Task, TFewTrainer, predict
 from ia3.trainer import last_checkpoint
 
 TWO = Task(name="two", template="review : {{ text }} answer :", choices={"pos": "good", "neg": "not good"})
@@ -42,7 +42,7 @@ def adapted(names, **fields) -> IA3Model:
 
 def arguments(folder, steps=STEPS, **options):
     options = {"learning_rate": 0.05, "save_strategy": "no", "disable_tqdm": True, **options}
-    return training_arguments(folder, steps, **options)
+    return Recipe(steps=steps).training_arguments(folder, **options)
 
 
 def fleet(folder, some=None, model=None, callbacks=None, **options) -> FleetTrainer:
@@ -119,7 +119,8 @@ def test_each_member_sees_its_rows_in_the_order_of_a_lone_run(tmp_path_factory, 
         Lone(adapted("m"), args, words.tokenizer(), TWO, member.rows).train()
         # Named by adapters, where there are several.
         names = {member.name, None} if len(some) == 1 else {member.name}
-        assert seen == [[q.prompt for q in step if q.adapter in names] for step in together.train_dataset]
+        asked = [[example.questions[0] for example in step] for step in together.train_dataset]
+        assert seen == [[question.prompt for question in step if question.adapter in names] for step in asked]
 
 
 @pytest.mark.parametrize("options", [ADAMW, {}], ids=["adamw", "adafactor"])

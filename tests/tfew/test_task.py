@@ -61,8 +61,9 @@ class TestTask:
         tokenizer = words.tokenizer()
         made = task.questions(tokenizer, [{"text": "tea", "label": "neg"}])
         assert made[0].prompt == tokenizer("review : tea answer :")["input_ids"]
-        assert made[0].choices == [tokenizer("good")["input_ids"], tokenizer("not good")["input_ids"]]
-        assert made[0].label == 1
+        listed = {made[0].listed(i): tokens for i, tokens in enumerate(made[0].choices)}
+        assert listed == {0: tokenizer("good")["input_ids"], 1: tokenizer("not good")["input_ids"]}
+        assert made[0].listed(made[0].label) == 1
         assert task.questions(tokenizer, [{"text": "tea"}], labelled=False)[0].label is None
 
     @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import transformers
 import tiny
 import words
 from ia3 import IA3Config, IA3Model, InputError
-from ia3.tfew import Task, TFewTrainer, predict, training_arguments
+from ia3.tfew import Recipe, Task, TFewTrainer, predict
 from ia3.trainer import Trainer, last_checkpoint
 
 TASK = Task(template="review : {{ text }} answer :", choices={"pos": "good", "neg": "not good"})
@@ -19,7 +19,7 @@ def trainer(folder, steps=12, rows=None, seed=0, **kwargs):
     torch.manual_seed(0)
     model = IA3Model(tiny.build("llama"), IA3Config(task_type="CAUSAL_LM"))
     options = {"seed": seed, "save_strategy": "no", "disable_tqdm": True, **kwargs.pop("args", {})}
-    arguments = training_arguments(folder, steps, **options)
+    arguments = Recipe(steps=steps).training_arguments(folder, **options)
     return TFewTrainer(model, arguments, words.tokenizer(), TASK, words.rows(32) if rows is None else rows, **kwargs)
 
 

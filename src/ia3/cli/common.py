@@ -22,9 +22,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ia3.model import IA3Model
+    from ia3.tfew.recipe import Recipe
     from ia3.tfew.task import Task
 
 TASK_NAME = "task.yaml"
+
+# From so many parameters on, the paper's recipe is the default.
+_LARGE = 1_000_000_000
 
 AdapterArgument = typer.Argument(help="Folder (or hub id) of a trained adapter.", show_default=False)
 ModelOption = typer.Option(
@@ -156,6 +160,16 @@ def _load_base(configs: Mapping[str, IA3Config], model: str | None) -> tuple[Pre
     from ia3.pretrained import load_base
 
     return load_base(name)
+
+
+def recipe_for(model: str, recipe: str | None, **changes: Any) -> Recipe:
+    """The recipe that is asked for, else the one for a model of that size, with some fields changed."""
+    from ia3.pretrained import parameter_count
+    from ia3.tfew.recipe import Recipe
+
+    if recipe is None:
+        recipe = "small" if parameter_count(model) < _LARGE else "paper"
+    return Recipe.load(recipe).changed(**changes)
 
 
 def parse_choices(text: str | None) -> dict[str, str] | None:

@@ -39,9 +39,9 @@ def evaluate(
     source = data or task.test
     if source is None:
         raise InputError("Expected labelled rows (--data): the task names no test rows.")
-    rows = read_rows(source)
+    rows = read_rows(source, task.class_names)
     task.check(rows)
-    labels = [task.label(row) for row in rows]
+    labels = [task.label(row, number) for number, row in enumerate(rows, 1)]
     with out.status("Loading …"):
         adapted, tokenizer = load_adapted(adapter, model)
         from ia3.tfew.predict import predict as predict_rows
@@ -52,8 +52,8 @@ def evaluate(
     import numpy as np
     from sklearn.metrics import precision_recall_fscore_support
 
-    predictions = [item.label for item in found]
-    names = list(task.choices)
+    predictions = [item.best for item in found]
+    names = task.labels or sorted({*labels, *predictions})
     majority = Counter(labels).most_common(1)[0][0]
     table = np.array(precision_recall_fscore_support(labels, predictions, labels=names, zero_division=0))  # type: ignore[arg-type]
     result = {

@@ -76,6 +76,7 @@ def predict(
         tasks = [task] * len(rows)
     for number, (task, row) in enumerate(zip(tasks, rows, strict=True), 1):
         task.prompt(row, number)  # before a model is loaded, what cannot be used
+        task.answers(row, number)
     with out.status("Loading …"):
         if names is None:
             adapted, tokenizer = load_adapted(adapter, model)
@@ -174,8 +175,8 @@ def _print_table(
     for name in labels if few else ("probability",):
         table.add_column(escape(name), justify="right")
     for i, (task, row, item) in enumerate(zip(tasks, rows, found, strict=True)):
-        values = item.probabilities.values() if few else [item.probabilities[item.label]]
+        values = item.probabilities.values() if few else [item.probabilities[item.best]]
         text = " ".join(str(row.get((task.columns or list(row))[0], "")).split())
         which = [] if adapters is None else [escape(adapters[i])]
-        table.add_row(*which, escape(text), escape(item.label), *(f"{value:.1%}" for value in values))
+        table.add_row(*which, escape(text), escape(item.label or "—"), *(f"{value:.1%}" for value in values))
     out.print(table)

@@ -15,22 +15,27 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ia3.model import IA3Model
-    from ia3.tfew.task import Task
+    from ia3.tfew.recipe import Recipe
+    from ia3.tfew.task import Task, Template
 
 _METHODS = {"zero_shot": "zero-shot", "trained": "trained", "majority": "majority class"}
 _METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
 
 
-def write(folder: Path, model: IA3Model, adapter: str, task: Task, results: dict[str, Any]) -> dict[str, Any]:
+def write(
+    folder: Path, model: IA3Model, adapter: str, task: Task, recipe: Recipe, results: dict[str, Any]
+) -> dict[str, Any]:
     """Save an adapter and all that belongs to it; returns the results with the adapter's size."""
     from ia3.checkpoint import WEIGHTS_NAME, save_adapter
+    from ia3.tfew.recipe import RECIPE_NAME
 
     task.save(folder / TASK_NAME)
+    recipe.save(folder / RECIPE_NAME)
     save_adapter(model, folder, adapter)
     results = {**results, "adapter_bytes": (folder / WEIGHTS_NAME).stat().st_size}
     write_json(folder / "metrics.json", results)
     with replacing(folder / "README.md") as path:
-        path.write_text(_model_card(folder, task, results), encoding="utf-8")
+        path.write_text(_model_card(folder, task, recipe, results), encoding="utf-8")
     return results
 
 
@@ -102,7 +107,7 @@ def _cells(some: Sequence[dict[str, Any]]) -> list[str]:
     return cells
 
 
-def _model_card(folder: Path, task: Task, results: dict[str, Any]) -> str:
+def _model_card(folder: Path, task: Task, recipe: Recipe, results: dict[str, Any]) -> str:
     lines = []
     if "trained" in results:
         lines = [f"| {results['test_rows']} test rows | accuracy | macro-F1 |", "|---|---:|---:|"]
@@ -114,9 +119,11 @@ def _model_card(folder: Path, task: Task, results: dict[str, Any]) -> str:
     how = f"{results['train_seconds']:.0f} s, seed {results['seed']}"
     if "learning_rate" in results:
         how += f", learning rate {results['learning_rate']}"
+    if recipe.init is not None:
+        how += f", starting from `{recipe.init}`"
     if "trained_at_once" in results:
         how += f", {results['trained_at_once']} adapters at once"
-    choices = "\n".join(f"- `{label}`: {text}" for label, text in task.choices.items())
+    wordings = "\n\n".join(_wording(task, template) for template in task.templates)
     return f"""---
 base_model: {json.dumps(base)}
 library_name: peft
@@ -128,7 +135,7 @@ tags:
 # {task.name}
 
 {task.description or "A text classifier"}: an (IA)³ adapter ([arXiv:2205.05638](https://arxiv.org/abs/2205.05638)) for
-`{base}`, trained by `ia3 train` with T-Few's recipe on {results["train_examples"]} labelled examples in
+`{base}`, trained by `ia3 train` with T-Few's recipe ({recipe.name}) on {results["train_examples"]} labelled examples in
 {results["steps"]} steps ({how}).
 {results["trainable_parameters"]:,} numbers, {results["adapter_bytes"] / 1000:.0f} kB.
 
@@ -136,13 +143,7 @@ tags:
 
 ## The prompt
 
-```
-{task.template.rstrip()}
-```
-
-Labels and their answers:
-
-{choices}
+{wordings}
 
 ## Use
 
@@ -150,3 +151,10 @@ Labels and their answers:
 ia3 predict {folder.name} --data rows.csv
 ```
 """
+
+
+def _wording(task: Task, template: Template) -> str:
+    """A template and its answers, for a model card."""
+    own = task.choices if template.choices is None else template.choices
+    answers = [f"- `{label}`: {text}" for label, text in own.items()] if isinstance(own, dict) else [f"- `{own}`"]
+    return f"```\n{template.prompt.rstrip()}\n```\n\nLabels and their answers:\n\n" + "\n".join(answers)

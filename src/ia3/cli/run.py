@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
+    from ia3.tfew.recipe import Recipe
     from ia3.tfew.task import Row, Task
 
 # Settings that a resumed run must share with the one that was interrupted.
@@ -63,14 +64,14 @@ class Run:
     Attributes:
         model: the base model's name.
         jobs: the adapters.
-        steps: optimizer steps.
+        recipe: how all of them are trained.
         examples_per_label: how many were drawn.
         folder: where results go.
     """
 
     model: str
     jobs: Sequence[Job]
-    steps: int
+    recipe: Recipe
     examples_per_label: int
     folder: Path
 
@@ -84,7 +85,7 @@ class Run:
         """All that decides the result."""
         return {
             "model": self.model,
-            "steps": self.steps,
+            "recipe": self.recipe.model_dump(),
             "examples_per_label": self.examples_per_label,
             "members": {
                 job.name: {
@@ -143,23 +144,27 @@ def run_jobs(out: Console, run: Run, checkpoint: str | None) -> dict[str, dict[s
         from transformers import PrinterCallback, ProgressCallback, set_seed
 
         from ia3 import IA3Config, IA3Model, load_base
-        from ia3.tfew import FleetTrainer, Member, training_arguments
+        from ia3.tfew import FleetTrainer, Member
 
         base, tokenizer = load_base(run.model)
         # Names in the model may hold neither the dots nor the slashes that names of folders may.
         adapters = ["default"] if len(jobs) == 1 else [f"member{number}" for number in range(len(jobs))]
-        configs = {
-            adapter: IA3Config(task_type="CAUSAL_LM", base_model_name_or_path=base.name_or_path) for adapter in adapters
-        }
-        model = IA3Model(base, configs)
+        if run.recipe.init is None:
+            config = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base.name_or_path}
+            model = IA3Model(base, {adapter: IA3Config(**config) for adapter in adapters})
+        else:
+            model = IA3Model(base, {})
+            for adapter in adapters:
+                model.load_adapter(run.recipe.init, adapter, is_trainable=True)
+                model.peft_config[adapter].base_model_name_or_path = base.name_or_path
+            model.set_adapter(adapters[0])
 
     with progress(out) as bars:
-        arguments = training_arguments(
+        arguments = run.recipe.training_arguments(
             run.checkpoints,
-            run.steps,
             seed=jobs[0].seed,
             save_strategy="steps",
-            save_steps=max(1, min(10, run.steps // 4)),
+            save_steps=max(1, min(10, run.recipe.steps // 4)),
             save_total_limit=2,
             disable_tqdm=True,
         )
@@ -169,7 +174,7 @@ def run_jobs(out: Console, run: Run, checkpoint: str | None) -> dict[str, dict[s
             for adapter, job in zip(adapters, jobs, strict=True)
         ]
         callback = _bars_callback(bars, {a: job.titled("Training") for a, job in zip(adapters, jobs, strict=True)})
-        trainer = FleetTrainer(model, arguments, tokenizer, members, callbacks=[callback])
+        trainer = FleetTrainer(model, arguments, tokenizer, members, run.recipe, callbacks=[callback])
         for unwanted in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(unwanted)
 
@@ -205,7 +210,8 @@ def run_jobs(out: Console, run: Run, checkpoint: str | None) -> dict[str, dict[s
         found |= {
             "train_seconds": round(seconds, 2),
             "train_loss": trained.metrics[f"train_loss/{adapter}"],
-            "steps": run.steps,
+            "recipe": run.recipe.name,
+            "steps": trainer.steps_of(adapter),
             "seed": job.seed,
             **({} if job.learning_rate is None else {"learning_rate": job.learning_rate}),
             **({} if len(jobs) == 1 else {"trained_at_once": len(jobs)}),
@@ -215,7 +221,7 @@ def run_jobs(out: Console, run: Run, checkpoint: str | None) -> dict[str, dict[s
             "model": base.name_or_path,
             "task": job.task.name,
         }
-        results[job.name] = write(run.folder / job.name, model, adapter, job.task, found)
+        results[job.name] = write(run.folder / job.name, model, adapter, job.task, run.recipe, found)
     return results
 
 
@@ -271,7 +277,7 @@ def _predicted(
 
         tasks, rows = zip(*pairs, strict=True)
         for title, item in zip(titles, predict(model, tokenizer, tasks, rows, advance, adapters), strict=True):
-            found[title].append(item.label)
+            found[title].append(item.best)
     return found
 
 
@@ -301,6 +307,11 @@ def _bars_callback(bars: Progress, titles: Mapping[str, str]) -> Any:
                 if logs and f"loss/{adapter}" in logs:
                     loss = float(logs[f"loss/{adapter}"])
                     bars.update(bar, completed=state.global_step, note=f"loss {loss:.3f}")
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            for bar in bars.tasks:
+                if bar.id in self.ids.values() and bar.completed < (bar.total or 0):  # stopped early
+                    bars.update(bar.id, total=bar.completed, note=f"{bar.fields['note']}, learned by heart")
 
     return Bars()
 

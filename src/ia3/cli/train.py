@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ia3.cli.common import JsonOption, console, parse_choices, print_json, quiet
+from ia3.cli.common import JsonOption, console, parse_choices, print_json, quiet, recipe_for
 from ia3.cli.results import print_fleet_table, print_table, write_json
 from ia3.cli.run import Job, Run, run_jobs
 from ia3.errors import InputError, shown
@@ -46,11 +46,14 @@ def train(
     label_column: str | None = typer.Option(
         None, help="Column with the label. \\[default: 'label']", show_default=False
     ),
-    task: Path | None = typer.Option(
-        None, "--task", help="A task.yaml instead: template, choices and data in one file.", show_default=False
+    task: str | None = typer.Option(
+        None,
+        "--task",
+        help="A built-in task (see ia3 tasks), or a task.yaml: templates, choices and data in one file.",
+        show_default=False,
     ),
     tasks: str | None = typer.Option(
-        None, "--tasks", help="Several, an adapter for each: a.yaml,b.yaml. All train at once.", show_default=False
+        None, "--tasks", help="Several, an adapter for each: rte,cb,a.yaml. All train at once.", show_default=False
     ),
     test_data: str | None = typer.Option(
         None,
@@ -66,9 +69,22 @@ def train(
     choices: str | None = typer.Option(
         None, help="Answer text of each label: 'label=text,label=text'. \\[default: the labels]", show_default=False
     ),
-    examples_per_label: int = typer.Option(16, min=1, help="Training examples of each label, drawn at random."),
+    examples_per_label: int = typer.Option(
+        16, min=0, help="Training examples of each label, drawn at random; 0: all rows, as they are."
+    ),
     test_rows: int = typer.Option(200, min=0, help="Measure on at most so many test rows, drawn at random; 0: on all."),
-    steps: int = typer.Option(40, min=1, help="Optimizer steps, of 8 examples each."),
+    recipe: str | None = typer.Option(
+        None,
+        "--recipe",
+        help="How to train: 'paper', 'small' or a recipe.yaml. \\[default: small for models under 1B, else paper]",
+        show_default=False,
+    ),
+    steps: int | None = typer.Option(
+        None, min=1, help="Optimizer steps, at most. \\[default: the recipe's]", show_default=False
+    ),
+    init: str | None = typer.Option(
+        None, help="Adapter to start from, a folder or hub id, such as one of ia3 pretrain.", show_default=False
+    ),
     seed: int | None = typer.Option(
         None, help="Decides which examples are drawn, and their order. \\[default: 0]", show_default=False
     ),
@@ -101,8 +117,8 @@ def train(
     one model and each as it would have been trained alone. Each has its own folder in the output folder, such as seed-0,
     TASK/seed-0 or seed-0-lr-0.001.
 
-    Writes adapter_config.json and adapter_model.safetensors (which PEFT reads too), task.yaml, metrics.json and
-    README.md into the output folder.
+    Writes adapter_config.json and adapter_model.safetensors (which PEFT reads too), task.yaml, recipe.yaml,
+    metrics.json and README.md into the output folder.
     """
     out = console(json_output)
     _together("--seed", seed, "--seeds", seeds)
@@ -142,7 +158,7 @@ def train(
     for path in dict.fromkeys(path for job in jobs for path in (folder / job.name, (folder / job.name).parent, folder)):
         if path.is_file():
             raise InputError(f"Expected a folder for --output, found the file {str(path)!r}.")
-    run = Run(model, jobs, steps, examples_per_label, folder)
+    run = Run(model, jobs, recipe_for(model, recipe, steps=steps, init=init), examples_per_label, folder)
     checkpoint = run.checkpoint() if resume else None
     _describe(out, run, checkpoint)
 
@@ -198,11 +214,11 @@ class _Source:
 
 
 def _sources(files: str) -> list[_Source]:
-    """The tasks of several files, which name folders and therefore differ in their names."""
+    """Several tasks, which name folders and therefore differ in their names."""
     paths = [part.strip() for part in files.split(",") if part.strip()]
     if not paths:
-        raise InputError(f"Expected task files with commas between them for --tasks, found {files!r}.")
-    sources = [_source(Path(path)) for path in paths]
+        raise InputError(f"Expected tasks with commas between them for --tasks, found {files!r}.")
+    sources = [_source(path) for path in paths]
     names = [source.task.name for source in sources]
     for path, name in zip(paths, names, strict=True):
         if names.count(name) > 1:
@@ -213,7 +229,7 @@ def _sources(files: str) -> list[_Source]:
 
 
 def _source(
-    task_file: Path | None = None,
+    task: str | None = None,
     data: str | None = None,
     test_data: str | None = None,
     label_column: str | None = None,
@@ -224,30 +240,35 @@ def _source(
     from ia3.tfew.task import Task, read_rows
 
     given = parse_choices(choices)
-    if task_file is None and data is not None:
+    if task is None and data is not None:
         rows = read_rows(data)
         name = Path(data).stem.replace("_", "-") or "task"
         description = Task.infer(rows, label_column, text_column, given, template, name)
     else:
-        description = Task.embedded(EMBEDDED_TASK) if task_file is None else Task.from_file(task_file)
+        description = Task.embedded(EMBEDDED_TASK) if task is None else Task.load(task)
         if text_column is not None:
             raise InputError("--text-column goes with --data; a task's template names its columns itself.")
-        changes = {"label_column": label_column, "choices": given, "template": template}
+        changes = {
+            "label_column": label_column,
+            "choices": given,
+            "templates": None if template is None else [template],
+        }
         values = description.model_dump() | {key: value for key, value in changes.items() if value is not None}
         description = Task.create(values)
         source = data or description.train
         if source is None:
-            raise InputError(f"Expected training rows: neither --data nor a `train:` in {task_file}.")
-        rows = read_rows(source)
+            raise InputError(f"Expected training rows: neither --data nor a `train:` in {task}.")
+        rows = read_rows(source, description.class_names)
     source = test_data or (description.test if data is None else None)
-    return _Source(description, list(rows), None if source is None else list(read_rows(source)))
+    test = None if source is None else list(read_rows(source, description.class_names))
+    return _Source(description, list(rows), test)
 
 
 def _drawn(source: _Source, per_label: int, test_rows: int, seed: int) -> tuple[list[Row], list[Row]]:
     """Training examples and test rows: those that training leaves over, where no others are given."""
     from ia3.tfew.task import few_shot
 
-    examples = few_shot(source.rows, source.task, per_label, seed)
+    examples = few_shot(source.rows, source.task, per_label, seed) if per_label else list(source.rows)
     test = source.test
     if test is None:
         used = {id(row) for row in examples}
@@ -268,9 +289,12 @@ def _describe(out: Console, run: Run, checkpoint: str | None) -> None:
         if jobs[0].name:
             text += f", for each of {shown([job.name for job in jobs], 20)}"
         out.print(text, markup=False, style="bold", soft_wrap=True)
-        out.print("The prompt, and its answer choices:", style="dim")
-        for line in task.template.rstrip().splitlines():
+        count = len(task.templates)
+        more = "" if count == 1 else f" ({count} templates are drawn from; the first measures)"
+        out.print(f"The prompt, and its answer choices{more}:", style="dim")
+        example = (jobs[0].examples or jobs[0].test)[0]
+        for line in task.templates[0].prompt.rstrip().splitlines():
             out.print(f"  {line}", markup=False)
-        out.print("  → " + " | ".join(f"{text}" for text in task.choices.values()), markup=False)
+        out.print("  → " + " | ".join(task.answers(example).values()), markup=False)
     if checkpoint is not None:
         out.print(f"Going on from {checkpoint}", style="dim", markup=False)

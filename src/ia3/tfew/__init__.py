@@ -4,13 +4,16 @@ from ia3.tfew.choices import pack, score_choices
 from ia3.tfew.fleet import FleetTrainer, Member
 from ia3.tfew.losses import tfew_loss
 from ia3.tfew.predict import Prediction, predict
+from ia3.tfew.recipe import EarlyStopping, Recipe
 from ia3.tfew.task import Task, few_shot, read_rows
-from ia3.tfew.trainer import TFewTrainer, training_arguments
+from ia3.tfew.trainer import TFewTrainer
 
 __all__ = [
+    "EarlyStopping",
     "FleetTrainer",
     "Member",
     "Prediction",
+    "Recipe",
     "TFewTrainer",
     "Task",
     "few_shot",
@@ -19,5 +22,4 @@ __all__ = [
     "read_rows",
     "score_choices",
     "tfew_loss",
-    "training_arguments",
 ]

@@ -41,18 +41,27 @@ _PASS_TOKENS = 64
 class Question:
     """A prompt and its answer choices as token ids.
 
+    Choices stand in an order of their own, that of their tokens: a sum over them, a tie between them, and a row that
+    they are packed into, are the same to the last bit however a task lists its labels.
+
     Attributes:
         prompt: its tokens.
         choices: the tokens of each choice.
-        label: the index of the right choice; None when that is not known.
+        label: the index of the right choice among `choices`; None when that is not known.
         adapter: whose answer is wanted, "__base__" for no adapter's; None: the active ones'. All questions of a batch
             say it, or none does.
+        order: for each of `choices`, its index in the caller's list; None: the same.
     """
 
     prompt: list[int]
     choices: list[list[int]]
     label: int | None = None
     adapter: str | None = None
+    order: tuple[int, ...] | None = None
+
+    def listed(self, index: int) -> int:
+        """A choice's index in the caller's list."""
+        return index if self.order is None else self.order[index]
 
 
 Batch = dict[str, Any]
@@ -107,7 +116,7 @@ def encode(
             raise InputError(f"Expected a list of answer choices for prompt {i}, found {texts!r}.")
         for text in texts:
             if text not in cache:
-                cache[text] = _continuation(tokenizer, text)
+                cache[text] = continuation(tokenizer, text)
             if not cache[text]:
                 raise InputError(f"Expected answer choices with at least one token, found {text!r} for prompt {i}.")
         if not prompt:
@@ -123,7 +132,9 @@ def encode(
             if len(prompt) > room:  # what marks the beginning of a text stays at the beginning
                 first = prompt[:1] if prompt[0] == tokenizer.bos_token_id and room > 1 else []
                 prompt = first + prompt[len(prompt) - room + len(first) :]
-        questions.append(Question(prompt, answers, None if labels is None else labels[i]))
+        order = tuple(sorted(range(len(answers)), key=answers.__getitem__))
+        label = None if labels is None or labels[i] is None else order.index(labels[i])  # type: ignore[arg-type]
+        questions.append(Question(prompt, [answers[index] for index in order], label, order=order))
     if shortened:
         logger.warning(
             "%d prompts are longer than the model's %d tokens and lose their beginning.", shortened, max_length
@@ -131,7 +142,7 @@ def encode(
     return questions
 
 
-def _continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The tokens of a text that continues another one."""
     alone: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
     if not text.startswith(" "):
@@ -430,11 +441,24 @@ def score_choices(
     Raises:
         InputError: see `encode`; an encoder-decoder model; or scores that are not numbers.
     """
+    questions = encode(tokenizer, prompts, choices, max_length=model_max_length(model))
+    return score_questions(model, tokenizer, questions, length_normalization, batch_tokens, on_progress, adapter_names)
+
+
+def score_questions(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    length_normalization: float = 1.0,
+    batch_tokens: int = BATCH_TOKENS,
+    on_progress: Callable[[list[int]], None] | None = None,
+    adapter_names: Sequence[str] | None = None,
+) -> list[torch.Tensor]:
+    """`score_choices` for questions that are token ids already."""
     base = _base(model)
     config = getattr(base, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(f"Expected a decoder-only model, found {type(base).__name__}, an encoder-decoder.")
-    questions = encode(tokenizer, prompts, choices, max_length=model_max_length(model))
     if adapter_names is not None:
         check: Callable | None = getattr(_unwrapped(model), "check_adapter_names", None)
         if check is None:
@@ -451,7 +475,9 @@ def score_choices(
             batch = to_device(collate(model, [questions[i] for i in group], pad), device)
             scores = normalized_scores(token_log_probs(model, batch), batch["mask"], length_normalization).cpu()
             for row, index in zip(scores, group, strict=True):
-                results[index] = row[: len(questions[index].choices)].clone()
+                question = questions[index]
+                results[index] = torch.empty(len(question.choices))
+                results[index][list(question.order or range(len(question.choices)))] = row[: len(question.choices)]
                 if not torch.isfinite(results[index]).all():
                     raise InputError(
                         f"The model gives NaN or infinite scores (prompt {index}); is the adapter or the base broken?"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,8 +16,15 @@ from transformers import TrainingArguments
 
 from ia3.errors import InputError, shown
 from ia3.model import IA3Model
-from ia3.tfew.choices import Question
-from ia3.tfew.trainer import TFewTrainer, divided, metrics_of, training_questions
+from ia3.tfew.recipe import Recipe
+from ia3.tfew.trainer import (
+    Example,
+    TFewTrainer,
+    divided,
+    evaluation_examples,
+    metrics_of,
+    training_examples,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,7 +40,8 @@ class Member:
         name: the adapter's name in the model.
         task: says what the rows mean.
         rows: labelled rows to learn from, a list of dictionaries or a `datasets.Dataset`.
-        seed: decides the order of the rows, as the arguments' seed does for an adapter that is trained alone.
+        seed: decides the order of the rows and the draw of templates, as the arguments' seed does for an adapter that
+            is trained alone.
         learning_rate: the highest; None: the arguments'.
         eval_rows: labelled rows for `evaluate()`.
     """
@@ -50,8 +59,9 @@ class FleetTrainer(TFewTrainer):
 
     A step is a step of every member: a batch of `per_device_train_batch_size` rows of each, all of which go through the
     model together, in parts of limited size. Each adapter ends where a `TFewTrainer` with its seed and its learning rate
-    would have brought it alone, to rounding: it sees its rows in the same order, and its loss, the norm to which its
-    gradients are clipped, and the optimizer's state are its own. Random draws within the model are not: dropout in the
+    would have brought it alone, to rounding: it sees its rows in the same order and the same words, it stops early when
+    it would have stopped, and its loss, the norm to which its gradients are clipped, and the optimizer's state are its
+    own. Random draws within the model are not: dropout in the
     base model falls on other numbers than in a run alone.
 
     Logs have the sum of the members' losses (`loss`) and each one's (`loss/NAME`); the metrics of `train()` have
@@ -61,11 +71,11 @@ class FleetTrainer(TFewTrainer):
 
     Args:
         model: an `IA3Model` that has the members' adapters; they become trainable, and all others are frozen.
-        args: `training_arguments(…)`, or any `TrainingArguments` with `max_steps`; of their seeds, `data_seed` decides
-            every member's order when it is given, as it does alone.
+        args: `recipe.training_arguments(…)`, or any `TrainingArguments` with `max_steps`; of their seeds, `data_seed`
+            decides every member's order when it is given, as it does alone.
         processing_class: the model's tokenizer.
         members: who learns what.
-        unlikelihood_weight, length_normalized_weight, length_normalization: see `tfew_loss`.
+        recipe: as in `TFewTrainer`.
         **kwargs: the other arguments of `transformers.Trainer`, without `optimizers`.
 
     Raises:
@@ -79,37 +89,34 @@ class FleetTrainer(TFewTrainer):
         args: TrainingArguments,
         processing_class: PreTrainedTokenizerBase,
         members: Iterable[Member],
-        unlikelihood_weight: float = 1.0,
-        length_normalized_weight: float = 1.0,
-        length_normalization: float = 1.0,
+        recipe: Recipe | None = None,
         **kwargs: Any,
     ) -> None:
-        members = list(members)
+        members, recipe = list(members), recipe or Recipe()
         _check(model, args, members, kwargs)
         self.members = {member.name: member for member in members}
         # One that is active has all rows without being named, also in a model that cannot tell rows apart.
         self._alone = len(members) == 1 and model.active_adapters == [members[0].name]
-        questions, held_out = {}, {}
+        examples, held_out = {}, {}
         for member in members:
+            seed = member.seed if args.data_seed is None else args.data_seed
+            name = None if self._alone else member.name
             try:
-                found = training_questions(member.task, processing_class, member.rows, model)
-                questions[member.name] = self._named(member, found)
+                found = training_examples(member.task, processing_class, member.rows, model, recipe, seed, name)
+                examples[member.name] = _batches(found, args, seed)
                 if member.eval_rows is not None:
-                    found = member.task.questions(processing_class, member.eval_rows, model=model)
-                    held_out[member.name] = self._named(member, found)
+                    held_out[member.name] = evaluation_examples(
+                        member.task, processing_class, member.eval_rows, model, recipe, name
+                    )
             except InputError as error:
                 raise InputError(f"Member {member.name!r}: {error}") from error
-        orders = [
-            _batches(questions[member.name], args, member.seed if args.data_seed is None else args.data_seed)
-            for member in members
-        ]
-        steps = _Steps([[question for batch in step for question in batch] for step in zip(*orders, strict=True)])
+        steps = _Steps([[one for batch in step for one in batch] for step in zip(*examples.values(), strict=True)])
         model.set_requires_grad([name for name in model.peft_config if name not in self.members], False)
         model.set_requires_grad(list(self.members))
         self._parameters = {name: list(model.adapter_parameters(name)) for name in self.members}
         self._count_anew()
-        weights = (unlikelihood_weight, length_normalized_weight, length_normalization)
-        self._set_up(model, args, processing_class, steps, held_out or None, weights, **kwargs)
+        learners = [None] if self._alone else list(self.members)
+        self._set_up(model, args, processing_class, steps, held_out or None, recipe, learners, **kwargs)
         # Whatever asks for clipping, here or in `Trainer`, asks the accelerator.
         self.accelerator.clip_grad_norm_ = self._clip_each  # type: ignore[method-assign]
 
@@ -118,17 +125,18 @@ class FleetTrainer(TFewTrainer):
         """The members' adapters."""
         return list(self.members)
 
-    def _named(self, member: Member, questions: list[Question]) -> list[Question]:
-        return questions if self._alone else [replace(question, adapter=member.name) for question in questions]
-
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `transformers.Trainer.train`."""
         self._count_anew()
         return super().train(*args, **kwargs)
 
+    def steps_of(self, name: str) -> int:
+        """After how many steps a member stopped, or how many there have been."""
+        return self.stopping.stopped.get(None if self._alone else name, self.state.global_step)
+
     def _count_anew(self) -> None:
-        # Steps, and each member's losses in them: since the last log, and before it.
-        self._steps = self._logged_steps = 0
+        # Each member's steps and its losses in them: since the last log, and before it.
+        self._steps, self._logged_steps = Counter[str](), Counter[str]()
         self._sums: dict[str, Any] = dict.fromkeys(self.members, 0.0)
         self._logged_sums = dict.fromkeys(self.members, 0.0)
 
@@ -168,11 +176,16 @@ class FleetTrainer(TFewTrainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Forward and backward, part by part: memory holds the activations of one; returns the sum of losses."""
+        inputs = self._drawn(inputs)
+        learning = [i for i, question in enumerate(inputs["questions"]) if self.stopping.learns(question.adapter)]
+        if len(learning) < len(inputs["questions"]):
+            questions = [inputs["questions"][i] for i in learning]
+            inputs = {**inputs, "label": inputs["label"][learning], "questions": questions}
         losses = []
         # The last part first, as one backward pass through their sum goes: so gradients add up in the same order.
         for part in reversed(list(divided(inputs))):
             losses.append(super().training_step(model, part, num_items_in_batch))
-        self._steps += 1
+        self._steps.update(name for name in self.members if self.stopping.learns(None if self._alone else name))
         return torch.stack(losses[::-1]).sum()
 
     def _losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str | None, torch.Tensor], torch.Tensor]:
@@ -185,14 +198,14 @@ class FleetTrainer(TFewTrainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, and with the sum of losses each member's."""
         if "loss" in logs:
-            logs |= {f"loss/{name}": float(total) / self._steps for name, total in self._sums.items()}
+            logs |= {f"loss/{name}": float(self._sums[name]) / steps for name, steps in self._steps.items()}
         if "loss" in logs or "train_loss" in logs:
             self._logged_steps += self._steps
             self._logged_sums = {name: total + float(self._sums[name]) for name, total in self._logged_sums.items()}
-            self._steps, self._sums = 0, dict.fromkeys(self.members, 0.0)
+            self._steps, self._sums = Counter(), dict.fromkeys(self.members, 0.0)
         if "train_loss" in logs:
-            steps = max(self._logged_steps, 1)
-            logs |= {f"train_loss/{name}": total / steps for name, total in self._logged_sums.items()}
+            means = {name: total / max(self._logged_steps[name], 1) for name, total in self._logged_sums.items()}
+            logs |= {f"train_loss/{name}": mean for name, mean in means.items()}
         super().log(logs, *args, **kwargs)
 
     def evaluate(
@@ -208,30 +221,30 @@ class FleetTrainer(TFewTrainer):
 
 
 class _Steps(Dataset):
-    """The questions of each step."""
+    """The examples of each step."""
 
-    def __init__(self, steps: list[list[Question]]) -> None:
+    def __init__(self, steps: list[list[Example]]) -> None:
         self.steps = steps
 
     def __len__(self) -> int:
         return len(self.steps)
 
-    def __getitem__(self, step: int) -> list[Question]:
+    def __getitem__(self, step: int) -> list[Example]:
         return self.steps[step]
 
 
-def _batches(questions: list[Question], args: TrainingArguments, seed: int) -> list[list[Question]]:
+def _batches(examples: list[Example], args: TrainingArguments, seed: int) -> list[list[Example]]:
     """The batch of each step of a run alone: epoch after epoch, in the orders that accelerate draws from the seed."""
-    sampler = SeedableRandomSampler(questions, data_seed=seed)  # counts its epochs itself
+    sampler = SeedableRandomSampler(examples, data_seed=seed)  # counts its epochs itself
     size = args.per_device_train_batch_size
-    if args.dataloader_drop_last and len(questions) < size:
+    if args.dataloader_drop_last and len(examples) < size:
         raise InputError(
-            f"Expected at least one batch of {size} rows, found {len(questions)} rows and dataloader_drop_last."
+            f"Expected at least one batch of {size} rows, found {len(examples)} rows and dataloader_drop_last."
         )
-    found: list[list[Question]] = []
+    found: list[list[Example]] = []
     while len(found) < args.max_steps:
         epoch = BatchSampler(sampler, size, args.dataloader_drop_last)
-        found += [[questions[i] for i in batch] for batch in epoch]
+        found += [[examples[i] for i in batch] for batch in epoch]
     return found[: args.max_steps]
 
 

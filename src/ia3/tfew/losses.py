@@ -27,11 +27,12 @@ def tfew_loss(
     log_probs: torch.Tensor,
     mask: torch.Tensor,
     labels: torch.Tensor,
+    likelihood_weight: float = 1.0,
     unlikelihood_weight: float = 1.0,
     length_normalized_weight: float = 1.0,
     length_normalization: float = 1.0,
 ) -> TFewLoss:
-    """L = L_LM + L_UL + L_LN for B questions of at most C choices of at most T tokens.
+    """L = a L_LM + b L_UL + c L_LN for B questions of at most C choices of at most T tokens.
 
     With y the right choice, ŷ⁽ⁿ⁾ the wrong ones, β the length-normalized log-probability:
 
@@ -43,8 +44,9 @@ def tfew_loss(
         log_probs: (B, C, T), the log-probability of each choice token.
         mask: (B, C, T), whether there is such a token.
         labels: (B,), the index of the right choice.
-        unlikelihood_weight: weight of L_UL.
-        length_normalized_weight: weight of L_LN.
+        likelihood_weight: a, 1 in the paper.
+        unlikelihood_weight: b, 1 in the paper.
+        length_normalized_weight: c, 1 in the paper.
         length_normalization: the power of T in β.
 
     Raises:
@@ -71,5 +73,9 @@ def tfew_loss(
 
     scores = normalized_scores(log_probs, mask, length_normalization)
     length_normalized = F.cross_entropy(scores, labels)
-    total = likelihood + unlikelihood_weight * unlikelihood + length_normalized_weight * length_normalized
+    total = (
+        likelihood_weight * likelihood
+        + unlikelihood_weight * unlikelihood
+        + length_normalized_weight * length_normalized
+    )
     return TFewLoss(total, likelihood, unlikelihood, length_normalized)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from ia3.errors import InputError
-from ia3.tfew.choices import score_choices
+from ia3.tfew.choices import score_questions
 from ia3.tfew.task import Row, Task
 
 if TYPE_CHECKING:
@@ -19,10 +18,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A row's label, and the probability of each label."""
+    """A row's label, and the probability of each label.
 
-    label: str
+    Attributes:
+        best: the most probable label.
+        probabilities: label → probability; they add up to 1.
+        label: the best one; None: its probability is below the threshold that was asked for.
+    """
+
+    best: str
     probabilities: dict[str, float]
+    abstain_below: float = 0.0
+
+    @property
+    def label(self) -> str | None:
+        return self.best if self.probabilities[self.best] >= self.abstain_below else None
+
+    @classmethod
+    def of(cls, scores: Mapping[str, float], temperature: float = 1.0, abstain_below: float = 0.0) -> Prediction:
+        """The softmax of the scores, divided by a temperature. No result depends on the order of the labels."""
+        highest = max(scores.values())
+        powers = {label: math.exp((score - highest) / temperature) for label, score in scores.items()}
+        total = math.fsum(powers.values())  # exact, so the same in any order
+        probabilities = {label: power / total for label, power in powers.items()}
+        # Of equally probable labels the first by the alphabet.
+        best = min(probabilities, key=lambda label: (-probabilities[label], label))
+        return cls(best, probabilities, abstain_below)
 
 
 def predict(
@@ -32,36 +53,65 @@ def predict(
     rows: Iterable[Row],
     on_progress: Callable[[list[int]], None] | None = None,
     adapter_names: Sequence[str] | None = None,
+    temperature: float | Sequence[float] = 1.0,
+    abstain_below: float = 0.0,
+    template: int = 0,
+    length_normalization: float = 1.0,
+    long_prompts: Literal["truncate", "refuse"] = "truncate",
 ) -> list[Prediction]:
     """The label whose answer text has the best length-normalized log-probability, for each row.
 
     Probabilities are the softmax of these scores, the distribution that the length-normalized loss trains.
 
     Args:
-        model: a causal language model, adapted or not.
+        model: a language model, adapted or not.
         tokenizer: its tokenizer.
         task: says what the rows mean; or a task for each row. Labels of rows are not read.
         rows: column → value.
         on_progress: called with the indices of the rows that each batch finished.
         adapter_names: for each row the adapter that answers it; None: the active ones.
+        temperature: divides the scores, so that probabilities are calibrated (see `Calibration`); or one for each row.
+        abstain_below: give no label where the best one's probability is lower.
+        template: the index of the task's template to ask with.
+        length_normalization: the power of the token count that sums of log-probabilities are divided by.
+        long_prompts: what to do about prompts that are longer than the model's context, see `Task.questions`.
 
     Raises:
-        InputError: see `Task.prompt` and `score_choices`; or not as many tasks as rows.
+        InputError: see `Task.questions` and `score_choices`; not as many tasks or temperatures as rows; or a
+            temperature or threshold out of range.
     """
     rows = list(rows)
     tasks = [task] * len(rows) if isinstance(task, Task) else list(task)
-    if len(tasks) != len(rows):
-        raise InputError(f"Expected a task for each of the {len(rows)} rows, found {len(tasks)}.")
-    for one in {id(one): one for one in tasks}.values():
-        one.check_answers(tokenizer)
-    prompts = [one.prompt(row, number) for number, (one, row) in enumerate(zip(tasks, rows, strict=True), 1)]
-    answers = [one.answers for one in tasks]
-    scores = score_choices(model, tokenizer, prompts, answers, on_progress=on_progress, adapter_names=adapter_names)
-    predictions = []
-    for one, row in zip(tasks, scores, strict=True):
-        labels = list(one.choices)
-        probabilities = torch.softmax(row.double(), -1).tolist()
-        # The first of equal scores, whatever the device's argmax would take.
-        best = max(range(len(labels)), key=lambda i: probabilities[i])
-        predictions.append(Prediction(labels[best], dict(zip(labels, probabilities, strict=True))))
-    return predictions
+    temperatures = [temperature] * len(rows) if isinstance(temperature, (int, float)) else list(temperature)
+    for name, values in {"task": tasks, "temperature": temperatures}.items():
+        if len(values) != len(rows):
+            raise InputError(f"Expected a {name} for each of the {len(rows)} rows, found {len(values)}.")
+    for one in temperatures:
+        if not (math.isfinite(one) and one > 0):
+            raise InputError(f"Expected a temperature above 0, found {one}.")
+    if not 0 <= abstain_below <= 1:
+        raise InputError(f"Expected a threshold (abstain_below) from 0 to 1, found {abstain_below}.")
+    by_task: dict[int, list[int]] = {}
+    for index, one in enumerate(tasks):
+        by_task.setdefault(id(one), []).append(index)
+    found: list[Any] = [None] * len(rows)
+    for indices in by_task.values():
+        one = tasks[indices[0]]
+        mine = [rows[index] for index in indices]
+        asked = one.questions(tokenizer, mine, False, model, template, long_prompts)
+        for index, row, question in zip(indices, mine, asked, strict=True):
+            found[index] = (question, list(one.answers(row, index + 1, template)))
+    questions = [question for question, _ in found]
+    answers = [labels for _, labels in found]
+    scores = score_questions(
+        model,
+        tokenizer,
+        questions,
+        length_normalization=length_normalization,
+        on_progress=on_progress,
+        adapter_names=adapter_names,
+    )
+    return [
+        Prediction.of(dict(zip(labels, row.tolist(), strict=True)), one, abstain_below)
+        for labels, row, one in zip(answers, scores, temperatures, strict=True)
+    ]

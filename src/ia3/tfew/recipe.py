@@ -1,0 +1,179 @@
+"""How an adapter is trained, whatever the task: `Recipe`, with the paper's numbers and those for small models."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ia3.errors import InputError, problems, similar
+from ia3.files import replacing
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+RECIPE_NAME = "recipe.yaml"
+
+
+class EarlyStopping(BaseModel):
+    """Stop when training has nothing left to learn: when the loss has stayed at its floor.
+
+    Attributes:
+        loss: the floor, in the unit of the training loss (the weighted sum of the terms, in nats).
+        steps: for so many steps in a row the loss has to be no higher on average.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    loss: float = Field(gt=0, allow_inf_nan=False)
+    steps: int = Field(default=4, ge=1)
+
+
+class Recipe(BaseModel):
+    """T-Few's settings, which are the same for every task. Defaults are the paper's (Liu et al. 2022, section 3.3).
+
+    Attributes:
+        name: for tables and model cards.
+        steps: optimizer steps, at most.
+        batch_size: examples a step.
+        optimizer: as `TrainingArguments.optim` names it.
+        learning_rate: the highest.
+        warmup: the part of the steps in which the learning rate rises to it.
+        schedule: how it falls from there to zero over the rest, as `TrainingArguments.lr_scheduler_type` names it.
+        likelihood, unlikelihood, length_normalized: weights of the loss's three terms, see `tfew_loss`.
+        length_normalization: the power of a choice's token count that its log-probability is divided by.
+        templates: each time an example is seen, a "random" one of the task's templates, or always the "first".
+        early_stopping: None: train for all steps.
+        long_prompts: "truncate" shortens a field of the row (see `Task.truncate`), "refuse" stops.
+        init: an adapter's folder or hub id to start from; None: ones.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = "paper"
+    steps: int = Field(default=1000, ge=1)
+    batch_size: int = Field(default=8, ge=1)
+    optimizer: str = "adafactor"
+    learning_rate: float = Field(default=3e-3, gt=0, allow_inf_nan=False)
+    warmup: float = Field(default=0.06, ge=0, lt=1)
+    schedule: str = "linear"
+    likelihood: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    unlikelihood: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    length_normalized: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    length_normalization: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    templates: Literal["random", "first"] = "random"
+    early_stopping: EarlyStopping | None = None
+    long_prompts: Literal["truncate", "refuse"] = "truncate"
+    init: str | None = None
+
+    @model_validator(mode="after")
+    def _learns_something(self) -> Recipe:
+        if not self.likelihood + self.unlikelihood + self.length_normalized:
+            raise ValueError("expected a weight above 0 for at least one term of the loss, found 0 for all three")
+        return self
+
+    @classmethod
+    def paper(cls) -> Recipe:
+        """The paper's numbers, for models of billions of parameters."""
+        return cls()
+
+    @classmethod
+    def small(cls) -> Recipe:
+        """For models under a billion parameters, which know a few dozen examples by heart after some twenty steps."""
+        return cls(name="small", **SMALL)
+
+    @classmethod
+    def load(cls, source: str | os.PathLike) -> Recipe:
+        """A preset by its name, "paper" or "small", or a YAML file with some of the fields; the others are the paper's.
+
+        Raises:
+            InputError: no such preset or file, or a field that is unknown or out of range.
+        """
+        text = os.fspath(source)
+        if text in PRESETS:
+            return PRESETS[text]()
+        path = Path(text)
+        if not path.is_file():
+            if path.suffix.lower() in (".yaml", ".yml"):
+                raise InputError(f"Expected a recipe's file, found no {text!r}.")
+            raise InputError(
+                f"Expected a recipe of {', '.join(PRESETS)} or a YAML file, found {text!r}; {similar(text, PRESETS)}."
+            )
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"Expected YAML in {path}: {' '.join(str(error).split())}") from error
+        if not isinstance(values, dict):
+            raise InputError(
+                f"Expected fields such as steps and learning_rate in {path}, found {type(values).__name__}."
+            )
+        return cls.create({"name": path.stem, **values}, str(path))
+
+    @classmethod
+    def create(cls, values: Mapping[str, Any], where: str = "the recipe") -> Recipe:
+        """A recipe of fields; what is wrong with them is said in one line (`InputError`)."""
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise InputError(f"Cannot use {where}: {problems(error, 'recipe')}.") from error
+
+    def changed(self, **changes: Any) -> Recipe:
+        """The recipe with other values for the fields that are not None."""
+        wanted = {name: value for name, value in changes.items() if value is not None}
+        return self.create({**self.model_dump(), **wanted})
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write all fields as YAML, in whole or not at all."""
+        with replacing(path) as temporary:
+            temporary.write_text(yaml.safe_dump(self.model_dump(), sort_keys=False), encoding="utf-8")
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """The settings of `tfew_loss`."""
+        return {
+            "likelihood_weight": self.likelihood,
+            "unlikelihood_weight": self.unlikelihood,
+            "length_normalized_weight": self.length_normalized,
+            "length_normalization": self.length_normalization,
+        }
+
+    def training_arguments(self, output_dir: str | os.PathLike, **kwargs: Any) -> TrainingArguments:
+        """The recipe as `transformers.TrainingArguments`.
+
+        Args:
+            output_dir: where checkpoints go.
+            **kwargs: any field of `TrainingArguments`; it wins over the recipe's.
+        """
+        import torch
+        from transformers import TrainingArguments
+
+        fields: dict[str, Any] = {
+            "max_steps": self.steps,
+            "optim": self.optimizer,
+            "learning_rate": self.learning_rate,
+            "lr_scheduler_type": self.schedule,
+            "warmup_steps": self.warmup,
+            "per_device_train_batch_size": self.batch_size,
+            "per_device_eval_batch_size": self.batch_size,
+            "label_names": ["label"],
+            "logging_steps": 1,
+            "report_to": "none",
+            "dataloader_pin_memory": torch.cuda.is_available(),
+        }
+        try:
+            return TrainingArguments(output_dir=str(output_dir), **{**fields, **kwargs})
+        except ValueError as error:  # an optimizer or a schedule that transformers does not know
+            raise InputError(f"Cannot train by the recipe {self.name!r}: {' '.join(str(error).split())}") from error
+
+
+# Found by cross-validation on training rows of nine tasks (`benchmarks/real_data.py`).
+SMALL: dict[str, Any] = {
+    "steps": 60,
+    "early_stopping": EarlyStopping(loss=0.3, steps=4),
+}
+
+PRESETS = {"paper": Recipe.paper, "small": Recipe.small}
