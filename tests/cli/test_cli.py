@@ -76,7 +76,14 @@ def train(ia3, place, tmp_path):
 class TestTrain:
     def test_writes_an_adapter_a_task_metrics_and_a_card(self, place):
         files = sorted(path.name for path in (place / "adapter").iterdir())
-        assert files == ["README.md", "adapter_config.json", "adapter_model.safetensors", "metrics.json", "task.yaml"]
+        assert files == [
+            "README.md",
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "metrics.json",
+            "recipe.yaml",
+            "task.yaml",
+        ]
         metrics = json.loads((place / "adapter" / "metrics.json").read_text())
         for key in ("zero_shot", "trained", "majority"):
             assert set(metrics[key]) == {"accuracy", "macro_f1"}
@@ -85,7 +92,7 @@ class TestTrain:
         assert metrics["adapter_bytes"] == (place / "adapter" / "adapter_model.safetensors").stat().st_size
         assert metrics["train_seconds"] > 0 and metrics["steps"] == 8 and metrics["train_examples"] == 32
         assert f"{metrics['trained']['accuracy']:.1%}" in (place / "adapter" / "README.md").read_text()
-        assert Task.from_file(place / "adapter" / "task.yaml").template == TEMPLATE
+        assert Task.from_file(place / "adapter" / "task.yaml").templates[0].prompt == TEMPLATE
         assert json.loads((place / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
             place / "model"
         )
@@ -152,7 +159,7 @@ class TestTrain:
         assert code == 130 and "checkpoint-4 with the same command and --resume" in err
         monkeypatch.setattr(TFewTrainer, "training_step", step)
         code, _, err = train("--resume", steps=9, output=tmp_path / "cut")
-        assert code == 2 and "'steps'" in err
+        assert code == 2 and "'recipe'" in err
         code, out, _ = train("--resume", steps=8, output=tmp_path / "cut")
         assert code == 0 and "Going on from" in out
         a, b = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "cut"))
@@ -174,7 +181,7 @@ class TestTrain:
             ({"choices": "pos=good,bad=bad"}, "found 'neg' (row 2)"),
             (
                 {"examples_per_label": 40},
-                "Expected 40 training examples for each label, found fewer for 'pos': 30, 'neg': 30",
+                "Expected 40 training examples for each label, found fewer for 'neg': 30, 'pos': 30",
             ),
         ],
     )

@@ -12,7 +12,7 @@ import tiny
 import words
 from ia3.tfew import Task, TFewTrainer
 
-FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "metrics.json", "task.yaml"]
+FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "metrics.json", "recipe.yaml", "task.yaml"]
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +163,7 @@ def test_interrupted_and_resumed_ends_as_uninterrupted(train, tmp_path, monkeypa
         ({"tasks": "a.yaml", "data": "rows.csv"}, "--data or --tasks"),
         ({"tasks": "a.yaml", "template": "{{ text }}"}, "--template or --tasks"),
         ({"tasks": "nowhere.yaml"}, "no 'nowhere.yaml'"),
-        ({"tasks": " , "}, "task files with commas"),
+        ({"tasks": " , "}, "tasks with commas"),
         ({"seeds": "0,one"}, "--seeds as different numbers with commas between them, found '0,one'"),
         ({"seeds": "0,1,0"}, "--seeds as different numbers"),
         ({"seeds": ""}, "--seeds as different numbers"),

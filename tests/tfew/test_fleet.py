@@ -171,7 +171,7 @@ def test_parts_of_a_batch_add_up(tmp_path, monkeypatch):
     whole.train()
     monkeypatch.setattr(trainer, "batches", functools.partial(trainer.batches, tokens=60))
     parts = fleet(tmp_path)
-    assert len(list(trainer.divided(trainer.collate_questions(parts.train_dataset[0])))) > 5
+    assert len(list(trainer.divided(trainer.collate_examples(parts.train_dataset[0])))) > 5
     parts.train()
     for name in "abcd":
         assert distance(whole.model, parts.model, name) < 1e-7

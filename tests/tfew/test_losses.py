@@ -42,12 +42,14 @@ def by_hand(batch, labels, power=1.0):
 def test_each_term_is_the_papers(batch, data, power):
     labels = [data.draw(st.integers(0, len(choices) - 1)) for choices in batch]
     log_probs, mask = tensors(batch)
-    found = tfew_loss(log_probs, mask, torch.tensor(labels), 0.5, 2.0, power)
+    found = tfew_loss(log_probs, mask, torch.tensor(labels), 3.0, 0.5, 2.0, power)
     likelihood, unlikelihood, normalized = by_hand(batch, labels, power)
     assert found.likelihood.item() == pytest.approx(likelihood, rel=1e-9, abs=1e-12)
     assert found.unlikelihood.item() == pytest.approx(unlikelihood, rel=1e-9, abs=1e-12)
     assert found.length_normalized.item() == pytest.approx(normalized, rel=1e-9, abs=1e-12)
-    assert found.total.item() == pytest.approx(likelihood + 0.5 * unlikelihood + 2 * normalized, rel=1e-9, abs=1e-12)
+    assert found.total.item() == pytest.approx(
+        3 * likelihood + 0.5 * unlikelihood + 2 * normalized, rel=1e-9, abs=1e-12
+    )
 
 
 def test_gradients_are_right_and_stay_finite_where_a_wrong_token_is_certain():

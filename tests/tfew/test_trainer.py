@@ -111,7 +111,7 @@ def test_a_wrapper_for_parallel_training_is_seen_through(tmp_path):
             return self.module(*args, **kwargs)
 
     run = trainer(tmp_path)
-    batch = collate(Parallel(run.model), run.train_dataset[:3])
+    batch = collate(Parallel(run.model), [example.questions[0] for example in run.train_dataset[:3]])
     assert "position_ids" in batch
     assert torch.equal(token_log_probs(Parallel(run.model), batch), token_log_probs(run.model, batch))
 

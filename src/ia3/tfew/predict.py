@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ia3.errors import InputError
@@ -21,18 +21,17 @@ class Prediction:
     """A row's label, and the probability of each label.
 
     Attributes:
-        best: the most probable label.
+        label: the most probable one; None: its probability is below the threshold that was asked for.
         probabilities: label → probability; they add up to 1.
-        label: the best one; None: its probability is below the threshold that was asked for.
     """
 
-    best: str
+    label: str | None
     probabilities: dict[str, float]
-    abstain_below: float = 0.0
 
     @property
-    def label(self) -> str | None:
-        return self.best if self.probabilities[self.best] >= self.abstain_below else None
+    def best(self) -> str:
+        """The most probable label; of equally probable ones the first by the alphabet."""
+        return min(self.probabilities, key=lambda label: (-self.probabilities[label], label))
 
     @classmethod
     def of(cls, scores: Mapping[str, float], temperature: float = 1.0, abstain_below: float = 0.0) -> Prediction:
@@ -41,9 +40,8 @@ class Prediction:
         powers = {label: math.exp((score - highest) / temperature) for label, score in scores.items()}
         total = math.fsum(powers.values())  # exact, so the same in any order
         probabilities = {label: power / total for label, power in powers.items()}
-        # Of equally probable labels the first by the alphabet.
-        best = min(probabilities, key=lambda label: (-probabilities[label], label))
-        return cls(best, probabilities, abstain_below)
+        found = cls(None, probabilities)
+        return replace(found, label=found.best) if probabilities[found.best] >= abstain_below else found
 
 
 def predict(

@@ -260,6 +260,7 @@ def training_examples(
     Raises:
         InputError: rows do not fit the task (see `Task.questions`), or show one label only.
     """
+    task.check(rows)
     labels = list(dict.fromkeys(task.label(row, number) for number, row in enumerate(rows, 1)))
     if len(labels) < 2:
         raise InputError(

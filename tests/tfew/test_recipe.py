@@ -1,0 +1,255 @@
+"""A recipe: its presets, its file, random templates, and stopping when nothing is left to learn."""
+
+import pytest
+import torch
+import transformers
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tiny
+import words
+from ia3 import IA3Config, IA3Model, InputError
+from ia3.tfew import EarlyStopping, FleetTrainer, Member, Recipe, Task, TFewTrainer
+from ia3.tfew.trainer import Example, StopAtFloor, training_examples
+from ia3.trainer import last_checkpoint
+
+CHOICES = {"pos": "good", "neg": "not good"}
+TASK = Task(template="review : {{ text }} answer :", choices=CHOICES)
+WORDINGS = ["review : {{ text }} answer :", "{{ text }} , what is it ?", "is it good ? {{ text }}"]
+SEVERAL = Task(templates=WORDINGS, choices=CHOICES)
+
+
+class TestRecipe:
+    def test_the_papers_numbers_are_the_default(self, tmp_path):
+        args = Recipe().training_arguments(tmp_path)
+        assert (args.max_steps, args.learning_rate, args.per_device_train_batch_size) == (1000, 3e-3, 8)
+        assert (args.optim, args.lr_scheduler_type, args.warmup_steps) == ("adafactor", "linear", 0.06)
+        assert Recipe.load("paper") == Recipe() and Recipe().early_stopping is None
+        assert set(Recipe().loss_weights.values()) == {1.0}
+        assert Recipe.load("small") == Recipe.small() and Recipe.small().early_stopping is not None
+
+    def test_round_trip(self, tmp_path):
+        recipe = Recipe.small().changed(steps=7, init="somewhere", unlikelihood=0.5)
+        recipe.save(tmp_path / "recipe.yaml")
+        assert Recipe.load(tmp_path / "recipe.yaml") == recipe
+
+    def test_a_file_with_some_fields(self, tmp_path):
+        (tmp_path / "mine.yaml").write_text("learning_rate: 0.01\nearly_stopping: {loss: 0.1}\n")
+        recipe = Recipe.load(tmp_path / "mine.yaml")
+        assert recipe == Recipe(name="mine", learning_rate=0.01, early_stopping=EarlyStopping(loss=0.1))
+
+    def test_arguments_win(self, tmp_path):
+        assert Recipe().training_arguments(tmp_path, max_steps=3).max_steps == 3
+
+    @pytest.mark.parametrize(
+        "text, message",
+        [
+            ("steps: 0", "steps: Input should be greater than or equal to 1"),
+            ("learning_rate: .nan", "learning_rate"),
+            ("likelihood: 0\nunlikelihood: 0\nlength_normalized: 0", "above 0 for at least one term"),
+            ("step: 3", "step: Extra inputs"),
+            ("- a", "found list"),
+            ("a: [", "Expected YAML"),
+            ("early_stopping: {loss: 0}", "early_stopping.loss"),
+        ],
+    )
+    def test_bad_files(self, tmp_path, text, message):
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(InputError, match=message) as error:
+            Recipe.load(tmp_path / "bad.yaml")
+        assert "\n" not in str(error.value)
+
+    @pytest.mark.parametrize("name, message", [("smal", "close to it: 'small'"), ("no.yaml", "found no 'no.yaml'")])
+    def test_unknown_names(self, name, message):
+        with pytest.raises(InputError, match=message):
+            Recipe.load(name)
+
+    def test_an_optimizer_that_is_none(self, tmp_path):
+        with pytest.raises(InputError, match="recipe 'paper'"):
+            Recipe(optimizer="adam-and-eve").training_arguments(tmp_path)
+
+
+def model(names=("default",)) -> IA3Model:
+    base = tiny.build("llama", vocab_size=len(words.VOCABULARY)).double()
+    return IA3Model(base, {name: IA3Config(task_type="CAUSAL_LM") for name in names}).double()
+
+
+OPTIONS = {"save_strategy": "no", "disable_tqdm": True, "learning_rate": 0.05}
+
+
+def lone(folder, recipe, task=SEVERAL, rows=None, seed=0, kind=TFewTrainer, callbacks=None, **options):
+    args = recipe.training_arguments(folder, seed=seed, **{**OPTIONS, **options})
+    rows = words.rows(20) if rows is None else rows
+    return kind(model(), args, words.tokenizer(), task, rows, recipe=recipe, callbacks=callbacks)
+
+
+def vectors(adapted, name="default"):
+    return torch.cat([parameter.detach().flatten() for parameter in adapted.adapter_parameters(name)])
+
+
+class TestTemplates:
+    @given(key=st.text(max_size=5), step=st.integers(0, 10**6))
+    def test_the_draw_depends_on_row_and_step_alone(self, key, step):
+        questions = tuple(object() for _ in range(3))
+        assert Example(questions, key).drawn(step) is Example(questions, key).drawn(step)  # type: ignore[arg-type]
+
+    def test_all_are_drawn_about_equally(self):
+        examples = [Example((0, 1, 2), f"0 {row}") for row in range(30)]  # type: ignore[arg-type]
+        drawn = [example.drawn(step) for example in examples for step in range(30)]
+        assert all(250 < drawn.count(i) < 350 for i in range(3))
+        assert [e.drawn(0) for e in examples] != [e.drawn(1) for e in examples]
+
+    def test_training_asks_in_all_words_and_evaluation_in_the_first(self, tmp_path):
+        seen: dict[bool, set] = {True: set(), False: set()}
+
+        class Watched(TFewTrainer):
+            def compute_loss(self, model, inputs, *args, **kwargs):
+                for question in inputs["questions"]:
+                    seen[model.training].add(tuple(question.prompt))
+                return super().compute_loss(model, inputs, *args, **kwargs)
+
+        rows = words.rows(6)
+        run = lone(tmp_path, Recipe(steps=12), rows=rows, kind=Watched)
+        run.train()
+        tokens = words.tokenizer()
+        prompts = [{tuple(tokens(SEVERAL.prompt(r, template=t))["input_ids"]) for r in rows} for t in range(3)]
+        assert all(seen[True] & some for some in prompts) and seen[True] <= set().union(*prompts)
+        run.evaluate(training_examples(TASK, tokens, rows, run.model, Recipe(), 0))
+        assert seen[False] == prompts[0]
+        seen[True].clear()
+        lone(tmp_path, Recipe(steps=4, templates="first"), rows=rows, kind=Watched).train()
+        assert seen[True] == prompts[0]
+
+    def test_own_words_for_answers(self):
+        own = {"prompt": "{{ text }} , is it good ?", "choices": {"neg": "bad", "pos": "fine"}}
+        task = Task(templates=[WORDINGS[0], own], choices=CHOICES)
+        example = training_examples(task, words.tokenizer(), words.rows(4), model(), Recipe(), 0)[0]
+        listed = [{q.listed(i): choice for i, choice in enumerate(q.choices)} for q in example.questions]
+        tokens = words.tokenizer()
+        assert listed[0] == {0: tokens("good")["input_ids"], 1: tokens("not good")["input_ids"]}
+        assert listed[1] == {0: tokens("bad")["input_ids"], 1: tokens("fine")["input_ids"]}
+
+    def test_a_resumed_run_draws_as_an_uninterrupted_one(self, tmp_path):
+        recipe = Recipe(steps=9)
+        whole = lone(tmp_path / "whole", recipe)
+        whole.train()
+        saving = {"save_strategy": "steps", "save_steps": 4}
+
+        class Stop(transformers.TrainerCallback):
+            def on_step_begin(self, args, state, control, **kwargs):
+                if state.global_step == 6:
+                    raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            lone(tmp_path / "cut", recipe, callbacks=[Stop()], **saving).train()
+        resumed = lone(tmp_path / "cut", recipe, **saving)
+        resumed.train(resume_from_checkpoint=last_checkpoint(tmp_path / "cut"))
+        assert torch.equal(vectors(whole.model), vectors(resumed.model))
+
+
+class Losses(transformers.TrainerCallback):
+    """The loss of each step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            self.seen.append(logs["loss"])
+
+
+FLOOR = Recipe(steps=60, early_stopping=EarlyStopping(loss=3.75, steps=3))
+
+
+class TestEarlyStopping:
+    def test_training_ends_when_the_loss_has_stayed_at_its_floor(self, tmp_path):
+        losses = Losses()
+        run = lone(tmp_path, FLOOR, callbacks=[losses])
+        run.train()
+        means = [sum(losses.seen[i - 3 : i]) / 3 for i in range(3, len(losses.seen) + 1)]
+        assert 3 < run.state.global_step < 60 and len(losses.seen) == run.state.global_step
+        assert means[-1] <= 3.75 + 1e-3 and all(mean > 3.75 - 1e-3 for mean in means[:-1])  # logs are rounded
+
+    def test_without_a_rule_all_steps_are_made(self, tmp_path):
+        run = lone(tmp_path, Recipe(steps=5))
+        run.train()
+        assert run.state.global_step == 5
+
+    @pytest.mark.parametrize("cut_at", [5, 9])
+    def test_members_of_a_fleet_stop_as_alone_also_when_resumed(self, tmp_path, cut_at):
+        rows = {"a": words.rows(20), "b": words.rows(9, seed=4), "c": words.rows(20, seed=2)}
+        members = [Member(name, SEVERAL, some, seed) for seed, (name, some) in enumerate(rows.items())]
+        saving = {"save_strategy": "steps", "save_steps": 4}
+
+        class Stop(transformers.TrainerCallback):
+            def on_step_begin(self, args, state, control, **kwargs):
+                if state.global_step == cut_at:
+                    raise KeyboardInterrupt
+
+        def fleet(callbacks=None):
+            args = FLOOR.training_arguments(tmp_path / "fleet", **{**OPTIONS, **saving})
+            return FleetTrainer(model("abc"), args, words.tokenizer(), members, FLOOR, callbacks=callbacks)
+
+        with pytest.raises(KeyboardInterrupt):
+            fleet([Stop()]).train()
+        together = fleet()
+        metrics = together.train(resume_from_checkpoint=last_checkpoint(tmp_path / "fleet")).metrics
+        steps = {}
+        for seed, (name, some) in enumerate(rows.items()):
+            alone = lone(tmp_path / name, FLOOR, rows=some, seed=seed)
+            alone.train()
+            steps[name] = alone.state.global_step
+            assert together.steps_of(name) == steps[name]
+            torch.testing.assert_close(vectors(together.model, name), vectors(alone.model), atol=1e-7, rtol=0)
+        assert len(set(steps.values())) > 1 and max(steps.values()) == together.state.global_step < 60
+        assert all(f"train_loss/{name}" in metrics for name in rows)
+
+    def test_gradient_accumulation_stops_by_the_loss_of_the_whole_step(self, tmp_path):
+        recipe = FLOOR.changed(batch_size=4)
+        rows = words.rows(16)
+        whole = lone(tmp_path, FLOOR, rows=rows)
+        parts = lone(tmp_path, recipe, rows=rows, gradient_accumulation_steps=2)
+        whole.train()
+        parts.train()
+        assert whole.state.global_step == parts.state.global_step < 60
+
+    @given(st.lists(st.floats(0, 2), max_size=30), st.floats(0.1, 2), st.integers(1, 5))
+    def test_the_rule(self, losses, floor, steps):
+        stop = StopAtFloor(EarlyStopping(loss=floor, steps=steps), [None])
+        control, state = transformers.TrainerControl(), transformers.TrainerState()
+        ended = None
+        for step, loss in enumerate(losses, 1):
+            state.global_step = step
+            stop.add({None: loss / 2})
+            stop.add({None: loss / 2})
+            stop.on_step_end(None, state, control)
+            if control.should_training_stop and ended is None:
+                ended = step
+        sums = [sum(losses[i - steps : i]) / steps for i in range(steps, len(losses) + 1)]
+        expected = next((i for i, mean in enumerate(sums, steps) if mean <= floor), None)
+        assert ended == expected or any(abs(mean - floor) < 1e-9 for mean in sums)
+
+
+def test_weights_of_the_terms_reach_the_loss(tmp_path):
+    def loss(**weights):
+        run = lone(tmp_path, Recipe(steps=1, **weights), task=TASK)
+        run.train()
+        return run.state.log_history[0]["loss"]
+
+    only = {"likelihood": 0.0, "unlikelihood": 0.0, "length_normalized": 0.0}
+    parts = [loss(**{**only, name: 1.0}) for name in only]
+    assert loss() == pytest.approx(sum(parts), rel=2e-3)
+    assert loss(likelihood=0.5, unlikelihood=2.0) == pytest.approx(0.5 * parts[0] + 2 * parts[1] + parts[2], rel=2e-3)
+    assert yaml.safe_load("1e-3") == "1e-3"  # YAML's trap: pydantic reads the text as a number
+    assert Recipe.create({"learning_rate": "1e-3"}).learning_rate == 1e-3
+
+
+def test_the_order_of_labels_changes_nothing(tmp_path):
+    turned = Task(templates=WORDINGS, choices=dict(reversed(CHOICES.items())))
+    ends = []
+    for task in (SEVERAL, turned):
+        run = lone(tmp_path, Recipe(steps=6), task=task)
+        run.train()
+        ends.append(vectors(run.model))
+    assert torch.equal(*ends)
