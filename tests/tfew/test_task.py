@@ -25,7 +25,7 @@ def task():
 class TestTask:
     def test_prompt_and_answers(self, task):
         assert task.prompt({"text": "tea", "label": "pos"}) == "review : tea answer :"
-        assert task.answers == [" good", " not good"]
+        assert task.answers({"text": "tea"}) == CHOICES and task.labels == ["pos", "neg"]
         assert task.columns == ["text"]
 
     def test_white_space_at_the_end_is_dropped(self):
@@ -49,7 +49,7 @@ class TestTask:
     def test_answers_that_a_tokenizer_cannot_tell_apart(self, llama):
         task = Task(template=TEMPLATE, choices={"pos": "heavenly", "neg": "dreadful"})  # both unknown words
         for use in (task.questions, lambda tokenizer, rows: predict(llama, tokenizer, task, rows)):
-            with pytest.raises(InputError, match="' heavenly' and ' dreadful' are the same"):
+            with pytest.raises(InputError, match="'heavenly' and 'dreadful' are the same"):
                 use(words.tokenizer(), [{"text": "tea", "label": "pos"}])
 
     def test_words_in_yaml_stay_words(self, tmp_path):
@@ -81,15 +81,15 @@ class TestTask:
         assert found == {"accuracy": 0.75, "macro_f1": pytest.approx((2 / 3 + 4 / 5) / 2)}
 
     def test_yaml_round_trip(self, task, tmp_path):
-        task = Task.create(
-            {
-                **task.model_dump(),
-                "template": 'a "quoted" line:\n{{ text }}\n\n  über ☃ {# c #}:',
-                "choices": {"yes": "no", "1": "~"},
-            }
-        )
-        task.save(tmp_path / "task.yaml")
-        assert Task.from_file(tmp_path / "task.yaml") == task
+        prompt = 'a "quoted" line:\n{{ text }}\n\n  über ☃ {# c #}:'
+        for templates in (
+            [prompt],
+            [prompt, {"name": "own", "prompt": "{{ text }}", "choices": {"1": "x", "yes": "y"}}],
+        ):
+            made = Task(templates=templates, choices={"yes": "no", "1": "~"}, aliases={"on": "yes"}, class_names=False)
+            made.save(tmp_path / "task.yaml")
+            assert Task.from_file(tmp_path / "task.yaml") == made
+            assert ("template: |" in (tmp_path / "task.yaml").read_text()) == (len(templates) == 1)
 
     def test_paths_in_a_file_are_relative_to_it(self, task, tmp_path):
         (tmp_path / "rows.csv").write_text("text,label\ntea,pos\n")
@@ -104,12 +104,25 @@ class TestTask:
     @pytest.mark.parametrize(
         "fields, message",
         [
-            ({"template": "{{ text"}, "Jinja template"),
-            ({"choices": {"pos": "good"}}, "at least 2"),
+            ({"templates": "{{ text"}, "templates"),
+            ({"choices": {"pos": "good"}}, "at least two"),
+            ({"choices": None}, "choices"),
+            ({"choices": "one"}, "at least two"),
+            ({"choices": "{{ a"}, "Jinja template"),
+            ({"choices": {"pos": "good", "neg": "{{ a"}}, "Jinja template"),
+            ({"aliases": {"1": "positive"}}, "aliases of the labels .*'positive'"),
+            ({"aliases": {"neg": "pos"}}, "aliases of the labels"),
+            ({"template": TEMPLATE, "templates": [TEMPLATE]}, "found both"),
+            ({"templates": []}, "at least 1"),
+            ({"templates": [{"prompt": "{{ text"}]}, "Jinja template"),
+            ({"templates": [TEMPLATE, {"prompt": TEMPLATE, "choices": {"pos": "a", "new": "b"}}]}, "same labels"),
+            ({"templates": [TEMPLATE, {"prompt": TEMPLATE, "choices": "{{ a }}"}]}, "same labels"),
+            ({"templates": [{"prompt": "a ||| b ||| c"}]}, "one answer behind"),
+            ({"templates": [{"prompt": "a", "word": "b"}]}, "word"),
             ({"choices": {"pos": "good", "neg": "good"}}, "differ"),
             ({"choices": {"pos": "good", "neg": " "}}, "not empty"),
             ({"metric": "speed"}, "metric"),
-            ({"templates": "x"}, "templates"),
+            ({"words": "x"}, "words"),
         ],
     )
     def test_fields_that_cannot_be(self, task, fields, message):
@@ -148,7 +161,16 @@ class TestTask:
 
     @pytest.mark.parametrize(
         "row, message",
-        [({"label": "maybe"}, r"'pos', 'neg', found 'maybe' \(row 3\)"), ({"text": "a"}, "label column 'label'")],
+        [
+            ({"label": "maybe"}, r"found 'maybe' \(row 3\); there are 'pos', 'neg'"),
+            ({"text": "a"}, "label column 'label'"),
+            ({"label": ["pos", "neg"]}, r"Expected one label, found \['pos', 'neg'\] \(row 3\): .* yes/no task"),
+            ({"label": {"pos"}}, "Expected one label"),
+            ({"label": "pos, neg"}, "Expected one label, found 'pos, neg'"),
+            ({"label": "neg|pos"}, "Expected one label"),
+            ({"label": "pos;other"}, "known label"),
+            ({"label": None}, "known label"),
+        ],
     )
     def test_rows_without_a_known_label(self, task, row, message):
         with pytest.raises(InputError, match=message):
@@ -160,13 +182,173 @@ class TestTask:
             task.prompt({"text": "tea"})
 
 
+WORDS = st.text("abc {}%#|", min_size=1, max_size=8)
+
+
+class TestTemplates:
+    """Several ways to ask, and answers in their own words."""
+
+    def test_each_has_its_words(self):
+        own = {"neg": "bad", "pos": "fine"}
+        task = Task(templates=[TEMPLATE, {"name": "short", "prompt": "{{ text }} :", "choices": own}], choices=CHOICES)
+        row = {"text": "tea", "label": "neg"}
+        assert [task.prompt(row, template=i) for i in range(2)] == ["review : tea answer :", "tea :"]
+        assert [task.answers(row, template=i) for i in range(2)] == [CHOICES, own]
+        tokenizer = words.tokenizer()
+        for i, right in enumerate(("not good", "bad")):
+            (question,) = task.questions(tokenizer, [row], template=i)
+            assert question.choices[question.label] == tokenizer(right)["input_ids"]
+        assert task.columns == ["text"]
+
+    def test_no_choices_but_the_templates(self):
+        task = Task(templates=[{"prompt": TEMPLATE, "choices": CHOICES}])
+        assert (
+            task.choices is None
+            and task.labels == ["pos", "neg"]
+            and task.label({"text": "a", "label": "neg"}) == "neg"
+        )
+
+    def test_aliases(self):
+        task = Task(template=TEMPLATE, choices={True: "good", False: "bad"}, aliases={1: True, "0.0": "false"})
+        assert [task.label({"label": label}) for label in (1, 1.0, "1", True, "0.0", "true", False)] == [
+            *["true"] * 4, "false", "true", "false",
+        ]  # fmt: skip
+        with pytest.raises(InputError, match=r"Expected one label, found '1, 0\.0'"):
+            task.label({"label": "1, 0.0"})
+
+    def test_answers_from_columns(self):
+        task = Task(template="{{ premise }}", choices={0: "{{ choice1 | lower }}", 1: "{{ choice2 }}"})
+        row = {"premise": "a", "choice1": "Good", "choice2": " bad ", "label": 1}
+        assert task.answers(row) == {"0": "good", "1": "bad"} and task.label(row) == "1"
+        assert task.columns == ["choice1", "choice2", "premise"] and task.labels == ["0", "1"]
+        for wrong, message in [
+            ({"choice2": "good"}, r"that differ, found \['good', 'good'\] \(row 4\)"),
+            ({"choice2": None}, r"found \['good', ''\]"),
+        ]:
+            with pytest.raises(InputError, match=message):
+                task.answers({**row, **wrong}, 4)
+        with pytest.raises(InputError, match="names 'choice2'"):
+            task.check([{"premise": "a", "choice1": "b", "label": 0}])
+
+    @pytest.mark.parametrize("choices", ['{{ endings | join("|||") }}', "{{ endings }}", '{{ row["endings"] }}'])
+    def test_as_many_answers_as_a_row_has(self, choices):
+        task = Task(template="{{ text }}", choices=choices)
+        tokenizer = words.tokenizer()
+        rows = [{"text": "tea", "endings": ["good", "bad", "fine"], "label": "2"}]
+        rows.append({"text": "tea", "endings": ["bad", "good"], "label": 0})
+        assert task.labels is None
+        assert task.answers(rows[0]) == {"0": "good", "1": "bad", "2": "fine"}
+        for question, right in zip(task.questions(tokenizer, rows), ("fine", "bad"), strict=True):
+            assert question.choices[question.label] == tokenizer(right)["input_ids"]
+        with pytest.raises(InputError, match=r"found '2' \(row 7\); there are '0', '1'"):
+            task.label({**rows[1], "label": 2}, 7)
+        with pytest.raises(InputError, match=r"at least two answer texts that differ, found \['bad'\] \(row 2\)"):
+            task.check([rows[0], {**rows[1], "endings": ["bad"]}])
+        with pytest.raises(InputError, match=r"the same to this model's tokenizer \(row 2\)"):
+            task.questions(tokenizer, [rows[0], {**rows[1], "endings": ["unknown", "words"]}])
+
+    @given(endings=st.lists(st.text("ab [],\"'{}%ü", min_size=1).map(str.strip).filter(bool), min_size=2, unique=True))
+    def test_a_list_in_a_cell_of_a_file(self, endings):
+        task = Task(template="{{ text }}", choices="{{ endings }}")
+        for cell in (endings, json.dumps(endings)):
+            assert list(task.answers({"text": "a", "endings": cell}).values()) == endings
+        assert list(task.answers({"text": "a", "endings": "[a ||| b]"}).values()) == ["[a", "b]"]
+
+    def test_answers_with_bars_between_them_that_are_the_same_for_all_rows(self):
+        assert Task(template="{{ text }}", choices="yes ||| no").choices == {"0": "yes", "1": "no"}
+
+    def test_the_answer_behind_the_prompt(self):
+        task = Task(
+            template="{{ text }} {{ answer_choices[0] }}? ||| {{ answer_choices[label] }}", choices="yes ||| no"
+        )
+        row = {"text": "tea", "label": "1"}
+        assert task.prompt(row) == "tea yes?" and task.label(row) == "1" and task.columns == ["text"]
+        other = Task(template="{{ text }} ||| {% if kind %}maybe{% endif %}", choices="yes ||| no")
+        with pytest.raises(InputError, match=r"right answer of 'yes', 'no', found 'maybe' \(row 5\)"):
+            other.label({"text": "tea", "kind": 1}, 5)
+
+    @given(labels=st.lists(WORDS, min_size=2, max_size=4, unique_by=str.strip))
+    def test_whatever_words_labels_are(self, tmp_path_factory, labels):
+        rows = [{"text": "a", "label": label} for label in labels if label.strip()]
+        if len(rows) < 2 or len({row["label"].strip() for row in rows}) < len(rows):
+            return
+        task = Task.infer(rows)
+        file = tmp_path_factory.mktemp("task") / "task.yaml"
+        task.save(file)
+        for one in (task, Task.from_file(file)):
+            assert [one.answers(row)[one.label(row)] for row in rows] == [row["label"].strip() for row in rows]
+
+    def test_more_labels_in_the_rows_than_the_task_knows(self):
+        task = Task(template="{{ text }}", choices=[f"l{i}" for i in range(76)])
+        rows = [{"text": "a", "label": f"l{i}"} for i in range(77)]
+        with pytest.raises(InputError, match=r"found 'l76' \(row 77\); close to it: ") as error:
+            task.check(rows)
+        assert "\n" not in str(error.value)
+        with pytest.raises(InputError, match=r"found 'new' \(row 1\).* Unknown in all rows together: 'new', 'l76'"):
+            task.check([{"text": "a", "label": "new"}, *rows])
+
+
+class TestLongPrompts:
+    """Prompts that the model has no positions for."""
+
+    @pytest.fixture(scope="class")
+    def short(self):
+        return tiny.build("llama", vocab_size=len(words.VOCABULARY), max_position_embeddings=12)
+
+    @pytest.mark.parametrize(
+        "truncate, kept", [([], "review : tea tea tea tea cake ? answer :"), (["kind"], None), (["kind", "text"], None)]
+    )
+    def test_the_end_of_a_column_is_cut(self, short, truncate, kept, caplog):
+        template = "review : {{ text }} {{ kind }} ? answer :"
+        task = Task(template=template, choices=CHOICES, truncate=truncate)
+        tokenizer = words.tokenizer()
+        row = {"text": "tea " * 20, "kind": "cake", "label": "neg"}
+        if truncate == ["kind"]:
+            with pytest.raises(InputError, match=r"at most 10 tokens, found more \(row 2\) even without 'kind'"):
+                task.questions(tokenizer, [{**row, "text": "tea"}, row], model=short)
+            return
+        short_row = {"text": "tea", "kind": "cake", "label": "pos"}
+        found = task.questions(tokenizer, [short_row, row], model=short)
+        prompt = tokenizer.decode(found[1].prompt)
+        assert len(found[1].prompt) + 2 == 12 and prompt.endswith("? answer :") and prompt.startswith("review : tea")
+        assert kept is None or prompt == kept
+        assert tokenizer.decode(found[0].prompt) == "review : tea cake ? answer :"
+        assert "1 of 2 prompts are longer than the model's context; the end of 'text' is cut off" in caplog.text
+
+    def test_refused(self, short):
+        task = Task(template=TEMPLATE, choices=CHOICES)
+        rows = [{"text": "tea", "label": "pos"}, {"text": "tea " * 9, "label": "pos"}]
+        with pytest.raises(InputError, match=r"at most 10 tokens, found 13 \(row 2\)"):
+            task.questions(words.tokenizer(), rows, model=short, long_prompts="refuse")
+
+    @given(sizes=st.lists(st.integers(0, 30), min_size=2, max_size=2), order=st.permutations(["a", "b"]))
+    def test_what_fits_is_used_up(self, short, sizes, order):
+        task = Task(template="review {{ a }} : {{ b }} answer", choices=CHOICES, truncate=order)
+        row = {"a": "tea " * sizes[0], "b": "soup " * sizes[1]}
+        if not sum(sizes):
+            return
+        (question,) = task.questions(words.tokenizer(), [row], labelled=False, model=short)
+        assert len(question.prompt) == min(10, 3 + sum(sizes))
+        text = words.tokenizer().decode(question.prompt).split()
+        left = {"a": text.count("tea"), "b": text.count("soup")}
+        # The second column is touched only where the first one has nothing left.
+        first, second = order
+        size = dict(zip("ab", sizes, strict=True))
+        assert left[second] == size[second] or not left[first]
+
+    def test_answers_without_room_for_a_prompt(self, short):
+        task = Task(template="{{ text }}", choices={"a": "tea " * 12, "b": "tea"})
+        with pytest.raises(InputError, match="Expected choices shorter than 12 tokens"):
+            task.questions(words.tokenizer(), [{"text": "tea"}], labelled=False, model=short)
+
+
 class TestInfer:
     def test_from_columns_and_labels(self):
         task = Task.infer([{"review": "a", "kind": "b_c"}, {"review": "d", "kind": "a"}], label_column="kind")
         assert task.choices == {"a": "a", "b_c": "b c"}
         assert task.prompt({"review": "Tea!"}) == "Tea!\n\nQuestion: What is the kind, a or b c?\nAnswer:"
 
-    @pytest.mark.parametrize("column", ["Review Text", "row", "None", "self", "if", "a'b", "über", "1st"])
+    @pytest.mark.parametrize("column", ["Review Text", "row", "None", "self", "if", "a'b", "a|||b", "über", "1st"])
     def test_any_column_name_can_be_the_text(self, column):
         task = Task.infer([{column: "a", "label": "x{%"}, {column: "b", "label": "{{y"}])
         prompt = task.prompt({column: "Tea!", "label": "secret"})
@@ -278,9 +460,23 @@ class TestFewShot:
 
     def test_too_few(self, task):
         with pytest.raises(
-            InputError, match="Expected 16 training examples for each label, found fewer for 'pos': 5, 'neg': 5"
+            InputError, match="Expected 16 training examples for each label, found fewer for 'neg': 5, 'pos': 5"
         ):
             few_shot(words.rows(10), task, 16)
+
+    def test_the_order_of_labels_decides_nothing(self, task):
+        turned = Task(template=TEMPLATE, choices=dict(reversed(CHOICES.items())))
+        assert few_shot(words.rows(60), task, 8) == few_shot(words.rows(60), turned, 8)
+
+    def test_a_label_without_rows_is_named(self):
+        task = Task(template=TEMPLATE, choices={**CHOICES, "new": "bad"})
+        with pytest.raises(InputError, match="fewer for 'new': 0"):
+            few_shot(words.rows(60), task, 8)
+
+    def test_places_as_labels(self):
+        task = Task(template="{{ text }}", choices="{{ endings }}")
+        rows = [{"text": f"{i}", "endings": ["a", "b"], "label": i % 2} for i in range(20)]
+        assert Counter(row["label"] for row in few_shot(rows, task, 3)) == {0: 3, 1: 3}
 
 
 class TestPredict:

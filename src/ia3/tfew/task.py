@@ -45,11 +45,19 @@ _MOST_LISTED = 10
 class _Environment(jinja2.sandbox.SandboxedEnvironment):
     """Templates come from files of others, so they are rendered in a sandbox; a missing column is an error."""
 
-    def __init__(self) -> None:
-        super().__init__(undefined=jinja2.StrictUndefined)
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(undefined=jinja2.StrictUndefined, **kwargs)
 
+
+# Between a prompt and its answer, and between answer choices, in published prompt collections.
+_BAR = "|||"
 
 _ENVIRONMENT = _Environment()
+# Where a row's answers are wanted, a list is one.
+_LISTS = _Environment(finalize=lambda value: _BAR.join(map(str, value)) if isinstance(value, list) else value)
+
+# What a template sees beside columns: the row by column, and the row's answer texts.
+_GIVEN = {"row", "answer_choices"}
 
 
 def _parse(source: str) -> jinja2.nodes.Template:
@@ -60,15 +68,20 @@ def _parse(source: str) -> jinja2.nodes.Template:
 
 
 @functools.lru_cache(maxsize=1024)
-def _compiled(source: str) -> jinja2.Template:
-    return _ENVIRONMENT.from_string(source)
+def _compiled(source: str, environment: _Environment = _ENVIRONMENT) -> jinja2.Template:
+    return environment.from_string(source)
+
+
+@functools.lru_cache(maxsize=1024)
+def _sees_answers(source: str) -> bool:
+    return "answer_choices" in jinja2.meta.find_undeclared_variables(_ENVIRONMENT.parse(source))
 
 
 @functools.lru_cache(maxsize=1024)
 def _columns(source: str) -> tuple[str, ...]:
     """The columns that a template names, by themselves or as `row["…"]`, in alphabetical order."""
     tree = _ENVIRONMENT.parse(source)
-    names = jinja2.meta.find_undeclared_variables(tree) - {"row"}
+    names = jinja2.meta.find_undeclared_variables(tree) - _GIVEN
     for node in tree.find_all((jinja2.nodes.Getitem, jinja2.nodes.Getattr)):
         if isinstance(node.node, jinja2.nodes.Name) and node.node.name == "row":
             name = node.attr if isinstance(node, jinja2.nodes.Getattr) else getattr(node.arg, "value", None)
@@ -82,13 +95,20 @@ def _has_jinja(source: str) -> bool:
 
 def _verbatim(text: str) -> str:
     """A template that gives the text, whatever it holds."""
-    return f"{{% raw %}}{text}{{% endraw %}}" if _has_jinja(text) else text
+    return f"{{{{ {_quoted(text)} }}}}" if _has_jinja(text) or _BAR in text else text
 
 
-def _render(source: str, row: Row, where: str, **more: Any) -> str:
+def _quoted(text: str) -> str:
+    """A text as it is written in a template's expression, without what means something outside of it."""
+    return repr(text).replace("|", "\\x7c")
+
+
+def _render(
+    source: str, row: Row, where: str, seen: Row | None = None, environment: _Environment = _ENVIRONMENT
+) -> str:
     values = {name: "" if value is None else value for name, value in row.items()}
     try:
-        return _compiled(source).render({**values, "row": values, **more})
+        return _compiled(source, environment).render({**values, "row": values, **(seen or {})})
     except Exception as error:  # a template can do anything wrong that a program can
         raise InputError(
             f"Cannot render the template{where}: {reason(error)}; the columns are {shown(row, 20)}."
@@ -157,6 +177,10 @@ def _answer_lengths(tokenizer: PreTrainedTokenizerBase, answers: Sequence[dict[s
     return found
 
 
+class _UnknownLabel(InputError):
+    """A label that is none of the task's."""
+
+
 def _label(value: Any, where: str = "") -> str:
     """A label as text; more than one is refused."""
     if isinstance(value, (list, tuple, set, dict)):
@@ -171,6 +195,18 @@ def _several(found: Any, where: str) -> str:
     )
 
 
+def _listed(row: Row) -> Row:
+    """The row with lists where cells of a file hold them as JSON."""
+    values = dict(row)
+    for name, value in row.items():
+        if isinstance(value, str) and value.lstrip().startswith("["):
+            try:
+                values[name] = json.loads(value)
+            except json.JSONDecodeError:  # a text that begins with a bracket
+                continue
+    return values
+
+
 def _numbered(row: Row) -> Row:
     """The row with numbers where CSV files have digits: published templates use labels as positions."""
     return {key: int(v) if isinstance(v, str) and v.strip().isdecimal() else v for key, v in row.items()}
@@ -182,17 +218,14 @@ def embedded_tasks() -> list[str]:
     return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
 
 
-# Between a prompt and its answer, and between answer choices, in published prompt collections.
-_BAR = "|||"
-
-
 class Template(BaseModel):
     """One way to put a task into words.
 
     Attributes:
         name: for tables; may be empty.
         prompt: a Jinja template. It sees a row's columns by name, and the whole row as `row`, for names that are no
-            identifiers: `{{ row["Review Text"] }}`. What stands behind `|||` is `target`.
+            identifiers: `{{ row["Review Text"] }}`; and the answer texts as a list, `answer_choices`. What stands behind
+            `|||` is `target`.
         choices: answer texts in this template's own words, in the forms of `Task.choices`; None: the task's.
         target: a Jinja template of the right answer's text that sees a row and its `answer_choices`; None: the row's
             label says it.
@@ -240,7 +273,7 @@ class Task(BaseModel):
         choices: label → answer text; or a list of labels that are their own answer texts. Labels are compared as text,
             and their order has no meaning. A text can be a Jinja template, when answers stand in columns:
             `{{ choice1 }}`. A single text instead is a Jinja template that gives a row's answers with `|||` between
-            them, as many as the row has; their labels are their places, "0", "1", …: `{{ endings | join("|||") }}`.
+            them, as many as the row has, or a list of them: `{{ endings }}`; their labels are their places, "0", "1", ….
             None: every template has its own.
         aliases: what labels are called in other copies of the data → label.
         separator: stands between prompt and answer text.
@@ -422,8 +455,12 @@ class Task(BaseModel):
 
     @cached_property
     def columns(self) -> list[str]:
-        """The columns that prompts need, in alphabetical order."""
-        return sorted({name for template in self.templates for name in _columns(template.prompt)})
+        """The columns that prompts and answers need, in alphabetical order."""
+        sources = [template.prompt for template in self.templates]
+        for template in range(len(self.templates)):
+            own = self._choices_of(template)
+            sources += own.values() if isinstance(own, dict) else [own]
+        return sorted({name for source in sources for name in _columns(source)})
 
     def _choices_of(self, template: int) -> dict[str, str] | str:
         own = self.templates[template].choices
@@ -446,10 +483,15 @@ class Task(BaseModel):
         _require(row, names, where)
         if names and all(_missing(row[name]) for name in names):
             raise InputError(f"Expected some text in {shown(names)}, found it empty{where}; fill or drop the row.")
-        text = _render(source, row, where).rstrip()
+        text = self._filled(row, number, template)
         if not text:
             raise InputError(f"The template gives an empty prompt{where}; fill or drop the row.")
         return text
+
+    def _filled(self, row: Row, number: int | None, template: int) -> str:
+        source = self.templates[template].prompt
+        seen = {"answer_choices": [*self.answers(row, number, template).values()]} if _sees_answers(source) else {}
+        return _render(source, row, _where(number), seen).rstrip()
 
     def answers(self, row: Row, number: int | None = None, template: int = 0) -> dict[str, str]:
         """Label → answer text, for a row; arguments and errors as of `prompt`.
@@ -464,9 +506,10 @@ class Task(BaseModel):
         sources = own.values() if isinstance(own, dict) else [own]
         for source in sources:
             _require(row, _columns(source), where)
-        texts = [_render(source, row, where).strip() for source in sources]
         if isinstance(own, str):
-            texts = [part.strip() for part in texts[0].split(_BAR)]
+            texts = [part.strip() for part in _render(own, _listed(row), where, environment=_LISTS).split(_BAR)]
+        else:
+            texts = [_render(source, row, where).strip() for source in sources]
         if len(texts) < 2 or not all(texts) or len(set(texts)) < len(texts):
             raise InputError(f"Expected at least two answer texts that differ, found {texts}{where}; correct the row.")
         labels = own if isinstance(own, dict) else map(str, range(len(texts)))
@@ -482,7 +525,7 @@ class Task(BaseModel):
         target = self.templates[template].target
         answers = self.answers(row, number, template)
         if target is not None:
-            label = _render(target, _numbered(row), where, answer_choices=list(answers.values())).strip()
+            label = _render(target, _numbered(row), where, {"answer_choices": list(answers.values())}).strip()
             found = {text: label for label, text in answers.items()}
             if label not in found:
                 raise InputError(f"Expected a right answer of {shown(found, 20)}, found {label!r}{where}.")
@@ -496,18 +539,31 @@ class Task(BaseModel):
             if len(several) > 1 and all(self.aliases.get(part, part) in answers for part in several):
                 raise InputError(_several(label, where))
             hint = f"{similar(label, answers)}" if len(answers) > _MOST_LISTED else f"there are {shown(answers, 20)}"
-            raise InputError(f"Expected a known label in {self.label_column!r}, found {label!r}{where}; {hint}.")
+            raise _UnknownLabel(f"Expected a known label in {self.label_column!r}, found {label!r}{where}; {hint}.")
         return label
 
     def check(self, rows: Iterable[Row], labelled: bool = True) -> None:
         """Raise what `prompt`, `answers` and `label` would raise for the first row, in the file's order, that cannot be
-        used, in the words of any template."""
+        used, in the words of any template; and name all labels of the rows that the task does not know."""
+        rows = list(rows)
         for number, row in enumerate(rows, 1):
             for template in range(len(self.templates)):
                 self.prompt(row, number, template)
                 self.answers(row, number, template)
                 if labelled:
-                    self.label(row, number, template)
+                    self._check_label(rows, number, template)
+
+    def _check_label(self, rows: Sequence[Row], number: int, template: int) -> None:
+        try:
+            self.label(rows[number - 1], number, template)
+        except _UnknownLabel as error:
+            if self.labels is None:
+                raise
+            found = dict.fromkeys(_text(row.get(self.label_column)) for row in rows)
+            unknown = [label for label in found if self.aliases.get(label, label) not in self.labels]
+            if len(unknown) < 2:
+                raise
+            raise InputError(f"{error} Unknown in all rows together: {shown(unknown, 20)}.") from error
 
     def questions(
         self,
@@ -561,7 +617,7 @@ class Task(BaseModel):
         fitted, columns = list(prompts), []
         sizes = [len(ids) for ids in tokenizer(prompts)["input_ids"]]  # type: ignore[arg-type]
         for i, (row, size, room) in enumerate(zip(rows, sizes, rooms, strict=True)):
-            if size <= room:
+            if size <= room or room < 1:  # `encode` knows what to say of answers that leave no room
                 continue
             if long_prompts == "refuse":
                 raise InputError(
@@ -591,7 +647,7 @@ class Task(BaseModel):
 
             def tokens(length: int, name: str = name, text: str = text) -> int:
                 shorter[name] = text[:length]
-                fitted[i] = _render(self.templates[template].prompt, shorter, _where(i + 1)).rstrip()
+                fitted[i] = self._filled(shorter, i + 1, template)
                 return len(tokenizer(fitted[i])["input_ids"])  # type: ignore[arg-type]
 
             # The longest beginning that fits; a column that cannot make room alone is left out for the next one.
@@ -724,13 +780,11 @@ def _made_template(text_column: str, label_column: str, answers: list[str]) -> s
     except jinja2.TemplateError:
         plain = False
     if not plain:
-        text = f"{{{{ row[{text_column!r}] }}}}"
+        text = f"{{{{ row[{_quoted(text_column)}] }}}}"
     if len(answers) > _MOST_LISTED:
-        return f"{text}\n\n{label_column.replace('_', ' ').replace('{', '').capitalize()}:"
-    question = f"What is the {label_column.replace('_', ' ')}, {', '.join(answers[:-1])} or {answers[-1]}?"
-    if "{" in question:
-        question = f"{{% raw %}}{question}{{% endraw %}}"
-    return f"{text}\n\nQuestion: {question}\nAnswer:"
+        return f"{text}\n\n{_verbatim(label_column.replace('_', ' ').capitalize())}:"
+    what = _verbatim(label_column.replace("_", " "))
+    return f"{text}\n\nQuestion: What is the {what}, {', '.join(answers[:-1])} or {answers[-1]}?\nAnswer:"
 
 
 def _from_csv(path: Path) -> list[dict[str, Any]]:
