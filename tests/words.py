@@ -3,6 +3,7 @@
 import random
 
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 GOOD = ["lovely", "tasty", "fresh", "perfect"]
@@ -58,4 +59,13 @@ def rows(count: int = 40, seed: int = 0) -> list[dict[str, str]]:
         label = ("pos", "neg")[i % 2]
         word = chance.choice(GOOD if label == "pos" else BAD)
         made.append({"text": f"the {chance.choice(['tea', 'soup', 'cake'])} was {word} today", "label": label})
+    return made
+
+
+def closing(opening: str = "", **kwargs) -> PreTrainedTokenizerFast:
+    """The same, with `</s>` behind each text, as T5's; and perhaps a token before it, as BERT's."""
+    made = tokenizer(**kwargs)
+    opening = opening and f"{opening} "
+    special = [(token, VOCABULARY.index(token)) for token in (*opening.split(), "</s>")]
+    made.backend_tokenizer.post_processor = TemplateProcessing(single=f"{opening}$A </s>", special_tokens=special)
     return made

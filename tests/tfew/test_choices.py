@@ -327,10 +327,6 @@ class TestScoreChoices:
         with pytest.raises(InputError, match=message):
             score_choices(gpt2, words.tokenizer(), prompts, texts)
 
-    def test_an_encoder_decoder_is_refused(self):
-        with pytest.raises(InputError, match="decoder-only"):
-            score_choices(tiny.build("t5"), words.tokenizer(), ["tea"], [["good", "bad"]])
-
     def test_scores_that_are_no_numbers_are_refused(self, llama):
         llama.lm_head.weight.data[0, 0] = math.nan
         with pytest.raises(InputError, match="NaN or infinite"):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ia3.config import CONFIG_NAME, IA3Config
+from ia3.config import CONFIG_NAME, IA3Config, TaskType
 from ia3.errors import InputError, shown
 
 if TYPE_CHECKING:
@@ -159,7 +159,15 @@ def _load_base(configs: Mapping[str, IA3Config], model: str | None) -> tuple[Pre
     quiet()
     from ia3.pretrained import load_base
 
-    return load_base(name)
+    return load_base(name, _labels(folder) if config.task_type == TaskType.SEQ_CLS else None)
+
+
+def _labels(folder: str) -> list[str] | None:
+    """The labels of the task beside an adapter, in its order; None where there is no task."""
+    try:
+        return load_task(folder).labels
+    except InputError:
+        return None
 
 
 def recipe_for(model: str, recipe: str | None, **changes: Any) -> Recipe:

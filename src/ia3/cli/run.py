@@ -144,13 +144,14 @@ def run_jobs(out: Console, run: Run, checkpoint: str | None) -> dict[str, dict[s
         from transformers import PrinterCallback, ProgressCallback, set_seed
 
         from ia3 import IA3Config, IA3Model, load_base
+        from ia3.pretrained import task_type
         from ia3.tfew import FleetTrainer, Member
 
-        base, tokenizer = load_base(run.model)
+        base, tokenizer = load_base(run.model, jobs[0].task.labels)
         # Names in the model may hold neither the dots nor the slashes that names of folders may.
         adapters = ["default"] if len(jobs) == 1 else [f"member{number}" for number in range(len(jobs))]
         if run.recipe.init is None:
-            config = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base.name_or_path}
+            config = {"task_type": task_type(base), "base_model_name_or_path": base.name_or_path}
             model = IA3Model(base, {adapter: IA3Config(**config) for adapter in adapters})
         else:
             model = IA3Model(base, {})

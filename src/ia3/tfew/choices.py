@@ -1,8 +1,11 @@
-"""A prompt and all its answer choices in one row: `pack`, `score_choices`.
+"""A prompt and all its answer choices in one row: `pack`, `score_choices`; and what the families of models share.
 
 The choices form a tree behind the prompt, in which common beginnings are shared: a token attends to the prompt and to
 its own ancestors, and its position counts on from the prompt. The last token of a choice is predicted, never read, so
 it is not in the row: single-token choices add nothing at all. The vocabulary projection runs at the tree only.
+
+This is how decoder-only models are asked. `seq2seq` has the same for encoder-decoders, `classifier` for encoders with a
+classification head; `encode`, `collate` and `token_log_probs` look at the model, and all else is the same for the three.
 """
 
 from __future__ import annotations
@@ -20,7 +23,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from ia3.config import TaskType
 from ia3.errors import InputError
+from ia3.pretrained import task_type
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,7 +72,8 @@ class Question:
 Batch = dict[str, Any]
 """Questions as tensors, B questions of at most C choices of at most T tokens:
 
-- the model's own inputs (`input_ids`, `attention_mask`, perhaps `position_ids`), R rows of L tokens;
+- the model's own inputs (`input_ids`, `attention_mask`, perhaps `position_ids`), R rows of L tokens; an
+  encoder-decoder's rows are its decoder's, see `seq2seq.pack`;
 - `keep`: how many last positions, K, of each row have to be projected on the vocabulary (a 0-d tensor);
 - `position` (B, C, T): where the prediction of each choice token stands among the R·K projected positions;
 - `token` (B, C, T): the choice token; `mask` (B, C, T): whether there is one;
@@ -82,56 +88,80 @@ def encode(
     choices: Sequence[Sequence[str]],
     labels: Sequence[int | None] | None = None,
     max_length: int | None = None,
+    model: nn.Module | None = None,
 ) -> list[Question]:
     """Prompts and choices as token ids.
 
-    A choice is tokenized by itself, as it continues a text: give it the leading space that it needs (" yes").
+    - For a decoder-only model, a choice is tokenized by itself, as it continues a text: give it the leading space that it
+      needs (" yes"). Neither prompt nor choice is closed.
+    - For an encoder-decoder, prompt and choice are two texts, each as the tokenizer opens and closes it (T5: "yes</s>"), as
+      in the code of T-Few's authors: the closing token is scored and counts in the choice's length. Leading spaces of a
+      choice mean nothing.
+    - For a classifier, a prompt is as the tokenizer opens and closes it, and the i-th choice is the token i, a label.
 
     Args:
         tokenizer: the model's.
         prompts: N texts.
         choices: the answer choices of each.
         labels: the index of each prompt's right choice.
-        max_length: how many tokens (prompt + choice) the model takes; longer prompts lose their beginning.
+        max_length: how many tokens (prompt + choice; prompt alone, where there is an encoder) the model takes; longer
+            prompts lose their beginning. None: as many as `model` has positions for.
+        model: whose family prompts and choices are for; None: a decoder-only one.
 
     Raises:
-        InputError: lengths differ, a prompt or choice is empty, or a choice alone is too long.
+        InputError: lengths differ, a prompt or choice is empty, or a choice alone is too long; a classifier's choices are
+            not the same for all prompts, or not as many as its labels.
     """
     if isinstance(prompts, str) or len(prompts) != len(choices):
         raise InputError(
             f"Expected a list of prompts and as many lists of choices, found {len(prompts)} and {len(choices)}."
         )
-    cache: dict[str, list[int]] = {}
+    family = TaskType.CAUSAL_LM if model is None else task_type(base_of(model))
+    if max_length is None and model is not None:
+        max_length = model_max_length(model)
     encoded = tokenizer(list(prompts))["input_ids"] if prompts else []
+    for i, texts in enumerate(choices):
+        if isinstance(texts, str) or not len(texts):
+            raise InputError(f"Expected a list of answer choices for prompt {i}, found {texts!r}.")
+    if family == TaskType.SEQ_CLS:
+        from ia3.tfew.classifier import check_choices
+
+        check_choices(base_of(model), choices)  # type: ignore[arg-type]
+    cache: dict[str, list[int]] = {}
     questions, shortened = [], 0
     for i, (prompt, texts) in enumerate(zip(encoded, choices, strict=True)):
         prompt = list(prompt)  # type: ignore[arg-type]
-        if (
-            len(prompt) > 1
-            and prompt[-1] == tokenizer.eos_token_id
-            and not prompts[i].endswith(str(tokenizer.eos_token))
-        ):
-            prompt.pop()  # a tokenizer that closes every text would close the prompt before its answer
-        if isinstance(texts, str) or not len(texts):
-            raise InputError(f"Expected a list of answer choices for prompt {i}, found {texts!r}.")
+        if family == TaskType.CAUSAL_LM:
+            if (
+                len(prompt) > 1
+                and prompt[-1] == tokenizer.eos_token_id
+                and not prompts[i].endswith(str(tokenizer.eos_token))
+            ):
+                prompt.pop()  # a tokenizer that closes every text would close the prompt before its answer
+            # What marks the beginning of a text stays at the beginning.
+            first, last = int(prompt[:1] == [tokenizer.bos_token_id]), 0
+        else:
+            first, last = _marks(tokenizer, prompt)
         for text in texts:
             if text not in cache:
-                cache[text] = continuation(tokenizer, text)
+                cache[text] = _answer(tokenizer, text, family)
             if not cache[text]:
                 raise InputError(f"Expected answer choices with at least one token, found {text!r} for prompt {i}.")
-        if not prompt:
+        if len(prompt) <= (0 if family == TaskType.CAUSAL_LM else first + last):
             raise InputError(f"Expected a prompt with at least one token, found {prompts[i]!r} (prompt {i}).")
-        answers = [cache[text] for text in texts]
+        answers = [[index] for index in range(len(texts))] if family == TaskType.SEQ_CLS else [cache[t] for t in texts]
         if max_length is not None:
-            room = max_length - max(map(len, answers))
-            if room < 1:
+            longest = max(map(len, answers))
+            room = max_length - (longest if family == TaskType.CAUSAL_LM else 0)
+            if room < 1 or longest > max_length:
                 raise InputError(
-                    f"Expected choices shorter than {max_length} tokens, found one of {max_length - room} (prompt {i})."
+                    f"Expected choices shorter than {max_length} tokens, found one of {longest} (prompt {i})."
                 )
-            shortened += len(prompt) > room
-            if len(prompt) > room:  # what marks the beginning of a text stays at the beginning
-                first = prompt[:1] if prompt[0] == tokenizer.bos_token_id and room > 1 else []
-                prompt = first + prompt[len(prompt) - room + len(first) :]
+            if len(prompt) > room:
+                shortened += 1
+                first, last = (first, last) if first + last < room else (0, 0)
+                middle = prompt[first : len(prompt) - last]
+                prompt = prompt[:first] + middle[len(middle) - (room - first - last) :] + prompt[len(prompt) - last :]
         order = tuple(sorted(range(len(answers)), key=answers.__getitem__))
         label = None if labels is None or labels[i] is None else order.index(labels[i])  # type: ignore[arg-type]
         questions.append(Question(prompt, [answers[index] for index in order], label, order=order))
@@ -140,6 +170,22 @@ def encode(
             "%d prompts are longer than the model's %d tokens and lose their beginning.", shortened, max_length
         )
     return questions
+
+
+def _marks(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> tuple[int, int]:
+    """How many tokens open a text, and how many close it."""
+    special = [token for token in tokenizer.all_special_ids if token != tokenizer.unk_token_id]
+    first = next((i for i, token in enumerate(tokens) if token not in special), len(tokens))
+    last = next((i for i, token in enumerate(reversed(tokens)) if token not in special), 0)
+    return first, last
+
+
+def _answer(tokenizer: PreTrainedTokenizerBase, text: str, family: TaskType) -> list[int]:
+    """The tokens of an answer choice; none where it holds nothing."""
+    if family == TaskType.CAUSAL_LM:
+        return continuation(tokenizer, text)
+    tokens: list[int] = tokenizer(text_target=text.lstrip(" "))["input_ids"]  # type: ignore[assignment]
+    return tokens if len(tokens) > sum(_marks(tokenizer, tokens)) else []
 
 
 def continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -168,7 +214,7 @@ def pack(questions: Sequence[Question], pad_token_id: int = 0, dtype: torch.dtyp
         number elsewhere.
     """
     width = max(len(question.prompt) for question in questions)
-    trees = [_Tree(question.choices) for question in questions]
+    trees = [tree_of(question) for question in questions]
     keep = max(len(tree.tokens) for tree in trees)
     rows, length = len(questions), width + keep - 1
     ids = np.full((rows, length), pad_token_id, dtype=np.int64)
@@ -193,14 +239,14 @@ def pack(questions: Sequence[Question], pad_token_id: int = 0, dtype: torch.dtyp
         "attention_mask": mask,
         "position_ids": torch.from_numpy(positions),
         "keep": torch.tensor(keep),
-        **_adapters(questions, [1] * rows),
-        **_answers(
+        **names_of(questions, [1] * rows),
+        **answers_of(
             questions, [[[row * keep + node for node in path] for path in tree.paths] for row, tree in enumerate(trees)]
         ),
     }
 
 
-class _Tree:
+class Tree:
     """The choices of a question as a prefix tree. Node 0 is the end of the prompt; a node is a token that is read.
 
     `paths` has, for each choice, the node that predicts each of its tokens.
@@ -226,6 +272,11 @@ class _Tree:
     def farthest(self) -> int:
         """The choice whose last prediction stands farthest back in the row."""
         return max(range(len(self.paths)), key=lambda choice: self.paths[choice][-1])
+
+
+def tree_of(question: Question) -> Tree:
+    """A question's choices as a prefix tree."""
+    return Tree(question.choices)
 
 
 def plain_rows(questions: Sequence[Question], pad_token_id: int = 0) -> Batch:
@@ -254,18 +305,18 @@ def plain_rows(questions: Sequence[Question], pad_token_id: int = 0) -> Batch:
         "input_ids": ids,
         "attention_mask": mask,
         "keep": torch.tensor(keep),
-        **_adapters(questions, [len(question.choices) for question in questions]),
-        **_answers(questions, paths),
+        **names_of(questions, [len(question.choices) for question in questions]),
+        **answers_of(questions, paths),
     }
 
 
-def _adapters(questions: Sequence[Question], rows: Sequence[int]) -> Batch:
+def names_of(questions: Sequence[Question], rows: Sequence[int]) -> Batch:
     """`adapter_names` of a batch whose questions have so many rows each; nothing where they leave it open."""
     names = [name for question, count in zip(questions, rows, strict=True) for name in [question.adapter] * count]
     return {} if names[0] is None else {"adapter_names": names}
 
 
-def _answers(questions: Sequence[Question], paths: Sequence[Sequence[Sequence[int]]]) -> Batch:
+def answers_of(questions: Sequence[Question], paths: Sequence[Sequence[Sequence[int]]]) -> Batch:
     """`position`, `token`, `mask` and `label` of a batch."""
     shape = (
         len(questions),
@@ -289,7 +340,20 @@ def _answers(questions: Sequence[Question], paths: Sequence[Sequence[Sequence[in
 
 def token_log_probs(model: nn.Module, batch: Batch) -> torch.Tensor:
     """The log-probability of each choice token: float32 (B, C, T), 0 where there is none."""
-    known = inspect.signature(_base(model).forward).parameters
+    logits = _logits(model, batch).float().flatten(0, 1)
+    chosen, mask = batch["position"], batch["mask"]
+    found = logits[chosen[mask], batch["token"][mask]] - logits.logsumexp(-1)[chosen[mask]]
+    return torch.zeros(mask.shape, dtype=found.dtype, device=found.device).masked_scatter(mask, found)
+
+
+def _logits(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """The logits at the last K places of each row: (R, K, vocabulary), or (B, 1, labels) of a classifier."""
+    base = base_of(model)
+    if "decoder_input_ids" in batch:
+        from ia3.tfew import seq2seq
+
+        return seq2seq.logits(model, _unwrapped(model), base, batch)
+    known = inspect.signature(base.forward).parameters
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
     inputs = {key: value for key, value in inputs.items() if key in known}
     if "adapter_names" in batch:
@@ -297,10 +361,7 @@ def token_log_probs(model: nn.Module, batch: Batch) -> torch.Tensor:
     keep = int(batch["keep"])
     options: dict[str, Any] = {"use_cache": False, "logits_to_keep": keep, "return_dict": True}
     logits = model(**inputs, **{key: value for key, value in options.items() if key in known}).logits
-    logits = logits[:, -keep:].float().flatten(0, 1)
-    chosen, mask = batch["position"], batch["mask"]
-    found = logits[chosen[mask], batch["token"][mask]] - logits.logsumexp(-1)[chosen[mask]]
-    return torch.zeros(mask.shape, dtype=found.dtype, device=found.device).masked_scatter(mask, found)
+    return logits[:, None] if logits.dim() == 2 else logits[:, -keep:]
 
 
 def normalized_scores(log_probs: torch.Tensor, mask: torch.Tensor, power: float = 1.0) -> torch.Tensor:
@@ -324,6 +385,9 @@ class _Verdict:
 _verdicts: weakref.WeakKeyDictionary[nn.Module, dict[tuple, _Verdict]] = weakref.WeakKeyDictionary()
 
 
+_Layout = Callable[[Sequence[Question]], Batch]
+
+
 def collate(model: nn.Module, questions: Sequence[Question], pad_token_id: int = 0) -> Batch:
     """The questions as a batch for this model: packed where that is exact, else plain rows.
 
@@ -331,22 +395,42 @@ def collate(model: nn.Module, questions: Sequence[Question], pad_token_id: int =
     row). So each model is tried, at first use and again whenever rows are longer than ever: the longest question must
     score the same packed and in a plain row.
     """
-    longest = max(questions, key=_row_length)
-    length = _row_length(longest)
-    base = _base(model)
+    base = base_of(model)
+    family = task_type(base)
+    if family == TaskType.SEQ_CLS:
+        from ia3.tfew.classifier import rows
+
+        return rows(base, questions, pad_token_id)
     dtype = base_dtype(base)
+    if family == TaskType.SEQ_2_SEQ_LM:
+        from ia3.tfew import seq2seq
+
+        start = seq2seq.start_token(base, questions[0])
+        packed: _Layout = lambda some: seq2seq.pack(some, start, pad_token_id, dtype)  # noqa: E731
+        plain: _Layout = lambda some: seq2seq.plain_rows(some, start, pad_token_id)  # noqa: E731
+        if model.training and any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
+            return plain(questions)  # layers that are computed again would not find the positions that are handed in
+    else:
+        packed = lambda some: pack(some, pad_token_id, dtype)  # noqa: E731
+        plain = lambda some: plain_rows(some, pad_token_id)  # noqa: E731
+
+    def length_of(question: Question) -> int:
+        return sum(_sizes(question)[family == TaskType.SEQ_2_SEQ_LM :])
+
+    longest = max(questions, key=length_of)
+    length = length_of(longest)
     key = (getattr(getattr(base, "config", None), "_attn_implementation", None), dtype)
     verdict = _verdicts.setdefault(base, {}).setdefault(key, _Verdict())
     if verdict.exact < length < verdict.wrong:
-        if _packing_is_exact(model, longest, pad_token_id):
+        if _packing_is_exact(model, longest, packed, plain):
             verdict.exact = length
         else:
             verdict.wrong = length
-    return pack(questions, pad_token_id, dtype) if length < verdict.wrong else plain_rows(questions, pad_token_id)
+    return packed(questions) if length < verdict.wrong else plain(questions)
 
 
-def _packing_is_exact(model: nn.Module, question: Question, pad_token_id: int) -> bool:
-    dtype = base_dtype(_base(model))
+def _packing_is_exact(model: nn.Module, question: Question, packed: _Layout, plain: _Layout) -> bool:
+    dtype = base_dtype(base_of(model))
 
     def scores(batch: Batch) -> torch.Tensor:
         batch = to_device(batch, next(model.parameters()).device)
@@ -355,22 +439,24 @@ def _packing_is_exact(model: nn.Module, question: Question, pad_token_id: int) -
     # Two short rows show whether padding on the left is exact too, and how much rounding does to plain rows alone;
     # of the long row, the choice that ends last is the one that packing moves farthest.
     short = [replace(question, prompt=question.prompt[-size:], choices=question.choices[:4]) for size in (2, 8)]
-    last = _Tree(question.choices).farthest
+    last = tree_of(question).farthest
     with evaluating(model), torch.no_grad():
-        plain = scores(plain_rows(short, pad_token_id))
-        noise = max(float((scores(plain_rows([q], pad_token_id)) - plain[i]).abs().max()) for i, q in enumerate(short))
-        far = scores(plain_rows([replace(question, choices=[question.choices[last]])], pad_token_id))[0, 0]
-        if not torch.isfinite(plain).all() or not torch.isfinite(far):
+        right = scores(plain(short))
+        noise = max(float((scores(plain([q])) - right[i]).abs().max()) for i, q in enumerate(short))
+        far = scores(plain([replace(question, choices=[question.choices[last]])]))[0, 0]
+        if not torch.isfinite(right).all() or not torch.isfinite(far):
             return True  # a broken adapter says nothing about the model; whoever uses the scores will see it
         try:
-            near = float((scores(pack(short, pad_token_id, dtype)) - plain).abs().max())
-            difference = max(near, float((scores(pack([question], pad_token_id, dtype))[0, last] - far).abs()))
+            near = float((scores(packed(short)) - right).abs().max())
+            difference = max(near, float((scores(packed([question]))[0, last] - far).abs()))
             why = f"scores differ by {difference:.2g}"
         except Exception as error:  # a model that takes no such mask says so in its own way
             difference, why = math.inf, f"{type(error).__name__}: {error}"
-    exact = difference <= max(1e-4, 4 * noise, torch.finfo(dtype).eps * float(plain.abs().max()))
+    exact = difference <= max(1e-4, 4 * noise, torch.finfo(dtype).eps * float(right.abs().max()))
     if not exact:
-        logger.info("%s: one row for each choice, because packing is not exact (%s).", type(_base(model)).__name__, why)
+        logger.info(
+            "%s: one row for each choice, because packing is not exact (%s).", type(base_of(model)).__name__, why
+        )
     return exact
 
 
@@ -386,9 +472,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _row_length(question: Question) -> int:
-    """How many tokens a question's packed row has."""
-    return len(question.prompt) + len(_Tree(question.choices).tokens) - 1
+def _sizes(question: Question) -> tuple[int, int]:
+    """How many tokens a question's packed row has: the prompt's, and those of the tree behind it.
+
+    Both begin at the same column in all rows of a batch, whether one row of a decoder holds both or, in an
+    encoder-decoder, the encoder has the one and the decoder the other.
+    """
+    return len(question.prompt), len(tree_of(question).tokens) - 1
 
 
 def batches(questions: Sequence[Question], tokens: int = BATCH_TOKENS) -> Iterator[list[int]]:
@@ -397,17 +487,18 @@ def batches(questions: Sequence[Question], tokens: int = BATCH_TOKENS) -> Iterat
     A group's packed rows hold at most so many tokens, and it ends before its padding costs more than another pass
     through the model does.
     """
-    sizes = [_row_length(question) for question in questions]
+    sizes = [_sizes(question) for question in questions]
     group: list[int] = []
-    padding = 0
-    for index in sorted(range(len(questions)), key=lambda i: -sizes[i]):
+    prompt = tree = filled = 0
+    for index in sorted(range(len(questions)), key=lambda i: -sum(sizes[i])):
+        size = sizes[index]
         if group:
-            longest = sizes[group[0]]
-            padding += longest - sizes[index]
-            if longest * (len(group) + 1) > tokens or padding > _PASS_TOKENS:
+            room = (max(prompt, size[0]) + max(tree, size[1])) * (len(group) + 1)
+            if room > tokens or room - filled - sum(size) > _PASS_TOKENS:
                 yield group
-                group, padding = [], 0
+                group, prompt, tree, filled = [], 0, 0, 0
         group.append(index)
+        prompt, tree, filled = max(prompt, size[0]), max(tree, size[1]), filled + sum(size)
     if group:
         yield group
 
@@ -425,7 +516,8 @@ def score_choices(
     """The length-normalized log-probability of each answer choice of each prompt.
 
     Args:
-        model: a causal language model, adapted or not. It is put into evaluation mode for the time.
+        model: a causal language model, an encoder-decoder or a classifier (whose choices are its labels, in their
+            order, for every prompt), adapted or not. It is put into evaluation mode for the time.
         tokenizer: its tokenizer.
         prompts: N texts.
         choices: for each prompt its answer choices; they may differ from prompt to prompt. A choice continues the
@@ -436,12 +528,13 @@ def score_choices(
         adapter_names: for each prompt the adapter of an `IA3Model` that answers it; None: the active ones.
 
     Returns:
-        N float32 tensors on the CPU, one number a choice: Σ_t log p(y_t | x, y_<t) / T^power.
+        N float32 tensors on the CPU, one number a choice: Σ_t log p(y_t | x, y_<t) / T^power; a classifier's are the
+        log-probabilities of its labels.
 
     Raises:
-        InputError: see `encode`; an encoder-decoder model; or scores that are not numbers.
+        InputError: see `encode`; or scores that are not numbers.
     """
-    questions = encode(tokenizer, prompts, choices, max_length=model_max_length(model))
+    questions = encode(tokenizer, prompts, choices, model=model)
     return score_questions(model, tokenizer, questions, length_normalization, batch_tokens, on_progress, adapter_names)
 
 
@@ -455,10 +548,7 @@ def score_questions(
     adapter_names: Sequence[str] | None = None,
 ) -> list[torch.Tensor]:
     """`score_choices` for questions that are token ids already."""
-    base = _base(model)
-    config = getattr(base, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
-        raise InputError(f"Expected a decoder-only model, found {type(base).__name__}, an encoder-decoder.")
+    base = base_of(model)
     if adapter_names is not None:
         check: Callable | None = getattr(_unwrapped(model), "check_adapter_names", None)
         if check is None:
@@ -488,9 +578,15 @@ def score_questions(
 
 
 def model_max_length(model: nn.Module) -> int | None:
-    """How many tokens a model has positions for; None when it does not say."""
-    config = getattr(_base(model), "config", None)
-    return getattr(config, "max_position_embeddings", None)
+    """How many tokens a model (an encoder-decoder's encoder) has positions for; None when it does not say."""
+    base = base_of(model)
+    config = getattr(base, "config", None)
+    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "max_encoder_position_embeddings")]
+    for name, module in base.named_modules():
+        # RoBERTa and its kin begin to count behind the padding token's number.
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            limits.append(module.num_embeddings - module.padding_idx - 1)
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -503,7 +599,7 @@ def base_dtype(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.float32)
 
 
-def _base(model: nn.Module) -> nn.Module:
+def base_of(model: nn.Module) -> nn.Module:
     """The transformers model inside a wrapper for parallel training and inside an adapted model."""
     model = _unwrapped(model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]

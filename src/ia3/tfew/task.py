@@ -580,7 +580,8 @@ class Task(BaseModel):
             tokenizer: the model's.
             rows: column → value.
             labelled: take each row's label, too.
-            model: prompts have to fit what it has positions for.
+            model: whose family the questions are for (None: a decoder-only one), and whose positions prompts have
+                to fit.
             template: the index of one of `templates`.
             long_prompts: "truncate" cuts the end off a column (see `truncate`), "refuse" does not.
 
@@ -588,7 +589,9 @@ class Task(BaseModel):
             InputError: see `prompt`, `answers`, `label`; two answers are the same to the tokenizer; or a prompt is too
                 long.
         """
-        from ia3.tfew.choices import encode, model_max_length
+        from ia3.config import TaskType
+        from ia3.pretrained import task_type
+        from ia3.tfew.choices import base_of, encode, model_max_length
 
         rows = list(rows)
         answers = [self.answers(row, number, template) for number, row in enumerate(rows, 1)]
@@ -596,13 +599,16 @@ class Task(BaseModel):
         limit = None if model is None else model_max_length(model)
         prompts = [self.prompt(row, number, template) for number, row in enumerate(rows, 1)]
         if limit is not None and prompts:
-            prompts = self._fitted(tokenizer, rows, prompts, [limit - n for n in lengths], template, long_prompts)
+            # An encoder has its positions for the prompt alone.
+            shared = model is None or task_type(base_of(model)) == TaskType.CAUSAL_LM
+            rooms = [limit - n if shared else limit for n in lengths]
+            prompts = self._fitted(tokenizer, rows, prompts, rooms, template, long_prompts)
         labels = None
         if labelled:
             names = [self.label(row, number, template) for number, row in enumerate(rows, 1)]
             labels = [list(its).index(name) for its, name in zip(answers, names, strict=True)]
         texts = [[self.separator + text for text in its.values()] for its in answers]
-        return encode(tokenizer, prompts, texts, labels, limit)
+        return encode(tokenizer, prompts, texts, labels, model=model)
 
     def _fitted(
         self,

@@ -13,9 +13,12 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from ia3.config import TaskType
 from ia3.errors import InputError, shown
+from ia3.pretrained import task_type
 from ia3.tfew.choices import (
     Question,
+    base_of,
     batches,
     collate,
     normalized_scores,
@@ -53,19 +56,19 @@ class Example:
 
 
 class TFewTrainer(Trainer):
-    """Trains the active adapter on a task with T-Few's three losses.
+    """Trains the active adapter on a task with T-Few's three losses; a classifier with cross-entropy alone.
 
     `evaluate()` measures the loss and the task's metrics, in the words of its first template; checkpoints hold the
     adapter and the state of training, and `train(resume_from_checkpoint=…)` goes on from one.
 
     Args:
-        model: an `IA3Model` around a language model.
+        model: an `IA3Model` around a causal language model, an encoder-decoder, or a classifier of the task's labels.
         args: `recipe.training_arguments(…)`, or any `TrainingArguments`, which say all about steps and optimizer.
         processing_class: the model's tokenizer.
         task: says what the rows mean.
         train_dataset: labelled rows, a list of dictionaries or a `datasets.Dataset`.
         eval_dataset: the same, for `evaluate()`.
-        recipe: its loss, its templates, its early stopping and what it does about long prompts; None: the paper's.
+        recipe: its loss (a classifier's is cross-entropy always), its templates, its early stopping and what it does about long prompts; None: the paper's.
         **kwargs: the other arguments of `transformers.Trainer`.
 
     Raises:
@@ -108,6 +111,10 @@ class TFewTrainer(Trainer):
     ) -> None:
         """Become a trainer of examples; `learners` are the adapters that their questions name."""
         self.recipe = recipe
+        self._loss_weights = recipe.loss_weights
+        if task_type(base_of(model)) == TaskType.SEQ_CLS:  # the likelihood of the right label is cross-entropy
+            others = dict.fromkeys(("unlikelihood_weight", "length_normalized_weight"), 0.0)
+            self._loss_weights |= {"likelihood_weight": 1.0, **others}
         self.stopping = StopAtFloor(recipe.early_stopping, learners)
         super().__init__(
             model,
@@ -165,7 +172,7 @@ class TFewTrainer(Trainer):
             for name, rows in _by_adapter(asked).items():
                 mine = log_probs[rows], part["mask"][rows], part["label"][rows]
                 share = len(mine[0]) / inputs["counts"][name]
-                losses.setdefault(name, []).append(tfew_loss(*mine, **self.recipe.loss_weights).total * share)
+                losses.setdefault(name, []).append(tfew_loss(*mine, **self._loss_weights).total * share)
             scores = normalized_scores(log_probs.detach(), part["mask"], self.recipe.length_normalization)
             found = [
                 question.listed(choice) for question, choice in zip(asked, scores.argmax(-1).tolist(), strict=True)

@@ -1,0 +1,79 @@
+"""What `load_base` makes of a checkpoint of each family."""
+
+import pytest
+import torch
+import transformers
+
+import tiny
+import words
+from ia3 import InputError, load_base
+from ia3.pretrained import task_type
+
+LABELS = ["pos", "neg", "none", "other"]
+
+
+@pytest.fixture
+def save(tmp_path):
+    """Writes a tiny checkpoint of an architecture, by the class that is named, and its tokenizer."""
+
+    def write(name, kind, **changes):
+        config = tiny.config(name, vocab_size=len(words.VOCABULARY))
+        for key, value in changes.items():
+            setattr(config, key, value)
+        getattr(transformers, kind)(config).save_pretrained(tmp_path / "model")
+        words.closing().save_pretrained(tmp_path / "model")
+        return tmp_path / "model"
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "name, kind, expected",
+    [
+        ("gpt2", "GPT2LMHeadModel", "CAUSAL_LM"),
+        ("gpt2", "GPT2Model", "CAUSAL_LM"),
+        ("llama", "LlamaForCausalLM", "CAUSAL_LM"),
+        ("llama", "LlamaForSequenceClassification", "SEQ_CLS"),
+        ("t5", "T5ForConditionalGeneration", "SEQ_2_SEQ_LM"),
+        ("bart", "BartModel", "SEQ_2_SEQ_LM"),
+        ("bart", "BartForSequenceClassification", "SEQ_CLS"),
+        ("bert", "BertModel", "SEQ_CLS"),
+        ("bert", "BertForMaskedLM", "SEQ_CLS"),
+        ("bert", "BertForSequenceClassification", "SEQ_CLS"),
+        ("bert", "BertLMHeadModel", "CAUSAL_LM"),
+    ],
+)
+def test_the_config_says_what_a_model_is(save, name, kind, expected):
+    model, tokenizer = load_base(str(save(name, kind)), LABELS)
+    assert task_type(model) == expected and not model.training
+    assert isinstance(tokenizer.pad_token_id, int)
+    if expected == "SEQ_CLS":
+        assert model.config.num_labels == 4 and model.config.id2label == dict(enumerate(LABELS))
+        assert model.config.label2id["none"] == 2 and model.config.pad_token_id is not None
+
+
+def test_a_new_head_is_the_same_every_time_and_a_trained_one_is_kept(save):
+    path = str(save("bert", "BertModel"))
+    state = torch.random.get_rng_state()
+    first, _ = load_base(path, LABELS)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.manual_seed(5)
+    second, _ = load_base(path, LABELS)
+    assert tiny.same_bits(second.state_dict(), first.state_dict()) and first.classifier.weight.abs().max() > 0
+    first.classifier.weight.data += 1
+    first.save_pretrained(path)
+    assert torch.equal(load_base(path, LABELS)[0].classifier.weight, first.classifier.weight)
+    assert load_base(path, LABELS[:2])[0].classifier.weight.shape == (2, tiny.HIDDEN)
+
+
+def test_an_encoder_without_labels(save):
+    path = str(save("bert", "BertForMaskedLM"))
+    with pytest.raises(InputError, match=r"Expected labels for '.*', an encoder \('BertForMaskedLM'\)"):
+        load_base(path)
+
+
+def test_a_damaged_model_is_named_for_what_it_is(save):
+    path = save("t5", "T5ForConditionalGeneration")
+    (path / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(InputError, match="as an encoder-decoder"):
+        load_base(str(path))
