@@ -99,6 +99,22 @@ def build(name: str, seed: int = 0, **sizes: Any) -> nn.Module:
     return model
 
 
+def classifier(name: str = "bert", seed: int = 0, **sizes: Any) -> nn.Module:
+    """A tiny classifier whose matrices are random and large, so that each token makes a difference to the pooled one."""
+    known = SIZES["bert" if name == "roberta" else name]
+    made = transformers.AutoConfig.for_model(name, **{"vocab_size": VOCAB, **_TOKENS, **known, **sizes})
+    for key, value in list(vars(made).items()):
+        if "drop" in key and isinstance(value, float):
+            setattr(made, key, 0.0)
+    model = transformers.AutoModelForSequenceClassification.from_config(made).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
 def batch(name: str, rows: int = 3, length: int = 7, seed: int = 0) -> dict[str, torch.Tensor]:
     """Inputs for a model's forward pass, with padding and labels."""
     generator = torch.Generator().manual_seed(seed)

@@ -69,3 +69,8 @@ def closing(opening: str = "", **kwargs) -> PreTrainedTokenizerFast:
     special = [(token, VOCABULARY.index(token)) for token in (*opening.split(), "</s>")]
     made.backend_tokenizer.post_processor = TemplateProcessing(single=f"{opening}$A </s>", special_tokens=special)
     return made
+
+
+def enclosing() -> PreTrainedTokenizerFast:
+    """The same, with a token before each text and one behind it, as BERT's."""
+    return closing("question", cls_token="question", sep_token="</s>")

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import transformers
 from torch.nn import functional as F
 
 import tiny
@@ -17,26 +16,12 @@ def training_arguments(folder, steps: int, **options):
 
 
 TASK = Task(template="{{ text }}", choices={"pos": "good", "neg": "not good"})
-TOKENIZER = words.closing(opening="question", cls_token="question", sep_token="</s>")
+TOKENIZER = words.enclosing()
 TEXTS = ["the tea was lovely", "soup", "the cake was stale and it was bitter today"]
 
 
 def build(name="bert", labels=2) -> torch.nn.Module:
-    """A tiny classifier whose matrices are random and large, so that a text's words make a difference."""
-    tokens = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
-    sizes = tiny.SIZES["bert" if name == "roberta" else name]
-    values = {**sizes, **tokens, "vocab_size": len(words.VOCABULARY), "num_labels": labels}
-    config = transformers.AutoConfig.for_model(name, **values)
-    for key in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout"):
-        if hasattr(config, key):
-            setattr(config, key, 0.0)
-    model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
-    return model
+    return tiny.classifier(name, vocab_size=len(words.VOCABULARY), num_labels=labels)
 
 
 def adapted(names=("default",), labels=2) -> IA3Model:

