@@ -30,6 +30,8 @@ from ia3.pretrained import task_type
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from ia3.tfew.icl import Prefix
+
 logger = logging.getLogger(__name__)
 
 # Tokens that a batch may hold, padding included.
@@ -78,6 +80,7 @@ Batch = dict[str, Any]
 - `position` (B, C, T): where the prediction of each choice token stands among the R·K projected positions;
 - `token` (B, C, T): the choice token; `mask` (B, C, T): whether there is one;
 - `label` (B,): the right choice; -100 where it is not known;
+- `past_key_values`: where rows continue a text that was read before, its keys and values (see `Prefix`);
 - `adapter_names`: where questions say it, the adapter of each of the R rows.
 """
 
@@ -89,6 +92,7 @@ def encode(
     labels: Sequence[int | None] | None = None,
     max_length: int | None = None,
     model: nn.Module | None = None,
+    continuing: bool = False,
 ) -> list[Question]:
     """Prompts and choices as token ids.
 
@@ -107,6 +111,7 @@ def encode(
         max_length: how many tokens (prompt + choice; prompt alone, where there is an encoder) the model takes; longer
             prompts lose their beginning. None: as many as `model` has positions for.
         model: whose family prompts and choices are for; None: a decoder-only one.
+        continuing: prompts continue a text that is not in them.
 
     Raises:
         InputError: lengths differ, a prompt or choice is empty, or a choice alone is too long; a classifier's choices are
@@ -119,7 +124,10 @@ def encode(
     family = TaskType.CAUSAL_LM if model is None else task_type(base_of(model))
     if max_length is None and model is not None:
         max_length = model_max_length(model)
-    encoded = tokenizer(list(prompts))["input_ids"] if prompts else []
+    if continuing:
+        encoded: Any = [continuation(tokenizer, prompt) for prompt in prompts]
+    else:
+        encoded = tokenizer(list(prompts))["input_ids"] if prompts else []
     for i, texts in enumerate(choices):
         if isinstance(texts, str) or not len(texts):
             raise InputError(f"Expected a list of answer choices for prompt {i}, found {texts!r}.")
@@ -132,12 +140,7 @@ def encode(
     for i, (prompt, texts) in enumerate(zip(encoded, choices, strict=True)):
         prompt = list(prompt)  # type: ignore[arg-type]
         if family == TaskType.CAUSAL_LM:
-            if (
-                len(prompt) > 1
-                and prompt[-1] == tokenizer.eos_token_id
-                and not prompts[i].endswith(str(tokenizer.eos_token))
-            ):
-                prompt.pop()  # a tokenizer that closes every text would close the prompt before its answer
+            prompt = unclosed(tokenizer, prompt, prompts[i])
             # What marks the beginning of a text stays at the beginning.
             first, last = int(prompt[:1] == [tokenizer.bos_token_id]), 0
         else:
@@ -188,12 +191,18 @@ def _answer(tokenizer: PreTrainedTokenizerBase, text: str, family: TaskType) -> 
     return tokens if len(tokens) > sum(_marks(tokenizer, tokens)) else []
 
 
+def unclosed(tokenizer: PreTrainedTokenizerBase, tokens: list[int], text: str) -> list[int]:
+    """A text's tokens without the one that a tokenizer closes every text with: here the text goes on."""
+    closed = len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id and not text.endswith(str(tokenizer.eos_token))
+    return tokens[:-1] if closed else tokens
+
+
 def continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The tokens of a text that continues another one."""
     alone: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
-    if not text.startswith(" "):
+    if not text[:1].isspace():
         return alone
-    # SentencePiece puts a space of its own in front of every text: behind a word the given one is enough.
+    # SentencePiece puts a space of its own in front of every text: behind a word the given white space is enough.
     word: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
     both: list[int] = tokenizer("a" + text, add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
     return both[len(word) :] if word and both[: len(word)] == word else alone
@@ -354,12 +363,13 @@ def _logits(model: nn.Module, batch: Batch) -> torch.Tensor:
 
         return seq2seq.logits(model, _unwrapped(model), base, batch)
     known = inspect.signature(base.forward).parameters
-    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
+    names = ("input_ids", "attention_mask", "position_ids", "past_key_values")
+    inputs = {key: batch[key] for key in names if key in batch}
     inputs = {key: value for key, value in inputs.items() if key in known}
     if "adapter_names" in batch:
         inputs["adapter_names"] = batch["adapter_names"]
     keep = int(batch["keep"])
-    options: dict[str, Any] = {"use_cache": False, "logits_to_keep": keep, "return_dict": True}
+    options: dict[str, Any] = {"use_cache": "past_key_values" in batch, "logits_to_keep": keep, "return_dict": True}
     logits = model(**inputs, **{key: value for key, value in options.items() if key in known}).logits
     return logits[:, None] if logits.dim() == 2 else logits[:, -keep:]
 
@@ -415,7 +425,7 @@ def collate(model: nn.Module, questions: Sequence[Question], pad_token_id: int =
         plain = lambda some: plain_rows(some, pad_token_id)  # noqa: E731
 
     def length_of(question: Question) -> int:
-        return sum(_sizes(question)[family == TaskType.SEQ_2_SEQ_LM :])
+        return sum(sizes_of(question)[family == TaskType.SEQ_2_SEQ_LM :])
 
     longest = max(questions, key=length_of)
     length = length_of(longest)
@@ -472,7 +482,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _sizes(question: Question) -> tuple[int, int]:
+def sizes_of(question: Question) -> tuple[int, int]:
     """How many tokens a question's packed row has: the prompt's, and those of the tree behind it.
 
     Both begin at the same column in all rows of a batch, whether one row of a decoder holds both or, in an
@@ -481,13 +491,18 @@ def _sizes(question: Question) -> tuple[int, int]:
     return len(question.prompt), len(tree_of(question).tokens) - 1
 
 
+def row_length(question: Question) -> int:
+    """How many tokens a question's packed row has."""
+    return sum(sizes_of(question))
+
+
 def batches(questions: Sequence[Question], tokens: int = BATCH_TOKENS) -> Iterator[list[int]]:
     """Indices of questions, longest first, in groups of similar length.
 
     A group's packed rows hold at most so many tokens, and it ends before its padding costs more than another pass
     through the model does.
     """
-    sizes = [_sizes(question) for question in questions]
+    sizes = [sizes_of(question) for question in questions]
     group: list[int] = []
     prompt = tree = filled = 0
     for index in sorted(range(len(questions)), key=lambda i: -sum(sizes[i])):
@@ -512,6 +527,7 @@ def score_choices(
     batch_tokens: int = BATCH_TOKENS,
     on_progress: Callable[[list[int]], None] | None = None,
     adapter_names: Sequence[str] | None = None,
+    prefix: Prefix | None = None,
 ) -> list[torch.Tensor]:
     """The length-normalized log-probability of each answer choice of each prompt.
 
@@ -526,6 +542,7 @@ def score_choices(
         batch_tokens: how many tokens go through the model at once.
         on_progress: called with the indices of the prompts that each batch finished.
         adapter_names: for each prompt the adapter of an `IA3Model` that answers it; None: the active ones.
+        prefix: a text that stands before each prompt, run through this model once.
 
     Returns:
         N float32 tensors on the CPU, one number a choice: Σ_t log p(y_t | x, y_<t) / T^power; a classifier's are the
@@ -534,8 +551,10 @@ def score_choices(
     Raises:
         InputError: see `encode`; or scores that are not numbers.
     """
-    questions = encode(tokenizer, prompts, choices, model=model)
-    return score_questions(model, tokenizer, questions, length_normalization, batch_tokens, on_progress, adapter_names)
+    questions = encode(tokenizer, prompts, choices, model=model) if prefix is None else prefix.encode(prompts, choices)
+    return score_questions(
+        model, tokenizer, questions, length_normalization, batch_tokens, on_progress, adapter_names, prefix
+    )
 
 
 def score_questions(
@@ -546,9 +565,13 @@ def score_questions(
     batch_tokens: int = BATCH_TOKENS,
     on_progress: Callable[[list[int]], None] | None = None,
     adapter_names: Sequence[str] | None = None,
+    prefix: Prefix | None = None,
 ) -> list[torch.Tensor]:
-    """`score_choices` for questions that are token ids already."""
+    """`score_choices` for questions that are token ids already; with a prefix, those that it encodes."""
     base = base_of(model)
+    layout = collate
+    if prefix is not None:
+        questions, layout, batch_tokens = prefix.prepare(model, questions, batch_tokens, adapter_names)
     if adapter_names is not None:
         check: Callable | None = getattr(_unwrapped(model), "check_adapter_names", None)
         if check is None:
@@ -562,7 +585,7 @@ def score_questions(
     results: list[torch.Tensor] = [torch.empty(0)] * len(questions)
     with evaluating(model), torch.inference_mode():
         for group in batches(questions, batch_tokens):
-            batch = to_device(collate(model, [questions[i] for i in group], pad), device)
+            batch = to_device(layout(model, [questions[i] for i in group], pad), device)
             scores = normalized_scores(token_log_probs(model, batch), batch["mask"], length_normalization).cpu()
             for row, index in zip(scores, group, strict=True):
                 question = questions[index]

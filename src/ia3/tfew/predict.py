@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from ia3.errors import InputError
 from ia3.tfew.choices import score_questions
+from ia3.tfew.recipe import Recipe
 from ia3.tfew.task import Row, Task
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
+
+    from ia3.tfew.icl import Prefix
 
 
 @dataclass(frozen=True)
@@ -23,10 +26,12 @@ class Prediction:
     Attributes:
         label: the most probable one; None: its probability is below the threshold that was asked for.
         probabilities: label → probability; they add up to 1.
+        scores: label → length-normalized log-probability of its answer text, of which probabilities are made.
     """
 
     label: str | None
     probabilities: dict[str, float]
+    scores: dict[str, float] = field(repr=False)
 
     @property
     def best(self) -> str:
@@ -40,7 +45,7 @@ class Prediction:
         powers = {label: math.exp((score - highest) / temperature) for label, score in scores.items()}
         total = math.fsum(powers.values())  # exact, so the same in any order
         probabilities = {label: power / total for label, power in powers.items()}
-        found = cls(None, probabilities)
+        found = cls(None, probabilities, dict(scores))
         return replace(found, label=found.best) if probabilities[found.best] >= abstain_below else found
 
 
@@ -54,8 +59,8 @@ def predict(
     temperature: float | Sequence[float] = 1.0,
     abstain_below: float = 0.0,
     template: int = 0,
-    length_normalization: float = 1.0,
-    long_prompts: Literal["truncate", "refuse"] = "truncate",
+    recipe: Recipe | None = None,
+    prefix: Prefix | None = None,
 ) -> list[Prediction]:
     """The label whose answer text has the best length-normalized log-probability, for each row.
 
@@ -71,14 +76,14 @@ def predict(
         temperature: divides the scores, so that probabilities are calibrated (see `Calibration`); or one for each row.
         abstain_below: give no label where the best one's probability is lower.
         template: the index of the task's template to ask with.
-        length_normalization: the power of the token count that sums of log-probabilities are divided by.
-        long_prompts: what to do about prompts that are longer than the model's context, see `Task.questions`.
+        recipe: its length normalization, and what it does about long prompts; None: the paper's.
+        prefix: a text that stands before each row's prompt, such as examples in context (see `predict_in_context`).
 
     Raises:
         InputError: see `Task.questions` and `score_choices`; not as many tasks or temperatures as rows; or a
             temperature or threshold out of range.
     """
-    rows = list(rows)
+    rows, recipe = list(rows), recipe or Recipe()
     tasks = [task] * len(rows) if isinstance(task, Task) else list(task)
     temperatures = [temperature] * len(rows) if isinstance(temperature, (int, float)) else list(temperature)
     for name, values in {"task": tasks, "temperature": temperatures}.items():
@@ -96,7 +101,7 @@ def predict(
     for indices in by_task.values():
         one = tasks[indices[0]]
         mine = [rows[index] for index in indices]
-        asked = one.questions(tokenizer, mine, False, model, template, long_prompts)
+        asked = one.questions(tokenizer, mine, False, model, template, recipe.long_prompts, prefix)
         for index, row, question in zip(indices, mine, asked, strict=True):
             found[index] = (question, list(one.answers(row, index + 1, template)))
     questions = [question for question, _ in found]
@@ -105,9 +110,10 @@ def predict(
         model,
         tokenizer,
         questions,
-        length_normalization=length_normalization,
+        length_normalization=recipe.length_normalization,
         on_progress=on_progress,
         adapter_names=adapter_names,
+        prefix=prefix,
     )
     return [
         Prediction.of(dict(zip(labels, row.tolist(), strict=True)), one, abstain_below)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ia3.tfew.choices import Question
+    from ia3.tfew.icl import Prefix
 
 logger = logging.getLogger(__name__)
 
@@ -573,6 +574,7 @@ class Task(BaseModel):
         model: nn.Module | None = None,
         template: int = 0,
         long_prompts: Literal["truncate", "refuse"] = "truncate",
+        prefix: Prefix | None = None,
     ) -> list[Question]:
         """The rows as prompts and choices of token ids.
 
@@ -584,6 +586,7 @@ class Task(BaseModel):
                 to fit.
             template: the index of one of `templates`.
             long_prompts: "truncate" cuts the end off a column (see `truncate`), "refuse" does not.
+            prefix: a text that stands before each prompt.
 
         Raises:
             InputError: see `prompt`, `answers`, `label`; two answers are the same to the tokenizer; or a prompt is too
@@ -596,7 +599,7 @@ class Task(BaseModel):
         rows = list(rows)
         answers = [self.answers(row, number, template) for number, row in enumerate(rows, 1)]
         lengths = _answer_lengths(tokenizer, answers, self.separator)
-        limit = None if model is None else model_max_length(model)
+        limit = prefix.room if prefix is not None else None if model is None else model_max_length(model)
         prompts = [self.prompt(row, number, template) for number, row in enumerate(rows, 1)]
         if limit is not None and prompts:
             # An encoder has its positions for the prompt alone.
@@ -608,6 +611,8 @@ class Task(BaseModel):
             names = [self.label(row, number, template) for number, row in enumerate(rows, 1)]
             labels = [list(its).index(name) for its, name in zip(answers, names, strict=True)]
         texts = [[self.separator + text for text in its.values()] for its in answers]
+        if prefix is not None:
+            return prefix.encode(prompts, texts, labels)
         return encode(tokenizer, prompts, texts, labels, model=model)
 
     def _fitted(

@@ -1,0 +1,179 @@
+"""What a method costs, as in the paper's comparison with in-context learning (Liu et al. 2022, section 4.2)."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from ia3.tfew.choices import (
+    BATCH_TOKENS,
+    Question,
+    base_of,
+    batches,
+    collate,
+    evaluating,
+    padding_id,
+    row_length,
+    to_device,
+    token_log_probs,
+)
+from ia3.tfew.predict import Prediction, predict
+from ia3.tfew.task import Row, Task
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase, Trainer
+
+    from ia3.tfew.icl import Prefix
+
+# FLOPs are counted in so many batches of all lengths, after the clock was stopped: counting takes time of its own.
+_COUNTED_BATCHES = 4
+
+# Steps of training that are counted; the others are taken to be like them.
+_COUNTED_STEPS = 4
+
+
+def count_flops() -> FlopCounterMode:
+    """Counts the floating-point operations of matrix products within `with`; then ask `get_total_flops()`.
+
+    A product of (m, k) and (k, n) has 2·m·k·n of them. Attention counts in full, masked places too. PyTorch's counter
+    does not know the fused attention of CPUs, so that its formula is added here.
+    """
+
+    def forward(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    def backward(grad: Any, query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        return sdpa_backward_flop_count(grad, query, key, value)
+
+    fused = torch.ops.aten
+    formulas = {
+        fused._scaled_dot_product_flash_attention_for_cpu: forward,
+        fused._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+    return FlopCounterMode(display=False, custom_mapping=formulas)
+
+
+def estimated_flops(parameters: int, tokens: float, encoder_decoder: bool = False, training: bool = False) -> float:
+    """The paper's estimate for N parameters: 2·N a token in a decoder; N in an encoder-decoder, each of whose tokens goes
+    through one half; three times that to train (Kaplan et al. 2020)."""
+    return (1 if encoder_decoder else 2) * parameters * tokens * (3 if training else 1)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """N of the estimate: all parameters of the base model, embeddings too."""
+    return sum(parameter.numel() for name, parameter in base_of(model).named_parameters() if "ia3_l" not in name)
+
+
+def cache_bytes_per_token(model: nn.Module) -> int:
+    """Bytes of keys and values that a model keeps for each token; 0 for one that keeps none.
+
+    2 · layers · key-value heads · head width · bytes of a number. In an encoder-decoder these are the decoder's, for its
+    own tokens and for those of the encoder, which it attends to as well.
+    """
+    base = base_of(model)
+    both = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
+    ids = torch.zeros((1, 4), dtype=torch.long, device=next(model.parameters()).device)
+    inputs = {"input_ids": ids, **({"decoder_input_ids": ids} if both else {})}
+    with evaluating(model), torch.no_grad():
+        cache = getattr(base(**inputs, use_cache=True, return_dict=True), "past_key_values", None)
+    parts = [cache.self_attention_cache, cache.cross_attention_cache] if both and cache is not None else [cache]
+    layers = [layer for part in parts for layer in getattr(part, "layers", [])]
+    tensors = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
+    return sum(one.nbytes for one in tensors if one is not None) // (ids.numel() * len(inputs))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Predictions for rows, and what one of them costs.
+
+    Attributes:
+        predictions: one a row.
+        flops: operations an example; with a prefix, what is done anew for each example.
+        tokens: an example's, a mean; the prefix's too.
+        seconds: wall time of scoring an example, in batches.
+    """
+
+    predictions: list[Prediction]
+    flops: float
+    tokens: float
+    seconds: float
+
+
+def measure(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    rows: Sequence[Row],
+    prefix: Prefix | None = None,
+    on_progress: Callable[[list[int]], None] | None = None,
+) -> Measured:
+    """Predict rows' labels, and measure.
+
+    FLOPs are counted in up to four real batches of different lengths, padding in them too; the others are taken to have
+    as many for each place in their rows.
+
+    Args:
+        model, tokenizer, task, rows, prefix, on_progress: see `predict`; at least one row.
+    """
+    longest = max(rows, key=lambda row: len(task.prompt(row)))
+    predict(model, tokenizer, task, [longest], prefix=prefix)  # decides how rows are laid out
+    started = time.perf_counter()
+    predictions = predict(model, tokenizer, task, rows, on_progress, prefix=prefix)
+    seconds = time.perf_counter() - started
+
+    questions: Sequence[Question] = task.questions(tokenizer, rows, labelled=False, model=model, prefix=prefix)
+    layout, batch_tokens = collate, BATCH_TOKENS
+    if prefix is not None:
+        questions, layout, batch_tokens = prefix.prepare(model, questions)
+    groups = list(batches(questions, batch_tokens))
+    places = [len(group) * row_length(questions[group[0]]) for group in groups]
+    count = min(len(groups), _COUNTED_BATCHES)
+    counted = [(2 * i + 1) * len(groups) // (2 * count) for i in range(count)]
+    device, pad = next(model.parameters()).device, padding_id(tokenizer)
+    with evaluating(model), torch.inference_mode(), count_flops() as counter:
+        for number in counted:
+            batch = layout(model, [questions[i] for i in groups[number]], pad)
+            token_log_probs(model, to_device(batch, device))
+    flops = counter.get_total_flops() * sum(places) / sum(places[number] for number in counted)
+    before = len(prefix.tokens) if prefix is not None and prefix.is_cached else 0
+    tokens = before + statistics.mean(map(row_length, questions))
+    return Measured(predictions, flops / len(rows), tokens, seconds / len(rows))
+
+
+@dataclass
+class StepFlops:
+    """FLOPs of the steps that were counted."""
+
+    counted: list[int] = field(default_factory=list)
+
+    def total(self, steps: int) -> float:
+        """FLOPs of so many steps like them; the median, for a first step may try how rows are laid out."""
+        return statistics.median(self.counted) * steps if self.counted else 0.0
+
+
+@contextmanager
+def counted_steps(trainer: Trainer) -> Iterator[StepFlops]:
+    """Within `with`, the first forward and backward passes of a trainer's training are counted."""
+    flops, step = StepFlops(), trainer.training_step
+
+    def counting(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if len(flops.counted) == _COUNTED_STEPS:
+            return step(*args, **kwargs)
+        with count_flops() as counter:
+            loss = step(*args, **kwargs)
+        flops.counted.append(counter.get_total_flops())
+        return loss
+
+    trainer.training_step = counting  # type: ignore[method-assign]
+    try:
+        yield flops
+    finally:
+        trainer.training_step = step  # type: ignore[method-assign]

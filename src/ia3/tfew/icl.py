@@ -1,0 +1,389 @@
+"""In-context learning: labelled examples ("shots") stand before each prompt, and nothing is trained.
+
+The shots are the same for every prompt, so a decoder reads them once, and each prompt attends to their keys and values.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from ia3.errors import InputError, reason
+from ia3.tfew.choices import (
+    BATCH_TOKENS,
+    Batch,
+    Question,
+    _unwrapped,
+    base_dtype,
+    base_of,
+    collate,
+    encode,
+    evaluating,
+    model_max_length,
+    normalized_scores,
+    pack,
+    padding_id,
+    plain_rows,
+    row_length,
+    to_device,
+    token_log_probs,
+    unclosed,
+)
+from ia3.tfew.predict import Prediction, predict
+from ia3.tfew.recipe import Recipe
+from ia3.tfew.task import Row, Task
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+SEPARATOR = "\n\n"
+"""What stands between shots, and between the last one and the prompt."""
+
+# Keys and values of so many batches' tokens may be side by side in one layer, the prefix's counted in each row.
+_CACHED_BATCHES = 8
+
+
+class _SharedLayer(DynamicLayer):
+    """A layer's keys and values (1, heads, S, width) of a prefix, which each row of a batch has before its own.
+
+    What a batch adds is handed back and not kept, so that one cache serves every batch, and memory holds one layer's
+    expanded keys and values at a time.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        super().__init__()
+        self.keys, self.values = keys, values
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The prefix's keys and values before these, in each row."""
+        rows = key_states.shape[0]
+        keys, values = (shared.expand(rows, -1, -1, -1) for shared in (self.keys, self.values))  # type: ignore[union-attr]
+        return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
+
+
+class Prefix:
+    """A text that stands before many prompts, run through a decoder once: `score_choices(…, prefix=…)`.
+
+    Scores are those of the prefix's tokens and the prompt's in one row. Where a model cannot continue a cache exactly
+    (recurrent layers, layers that share keys), and in an encoder-decoder, whose encoder reads in both directions, the
+    prefix goes through the model with every prompt instead.
+
+    Args:
+        model: a causal language model or an encoder-decoder, adapted or not. The cache is of the adapters that are
+            active now.
+        tokenizer: its tokenizer.
+        text: the prefix.
+        separator: stands between prefix and prompt, and is tokenized with the prompt.
+
+    Attributes:
+        tokens: the prefix's token ids.
+        nbytes: bytes that its keys and values take; 0 when none are kept.
+
+    Raises:
+        InputError: the text is empty or fills the model's context, or the model does not generate text.
+    """
+
+    def __init__(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: str, separator: str = SEPARATOR
+    ) -> None:
+        base = base_of(model)
+        config = getattr(base, "config", None)
+        self._encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
+        if not hasattr(base, "generate"):
+            raise InputError(
+                f"Expected a model that generates text, found {type(base).__name__}: a classifier cannot read examples."
+            )
+        self.text, self.separator, self._tokenizer, self._model = text, separator, tokenizer, base
+        self.tokens: list[int] = unclosed(tokenizer, list(tokenizer(text)["input_ids"]), text)  # type: ignore[arg-type]
+        if not self.tokens:
+            raise InputError(f"Expected a prefix with at least one token, found {text!r}.")
+        limit = model_max_length(model)
+        if limit is not None and len(self.tokens) >= limit:
+            raise InputError(
+                f"Expected a prefix shorter than the model's {limit} tokens, found one of {len(self.tokens)}; "
+                f"shorten it, or give fewer shots."
+            )
+        self._adapters = _adapters_in_effect(model)
+        self._cache = None if self._encoder_decoder else self._read(model)
+        self._layouts: list[Callable[..., Batch]] = [] if self._cache is None else [self._packed, self._plain]
+        self._tried = 0
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether prompts continue the cache, as far as it was tried; else the prefix is read with each prompt."""
+        return bool(self._layouts)
+
+    @property
+    def nbytes(self) -> int:
+        layers = [] if self._cache is None else self._cache.layers
+        return sum(one.nbytes for layer in layers for one in (layer.keys, layer.values))  # type: ignore[union-attr]
+
+    def _read(self, model: nn.Module) -> DynamicCache | None:
+        """The prefix's keys and values; None for a model that keeps none, or something else."""
+        known = inspect.signature(self._model.forward).parameters
+        if "past_key_values" not in known:
+            return None
+        cache = DynamicCache()
+        ids = torch.tensor([self.tokens], device=next(model.parameters()).device)
+        options = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+        try:
+            with evaluating(model), torch.no_grad():
+                model(input_ids=ids, past_key_values=cache, use_cache=True, return_dict=True, **options)
+            whole = bool(cache.layers) and all(
+                type(layer) is DynamicLayer and layer.get_seq_length() == len(self.tokens) for layer in cache.layers
+            )
+        except Exception as error:  # a model with another kind of cache says so in its own way
+            logger.info("%s: its cache is of another kind (%s).", type(self._model).__name__, reason(error))
+            whole = False
+        if not whole:
+            return None
+        cache.layers = [_SharedLayer(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[union-attr]
+        return cache
+
+    @property
+    def room(self) -> int | None:
+        """How many tokens (prompt + choice) the model takes behind the prefix; None when it does not say."""
+        limit = model_max_length(self._model)
+        return None if limit is None else limit - len(self.tokens)
+
+    def encode(
+        self, prompts: Sequence[str], choices: Sequence[Sequence[str]], labels: Sequence[int | None] | None = None
+    ) -> list[Question]:
+        """As `ia3.tfew.choices.encode`, for prompts that stand behind the prefix."""
+        prompts = [self.separator + prompt for prompt in prompts]
+        if self._encoder_decoder:
+            texts = [self.text + prompt for prompt in prompts]
+            return encode(self._tokenizer, texts, choices, labels, model=self._model)
+        return encode(self._tokenizer, prompts, choices, labels, self.room, continuing=True)
+
+    def prepare(
+        self,
+        model: nn.Module,
+        questions: Sequence[Question],
+        batch_tokens: int = BATCH_TOKENS,
+        adapter_names: Sequence[str] | None = None,
+    ) -> tuple[Sequence[Question], Callable[..., Batch], int]:
+        """Questions of `encode` as the model is asked them; what makes batches of them; and tokens for a batch.
+
+        Raises:
+            InputError: the model, or its active adapters, are not those that read the prefix.
+        """
+        if (
+            base_of(model) is not self._model
+            or _adapters_in_effect(model) != self._adapters
+            or adapter_names is not None
+        ):
+            raise InputError(
+                "Expected the model and the active adapters that read the prefix, found others; make a Prefix for each."
+            )
+        if self._encoder_decoder or not questions:
+            return questions, collate, batch_tokens
+        self._try(model, max(questions, key=row_length))
+        if not self._layouts:
+            return [self._whole(question) for question in questions], collate, batch_tokens
+        # Rows are short and what they attend to is long: the latter is bounded, too.
+        longest = max(map(row_length, questions))
+        expanded = _CACHED_BATCHES * batch_tokens * longest // (len(self.tokens) + longest)
+        return questions, self._layouts[0], min(batch_tokens, max(expanded, 1))
+
+    def _try(self, model: nn.Module, question: Question) -> None:
+        """Drop layouts that are not exact for a question longer than all before.
+
+        One choice is scored in a whole row, without the cache, once; that is about what reading the prefix costs.
+        """
+        if row_length(question) <= self._tried:
+            return
+        self._tried = row_length(question)
+        last = max(range(len(question.choices)), key=lambda i: len(question.choices[i]))
+        single = self._whole(replace(question, choices=[question.choices[last]]))
+        # Behind one place more of another row's prompt, a packed row begins with padding.
+        pair = [question, replace(question, prompt=question.prompt[:1] + question.prompt)]
+        pad = padding_id(self._tokenizer)
+
+        def score(batch: Batch, choice: int) -> float:
+            batch = to_device(batch, next(model.parameters()).device)
+            return float(normalized_scores(token_log_probs(model, batch), batch["mask"])[0, choice])
+
+        with evaluating(model), torch.no_grad():
+            expected = score(plain_rows([single], pad), 0)
+            if not math.isfinite(expected):
+                return  # a broken adapter says nothing about the model; whoever uses the scores will see it
+            rounding = torch.finfo(base_dtype(self._model)).eps * max(abs(expected), 1.0)
+            while self._layouts:
+                try:
+                    difference = abs(score(self._layouts[0](model, pair, pad), last) - expected)
+                    why = f"scores differ by {difference:.2g}"
+                except Exception as error:  # a model that takes no such mask says so in its own way
+                    difference, why = math.inf, reason(error)
+                if difference <= max(1e-4, 4 * rounding):
+                    return
+                dropped = self._layouts.pop(0).__name__.strip("_")
+                logger.info("%s: no %s rows behind a prefix (%s).", type(self._model).__name__, dropped, why)
+
+    def _whole(self, question: Question) -> Question:
+        return replace(question, prompt=self.tokens + question.prompt)
+
+    def _packed(self, model: nn.Module, questions: Sequence[Question], pad_token_id: int) -> Batch:
+        """A packed row for each question: `attention_mask` (B, 1, L, S + L), positions from S on."""
+        dtype = base_dtype(self._model)
+        batch = pack(questions, pad_token_id, dtype)
+        mask = batch["attention_mask"]
+        before = torch.zeros((*mask.shape[:3], len(self.tokens)), dtype=dtype)
+        return {
+            **batch,
+            "attention_mask": torch.cat([before, mask], dim=-1),
+            "position_ids": batch["position_ids"] + len(self.tokens),
+            "past_key_values": self._cache,
+        }
+
+    def _plain(self, model: nn.Module, questions: Sequence[Question], pad_token_id: int) -> Batch:
+        """A row for each choice: `attention_mask` (R, S + L)."""
+        batch = plain_rows(questions, pad_token_id)
+        mask = batch["attention_mask"]
+        before = torch.ones((len(mask), len(self.tokens)), dtype=mask.dtype)
+        return {**batch, "attention_mask": torch.cat([before, mask], dim=-1), "past_key_values": self._cache}
+
+
+def _adapters_in_effect(model: nn.Module) -> tuple[str, ...]:
+    routing = getattr(_unwrapped(model), "routing", None)
+    return tuple(routing.active) if routing is not None and routing.enabled else ()
+
+
+def draw_shots(rows: Sequence[Row], task: Task, count: int, seed: int = 0, balanced: bool = True) -> list[Row]:
+    """A random draw of labelled rows to show in context, in random order.
+
+    Args:
+        rows: to draw from.
+        task: knows their labels.
+        count: how many.
+        seed: decides the draw and the order. A larger draw of the same seed holds the smaller ones.
+        balanced: as equally many of each label as `count` and `rows` allow; else as it comes.
+
+    Raises:
+        InputError: there are fewer rows, or a label is not known.
+    """
+    if count < 1 or count > len(rows):
+        raise InputError(f"Expected between 1 and {len(rows)} shots, as many as there are rows, found {count}.")
+    chance = random.Random(seed)
+    drawn = chance.sample(list(rows), len(rows))
+    if balanced:
+        seen: Counter[str] = Counter()
+        turns = []
+        for row in drawn:
+            label = task.label(row)
+            turns.append(seen[label])
+            seen[label] += 1
+        drawn = [drawn[i] for i in sorted(range(len(drawn)), key=turns.__getitem__)]
+    drawn = drawn[:count]
+    random.Random(f"{seed} {count}").shuffle(drawn)
+    return drawn
+
+
+def shots_text(task: Task, shots: Iterable[Row], template: int = 0) -> str:
+    """Shots as the model reads them: each one's prompt with the right answer, blank lines between."""
+    return SEPARATOR.join(
+        task.prompt(row, template=template)
+        + task.separator
+        + task.answers(row, template=template)[task.label(row, template=template)]
+        for row in shots
+    )
+
+
+def fitting(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    shots: Sequence[Row],
+    rows: Iterable[Row],
+    template: int = 0,
+) -> int:
+    """How many of the shots, counted from the first, fit into the model's context with the longest of the rows."""
+    limit = model_max_length(model)
+    if limit is None:
+        return len(shots)
+    rows = list(rows)
+    prompts = [SEPARATOR + task.prompt(row, template=template) for row in rows]
+    answers = [[task.separator + text for text in task.answers(row, template=template).values()] for row in rows]
+    questions = encode(tokenizer, prompts, answers, continuing=True)
+    longest = max((len(q.prompt) + max(map(len, q.choices)) for q in questions), default=0)
+    for count in range(len(shots), 0, -1):
+        if len(tokenizer(shots_text(task, shots[:count], template))["input_ids"]) + longest <= limit:  # type: ignore[arg-type]
+            return count
+    return 0
+
+
+def shots_prefix(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    shots: Sequence[Row],
+    rows: Iterable[Row],
+    template: int = 0,
+) -> Prefix:
+    """Shots, read by the model, to stand before the prompts of rows.
+
+    Raises:
+        InputError: with the longest of the rows they do not fit into the model's context; see `Task.prompt`.
+    """
+    count = fitting(model, tokenizer, task, shots, rows, template)
+    if count < len(shots):
+        raise InputError(
+            f"Expected shots that fit into the model's {model_max_length(model)} tokens with the longest prompt, found "
+            f"{len(shots)}, of which {count} fit; ask for fewer."
+        )
+    return Prefix(model, tokenizer, shots_text(task, shots, template))
+
+
+def predict_in_context(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    rows: Iterable[Row],
+    shots: Sequence[Row],
+    on_progress: Callable[[list[int]], None] | None = None,
+    template: int = 0,
+    recipe: Recipe | None = None,
+) -> list[Prediction]:
+    """As `predict`, with labelled examples before each prompt.
+
+    Args:
+        model: a causal language model or an encoder-decoder, adapted or not.
+        tokenizer: its tokenizer.
+        task: says what rows and shots mean.
+        rows: to label.
+        shots: the labelled examples, in the order in which they are shown; at least one.
+        on_progress: called with the indices of the rows that each batch finished.
+        template: the index of the task's template that shots and prompts are worded in.
+        recipe: see `predict`.
+
+    Raises:
+        InputError: see `shots_prefix`; or there are no shots.
+    """
+    rows = list(rows)
+    prefix = shots_prefix(model, tokenizer, task, shots, rows, template)
+    return predict(
+        model,
+        tokenizer,
+        task,
+        rows,
+        on_progress,
+        template=template,
+        recipe=recipe,
+        prefix=prefix,
+    )

@@ -1,0 +1,120 @@
+"""FLOPs, cache and tokens agree with formulas worked out by hand."""
+
+import pytest
+import torch
+
+import tiny
+import words
+from ia3 import IA3Config, IA3Model
+from ia3.tfew import FleetTrainer, Member, Recipe, Task, predict
+from ia3.tfew.choices import Question, batches, pack, token_log_probs
+from ia3.tfew.costs import (
+    cache_bytes_per_token,
+    count_flops,
+    count_parameters,
+    counted_steps,
+    estimated_flops,
+    measure,
+)
+from ia3.tfew.icl import Prefix
+
+HEADS, WIDTH, KV = tiny.HEADS, tiny.HIDDEN // tiny.HEADS, 2 * (tiny.HIDDEN // tiny.HEADS)
+
+
+def llama_flops(rows: int, length: int, projected: int, before: int = 0) -> int:
+    """A forward pass of the tiny Llama on rows of so many tokens, behind so many cached ones."""
+    linear = 2 * tiny.HIDDEN * (2 * tiny.HIDDEN + 2 * KV + 3 * tiny.INNER) * length
+    attention = 2 * 2 * HEADS * WIDTH * length * (before + length)
+    return rows * (tiny.LAYERS * (linear + attention) + 2 * tiny.HIDDEN * tiny.VOCAB * projected)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_flops_of_a_forward_pass(llama, attention, mode):
+    llama.set_attn_implementation(attention)
+    batch = pack([Question([5, 6, 7], [[8, 9], [10]]), Question([5] * 9, [[8], [10]])])
+    with mode(), count_flops() as counter:
+        token_log_probs(llama, batch)
+    assert counter.get_total_flops() == llama_flops(rows=2, length=10, projected=2)
+
+
+def test_flops_behind_a_prefix(llama):
+    tokenizer, task = words.tokenizer(), Task(template="{{ text }}", choices={"pos": "good", "neg": "bad"})
+    rows = [{"text": "the tea was"}] * 3
+    with count_flops() as counter:
+        prefix = Prefix(llama, tokenizer, "tea " * 30)
+    assert counter.get_total_flops() == llama_flops(rows=1, length=30, projected=1)
+    found = measure(llama, tokenizer, task, rows, prefix)
+    assert found.flops == llama_flops(rows=1, length=3, projected=1, before=30)
+    assert found.tokens == 33
+    assert found.predictions == predict(llama, tokenizer, task, rows, prefix=prefix)
+    assert 0 < found.seconds < 5
+    # Without the cache, the prefix's pass comes on top.
+    assert measure(llama, tokenizer, task, rows).flops == llama_flops(rows=1, length=3, projected=1)
+
+
+def test_flops_of_many_rows_are_those_of_batches_of_all_lengths(llama):
+    tokenizer, task = words.tokenizer(), Task(template="{{ text }}", choices={"pos": "good", "neg": "not bad"})
+    rows = [{"text": "tea " * (1 + i % 50)} for i in range(200)]
+    seen = []
+    found = measure(llama, tokenizer, task, rows, on_progress=seen.extend)
+    assert sorted(seen) == list(range(200))
+    # "not" is read, "good" and "bad" are only predicted.
+    lengths = [1 + i % 50 + 1 for i in range(200)]
+    assert found.tokens == sum(lengths) / 200
+    groups = list(batches(task.questions(tokenizer, rows, labelled=False)))
+    expected = sum(llama_flops(len(group), max(lengths[i] for i in group), projected=2) for group in groups)
+    assert len(groups) > 4 and found.flops == pytest.approx(expected / 200, rel=0.02)
+
+
+def test_training_costs_twice_a_forward_pass_more(llama, tmp_path):
+    """The base is frozen: the backward pass goes through activations, and through no weights' gradients."""
+    llama.set_attn_implementation("eager")
+    model = IA3Model(llama, IA3Config())
+    task = Task(template="review : {{ text }}", choices={"pos": "good", "neg": "bad"})
+    arguments = Recipe(steps=6).training_arguments(tmp_path, disable_tqdm=True, save_strategy="no")
+    trainer = FleetTrainer(model, arguments, words.tokenizer(), [Member("default", task, words.rows(32))])
+    step = trainer.training_step
+    with counted_steps(trainer) as flops:
+        trainer.train()
+    assert trainer.training_step == step and len(flops.counted) == 4
+    forward = llama_flops(rows=8, length=7, projected=1)
+    assert 1.7 * forward < flops.total(1) < 2.1 * forward
+    assert flops.total(6) == 6 * flops.total(1)
+
+
+def test_counting_ends_with_an_interruption(llama, tmp_path):
+    model = IA3Model(llama, IA3Config())
+    task = Task(template="review : {{ text }}", choices={"pos": "good", "neg": "bad"})
+    arguments = Recipe(steps=6).training_arguments(tmp_path, disable_tqdm=True, save_strategy="no")
+    trainer = FleetTrainer(model, arguments, words.tokenizer(), [Member("default", task, words.rows(32))])
+    trainer.compute_loss = lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt), counted_steps(trainer) as flops:
+        trainer.train()
+    assert flops.counted == [] and flops.total(6) == 0
+    assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cache_bytes(dtype):
+    size = torch.finfo(dtype).bits // 8
+    assert cache_bytes_per_token(tiny.build("llama").to(dtype)) == 2 * tiny.LAYERS * 2 * WIDTH * size
+    assert cache_bytes_per_token(tiny.build("gpt2").to(dtype)) == 2 * tiny.LAYERS * HEADS * WIDTH * size
+    # A decoder's own tokens and the encoder's, four of each: as many bytes for either.
+    assert cache_bytes_per_token(tiny.build("t5").to(dtype)) == 2 * tiny.LAYERS * HEADS * WIDTH * size
+    prefix = Prefix(tiny.build("llama").to(dtype), words.tokenizer(), "tea " * 20)
+    assert prefix.nbytes == 20 * 2 * tiny.LAYERS * 2 * WIDTH * size
+
+
+def test_the_papers_estimate():
+    # T-Few with T0-11B, 103 tokens an example: 1.1e12 to predict, and 2.7e16 to train on 1,000 batches of 8.
+    assert estimated_flops(11_000_000_000, 103, encoder_decoder=True) == pytest.approx(1.1e12, rel=0.05)
+    assert 8000 * estimated_flops(11_000_000_000, 103, True, training=True) == pytest.approx(2.7e16, rel=0.05)
+    # GPT-3 175B with 41 examples of 98 tokens in context: 1.4e15.
+    assert estimated_flops(175_000_000_000, 41 * 98 + 103) == pytest.approx(1.4e15, rel=0.05)
+
+
+def test_parameters_are_the_bases(llama):
+    expected = sum(parameter.numel() for parameter in llama.parameters())
+    assert count_parameters(llama) == expected
+    assert count_parameters(IA3Model(llama, IA3Config())) == expected
