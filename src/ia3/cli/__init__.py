@@ -8,7 +8,7 @@ import sys
 import typer
 
 from ia3 import __version__
-from ia3.cli import convert, evaluate, inspect, merge, predict, train
+from ia3.cli import compare, convert, evaluate, inspect, merge, predict, train
 from ia3.errors import InputError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app = typer.Typer(
 app.command("train")(train.train)
 app.command("predict")(predict.predict)
 app.command("evaluate")(evaluate.evaluate)
+app.command("compare")(compare.compare)
 app.command("merge")(merge.merge)
 app.command("inspect")(inspect.inspect)
 app.command("convert")(convert.convert)

@@ -125,6 +125,11 @@ def load_adapted(folder: str, model: str | None) -> tuple[IA3Model, PreTrainedTo
     return IA3Model.from_pretrained(base, folder), tokenizer
 
 
+def load_base_of(folder: str, model: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model of an adapter, without it; arguments as of `load_adapted`."""
+    return _load_base({folder: IA3Config.from_pretrained(folder)}, model)
+
+
 def load_bank(folders: Mapping[str, str], model: str | None) -> tuple[IA3Model, PreTrainedTokenizerBase]:
     """A base model whose bank holds adapters by name, and its tokenizer.
 

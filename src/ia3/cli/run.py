@@ -22,7 +22,9 @@ from ia3.errors import InputError, shown
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
+    from transformers import PreTrainedModel
 
+    from ia3.model import IA3Model
     from ia3.tfew.recipe import Recipe
     from ia3.tfew.task import Row, Task
 
@@ -143,22 +145,14 @@ def run_jobs(out: Console, run: Run, checkpoint: str | None) -> dict[str, dict[s
     with out.status("Loading the model …"):
         from transformers import PrinterCallback, ProgressCallback, set_seed
 
-        from ia3 import IA3Config, IA3Model, load_base
-        from ia3.pretrained import task_type
+        from ia3 import load_base
         from ia3.tfew import FleetTrainer, Member
+        from ia3.tfew.costs import counted_steps
 
         base, tokenizer = load_base(run.model, jobs[0].task.labels)
         # Names in the model may hold neither the dots nor the slashes that names of folders may.
         adapters = ["default"] if len(jobs) == 1 else [f"member{number}" for number in range(len(jobs))]
-        if run.recipe.init is None:
-            config = {"task_type": task_type(base), "base_model_name_or_path": base.name_or_path}
-            model = IA3Model(base, {adapter: IA3Config(**config) for adapter in adapters})
-        else:
-            model = IA3Model(base, {})
-            for adapter in adapters:
-                model.load_adapter(run.recipe.init, adapter, is_trainable=True)
-                model.peft_config[adapter].base_model_name_or_path = base.name_or_path
-            model.set_adapter(adapters[0])
+        model = with_adapters(base, adapters, run.recipe.init)
 
     with progress(out) as bars:
         arguments = run.recipe.training_arguments(
@@ -174,7 +168,7 @@ def run_jobs(out: Console, run: Run, checkpoint: str | None) -> dict[str, dict[s
             Member(adapter, job.task, job.examples, job.seed, job.learning_rate)
             for adapter, job in zip(adapters, jobs, strict=True)
         ]
-        callback = _bars_callback(bars, {a: job.titled("Training") for a, job in zip(adapters, jobs, strict=True)})
+        callback = bars_callback(bars, {a: job.titled("Training") for a, job in zip(adapters, jobs, strict=True)})
         trainer = FleetTrainer(model, arguments, tokenizer, members, run.recipe, callbacks=[callback])
         for unwanted in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(unwanted)
@@ -188,7 +182,8 @@ def run_jobs(out: Console, run: Run, checkpoint: str | None) -> dict[str, dict[s
             write_json(run.checkpoints / _RUN_NAME, run.settings)
         started = time.perf_counter()
         try:
-            trained = trainer.train(resume_from_checkpoint=checkpoint)
+            with counted_steps(trainer) as flops:
+                trained = trainer.train(resume_from_checkpoint=checkpoint)
         except KeyboardInterrupt:
             bars.stop()
             _say_interrupted(run)
@@ -210,6 +205,7 @@ def run_jobs(out: Console, run: Run, checkpoint: str | None) -> dict[str, dict[s
             }
         found |= {
             "train_seconds": round(seconds, 2),
+            "training_flops": flops.total(trainer.steps_of(adapter)) / len(jobs),
             "train_loss": trained.metrics[f"train_loss/{adapter}"],
             "recipe": run.recipe.name,
             "steps": trainer.steps_of(adapter),
@@ -224,6 +220,28 @@ def run_jobs(out: Console, run: Run, checkpoint: str | None) -> dict[str, dict[s
         }
         results[job.name] = write(run.folder / job.name, model, adapter, job.task, run.recipe, found)
     return results
+
+
+def with_adapters(base: PreTrainedModel, adapters: Sequence[str], init: str | None) -> IA3Model:
+    """A base model with adapters to train, the first one active.
+
+    Args:
+        base: the model.
+        adapters: their names.
+        init: an adapter that all start from; None: ones.
+    """
+    from ia3 import IA3Config, IA3Model
+    from ia3.pretrained import task_type
+
+    if init is None:
+        config = {"task_type": task_type(base), "base_model_name_or_path": base.name_or_path}
+        return IA3Model(base, {adapter: IA3Config(**config) for adapter in adapters})
+    model = IA3Model(base, {})
+    for adapter in adapters:
+        model.load_adapter(init, adapter, is_trainable=True)
+        model.peft_config[adapter].base_model_name_or_path = base.name_or_path
+    model.set_adapter(adapters[0])
+    return model
 
 
 _Predicted = Callable[..., dict[str, list[str]]]
@@ -294,7 +312,7 @@ def _note(bars: Progress, title: str, task: Task, scores: Sequence[dict[str, flo
             bars.update(bar.id, note=f"{task.metric.replace('_', '-')} {statistics.mean(values):.1%}")
 
 
-def _bars_callback(bars: Progress, titles: Mapping[str, str]) -> Any:
+def bars_callback(bars: Progress, titles: Mapping[str, str]) -> Any:
     """A trainer's callback that shows each member's steps and loss."""
     from transformers import TrainerCallback
 

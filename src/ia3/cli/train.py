@@ -133,10 +133,10 @@ def train(
     }
     for option, value in own.items():
         _together(option, value, "--tasks", tasks)
-    all_seeds = [seed or 0] if seeds is None else _numbers("--seeds", seeds, int)
-    rates = [None] if learning_rates is None else _numbers("--learning-rates", learning_rates, float)
+    all_seeds = [seed or 0] if seeds is None else numbers("--seeds", seeds, int)
+    rates = [None] if learning_rates is None else numbers("--learning-rates", learning_rates, float)
     if tasks is None:
-        sources = [_source(task, data, test_data, label_column, text_column, choices, template)]
+        sources = [source_of(task, data, test_data, label_column, text_column, choices, template)]
     else:
         sources = _sources(tasks)
     fleet = not (tasks is None and seeds is None and learning_rates is None)
@@ -147,7 +147,7 @@ def train(
         source.task.check(source.rows)
         source.task.check(source.test or [])
         for one in all_seeds:
-            examples, test = _drawn(source, examples_per_label, test_rows, one)
+            examples, test = drawn(source, examples_per_label, test_rows, one)
             for rate in rates:
                 task_part = "" if tasks is None else source.task.name
                 seed_part = "" if seeds is None else f"seed-{one}"
@@ -191,21 +191,21 @@ def _joined(separator: str, *parts: str) -> str:
     return separator.join(part for part in parts if part)
 
 
-def _numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
+def numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
     """Numbers with commas between them, each once."""
     try:
-        numbers = [kind(part) for part in text.split(",")]
+        found = [kind(part) for part in text.split(",")]
     except ValueError:
-        numbers = []
-    if not numbers or len(set(numbers)) < len(numbers):
+        found = []
+    if not found or len(set(found)) < len(found):
         raise InputError(f"Expected {option} as different numbers with commas between them, found {text!r}.")
-    if kind is float and not all(math.isfinite(number) and number > 0 for number in numbers):
+    if kind is float and not all(math.isfinite(number) and number > 0 for number in found):
         raise InputError(f"Expected {option} above 0, found {text!r}.")
-    return numbers
+    return found
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
     """A task with the rows to draw training examples from, and the test rows, where they are given."""
 
     task: Task
@@ -213,12 +213,12 @@ class _Source:
     test: Sequence[Row] | None
 
 
-def _sources(files: str) -> list[_Source]:
+def _sources(files: str) -> list[Source]:
     """Several tasks, which name folders and therefore differ in their names."""
     paths = [part.strip() for part in files.split(",") if part.strip()]
     if not paths:
         raise InputError(f"Expected tasks with commas between them for --tasks, found {files!r}.")
-    sources = [_source(path) for path in paths]
+    sources = [source_of(path) for path in paths]
     names = [source.task.name for source in sources]
     for path, name in zip(paths, names, strict=True):
         if names.count(name) > 1:
@@ -228,7 +228,7 @@ def _sources(files: str) -> list[_Source]:
     return sources
 
 
-def _source(
+def source_of(
     task: str | None = None,
     data: str | None = None,
     test_data: str | None = None,
@@ -236,7 +236,8 @@ def _source(
     text_column: str | None = None,
     choices: str | None = None,
     template: str | None = None,
-) -> _Source:
+) -> Source:
+    """The task and rows that options of these names describe; the embedded ones without any."""
     from ia3.tfew.task import Task, read_rows
 
     given = parse_choices(choices)
@@ -261,10 +262,10 @@ def _source(
         rows = read_rows(source, description.class_names)
     source = test_data or (description.test if data is None else None)
     test = None if source is None else list(read_rows(source, description.class_names))
-    return _Source(description, list(rows), test)
+    return Source(description, list(rows), test)
 
 
-def _drawn(source: _Source, per_label: int, test_rows: int, seed: int) -> tuple[list[Row], list[Row]]:
+def drawn(source: Source, per_label: int, test_rows: int, seed: int) -> tuple[list[Row], list[Row]]:
     """Training examples and test rows: those that training leaves over, where no others are given."""
     from ia3.tfew.task import few_shot
 

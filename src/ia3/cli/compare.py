@@ -1,0 +1,410 @@
+"""`ia3 compare`: zero-shot, in-context learning and T-Few on one task and model, how good they are and what they cost."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from ia3.cli.common import TASK_NAME, JsonOption, console, load_base_of, print_json, progress, quiet, recipe_for
+from ia3.cli.results import write_json
+from ia3.cli.run import bars_callback, with_adapters
+from ia3.cli.train import drawn, numbers, source_of
+from ia3.errors import InputError
+from ia3.files import locate, replacing
+from ia3.pretrained import EMBEDDED_MODEL
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ia3.tfew.costs import Measured
+    from ia3.tfew.recipe import Recipe
+    from ia3.tfew.task import Row, Task
+
+# Shots when none are asked for, as far as the rows and the model's context allow.
+_USUAL_SHOTS = (8, 16)
+
+_T_FEW = "t-few"
+
+
+def compare(
+    model: str | None = typer.Option(
+        None,
+        "--model",
+        "-m",
+        help="Base model: a folder, a hub id or 'smollm2'. \\[default: the adapter's, else smollm2]",
+        show_default=False,
+    ),
+    data: str | None = typer.Option(
+        None, "--data", "-d", help="Labelled rows to draw examples from. \\[default: the task's]", show_default=False
+    ),
+    text_column: str | None = typer.Option(
+        None, help="Column with the text. \\[default: 'text', or the only other one]", show_default=False
+    ),
+    label_column: str | None = typer.Option(
+        None, help="Column with the label. \\[default: 'label']", show_default=False
+    ),
+    task: str | None = typer.Option(
+        None,
+        "--task",
+        help="A built-in task, or a task.yaml. \\[default: the adapter's; food reviews without --data]",
+        show_default=False,
+    ),
+    test_data: str | None = typer.Option(
+        None,
+        "--test-data",
+        help="Labelled rows to measure on. \\[default: the task's, else rows of --data that training leaves over]",
+        show_default=False,
+    ),
+    template: str | None = typer.Option(
+        None, help="Jinja template of the prompt. \\[default: made from column and labels]", show_default=False
+    ),
+    choices: str | None = typer.Option(
+        None, help="Answer text of each label: 'label=text,label=text'. \\[default: the labels]", show_default=False
+    ),
+    shots: str | None = typer.Option(
+        None, help="Examples in context: 4,8,16. \\[default: 8,16, as far as they fit]", show_default=False
+    ),
+    adapter: str | None = typer.Option(
+        None, help="A trained adapter's folder, to measure in place of training one.", show_default=False
+    ),
+    examples_per_label: int = typer.Option(
+        16, min=0, help="Training examples of each label, drawn at random, shots from among them; 0: all rows."
+    ),
+    test_rows: int = typer.Option(200, min=0, help="Measure on at most so many test rows, drawn at random; 0: on all."),
+    recipe: str | None = typer.Option(
+        None,
+        "--recipe",
+        help="How to train: 'paper', 'small' or a recipe.yaml. \\[default: small for models under 1B, else paper]",
+        show_default=False,
+    ),
+    steps: int | None = typer.Option(
+        None, min=1, help="Optimizer steps, at most. \\[default: the recipe's]", show_default=False
+    ),
+    seed: int = typer.Option(0, help="Decides which examples are drawn, and their order."),
+    output: Path | None = typer.Option(
+        None,
+        "--output",
+        "-o",
+        help="Folder of compare.png and compare.json. \\[default: comparisons/NAME]",
+        show_default=False,
+    ),
+    json_output: bool = JsonOption,
+) -> None:
+    """Compare T-Few with zero-shot and in-context learning: how often they are right, and what they cost.
+
+    Without arguments: SmolLM2-135M on food reviews. The columns are those of the paper's Table 1, and some more: FLOPs to
+    label one example, FLOPs to train, bytes of keys and values, bytes on disk, seconds.
+
+    In-context learning's shots are read once and their keys and values are kept; what it costs to read them again for
+    each example stands beside it. Writes a picture, compare.png, and the numbers, compare.json.
+    """
+    out = console(json_output)
+    if adapter is not None:
+        for option, value in {"--recipe": recipe, "--steps": steps}.items():
+            if value is not None:
+                raise InputError(f"Expected --adapter or {option}, one of the two, found both.")
+        if task is None:
+            task = locate(adapter, TASK_NAME)
+    counts = None if shots is None else numbers("--shots", shots, int)
+    source = source_of(task, data, test_data, label_column, text_column, choices, template)
+    source.task.check(source.rows)
+    source.task.check(source.test or [])
+    examples, test = drawn(source, examples_per_label, test_rows, seed)
+    if not test:
+        raise InputError("Expected labelled rows to measure on (--test-data): training leaves none over.")
+    for count in counts or ():
+        if not 1 <= count <= len(examples):
+            raise InputError(f"Expected --shots from 1 to {len(examples)}, the training examples, found {count}.")
+    folder = output or Path("comparisons", source.task.name)
+    if folder.is_file():
+        raise InputError(f"Expected a folder for --output, found the file {str(folder)!r}.")
+    plan = None if adapter is not None else recipe_for(model or EMBEDDED_MODEL, recipe, steps=steps)
+
+    quiet()
+    with out.status("Loading the model …"):
+        from ia3.pretrained import load_base
+
+        base, tokenizer = load_base(model or EMBEDDED_MODEL) if adapter is None else load_base_of(adapter, model)
+        comparison = Comparison(base, tokenizer, source.task, examples, test, seed)
+        drawn_shots = comparison.shots(counts)
+    out.print(
+        f"{source.task.name} on {base.name_or_path}: {len(examples)} training examples, {len(test)} test rows",
+        markup=False,
+        style="bold",
+        soft_wrap=True,
+    )
+    with progress(out) as bars:
+        rows = [comparison.zero_shot(bars)]
+        rows += [comparison.in_context(bars, count, some) for count, some in drawn_shots.items()]
+        rows.append(comparison.t_few(bars, plan, adapter))
+    settings = {
+        "model": base.name_or_path,
+        "task": source.task.name,
+        "parameters": comparison.parameters,
+        "train_examples": len(examples),
+        "test_rows": len(test),
+        "seed": seed,
+    }
+    with replacing(folder / "compare.png") as path:
+        draw(path, rows, f"{source.task.name}, {Path(str(base.name_or_path)).name}, {len(test)} test rows")
+        write_json(folder / "compare.json", {**settings, "rows": rows})
+    if json_output:
+        print_json({"rows": rows})
+        return
+    print_comparison(out, rows)
+    out.print(f"\nSaved in {folder}.", markup=False, soft_wrap=True)
+
+
+@dataclass
+class Comparison:
+    """One task and model, and the rows that all methods share.
+
+    Attributes:
+        base: the model; `t_few` puts an adapter into it.
+        tokenizer: its tokenizer.
+        task: what the rows mean.
+        examples: what T-Few learns from, and shots are drawn from.
+        test: what is measured on.
+        seed: decides shots and the order of training.
+    """
+
+    base: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    examples: Sequence[Row]
+    test: Sequence[Row]
+    seed: int
+
+    def __post_init__(self) -> None:
+        from ia3.tfew.costs import cache_bytes_per_token, count_parameters
+
+        self.labels = [self.task.label(row) for row in self.test]
+        self.parameters = count_parameters(self.base)
+        self.cache_bytes = cache_bytes_per_token(self.base)
+
+    def shots(self, counts: Sequence[int] | None) -> dict[int, list[Row]]:
+        """The shots by their number.
+
+        Raises:
+            InputError: numbers were asked for, and one does not fit into the model's context.
+        """
+        from ia3.tfew.icl import draw_shots, fitting
+
+        wanted = counts or [count for count in _USUAL_SHOTS if count <= len(self.examples)]
+        found = {}
+        for count in wanted:
+            some = draw_shots(self.examples, self.task, count, self.seed)
+            fit = fitting(self.base, self.tokenizer, self.task, some, self.test)
+            if fit == count:
+                found[count] = some
+            elif counts is not None:
+                raise InputError(
+                    f"Expected --shots that fit into the model's context with the longest test row, found {count}, of "
+                    f"which {fit} fit; ask for fewer."
+                )
+        return found
+
+    def zero_shot(self, bars: Progress) -> dict[str, Any]:
+        """The model as it is."""
+        return self._row("zero-shot", self._measure(bars, "zero-shot", self.base))
+
+    def in_context(self, bars: Progress, count: int, shots: Sequence[Row]) -> dict[str, Any]:
+        """The model with shots before each prompt."""
+        from ia3.tfew.costs import count_flops
+        from ia3.tfew.icl import shots_prefix
+
+        started = time.perf_counter()
+        with count_flops() as counter:
+            prefix = shots_prefix(self.base, self.tokenizer, self.task, shots, self.test)
+        seconds = time.perf_counter() - started
+        measured = self._measure(bars, f"{count}-shot", self.base, prefix)
+        again = counter.get_total_flops() if prefix.is_cached else 0
+        return self._row(
+            f"{count}-shot",
+            measured,
+            inference_flops_uncached=measured.flops + again,
+            disk_bytes=len(prefix.text.encode()),
+            examples=count,
+            once_seconds=seconds,
+        )
+
+    def t_few(self, bars: Progress, recipe: Recipe | None, adapter: str | None) -> dict[str, Any]:
+        """The model with an adapter: a trained one, or one that is trained by a recipe now."""
+        from ia3 import IA3Model
+        from ia3.checkpoint import WEIGHTS_NAME
+
+        if recipe is None:
+            assert adapter is not None
+            folder = Path(locate(adapter, WEIGHTS_NAME)).parent
+            model = IA3Model.from_pretrained(self.base, adapter)
+            costs = {"disk_bytes": (folder / WEIGHTS_NAME).stat().st_size, **self._recorded(folder)}
+        else:
+            model, costs = self._train(bars, recipe)
+        return self._row(_T_FEW, self._measure(bars, _T_FEW, model), **costs)
+
+    def _train(self, bars: Progress, recipe: Recipe) -> tuple[Any, dict[str, Any]]:
+        from transformers import PrinterCallback, ProgressCallback, set_seed
+
+        from ia3.checkpoint import WEIGHTS_NAME, save_adapter
+        from ia3.tfew import FleetTrainer, Member
+        from ia3.tfew.costs import counted_steps
+
+        model = with_adapters(self.base, ["default"], recipe.init)
+        with tempfile.TemporaryDirectory() as scratch:
+            arguments = recipe.training_arguments(scratch, seed=self.seed, save_strategy="no", disable_tqdm=True)
+            set_seed(self.seed)
+            members = [Member("default", self.task, self.examples, self.seed)]
+            callback = bars_callback(bars, {"default": "training"})
+            trainer = FleetTrainer(model, arguments, self.tokenizer, members, recipe, callbacks=[callback])
+            for unwanted in (PrinterCallback, ProgressCallback):
+                trainer.remove_callback(unwanted)
+            started = time.perf_counter()
+            with counted_steps(trainer) as flops:
+                trainer.train()
+            seconds = time.perf_counter() - started
+            save_adapter(model, scratch)
+            size = Path(scratch, WEIGHTS_NAME).stat().st_size
+        steps = trainer.steps_of("default")
+        return model.eval(), {
+            "training_flops": flops.total(steps),
+            "training_flops_estimate": self._training_estimate(recipe.batch_size * steps),
+            "disk_bytes": size,
+            "examples": len(self.examples),
+            "once_seconds": seconds,
+            "recipe": recipe.name,
+            "steps": steps,
+        }
+
+    def _recorded(self, folder: Path) -> dict[str, Any]:
+        """What an adapter's training cost, as far as its folder says; None where it does not."""
+        from ia3.tfew.recipe import RECIPE_NAME, Recipe
+
+        found: dict[str, Any] = {}
+        if (folder / "metrics.json").is_file():
+            found = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        steps, estimate = found.get("steps"), None
+        if steps is not None and (folder / RECIPE_NAME).is_file():
+            estimate = self._training_estimate(Recipe.load(folder / RECIPE_NAME).batch_size * steps)
+        return {
+            "training_flops": found.get("training_flops"),
+            "training_flops_estimate": estimate,
+            "examples": found.get("train_examples"),
+            "once_seconds": found.get("train_seconds"),
+            "recipe": found.get("recipe"),
+            "steps": steps,
+        }
+
+    def _training_estimate(self, examples: int) -> float:
+        """The paper's, for so many passes of an example."""
+        from ia3.tfew.choices import row_length
+        from ia3.tfew.costs import estimated_flops
+
+        questions = self.task.questions(self.tokenizer, self.examples, model=self.base)
+        tokens = examples * sum(map(row_length, questions)) / len(questions)
+        return estimated_flops(self.parameters, tokens, self._both, training=True)
+
+    def _measure(self, bars: Progress, title: str, model: Any, prefix: Any = None) -> Measured:
+        from ia3.tfew.costs import measure
+
+        bar = bars.add_task(title, total=len(self.test), note="")
+        measured = measure(
+            model, self.tokenizer, self.task, self.test, prefix, lambda done: bars.advance(bar, len(done))
+        )
+        bars.update(bar, note=f"accuracy {self._scores(measured)['accuracy']:.1%}")
+        return measured
+
+    def _scores(self, measured: Measured) -> dict[str, float]:
+        return self.task.metrics(self.labels, [prediction.best for prediction in measured.predictions])
+
+    @property
+    def _both(self) -> bool:
+        return bool(self.base.config.is_encoder_decoder)
+
+    def _row(self, method: str, measured: Measured, **more: Any) -> dict[str, Any]:
+        from ia3.tfew.costs import estimated_flops
+
+        return {
+            "method": method,
+            **self._scores(measured),
+            "inference_flops": measured.flops,
+            "inference_flops_uncached": measured.flops,
+            "inference_flops_estimate": estimated_flops(self.parameters, measured.tokens, self._both),
+            "training_flops": 0,
+            "training_flops_estimate": 0,
+            "kv_cache_bytes": round(self.cache_bytes * measured.tokens),
+            "disk_bytes": 0,
+            "seconds": measured.seconds,
+            "once_seconds": 0.0,
+            "tokens": measured.tokens,
+            "examples": 0,
+            **more,
+        }
+
+
+def print_comparison(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A row for each method; costs are rounded."""
+    from rich.table import Table
+
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "": lambda row: row["method"],
+        "accuracy": lambda row: f"{row['accuracy']:.1%}",
+        "macro-F1": lambda row: f"{row['macro_f1']:.1%}",
+        "FLOPs an example": lambda row: _power(row["inference_flops"]),
+        "shots read again": lambda row: _power(row["inference_flops_uncached"]),
+        "estimate": lambda row: _power(row["inference_flops_estimate"]),
+        "training FLOPs": lambda row: _power(row["training_flops"]),
+        "its estimate": lambda row: _power(row["training_flops_estimate"]),
+        "keys and values": lambda row: _size(row["kv_cache_bytes"]),
+        "on disk": lambda row: _size(row["disk_bytes"]),
+        "s an example": lambda row: f"{row['seconds']:.3g}",
+    }
+    table = Table()
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*(cell(row) for cell in columns.values()), style="bold" if row["method"] == _T_FEW else None)
+    out.print(table)
+    out.print("Estimates are the paper's, 2·N FLOPs a token (N in encoder-decoders), shots read for each example.")
+
+
+def _power(number: float | None) -> str:
+    return "unknown" if number is None else f"{number:.1e}".replace("e+", "e") if number else "0"
+
+
+def _size(number: int) -> str:
+    for unit, size in {"GB": 10**9, "MB": 10**6, "kB": 10**3}.items():
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number} B"
+
+
+def draw(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> None:
+    """A picture of accuracy against FLOPs an example, on a logarithmic scale."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for row in rows:
+        cost, again, accuracy = row["inference_flops"], row["inference_flops_uncached"], 100 * row["accuracy"]
+        color, marker = {"zero-shot": ("tab:gray", "s"), _T_FEW: ("tab:red", "*")}.get(row["method"], ("tab:blue", "o"))
+        if again > cost:
+            axes.plot([cost, again], [accuracy, accuracy], ":", color=color, linewidth=1)
+            axes.plot(again, accuracy, marker, color=color, markerfacecolor="white", markersize=8)
+        axes.plot(cost, accuracy, marker, color=color, markersize=14 if marker == "*" else 8)
+        axes.annotate(row["method"], (cost, accuracy), xytext=(6, 6), textcoords="offset points")
+    axes.set_xscale("log")
+    axes.margins(0.2)
+    axes.set_xlabel("FLOPs an example at inference (hollow: shots read again for each example)")
+    axes.set_ylabel("accuracy, %")
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
