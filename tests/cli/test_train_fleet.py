@@ -55,7 +55,7 @@ def both(place) -> str:
 def test_each_seed_is_the_plain_runs(train, ia3, tmp_path):
     code, out, _ = train(seeds="3,4")
     assert code == 0
-    for text in ("Training seed-3", "Training seed-4", "Trained seed-4", "mean ± SD", "2 adapters", "ia3 predict"):
+    for text in ("Training seed-3", "Training seed-4", "Trained seed-4", "median (IQR)", "2 adapters", "ia3 predict"):
         assert text in out
     assert out.count("Zero-shot") == 1
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["metrics.json", "seed-3", "seed-4"]
@@ -88,9 +88,9 @@ def test_the_product_of_tasks_seeds_and_learning_rates(train, ia3, place, tmp_pa
 
     asked, real = [], ia3.tfew.predict
 
-    def counted(model, tokenizer, tasks, rows, on_progress=None, adapter_names=None):
+    def counted(model, tokenizer, tasks, rows, on_progress=None, adapter_names=None, **kwargs):
         asked.append((len(rows), adapter_names and len(set(adapter_names))))
-        return real(model, tokenizer, tasks, rows, on_progress, adapter_names)
+        return real(model, tokenizer, tasks, rows, on_progress, adapter_names, **kwargs)
 
     monkeypatch.setattr(ia3.tfew, "predict", counted)
     code, out, err = train("--json", tasks=both(place), seeds="0,1", learning_rates="3e-3,0.05")
@@ -100,7 +100,8 @@ def test_the_product_of_tasks_seeds_and_learning_rates(train, ia3, place, tmp_pa
         f"{task}/seed-{seed}-lr-{rate}" for task in ("teas", "soups.v1") for seed in (0, 1) for rate in (0.003, 0.05)
     ]
     assert found["output"] == str(tmp_path / "out") and list(found["members"]) == names
-    assert "Zero-shot soups.v1" in err and "teas/lr-0.05" not in out
+    assert "Zero-shot soups.v1" in err
+    assert list(found["summary"]) == ["teas/lr-0.003", "teas/lr-0.05", "soups.v1/lr-0.003", "soups.v1/lr-0.05"]
     # The first task has its own test rows; of the second's 40, each seed leaves 24 over: each row is scored once.
     left = asked[0][0] - 24
     assert 24 <= left <= 40 and asked == [(24 + left, None), (8 * 24, 8)]
@@ -122,7 +123,7 @@ def test_without_test_rows(train, place, tmp_path):
     for name in ("train.jsonl", "soups.yaml"):
         shutil.copy(place / name, tmp_path)
     code, out, _ = train(task=tmp_path / "soups.yaml", examples_per_label=20, seeds="0,1")
-    assert code == 0 and "2 adapters" in out and "Trained" not in out and "mean" not in out
+    assert code == 0 and "2 adapters" in out and "Trained" not in out and "median" not in out
 
 
 def test_interrupted_and_resumed_ends_as_uninterrupted(train, tmp_path, monkeypatch):

@@ -112,6 +112,14 @@ def load_task(folder: str) -> Task:
         raise
 
 
+def load_recipe(folder: str) -> Recipe:
+    """The recipe stored beside an adapter; the paper's where there is none."""
+    from ia3.tfew.recipe import RECIPE_NAME, Recipe
+
+    path = Path(folder, RECIPE_NAME)
+    return Recipe.load(path) if path.is_file() else Recipe()
+
+
 def load_adapted(folder: str, model: str | None) -> tuple[IA3Model, PreTrainedTokenizerBase]:
     """A base model with the adapter of a folder in it, and its tokenizer.
 
@@ -182,7 +190,10 @@ def recipe_for(model: str, recipe: str | None, **changes: Any) -> Recipe:
 
     if recipe is None:
         recipe = "small" if parameter_count(model) < _LARGE else "paper"
-    return Recipe.load(recipe).changed(**changes)
+    chosen = Recipe.load(recipe).changed(**changes)
+    if chosen.init is not None:
+        IA3Config.from_pretrained(chosen.init)  # now, and not when the model has been loaded
+    return chosen
 
 
 def parse_choices(text: str | None) -> dict[str, str] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import typer
 
@@ -12,6 +13,7 @@ from ia3.cli.common import (
     ModelOption,
     console,
     load_adapted,
+    load_recipe,
     load_task,
     print_json,
     progress,
@@ -27,11 +29,19 @@ def evaluate(
         help="Labelled rows: .csv, .tsv, .jsonl, … \\[default: the task's test rows]",
         show_default=False,
     ),
+    calibrate: bool = typer.Option(
+        False,
+        "--calibrate",
+        help="Fit the temperature of the adapter's probabilities to these rows, and store it in the folder. They must "
+        "be others than it was trained on.",
+    ),
     model: str | None = ModelOption,
     json_output: bool = JsonOption,
 ) -> None:
-    """Measure a trained adapter on labelled rows: accuracy, macro-F1, and each label's precision and recall."""
+    """Measure a trained adapter on labelled rows: accuracy, macro-F1, each label's precision and recall, and how well
+    its probabilities are calibrated."""
     from ia3.errors import InputError
+    from ia3.tfew.calibration import Calibration
     from ia3.tfew.task import read_rows
 
     out = console(json_output)
@@ -42,12 +52,20 @@ def evaluate(
     rows = read_rows(source, task.class_names)
     task.check(rows)
     labels = [task.label(row, number) for number, row in enumerate(rows, 1)]
+    if calibrate and not Path(adapter).is_dir():
+        raise InputError(f"Expected a folder here with --calibrate, found {adapter!r}: the result is stored in it.")
+    stored = Calibration.beside(adapter)
     with out.status("Loading …"):
         adapted, tokenizer = load_adapted(adapter, model)
         from ia3.tfew.predict import predict as predict_rows
     with progress(out) as bars:
         bar = bars.add_task("Evaluating", total=len(rows), note="")
-        found = predict_rows(adapted, tokenizer, task, rows, lambda done: bars.advance(bar, len(done)))
+        found = predict_rows(
+            adapted, tokenizer, task, rows, lambda done: bars.advance(bar, len(done)), recipe=load_recipe(adapter)
+        )
+    fitted = Calibration.fit(found, labels)
+    if calibrate:
+        fitted.save(adapter)
 
     import numpy as np
     from sklearn.metrics import precision_recall_fscore_support
@@ -60,6 +78,9 @@ def evaluate(
         **task.metrics(labels, predictions),
         "majority": task.metrics(labels, [majority] * len(labels)),
         "rows": len(rows),
+        "temperature": stored.temperature if stored else 1.0,
+        **Calibration.quality(found, labels, stored.temperature if stored else 1.0),
+        **({"calibration": fitted.model_dump()} if calibrate else {}),
         "labels": {
             name: {"precision": float(p), "recall": float(r), "f1": float(f), "rows": int(n)}
             for name, p, r, f, n in zip(names, *table.tolist(), strict=True)
@@ -78,4 +99,13 @@ def evaluate(
         numbers = (f"{values[key]:.1%}" for key in ("precision", "recall", "f1"))
         shown.add_row(escape(name), *numbers, str(values["rows"]))
     out.print(shown)
+    out.print(
+        f"Probabilities (temperature {result['temperature']:.2f}): log-loss {result['log_loss']:.3f}, expected "
+        f"calibration error {result['calibration_error']:.1%}"
+    )
+    if calibrate:
+        out.print(
+            f"Calibrated: temperature {fitted.temperature:.2f}; log-loss {fitted.log_loss:.3f}, expected calibration "
+            f"error {fitted.calibration_error:.1%}"
+        )
     out.print(f"Always answering {majority!r} would be right in {result['majority']['accuracy']:.1%}.", markup=False)

@@ -17,6 +17,7 @@ from ia3.cli.common import (
     console,
     load_adapted,
     load_bank,
+    load_recipe,
     load_task,
     print_json,
     progress,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ia3.tfew.predict import Prediction
+    from ia3.tfew.recipe import Recipe
     from ia3.tfew.task import Task
 
 
@@ -49,10 +51,15 @@ def predict(
         help="Column of --data with the name of each row's adapter: ADAPTER is then the folder of all of them.",
         show_default=False,
     ),
+    abstain_below: float = typer.Option(
+        0.0, min=0.0, max=1.0, help="Give no label where the best one's probability is lower."
+    ),
     model: str | None = ModelOption,
     json_output: bool = JsonOption,
 ) -> None:
     """Label texts, or the rows of a file, with a trained adapter: the label and each label's probability.
+
+    Probabilities are calibrated when the adapter is: ia3 train --folds 4, or ia3 evaluate --calibrate.
 
     A file can mix rows of many adapters, of different tasks: ia3 predict adapters --data rows.csv --adapter-column task
     """
@@ -77,6 +84,8 @@ def predict(
     for number, (task, row) in enumerate(zip(tasks, rows, strict=True), 1):
         task.prompt(row, number)  # before a model is loaded, what cannot be used
         task.answers(row, number)
+    folders = [adapter] * len(rows) if names is None else [str(Path(adapter, name)) for name in names]
+    temperatures, recipe = _settings(folders)
     with out.status("Loading …"):
         if names is None:
             adapted, tokenizer = load_adapted(adapter, model)
@@ -85,7 +94,17 @@ def predict(
         from ia3.tfew.predict import predict as predict_rows
     with progress(out) as bars:
         bar = bars.add_task("Predicting", total=len(rows), note="")
-        found = predict_rows(adapted, tokenizer, tasks, rows, lambda done: bars.advance(bar, len(done)), names)
+        found = predict_rows(
+            adapted,
+            tokenizer,
+            tasks,
+            rows,
+            lambda done: bars.advance(bar, len(done)),
+            names,
+            temperature=temperatures,
+            abstain_below=abstain_below,
+            recipe=recipe,
+        )
     if output is not None:
         _write(output, rows, found)
         out.print(f"{len(rows)} rows written to {output}", markup=False)
@@ -99,6 +118,24 @@ def predict(
         )
     elif output is None:
         _print_table(out, tasks, rows, found, names)
+
+
+def _settings(folders: list[str]) -> tuple[list[float], Recipe]:
+    """The temperature for each row, and the recipe of all of them, by the folder of each row's adapter."""
+    from ia3.tfew.calibration import Calibration
+
+    known = list(dict.fromkeys(folders))
+    calibrations = {folder: Calibration.beside(folder) for folder in known}
+    temperatures = {folder: 1.0 if found is None else found.temperature for folder, found in calibrations.items()}
+    recipes = {folder: load_recipe(folder) for folder in known}
+    first = recipes[known[0]]
+    for folder, recipe in recipes.items():
+        if recipe.length_normalization != first.length_normalization:
+            raise InputError(
+                f"Expected adapters whose recipes agree in length_normalization, found {first.length_normalization} in "
+                f"{known[0]!r} and {recipe.length_normalization} in {folder!r}; label their rows separately."
+            )
+    return [temperatures[folder] for folder in folders], first
 
 
 def _adapter_of_each(folder: Path, rows: list[dict], column: str) -> list[str]:
@@ -154,7 +191,7 @@ def _write(path: Path, rows: list[dict], found: list[Prediction]) -> None:
         writer.writeheader()
         for row, item in zip(rows, found, strict=True):
             probabilities = {f"probability_{label}": f"{value:.6f}" for label, value in item.probabilities.items()}
-            writer.writerow({**row, "prediction": item.label, **probabilities})
+            writer.writerow({**row, "prediction": item.label or "", **probabilities})
         temporary.write_text(text.getvalue(), encoding="utf-8")
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ia3.model import IA3Model
+    from ia3.tfew.calibration import Calibration
     from ia3.tfew.recipe import Recipe
     from ia3.tfew.task import Task, Template
 
@@ -23,15 +24,27 @@ _METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
 
 
 def write(
-    folder: Path, model: IA3Model, adapter: str, task: Task, recipe: Recipe, results: dict[str, Any]
+    folder: Path,
+    model: IA3Model,
+    adapter: str,
+    task: Task,
+    recipe: Recipe,
+    results: dict[str, Any],
+    calibration: Calibration | None = None,
 ) -> dict[str, Any]:
     """Save an adapter and all that belongs to it; returns the results with the adapter's size."""
     from ia3.checkpoint import WEIGHTS_NAME, save_adapter
+    from ia3.tfew.calibration import CALIBRATION_NAME
     from ia3.tfew.recipe import RECIPE_NAME
 
     task.save(folder / TASK_NAME)
     recipe.save(folder / RECIPE_NAME)
     save_adapter(model, folder, adapter)
+    if calibration is not None:
+        calibration.save(folder)
+        results = {**results, "calibration": calibration.model_dump()}
+    else:
+        (folder / CALIBRATION_NAME).unlink(missing_ok=True)  # of an earlier adapter in this folder
     results = {**results, "adapter_bytes": (folder / WEIGHTS_NAME).stat().st_size}
     write_json(folder / "metrics.json", results)
     with replacing(folder / "README.md") as path:
@@ -57,6 +70,12 @@ def print_table(out: Console, results: dict[str, Any]) -> None:
             style = "bold" if key == "trained" else None
             table.add_row(name, *(f"{results[key][metric]:.1%}" for metric in _METRICS), style=style)
         out.print(table)
+    if "cross_validation" in results:
+        scores, calibration = results["cross_validation"], results["calibration"]
+        out.print(
+            f"Cross-validated on the examples: accuracy {scores['accuracy']:.1%}, macro-F1 {scores['macro_f1']:.1%}; "
+            f"temperature {calibration['temperature']:.2f}"
+        )
     out.print(
         f"{results['steps']} steps in {results['train_seconds']:.0f} s; {results['trainable_parameters']:,} trained "
         f"parameters; adapter of {results['adapter_bytes'] / 1000:.0f} kB"
@@ -64,7 +83,7 @@ def print_table(out: Console, results: dict[str, Any]) -> None:
 
 
 def print_fleet_table(out: Console, members: Mapping[str, dict[str, Any]], seeds: Mapping[str, Sequence[str]]) -> None:
-    """A fleet's results, a row for each member and one for the mean of each group of seeds.
+    """A fleet's results: a row for each member, each group of seeds' median and interquartile range, and their mean.
 
     Args:
         out: the console.
@@ -85,7 +104,11 @@ def print_fleet_table(out: Console, members: Mapping[str, dict[str, Any]], seeds
         for shared, names in seeds.items():
             some = [measured[name] for name in names if name in measured]
             if len(some) > 1:
-                table.add_row(escape(f"{shared} mean ± SD".strip()), "", *_cells(some), style="bold")
+                table.add_row(escape(f"{shared} median (IQR)".strip()), "", *_cells(some), style="bold")
+        groups = [[measured[name] for name in names if name in measured] for names in seeds.values()]
+        groups = [some for some in groups if some]
+        if len(groups) > 1:
+            table.add_row("mean of all", "", *_means(groups), style="bold")
         out.print(table)
     first = next(iter(members.values()))
     out.print(
@@ -94,16 +117,50 @@ def print_fleet_table(out: Console, members: Mapping[str, dict[str, Any]], seeds
     )
 
 
+def summary(members: Mapping[str, dict[str, Any]], seeds: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """For each group of seeds, method and metric: median and interquartile range, as numbers between 0 and 1."""
+    found: dict[str, Any] = {}
+    for shared, names in seeds.items():
+        some = [members[name] for name in names if "trained" in members[name]]
+        if some:
+            found[shared] = {
+                method: {metric: _spread([results[method][metric] for results in some]) for metric in _METRICS}
+                for method in _METHODS
+            }
+    return found
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    """The median, and between which values the middle half lies."""
+    import numpy as np
+
+    low, median, high = np.percentile(values, [25, 50, 75]).tolist()
+    return {"median": median, "interquartile_range": high - low}
+
+
 def _cells(some: Sequence[dict[str, Any]]) -> list[str]:
-    """For each method accuracy and macro-F1: mean and standard deviation, or the value where all have the same."""
+    """For each method accuracy and macro-F1: median and interquartile range, or the value where all have the same."""
     cells = []
     for method in _METHODS:
         texts = []
         for metric in _METRICS:
             values = [100 * results[method][metric] for results in some]
-            spread = f" ± {statistics.stdev(values):.1f}" if len(set(values)) > 1 else ""
-            texts.append(f"{statistics.mean(values):.1f}{spread}%")
-        cells.append(f"{texts[0]} ({texts[1]})")
+            spread = _spread(values)
+            width = f" ({spread['interquartile_range']:.1f})" if len(set(values)) > 1 else ""
+            texts.append(f"{spread['median']:.1f}%{width}")
+        cells.append(f"{texts[0]} ({texts[1]})" if len(some) == 1 else f"{texts[0]}, {texts[1]}")
+    return cells
+
+
+def _means(groups: Sequence[Sequence[dict[str, Any]]]) -> list[str]:
+    """For each method the mean over groups of their median accuracies and macro-F1s."""
+    cells = []
+    for method in _METHODS:
+        medians = [
+            statistics.mean(statistics.median(results[method][metric] for results in some) for some in groups)
+            for metric in _METRICS
+        ]
+        cells.append(f"{medians[0]:.1%} ({medians[1]:.1%})")
     return cells
 
 

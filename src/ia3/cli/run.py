@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import shutil
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ia3.model import IA3Model
+    from ia3.tfew.calibration import Calibration
     from ia3.tfew.recipe import Recipe
     from ia3.tfew.task import Row, Task
 
@@ -69,6 +71,8 @@ class Run:
         recipe: how all of them are trained.
         examples_per_label: how many were drawn.
         folder: where results go.
+        folds: cross-validate on the examples in so many parts, and calibrate by them; 0: do not.
+        all_templates: measure with each of a task's templates, not with the first alone.
     """
 
     model: str
@@ -76,6 +80,8 @@ class Run:
     recipe: Recipe
     examples_per_label: int
     folder: Path
+    folds: int = 0
+    all_templates: bool = False
 
     @property
     def checkpoints(self) -> Path:
@@ -147,7 +153,6 @@ def run_jobs(out: Console, run: Run, checkpoint: str | None) -> dict[str, dict[s
 
         from ia3 import load_base
         from ia3.tfew import FleetTrainer, Member
-        from ia3.tfew.costs import counted_steps
 
         base, tokenizer = load_base(run.model, jobs[0].task.labels)
         # Names in the model may hold neither the dots nor the slashes that names of folders may.
@@ -173,39 +178,43 @@ def run_jobs(out: Console, run: Run, checkpoint: str | None) -> dict[str, dict[s
         for unwanted in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(unwanted)
 
-        def predicted(asked: Mapping[str, Sequence[tuple[Task, Row]]], adapters: Sequence[str] | None = None):
-            return _predicted(bars, model, tokenizer, asked, adapters)
-
-        zero_shot = _zero_shot(bars, jobs, predicted)
+        predicted = functools.partial(_predicted, bars, model, tokenizer, run.recipe)
+        zero_shot = _in_each_template(run, lambda some, template: _zero_shot(bars, some, predicted, template))
         if checkpoint is None:  # a new run forgets the checkpoints of an earlier one
             shutil.rmtree(run.checkpoints, ignore_errors=True)
             write_json(run.checkpoints / _RUN_NAME, run.settings)
         started = time.perf_counter()
         try:
-            with counted_steps(trainer) as flops:
-                trained = trainer.train(resume_from_checkpoint=checkpoint)
+            trained = trainer.train(resume_from_checkpoint=checkpoint)
         except KeyboardInterrupt:
             bars.stop()
             _say_interrupted(run)
             raise typer.Exit(130) from None
         seconds = time.perf_counter() - started
-        after = _trained(bars, jobs, adapters, predicted)
+        names = {job.name: adapter for adapter, job in zip(adapters, jobs, strict=True)}
+        after = _in_each_template(run, lambda some, template: _trained(bars, some, names, predicted, template))
+        checked = [_cross_validated(bars, model, tokenizer, run, job) for job in jobs]
 
     results = {}
-    for adapter, job, before, then in zip(adapters, jobs, zero_shot, after, strict=True):
+    for adapter, job, before, then, (validated, calibration) in zip(
+        adapters, jobs, zero_shot, after, checked, strict=True
+    ):
         found: dict[str, Any] = {}
         if job.test:
             # The majority of the training rows says nothing when they are balanced; the test rows' own is the fair bar.
             labels = [job.task.label(row) for row in job.test]
             majority = Counter(labels).most_common(1)[0][0]
             found = {
-                "zero_shot": before,
-                "trained": then,
+                "zero_shot": _median(before),
+                "trained": _median(then),
                 "majority": job.task.metrics(labels, [majority] * len(labels)),
             }
+            if run.all_templates:
+                pairs = zip(job.task.templates, before, then, strict=True)
+                found["templates"] = [{"name": template.name, "zero_shot": a, "trained": b} for template, a, b in pairs]
         found |= {
+            **({} if validated is None else {"cross_validation": validated}),
             "train_seconds": round(seconds, 2),
-            "training_flops": flops.total(trainer.steps_of(adapter)) / len(jobs),
             "train_loss": trained.metrics[f"train_loss/{adapter}"],
             "recipe": run.recipe.name,
             "steps": trainer.steps_of(adapter),
@@ -218,8 +227,52 @@ def run_jobs(out: Console, run: Run, checkpoint: str | None) -> dict[str, dict[s
             "model": base.name_or_path,
             "task": job.task.name,
         }
-        results[job.name] = write(run.folder / job.name, model, adapter, job.task, run.recipe, found)
+        results[job.name] = write(run.folder / job.name, model, adapter, job.task, run.recipe, found, calibration)
     return results
+
+
+def _in_each_template(
+    run: Run, measure: Callable[[Sequence[Job], int], list[dict[str, float] | None]]
+) -> list[list[dict[str, float]]]:
+    """For each job its metrics with each template that it is to be measured with; none without test rows."""
+    found: dict[str, list[dict[str, float]]] = {job.name: [] for job in run.jobs}
+    count = max(len(job.task.templates) for job in run.jobs) if run.all_templates else 1
+    for template in range(count):
+        some = [job for job in run.jobs if template < len(job.task.templates)]
+        for job, scores in zip(some, measure(some, template), strict=True):
+            found[job.name] += [] if scores is None else [scores]
+    return list(found.values())
+
+
+def _median(some: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Each metric's median over templates, the paper's way to measure (Liu et al. 2022, section 3.1)."""
+    return {metric: statistics.median(scores[metric] for scores in some) for metric in some[0]}
+
+
+def _cross_validated(
+    bars: Progress, model: Any, tokenizer: Any, run: Run, job: Job
+) -> tuple[dict[str, float] | None, Calibration | None]:
+    """The metrics of a job's examples, each predicted by an adapter that has not seen it, and what they calibrate."""
+    from ia3.tfew.calibration import Calibration, cross_validate
+
+    if not run.folds:
+        return None, None
+    bar = bars.add_task(job.titled("Cross-validation"), total=None, note="")
+    labels = [job.task.label(row) for row in job.examples]
+    found = cross_validate(
+        model,
+        tokenizer,
+        job.task,
+        job.examples,
+        run.recipe.changed(learning_rate=job.learning_rate),
+        run.folds,
+        job.seed,
+        run.checkpoints,
+        lambda done, total: bars.update(bar, completed=done, total=total),
+    )
+    scores = job.task.metrics(labels, [prediction.best for prediction in found])
+    _note(bars, job.titled("Cross-validation"), job.task, [scores])
+    return scores, Calibration.fit(found, labels)
 
 
 def with_adapters(base: PreTrainedModel, adapters: Sequence[str], init: str | None) -> IA3Model:
@@ -247,12 +300,16 @@ def with_adapters(base: PreTrainedModel, adapters: Sequence[str], init: str | No
 _Predicted = Callable[..., dict[str, list[str]]]
 
 
-def _zero_shot(bars: Progress, jobs: Sequence[Job], predicted: _Predicted) -> list[dict[str, float] | None]:
+def _zero_shot(
+    bars: Progress, jobs: Sequence[Job], predicted: _Predicted, template: int
+) -> list[dict[str, float] | None]:
     """The untrained model's metrics on each job's test rows; a row of several jobs' goes through the model once."""
     tasks = {id(job.task): job.task for job in jobs}
     rows = {key: {id(row): row for job in jobs if id(job.task) == key for row in job.test} for key in tasks}
     titles = {key: f"Zero-shot {task.name}" if len(tasks) > 1 else "Zero-shot" for key, task in tasks.items()}
-    found = predicted({titles[key]: [(task, row) for row in rows[key].values()] for key, task in tasks.items()})
+    titles = {key: _in_words(title, template) for key, title in titles.items()}
+    asked = {titles[key]: [(task, row) for row in rows[key].values()] for key, task in tasks.items()}
+    found = predicted(asked, template)
     labels = {key: dict(zip(rows[key], found[titles[key]], strict=True)) for key in tasks}
     scores = [_scores(job, [labels[id(job.task)][id(row)] for row in job.test]) for job in jobs]
     for key, task in tasks.items():
@@ -261,25 +318,31 @@ def _zero_shot(bars: Progress, jobs: Sequence[Job], predicted: _Predicted) -> li
 
 
 def _trained(
-    bars: Progress, jobs: Sequence[Job], adapters: Sequence[str], predicted: _Predicted
+    bars: Progress, jobs: Sequence[Job], adapters: Mapping[str, str], predicted: _Predicted, template: int
 ) -> list[dict[str, float] | None]:
     """The metrics of each job's adapter on its test rows."""
-    titles = [job.titled("Trained") for job in jobs]
+    titles = [_in_words(job.titled("Trained"), template) for job in jobs]
     asked = {title: [(job.task, row) for row in job.test] for title, job in zip(titles, jobs, strict=True)}
-    names = [adapter for adapter, job in zip(adapters, jobs, strict=True) for _ in job.test]
-    found = predicted(asked, names if len(jobs) > 1 else None)
+    names = [adapters[job.name] for job in jobs for _ in job.test]
+    found = predicted(asked, template, names if len(adapters) > 1 else None)
     scores = [_scores(job, found[title]) for title, job in zip(titles, jobs, strict=True)]
     for title, job, score in zip(titles, jobs, scores, strict=True):
         _note(bars, title, job.task, [score])
     return scores
 
 
+def _in_words(title: str, template: int) -> str:
+    return f"{title}, template {template + 1}" if template else title
+
+
 def _predicted(
     bars: Progress,
     model: Any,
     tokenizer: Any,
+    recipe: Recipe,
     asked: Mapping[str, Sequence[tuple[Task, Row]]],
-    adapters: Sequence[str] | None,
+    template: int,
+    adapters: Sequence[str] | None = None,
 ) -> dict[str, list[str]]:
     """The label of each row, by the title of its bar; rows of all titles share batches."""
     from ia3.tfew import predict
@@ -295,7 +358,8 @@ def _predicted(
                 bars.advance(ids[title], count)
 
         tasks, rows = zip(*pairs, strict=True)
-        for title, item in zip(titles, predict(model, tokenizer, tasks, rows, advance, adapters), strict=True):
+        items = predict(model, tokenizer, tasks, rows, advance, adapters, template=template, recipe=recipe)
+        for title, item in zip(titles, items, strict=True):
             found[title].append(item.best)
     return found
 

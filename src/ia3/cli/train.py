@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ia3.cli.common import JsonOption, console, parse_choices, print_json, quiet, recipe_for
-from ia3.cli.results import print_fleet_table, print_table, write_json
+from ia3.cli.results import print_fleet_table, print_table, summary, write_json
 from ia3.cli.run import Job, Run, run_jobs
 from ia3.errors import InputError, shown
 from ia3.pretrained import EMBEDDED_MODEL
@@ -97,6 +97,14 @@ def train(
         help="Several, an adapter for each: 1e-3,3e-3. All train at once. \\[default: the recipe's, 3e-3]",
         show_default=False,
     ),
+    folds: int = typer.Option(
+        0,
+        min=0,
+        help="Cross-validate on the training examples in so many parts, and calibrate probabilities by them; 0: do not.",
+    ),
+    all_templates: bool = typer.Option(
+        False, "--all-templates", help="Measure with each of the task's templates, and report the median."
+    ),
     output: Path | None = typer.Option(
         None,
         "--output",
@@ -115,7 +123,7 @@ def train(
 
     --seeds, --tasks and --learning-rates train many adapters at once, one for each combination, in about the memory of
     one model and each as it would have been trained alone. Each has its own folder in the output folder, such as seed-0,
-    TASK/seed-0 or seed-0-lr-0.001.
+    TASK/seed-0 or seed-0-lr-0.001. The paper's protocol is: ia3 train --tasks rte,cb,copa --seeds 0,1,2,3,4 --all-templates
 
     Writes adapter_config.json and adapter_model.safetensors (which PEFT reads too), task.yaml, recipe.yaml,
     metrics.json and README.md into the output folder.
@@ -158,22 +166,26 @@ def train(
     for path in dict.fromkeys(path for job in jobs for path in (folder / job.name, (folder / job.name).parent, folder)):
         if path.is_file():
             raise InputError(f"Expected a folder for --output, found the file {str(path)!r}.")
-    run = Run(model, jobs, recipe_for(model, recipe, steps=steps, init=init), examples_per_label, folder)
+    if folds == 1 or any(folds > len(job.examples) for job in jobs):
+        raise InputError(f"Expected --folds from 2 to the number of training examples, or 0, found {folds}.")
+    chosen = recipe_for(model, recipe, steps=steps, init=init)
+    run = Run(model, jobs, chosen, examples_per_label, folder, folds, all_templates)
     checkpoint = run.checkpoint() if resume else None
     _describe(out, run, checkpoint)
 
     quiet()
     results = run_jobs(out, run, checkpoint)
+    by_seed: dict[str, list[str]] = {}
+    for job in jobs:
+        by_seed.setdefault(job.shared, []).append(job.name)
+    together = {"members": results, "summary": summary(results, by_seed)}
     if fleet:
-        write_json(folder / "metrics.json", {"members": results})
+        write_json(folder / "metrics.json", together)
     shutil.rmtree(run.checkpoints, ignore_errors=True)
     if json_output:
-        print_json({"output": str(folder), **({"members": results} if fleet else results[""])})
+        print_json({"output": str(folder), **(together if fleet else results[""])})
         return
     if fleet:
-        by_seed: dict[str, list[str]] = {}
-        for job in jobs:
-            by_seed.setdefault(job.shared, []).append(job.name)
         print_fleet_table(out, results, by_seed)
     else:
         print_table(out, results[""])

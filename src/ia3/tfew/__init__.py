@@ -1,5 +1,6 @@
 """T-Few: train an adapter from a few dozen labelled examples, and score answer choices with it."""
 
+from ia3.tfew.calibration import Calibration, cross_validate
 from ia3.tfew.choices import pack, score_choices
 from ia3.tfew.fleet import FleetTrainer, Member
 from ia3.tfew.losses import tfew_loss
@@ -9,6 +10,7 @@ from ia3.tfew.task import Task, few_shot, read_rows
 from ia3.tfew.trainer import TFewTrainer
 
 __all__ = [
+    "Calibration",
     "EarlyStopping",
     "FleetTrainer",
     "Member",
@@ -16,6 +18,7 @@ __all__ = [
     "Recipe",
     "TFewTrainer",
     "Task",
+    "cross_validate",
     "few_shot",
     "pack",
     "predict",

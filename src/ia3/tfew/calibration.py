@@ -1,0 +1,215 @@
+"""Probabilities that mean what they say: `cross_validate`, `Calibration`."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ia3.errors import InputError, problems
+from ia3.files import replacing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ia3.model import IA3Model
+    from ia3.tfew.predict import Prediction
+    from ia3.tfew.recipe import Recipe
+    from ia3.tfew.task import Row, Task
+
+CALIBRATION_NAME = "calibration.json"
+
+# Where the best temperature is looked for: an adapter that knows its examples by heart is sure of everything.
+_LOWEST, _HIGHEST = 0.05, 20.0
+
+# Bins of the expected calibration error, as in Guo et al. 2017.
+_BINS = 15
+
+
+class Calibration(BaseModel):
+    """A temperature that turns scores into probabilities, and how good these are (Guo et al. 2017, arXiv:1706.04599).
+
+    p = softmax(scores / temperature). One number does not change which answer is best.
+
+    Attributes:
+        temperature: above 1 where the adapter is too sure of itself.
+        rows: the labelled rows that it was fitted on, none of which the adapter had learned.
+        log_loss, log_loss_before: mean of -log p(right label) in nats, with the temperature and with 1.
+        calibration_error, calibration_error_before: the expected calibration error of the best label's probability, in
+            15 bins, from 0 to 1.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    temperature: float = Field(gt=0, allow_inf_nan=False)
+    rows: int = Field(ge=1)
+    log_loss: float
+    log_loss_before: float
+    calibration_error: float
+    calibration_error_before: float
+
+    @classmethod
+    def fit(cls, predictions: Sequence[Prediction], labels: Sequence[str]) -> Calibration:
+        """The temperature that gives the right labels of N rows the lowest log-loss.
+
+        Args:
+            predictions: of rows that the adapter has not learned.
+            labels: the right ones.
+
+        Raises:
+            InputError: no rows, or not as many labels.
+        """
+        from scipy.optimize import minimize_scalar
+
+        scores = [prediction.scores for prediction in predictions]
+        if not scores or len(scores) != len(labels):
+            raise InputError(f"Expected predictions and as many labels, found {len(scores)} and {len(labels)}.")
+
+        def log_loss(log_temperature: float) -> float:
+            return _log_loss(scores, labels, float(np.exp(log_temperature)))
+
+        found = minimize_scalar(log_loss, bounds=(np.log(_LOWEST), np.log(_HIGHEST)), method="bounded")
+        temperature = float(np.exp(found.x))
+        if log_loss(0.0) <= found.fun:
+            temperature = 1.0
+        before = {f"{name}_before": value for name, value in cls.quality(predictions, labels, 1.0).items()}
+        return cls(temperature=temperature, rows=len(labels), **cls.quality(predictions, labels, temperature), **before)
+
+    @staticmethod
+    def quality(predictions: Sequence[Prediction], labels: Sequence[str], temperature: float) -> dict[str, float]:
+        """`log_loss` and `calibration_error` of predictions with some temperature."""
+        scores = [prediction.scores for prediction in predictions]
+        return {
+            "log_loss": _log_loss(scores, labels, temperature),
+            "calibration_error": _calibration_error(scores, labels, temperature),
+        }
+
+    @classmethod
+    def beside(cls, folder: str | os.PathLike) -> Calibration | None:
+        """The one that is stored with an adapter; None when there is none.
+
+        Raises:
+            InputError: a damaged file.
+        """
+        path = Path(folder, CALIBRATION_NAME)
+        if not path.is_file():
+            return None
+        try:
+            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        except ValidationError as error:
+            raise InputError(f"Cannot use {path}: {problems(error, 'calibration')}; calibrate anew.") from error
+        except ValueError as error:
+            raise InputError(f"Expected JSON in {path}: {error}; calibrate anew.") from error
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Store it beside an adapter, in whole or not at all."""
+        with replacing(Path(folder, CALIBRATION_NAME)) as temporary:
+            temporary.write_text(json.dumps(self.model_dump(), indent=2) + "\n", encoding="utf-8")
+
+
+def _log_loss(scores: Sequence[Mapping[str, float]], labels: Sequence[str], temperature: float) -> float:
+    losses = []
+    for row, label in zip(scores, labels, strict=True):
+        values = np.array(sorted(row.values())) / temperature
+        losses.append(np.logaddexp.reduce(values) - row[label] / temperature)
+    return float(np.mean(losses))
+
+
+def _calibration_error(scores: Sequence[Mapping[str, float]], labels: Sequence[str], temperature: float) -> float:
+    """Σ over bins of |accuracy - mean probability| · share of the rows."""
+    from ia3.tfew.predict import Prediction
+
+    found = [Prediction.of(row, temperature) for row in scores]
+    sure = np.array([item.probabilities[item.best] for item in found])
+    right = np.array([item.best == label for item, label in zip(found, labels, strict=True)], dtype=float)
+    bins = np.minimum((sure * _BINS).astype(int), _BINS - 1)
+    gaps = [abs(right[bins == b].mean() - sure[bins == b].mean()) * (bins == b).mean() for b in np.unique(bins)]
+    return float(sum(gaps))
+
+
+def cross_validate(
+    model: IA3Model,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    rows: Sequence[Row],
+    recipe: Recipe,
+    folds: int = 5,
+    seed: int = 0,
+    output_dir: str | os.PathLike = "cross-validation",
+    on_step: Callable[[int, int], None] | None = None,
+) -> list[Prediction]:
+    """Predictions for labelled rows by adapters that have not seen them: each fold's by one trained on the others.
+
+    Folds are stratified. The adapters are trained all at once, each as a run alone would, and removed at the end.
+
+    Args:
+        model: gets an adapter for each fold, for the time; its own keep their state.
+        tokenizer: the model's.
+        task: says what the rows mean.
+        rows: N labelled rows.
+        recipe: how to train.
+        folds: how many parts.
+        seed: decides the parts, and each fold's order.
+        output_dir: the folder that the trainer names; nothing is written to it.
+        on_step: called with the steps done and the steps there are at most.
+
+    Returns:
+        A prediction for each row, in the rows' order.
+
+    Raises:
+        InputError: more folds than rows, fewer than two, or a fold whose other rows show one label only.
+    """
+    from sklearn.model_selection import StratifiedKFold
+    from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+
+    from ia3.config import IA3Config
+    from ia3.pretrained import task_type
+    from ia3.tfew.fleet import FleetTrainer, Member
+    from ia3.tfew.predict import predict
+
+    if not 2 <= folds <= len(rows):
+        raise InputError(f"Expected from 2 folds to as many as there are rows ({len(rows)}), found {folds}.")
+    labels = [task.label(row, number) for number, row in enumerate(rows, 1)]
+    with warnings.catch_warnings():  # a label with fewer rows than folds is missing in some: that is all right
+        warnings.simplefilter("ignore", UserWarning)
+        parts = list(StratifiedKFold(folds, shuffle=True, random_state=seed).split(labels, labels))
+    names = [f"fold{number}" for number in range(folds)]
+    active = model.active_adapters
+    try:
+        for name in names:
+            if recipe.init is None:
+                model.add_adapter(name, IA3Config(task_type=task_type(model)))
+            else:
+                model.load_adapter(recipe.init, name, is_trainable=True)
+        members = [
+            Member(name, task, [rows[i] for i in train], seed) for name, (train, _) in zip(names, parts, strict=True)
+        ]
+        arguments = recipe.training_arguments(output_dir, seed=seed, save_strategy="no", disable_tqdm=True)
+        trainer = FleetTrainer(model, arguments, tokenizer, members, recipe)
+        for unwanted in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(unwanted)
+
+        class Steps(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                if on_step is not None:
+                    on_step(state.global_step, state.max_steps)
+
+        trainer.add_callback(Steps())
+        trainer.train()
+        held_out = [(i, name) for name, (_, test) in zip(names, parts, strict=True) for i in test.tolist()]
+        asked = [rows[i] for i, _ in held_out]
+        by_fold = [name for _, name in held_out]
+        found = predict(model, tokenizer, task, asked, adapter_names=by_fold, recipe=recipe)
+        in_order = dict(zip([i for i, _ in held_out], found, strict=True))
+        return [in_order[i] for i in range(len(rows))]
+    finally:
+        for name in names:
+            if name in model.peft_config:
+                model.delete_adapter(name)
+        model.set_adapter(active)

@@ -1,0 +1,164 @@
+"""The paper's protocol and calibrated probabilities through the command line."""
+
+import csv
+import json
+import statistics
+
+import pytest
+import yaml
+
+import tiny
+import words
+from ia3.tfew import Task, few_shot, read_rows
+
+WORDINGS = ["review : {{ text }} answer :", "{{ text }} , what is it ?", "is it good ? {{ text }}"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a tiny model and rows."""
+    folder = tmp_path_factory.mktemp("place")
+    tiny.build("llama", vocab_size=len(words.VOCABULARY)).save_pretrained(folder / "model")
+    words.tokenizer().save_pretrained(folder / "model")
+    for name, rows in (("train", words.rows(40)), ("test", words.rows(24, seed=1))):
+        with (folder / f"{name}.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    return folder
+
+
+@pytest.fixture
+def task(place, tmp_path):
+    """A task in three templates."""
+    made = Task(name="three", templates=WORDINGS, choices={"pos": "good", "neg": "not good"})
+    made.train, made.test = str(place / "train.csv"), str(place / "test.csv")
+    made.save(tmp_path / "three.yaml")
+    return tmp_path / "three.yaml"
+
+
+def train(ia3, place, task, folder, *flags, **options):
+    options = {"model": place / "model", "task": task, "steps": 4, "examples_per_label": 8, "output": folder, **options}
+    return ia3("train", *flags, "--json", **options)
+
+
+def test_several_seeds_in_all_templates(ia3, place, task, tmp_path):
+    code, out, err = train(ia3, place, task, tmp_path / "out", "--all-templates", seeds="0,1,2")
+    assert code == 0, err
+    found = json.loads(out)
+    for results in found["members"].values():
+        assert len(results["templates"]) == 3
+        for method in ("zero_shot", "trained"):
+            for metric in ("accuracy", "macro_f1"):
+                values = [template[method][metric] for template in results["templates"]]
+                assert results[method][metric] == statistics.median(values)
+    accuracies = [results["trained"]["accuracy"] for results in found["members"].values()]
+    summary = found["summary"][""]["trained"]["accuracy"]
+    assert summary["median"] == statistics.median(accuracies)
+    assert 0 <= summary["interquartile_range"] <= max(accuracies) - min(accuracies)
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["summary"] == found["summary"]
+
+
+def test_several_tasks_end_in_a_mean(ia3, place, task, tmp_path):
+    values = yaml.safe_load(task.read_text())
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump({**values, "name": "two", "templates": WORDINGS[:2]}))
+    options = {
+        "model": place / "model",
+        "steps": 2,
+        "examples_per_label": 4,
+        "test_rows": 6,
+        "output": tmp_path / "out",
+    }
+    code, out, err = ia3("train", tasks=f"{task},{tmp_path / 'two.yaml'}", seeds="0,1", **options)
+    assert code == 0, err
+    assert "three median (IQR)" in out and "two median (IQR)" in out and "mean of all" in out
+
+
+def test_all_rows_as_they_are(ia3, place, task, tmp_path):
+    code, out, err = train(ia3, place, task, tmp_path / "out", examples_per_label=0, steps=1)
+    assert code == 0, err
+    assert json.loads(out)["train_examples"] == len(read_rows(place / "train.csv"))
+
+
+def test_folds_calibrate(ia3, place, task, tmp_path):
+    folder = tmp_path / "out"
+    code, out, err = train(ia3, place, task, folder, folds=4)
+    assert code == 0, err
+    found = json.loads(out)
+    stored = json.loads((folder / "calibration.json").read_text())
+    assert stored == found["calibration"] and stored["rows"] == found["train_examples"] == 16
+    assert 0 <= found["cross_validation"]["accuracy"] <= 1
+    assert stored["log_loss"] <= stored["log_loss_before"] + 1e-9
+
+    rows = tmp_path / "rows.csv"
+    rows.write_text("text\ntea fine\nbad soup\n")
+    code, out, _ = ia3("predict", folder, "--json", data=rows)
+    calibrated = json.loads(out)
+    (folder / "calibration.json").unlink()
+    code, out, _ = ia3("predict", folder, "--json", data=rows)
+    for a, b in zip(calibrated, json.loads(out), strict=True):
+        powers = {label: value ** (1 / stored["temperature"]) for label, value in b["probabilities"].items()}
+        for label, power in powers.items():
+            assert a["probabilities"][label] == pytest.approx(power / sum(powers.values()), rel=1e-6)
+    # An adapter that is trained anew is not calibrated by an earlier one's rows.
+    (folder / "calibration.json").write_text(json.dumps(stored))
+    assert train(ia3, place, task, folder)[0] == 0
+    assert not (folder / "calibration.json").exists()
+
+
+def test_calibrating_on_other_rows(ia3, place, task, tmp_path):
+    folder = tmp_path / "out"
+    assert train(ia3, place, task, folder)[0] == 0
+    code, out, _ = ia3("evaluate", folder, "--calibrate", "--json", data=place / "test.csv")
+    assert code == 0
+    found = json.loads(out)
+    assert found["temperature"] == 1.0 and found["log_loss"] == pytest.approx(found["calibration"]["log_loss_before"])
+    code, out, _ = ia3("evaluate", folder, "--json", data=place / "test.csv")
+    again = json.loads(out)
+    assert again["temperature"] == found["calibration"]["temperature"]
+    assert again["log_loss"] == pytest.approx(found["calibration"]["log_loss"])
+    assert again["accuracy"] == found["accuracy"]
+
+
+def test_abstention(ia3, place, task, tmp_path):
+    folder = tmp_path / "out"
+    assert train(ia3, place, task, folder, steps=1)[0] == 0
+    code, out, _ = ia3("predict", folder, "tea fine", "--json", abstain_below=1.0)
+    (row,) = json.loads(out)
+    assert code == 0 and row["label"] is None and sum(row["probabilities"].values()) == pytest.approx(1)
+    rows = tmp_path / "rows.csv"
+    rows.write_text("text\ntea fine\nbad soup\n")
+    assert ia3("predict", folder, data=rows, abstain_below=1.0, output=tmp_path / "found.csv")[0] == 0
+    with (tmp_path / "found.csv").open() as file:
+        assert [row["prediction"] for row in csv.DictReader(file)] == ["", ""]
+    code, out, _ = ia3("predict", folder, "tea fine", abstain_below=1.0)
+    assert code == 0 and "—" in out
+
+
+@pytest.mark.parametrize("folds", [1, 17])
+def test_folds_that_cannot_be(ia3, place, task, tmp_path, folds):
+    code, _, err = train(ia3, place, task, tmp_path / "out", folds=folds)
+    assert code == 2 and "--folds from 2" in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_recipe_is_stored_and_chosen(ia3, place, task, tmp_path):
+    (tmp_path / "mine.yaml").write_text("steps: 3\nlearning_rate: 0.01\nlength_normalization: 0.5\n")
+    code, out, err = train(ia3, place, task, tmp_path / "out", recipe=tmp_path / "mine.yaml", steps=2)
+    assert code == 0, err
+    stored = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
+    assert (stored["name"], stored["steps"], stored["learning_rate"]) == ("mine", 2, 0.01)
+    assert json.loads(out)["steps"] == 2 and json.loads(out)["recipe"] == "mine"
+    code, _, err = train(ia3, place, task, tmp_path / "out2", recipe="papr")
+    assert code == 2 and "close to it: 'paper'" in err
+    code, out, _ = train(ia3, place, task, tmp_path / "out3", init=tmp_path / "out", steps=1)
+    assert code == 0 and json.loads(out)["recipe"] == "small"
+    code, _, err = train(ia3, place, task, tmp_path / "out4", init=tmp_path / "nowhere", steps=1)
+    assert code == 2 and "nowhere" in err and err.count("\n") == 1
+
+
+def test_two_draws_differ_and_one_is_stable(place, task):
+    made = Task.from_file(task)
+    rows = read_rows(place / "train.csv")
+    turned = made.model_copy(update={"choices": dict(reversed(made.choices.items()))})
+    assert few_shot(rows, made, 4, 0) == few_shot(rows, turned, 4, 0) != few_shot(rows, made, 4, 1)
