@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 
@@ -37,7 +38,7 @@ def test_every_block_is_named_once_and_run_here_or_by_ci():
     assert set(blocks("command")) == set(re.findall(r"\$\(readme (\w+)\)", (ROOT / ".ci" / "run").read_text()))
     assert set(blocks("example")) == {
         "train", "template", "python", "peft", "modules", "rule", "several", "mixed", "bank", "auto", "convert",
-        "task.yaml", "task", "task-python", "fleet", "fleet-python",
+        "task.yaml", "task", "task-python", "fleet", "fleet-python", "families",
     }  # fmt: skip
 
 
@@ -51,6 +52,8 @@ def place(tmp_path_factory):
     lines = [f"{row['text']},{names[row['label']]}" for row in words.rows(60)]
     for name in ("tickets", "checked", "new"):
         (folder / f"{name}.csv").write_text("message,queue\n" + "\n".join(lines) + "\n")
+    tiny.classifier(vocab_size=len(words.VOCABULARY)).base_model.save_pretrained(folder / "encoder")
+    words.enclosing().save_pretrained(folder / "encoder")
     (folder / "task.yaml").write_text(blocks("example")["task.yaml"])
     other = blocks("example")["task.yaml"].replace("name: tickets", "name: urgency")
     (folder / "urgency.yaml").write_text(other)
@@ -113,6 +116,15 @@ def test_a_fleet_in_python(place, monkeypatch, capsys):
     exec(compile(code.replace("steps=40", "steps=2"), "fleet-python", "exec"), {})
     assert "Prediction(label=" in capsys.readouterr().out
     assert (place / "adapters" / "seeds" / "seed-2" / "adapter_model.safetensors").is_file()
+
+
+def test_an_encoder_in_python(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    code = blocks("example")["families"]
+    exec(compile(code.replace('arguments("run")', 'arguments("run", max_steps=2)'), "families", "exec"), {})
+    assert "Prediction(" in capsys.readouterr().out
+    names = safetensors.torch.load_file(place / "adapters" / "encoder" / "adapter_model.safetensors")
+    assert any("classifier" in name for name in names)
 
 
 @pytest.mark.slow
