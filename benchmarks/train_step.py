@@ -1,11 +1,15 @@
-"""One T-Few training step of 8 examples on SmolLM2-135M in float32: ours, PEFT's, and the floor, in one process.
+"""One T-Few training step of 8 examples in float32, on SmolLM2-135M unless told otherwise: ours, PEFT's, and the floor, in one process.
 
 - PEFT: its IA3Model on the same modules; every (prompt + choice) a row of its own, padded to one batch, full logits,
   the same three losses. Beyond 128 rows, example by example: 8 examples of 77 choices at once did not
   fit into 24 GiB.
 - floor: the frozen base model's forward and backward to its input embeddings, over the same packed tokens.
 
-    python benchmarks/train_step.py [--repeats 3] [--choices 2,6,77] [--json]
+With `--family t5`, on a random T5 of t5-small's size; PEFT's side is as in the code of T-Few's authors: the encoder runs
+once for each example and its states are repeated for each choice, a padded row of the decoder.
+With `--score`, scoring prompts of about 500 tokens without gradients, in place of training.
+
+    python benchmarks/train_step.py [--family smollm2|t5] [--score] [--repeats 3] [--choices 2,6,77] [--examples 8] [--json]
 
 Times are medians of interleaved repeats; memory is the most that a step adds to the resident set.
 """
@@ -26,13 +30,15 @@ from collections.abc import Callable
 import peft
 import psutil
 import torch
+import transformers
 from torch.nn import functional as F
 
 from ia3 import IA3Config, IA3Model, load_base
-from ia3.tfew.choices import Question, batches, collate, encode, plain_rows, token_log_probs
+from ia3.tfew import seq2seq
+from ia3.tfew.choices import Question, batches, collate, encode, normalized_scores, plain_rows, token_log_probs
 from ia3.tfew.losses import tfew_loss
 
-EXAMPLES = 8
+T5 = {"d_model": 512, "d_ff": 2048, "num_layers": 6, "num_heads": 8, "vocab_size": 32128, "decoder_start_token_id": 0}
 PLAIN = {2: ["great", "not great"], 6: ["joy", "anger", "sadness", "fear", "surprise", "no emotion"]}
 VERBS = ["cancel", "activate", "change", "lost or stolen", "order a new", "question about my", "problem with a"]
 THINGS = [
@@ -47,8 +53,8 @@ def answers(count: int) -> list[str]:
     return PLAIN.get(count, phrases[:count])
 
 
-def questions(tokenizer, count: int) -> list[Question]:
-    """Eight prompts: reviews of about 60 tokens; short customer queries when there are many choices."""
+def questions(tokenizer, count: int, examples: int, score: bool) -> list[Question]:
+    """Prompts: reviews of about 60 tokens; short customer queries when there are many choices; long ones to score."""
     chance = random.Random(0)
     words = [
         "the",
@@ -73,12 +79,21 @@ def questions(tokenizer, count: int) -> list[Question]:
         "than",
         "this",
     ]
-    length = 45 if count < 20 else 12
+    length = 430 if score else 45 if count < 20 else 12
     prompts = [
-        " ".join(chance.choices(words, k=length + chance.randrange(length // 3))) + "\nAnswer:" for _ in range(EXAMPLES)
+        " ".join(chance.choices(words, k=length + chance.randrange(length // 3))) + "\nAnswer:" for _ in range(examples)
     ]
     choices = [f" {text}" for text in answers(count)]
-    return encode(tokenizer, prompts, [choices] * EXAMPLES, [chance.randrange(count) for _ in range(EXAMPLES)])
+    return encode(tokenizer, prompts, [choices] * examples, [chance.randrange(count) for _ in range(examples)])
+
+
+def for_t5(asked: list[Question]) -> list[Question]:
+    """The same with tokens that a T5 has, and closed."""
+
+    def closed(tokens: list[int]) -> list[int]:
+        return [*(token % 32000 + 100 for token in tokens), 1]
+
+    return [Question(closed(q.prompt), [closed(choice) for choice in q.choices], q.label) for q in asked]
 
 
 def our_step(model: IA3Model, asked: list[Question]) -> None:
@@ -88,6 +103,21 @@ def our_step(model: IA3Model, asked: list[Question]) -> None:
         part = collate(model, [asked[i] for i in group])
         losses.append(tfew_loss(token_log_probs(model, part), part["mask"], part["label"]).total * len(group))
     (torch.stack(losses).sum() / len(asked)).backward()
+
+
+def our_scores(model: torch.nn.Module, asked: list[Question]) -> None:
+    """Scores as `score_choices` computes them."""
+    with torch.inference_mode():
+        for group in batches(asked):
+            part = collate(model, [asked[i] for i in group])
+            normalized_scores(token_log_probs(model, part), part["mask"])
+
+
+def peft_scores(model: torch.nn.Module, asked: list[Question]) -> None:
+    """The same scores from padded rows and full logits, example by example."""
+    with torch.inference_mode():
+        for question in asked:
+            peft_loss(model, [question])
 
 
 def peft_step(model: torch.nn.Module, asked: list[Question]) -> None:
@@ -100,6 +130,8 @@ def peft_step(model: torch.nn.Module, asked: list[Question]) -> None:
 
 def peft_loss(model: torch.nn.Module, asked: list[Question]) -> torch.Tensor:
     """T-Few's loss of one padded batch."""
+    if model.config.is_encoder_decoder:
+        return peft_t5_loss(model, asked)
     rows = plain_rows([Question(q.prompt, [[*choice, 0] for choice in q.choices], q.label) for q in asked])
     ids, mask = rows["input_ids"], rows["attention_mask"]
     logits = model(input_ids=ids, attention_mask=mask).logits
@@ -116,15 +148,56 @@ def peft_loss(model: torch.nn.Module, asked: list[Question]) -> torch.Tensor:
     return tfew_loss(found.view(shape), answered, torch.tensor([q.label for q in asked])).total
 
 
+def peft_t5_loss(model: torch.nn.Module, asked: list[Question]) -> torch.Tensor:
+    """T-Few's loss with a decoder row for each choice, before which the encoder's states are repeated."""
+    prompts = seq2seq.prompts(asked, 0)
+    count, longest = len(asked[0].choices), max(len(choice) for q in asked for choice in q.choices)
+    rows = [choice + [-100] * (longest - len(choice)) for q in asked for choice in q.choices]
+    targets = torch.tensor(rows)
+    inputs = F.pad(targets[:, :-1].clamp(min=0), (1, 0))
+    known = model.get_encoder()(**prompts).last_hidden_state.repeat_interleave(count, 0)
+    logits = model(
+        encoder_outputs=(known,),
+        attention_mask=prompts["attention_mask"].repeat_interleave(count, 0),
+        decoder_input_ids=inputs,
+        decoder_attention_mask=(targets != -100).long(),
+    ).logits
+    found = -F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=-100)
+    shape = (len(asked), count, longest)
+    return tfew_loss(found.view(shape), (targets != -100).view(shape), torch.tensor([q.label for q in asked])).total
+
+
 def floor_step(model: torch.nn.Module, asked: list[Question]) -> None:
     """Forward and backward to the input embeddings, with no adapter, no loss, no gradient of a weight."""
     for group in batches(asked):
         part = collate(model, [asked[i] for i in group])
         embeddings = model.get_input_embeddings()(part["input_ids"]).detach().requires_grad_()
+        if "decoder_input_ids" in part:
+            inputs = {key: part[key] for key in ("attention_mask", "decoder_input_ids", "decoder_attention_mask")}
+            with seq2seq.handed_in(model, part["decoder_position_ids"]):
+                model(inputs_embeds=embeddings, use_cache=False, **inputs).logits.sum().backward()
+            continue
         inputs = {"attention_mask": part["attention_mask"], "position_ids": part["position_ids"]}
         model(
             inputs_embeds=embeddings, logits_to_keep=int(part["keep"]), use_cache=False, **inputs
         ).logits.sum().backward()
+
+
+def floor_scores(model: torch.nn.Module, asked: list[Question]) -> None:
+    """The prompts' forward pass alone, one by one, without padding and with the last position's logits."""
+    with torch.inference_mode():
+        for question in asked:
+            model(input_ids=torch.tensor([question.prompt]), logits_to_keep=1, use_cache=False)
+
+
+def bases(family: str) -> Callable[[], torch.nn.Module]:
+    """What makes the base model, the same each time."""
+
+    def t5() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return transformers.T5ForConditionalGeneration(transformers.T5Config(**T5)).eval()
+
+    return t5 if family == "t5" else lambda: load_base()[0]
 
 
 def measured(step: Callable[[], None]) -> tuple[float, float]:
@@ -153,21 +226,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--choices", default="2,6,77")
+    parser.add_argument("--family", choices=["smollm2", "t5"], default="smollm2")
+    parser.add_argument("--score", action="store_true")
+    parser.add_argument("--examples", type=int, default=8)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
 
-    frozen, tokenizer = load_base()
-    frozen.requires_grad_(False)
-    ours = IA3Model(load_base()[0], IA3Config())
-    targets = {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
-    theirs = peft.get_peft_model(load_base()[0], peft.IA3Config(**targets))
+    if options.score and options.family == "t5":
+        parser.error("--score measures SmolLM2")
+    t5 = options.family == "t5"
+    base, tokenizer = bases(options.family), load_base()[1]
+    frozen = base().requires_grad_(False)
+    ours = IA3Model(base(), IA3Config())
+    feedforward = "wo" if t5 else "down_proj"
+    targets = {"target_modules": [*(("k", "v") if t5 else ("k_proj", "v_proj")), feedforward]}
+    theirs = peft.get_peft_model(base(), peft.IA3Config(feedforward_modules=[feedforward], **targets))
+    our, their, bare = (our_scores, peft_scores, floor_scores) if options.score else (our_step, peft_step, floor_step)
     results = []
     for count in map(int, options.choices.split(",")):
-        asked = questions(tokenizer, count)
+        asked = questions(tokenizer, count, options.examples, options.score)
+        asked = for_t5(asked) if t5 else asked
         steps = {
-            "ours": lambda asked=asked: our_step(ours, asked),
-            "PEFT": lambda asked=asked: peft_step(theirs, asked),
-            "floor": lambda asked=asked: floor_step(frozen, asked),
+            "ours": lambda asked=asked: our(ours, asked),
+            "PEFT": lambda asked=asked: their(theirs, asked),
+            "floor": lambda asked=asked: bare(frozen, asked),
         }
         seconds: dict[str, list[float]] = {name: [] for name in steps}
         memory: dict[str, list[float]] = {name: [] for name in steps}
@@ -183,7 +265,10 @@ def main() -> None:
         gradients = [p.grad for model in (ours, theirs) for p in model.parameters() if p.grad is not None]
         half = len(gradients) // 2
         # Gradients have added up over a different number of steps: compare directions.
-        a, b = (torch.cat([g.flatten() for g in part]) for part in (gradients[:half], gradients[half:]))
+        a, b = (
+            torch.cat([g.flatten() for g in part]) if part else torch.ones(1)
+            for part in (gradients[:half], gradients[half:])
+        )
         ours.zero_grad()
         theirs.zero_grad()
         results.append(
