@@ -1,6 +1,7 @@
 """Packed rows score as plain rows do, and both as (prompt + choice) alone in float64."""
 
 import math
+import random
 
 import pytest
 import torch
@@ -111,6 +112,38 @@ def test_batches_hold_each_question_once_and_keep_to_the_limit(made, limit):
     for group in groups:
         rows = pack([made[i] for i in group])["input_ids"]
         assert len(group) == 1 or rows.shape[0] * max(len(made[i].prompt) for i in group) <= limit
+
+
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 200), st.integers(1, 12)), min_size=1, max_size=30),
+    limit=st.integers(16, 4096),
+)
+def test_padding_of_a_batch_is_a_tenth_or_a_few_tokens(sizes, limit):
+    made = [Question([5] * prompt, [list(range(choice)), [7]]) for prompt, choice in sizes]
+    for group in batches(made, limit):
+        some = [made[i] for i in group]
+        rows = pack(some)["input_ids"]
+        used = sum(len(question.prompt) + max(len(choice) - 1 for choice in question.choices) for question in some)
+        assert rows.numel() - used <= max(8, rows.numel() / 10)
+
+
+@pytest.mark.parametrize("count", [8, 64, 200])
+@pytest.mark.parametrize("lengths", ["queries", "reviews", "articles"])
+def test_padding_of_realistic_lengths_is_under_a_tenth(lengths, count):
+    """Rows of a training step, of a small file and of a larger one, in tokens; twenty of each."""
+    chance = random.Random(0)
+    draw = {
+        "queries": lambda: chance.randint(8, 30),
+        "reviews": lambda: max(8, int(chance.lognormvariate(4.2, 0.7))),
+        "articles": lambda: max(50, int(chance.lognormvariate(5.8, 0.5))),
+    }[lengths]
+    used = room = 0
+    for _ in range(20):
+        sizes = [draw() for _ in range(count)]
+        for group in batches([Question([5] * size, [[6], [7, 8]]) for size in sizes]):
+            used += sum(sizes[i] + 1 for i in group)
+            room += (max(sizes[i] for i in group) + 1) * len(group)
+    assert 1 - used / room < 0.1
 
 
 class TestSelfCheck:

@@ -43,6 +43,9 @@ _LONGEST_PACKED = 8192
 # Reading the weights once more costs about as much as so many tokens do.
 _PASS_TOKENS = 64
 
+# So little padding is no reason for another pass, however short the rows are.
+_FEW_TOKENS = 8
+
 
 @dataclass(frozen=True)
 class Question:
@@ -500,7 +503,7 @@ def batches(questions: Sequence[Question], tokens: int = BATCH_TOKENS) -> Iterat
     """Indices of questions, longest first, in groups of similar length.
 
     A group's packed rows hold at most so many tokens, and it ends before its padding costs more than another pass
-    through the model does.
+    through the model does, or is more than a few tokens and a tenth of it.
     """
     sizes = [sizes_of(question) for question in questions]
     group: list[int] = []
@@ -509,7 +512,7 @@ def batches(questions: Sequence[Question], tokens: int = BATCH_TOKENS) -> Iterat
         size = sizes[index]
         if group:
             room = (max(prompt, size[0]) + max(tree, size[1])) * (len(group) + 1)
-            if room > tokens or room - filled - sum(size) > _PASS_TOKENS:
+            if room > tokens or room - filled - sum(size) > min(_PASS_TOKENS, max(_FEW_TOKENS, room / 10)):
                 yield group
                 group, prompt, tree, filled = [], 0, 0, 0
         group.append(index)
