@@ -5,6 +5,7 @@ from ia3.tfew.choices import pack, score_choices
 from ia3.tfew.fleet import FleetTrainer, Member
 from ia3.tfew.losses import tfew_loss
 from ia3.tfew.predict import Prediction, predict
+from ia3.tfew.prompts import read_prompts
 from ia3.tfew.recipe import EarlyStopping, Recipe
 from ia3.tfew.task import Task, few_shot, read_rows
 from ia3.tfew.trainer import TFewTrainer
@@ -22,6 +23,7 @@ __all__ = [
     "few_shot",
     "pack",
     "predict",
+    "read_prompts",
     "read_rows",
     "score_choices",
     "tfew_loss",

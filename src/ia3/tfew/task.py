@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import csv
-import functools
 import json
 import logging
 import os
@@ -16,15 +15,25 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import jinja2
-import jinja2.meta
-import jinja2.nodes
-import jinja2.sandbox
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ia3.errors import InputError, problems, reason, shown, similar
 from ia3.files import replacing
+from ia3.tfew.template import (
+    Choices,
+    Row,
+    Template,
+    answers_of,
+    as_text,
+    at_row,
+    choices_as_text,
+    columns_of,
+    is_missing,
+    quoted,
+    require,
+    verbatim,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,118 +44,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Row = Mapping[str, Any]
-
 _HUB_FILE = "hf://datasets/"
+
+# How YAML says that there is no value.
+NOTHING = ("", "~", "null")
 
 # With more labels than this, a made template and an error message do not list them.
 _MOST_LISTED = 10
-
-
-class _Environment(jinja2.sandbox.SandboxedEnvironment):
-    """Templates come from files of others, so they are rendered in a sandbox; a missing column is an error."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(undefined=jinja2.StrictUndefined, **kwargs)
-
-
-# Between a prompt and its answer, and between answer choices, in published prompt collections.
-_BAR = "|||"
-
-_ENVIRONMENT = _Environment()
-# Where a row's answers are wanted, a list is one.
-_LISTS = _Environment(finalize=lambda value: _BAR.join(map(str, value)) if isinstance(value, list) else value)
-
-# What a template sees beside columns: the row by column, and the row's answer texts.
-_GIVEN = {"row", "answer_choices"}
-
-
-def _parse(source: str) -> jinja2.nodes.Template:
-    try:
-        return _ENVIRONMENT.parse(source)
-    except jinja2.TemplateError as error:
-        raise ValueError(f"expected a Jinja template, found an error in it: {error}") from error
-
-
-@functools.lru_cache(maxsize=1024)
-def _compiled(source: str, environment: _Environment = _ENVIRONMENT) -> jinja2.Template:
-    return environment.from_string(source)
-
-
-@functools.lru_cache(maxsize=1024)
-def _sees_answers(source: str) -> bool:
-    return "answer_choices" in jinja2.meta.find_undeclared_variables(_ENVIRONMENT.parse(source))
-
-
-@functools.lru_cache(maxsize=1024)
-def _columns(source: str) -> tuple[str, ...]:
-    """The columns that a template names, by themselves or as `row["…"]`, in alphabetical order."""
-    tree = _ENVIRONMENT.parse(source)
-    names = jinja2.meta.find_undeclared_variables(tree) - _GIVEN
-    for node in tree.find_all((jinja2.nodes.Getitem, jinja2.nodes.Getattr)):
-        if isinstance(node.node, jinja2.nodes.Name) and node.node.name == "row":
-            name = node.attr if isinstance(node, jinja2.nodes.Getattr) else getattr(node.arg, "value", None)
-            names |= {name} if isinstance(name, str) else set()
-    return tuple(sorted(names))
-
-
-def _has_jinja(source: str) -> bool:
-    return any(mark in source for mark in ("{{", "{%", "{#"))
-
-
-def _verbatim(text: str) -> str:
-    """A template that gives the text, whatever it holds."""
-    return f"{{{{ {_quoted(text)} }}}}" if _has_jinja(text) or _BAR in text else text
-
-
-def _quoted(text: str) -> str:
-    """A text as it is written in a template's expression, without what means something outside of it."""
-    return repr(text).replace("|", "\\x7c")
-
-
-def _render(
-    source: str, row: Row, where: str, seen: Row | None = None, environment: _Environment = _ENVIRONMENT
-) -> str:
-    values = {name: "" if value is None else value for name, value in row.items()}
-    try:
-        return _compiled(source, environment).render({**values, "row": values, **(seen or {})})
-    except Exception as error:  # a template can do anything wrong that a program can
-        raise InputError(
-            f"Cannot render the template{where}: {reason(error)}; the columns are {shown(row, 20)}."
-        ) from error
-
-
-def _require(row: Row, names: Iterable[str], where: str) -> None:
-    missing = [name for name in names if name not in row]
-    if missing:
-        raise InputError(
-            f"The template names {shown(missing)}, but the columns are {shown(row, 20)}{where}; correct the template."
-        )
-
-
-def _where(number: int | None) -> str:
-    return "" if number is None else f" (row {number})"
-
-
-def _choices(value: Any) -> Any:
-    """Choices as written in a file: labels and texts as text, a list as its own answers."""
-    if isinstance(value, (list, tuple)):
-        value = {label: label for label in value}
-    if isinstance(value, Mapping):
-        texts = {_text(label): _text(answer) for label, answer in value.items()}
-        if len(texts) < len(value) or len(texts) < 2:
-            raise ValueError(f"expected at least two labels that differ as text, found {list(value)}")
-        answers = list(texts.values())
-        if not all(answers) or len(set(answers)) < len(answers):
-            raise ValueError(f"expected answer texts that differ and are not empty, found {answers}")
-        for answer in answers:
-            _parse(answer)
-        return texts
-    if isinstance(value, str):
-        _parse(value)
-        if not _has_jinja(value):  # the same answers for every row
-            return _choices({str(place): part for place, part in enumerate(value.split(_BAR))})
-    return value
 
 
 def _answer_lengths(tokenizer: PreTrainedTokenizerBase, answers: Sequence[dict[str, str]], separator: str) -> list[int]:
@@ -166,16 +70,30 @@ def _answer_lengths(tokenizer: PreTrainedTokenizerBase, answers: Sequence[dict[s
             for text in texts:
                 tokens = tuple(continuation(tokenizer, separator + text))
                 if not tokens:
-                    raise InputError(f"The answer {text!r} has no tokens in this model's tokenizer{_where(number)}.")
+                    raise InputError(f"The answer {text!r} has no tokens in this model's tokenizer{at_row(number)}.")
                 if tokens in seen:
                     raise InputError(
                         f"The answers {seen[tokens]!r} and {text!r} are the same to this model's tokenizer"
-                        f"{_where(number)}; choose other words."
+                        f"{at_row(number)}; choose other words."
                     )
                 seen[tokens] = text
             lengths[texts] = max(map(len, seen))
         found.append(lengths[texts])
     return found
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The fields in a YAML file, in which everything is text: `yes` and `1` are words and labels here, not true and a
+    number, and tags mean nothing."""
+    if not path.is_file():
+        raise InputError(f"Expected a task file, found no {str(path)!r}.")
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"Expected YAML in {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"Expected fields such as template and choices in {path}, found {type(values).__name__}.")
+    return values
 
 
 class _UnknownLabel(InputError):
@@ -186,7 +104,7 @@ def _label(value: Any, where: str = "") -> str:
     """A label as text; more than one is refused."""
     if isinstance(value, (list, tuple, set, dict)):
         raise InputError(_several(value, where))
-    return _text(value)
+    return as_text(value)
 
 
 def _several(found: Any, where: str) -> str:
@@ -196,72 +114,10 @@ def _several(found: Any, where: str) -> str:
     )
 
 
-def _listed(row: Row) -> Row:
-    """The row with lists where cells of a file hold them as JSON."""
-    values = dict(row)
-    for name, value in row.items():
-        if isinstance(value, str) and value.lstrip().startswith("["):
-            try:
-                values[name] = json.loads(value)
-            except json.JSONDecodeError:  # a text that begins with a bracket
-                continue
-    return values
-
-
-def _numbered(row: Row) -> Row:
-    """The row with numbers where CSV files have digits: published templates use labels as positions."""
-    return {key: int(v) if isinstance(v, str) and v.strip().isdecimal() else v for key, v in row.items()}
-
-
 def embedded_tasks() -> list[str]:
     """The names of the tasks that come with the package, in alphabetical order."""
     files = (resources.files("ia3.tfew") / "tasks").iterdir()
     return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
-
-
-class Template(BaseModel):
-    """One way to put a task into words.
-
-    Attributes:
-        name: for tables; may be empty.
-        prompt: a Jinja template. It sees a row's columns by name, and the whole row as `row`, for names that are no
-            identifiers: `{{ row["Review Text"] }}`; and the answer texts as a list, `answer_choices`. What stands behind
-            `|||` is `target`.
-        choices: answer texts in this template's own words, in the forms of `Task.choices`; None: the task's.
-        target: a Jinja template of the right answer's text that sees a row and its `answer_choices`; None: the row's
-            label says it.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str = ""
-    prompt: str
-    choices: dict[str, str] | str | None = None
-    target: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_text(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            value = {"prompt": value}
-        if isinstance(value, Mapping) and _BAR in str(value.get("prompt", "")):
-            prompt, *rest = str(value["prompt"]).split(_BAR)
-            if len(rest) > 1 or value.get("target") is not None:
-                raise ValueError(f"expected one answer behind {_BAR}, found several")
-            value = {**value, "prompt": prompt, "target": rest[0].strip()}
-        return value
-
-    @field_validator("choices", mode="before")
-    @classmethod
-    def _choices_are_text(cls, value: Any) -> Any:
-        return _choices(value)
-
-    @field_validator("prompt", "target")
-    @classmethod
-    def _parses(cls, value: str | None) -> str | None:
-        if value is not None:
-            _parse(value)
-        return value
 
 
 class Task(BaseModel):
@@ -294,7 +150,7 @@ class Task(BaseModel):
     train: str | None = None
     test: str | None = None
     label_column: str = "label"
-    choices: dict[str, str] | str | None = None
+    choices: Choices | None = None
     aliases: dict[str, str] = {}
     separator: str = " "
     metric: Literal["accuracy", "macro_f1"] = "accuracy"
@@ -316,12 +172,12 @@ class Task(BaseModel):
     @field_validator("choices", mode="before")
     @classmethod
     def _choices_are_text(cls, value: Any) -> Any:
-        return _choices(value)
+        return choices_as_text(value)
 
     @field_validator("aliases", mode="before")
     @classmethod
     def _aliases_are_text(cls, value: Any) -> Any:
-        return {_text(a): _text(b) for a, b in value.items()} if isinstance(value, Mapping) else value
+        return {as_text(a): as_text(b) for a, b in value.items()} if isinstance(value, Mapping) else value
 
     @model_validator(mode="after")
     def _fits_together(self) -> Task:
@@ -360,22 +216,20 @@ class Task(BaseModel):
 
     @classmethod
     def from_file(cls, path: str | os.PathLike) -> Task:
-        """Read a task from YAML. Paths in it are relative to its folder.
+        """Read a task from YAML, or a published collection of prompts (see `read_prompts`).
+
+        Paths in a task are relative to its folder.
 
         Raises:
             InputError: no such file, no YAML, or a field that is missing, unknown or of the wrong kind.
         """
         path = Path(path)
-        if not path.is_file():
-            raise InputError(f"Expected a task file, found no {str(path)!r}.")
-        try:
-            # Everything in a task is text: `yes` and `1` are words and labels here, not true and a number.
-            values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise InputError(f"Expected YAML in {path}: {' '.join(str(error).split())}") from error
-        if not isinstance(values, dict):
-            raise InputError(f"Expected fields such as template and choices in {path}, found {type(values).__name__}.")
-        values = {key: value for key, value in values.items() if value not in ("", "~", "null")}
+        values = read_yaml(path)
+        if isinstance(values.get("templates"), dict):
+            from ia3.tfew.prompts import task_of
+
+            return task_of(values, path)
+        values = {key: value for key, value in values.items() if value not in NOTHING}
         for name in ("train", "test"):
             source = values.get(name)
             if isinstance(source, str) and source and (path.parent / source).exists():
@@ -425,13 +279,13 @@ class Task(BaseModel):
         columns = list(rows[0])
         label_column = _choose(label_column, columns, "label", "label-column", [])
         if choices is None:
-            labels = sorted({_label(row[label_column]) for row in rows if not _missing(row.get(label_column))})
+            labels = sorted({_label(row[label_column]) for row in rows if not is_missing(row.get(label_column))})
             if len(labels) < 2:
                 raise InputError(
                     f"Expected at least two labels in column {label_column!r}, found {shown(labels)}; there is nothing "
                     f"to tell apart."
                 )
-            choices = {label: _verbatim(label.replace("_", " ").strip()) for label in labels}
+            choices = {label: verbatim(label.replace("_", " ").strip()) for label in labels}
         if template is None:
             text_column = _choose(text_column, columns, "text", "text-column", [label_column])
             answers = [choices[label] for label in sorted(choices)]
@@ -457,11 +311,9 @@ class Task(BaseModel):
     @cached_property
     def columns(self) -> list[str]:
         """The columns that prompts and answers need, in alphabetical order."""
-        sources = [template.prompt for template in self.templates]
-        for template in range(len(self.templates)):
-            own = self._choices_of(template)
-            sources += own.values() if isinstance(own, dict) else [own]
-        return sorted({name for source in sources for name in _columns(source)})
+        own = (self._choices_of(template) for template in range(len(self.templates)))
+        prompts = (template.columns for template in self.templates)
+        return sorted({name for names in (*prompts, *map(columns_of, own)) for name in names})
 
     def _choices_of(self, template: int) -> dict[str, str] | str:
         own = self.templates[template].choices
@@ -478,11 +330,9 @@ class Task(BaseModel):
         Raises:
             InputError: the template names a column that is not there, or all that it names are empty.
         """
-        where = _where(number)
-        source = self.templates[template].prompt
-        names = _columns(source)
-        _require(row, names, where)
-        if names and all(_missing(row[name]) for name in names):
+        where, names = at_row(number), self.templates[template].columns
+        require(row, names, number)
+        if names and all(is_missing(row[name]) for name in names):
             raise InputError(f"Expected some text in {shown(names)}, found it empty{where}; fill or drop the row.")
         text = self._filled(row, number, template)
         if not text:
@@ -490,9 +340,8 @@ class Task(BaseModel):
         return text
 
     def _filled(self, row: Row, number: int | None, template: int) -> str:
-        source = self.templates[template].prompt
-        seen = {"answer_choices": [*self.answers(row, number, template).values()]} if _sees_answers(source) else {}
-        return _render(source, row, _where(number), seen).rstrip()
+        words = self.templates[template]
+        return words.fill(row, number, self.answers(row, number, template).values() if words.sees_answers else ())
 
     def answers(self, row: Row, number: int | None = None, template: int = 0) -> dict[str, str]:
         """Label → answer text, for a row; arguments and errors as of `prompt`.
@@ -500,21 +349,7 @@ class Task(BaseModel):
         Raises:
             InputError: a text is empty, or two are the same.
         """
-        own = self._choices_of(template)
-        if isinstance(own, dict) and not any(_has_jinja(text) for text in own.values()):
-            return own
-        where = _where(number)
-        sources = own.values() if isinstance(own, dict) else [own]
-        for source in sources:
-            _require(row, _columns(source), where)
-        if isinstance(own, str):
-            texts = [part.strip() for part in _render(own, _listed(row), where, environment=_LISTS).split(_BAR)]
-        else:
-            texts = [_render(source, row, where).strip() for source in sources]
-        if len(texts) < 2 or not all(texts) or len(set(texts)) < len(texts):
-            raise InputError(f"Expected at least two answer texts that differ, found {texts}{where}; correct the row.")
-        labels = own if isinstance(own, dict) else map(str, range(len(texts)))
-        return dict(zip(labels, texts, strict=True))
+        return answers_of(self._choices_of(template), row, number)
 
     def label(self, row: Row, number: int | None = None, template: int = 0) -> str:
         """A row's label.
@@ -522,15 +357,14 @@ class Task(BaseModel):
         Raises:
             InputError: the column is missing, the label is not known, or there are several.
         """
-        where = _where(number)
-        target = self.templates[template].target
+        where = at_row(number)
         answers = self.answers(row, number, template)
-        if target is not None:
-            label = _render(target, _numbered(row), where, {"answer_choices": list(answers.values())}).strip()
-            found = {text: label for label, text in answers.items()}
-            if label not in found:
-                raise InputError(f"Expected a right answer of {shown(found, 20)}, found {label!r}{where}.")
-            return found[label]
+        if self.templates[template].says_answer:
+            text = self.templates[template].right_answer(row, number, answers.values())
+            found = {answer: label for label, answer in answers.items()}
+            if text not in found:
+                raise InputError(f"Expected a right answer of {shown(found, 20)}, found {text!r}{where}.")
+            return found[text]
         if self.label_column not in row:
             raise InputError(f"Expected a label column {self.label_column!r}, found the columns {shown(row, 20)}.")
         label = _label(row[self.label_column], where)
@@ -560,7 +394,7 @@ class Task(BaseModel):
         except _UnknownLabel as error:
             if self.labels is None:
                 raise
-            found = dict.fromkeys(_text(row.get(self.label_column)) for row in rows)
+            found = dict.fromkeys(as_text(row.get(self.label_column)) for row in rows)
             unknown = [label for label in found if self.aliases.get(label, label) not in self.labels]
             if len(unknown) < 2:
                 raise
@@ -649,7 +483,7 @@ class Task(BaseModel):
         self, tokenizer: PreTrainedTokenizerBase, row: Row, i: int, room: int, template: int, fitted: list[str]
     ) -> str:
         """Put a prompt of at most `room` tokens into `fitted`; returns the column that was cut last."""
-        names = [name for name in _columns(self.templates[template].prompt) if name in row and not _missing(row[name])]
+        names = [name for name in self.templates[template].columns if name in row and not is_missing(row[name])]
         names.sort(key=lambda name: -len(str(row[name])))
         names = [name for name in self.truncate if name in names] or names[:1]
         shorter = dict(row)
@@ -761,19 +595,6 @@ def _represent_text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
 _Dumper.add_representer(str, _represent_text)
 
 
-def _text(value: Any) -> str:
-    """A label as text. YAML reads `yes` as true; whole numbers may come as floats."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return str(value).strip()
-
-
-def _missing(value: Any) -> bool:
-    return value is None or value != value or not str(value).strip()  # NaN differs from itself
-
-
 def _choose(asked: str | None, columns: list[str], usual: str, option: str, taken: list[str]) -> str:
     if asked is None:
         rest = [column for column in columns if column not in taken]
@@ -790,14 +611,14 @@ def _choose(asked: str | None, columns: list[str], usual: str, option: str, take
 def _made_template(text_column: str, label_column: str, answers: list[str]) -> str:
     text = f"{{{{ {text_column} }}}}"
     try:
-        plain = jinja2.meta.find_undeclared_variables(_ENVIRONMENT.parse(text)) == {text_column} != {"row"}
-    except jinja2.TemplateError:
+        plain = Template(prompt=text).columns == (text_column,)
+    except ValidationError:
         plain = False
     if not plain:
-        text = f"{{{{ row[{_quoted(text_column)}] }}}}"
+        text = f"{{{{ row[{quoted(text_column)}] }}}}"
     if len(answers) > _MOST_LISTED:
-        return f"{text}\n\n{_verbatim(label_column.replace('_', ' ').capitalize())}:"
-    what = _verbatim(label_column.replace("_", " "))
+        return f"{text}\n\n{verbatim(label_column.replace('_', ' ').capitalize())}:"
+    what = verbatim(label_column.replace("_", " "))
     return f"{text}\n\nQuestion: What is the {what}, {', '.join(answers[:-1])} or {answers[-1]}?\nAnswer:"
 
 
