@@ -1,0 +1,137 @@
+"""`ia3 tasks`: the tasks that come with the package, and what one of them asks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from ia3.cli.common import JsonOption, console, print_json
+from ia3.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ia3.tfew.task import Row, Task
+
+app = typer.Typer(help="List the built-in tasks, or show one: ia3 tasks show rte", no_args_is_help=False)
+
+
+@app.callback(invoke_without_command=True)
+def tasks(context: typer.Context, json_output: bool = JsonOption) -> None:
+    """List the built-in tasks, or show one: ia3 tasks show rte"""
+    if context.invoked_subcommand is not None:
+        return
+    from ia3.tfew.task import Task, embedded_tasks
+
+    found = [_summary(Task.embedded(name)) for name in embedded_tasks()]
+    if json_output:
+        print_json(found)
+        return
+    from rich.markup import escape
+    from rich.table import Table
+
+    out = console()
+    table = Table()
+    for name in ("name", "answers", "templates", "training rows"):
+        table.add_column(name, justify="right" if name == "templates" else "left", overflow="fold")
+    for item in found:
+        answers = item["answers"] if item["labels"] is None else f"{len(item['labels'])}, {item['answers']}"
+        table.add_row(item["name"], answers, str(item["templates"]), escape(item["train"] or "your own copy (--data)"))
+    out.print(table)
+    out.print("ia3 tasks show NAME prints one; ia3 train --task NAME trains on it.")
+
+
+@app.command("show")
+def show(
+    task: str = typer.Argument(help="A built-in task, or a task.yaml.", show_default=False),
+    data: str | None = typer.Option(
+        None,
+        "--data",
+        "-d",
+        help="Rows to take an example from: .csv, .jsonl, … \\[default: the task's made-up row]",
+        show_default=False,
+    ),
+    row: int = typer.Option(1, min=1, help="Which row of --data, counted from 1."),
+    json_output: bool = JsonOption,
+) -> None:
+    """Print a task, and an example row in the words of each of its templates. Nothing is downloaded without --data."""
+    from ia3.tfew.task import Task, read_rows
+
+    wanted = Task.load(task)
+    if data is None:
+        example = wanted.example
+    else:
+        rows = read_rows(data, wanted.class_names)
+        if row > len(rows):
+            raise InputError(f"Expected a --row of {data!r}, which has {len(rows)} rows; found {row}.")
+        example = rows[row - 1]
+    prompts = [] if example is None else _rendered(wanted, example, None if data is None else row)
+    if json_output:
+        print_json({**_summary(wanted), "description": wanted.description, "example": example, "prompts": prompts})
+    else:
+        _print(console(), wanted, prompts)
+
+
+def _summary(task: Task) -> dict[str, Any]:
+    from ia3.tfew.template import has_jinja
+
+    choices = [task.choices if template.choices is None else template.choices for template in task.templates]
+    if isinstance(choices[0], str):
+        answers = "a list for each row"
+    else:
+        texts = [text for own in choices if isinstance(own, dict) for text in own.values()]
+        answers = "from columns" if any(map(has_jinja, texts)) else "fixed"
+    return {
+        "name": task.name,
+        "answers": answers,
+        "labels": task.labels,
+        "columns": task.columns,
+        "label_column": task.label_column,
+        "metric": task.metric,
+        "templates": len(task.templates),
+        "train": task.train,
+        "test": task.test,
+    }
+
+
+def _rendered(task: Task, row: Row, number: int | None) -> list[dict[str, Any]]:
+    """The row in the words of each template; its label, where it has one."""
+    found = []
+    for index, template in enumerate(task.templates):
+        labelled = template.says_answer or task.label_column in row
+        found.append(
+            {
+                "template": template.name,
+                "prompt": task.prompt(row, number, index),
+                "answers": task.answers(row, number, index),
+                "label": task.label(row, number, index) if labelled else None,
+            }
+        )
+    return found
+
+
+def _print(out: Console, task: Task, prompts: list[dict[str, Any]]) -> None:
+    summary = _summary(task)
+    out.print(f"{task.name}: {task.description or 'a task'}", markup=False, style="bold", soft_wrap=True)
+    for title, value in {
+        "columns": ", ".join(task.columns),
+        "label": task.label_column,
+        "answers": summary["answers"] + ("" if task.labels is None else f", {len(task.labels)}"),
+        "metric": task.metric.replace("_", "-"),
+        "training rows": task.train,
+        "test rows": task.test,
+    }.items():
+        if value:
+            out.print(f"  {title + ':':<15}{value}", markup=False, soft_wrap=True)
+    for index, item in enumerate(prompts, 1):
+        title = f"template {index}" + (f", {item['template']}" if item["template"] else "")
+        out.print(f"\n{title}", markup=False, style="dim")
+        out.print(item["prompt"], markup=False, soft_wrap=True)
+        for label, text in item["answers"].items():
+            mark = "→" if label == item["label"] else " "
+            out.print(f"{mark} {label}: {text}", markup=False, soft_wrap=True)
+    if not prompts:
+        for template in task.templates:
+            out.print(f"\n{template.prompt.rstrip()}", markup=False, soft_wrap=True)
+        out.print("\nAn example: ia3 tasks show … --data rows.csv", style="dim")
