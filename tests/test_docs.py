@@ -15,6 +15,7 @@ import ia3
 import tiny
 import words
 from ia3.cli import main
+from ia3.tfew import Task
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -38,7 +39,8 @@ def test_every_block_is_named_once_and_run_here_or_by_ci():
     assert set(blocks("command")) == set(re.findall(r"\$\(readme (\w+)\)", (ROOT / ".ci" / "run").read_text()))
     assert set(blocks("example")) == {
         "train", "template", "python", "peft", "modules", "rule", "several", "mixed", "bank", "auto", "convert",
-        "task.yaml", "task", "task-python", "fleet", "fleet-python", "families",
+        "families", "task.yaml", "task", "task-python", "pairs.yaml", "cause.yaml", "endings.yaml", "tasks",
+        "prompts-python", "fleet", "fleet-python",
     }  # fmt: skip
 
 
@@ -57,6 +59,7 @@ def place(tmp_path_factory):
     (folder / "task.yaml").write_text(blocks("example")["task.yaml"])
     other = blocks("example")["task.yaml"].replace("name: tickets", "name: urgency")
     (folder / "urgency.yaml").write_text(other)
+    (folder / "pairs.csv").write_text("premise,hypothesis\nIt rains.,It is wet.\nTea is hot.,Tea is cold.\n")
     torch.save(
         {"encoder.block.0.layer.0.SelfAttention.k.multi_lora_b": torch.ones(8, 1)}, folder / "t03b_ia3_finish.pt"
     )
@@ -69,7 +72,7 @@ def place(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", ["train", "template", "convert", "task", "fleet"])
+@pytest.mark.parametrize("name", ["train", "template", "convert", "task", "fleet", "tasks"])
 def test_commands(name, place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     commands = re.split(r"\n(?=ia3 )", blocks("example")[name].strip())
@@ -99,6 +102,51 @@ def test_python(names, tmp_path, monkeypatch):
         exec(compile(blocks("example")[name], name, "exec"), scope)
     if "several" in names:
         assert "mlp.down_proj" not in " ".join(scope["model"].layers)
+
+
+@pytest.mark.parametrize(
+    "name, row, prompts, answers, label",
+    [
+        (
+            "pairs.yaml",
+            {"first": "no light", "second": "it is dark", "same": 1},
+            [
+                "First ticket: no light\nSecond ticket: it is dark\nDo they report the same problem?",
+                '"no light" and "it is dark" describe',
+            ],
+            [["yes", "no"], ["one problem", "two problems"]],
+            "duplicate",
+        ),
+        (
+            "cause.yaml",
+            {"event": "It was dark.", "cause_a": "The bulb broke", "cause_b": "The sun rose", "right": "a"},
+            ["It was dark because"],
+            [["the bulb broke", "the sun rose"]],
+            "a",
+        ),
+        ("endings.yaml", {"beginning": "It", "endings": '["ran", "sat"]', "label": 1}, ["It"], [["ran", "sat"]], "1"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and value.endswith(".yaml") else "",
+)
+def test_tasks(name, row, prompts, answers, label, tmp_path):
+    (tmp_path / name).write_text(blocks("example")[name])
+    task = Task.load(tmp_path / name)
+    task.check([row])
+    numbers = range(len(task.templates))
+    assert [task.prompt(row, template=number) for number in numbers] == prompts
+    assert [list(task.answers(row, template=number).values()) for number in numbers] == answers
+    assert task.label(row) == label
+
+
+def test_a_prompt_collection(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "templates.yaml").write_text(
+        "dataset: teas\ntemplates:\n  a: !Template\n    answer_choices: bad ||| good\n"
+        "    jinja: 'review : {{ text }} ||| {{ answer_choices[label] }}'\n"
+        "    metadata: !TemplateMetadata {original_task: true}\n    name: plain\n"
+    )
+    exec(compile(blocks("example")["prompts-python"], "prompts-python", "exec"), {})
+    assert capsys.readouterr().out == "plain review : soup was fresh {'0': 'bad', '1': 'good'} 1\n"
 
 
 def test_the_base_model_is_found(place, monkeypatch):
