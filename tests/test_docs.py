@@ -40,7 +40,7 @@ def test_every_block_is_named_once_and_run_here_or_by_ci():
     assert set(blocks("example")) == {
         "train", "template", "python", "peft", "modules", "rule", "several", "mixed", "bank", "auto", "convert",
         "families", "task.yaml", "task", "task-python", "pairs.yaml", "cause.yaml", "endings.yaml", "tasks",
-        "prompts-python", "fleet", "fleet-python",
+        "prompts-python", "fleet", "fleet-python", "compare", "compare-python",
     }  # fmt: skip
 
 
@@ -72,14 +72,16 @@ def place(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", ["train", "template", "convert", "task", "fleet", "tasks"])
+@pytest.mark.parametrize("name", ["train", "template", "convert", "task", "fleet", "tasks", "compare"])
 def test_commands(name, place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     commands = re.split(r"\n(?=ia3 )", blocks("example")[name].strip())
     for command in commands:
         program, *arguments = shlex.split(command)
         assert program == "ia3"
-        if arguments[0] == "train":  # the tiny model learns in a moment
+        if arguments[:2] == ["compare", "--adapter"]:
+            arguments += ["--model", "model"]
+        elif arguments[0] in ("train", "compare"):  # the tiny model learns in a moment
             arguments += ["--model", "model", "--steps", "2"]
         with pytest.raises(SystemExit) as ended:
             main(arguments)
@@ -156,6 +158,12 @@ def test_the_base_model_is_found(place, monkeypatch):
     scope: dict = {}
     exec(compile(blocks("example")["auto"], "auto", "exec"), scope)
     assert scope["model"].dtype == torch.bfloat16
+
+
+def test_examples_in_context_in_python(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    exec(compile(blocks("example")["compare-python"], "compare-python", "exec"), {})
+    assert "Prediction(" in capsys.readouterr().out
 
 
 def test_a_fleet_in_python(place, monkeypatch, capsys):

@@ -32,9 +32,9 @@ KEYS = {
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with two tiny models, rows, and a task."""
+    """A folder with tiny models, rows, and a task."""
     folder = tmp_path_factory.mktemp("place")
-    for name in ("llama", "gpt2"):
+    for name in ("llama", "gpt2", "t5", "bert"):
         tiny.build(name, vocab_size=len(words.VOCABULARY)).save_pretrained(folder / name)
         words.tokenizer().save_pretrained(folder / name)
     write_csv(folder / "train.csv", words.rows(40))
@@ -167,6 +167,26 @@ def test_shots_that_do_not_fit_into_the_context(run, place, tmp_path):
     code, out, err = run("--json", model=place / "gpt2", shots="4,8")
     assert code == 2 and out == "" and "found 8, of which 5 fit; ask for fewer" in err.strip().splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+def test_an_encoder_decoder(run, place):
+    code, out, err = run("--json", model=place / "t5", shots="4")
+    assert code == 0, err
+    zero, shot, trained = json.loads(out)["rows"]
+    # Shots are read with each prompt, so there is no cheaper way.
+    assert shot["inference_flops"] == shot["inference_flops_uncached"] > 2 * zero["inference_flops"]
+    parameters = sum(
+        p.numel() for p in transformers.T5ForConditionalGeneration.from_pretrained(place / "t5").parameters()
+    )
+    assert shot["inference_flops_estimate"] == parameters * shot["tokens"] and trained["disk_bytes"] > 0
+
+
+def test_a_classifier_reads_no_examples(run, place):
+    code, out, err = run("--json", model=place / "bert")
+    assert code == 2 and out == "" and "a classifier cannot read examples" in err
+    code, out, err = run("--json", model=place / "bert", shots=None)
+    assert code == 0, err
+    assert [row["method"] for row in json.loads(out)["rows"]] == ["zero-shot", "t-few"]
 
 
 def test_an_output_that_is_a_file(run, tmp_path):

@@ -158,12 +158,14 @@ class TestPrefix:
         assert tokenizer("a\n\nb\n\n")["input_ids"] + tokenizer("c")["input_ids"] != whole
         assert shots + encode(tokenizer, ["\n\nc"], [["x"]], continuing=True)[0].prompt == whole
 
-    def test_an_encoder_decoder_reads_shots_with_each_prompt(self, monkeypatch):
+    def test_an_encoder_decoder_reads_shots_with_each_prompt(self):
         model, tokenizer = tiny.build("t5"), words.tokenizer()
         prefix = Prefix(model, tokenizer, SHOTS)
-        assert prefix.nbytes == 0
-        questions, _, tokens = prefix.prepare(model, prefix.encode(PROMPTS[:1], CHOICES[:1]), 100)
-        assert questions == encode(tokenizer, [f"{SHOTS}\n\n{PROMPTS[0]}"], CHOICES[:1]) and tokens == 100
+        assert prefix.nbytes == 0 and not prefix.is_cached
+        found = score_choices(model, tokenizer, PROMPTS, CHOICES, prefix=prefix)
+        expected = score_choices(model, tokenizer, [f"{SHOTS}\n\n{prompt}" for prompt in PROMPTS], CHOICES)
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+        assert not torch.equal(found[0], score_choices(model, tokenizer, PROMPTS, CHOICES)[0])
 
     @pytest.mark.parametrize(
         "name, text, message",

@@ -16,6 +16,7 @@ from ia3.cli.common import TASK_NAME, JsonOption, console, load_base_of, print_j
 from ia3.cli.results import write_json
 from ia3.cli.run import bars_callback, with_adapters
 from ia3.cli.train import drawn, numbers, source_of
+from ia3.config import TaskType
 from ia3.errors import InputError
 from ia3.files import locate, replacing
 from ia3.pretrained import EMBEDDED_MODEL
@@ -133,7 +134,10 @@ def compare(
     with out.status("Loading the model …"):
         from ia3.pretrained import load_base
 
-        base, tokenizer = load_base(model or EMBEDDED_MODEL) if adapter is None else load_base_of(adapter, model)
+        if adapter is None:
+            base, tokenizer = load_base(model or EMBEDDED_MODEL, source.task.labels)
+        else:
+            base, tokenizer = load_base_of(adapter, model)
         comparison = Comparison(base, tokenizer, source.task, examples, test, seed)
         drawn_shots = comparison.shots(counts)
     out.print(
@@ -197,8 +201,15 @@ class Comparison:
         Raises:
             InputError: numbers were asked for, and one does not fit into the model's context.
         """
+        from ia3.pretrained import task_type
         from ia3.tfew.icl import draw_shots, fitting
 
+        if task_type(self.base) == TaskType.SEQ_CLS:
+            if counts:
+                raise InputError(
+                    f"Expected no --shots for {type(self.base).__name__}: a classifier cannot read examples."
+                )
+            return {}
         wanted = counts or [count for count in _USUAL_SHOTS if count <= len(self.examples)]
         found = {}
         for count in wanted:

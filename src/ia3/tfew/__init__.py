@@ -3,6 +3,7 @@
 from ia3.tfew.calibration import Calibration, cross_validate
 from ia3.tfew.choices import pack, score_choices
 from ia3.tfew.fleet import FleetTrainer, Member
+from ia3.tfew.icl import Prefix, draw_shots, predict_in_context
 from ia3.tfew.losses import tfew_loss
 from ia3.tfew.predict import Prediction, predict
 from ia3.tfew.prompts import read_prompts
@@ -16,13 +17,16 @@ __all__ = [
     "FleetTrainer",
     "Member",
     "Prediction",
+    "Prefix",
     "Recipe",
     "TFewTrainer",
     "Task",
     "cross_validate",
+    "draw_shots",
     "few_shot",
     "pack",
     "predict",
+    "predict_in_context",
     "read_prompts",
     "read_rows",
     "score_choices",

@@ -18,7 +18,9 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from ia3.config import TaskType
 from ia3.errors import InputError, reason
+from ia3.pretrained import task_type
 from ia3.tfew.choices import (
     BATCH_TOKENS,
     Batch,
@@ -103,9 +105,9 @@ class Prefix:
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: str, separator: str = SEPARATOR
     ) -> None:
         base = base_of(model)
-        config = getattr(base, "config", None)
-        self._encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
-        if not hasattr(base, "generate"):
+        family = task_type(base)
+        self._encoder_decoder = family == TaskType.SEQ_2_SEQ_LM
+        if family == TaskType.SEQ_CLS:
             raise InputError(
                 f"Expected a model that generates text, found {type(base).__name__}: a classifier cannot read examples."
             )
