@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
-import shutil
 import statistics
 import time
 from collections import Counter
@@ -17,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ia3.cli.common import progress
-from ia3.cli.results import write, write_json
-from ia3.errors import InputError, shown
+from ia3.cli.results import write
+from ia3.cli.resume import begin, checkpoint_of, fingerprint, say_interrupted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,9 +26,6 @@ if TYPE_CHECKING:
     from ia3.tfew.calibration import Calibration
     from ia3.tfew.recipe import Recipe
     from ia3.tfew.task import Row, Task
-
-# Settings that a resumed run must share with the one that was interrupted.
-_RUN_NAME = "run.json"
 
 
 @dataclass(frozen=True)
@@ -100,7 +94,7 @@ class Run:
                     "task": job.task.model_dump(),
                     "seed": job.seed,
                     "learning_rate": job.learning_rate,
-                    "examples": hashlib.sha256(json.dumps(job.examples, default=str).encode()).hexdigest(),
+                    "examples": fingerprint(job.examples),
                 }
                 for job in self.jobs
             },
@@ -112,31 +106,7 @@ class Run:
         Raises:
             InputError: there is none, or it is of a run with other settings.
         """
-        from ia3.trainer import last_checkpoint
-
-        found = last_checkpoint(self.checkpoints) if self.checkpoints.is_dir() else None
-        if found is None:
-            raise InputError(
-                f"Expected a checkpoint in {str(self.checkpoints)!r}, found none; start anew without --resume."
-            )
-        earlier = json.loads((self.checkpoints / _RUN_NAME).read_text(encoding="utf-8"))
-        different = _differences(earlier, self.settings)
-        if different:
-            raise InputError(
-                f"Expected the settings of the interrupted run, found another {shown(different)}; repeat its options, "
-                f"or start anew without --resume."
-            )
-        return found
-
-
-def _differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The settings in which two runs differ, by name."""
-    before, members = earlier.pop("members", {}), now["members"]
-    different = [key for key in now if key != "members" and earlier.get(key) != now[key]]
-    if list(before) != list(members):
-        return [*different, "members"]
-    pairs = [(before[name], members[name]) for name in members]
-    return different + list(dict.fromkeys(key for a, b in pairs for key in b if a.get(key) != b[key]))
+        return checkpoint_of(self.checkpoints, self.settings, "members")
 
 
 def run_jobs(out: Console, run: Run, checkpoint: str | None) -> dict[str, dict[str, Any]]:
@@ -181,14 +151,13 @@ def run_jobs(out: Console, run: Run, checkpoint: str | None) -> dict[str, dict[s
         predicted = functools.partial(_predicted, bars, model, tokenizer, run.recipe)
         zero_shot = _in_each_template(run, lambda some, template: _zero_shot(bars, some, predicted, template))
         if checkpoint is None:  # a new run forgets the checkpoints of an earlier one
-            shutil.rmtree(run.checkpoints, ignore_errors=True)
-            write_json(run.checkpoints / _RUN_NAME, run.settings)
+            begin(run.checkpoints, run.settings)
         started = time.perf_counter()
         try:
             trained = trainer.train(resume_from_checkpoint=checkpoint)
         except KeyboardInterrupt:
             bars.stop()
-            _say_interrupted(run)
+            say_interrupted(run.checkpoints)
             raise typer.Exit(130) from None
         seconds = time.perf_counter() - started
         names = {job.name: adapter for adapter, job in zip(adapters, jobs, strict=True)}
@@ -397,13 +366,3 @@ def bars_callback(bars: Progress, titles: Mapping[str, str]) -> Any:
                     bars.update(bar.id, total=bar.completed, note=f"{bar.fields['note']}, learned by heart")
 
     return Bars()
-
-
-def _say_interrupted(run: Run) -> None:
-    from ia3.trainer import last_checkpoint
-
-    whole = last_checkpoint(run.checkpoints)
-    way = (
-        f"go on from {whole} with the same command and --resume" if whole else "start again: there is no checkpoint yet"
-    )
-    typer.echo(f"ia3: interrupted; {way}.", err=True)
