@@ -8,7 +8,7 @@ import sys
 import typer
 
 from ia3 import __version__
-from ia3.cli import compare, convert, evaluate, inspect, merge, predict, tasks, train
+from ia3.cli import compare, convert, evaluate, inspect, merge, predict, pretrain, tasks, train
 from ia3.errors import InputError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(compare.compare)
 app.command("merge")(merge.merge)
 app.command("inspect")(inspect.inspect)
+app.command("pretrain")(pretrain.pretrain)
 app.command("convert")(convert.convert)
 app.add_typer(tasks.app, name="tasks")
 
