@@ -192,7 +192,7 @@ tags:
 # {task.name}
 
 {task.description or "A text classifier"}: an (IA)³ adapter ([arXiv:2205.05638](https://arxiv.org/abs/2205.05638)) for
-`{base}`, trained by `ia3 train` with T-Few's recipe ({recipe.name}) on {results["train_examples"]} labelled examples in
+`{base}`, trained by `{results.get("command", "ia3 train")}` with T-Few's recipe ({recipe.name}) on {results["train_examples"]} labelled examples in
 {results["steps"]} steps ({how}).
 {results["trainable_parameters"]:,} numbers, {results["adapter_bytes"] / 1000:.0f} kB.
 

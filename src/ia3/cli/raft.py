@@ -1,0 +1,258 @@
+"""`ia3 raft`: the eleven tasks of RAFT, from their rows to a submission."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from ia3.cli.common import JsonOption, console, print_json, progress, quiet, recipe_for
+from ia3.cli.results import write, write_json
+from ia3.cli.resume import RUN_NAME, fingerprint, require_same
+from ia3.cli.run import bars_callback, with_adapters
+from ia3.errors import InputError, shown
+from ia3.pretrained import EMBEDDED_MODEL
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from ia3.model import IA3Model
+    from ia3.tfew.raft import RaftTask
+    from ia3.tfew.recipe import Recipe
+
+_ADAPTER = "default"
+
+
+def raft(
+    tasks: str | None = typer.Option(
+        None, "--tasks", help="Some of them: ade_corpus_v2,overruling. \\[default: all eleven]", show_default=False
+    ),
+    data: Path | None = typer.Option(
+        None,
+        "--data",
+        "-d",
+        help="Folder with TASK/train.csv and TASK/test_unlabeled.csv. \\[default: ought/raft on the hub]",
+        show_default=False,
+    ),
+    model: str = typer.Option(
+        EMBEDDED_MODEL, "--model", "-m", help="Base model: a folder, a hub id or 'smollm2' (embedded)."
+    ),
+    recipe: str | None = typer.Option(
+        None,
+        "--recipe",
+        help="How to train: 'paper', 'small' or a recipe.yaml. \\[default: small for models under 1B, else paper]",
+        show_default=False,
+    ),
+    init: str | None = typer.Option(
+        None, help="Adapter to start from, a folder or hub id, such as one of ia3 pretrain.", show_default=False
+    ),
+    folds: int = typer.Option(5, min=2, help="Cross-validate on the training rows in so many parts."),
+    seed: int = typer.Option(0, min=0, help="Decides the parts, and the order of examples."),
+    output: Path = typer.Option(Path("adapters", "raft"), "--output", "-o", help="Folder of results."),
+    resume: bool = typer.Option(False, "--resume", help="Do not repeat the tasks that are finished in the folder."),
+    json_output: bool = JsonOption,
+) -> None:
+    """Train and cross-validate on each task of the RAFT benchmark, and write predictions as its leaderboard takes them.
+
+    Each task has 50 training rows. Macro-F1 is measured on them by cross-validation; the adapter that labels the test rows
+    is trained on all of them, with all three terms of the loss, and all 77 answers of banking_77.
+
+    Writes TASK/predictions.csv (columns ID and Label) and the adapter, as ia3 train does, into the output folder.
+    """
+    out = console(json_output)
+    if output.is_file():
+        raise InputError(f"Expected a folder for --output, found the file {str(output)!r}.")
+    from ia3.tfew.raft import RAFT_TASKS, TRAIN_ROWS, RaftTask
+
+    names = RAFT_TASKS if tasks is None else [part.strip() for part in tasks.split(",") if part.strip()]
+    if not names or len(set(names)) < len(names):
+        raise InputError(f"Expected different tasks with commas between them for --tasks, found {tasks!r}.")
+    chosen = {name: RaftTask.load(name, data) for name in names}
+    plan = recipe_for(model, recipe, init=init)
+    for name, one in chosen.items():
+        if len(one.train) != TRAIN_ROWS:
+            out.print(
+                f"RAFT has {TRAIN_ROWS} training rows for each task, here {name} has {len(one.train)}: not comparable.",
+                style="yellow",
+                markup=False,
+            )
+    settings = {name: _settings(model, plan, folds, seed, one) for name, one in chosen.items()}
+    finished: dict[str, dict[str, Any]] = {}
+    if resume:
+        finished = {name: _earlier(output / name, settings[name]) for name in names if _is_finished(output / name)}
+        out.print(f"Finished before: {shown(finished, 11)}", markup=False, style="dim")
+
+    quiet()
+    results: dict[str, dict[str, Any]] = {}
+    try:
+        bench = _Bench(out, model, plan, folds, seed)
+        for name, one in chosen.items():
+            if name not in finished:
+                (output / name / RUN_NAME).unlink(missing_ok=True)
+                finished[name] = bench.run(one, output / name)
+                write_json(output / name / RUN_NAME, settings[name])  # the last file: with it, a task is finished
+            results[name] = finished[name]
+    except KeyboardInterrupt:
+        typer.echo("ia3: interrupted; finish the other tasks with the same command and --resume.", err=True)
+        raise typer.Exit(130) from None
+    means = {
+        "macro_f1": statistics.mean(its["cross_validation"]["macro_f1"] for its in results.values()),
+        "majority_macro_f1": statistics.mean(its["majority"]["macro_f1"] for its in results.values()),
+    }
+    summary = {"mean": means, "tasks": results}
+    write_json(output / "metrics.json", summary)
+    if json_output:
+        print_json({"output": str(output), **summary})
+        return
+    _print_table(out, results, means, folds)
+    out.print(
+        f"\nSaved in {output}: TASK/predictions.csv is what RAFT's leaderboard takes.", markup=False, soft_wrap=True
+    )
+
+
+def _settings(model: str, recipe: Recipe, folds: int, seed: int, one: RaftTask) -> dict[str, Any]:
+    """All that decides a task's result."""
+    return {
+        "model": model,
+        "recipe": recipe.model_dump(),
+        "folds": folds,
+        "seed": seed,
+        "task": one.task.model_dump(),
+        "training rows": fingerprint(one.train),
+        "test rows": fingerprint(one.test),
+    }
+
+
+def _is_finished(folder: Path) -> bool:
+    return (folder / RUN_NAME).is_file()
+
+
+def _earlier(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A finished task's results, when its settings are the same."""
+    require_same(folder / RUN_NAME, dict(settings))
+    try:
+        return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"Expected the results of a finished task in {str(folder)!r}; delete the folder.") from error
+
+
+class _Bench:
+    """A model that tasks are run on, one after the other; loaded once, but for a classifier, whose head is a task's."""
+
+    def __init__(self, out: Console, model: str, recipe: Recipe, folds: int, seed: int) -> None:
+        self.out, self.name, self.recipe, self.folds, self.seed = out, model, recipe, folds, seed
+        self.base: Any = None
+        self.tokenizer: Any = None
+
+    def run(self, one: RaftTask, folder: Path) -> dict[str, Any]:
+        """Cross-validate, train, predict, save; returns the results."""
+        from transformers import PrinterCallback, ProgressCallback, set_seed
+
+        from ia3.tfew import FleetTrainer, Member, predict
+        from ia3.tfew.calibration import Calibration, cross_validate
+        from ia3.tfew.raft import PREDICTIONS_NAME, write_predictions
+
+        task, recipe = one.task, self.recipe
+        started = time.perf_counter()
+        self.out.print(
+            f"{task.name}: {len(one.train)} training rows, {len(one.test)} test rows, {len(task.labels or ())} labels",
+            style="bold",
+            markup=False,
+        )
+        with self.out.status("Loading the model …"):
+            model = self._adapted(task.labels)
+        with progress(self.out) as bars:
+            bar = bars.add_task("Cross-validation", total=recipe.steps, note="")
+            set_seed(self.seed)
+            checked = cross_validate(
+                model,
+                self.tokenizer,
+                task,
+                one.train,
+                recipe,
+                self.folds,
+                self.seed,
+                folder,
+                lambda done, total: bars.update(bar, completed=done),
+            )
+            labels = [task.label(row) for row in one.train]
+            scores = task.metrics(labels, [prediction.best for prediction in checked])
+            majority = min(Counter(labels).items(), key=lambda pair: (-pair[1], pair[0]))[0]
+            _fill(bars, bar, f"macro-F1 {scores['macro_f1']:.1%}")
+
+            arguments = recipe.training_arguments(folder, seed=self.seed, save_strategy="no", disable_tqdm=True)
+            set_seed(self.seed)
+            begun = time.perf_counter()
+            callback = bars_callback(bars, {_ADAPTER: "Training"})
+            members = [Member(_ADAPTER, task, one.train, self.seed)]
+            trainer = FleetTrainer(model, arguments, self.tokenizer, members, recipe, callbacks=[callback])
+            for unwanted in (PrinterCallback, ProgressCallback):
+                trainer.remove_callback(unwanted)
+            trained = trainer.train()
+            train_seconds = time.perf_counter() - begun
+
+            bar = bars.add_task("Predicting", total=len(one.test), note="")
+            found = predict(
+                model, self.tokenizer, task, one.test, lambda done: bars.advance(bar, len(done)), recipe=recipe
+            )
+        results = {
+            "command": "ia3 raft",
+            "cross_validation": {**scores, "folds": self.folds},
+            "majority": task.metrics(labels, [majority] * len(labels)),
+            "seconds": round(time.perf_counter() - started, 2),
+            "train_seconds": round(train_seconds, 2),
+            "train_loss": trained.metrics[f"train_loss/{_ADAPTER}"],
+            "recipe": recipe.name,
+            "steps": trainer.steps_of(_ADAPTER),
+            "seed": self.seed,
+            "train_examples": len(one.train),
+            "test_rows": len(one.test),
+            "trainable_parameters": sum(parameter.numel() for parameter in model.adapter_parameters(_ADAPTER)),
+            "model": self.base.name_or_path,
+            "task": task.name,
+        }
+        results = write(folder, model, _ADAPTER, task, recipe, results)
+        Calibration.fit(checked, labels).save(folder)
+        write_predictions(folder / PREDICTIONS_NAME, one.test, [prediction.best for prediction in found])
+        return results
+
+    def _adapted(self, labels: list[str] | None) -> IA3Model:
+        """The base model with an adapter that has learned nothing."""
+        from ia3.config import TaskType
+        from ia3.pretrained import load_base, task_type
+
+        if self.base is None or task_type(self.base) == TaskType.SEQ_CLS:
+            self.base, self.tokenizer = load_base(self.name, labels)
+            self.model: Any = None
+        if self.model is not None:
+            self.base = self.model.unload()
+        self.model = with_adapters(self.base, [_ADAPTER], self.recipe.init)
+        return self.model
+
+
+def _fill(bars: Progress, bar: Any, note: str) -> None:
+    """Show a bar as full, also where all folds stopped early."""
+    [task] = [task for task in bars.tasks if task.id == bar]
+    bars.update(bar, total=max(task.completed, 1), completed=max(task.completed, 1), note=note)
+
+
+def _print_table(out: Console, results: Mapping[str, dict[str, Any]], means: Mapping[str, float], folds: int) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"RAFT: macro-F1 on training rows, {folds}-fold cross-validated")
+    for name in ("task", "macro-F1", "majority class", "test rows", "seconds"):
+        table.add_column(name, justify="left" if name == "task" else "right")
+    for name, its in results.items():
+        scores = (its["cross_validation"]["macro_f1"], its["majority"]["macro_f1"])
+        table.add_row(name, *(f"{score:.1%}" for score in scores), str(its["test_rows"]), f"{its['seconds']:.0f}")
+    rows, seconds = (sum(its[key] for its in results.values()) for key in ("test_rows", "seconds"))
+    shown_means = (f"{means[key]:.1%}" for key in ("macro_f1", "majority_macro_f1"))
+    table.add_row("mean (and sums)", *shown_means, str(rows), f"{seconds:.0f}", style="bold")
+    out.print(table)

@@ -1,0 +1,318 @@
+"""`ia3 raft`: from rows in the benchmark's columns to its leaderboard's files, on a tiny model."""
+
+import csv
+import json
+import random
+import shutil
+from collections import Counter
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import tiny
+import words
+from ia3.tfew import FleetTrainer, Task
+from ia3.tfew.raft import RAFT_TASKS, RaftTask, write_predictions
+
+FILES = [
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "calibration.json",
+    "metrics.json",
+    "predictions.csv",
+    "recipe.yaml",
+    "run.json",
+    "task.yaml",
+]
+
+
+def rows(task: Task, count: int, first: int = 0, labelled: bool = True) -> list[dict[str, str]]:
+    """Rows in the benchmark's columns; one word of a text tells the label."""
+    chance = random.Random(f"{task.name} {first}")
+    telling = [*words.GOOD, *words.BAD, *words.OTHER]
+    made = []
+    for i in range(first, first + count):
+        which = i % len(task.labels)
+        text = f"the {chance.choice(['tea', 'soup'])} was {telling[which % len(telling)]} today"
+        row = {column: text for column in task.columns} | {"ID": str(i)}
+        made.append(row | {"Label": task.labels[which]} if labelled else row)
+    return made
+
+
+def write_csv(path, some):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(some[0]))
+        writer.writeheader()
+        writer.writerows(some)
+
+
+def write_task(folder, name, train=50, test=12, unlabelled=None):
+    task = Task.embedded(name)
+    write_csv(folder / name / "train.csv", rows(task, train))
+    test_rows = rows(task, test, first=train, labelled=False)
+    write_csv(folder / name / "test_unlabeled.csv", [row | (unlabelled or {}) for row in test_rows])
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a tiny model that knows the benchmark's words, the data of four tasks, and a recipe."""
+    folder = tmp_path_factory.mktemp("raft")
+    for name in ("overruling", "semiconductor_org_types", "banking_77"):
+        write_task(folder / "data", name)
+    write_task(folder / "data", "twitter_complaints", unlabelled={"Label": "Unlabeled"})
+    texts = [words.VOCABULARY]
+    for name in RAFT_TASKS:
+        task = Task.embedded(name)
+        texts += [task.prompt(rows(task, 1)[0]).split(), *(text.split() for text in task.answers({}).values())]
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(word for text in texts for word in text))}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = dict(zip(("pad_token", "eos_token", "unk_token"), words.SPECIAL, strict=True))
+    PreTrainedTokenizerFast(tokenizer_object=made, **special).save_pretrained(folder / "model")
+    tiny.build("llama", vocab_size=len(vocabulary)).save_pretrained(folder / "model")
+    (folder / "quick.yaml").write_text("steps: 3\nbatch_size: 4\n")
+    return folder
+
+
+@pytest.fixture
+def raft(ia3, place, tmp_path):
+    """`ia3 raft` on the tiny model; options as keywords, None leaves one out."""
+
+    def run(*more, **options):
+        options = {
+            "model": place / "model",
+            "data": place / "data",
+            "tasks": "overruling,twitter_complaints",
+            "recipe": place / "quick.yaml",
+            "folds": 2,
+            "output": tmp_path / "out",
+            **options,
+        }
+        return ia3("raft", *more, **options)
+
+    return run
+
+
+def test_from_rows_to_a_submission(raft, ia3, place, tmp_path):
+    (tmp_path / "learning.yaml").write_text("steps: 40\nlearning_rate: 0.05\n")
+    code, out, err = raft(
+        "--json", tasks="overruling,semiconductor_org_types", recipe=tmp_path / "learning.yaml", seed=3, folds=5
+    )
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["output"] == str(tmp_path / "out") and list(found["tasks"]) == ["overruling", "semiconductor_org_types"]
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == {"mean": found["mean"], "tasks": found["tasks"]}
+    for name, its in found["tasks"].items():
+        folder = tmp_path / "out" / name
+        assert sorted(path.name for path in folder.iterdir()) == FILES
+        task = Task.load(folder / "task.yaml")
+        # A word tells the label: rows that no fold's adapter has seen and test rows are labelled rightly.
+        right = [row["Label"] for row in rows(task, 12, first=50)]
+        lines = (folder / "predictions.csv").read_bytes().decode().split("\n")
+        assert lines[0] == "ID,Label" and lines[-1] == "" and len(lines) == 14
+        ids, labels = zip(*(line.split(",") for line in lines[1:-1]), strict=True)
+        assert ids == tuple(str(50 + i) for i in range(12)) and set(labels) <= set(task.labels)
+        assert task.metrics(right, labels)["accuracy"] > 0.9
+        assert its["cross_validation"]["macro_f1"] > 0.9 and its["cross_validation"]["folds"] == 5
+        counts = Counter(row["Label"] for row in rows(task, 50)).most_common()
+        share = counts[0][1] / 50  # F1 of the majority is 2p / (1 + p), of the others 0
+        assert its["majority"]["macro_f1"] == pytest.approx(2 * share / (1 + share) / len(counts))
+        assert (its["train_examples"], its["test_rows"], its["seed"]) == (50, 12, 3) and its["task"] == name
+        assert "by `ia3 raft`" in (folder / "README.md").read_text() and f"{name}: 50 training rows" in err
+    scores = [its["cross_validation"]["macro_f1"] for its in found["tasks"].values()]
+    assert found["mean"]["macro_f1"] == pytest.approx(sum(scores) / 2)
+
+    # The adapter is the one that `ia3 train` makes of these rows, and `ia3 predict` says the same with it.
+    name = "semiconductor_org_types"
+    code, _, err = ia3(
+        "train",
+        model=place / "model",
+        task=name,
+        data=place / "data" / name / "train.csv",
+        examples_per_label=0,
+        recipe=tmp_path / "learning.yaml",
+        seed=3,
+        output=tmp_path / "trained",
+    )
+    assert code == 0, err
+    ours, alone = (load_file(path / "adapter_model.safetensors") for path in (tmp_path / "out" / name, tmp_path / "trained"))
+    assert all(torch.equal(ours[key], alone[key]) for key in alone)
+    test = place / "data" / name / "test_unlabeled.csv"
+    code, out, _ = ia3("predict", tmp_path / "out" / name, "--json", data=test)
+    predicted = list(csv.DictReader((tmp_path / "out" / name / "predictions.csv").open()))
+    assert code == 0 and [item["label"] for item in json.loads(out)] == [row["Label"] for row in predicted]
+
+
+def test_the_table(raft):
+    code, out, err = raft()
+    assert code == 0, err
+    for text in ("2-fold", "overruling", "twitter_complaints", "majority class", "mean", "24", "Training", "loss"):
+        assert text in out
+    assert "not comparable" not in out
+
+
+def test_all_77_answers_and_all_three_terms(raft, tmp_path, monkeypatch):
+    """50 rows have 50 different labels: no folds can be stratified, and every question has all 77 choices."""
+    seen, weights, real = [], [], FleetTrainer.training_step
+
+    def counted(self, model, inputs, *args):
+        seen.extend(len(question.choices) for question in inputs["questions"])
+        weights.append(self._loss_weights)
+        return real(self, model, inputs, *args)
+
+    monkeypatch.setattr(FleetTrainer, "training_step", counted)
+    code, out, err = raft("--json", tasks="banking_77", folds=5)
+    assert code == 0, err
+    assert seen == [77] * (3 * 4 * 6)  # steps, rows, five folds and the whole
+    assert {tuple(its.values()) for its in weights} == {(1.0, 1.0, 1.0, 1.0)}
+    found = json.loads(out)["tasks"]["banking_77"]
+    assert 0 <= found["cross_validation"]["macro_f1"] <= 1 and found["majority"]["accuracy"] == 0.02
+    task = Task.load(tmp_path / "out" / "banking_77" / "task.yaml")
+    labels = [row["Label"] for row in csv.DictReader((tmp_path / "out" / "banking_77" / "predictions.csv").open())]
+    assert len(labels) == 12 and set(labels) <= set(task.labels) and "Refund_not_showing_up" in task.labels
+
+
+def test_finished_tasks_are_not_repeated(raft, place, tmp_path, monkeypatch):
+    train = FleetTrainer.train
+
+    def interrupted(self, *args, **kwargs):
+        if "twitter_complaints" in str(self.args.output_dir):
+            raise KeyboardInterrupt
+        return train(self, *args, **kwargs)
+
+    monkeypatch.setattr(FleetTrainer, "train", interrupted)
+    code, _, err = raft()
+    assert code == 130 and "same command and --resume" in err
+    first = {path: path.read_bytes() for path in (tmp_path / "out" / "overruling").iterdir()}
+    assert sorted(path.name for path in first) == FILES
+    assert not (tmp_path / "out" / "twitter_complaints" / "predictions.csv").exists()
+    trained = []
+    monkeypatch.setattr(FleetTrainer, "train", lambda self, *a, **k: trained.append(self) or train(self, *a, **k))
+    for changes, message in (({"folds": 3}, "'folds'"), ({"seed": 1}, "'seed'"), ({"recipe": "small"}, "'recipe'")):
+        code, _, err = raft("--resume", **changes)
+        assert code == 2 and f"found another {message};" in err
+    shutil.copytree(place / "data", tmp_path / "data")
+    write_task(tmp_path / "data", "overruling", train=49, test=11)
+    code, _, err = raft("--resume", data=tmp_path / "data")
+    assert code == 2 and "'training rows', 'test rows'" in err and trained == []
+    code, out, _ = raft("--resume", "--json")
+    assert code == 0 and len(trained) == 2 and list(json.loads(out)["tasks"]) == ["overruling", "twitter_complaints"]
+    assert {path: path.read_bytes() for path in (tmp_path / "out" / "overruling").iterdir()} == first
+    assert raft(output=tmp_path / "whole")[0] == 0
+    for name in ("predictions.csv", "adapter_model.safetensors", "calibration.json"):
+        both = (tmp_path / folder / "twitter_complaints" / name for folder in ("out", "whole"))
+        assert len({path.read_bytes() for path in both}) == 1
+    # Another task can join, and without --resume all are done anew.
+    before = len(trained)
+    assert raft("--resume", tasks="semiconductor_org_types,overruling")[0] == 0 and len(trained) == before + 2
+    assert raft(tasks="overruling")[0] == 0 and len(trained) == before + 4
+
+
+def test_one_that_is_done_anew_is_unfinished_until_it_is_done(raft, tmp_path, monkeypatch):
+    import ia3.tfew
+
+    assert raft(tasks="overruling")[0] == 0
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ia3.tfew, "predict", interrupted)
+    assert raft(tasks="overruling")[0] == 130
+    assert not (tmp_path / "out" / "overruling" / "run.json").exists()
+
+
+def test_another_number_of_rows_is_said(raft, tmp_path):
+    write_task(tmp_path / "data", "overruling", train=20)
+    code, out, _ = raft(tasks="overruling", data=tmp_path / "data")
+    assert code == 0 and "RAFT has 50 training rows for each task, here overruling has 20: not comparable." in out
+
+
+def test_an_encoder_gets_a_head_for_each_task(raft, place, tmp_path):
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(place / "model")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    bert = tiny.classifier(vocab_size=len(tokenizer), max_position_embeddings=128)
+    bert.base_model.save_pretrained(tmp_path / "bert")
+    code, _, err = raft(model=tmp_path / "bert", tasks="overruling,semiconductor_org_types")
+    assert code == 0, err
+    for name, count in (("overruling", 2), ("semiconductor_org_types", 3)):
+        assert sorted(path.name for path in (tmp_path / "out" / name).iterdir()) == FILES
+        heads = [value.shape[0] for value in load_file(tmp_path / "out" / name / "adapter_model.safetensors").values()]
+        assert count in heads
+
+
+def test_starts_from_other_vectors(raft, place, tmp_path):
+    assert raft(tasks="overruling", output=tmp_path / "first")[0] == 0
+    (tmp_path / "still.yaml").write_text("steps: 1\nlearning_rate: 1.0e-12\n")
+    start = tmp_path / "first" / "overruling"
+    assert raft(recipe=tmp_path / "still.yaml", init=start)[0] == 0
+    first = load_file(start / "adapter_model.safetensors")
+    for name in ("overruling", "twitter_complaints"):  # the second starts anew, not where the first ended
+        found = load_file(tmp_path / "out" / name / "adapter_model.safetensors")
+        assert all(torch.allclose(found[key], first[key], atol=1e-6) for key in first)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"tasks": "ade_corpus"}, "Expected a task of RAFT, found 'ade_corpus'; close to it: 'ade_corpus_v2'"),
+        ({"tasks": ", "}, "different tasks with commas"),
+        ({"tasks": "overruling,overruling"}, "different tasks with commas"),
+        ({"data": "nowhere"}, "folder with RAFT's data, found no 'nowhere'"),
+        ({"tasks": "ade_corpus_v2"}, "ade_corpus_v2/train.csv'"),
+        ({"recipe": "huge"}, "recipe of paper, small"),
+        ({"model": "./nowhere"}, "no './nowhere' here"),
+    ],
+)
+def test_bad_options(raft, tmp_path, changes, message):
+    code, _, err = raft(**changes)
+    assert code == 2 and message in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_tasks_are_read_before_one_is_run(raft):
+    code, _, err = raft(tasks=None)
+    assert code == 2 and "ade_corpus_v2" in err and err.count("\n") == 1
+
+
+def without(name):
+    return lambda row: {key: value for key, value in row.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    "file, change, message",
+    [
+        ("train.csv", without("Sentence"), "RAFT's overruling, training rows: The template names 'Sentence'"),
+        ("train.csv", without("Label"), "training rows: Expected a label column 'Label'"),
+        ("train.csv", lambda row: row | {"Label": "Unlabeled"}, "found 'Unlabeled' (row 1)"),
+        ("test_unlabeled.csv", without("Sentence"), "test rows: The template names 'Sentence'"),
+        ("test_unlabeled.csv", without("ID"), "test rows: expected a column 'ID', found 'Sentence'"),
+        ("test_unlabeled.csv", lambda row: row | {"ID": ""}, "IDs that differ, found an empty one (row 1)"),
+        ("test_unlabeled.csv", lambda row: row | {"ID": "7"}, "IDs that differ, found '7' twice (row 2)"),
+    ],
+)
+def test_bad_files(raft, tmp_path, file, change, message):
+    write_task(tmp_path / "data", "overruling")
+    path = tmp_path / "data" / "overruling" / file
+    write_csv(path, [change(row) for row in csv.DictReader(path.open())])
+    code, _, err = raft(tasks="overruling", data=tmp_path / "data")
+    assert code == 2 and message in err and err.count("\n") == 1
+    path.unlink()
+    code, _, err = raft(tasks="overruling", data=tmp_path / "data")
+    assert code == 2 and f"{file}'" in err
+
+
+def test_in_python(place, tmp_path):
+    one = RaftTask.load("twitter_complaints", place / "data")
+    assert (len(one.train), len(one.test)) == (50, 12) and one.task.metric == "macro_f1"
+    labels = ["complaint, perhaps", *["no complaint"] * 11]
+    write_predictions(tmp_path / "twitter_complaints" / "predictions.csv", one.test, labels)
+    text = (tmp_path / "twitter_complaints" / "predictions.csv").read_text()
+    assert text.startswith('ID,Label\n50,"complaint, perhaps"\n51,no complaint\n') and text.endswith("61,no complaint\n")
+    assert len(RAFT_TASKS) == len(set(RAFT_TASKS)) == 11
+    for name in RAFT_TASKS:
+        assert Task.embedded(name).label_column == "Label"
