@@ -38,7 +38,7 @@ def rows(task: Task, count: int, first: int = 0, labelled: bool = True) -> list[
     for i in range(first, first + count):
         which = i % len(task.labels)
         text = f"the {chance.choice(['tea', 'soup'])} was {telling[which % len(telling)]} today"
-        row = {column: text for column in task.columns} | {"ID": str(i)}
+        row = dict.fromkeys(task.columns, text) | {"ID": str(i)}
         made.append(row | {"Label": task.labels[which]} if labelled else row)
     return made
 
@@ -105,8 +105,14 @@ def test_from_rows_to_a_submission(raft, ia3, place, tmp_path):
     )
     assert code == 0, err
     found = json.loads(out)
-    assert found["output"] == str(tmp_path / "out") and list(found["tasks"]) == ["overruling", "semiconductor_org_types"]
-    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == {"mean": found["mean"], "tasks": found["tasks"]}
+    assert found["output"] == str(tmp_path / "out") and list(found["tasks"]) == [
+        "overruling",
+        "semiconductor_org_types",
+    ]
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == {
+        "mean": found["mean"],
+        "tasks": found["tasks"],
+    }
     for name, its in found["tasks"].items():
         folder = tmp_path / "out" / name
         assert sorted(path.name for path in folder.iterdir()) == FILES
@@ -140,7 +146,9 @@ def test_from_rows_to_a_submission(raft, ia3, place, tmp_path):
         output=tmp_path / "trained",
     )
     assert code == 0, err
-    ours, alone = (load_file(path / "adapter_model.safetensors") for path in (tmp_path / "out" / name, tmp_path / "trained"))
+    ours, alone = (
+        load_file(path / "adapter_model.safetensors") for path in (tmp_path / "out" / name, tmp_path / "trained")
+    )
     assert all(torch.equal(ours[key], alone[key]) for key in alone)
     test = place / "data" / name / "test_unlabeled.csv"
     code, out, _ = ia3("predict", tmp_path / "out" / name, "--json", data=test)
@@ -312,7 +320,9 @@ def test_in_python(place, tmp_path):
     labels = ["complaint, perhaps", *["no complaint"] * 11]
     write_predictions(tmp_path / "twitter_complaints" / "predictions.csv", one.test, labels)
     text = (tmp_path / "twitter_complaints" / "predictions.csv").read_text()
-    assert text.startswith('ID,Label\n50,"complaint, perhaps"\n51,no complaint\n') and text.endswith("61,no complaint\n")
+    assert text.startswith('ID,Label\n50,"complaint, perhaps"\n51,no complaint\n') and text.endswith(
+        "61,no complaint\n"
+    )
     assert len(RAFT_TASKS) == len(set(RAFT_TASKS)) == 11
     for name in RAFT_TASKS:
         assert Task.embedded(name).label_column == "Label"

@@ -35,9 +35,9 @@ class TestRecipe:
         assert Recipe.load(tmp_path / "recipe.yaml") == recipe
 
     def test_a_file_with_some_fields(self, tmp_path):
-        (tmp_path / "mine.yaml").write_text("learning_rate: 0.01\nearly_stopping: {loss: 0.1}\n")
+        (tmp_path / "mine.yaml").write_text("learning_rate: 0.01\nearly_stopping: {floor: 0.1}\n")
         recipe = Recipe.load(tmp_path / "mine.yaml")
-        assert recipe == Recipe(name="mine", learning_rate=0.01, early_stopping=EarlyStopping(loss=0.1))
+        assert recipe == Recipe(name="mine", learning_rate=0.01, early_stopping=EarlyStopping(floor=0.1))
 
     def test_arguments_win(self, tmp_path):
         assert Recipe().training_arguments(tmp_path, max_steps=3).max_steps == 3
@@ -51,7 +51,7 @@ class TestRecipe:
             ("step: 3", "step: Extra inputs"),
             ("- a", "found list"),
             ("a: [", "Expected YAML"),
-            ("early_stopping: {loss: 0}", "early_stopping.loss"),
+            ("early_stopping: {floor: 0}", "early_stopping.floor"),
         ],
     )
     def test_bad_files(self, tmp_path, text, message):
@@ -159,7 +159,7 @@ class Losses(transformers.TrainerCallback):
             self.seen.append(logs["loss"])
 
 
-FLOOR = Recipe(steps=60, early_stopping=EarlyStopping(loss=3.75, steps=3))
+FLOOR = Recipe(steps=60, early_stopping=EarlyStopping(floor=0.67, steps=3))
 
 
 class TestEarlyStopping:
@@ -216,7 +216,7 @@ class TestEarlyStopping:
 
     @given(st.lists(st.floats(0, 2), max_size=30), st.floats(0.1, 2), st.integers(1, 5))
     def test_the_rule(self, losses, floor, steps):
-        stop = StopAtFloor(EarlyStopping(loss=floor, steps=steps), [None])
+        stop = StopAtFloor(EarlyStopping(floor=floor, steps=steps), [None])
         control, state = transformers.TrainerControl(), transformers.TrainerState()
         ended = None
         for step, loss in enumerate(losses, 1):

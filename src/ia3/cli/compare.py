@@ -411,7 +411,9 @@ def draw(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> None:
             axes.plot([cost, again], [accuracy, accuracy], ":", color=color, linewidth=1)
             axes.plot(again, accuracy, marker, color=color, markerfacecolor="white", markersize=8)
         axes.plot(cost, accuracy, marker, color=color, markersize=14 if marker == "*" else 8)
-        axes.annotate(row["method"], (cost, accuracy), xytext=(6, -14 if marker == "*" else 6), textcoords="offset points")
+        axes.annotate(
+            row["method"], (cost, accuracy), xytext=(6, -14 if marker == "*" else 6), textcoords="offset points"
+        )
     axes.set_xscale("log")
     axes.margins(0.2)
     axes.set_xlabel("FLOPs an example at inference (hollow: shots read again for each example)")

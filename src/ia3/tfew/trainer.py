@@ -146,14 +146,11 @@ class TFewTrainer(Trainer):
     ) -> Any:
         """T-Few's loss of a batch; with `return_outputs`, the index of the best-scoring choice of each question too."""
         losses, best = self._losses(model, inputs)
-        if model.training and self.stopping.rule is not None:
-            self.stopping.add({name: self._mean(loss) for name, loss in losses.items()})
         total = torch.stack(list(losses.values())).sum()
         return (total, best) if return_outputs else total
 
     def _mean(self, loss: torch.Tensor) -> float:
-        """A batch's loss over all processes and, as each of its parts gives a share, over an optimizer step."""
-        loss = loss.detach()
+        """A batch's term of the loss over all processes and, as each of its parts gives a share, over an optimizer step."""
         if self.args.world_size > 1:
             loss = self.accelerator.reduce(loss, "mean")  # type: ignore[assignment]
         return float(loss) / self.args.gradient_accumulation_steps
@@ -163,6 +160,7 @@ class TFewTrainer(Trainer):
         questions: list[Question] = inputs["questions"]
         best = torch.empty_like(inputs["label"])
         losses: dict[str | None, list[torch.Tensor]] = {}
+        doubts: dict[str | None, list[torch.Tensor]] = {}
         # The loss is a mean, so that the parts of a batch add up: parts of similar length, of which little is padding.
         for group in batches(questions):
             asked = [questions[i] for i in group]
@@ -172,12 +170,16 @@ class TFewTrainer(Trainer):
             for name, rows in _by_adapter(asked).items():
                 mine = log_probs[rows], part["mask"][rows], part["label"][rows]
                 share = len(mine[0]) / inputs["counts"][name]
-                losses.setdefault(name, []).append(tfew_loss(*mine, **self._loss_weights).total * share)
+                loss = tfew_loss(*mine, **self._loss_weights)
+                losses.setdefault(name, []).append(loss.total * share)
+                doubts.setdefault(name, []).append(loss.length_normalized.detach() * share)
             scores = normalized_scores(log_probs.detach(), part["mask"], self.recipe.length_normalization)
             found = [
                 question.listed(choice) for question, choice in zip(asked, scores.argmax(-1).tolist(), strict=True)
             ]
             best[group] = torch.tensor(found, device=best.device)
+        if model.training and self.stopping.rule is not None:
+            self.stopping.add({name: self._mean(torch.stack(parts).sum()) for name, parts in doubts.items()})
         return {name: torch.stack(parts).sum() for name, parts in losses.items()}, best
 
     def prediction_step(
@@ -195,7 +197,7 @@ class TFewTrainer(Trainer):
 
 
 class StopAtFloor(TrainerCallback, ExportableState):
-    """Stops each learner when its loss has stayed at the floor, and training when all have stopped.
+    """Stops each learner when the term that it has to choose by has stayed at the floor, and training when all have.
 
     Args:
         rule: what the floor is; None: nobody stops.
@@ -210,7 +212,7 @@ class StopAtFloor(TrainerCallback, ExportableState):
         self._last: dict[str | None, list[float]] = {name: [] for name in learners}
 
     def add(self, losses: Mapping[str | None, float]) -> None:
-        """Parts of the current step's loss."""
+        """Parts of the current step's length-normalized term."""
         for name, loss in losses.items():
             self._step[name] = self._step.get(name, 0.0) + loss
 
@@ -232,7 +234,7 @@ class StopAtFloor(TrainerCallback, ExportableState):
         if self.rule is not None:
             for name, loss in self._step.items():
                 last = self._last[name] = [*self._last[name], loss][-self.rule.steps :]
-                if len(last) == self.rule.steps and sum(last) / len(last) <= self.rule.loss:
+                if len(last) == self.rule.steps and sum(last) / len(last) <= self.rule.floor:
                     self.stopped.setdefault(name, state.global_step)
             if len(self.stopped) == len(self.learners):
                 control.should_training_stop = True
