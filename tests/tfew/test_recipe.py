@@ -148,28 +148,25 @@ class TestTemplates:
         assert torch.equal(vectors(whole.model), vectors(resumed.model))
 
 
-class Losses(transformers.TrainerCallback):
-    """The loss of each step."""
-
-    def __init__(self):
-        self.seen = []
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" in logs:
-            self.seen.append(logs["loss"])
-
-
-FLOOR = Recipe(steps=60, early_stopping=EarlyStopping(floor=0.67, steps=3))
+FLOOR = Recipe(steps=60, early_stopping=EarlyStopping(floor=0.655, steps=3))
 
 
 class TestEarlyStopping:
     def test_training_ends_when_the_loss_has_stayed_at_its_floor(self, tmp_path):
-        losses = Losses()
-        run = lone(tmp_path, FLOOR, callbacks=[losses])
+        run, seen = lone(tmp_path, FLOOR), []
+        add = run.stopping.add
+        run.stopping.add = lambda terms: (seen.append(terms[None]), add(terms))  # type: ignore[method-assign]
         run.train()
-        means = [sum(losses.seen[i - 3 : i]) / 3 for i in range(3, len(losses.seen) + 1)]
-        assert 3 < run.state.global_step < 60 and len(losses.seen) == run.state.global_step
-        assert means[-1] <= 3.75 + 1e-3 and all(mean > 3.75 - 1e-3 for mean in means[:-1])  # logs are rounded
+        means = [sum(seen[i - 3 : i]) / 3 for i in range(3, len(seen) + 1)]
+        assert 3 < run.state.global_step < 60 and len(seen) == run.state.global_step
+        assert means[-1] <= 0.655 and all(mean > 0.655 for mean in means[:-1])
+
+    def test_the_term_that_is_looked_at_is_the_length_normalized_one(self, tmp_path):
+        only = FLOOR.changed(likelihood=0.0, unlikelihood=0.0, steps=1)
+        run, seen = lone(tmp_path, only), []
+        run.stopping.add = lambda terms: seen.append(terms[None])  # type: ignore[method-assign]
+        run.train()
+        assert seen == pytest.approx([run.state.log_history[0]["loss"]], rel=1e-3)
 
     def test_without_a_rule_all_steps_are_made(self, tmp_path):
         run = lone(tmp_path, Recipe(steps=5))
