@@ -218,8 +218,7 @@ class _Bench:
             "model": self.base.name_or_path,
             "task": task.name,
         }
-        results = write(folder, model, _ADAPTER, task, recipe, results)
-        Calibration.fit(checked, labels).save(folder)
+        results = write(folder, model, _ADAPTER, task, recipe, results, Calibration.fit(checked, labels))
         write_predictions(folder / PREDICTIONS_NAME, one.test, [prediction.best for prediction in found])
         return results
 

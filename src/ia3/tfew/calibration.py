@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,7 +147,8 @@ def cross_validate(
 ) -> list[Prediction]:
     """Predictions for labelled rows by adapters that have not seen them: each fold's by one trained on the others.
 
-    Folds are stratified. The adapters are trained all at once, each as a run alone would, and removed at the end.
+    Folds are stratified, where a label has as many rows as there are folds. The adapters are trained all at once, each as
+    a run alone would, and removed at the end.
 
     Args:
         model: gets an adapter for each fold, for the time; its own keep their state.
@@ -165,26 +167,29 @@ def cross_validate(
     Raises:
         InputError: more folds than rows, fewer than two, or a fold whose other rows show one label only.
     """
-    from sklearn.model_selection import StratifiedKFold
+    from sklearn.model_selection import KFold, StratifiedKFold
     from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
     from ia3.config import IA3Config
     from ia3.pretrained import task_type
+    from ia3.tfew.choices import base_of
     from ia3.tfew.fleet import FleetTrainer, Member
     from ia3.tfew.predict import predict
 
     if not 2 <= folds <= len(rows):
         raise InputError(f"Expected from 2 folds to as many as there are rows ({len(rows)}), found {folds}.")
     labels = [task.label(row, number) for number, row in enumerate(rows, 1)]
+    # Where all labels have fewer rows than there are folds, there is nothing to balance.
+    kind = StratifiedKFold if max(Counter(labels).values()) >= folds else KFold
     with warnings.catch_warnings():  # a label with fewer rows than folds is missing in some: that is all right
         warnings.simplefilter("ignore", UserWarning)
-        parts = list(StratifiedKFold(folds, shuffle=True, random_state=seed).split(labels, labels))
+        parts = list(kind(folds, shuffle=True, random_state=seed).split(labels, labels))
     names = [f"fold{number}" for number in range(folds)]
     active = model.active_adapters
     try:
         for name in names:
             if recipe.init is None:
-                model.add_adapter(name, IA3Config(task_type=task_type(model)))
+                model.add_adapter(name, IA3Config(task_type=task_type(base_of(model))))
             else:
                 model.load_adapter(recipe.init, name, is_trainable=True)
         members = [
