@@ -41,6 +41,7 @@ def test_every_block_is_named_once_and_run_here_or_by_ci():
         "train", "template", "python", "peft", "modules", "rule", "several", "mixed", "bank", "auto", "convert",
         "families", "task.yaml", "task", "task-python", "pairs.yaml", "cause.yaml", "endings.yaml", "tasks",
         "prompts-python", "fleet", "fleet-python", "compare", "compare-python",
+        "pretrain", "pretrain-python", "raft",
     }  # fmt: skip
 
 
@@ -69,10 +70,22 @@ def place(tmp_path_factory):
     (hub / "adapter_config.json").write_text(json.dumps({"config": method, "name": "sentiment", "model_type": "bert"}))
     name = "bert.encoder.layer.0.attention.self.key.loras.sentiment.lora_B"
     torch.save({name: torch.ones(8, 1)}, hub / "pytorch_adapter.bin")
+    (folder / "quick.yaml").write_text("steps: 2\n")
+    for name, column, labels in (
+        ("overruling", "Sentence", ("overruling", "not overruling")),
+        ("twitter_complaints", "Tweet text", ("complaint", "no complaint")),
+    ):
+        (folder / "raft" / name).mkdir(parents=True)
+        train = [f"{row['text']},{i},{labels[i % 2]}" for i, row in enumerate(words.rows(50))]
+        (folder / "raft" / name / "train.csv").write_text(f"{column},ID,Label\n" + "\n".join(train))
+        test = [f"{row['text']},{50 + i}" for i, row in enumerate(words.rows(10))]
+        (folder / "raft" / name / "test_unlabeled.csv").write_text(f"{column},ID\n" + "\n".join(test))
     return folder
 
 
-@pytest.mark.parametrize("name", ["train", "template", "convert", "task", "fleet", "tasks", "compare"])
+@pytest.mark.parametrize(
+    "name", ["train", "template", "convert", "task", "fleet", "tasks", "compare", "pretrain", "raft"]
+)
 def test_commands(name, place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     commands = re.split(r"\n(?=ia3 )", blocks("example")[name].strip())
@@ -81,13 +94,20 @@ def test_commands(name, place, monkeypatch, capsys):
         assert program == "ia3"
         if arguments[:2] == ["compare", "--adapter"]:
             arguments += ["--model", "model"]
-        elif arguments[0] in ("train", "compare"):  # the tiny model learns in a moment
+        elif arguments[0] in ("train", "pretrain", "compare"):  # the tiny model learns in a moment
             arguments += ["--model", "model", "--steps", "2"]
+        if arguments[0] == "raft":
+            arguments += ["--model", "model", "--recipe", "quick.yaml"]
         with pytest.raises(SystemExit) as ended:
             main(arguments)
         assert not ended.value.code, capsys.readouterr().err
     if name == "train":
         assert (place / "labelled.csv").is_file() and (place / "tickets-model" / "config.json").is_file()
+    if name == "pretrain":
+        assert (place / "adapters" / "from-start" / "adapter_model.safetensors").is_file()
+    if name == "raft":
+        lines = (place / "raft-results" / "overruling" / "predictions.csv").read_text().splitlines()
+        assert lines[0] == "ID,Label" and lines[-1].startswith("59,") and len(lines) == 11
     if name == "task":
         assert json.loads((place / "adapters" / "tickets" / "metrics.json").read_text())["task"] == "tickets"
 
@@ -181,6 +201,14 @@ def test_an_encoder_in_python(place, monkeypatch, capsys):
     assert "Prediction(" in capsys.readouterr().out
     names = safetensors.torch.load_file(place / "adapters" / "encoder" / "adapter_model.safetensors")
     assert any("classifier" in name for name in names)
+
+
+def test_pretraining_in_python(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    code = blocks("example")["pretrain-python"]
+    exec(compile(code.replace("steps=1000", "steps=2"), "pretrain-python", "exec"), {})
+    assert "{'tickets': 0.5, 'urgency': 0.5}" in capsys.readouterr().out
+    assert (place / "adapters" / "start-python" / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ def rows(task: Task, count: int, first: int = 0, labelled: bool = True) -> list[
     made = []
     for i in range(first, first + count):
         which = i % len(task.labels)
-        text = f"the {chance.choice(['tea', 'soup'])} was {telling[which % len(telling)]} today"
+        text = f"the {chance.choice(['tea', 'soup'])} was" + 12 * f" {telling[which % len(telling)]}"
         row = dict.fromkeys(task.columns, text) | {"ID": str(i)}
         made.append(row | {"Label": task.labels[which]} if labelled else row)
     return made
@@ -99,9 +99,9 @@ def raft(ia3, place, tmp_path):
 
 
 def test_from_rows_to_a_submission(raft, ia3, place, tmp_path):
-    (tmp_path / "learning.yaml").write_text("steps: 40\nlearning_rate: 0.05\n")
+    (tmp_path / "learning.yaml").write_text("steps: 60\nlearning_rate: 0.1\n")
     code, out, err = raft(
-        "--json", tasks="overruling,semiconductor_org_types", recipe=tmp_path / "learning.yaml", seed=3, folds=5
+        "--json", tasks="overruling,semiconductor_org_types", recipe=tmp_path / "learning.yaml", seed=3, folds=3
     )
     assert code == 0, err
     found = json.loads(out)
@@ -124,7 +124,7 @@ def test_from_rows_to_a_submission(raft, ia3, place, tmp_path):
         ids, labels = zip(*(line.split(",") for line in lines[1:-1]), strict=True)
         assert ids == tuple(str(50 + i) for i in range(12)) and set(labels) <= set(task.labels)
         assert task.metrics(right, labels)["accuracy"] > 0.9
-        assert its["cross_validation"]["macro_f1"] > 0.9 and its["cross_validation"]["folds"] == 5
+        assert its["cross_validation"]["macro_f1"] > 0.9 and its["cross_validation"]["folds"] == 3
         counts = Counter(row["Label"] for row in rows(task, 50)).most_common()
         share = counts[0][1] / 50  # F1 of the majority is 2p / (1 + p), of the others 0
         assert its["majority"]["macro_f1"] == pytest.approx(2 * share / (1 + share) / len(counts))
