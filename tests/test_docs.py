@@ -41,7 +41,7 @@ def test_every_block_is_named_once_and_run_here_or_by_ci():
         "train", "template", "python", "peft", "modules", "rule", "several", "mixed", "bank", "auto", "convert",
         "families", "task.yaml", "task", "task-python", "pairs.yaml", "cause.yaml", "endings.yaml", "tasks",
         "prompts-python", "fleet", "fleet-python", "compare", "compare-python",
-        "pretrain", "pretrain-python", "raft",
+        "pretrain", "pretrain-python", "raft", "mine.yaml", "recipe", "recipe-python",
     }  # fmt: skip
 
 
@@ -71,6 +71,7 @@ def place(tmp_path_factory):
     name = "bert.encoder.layer.0.attention.self.key.loras.sentiment.lora_B"
     torch.save({name: torch.ones(8, 1)}, hub / "pytorch_adapter.bin")
     (folder / "quick.yaml").write_text("steps: 2\n")
+    (folder / "mine.yaml").write_text(blocks("example")["mine.yaml"])
     for name, column, labels in (
         ("overruling", "Sentence", ("overruling", "not overruling")),
         ("twitter_complaints", "Tweet text", ("complaint", "no complaint")),
@@ -84,7 +85,7 @@ def place(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "name", ["train", "template", "convert", "task", "fleet", "tasks", "compare", "pretrain", "raft"]
+    "name", ["train", "template", "convert", "task", "fleet", "tasks", "compare", "pretrain", "raft", "recipe"]
 )
 def test_commands(name, place, monkeypatch, capsys):
     monkeypatch.chdir(place)
@@ -192,6 +193,13 @@ def test_a_fleet_in_python(place, monkeypatch, capsys):
     exec(compile(code.replace("steps=40", "steps=2"), "fleet-python", "exec"), {})
     assert "Prediction(label=" in capsys.readouterr().out
     assert (place / "adapters" / "seeds" / "seed-2" / "adapter_model.safetensors").is_file()
+
+
+def test_a_recipe_in_python(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    code = blocks("example")["recipe-python"]
+    exec(compile(code.replace("steps=40", "steps=2"), "recipe-python", "exec"), {})
+    assert "Prediction(label=" in capsys.readouterr().out
 
 
 def test_an_encoder_in_python(place, monkeypatch, capsys):

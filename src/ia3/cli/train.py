@@ -94,7 +94,7 @@ def train(
     learning_rates: str | None = typer.Option(
         None,
         "--learning-rates",
-        help="Several, an adapter for each: 1e-3,3e-3. All train at once. \\[default: the recipe's, 3e-3]",
+        help="Several, an adapter for each: 1e-3,3e-3. All train at once. \\[default: the recipe's]",
         show_default=False,
     ),
     folds: int = typer.Option(
