@@ -52,3 +52,25 @@ def locate(path: str | os.PathLike, filename: str, subfolder: str | None = None,
         raise InputError(
             f"Can't find {filename!r} at {str(path)!r}: no such folder here, and the hub answered: {reason(error)}"
         ) from error
+
+
+def read_fields(path: Path, loader: Any, such_as: str) -> dict[str, Any]:
+    """The fields of a YAML file.
+
+    Args:
+        path: the file, which is there.
+        loader: PyYAML's class for it.
+        such_as: names of fields, for an error message.
+
+    Raises:
+        InputError: no YAML, or no mapping.
+    """
+    import yaml
+
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"Expected YAML in {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"Expected fields such as {such_as} in {path}, found {type(values).__name__}.")
+    return values

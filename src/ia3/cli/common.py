@@ -15,6 +15,7 @@ import typer
 
 from ia3.config import CONFIG_NAME, IA3Config, TaskType
 from ia3.errors import InputError, shown
+from ia3.pretrained import EMBEDDED_MODEL
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,6 +38,41 @@ ModelOption = typer.Option(
     "-m",
     help="Base model: a folder, a hub id or 'smollm2'. \\[default: the adapter's own]",
     show_default=False,
+)
+TextColumnOption = typer.Option(
+    None, help="Column with the text. \\[default: 'text', or the only other one]", show_default=False
+)
+LabelColumnOption = typer.Option(None, help="Column with the label. \\[default: 'label']", show_default=False)
+TestDataOption = typer.Option(
+    None,
+    "--test-data",
+    help="Labelled rows to measure on. \\[default: the task's, else rows of --data that training leaves over]",
+    show_default=False,
+)
+TemplateOption = typer.Option(
+    None,
+    help="Jinja template of the prompt, such as '{{ text }} Sentiment:'. \\[default: made from column and labels]",
+    show_default=False,
+)
+ChoicesOption = typer.Option(
+    None, help="Answer text of each label: 'label=text,label=text'. \\[default: the labels]", show_default=False
+)
+ExamplesOption = typer.Option(
+    16, min=0, help="Training examples of each label, drawn at random; 0: all rows, as they are."
+)
+TestRowsOption = typer.Option(200, min=0, help="Measure on at most so many test rows, drawn at random; 0: on all.")
+RecipeOption = typer.Option(
+    None,
+    "--recipe",
+    help="How to train: 'paper', 'small' or a recipe.yaml. \\[default: small for models under 1B, else paper]",
+    show_default=False,
+)
+StepsOption = typer.Option(None, min=1, help="Optimizer steps, at most. \\[default: the recipe's]", show_default=False)
+InitOption = typer.Option(
+    None, help="Adapter to start from, a folder or hub id, such as one of ia3 pretrain.", show_default=False
+)
+BaseOption = typer.Option(
+    EMBEDDED_MODEL, "--model", "-m", help="Base model: a folder, a hub id or 'smollm2' (embedded)."
 )
 JsonOption = typer.Option(False, "--json", help="Print machine-readable JSON on standard output and nothing else.")
 

@@ -12,7 +12,25 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ia3.cli.common import TASK_NAME, JsonOption, console, load_base_of, print_json, progress, quiet, recipe_for
+from ia3.cli.common import (
+    TASK_NAME,
+    ChoicesOption,
+    ExamplesOption,
+    JsonOption,
+    LabelColumnOption,
+    RecipeOption,
+    StepsOption,
+    TemplateOption,
+    TestDataOption,
+    TestRowsOption,
+    TextColumnOption,
+    console,
+    load_base_of,
+    print_json,
+    progress,
+    quiet,
+    recipe_for,
+)
 from ia3.cli.results import write_json
 from ia3.cli.run import bars_callback, with_adapters
 from ia3.cli.train import drawn, numbers, source_of
@@ -47,49 +65,27 @@ def compare(
     data: str | None = typer.Option(
         None, "--data", "-d", help="Labelled rows to draw examples from. \\[default: the task's]", show_default=False
     ),
-    text_column: str | None = typer.Option(
-        None, help="Column with the text. \\[default: 'text', or the only other one]", show_default=False
-    ),
-    label_column: str | None = typer.Option(
-        None, help="Column with the label. \\[default: 'label']", show_default=False
-    ),
+    text_column: str | None = TextColumnOption,
+    label_column: str | None = LabelColumnOption,
     task: str | None = typer.Option(
         None,
         "--task",
         help="A built-in task, or a task.yaml. \\[default: the adapter's; food reviews without --data]",
         show_default=False,
     ),
-    test_data: str | None = typer.Option(
-        None,
-        "--test-data",
-        help="Labelled rows to measure on. \\[default: the task's, else rows of --data that training leaves over]",
-        show_default=False,
-    ),
-    template: str | None = typer.Option(
-        None, help="Jinja template of the prompt. \\[default: made from column and labels]", show_default=False
-    ),
-    choices: str | None = typer.Option(
-        None, help="Answer text of each label: 'label=text,label=text'. \\[default: the labels]", show_default=False
-    ),
+    test_data: str | None = TestDataOption,
+    template: str | None = TemplateOption,
+    choices: str | None = ChoicesOption,
     shots: str | None = typer.Option(
         None, help="Examples in context: 4,8,16. \\[default: 8,16, as far as they fit]", show_default=False
     ),
     adapter: str | None = typer.Option(
         None, help="A trained adapter's folder, to measure in place of training one.", show_default=False
     ),
-    examples_per_label: int = typer.Option(
-        16, min=0, help="Training examples of each label, drawn at random, shots from among them; 0: all rows."
-    ),
-    test_rows: int = typer.Option(200, min=0, help="Measure on at most so many test rows, drawn at random; 0: on all."),
-    recipe: str | None = typer.Option(
-        None,
-        "--recipe",
-        help="How to train: 'paper', 'small' or a recipe.yaml. \\[default: small for models under 1B, else paper]",
-        show_default=False,
-    ),
-    steps: int | None = typer.Option(
-        None, min=1, help="Optimizer steps, at most. \\[default: the recipe's]", show_default=False
-    ),
+    examples_per_label: int = ExamplesOption,
+    test_rows: int = TestRowsOption,
+    recipe: str | None = RecipeOption,
+    steps: int | None = StepsOption,
     seed: int = typer.Option(0, help="Decides which examples are drawn, and their order."),
     output: Path | None = typer.Option(
         None,

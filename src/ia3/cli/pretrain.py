@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ia3.cli.common import JsonOption, console, print_json, progress, quiet
+from ia3.cli.common import BaseOption, JsonOption, console, print_json, progress, quiet
 from ia3.cli.results import write_json
 from ia3.cli.resume import begin, checkpoint_of, fingerprint, say_interrupted
 from ia3.cli.run import with_adapters
 from ia3.errors import InputError, shown
 from ia3.files import replacing
-from ia3.pretrained import EMBEDDED_MODEL
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -34,9 +33,7 @@ def pretrain(
         show_default=False,
     ),
     output: Path = typer.Option(..., "--output", "-o", help="Folder of the adapter.", show_default=False),
-    model: str = typer.Option(
-        EMBEDDED_MODEL, "--model", "-m", help="Base model: a folder, a hub id or 'smollm2' (embedded)."
-    ),
+    model: str = BaseOption,
     steps: int | None = typer.Option(
         None, min=1, help="Optimizer steps. \\[default: the recipe's, 100,000]", show_default=False
     ),

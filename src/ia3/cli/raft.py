@@ -12,12 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ia3.cli.common import JsonOption, console, print_json, progress, quiet, recipe_for
+from ia3.cli.common import (
+    BaseOption,
+    InitOption,
+    JsonOption,
+    RecipeOption,
+    console,
+    print_json,
+    progress,
+    quiet,
+    recipe_for,
+)
 from ia3.cli.results import write, write_json
 from ia3.cli.resume import RUN_NAME, fingerprint, require_same
 from ia3.cli.run import bars_callback, with_adapters
 from ia3.errors import InputError, shown
-from ia3.pretrained import EMBEDDED_MODEL
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,18 +50,9 @@ def raft(
         help="Folder with TASK/train.csv and TASK/test_unlabeled.csv. \\[default: ought/raft on the hub]",
         show_default=False,
     ),
-    model: str = typer.Option(
-        EMBEDDED_MODEL, "--model", "-m", help="Base model: a folder, a hub id or 'smollm2' (embedded)."
-    ),
-    recipe: str | None = typer.Option(
-        None,
-        "--recipe",
-        help="How to train: 'paper', 'small' or a recipe.yaml. \\[default: small for models under 1B, else paper]",
-        show_default=False,
-    ),
-    init: str | None = typer.Option(
-        None, help="Adapter to start from, a folder or hub id, such as one of ia3 pretrain.", show_default=False
-    ),
+    model: str = BaseOption,
+    recipe: str | None = RecipeOption,
+    init: str | None = InitOption,
     folds: int = typer.Option(5, min=2, help="Cross-validate on the training rows in so many parts."),
     seed: int = typer.Option(0, min=0, help="Decides the parts, and the order of examples."),
     output: Path = typer.Option(Path("adapters", "raft"), "--output", "-o", help="Folder of results."),

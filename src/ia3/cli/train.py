@@ -12,11 +12,28 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ia3.cli.common import JsonOption, console, parse_choices, print_json, quiet, recipe_for
+from ia3.cli.common import (
+    BaseOption,
+    ChoicesOption,
+    ExamplesOption,
+    InitOption,
+    JsonOption,
+    LabelColumnOption,
+    RecipeOption,
+    StepsOption,
+    TemplateOption,
+    TestDataOption,
+    TestRowsOption,
+    TextColumnOption,
+    console,
+    parse_choices,
+    print_json,
+    quiet,
+    recipe_for,
+)
 from ia3.cli.results import print_fleet_table, print_table, summary, write_json
 from ia3.cli.run import Job, Run, run_jobs
 from ia3.errors import InputError, shown
-from ia3.pretrained import EMBEDDED_MODEL
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,9 +47,7 @@ _TAKEN = ("checkpoints", "metrics.json")
 
 
 def train(
-    model: str = typer.Option(
-        EMBEDDED_MODEL, "--model", "-m", help="Base model: a folder, a hub id or 'smollm2' (embedded)."
-    ),
+    model: str = BaseOption,
     data: str | None = typer.Option(
         None,
         "--data",
@@ -40,12 +55,8 @@ def train(
         help="Labelled rows: .csv, .tsv, .jsonl, a data set's folder or hub id. \\[default: the task's]",
         show_default=False,
     ),
-    text_column: str | None = typer.Option(
-        None, help="Column with the text. \\[default: 'text', or the only other one]", show_default=False
-    ),
-    label_column: str | None = typer.Option(
-        None, help="Column with the label. \\[default: 'label']", show_default=False
-    ),
+    text_column: str | None = TextColumnOption,
+    label_column: str | None = LabelColumnOption,
     task: str | None = typer.Option(
         None,
         "--task",
@@ -55,36 +66,14 @@ def train(
     tasks: str | None = typer.Option(
         None, "--tasks", help="Several, an adapter for each: rte,cb,a.yaml. All train at once.", show_default=False
     ),
-    test_data: str | None = typer.Option(
-        None,
-        "--test-data",
-        help="Labelled rows to measure on. \\[default: the task's, else rows of --data that training leaves over]",
-        show_default=False,
-    ),
-    template: str | None = typer.Option(
-        None,
-        help="Jinja template of the prompt, such as '{{ text }} Sentiment:'. \\[default: made from column and labels]",
-        show_default=False,
-    ),
-    choices: str | None = typer.Option(
-        None, help="Answer text of each label: 'label=text,label=text'. \\[default: the labels]", show_default=False
-    ),
-    examples_per_label: int = typer.Option(
-        16, min=0, help="Training examples of each label, drawn at random; 0: all rows, as they are."
-    ),
-    test_rows: int = typer.Option(200, min=0, help="Measure on at most so many test rows, drawn at random; 0: on all."),
-    recipe: str | None = typer.Option(
-        None,
-        "--recipe",
-        help="How to train: 'paper', 'small' or a recipe.yaml. \\[default: small for models under 1B, else paper]",
-        show_default=False,
-    ),
-    steps: int | None = typer.Option(
-        None, min=1, help="Optimizer steps, at most. \\[default: the recipe's]", show_default=False
-    ),
-    init: str | None = typer.Option(
-        None, help="Adapter to start from, a folder or hub id, such as one of ia3 pretrain.", show_default=False
-    ),
+    test_data: str | None = TestDataOption,
+    template: str | None = TemplateOption,
+    choices: str | None = ChoicesOption,
+    examples_per_label: int = ExamplesOption,
+    test_rows: int = TestRowsOption,
+    recipe: str | None = RecipeOption,
+    steps: int | None = StepsOption,
+    init: str | None = InitOption,
     seed: int | None = typer.Option(
         None, help="Decides which examples are drawn, and their order. \\[default: 0]", show_default=False
     ),

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ia3.errors import InputError, problems, similar
-from ia3.files import replacing
+from ia3.files import read_fields, replacing
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -107,14 +107,7 @@ class Recipe(BaseModel):
             raise InputError(
                 f"Expected a recipe of {', '.join(PRESETS)} or a YAML file, found {text!r}; {similar(text, PRESETS)}."
             )
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise InputError(f"Expected YAML in {path}: {' '.join(str(error).split())}") from error
-        if not isinstance(values, dict):
-            raise InputError(
-                f"Expected fields such as steps and learning_rate in {path}, found {type(values).__name__}."
-            )
+        values = read_fields(path, yaml.SafeLoader, "steps and learning_rate")
         return cls.create({"name": path.stem, **values}, str(path))
 
     @classmethod

@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ia3.errors import InputError, problems, reason, shown, similar
-from ia3.files import replacing
+from ia3.files import read_fields, replacing
 from ia3.tfew.template import (
     Choices,
     Row,
@@ -87,13 +87,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     number, and tags mean nothing."""
     if not path.is_file():
         raise InputError(f"Expected a task file, found no {str(path)!r}.")
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"Expected YAML in {path}: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise InputError(f"Expected fields such as template and choices in {path}, found {type(values).__name__}.")
-    return values
+    return read_fields(path, _Loader, "template and choices")
 
 
 class _UnknownLabel(InputError):
