@@ -6,15 +6,15 @@ import torch
 import tiny
 import words
 from ia3 import IA3Config, IA3Model
-from ia3.tfew import FleetTrainer, Member, Recipe, Task, predict
+from ia3.tfew import Recipe, Task, predict
 from ia3.tfew.choices import Question, batches, pack, token_log_probs
 from ia3.tfew.costs import (
     cache_bytes_per_token,
     count_flops,
     count_parameters,
-    counted_steps,
     estimated_flops,
     measure,
+    step_flops,
 )
 from ia3.tfew.icl import Prefix
 
@@ -67,31 +67,18 @@ def test_flops_of_many_rows_are_those_of_batches_of_all_lengths(llama):
     assert len(groups) > 4 and found.flops == pytest.approx(expected / 200, rel=0.02)
 
 
-def test_training_costs_twice_a_forward_pass_more(llama, tmp_path):
+def test_training_costs_twice_a_forward_pass(llama):
     """The base is frozen: the backward pass goes through activations, and through no weights' gradients."""
     llama.set_attn_implementation("eager")
     model = IA3Model(llama, IA3Config())
     task = Task(template="review : {{ text }}", choices={"pos": "good", "neg": "bad"})
-    arguments = Recipe(steps=6).training_arguments(tmp_path, disable_tqdm=True, save_strategy="no")
-    trainer = FleetTrainer(model, arguments, words.tokenizer(), [Member("default", task, words.rows(32))])
-    step = trainer.training_step
-    with counted_steps(trainer) as flops:
-        trainer.train()
-    assert trainer.training_step == step and len(flops.counted) == 4
+    found = step_flops(model, words.tokenizer(), task, words.rows(32), Recipe())
     forward = llama_flops(rows=8, length=7, projected=1)
-    assert 1.7 * forward < flops.total(1) < 2.1 * forward
-    assert flops.total(6) == 6 * flops.total(1)
-
-
-def test_counting_ends_with_an_interruption(llama, tmp_path):
-    model = IA3Model(llama, IA3Config())
-    task = Task(template="review : {{ text }}", choices={"pos": "good", "neg": "bad"})
-    arguments = Recipe(steps=6).training_arguments(tmp_path, disable_tqdm=True, save_strategy="no")
-    trainer = FleetTrainer(model, arguments, words.tokenizer(), [Member("default", task, words.rows(32))])
-    trainer.compute_loss = lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt)
-    with pytest.raises(KeyboardInterrupt), counted_steps(trainer) as flops:
-        trainer.train()
-    assert flops.counted == [] and flops.total(6) == 0
+    assert 1.7 * forward < found < 2.1 * forward
+    assert all(parameter.grad is None for parameter in model.parameters())
+    model.set_requires_grad("default", False)
+    assert step_flops(model, words.tokenizer(), task, words.rows(32), Recipe()) == found
+    assert not any(parameter.requires_grad for parameter in model.parameters())
     assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
 
 

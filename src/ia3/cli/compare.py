@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ia3.model import IA3Model
     from ia3.tfew.costs import Measured
     from ia3.tfew.recipe import Recipe
     from ia3.tfew.task import Row, Task
@@ -253,7 +254,7 @@ class Comparison:
             assert adapter is not None
             folder = Path(locate(adapter, WEIGHTS_NAME)).parent
             model = IA3Model.from_pretrained(self.base, adapter)
-            costs = {"disk_bytes": (folder / WEIGHTS_NAME).stat().st_size, **self._recorded(folder)}
+            costs = {"disk_bytes": (folder / WEIGHTS_NAME).stat().st_size, **self._recorded(model, folder)}
         else:
             model, costs = self._train(bars, recipe)
         return self._row(_T_FEW, self._measure(bars, _T_FEW, model), **costs)
@@ -263,7 +264,7 @@ class Comparison:
 
         from ia3.checkpoint import WEIGHTS_NAME, save_adapter
         from ia3.tfew import FleetTrainer, Member
-        from ia3.tfew.costs import counted_steps
+        from ia3.tfew.costs import step_flops
 
         model = with_adapters(self.base, ["default"], recipe.init)
         with tempfile.TemporaryDirectory() as scratch:
@@ -275,14 +276,13 @@ class Comparison:
             for unwanted in (PrinterCallback, ProgressCallback):
                 trainer.remove_callback(unwanted)
             started = time.perf_counter()
-            with counted_steps(trainer) as flops:
-                trainer.train()
+            trainer.train()
             seconds = time.perf_counter() - started
             save_adapter(model, scratch)
             size = Path(scratch, WEIGHTS_NAME).stat().st_size
         steps = trainer.steps_of("default")
         return model.eval(), {
-            "training_flops": flops.total(steps),
+            "training_flops": steps * step_flops(model, self.tokenizer, self.task, self.examples, recipe),
             "training_flops_estimate": self._training_estimate(recipe.batch_size * steps),
             "disk_bytes": size,
             "examples": len(self.examples),
@@ -291,18 +291,21 @@ class Comparison:
             "steps": steps,
         }
 
-    def _recorded(self, folder: Path) -> dict[str, Any]:
+    def _recorded(self, model: IA3Model, folder: Path) -> dict[str, Any]:
         """What an adapter's training cost, as far as its folder says; None where it does not."""
+        from ia3.tfew.costs import step_flops
         from ia3.tfew.recipe import RECIPE_NAME, Recipe
 
         found: dict[str, Any] = {}
         if (folder / "metrics.json").is_file():
             found = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        steps, estimate = found.get("steps"), None
+        steps, flops, estimate = found.get("steps"), None, None
         if steps is not None and (folder / RECIPE_NAME).is_file():
-            estimate = self._training_estimate(Recipe.load(folder / RECIPE_NAME).batch_size * steps)
+            recipe = Recipe.load(folder / RECIPE_NAME)
+            flops = steps * step_flops(model, self.tokenizer, self.task, self.examples, recipe)
+            estimate = self._training_estimate(recipe.batch_size * steps)
         return {
-            "training_flops": found.get("training_flops"),
+            "training_flops": flops,
             "training_flops_estimate": estimate,
             "examples": found.get("train_examples"),
             "once_seconds": found.get("train_seconds"),

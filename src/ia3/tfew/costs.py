@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,14 +23,18 @@ from ia3.tfew.choices import (
     to_device,
     token_log_probs,
 )
+from ia3.tfew.losses import tfew_loss
 from ia3.tfew.predict import Prediction, predict
 from ia3.tfew.task import Row, Task
+from ia3.tfew.trainer import training_examples
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedTokenizerBase, Trainer
+    from transformers import PreTrainedTokenizerBase
 
+    from ia3.model import IA3Model
     from ia3.tfew.icl import Prefix
+    from ia3.tfew.recipe import Recipe
 
 # FLOPs are counted in so many batches of all lengths, after the clock was stopped: counting takes time of its own.
 _COUNTED_BATCHES = 4
@@ -148,32 +151,39 @@ def measure(
     return Measured(predictions, flops / len(rows), tokens, seconds / len(rows))
 
 
-@dataclass
-class StepFlops:
-    """FLOPs of the steps that were counted."""
+def step_flops(
+    model: IA3Model, tokenizer: PreTrainedTokenizerBase, task: Task, rows: Sequence[Row], recipe: Recipe
+) -> float:
+    """FLOPs of a step of training the active adapter: forward and backward of real batches, a mean over up to four.
 
-    counted: list[int] = field(default_factory=list)
+    They are counted apart from training, because counting takes other kernels, which round otherwise. Nothing is
+    trained, and no gradient is left.
 
-    def total(self, steps: int) -> float:
-        """FLOPs of so many steps like them; the median, for a first step may try how rows are laid out."""
-        return statistics.median(self.counted) * steps if self.counted else 0.0
-
-
-@contextmanager
-def counted_steps(trainer: Trainer) -> Iterator[StepFlops]:
-    """Within `with`, the first forward and backward passes of a trainer's training are counted."""
-    flops, step = StepFlops(), trainer.training_step
-
-    def counting(*args: Any, **kwargs: Any) -> torch.Tensor:
-        if len(flops.counted) == _COUNTED_STEPS:
-            return step(*args, **kwargs)
-        with count_flops() as counter:
-            loss = step(*args, **kwargs)
-        flops.counted.append(counter.get_total_flops())
-        return loss
-
-    trainer.training_step = counting  # type: ignore[method-assign]
+    Args:
+        model, tokenizer, task, rows, recipe: as of `TFewTrainer`.
+    """
+    examples = training_examples(task, tokenizer, rows, model, recipe, seed=0)
+    count = min(_COUNTED_STEPS, max(len(examples) // recipe.batch_size, 1))
+    device, pad = next(model.parameters()).device, padding_id(tokenizer)
+    frozen = [
+        parameter for parameter in model.adapter_parameters(model.active_adapters[0]) if not parameter.requires_grad
+    ]
+    for parameter in frozen:
+        parameter.requires_grad_()
     try:
-        yield flops
+        collate(model, [max((question for one in examples for question in one.questions), key=row_length)], pad)
+        with evaluating(model), count_flops() as counter:
+            for step in range(count):
+                some = examples[step * recipe.batch_size : (step + 1) * recipe.batch_size]
+                questions = [example.drawn(step) for example in some]
+                for group in batches(questions):
+                    batch = to_device(collate(model, [questions[i] for i in group], pad), device)
+                    loss = tfew_loss(
+                        token_log_probs(model, batch), batch["mask"], batch["label"], **recipe.loss_weights
+                    )
+                    loss.total.backward()
+        return counter.get_total_flops() / count
     finally:
-        trainer.training_step = step  # type: ignore[method-assign]
+        model.zero_grad()
+        for parameter in frozen:
+            parameter.requires_grad_(False)
