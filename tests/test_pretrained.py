@@ -48,8 +48,8 @@ def test_the_config_says_what_a_model_is(save, name, kind, expected):
     assert task_type(model) == expected and not model.training
     assert isinstance(tokenizer.pad_token_id, int)
     if expected == "SEQ_CLS":
-        assert model.config.num_labels == 4 and model.config.id2label == dict(enumerate(LABELS))
-        assert model.config.label2id["none"] == 2 and model.config.pad_token_id is not None
+        assert model.config.num_labels == 4 and model.config.id2label == dict(enumerate(sorted(LABELS)))
+        assert model.config.label2id["none"] == 1 and model.config.pad_token_id is not None
 
 
 def test_a_new_head_is_the_same_every_time_and_a_trained_one_is_kept(save):
@@ -77,3 +77,15 @@ def test_a_damaged_model_is_named_for_what_it_is(save):
     (path / "model.safetensors").write_bytes(b"short")
     with pytest.raises(InputError, match="as an encoder-decoder"):
         load_base(str(path))
+
+
+def test_a_trained_head_keeps_its_order(save, tmp_path):
+    model, tokenizer = load_base(str(save("bert", "BertModel")), LABELS)
+    order = [LABELS[1], LABELS[3], LABELS[0], LABELS[2]]
+    model.config.id2label = dict(enumerate(order))
+    model.config.label2id = {label: i for i, label in enumerate(order)}
+    model.save_pretrained(tmp_path / "trained")
+    tokenizer.save_pretrained(tmp_path / "trained")
+    again, _ = load_base(str(tmp_path / "trained"), LABELS)
+    assert list(again.config.id2label.values()) == order
+    assert torch.equal(again.classifier.weight, model.classifier.weight)

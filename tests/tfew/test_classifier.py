@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 import tiny
 import words
-from ia3 import IA3Config, IA3Model, InputError
+from ia3 import IA3Config, IA3Model, InputError, load_base
 from ia3.tfew import FleetTrainer, Member, Recipe, Task, TFewTrainer, predict, score_choices, tfew_loss
 from ia3.tfew.choices import collate, encode, model_max_length, token_log_probs
 
@@ -131,3 +131,26 @@ def test_a_member_of_a_fleet_whose_labels_do_not_fit_is_named(tmp_path):
     members = [Member("a", TASK, words.rows(8)), Member("b", three, words.rows(8))]
     with pytest.raises(InputError, match="Member 'b': Expected 2 answer choices"):
         FleetTrainer(adapted("ab"), training_arguments(tmp_path, 2), TOKENIZER, members)
+
+
+def test_the_order_of_labels_changes_nothing(tmp_path):
+    folder = tmp_path / "encoder"
+    tiny.classifier(vocab_size=len(words.VOCABULARY)).base_model.save_pretrained(folder)
+    words.enclosing().save_pretrained(folder)
+    choices = {"pos": "good", "neg": "not good", "none": "a tea"}
+    found = []
+    for listed in (choices, dict(reversed(choices.items()))):
+        task = Task(template="review : {{ text }} answer :", choices=listed)
+        base, tokenizer = load_base(str(folder), task.labels)
+        model = IA3Model(base, IA3Config(task_type="SEQ_CLS"))
+        rows = [row if i % 5 else {**row, "label": "none"} for i, row in enumerate(words.rows(20))]
+        recipe = Recipe(steps=3)
+        arguments = recipe.training_arguments(tmp_path, save_strategy="no", disable_tqdm=True)
+        TFewTrainer(model, arguments, tokenizer, task, rows, recipe=recipe).train()
+        found.append(predict(model, tokenizer, task, rows))
+        # What the head calls a label is what the task calls it.
+        logits = model(**tokenizer([task.prompt(rows[0])], return_tensors="pt")).logits[0].softmax(-1)
+        named = {base.config.id2label[i]: float(value) for i, value in enumerate(logits)}
+        assert found[-1][0].probabilities == pytest.approx(named, abs=1e-5)
+    assert [item.label for item in found[0]] == [item.label for item in found[1]]
+    assert [item.probabilities for item in found[0]] == [item.probabilities for item in found[1]]

@@ -6,6 +6,7 @@ The score of a label is its log-probability, so that T-Few's likelihood term is 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,6 +32,22 @@ def check_choices(base: nn.Module, choices: Sequence[Sequence[str]]) -> None:
                 f"Expected {config.num_labels} answer choices, the labels of this {type(base).__name__} "
                 f"({shown(list(config.id2label.values()))}), found {len(texts)}; load it with load_base(name, labels=…)."
             )
+
+
+def by_name(base: nn.Module, question: Question, labels: Sequence[str]) -> Question:
+    """The question with each choice standing for the head's label of that name, wherever the task lists it.
+
+    Args:
+        base: the classifier; one whose head does not know the names keeps its order.
+        question: as `encode` makes it, with choices in the task's order.
+        labels: the task's, in its order.
+    """
+    places: dict[str, int] = base.config.label2id or {}  # type: ignore[union-attr, assignment]
+    if set(places) != set(labels):
+        return question
+    order = tuple(sorted(range(len(labels)), key=lambda index: places[labels[index]]))
+    label = None if question.label is None else order.index(question.listed(question.label))
+    return replace(question, choices=[[places[labels[index]]] for index in order], label=label, order=order)
 
 
 def rows(base: nn.Module, questions: Sequence[Question], pad_token_id: int = 0) -> Batch:

@@ -441,7 +441,14 @@ class Task(BaseModel):
         texts = [[self.separator + text for text in its.values()] for its in answers]
         if prefix is not None:
             return prefix.encode(prompts, texts, labels)
-        return encode(tokenizer, prompts, texts, labels, model=model)
+        questions = encode(tokenizer, prompts, texts, labels, model=model)
+        if model is not None and task_type(base_of(model)) == TaskType.SEQ_CLS:
+            from ia3.tfew.classifier import by_name
+
+            return [
+                by_name(base_of(model), question, list(its)) for question, its in zip(questions, answers, strict=True)
+            ]
+        return questions
 
     def _fitted(
         self,
