@@ -143,6 +143,7 @@ def test_folds_that_cannot_be(ia3, place, task, tmp_path, folds):
 
 
 def test_the_recipe_is_stored_and_chosen(ia3, place, task, tmp_path):
+    (tmp_path / "fast.yaml").write_text("steps: 30\nlearning_rate: 0.2\n")
     (tmp_path / "mine.yaml").write_text("steps: 3\nlearning_rate: 0.01\nlength_normalization: 0.5\n")
     code, out, err = train(ia3, place, task, tmp_path / "out", recipe=tmp_path / "mine.yaml", steps=2)
     assert code == 0, err
@@ -151,8 +152,12 @@ def test_the_recipe_is_stored_and_chosen(ia3, place, task, tmp_path):
     assert json.loads(out)["steps"] == 2 and json.loads(out)["recipe"] == "mine"
     code, _, err = train(ia3, place, task, tmp_path / "out2", recipe="papr")
     assert code == 2 and "close to it: 'paper'" in err
-    code, out, _ = train(ia3, place, task, tmp_path / "out3", init=tmp_path / "out", steps=1)
-    assert code == 0 and json.loads(out)["recipe"] == "small"
+    base = json.loads(out)["zero_shot"]
+    assert train(ia3, place, task, tmp_path / "far", recipe=tmp_path / "fast.yaml")[0] == 0
+    code, out, _ = train(ia3, place, task, tmp_path / "out3", init=tmp_path / "far", steps=1)
+    found = json.loads(out)
+    assert code == 0 and found["recipe"] == "small"
+    assert found["zero_shot"] == base != found["trained"]  # zero-shot is the base model's, not the other adapter's
     code, _, err = train(ia3, place, task, tmp_path / "out4", init=tmp_path / "nowhere", steps=1)
     assert code == 2 and "nowhere" in err and err.count("\n") == 1
 

@@ -149,7 +149,8 @@ def run_jobs(out: Console, run: Run, checkpoint: str | None) -> dict[str, dict[s
             trainer.remove_callback(unwanted)
 
         predicted = functools.partial(_predicted, bars, model, tokenizer, run.recipe)
-        zero_shot = _in_each_template(run, lambda some, template: _zero_shot(bars, some, predicted, template))
+        with model.disable_adapter():  # which may have been trained on other tasks
+            zero_shot = _in_each_template(run, lambda some, template: _zero_shot(bars, some, predicted, template))
         if checkpoint is None:  # a new run forgets the checkpoints of an earlier one
             begin(run.checkpoints, run.settings)
         started = time.perf_counter()
