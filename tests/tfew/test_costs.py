@@ -67,6 +67,16 @@ def test_flops_of_many_rows_are_those_of_batches_of_all_lengths(llama):
     assert len(groups) > 4 and found.flops == pytest.approx(expected / 200, rel=0.02)
 
 
+def test_answers_are_scored_by_the_recipe(llama):
+    task = Task(template="review : {{ text }}", choices={"pos": "good", "neg": "not good"})
+    recipe = Recipe(length_normalization=0.0)
+    found = measure(llama, words.tokenizer(), task, words.rows(6), recipe=recipe).predictions
+    expected = predict(llama, words.tokenizer(), task, words.rows(6), recipe=recipe)
+    plain = predict(llama, words.tokenizer(), task, words.rows(6))
+    assert [item.scores for item in found] == [item.scores for item in expected]
+    assert [item.scores for item in found] != [item.scores for item in plain]
+
+
 def test_training_costs_twice_a_forward_pass(llama):
     """The base is frozen: the backward pass goes through activations, and through no weights' gradients."""
     llama.set_attn_implementation("eager")

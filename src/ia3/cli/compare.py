@@ -26,6 +26,7 @@ from ia3.cli.common import (
     TextColumnOption,
     console,
     load_base_of,
+    load_recipe,
     print_json,
     progress,
     quiet,
@@ -125,7 +126,7 @@ def compare(
     folder = output or Path("comparisons", source.task.name)
     if folder.is_file():
         raise InputError(f"Expected a folder for --output, found the file {str(folder)!r}.")
-    plan = None if adapter is not None else recipe_for(model or EMBEDDED_MODEL, recipe, steps=steps)
+    plan = load_recipe(adapter) if adapter is not None else recipe_for(model or EMBEDDED_MODEL, recipe, steps=steps)
 
     quiet()
     with out.status("Loading the model …"):
@@ -135,7 +136,7 @@ def compare(
             base, tokenizer = load_base(model or EMBEDDED_MODEL, source.task.labels)
         else:
             base, tokenizer = load_base_of(adapter, model)
-        comparison = Comparison(base, tokenizer, source.task, examples, test, seed)
+        comparison = Comparison(base, tokenizer, source.task, examples, test, seed, plan)
         drawn_shots = comparison.shots(counts)
     out.print(
         f"{source.task.name} on {base.name_or_path}: {len(examples)} training examples, {len(test)} test rows",
@@ -146,7 +147,7 @@ def compare(
     with progress(out) as bars:
         rows = [comparison.zero_shot(bars)]
         rows += [comparison.in_context(bars, count, some) for count, some in drawn_shots.items()]
-        rows.append(comparison.t_few(bars, plan, adapter))
+        rows.append(comparison.t_few(bars, adapter))
     settings = {
         "model": base.name_or_path,
         "task": source.task.name,
@@ -176,6 +177,7 @@ class Comparison:
         examples: what T-Few learns from, and shots are drawn from.
         test: what is measured on.
         seed: decides shots and the order of training.
+        recipe: how T-Few trains, and by which all methods' answers are scored.
     """
 
     base: PreTrainedModel
@@ -184,6 +186,7 @@ class Comparison:
     examples: Sequence[Row]
     test: Sequence[Row]
     seed: int
+    recipe: Recipe
 
     def __post_init__(self) -> None:
         from ia3.tfew.costs import cache_bytes_per_token, count_parameters
@@ -245,27 +248,27 @@ class Comparison:
             once_seconds=seconds,
         )
 
-    def t_few(self, bars: Progress, recipe: Recipe | None, adapter: str | None) -> dict[str, Any]:
-        """The model with an adapter: a trained one, or one that is trained by a recipe now."""
+    def t_few(self, bars: Progress, adapter: str | None) -> dict[str, Any]:
+        """The model with an adapter: a trained one, or one that is trained now."""
         from ia3 import IA3Model
         from ia3.checkpoint import WEIGHTS_NAME
 
-        if recipe is None:
-            assert adapter is not None
+        if adapter is not None:
             folder = Path(locate(adapter, WEIGHTS_NAME)).parent
             model = IA3Model.from_pretrained(self.base, adapter)
             costs = {"disk_bytes": (folder / WEIGHTS_NAME).stat().st_size, **self._recorded(model, folder)}
         else:
-            model, costs = self._train(bars, recipe)
+            model, costs = self._train(bars)
         return self._row(_T_FEW, self._measure(bars, _T_FEW, model), **costs)
 
-    def _train(self, bars: Progress, recipe: Recipe) -> tuple[Any, dict[str, Any]]:
+    def _train(self, bars: Progress) -> tuple[Any, dict[str, Any]]:
         from transformers import PrinterCallback, ProgressCallback, set_seed
 
         from ia3.checkpoint import WEIGHTS_NAME, save_adapter
         from ia3.tfew import FleetTrainer, Member
         from ia3.tfew.costs import step_flops
 
+        recipe = self.recipe
         model = with_adapters(self.base, ["default"], recipe.init)
         with tempfile.TemporaryDirectory() as scratch:
             arguments = recipe.training_arguments(scratch, seed=self.seed, save_strategy="no", disable_tqdm=True)
@@ -327,7 +330,13 @@ class Comparison:
 
         bar = bars.add_task(title, total=len(self.test), note="")
         measured = measure(
-            model, self.tokenizer, self.task, self.test, prefix, lambda done: bars.advance(bar, len(done))
+            model,
+            self.tokenizer,
+            self.task,
+            self.test,
+            prefix,
+            lambda done: bars.advance(bar, len(done)),
+            self.recipe,
         )
         bars.update(bar, note=f"accuracy {self._scores(measured)['accuracy']:.1%}")
         return measured

@@ -117,6 +117,7 @@ def measure(
     rows: Sequence[Row],
     prefix: Prefix | None = None,
     on_progress: Callable[[list[int]], None] | None = None,
+    recipe: Recipe | None = None,
 ) -> Measured:
     """Predict rows' labels, and measure.
 
@@ -124,12 +125,12 @@ def measure(
     as many for each place in their rows.
 
     Args:
-        model, tokenizer, task, rows, prefix, on_progress: see `predict`; at least one row.
+        model, tokenizer, task, rows, prefix, on_progress, recipe: see `predict`; at least one row.
     """
     longest = max(rows, key=lambda row: len(task.prompt(row)))
-    predict(model, tokenizer, task, [longest], prefix=prefix)  # decides how rows are laid out
+    predict(model, tokenizer, task, [longest], recipe=recipe, prefix=prefix)  # decides how rows are laid out
     started = time.perf_counter()
-    predictions = predict(model, tokenizer, task, rows, on_progress, prefix=prefix)
+    predictions = predict(model, tokenizer, task, rows, on_progress, recipe=recipe, prefix=prefix)
     seconds = time.perf_counter() - started
 
     questions: Sequence[Question] = task.questions(tokenizer, rows, labelled=False, model=model, prefix=prefix)
