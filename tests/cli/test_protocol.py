@@ -167,3 +167,11 @@ def test_two_draws_differ_and_one_is_stable(place, task):
     rows = read_rows(place / "train.csv")
     turned = made.model_copy(update={"choices": dict(reversed(made.choices.items()))})
     assert few_shot(rows, made, 4, 0) == few_shot(rows, turned, 4, 0) != few_shot(rows, made, 4, 1)
+
+
+@pytest.mark.parametrize("seeds", ["-1", "0,4294967296"])
+def test_seeds_that_no_generator_takes(ia3, place, task, tmp_path, seeds):
+    code, out, err = train(ia3, place, task, tmp_path / "out", seeds=seeds)
+    assert (code, out) == (2, "")
+    assert err == f"ia3: Expected --seeds from 0 to 4294967295, found {seeds!r}.\n"
+    assert not (tmp_path / "out").exists()

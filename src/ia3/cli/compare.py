@@ -88,7 +88,7 @@ def compare(
     test_rows: int = TestRowsOption,
     recipe: str | None = RecipeOption,
     steps: int | None = StepsOption,
-    seed: int = typer.Option(0, help="Decides which examples are drawn, and their order."),
+    seed: int = typer.Option(0, min=0, help="Decides which examples are drawn, and their order."),
     output: Path | None = typer.Option(
         None,
         "--output",

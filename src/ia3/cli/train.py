@@ -75,7 +75,7 @@ def train(
     steps: int | None = StepsOption,
     init: str | None = InitOption,
     seed: int | None = typer.Option(
-        None, help="Decides which examples are drawn, and their order. \\[default: 0]", show_default=False
+        None, min=0, help="Decides which examples are drawn, and their order. \\[default: 0]", show_default=False
     ),
     seeds: str | None = typer.Option(
         None, "--seeds", help="Several, an adapter for each: 0,1,2. All train at once.", show_default=False
@@ -202,6 +202,8 @@ def numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
         raise InputError(f"Expected {option} as different numbers with commas between them, found {text!r}.")
     if kind is float and not all(math.isfinite(number) and number > 0 for number in found):
         raise InputError(f"Expected {option} above 0, found {text!r}.")
+    if option == "--seeds" and not all(0 <= number < 2**32 for number in found):  # what seeds can be
+        raise InputError(f"Expected {option} from 0 to {2**32 - 1}, found {text!r}.")
     return found
 
 
