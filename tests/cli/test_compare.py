@@ -122,6 +122,10 @@ def test_table_with_an_adapter_that_is_trained_already(run, ia3, place, tmp_path
     # The same training, so the same costs and the same answers.
     for key in KEYS - {"seconds", "once_seconds"}:
         assert row[key] == trained[key], key
+    for damage in ("{", "[]", '{"steps": "x"}'):
+        (tmp_path / "adapter" / "metrics.json").write_text(damage)
+        code, _, err = run("--json", adapter=tmp_path / "adapter", steps=None, template=None, choices=None)
+        assert code == 2 and "metrics.json" in err.splitlines()[-1] and err.splitlines()[-1].endswith("delete it.")
     (tmp_path / "adapter" / "metrics.json").unlink()
     code, out, err = run("--json", adapter=tmp_path / "adapter", steps=None, template=None, choices=None)
     row = json.loads(out)["rows"][-1]

@@ -301,7 +301,12 @@ class Comparison:
 
         found: dict[str, Any] = {}
         if (folder / "metrics.json").is_file():
-            found = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+            try:
+                found = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise InputError(f"Expected JSON in {folder / 'metrics.json'}: {error}; delete it.") from error
+            if not isinstance(found, dict) or not isinstance(found.get("steps", 0), int):
+                raise InputError(f"Expected what ia3 train measured in {folder / 'metrics.json'}; delete it.")
         steps, flops, estimate = found.get("steps"), None, None
         if steps is not None and (folder / RECIPE_NAME).is_file():
             recipe = Recipe.load(folder / RECIPE_NAME)
