@@ -7,7 +7,7 @@
 
 With `--family t5`, on a random T5 of t5-small's size; PEFT's side is as in the code of T-Few's authors: the encoder runs
 once for each example and its states are repeated for each choice, a padded row of the decoder.
-With `--score`, scoring prompts of about 500 tokens without gradients, in place of training.
+With `--score`, scoring prompts of about 500 tokens without gradients, in place of training; the floor is the prompts alone.
 
     python benchmarks/train_step.py [--family smollm2|t5] [--score] [--repeats 3] [--choices 2,6,77] [--examples 8] [--json]
 
@@ -280,7 +280,7 @@ def main() -> None:
                 "peft_over_ours_memory": memory_of["PEFT"] / memory_of["ours"],
                 "ours_over_floor_time": time_of["ours"] / time_of["floor"],
                 "spread": {name: (min(values), max(values)) for name, values in seconds.items()},
-                "gradient_cosine": float(F.cosine_similarity(a, b, dim=0)),
+                "gradient_cosine": None if options.score else float(F.cosine_similarity(a, b, dim=0)),
             }
         )
         if not options.json:
@@ -299,7 +299,7 @@ def print_row(row: dict, first: bool) -> None:
     print(
         f"{row['choices']:7d} | {seconds['ours']:5.2f} ({memory['ours']:5.0f}) | {seconds['PEFT']:5.1f} ({memory['PEFT']:5.0f}) "
         f"| {seconds['floor']:7.2f} | {row['peft_over_ours_time']:14.1f} | {row['peft_over_ours_memory']:6.1f} "
-        f"| {row['ours_over_floor_time']:10.2f} | {row['gradient_cosine']:.6f}",
+        f"| {row['ours_over_floor_time']:10.2f} | {'' if row['gradient_cosine'] is None else format(row['gradient_cosine'], '.6f')}",
         flush=True,
     )
 
