@@ -242,9 +242,7 @@ def trained(data: Data, seed: int, method: str, steps: int | None) -> dict[str, 
     with tempfile.TemporaryDirectory() as scratch:
         arguments = recipe.training_arguments(scratch, seed=seed, save_strategy="no", disable_tqdm=True, use_cpu=True)
         trainer = trainer_class(model, arguments, tokenizer, data.task, data.train, recipe=recipe, callbacks=callbacks)
-        for name in ("PrinterCallback", "ProgressCallback"):
-            for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == name]:
-                trainer.remove_callback(callback)
+        trainer.silence()
         started = time.process_time()
         trainer.train()
         seconds = time.process_time() - started

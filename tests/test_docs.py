@@ -49,8 +49,7 @@ def test_every_block_is_named_once_and_run_here_or_by_ci():
 def place(tmp_path_factory):
     """A folder with a tiny model and the files that the examples name."""
     folder = tmp_path_factory.mktemp("docs")
-    tiny.build("llama", vocab_size=len(words.VOCABULARY)).save_pretrained(folder / "model")
-    words.tokenizer().save_pretrained(folder / "model")
+    words.save_model(folder / "model")
     names = {"pos": "billing", "neg": "technical"}
     lines = [f"{row['text']},{names[row['label']]}" for row in words.rows(60)]
     for name in ("tickets", "checked", "new"):

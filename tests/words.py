@@ -6,6 +6,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+import tiny
+
 GOOD = ["lovely", "tasty", "fresh", "perfect"]
 BAD = ["awful", "stale", "broken", "bitter"]
 OTHER = [
@@ -74,3 +76,9 @@ def closing(opening: str = "", **kwargs) -> PreTrainedTokenizerFast:
 def enclosing() -> PreTrainedTokenizerFast:
     """The same, with a token before each text and one behind it, as BERT's."""
     return closing("question", cls_token="question", sep_token="</s>")
+
+
+def save_model(folder) -> None:
+    """A tiny causal language model that knows these words, with its tokenizer, as the command line loads one."""
+    tiny.build("llama", vocab_size=len(VOCABULARY)).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)

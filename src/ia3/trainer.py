@@ -10,6 +10,7 @@ from typing import Any
 
 import transformers
 from torch import nn
+from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils.generic import can_return_loss, find_labels
 
@@ -34,6 +35,11 @@ class Trainer(transformers.Trainer):
             if not hasattr(base, "accepts_loss_kwargs"):
                 parameters = inspect.signature(base.forward).parameters.values()
                 self.model_accepts_loss_kwargs = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+
+    def silence(self) -> None:
+        """Take out the callbacks that print: whoever shows progress does it alone."""
+        for printing in (PrinterCallback, ProgressCallback):
+            self.remove_callback(printing)
 
     def _adapted(self) -> IA3Model | None:
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)

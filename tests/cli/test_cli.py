@@ -33,8 +33,7 @@ def write_csv(path, rows):
 def place(tmp_path_factory):
     """A folder with a tiny model, its tokenizer, rows, and an adapter trained on them."""
     folder = tmp_path_factory.mktemp("place")
-    tiny.build("llama", vocab_size=len(words.VOCABULARY)).save_pretrained(folder / "model")
-    words.tokenizer().save_pretrained(folder / "model")
+    words.save_model(folder / "model")
     write_csv(folder / "train.csv", words.rows(60))
     write_csv(folder / "test.csv", words.rows(30, seed=1))
     arguments = [

@@ -7,7 +7,6 @@ import shutil
 import pytest
 import torch
 
-import tiny
 import words
 from ia3.cli import main
 from ia3.tfew import Task
@@ -17,8 +16,7 @@ from ia3.tfew import Task
 def place(tmp_path_factory):
     """A folder with a tiny model, and in `all` adapters of two tasks with different labels, in folders of two depths."""
     folder = tmp_path_factory.mktemp("place")
-    tiny.build("llama", vocab_size=len(words.VOCABULARY)).save_pretrained(folder / "model")
-    words.tokenizer().save_pretrained(folder / "model")
+    words.save_model(folder / "model")
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, words.rows(40))))
     shared = {"template": "review : {{ text }} answer :", "train": "train.jsonl"}
     Task(name="teas", choices={"pos": "good", "neg": "not good"}, **shared).save(folder / "teas.yaml")

@@ -19,8 +19,7 @@ FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "metri
 def place(tmp_path_factory):
     """A folder with a tiny model and two tasks of different sizes."""
     folder = tmp_path_factory.mktemp("place")
-    tiny.build("llama", vocab_size=len(words.VOCABULARY)).save_pretrained(folder / "model")
-    words.tokenizer().save_pretrained(folder / "model")
+    words.save_model(folder / "model")
     for name, rows in (("teas", words.rows(30)), ("soups", words.rows(10, seed=1))):
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     teas = ["review : {{ text }} answer :", "{{ text }} is"]

@@ -7,7 +7,6 @@ import statistics
 import pytest
 import yaml
 
-import tiny
 import words
 from ia3.tfew import Task, few_shot, read_rows
 
@@ -18,8 +17,7 @@ WORDINGS = ["review : {{ text }} answer :", "{{ text }} , what is it ?", "is it 
 def place(tmp_path_factory):
     """A folder with a tiny model and rows."""
     folder = tmp_path_factory.mktemp("place")
-    tiny.build("llama", vocab_size=len(words.VOCABULARY)).save_pretrained(folder / "model")
-    words.tokenizer().save_pretrained(folder / "model")
+    words.save_model(folder / "model")
     for name, rows in (("train", words.rows(40)), ("test", words.rows(24, seed=1))):
         with (folder / f"{name}.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))

@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import tiny
 import words
 from ia3.tfew import Task, TFewTrainer
 
@@ -19,8 +18,7 @@ FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "metri
 def place(tmp_path_factory):
     """A folder with a tiny model, rows, and two tasks, of which one has its own test rows."""
     folder = tmp_path_factory.mktemp("place")
-    tiny.build("llama", vocab_size=len(words.VOCABULARY)).save_pretrained(folder / "model")
-    words.tokenizer().save_pretrained(folder / "model")
+    words.save_model(folder / "model")
     for name, rows in (("train", words.rows(40)), ("test", words.rows(24, seed=1))):
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     shared = {"template": "review : {{ text }} answer :", "train": "train.jsonl"}

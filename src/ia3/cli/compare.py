@@ -33,7 +33,7 @@ from ia3.cli.common import (
     recipe_for,
 )
 from ia3.cli.results import write_json
-from ia3.cli.run import bars_callback, with_adapters
+from ia3.cli.run import train_alone, with_adapters
 from ia3.cli.train import drawn, numbers, source_of
 from ia3.config import TaskType
 from ia3.errors import InputError
@@ -231,11 +231,11 @@ class Comparison:
     def in_context(self, bars: Progress, count: int, shots: Sequence[Row]) -> dict[str, Any]:
         """The model with shots before each prompt."""
         from ia3.tfew.costs import count_flops
-        from ia3.tfew.icl import shots_prefix
+        from ia3.tfew.icl import Prefix, shots_text
 
         started = time.perf_counter()
         with count_flops() as counter:
-            prefix = shots_prefix(self.base, self.tokenizer, self.task, shots, self.test)
+            prefix = Prefix(self.base, self.tokenizer, shots_text(self.task, shots))
         seconds = time.perf_counter() - started
         measured = self._measure(bars, f"{count}-shot", self.base, prefix)
         again = counter.get_total_flops() if prefix.is_cached else 0
@@ -262,25 +262,15 @@ class Comparison:
         return self._row(_T_FEW, self._measure(bars, _T_FEW, model), **costs)
 
     def _train(self, bars: Progress) -> tuple[Any, dict[str, Any]]:
-        from transformers import PrinterCallback, ProgressCallback, set_seed
-
         from ia3.checkpoint import WEIGHTS_NAME, save_adapter
-        from ia3.tfew import FleetTrainer, Member
         from ia3.tfew.costs import step_flops
 
         recipe = self.recipe
         model = with_adapters(self.base, ["default"], recipe.init)
         with tempfile.TemporaryDirectory() as scratch:
-            arguments = recipe.training_arguments(scratch, seed=self.seed, save_strategy="no", disable_tqdm=True)
-            set_seed(self.seed)
-            members = [Member("default", self.task, self.examples, self.seed)]
-            callback = bars_callback(bars, {"default": "training"})
-            trainer = FleetTrainer(model, arguments, self.tokenizer, members, recipe, callbacks=[callback])
-            for unwanted in (PrinterCallback, ProgressCallback):
-                trainer.remove_callback(unwanted)
-            started = time.perf_counter()
-            trainer.train()
-            seconds = time.perf_counter() - started
+            trainer, _, seconds = train_alone(
+                bars, "training", model, self.tokenizer, self.task, self.examples, recipe, self.seed, scratch
+            )
             save_adapter(model, scratch)
             size = Path(scratch, WEIGHTS_NAME).stat().st_size
         steps = trainer.steps_of("default")

@@ -54,17 +54,15 @@ def evaluate(
     labels = [task.label(row, number) for number, row in enumerate(rows, 1)]
     if calibrate and not Path(adapter).is_dir():
         raise InputError(f"Expected a folder here with --calibrate, found {adapter!r}: the result is stored in it.")
-    stored = Calibration.beside(adapter)
+    stored, recipe = Calibration.beside(adapter), load_recipe(adapter)
     with out.status("Loading …"):
         adapted, tokenizer = load_adapted(adapter, model)
         from ia3.tfew.predict import predict as predict_rows
     with progress(out) as bars:
         bar = bars.add_task("Evaluating", total=len(rows), note="")
-        found = predict_rows(
-            adapted, tokenizer, task, rows, lambda done: bars.advance(bar, len(done)), recipe=load_recipe(adapter)
-        )
-    fitted = Calibration.fit(found, labels)
-    if calibrate:
+        found = predict_rows(adapted, tokenizer, task, rows, lambda done: bars.advance(bar, len(done)), recipe=recipe)
+    fitted = Calibration.fit(found, labels) if calibrate else None
+    if fitted is not None:
         fitted.save(adapter)
 
     import numpy as np
@@ -80,7 +78,7 @@ def evaluate(
         "rows": len(rows),
         "temperature": stored.temperature if stored else 1.0,
         **Calibration.quality(found, labels, stored.temperature if stored else 1.0),
-        **({"calibration": fitted.model_dump()} if calibrate else {}),
+        **({} if fitted is None else {"calibration": fitted.model_dump()}),
         "labels": {
             name: {"precision": float(p), "recall": float(r), "f1": float(f), "rows": int(n)}
             for name, p, r, f, n in zip(names, *table.tolist(), strict=True)
@@ -103,7 +101,7 @@ def evaluate(
         f"Probabilities (temperature {result['temperature']:.2f}): log-loss {result['log_loss']:.3f}, expected "
         f"calibration error {result['calibration_error']:.1%}"
     )
-    if calibrate:
+    if fitted is not None:
         out.print(
             f"Calibrated: temperature {fitted.temperature:.2f}; log-loss {fitted.log_loss:.3f}, expected calibration "
             f"error {fitted.calibration_error:.1%}"

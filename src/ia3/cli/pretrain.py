@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import statistics
@@ -12,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ia3.cli.common import BaseOption, JsonOption, console, print_json, progress, quiet
-from ia3.cli.results import write_json
+from ia3.cli.results import write_adapter
 from ia3.cli.resume import begin, checkpoint_of, fingerprint, say_interrupted
 from ia3.cli.run import with_adapters
 from ia3.errors import InputError, shown
-from ia3.files import replacing
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -86,7 +86,7 @@ def pretrain(
 
     quiet()
     with out.status("Loading the model …"):
-        from transformers import PrinterCallback, ProgressCallback, set_seed
+        from transformers import set_seed
 
         from ia3.pretrained import load_base
 
@@ -105,8 +105,7 @@ def pretrain(
     set_seed(seed)
     with progress(out) as bars:
         trainer = MixtureTrainer(network, arguments, tokenizer, chosen, plan, cap, callbacks=[_bar(bars)])
-        for unwanted in (PrinterCallback, ProgressCallback):
-            trainer.remove_callback(unwanted)
+        trainer.silence()
         mixture = trainer.mixture
         bars.console.print(
             "\n".join(f"{share:6.1%} {name}" for name, share in mixture.shares.items()), style="dim", markup=False
@@ -140,7 +139,7 @@ def pretrain(
         },
         "trainable_parameters": sum(parameter.numel() for parameter in network.adapter_parameters("default")),
     }
-    results = _write(output, network, plan, results)
+    results = write_adapter(output, network, "default", plan, results, functools.partial(_card, output, plan))
     shutil.rmtree(checkpoints, ignore_errors=True)
     if json_output:
         print_json({"output": str(output), **results})
@@ -189,20 +188,6 @@ def _bar(bars: Progress) -> Any:
                 bars.update(self.id, note=f"loss {float(logs['loss']):.3f}")
 
     return Bar()
-
-
-def _write(folder: Path, model: Any, recipe: Recipe, results: dict[str, Any]) -> dict[str, Any]:
-    """Save the adapter and what belongs to it; returns the results with the adapter's size."""
-    from ia3.checkpoint import WEIGHTS_NAME, save_adapter
-    from ia3.tfew.recipe import RECIPE_NAME
-
-    recipe.save(folder / RECIPE_NAME)
-    save_adapter(model, folder, "default")
-    results = {**results, "adapter_bytes": (folder / WEIGHTS_NAME).stat().st_size}
-    write_json(folder / "metrics.json", results)
-    with replacing(folder / "README.md") as path:
-        path.write_text(_card(folder, recipe, results), encoding="utf-8")
-    return results
 
 
 def _card(folder: Path, recipe: Recipe, results: dict[str, Any]) -> str:

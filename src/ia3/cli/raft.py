@@ -25,12 +25,11 @@ from ia3.cli.common import (
 )
 from ia3.cli.results import write, write_json
 from ia3.cli.resume import RUN_NAME, fingerprint, require_same
-from ia3.cli.run import bars_callback, with_adapters
+from ia3.cli.run import cross_validated, train_alone, with_adapters
 from ia3.errors import InputError, shown
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
 
     from ia3.model import IA3Model
     from ia3.tfew.raft import RaftTask
@@ -153,10 +152,9 @@ class _Bench:
 
     def run(self, one: RaftTask, folder: Path) -> dict[str, Any]:
         """Cross-validate, train, predict, save; returns the results."""
-        from transformers import PrinterCallback, ProgressCallback, set_seed
+        from transformers import set_seed
 
-        from ia3.tfew import FleetTrainer, Member, predict
-        from ia3.tfew.calibration import Calibration, cross_validate
+        from ia3.tfew import predict
         from ia3.tfew.raft import PREDICTIONS_NAME, write_predictions
 
         task, recipe = one.task, self.recipe
@@ -169,9 +167,10 @@ class _Bench:
         with self.out.status("Loading the model …"):
             model = self._adapted(task.labels)
         with progress(self.out) as bars:
-            bar = bars.add_task("Cross-validation", total=recipe.steps, note="")
             set_seed(self.seed)
-            checked = cross_validate(
+            scores, calibration = cross_validated(
+                bars,
+                "Cross-validation",
                 model,
                 self.tokenizer,
                 task,
@@ -180,35 +179,24 @@ class _Bench:
                 self.folds,
                 self.seed,
                 folder,
-                lambda done, total: bars.update(bar, completed=done),
             )
-            labels = [task.label(row) for row in one.train]
-            scores = task.metrics(labels, [prediction.best for prediction in checked])
-            majority = min(Counter(labels).items(), key=lambda pair: (-pair[1], pair[0]))[0]
-            _fill(bars, bar, f"macro-F1 {scores['macro_f1']:.1%}")
-
-            arguments = recipe.training_arguments(folder, seed=self.seed, save_strategy="no", disable_tqdm=True)
-            set_seed(self.seed)
-            begun = time.perf_counter()
-            callback = bars_callback(bars, {_ADAPTER: "Training"})
-            members = [Member(_ADAPTER, task, one.train, self.seed)]
-            trainer = FleetTrainer(model, arguments, self.tokenizer, members, recipe, callbacks=[callback])
-            for unwanted in (PrinterCallback, ProgressCallback):
-                trainer.remove_callback(unwanted)
-            trained = trainer.train()
-            train_seconds = time.perf_counter() - begun
+            trainer, trained, train_seconds = train_alone(
+                bars, "Training", model, self.tokenizer, task, one.train, recipe, self.seed, folder
+            )
 
             bar = bars.add_task("Predicting", total=len(one.test), note="")
             found = predict(
                 model, self.tokenizer, task, one.test, lambda done: bars.advance(bar, len(done)), recipe=recipe
             )
+        labels = [task.label(row) for row in one.train]
+        majority = min(Counter(labels).items(), key=lambda pair: (-pair[1], pair[0]))[0]
         results = {
             "command": "ia3 raft",
             "cross_validation": {**scores, "folds": self.folds},
             "majority": task.metrics(labels, [majority] * len(labels)),
             "seconds": round(time.perf_counter() - started, 2),
             "train_seconds": round(train_seconds, 2),
-            "train_loss": trained.metrics[f"train_loss/{_ADAPTER}"],
+            "train_loss": trained[f"train_loss/{_ADAPTER}"],
             "recipe": recipe.name,
             "steps": trainer.steps_of(_ADAPTER),
             "seed": self.seed,
@@ -218,7 +206,7 @@ class _Bench:
             "model": self.base.name_or_path,
             "task": task.name,
         }
-        results = write(folder, model, _ADAPTER, task, recipe, results, Calibration.fit(checked, labels))
+        results = write(folder, model, _ADAPTER, task, recipe, results, calibration)
         write_predictions(folder / PREDICTIONS_NAME, one.test, [prediction.best for prediction in found])
         return results
 
@@ -234,12 +222,6 @@ class _Bench:
             self.base = self.model.unload()
         self.model = with_adapters(self.base, [_ADAPTER], self.recipe.init)
         return self.model
-
-
-def _fill(bars: Progress, bar: Any, note: str) -> None:
-    """Show a bar as full, also where all folds stopped early."""
-    [task] = [task for task in bars.tasks if task.id == bar]
-    bars.update(bar, total=max(task.completed, 1), completed=max(task.completed, 1), note=note)
 
 
 def _print_table(out: Console, results: Mapping[str, dict[str, Any]], means: Mapping[str, float], folds: int) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,22 +34,39 @@ def write(
     calibration: Calibration | None = None,
 ) -> dict[str, Any]:
     """Save an adapter and all that belongs to it; returns the results with the adapter's size."""
-    from ia3.checkpoint import WEIGHTS_NAME, save_adapter
     from ia3.tfew.calibration import CALIBRATION_NAME
-    from ia3.tfew.recipe import RECIPE_NAME
 
     task.save(folder / TASK_NAME)
-    recipe.save(folder / RECIPE_NAME)
-    save_adapter(model, folder, adapter)
+    if calibration is not None:
+        results = {**results, "calibration": calibration.model_dump()}
+    card = functools.partial(_model_card, folder, task, recipe)
+    results = write_adapter(folder, model, adapter, recipe, results, card)
     if calibration is not None:
         calibration.save(folder)
-        results = {**results, "calibration": calibration.model_dump()}
     else:
         (folder / CALIBRATION_NAME).unlink(missing_ok=True)  # of an earlier adapter in this folder
+    return results
+
+
+def write_adapter(
+    folder: Path,
+    model: IA3Model,
+    adapter: str,
+    recipe: Recipe,
+    results: dict[str, Any],
+    card: Callable[[dict[str, Any]], str],
+) -> dict[str, Any]:
+    """Save an adapter with its recipe, its metrics and a model card that is made of them; returns the metrics with the
+    adapter's size."""
+    from ia3.checkpoint import WEIGHTS_NAME, save_adapter
+    from ia3.tfew.recipe import RECIPE_NAME
+
+    recipe.save(folder / RECIPE_NAME)
+    save_adapter(model, folder, adapter)
     results = {**results, "adapter_bytes": (folder / WEIGHTS_NAME).stat().st_size}
     write_json(folder / "metrics.json", results)
     with replacing(folder / "README.md") as path:
-        path.write_text(_model_card(folder, task, recipe, results), encoding="utf-8")
+        path.write_text(card(results), encoding="utf-8")
     return results
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from ia3.model import IA3Model
     from ia3.tfew.calibration import Calibration
+    from ia3.tfew.fleet import FleetTrainer
     from ia3.tfew.recipe import Recipe
     from ia3.tfew.task import Row, Task
 
@@ -119,7 +120,7 @@ def run_jobs(out: Console, run: Run, checkpoint: str | None) -> dict[str, dict[s
     """
     jobs = run.jobs
     with out.status("Loading the model …"):
-        from transformers import PrinterCallback, ProgressCallback, set_seed
+        from transformers import set_seed
 
         from ia3 import load_base
         from ia3.tfew import FleetTrainer, Member
@@ -145,8 +146,7 @@ def run_jobs(out: Console, run: Run, checkpoint: str | None) -> dict[str, dict[s
         ]
         callback = bars_callback(bars, {a: job.titled("Training") for a, job in zip(adapters, jobs, strict=True)})
         trainer = FleetTrainer(model, arguments, tokenizer, members, run.recipe, callbacks=[callback])
-        for unwanted in (PrinterCallback, ProgressCallback):
-            trainer.remove_callback(unwanted)
+        trainer.silence()
 
         predicted = functools.partial(_predicted, bars, model, tokenizer, run.recipe)
         with model.disable_adapter():  # which may have been trained on other tasks
@@ -222,27 +222,94 @@ def _median(some: Sequence[dict[str, float]]) -> dict[str, float]:
 def _cross_validated(
     bars: Progress, model: Any, tokenizer: Any, run: Run, job: Job
 ) -> tuple[dict[str, float] | None, Calibration | None]:
-    """The metrics of a job's examples, each predicted by an adapter that has not seen it, and what they calibrate."""
-    from ia3.tfew.calibration import Calibration, cross_validate
-
     if not run.folds:
         return None, None
-    bar = bars.add_task(job.titled("Cross-validation"), total=None, note="")
-    labels = [job.task.label(row) for row in job.examples]
+    recipe = run.recipe.changed(learning_rate=job.learning_rate)
+    title = job.titled("Cross-validation")
+    return cross_validated(
+        bars, title, model, tokenizer, job.task, job.examples, recipe, run.folds, job.seed, run.checkpoints
+    )
+
+
+def cross_validated(
+    bars: Progress,
+    title: str,
+    model: IA3Model,
+    tokenizer: Any,
+    task: Task,
+    rows: Sequence[Row],
+    recipe: Recipe,
+    folds: int,
+    seed: int,
+    folder: Path,
+) -> tuple[dict[str, float], Calibration]:
+    """The metrics of labelled rows, each predicted by an adapter that has not seen it, and what they calibrate.
+
+    Args:
+        bars: where progress is shown.
+        title: of its bar.
+        model, tokenizer, task, rows, recipe, folds, seed: as of `cross_validate`.
+        folder: its `output_dir`.
+    """
+    from ia3.tfew.calibration import Calibration, cross_validate
+
+    bar = bars.add_task(title, total=recipe.steps, note="")
+    labels = [task.label(row) for row in rows]
     found = cross_validate(
         model,
         tokenizer,
-        job.task,
-        job.examples,
-        run.recipe.changed(learning_rate=job.learning_rate),
-        run.folds,
-        job.seed,
-        run.checkpoints,
+        task,
+        rows,
+        recipe,
+        folds,
+        seed,
+        folder,
         lambda done, total: bars.update(bar, completed=done, total=total),
     )
-    scores = job.task.metrics(labels, [prediction.best for prediction in found])
-    _note(bars, job.titled("Cross-validation"), job.task, [scores])
+    scores = task.metrics(labels, [prediction.best for prediction in found])
+    [shown] = [one for one in bars.tasks if one.id == bar]
+    bars.update(bar, total=shown.completed)  # full, also where all folds stopped early
+    _note(bars, title, task, [scores])
     return scores, Calibration.fit(found, labels)
+
+
+def train_alone(
+    bars: Progress,
+    title: str,
+    model: IA3Model,
+    tokenizer: Any,
+    task: Task,
+    rows: Sequence[Row],
+    recipe: Recipe,
+    seed: int,
+    folder: Path | str,
+) -> tuple[FleetTrainer, dict[str, float], float]:
+    """Train a model's active adapter as `ia3 train` does, without checkpoints.
+
+    Args:
+        bars: where progress is shown.
+        title: of its bar.
+        model: what `with_adapters` makes of a base model.
+        tokenizer, task, rows, recipe, seed: as of `FleetTrainer` and its `Member`.
+        folder: the trainer's; nothing is written to it.
+
+    Returns:
+        The trainer, its metrics, and the seconds that training took.
+    """
+    from transformers import set_seed
+
+    from ia3.tfew import FleetTrainer, Member
+
+    [adapter] = model.active_adapters
+    arguments = recipe.training_arguments(folder, seed=seed, save_strategy="no", disable_tqdm=True)
+    set_seed(seed)
+    callback = bars_callback(bars, {adapter: title})
+    members = [Member(adapter, task, rows, seed)]
+    trainer = FleetTrainer(model, arguments, tokenizer, members, recipe, callbacks=[callback])
+    trainer.silence()
+    started = time.perf_counter()
+    metrics = trainer.train().metrics
+    return trainer, metrics, time.perf_counter() - started
 
 
 def with_adapters(base: PreTrainedModel, adapters: Sequence[str], init: str | None) -> IA3Model:

@@ -168,7 +168,7 @@ def cross_validate(
         InputError: more folds than rows, fewer than two, or a fold whose other rows show one label only.
     """
     from sklearn.model_selection import KFold, StratifiedKFold
-    from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+    from transformers import TrainerCallback
 
     from ia3.config import IA3Config
     from ia3.pretrained import task_type
@@ -197,8 +197,7 @@ def cross_validate(
         ]
         arguments = recipe.training_arguments(output_dir, seed=seed, save_strategy="no", disable_tqdm=True)
         trainer = FleetTrainer(model, arguments, tokenizer, members, recipe)
-        for unwanted in (PrinterCallback, ProgressCallback):
-            trainer.remove_callback(unwanted)
+        trainer.silence()
 
         class Steps(TrainerCallback):
             def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -14,7 +14,7 @@ import inspect
 import logging
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -139,6 +139,7 @@ def encode(
 
         check_choices(base_of(model), choices)  # type: ignore[arg-type]
     cache: dict[str, list[int]] = {}
+    special = {token for token in tokenizer.all_special_ids if token != tokenizer.unk_token_id}
     questions, shortened = [], 0
     for i, (prompt, texts) in enumerate(zip(encoded, choices, strict=True)):
         prompt = list(prompt)  # type: ignore[arg-type]
@@ -147,10 +148,10 @@ def encode(
             # What marks the beginning of a text stays at the beginning.
             first, last = int(prompt[:1] == [tokenizer.bos_token_id]), 0
         else:
-            first, last = _marks(tokenizer, prompt)
+            first, last = _marks(special, prompt)
         for text in texts:
             if text not in cache:
-                cache[text] = _answer(tokenizer, text, family)
+                cache[text] = _answer(tokenizer, text, family, special)
             if not cache[text]:
                 raise InputError(f"Expected answer choices with at least one token, found {text!r} for prompt {i}.")
         if len(prompt) <= (0 if family == TaskType.CAUSAL_LM else first + last):
@@ -178,20 +179,19 @@ def encode(
     return questions
 
 
-def _marks(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> tuple[int, int]:
+def _marks(special: Container[int], tokens: Sequence[int]) -> tuple[int, int]:
     """How many tokens open a text, and how many close it."""
-    special = [token for token in tokenizer.all_special_ids if token != tokenizer.unk_token_id]
     first = next((i for i, token in enumerate(tokens) if token not in special), len(tokens))
     last = next((i for i, token in enumerate(reversed(tokens)) if token not in special), 0)
     return first, last
 
 
-def _answer(tokenizer: PreTrainedTokenizerBase, text: str, family: TaskType) -> list[int]:
+def _answer(tokenizer: PreTrainedTokenizerBase, text: str, family: TaskType, special: Container[int]) -> list[int]:
     """The tokens of an answer choice; none where it holds nothing."""
     if family == TaskType.CAUSAL_LM:
         return continuation(tokenizer, text)
     tokens: list[int] = tokenizer(text_target=text.lstrip(" "))["input_ids"]  # type: ignore[assignment]
-    return tokens if len(tokens) > sum(_marks(tokenizer, tokens)) else []
+    return tokens if len(tokens) > sum(_marks(special, tokens)) else []
 
 
 def unclosed(tokenizer: PreTrainedTokenizerBase, tokens: list[int], text: str) -> list[int]:
@@ -244,11 +244,9 @@ def pack(questions: Sequence[Question], pad_token_id: int = 0, dtype: torch.dtyp
         for node in range(1, nodes + 1):
             column = width - 1 + node
             allowed[row, column] |= allowed[row, width - 1 + tree.parents[node]]
-    mask = torch.zeros((rows, 1, length, length), dtype=dtype)
-    mask.masked_fill_(torch.from_numpy(~allowed)[:, None], torch.finfo(dtype).min)
     return {
         "input_ids": torch.from_numpy(ids),
-        "attention_mask": mask,
+        "attention_mask": additive_mask(allowed, dtype),
         "position_ids": torch.from_numpy(positions),
         "keep": torch.tensor(keep),
         **names_of(questions, [1] * rows),
@@ -256,6 +254,12 @@ def pack(questions: Sequence[Question], pad_token_id: int = 0, dtype: torch.dtyp
             questions, [[[row * keep + node for node in path] for path in tree.paths] for row, tree in enumerate(trees)]
         ),
     }
+
+
+def additive_mask(allowed: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    """What attention adds (B, 1, L, L): 0 where a place may attend to another (B, L, L), else the dtype's lowest number."""
+    mask = torch.zeros((len(allowed), 1, *allowed.shape[1:]), dtype=dtype)
+    return mask.masked_fill_(torch.from_numpy(~allowed)[:, None], torch.finfo(dtype).min)
 
 
 class Tree:

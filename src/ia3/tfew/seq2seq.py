@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ia3.tfew.choices import Batch, Question, answers_of, names_of, tree_of
+from ia3.tfew.choices import Batch, Question, additive_mask, answers_of, names_of, tree_of
 
 # What of a batch is the decoder's.
 _DECODER = ("decoder_input_ids", "decoder_attention_mask")
@@ -51,12 +51,10 @@ def pack(questions: Sequence[Question], start: int, pad_token_id: int = 0, dtype
         positions[row, :nodes] = tree.depths
         for node in range(1, nodes):
             allowed[row, node] |= allowed[row, tree.parents[node]]
-    mask = torch.zeros((rows, 1, keep, keep), dtype=dtype)
-    mask.masked_fill_(torch.from_numpy(~allowed)[:, None], torch.finfo(dtype).min)
     return {
         **prompts(questions, pad_token_id),
         "decoder_input_ids": torch.from_numpy(ids),
-        "decoder_attention_mask": mask,
+        "decoder_attention_mask": additive_mask(allowed, dtype),
         "decoder_position_ids": torch.from_numpy(positions),
         "keep": torch.tensor(keep),
         **names_of(questions, [1] * rows),

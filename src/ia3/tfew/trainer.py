@@ -68,7 +68,8 @@ class TFewTrainer(Trainer):
         task: says what the rows mean.
         train_dataset: labelled rows, a list of dictionaries or a `datasets.Dataset`.
         eval_dataset: the same, for `evaluate()`.
-        recipe: its loss (a classifier's is cross-entropy always), its templates, its early stopping and what it does about long prompts; None: the paper's.
+        recipe: its loss (a classifier's is cross-entropy always), its templates, its early stopping and what it does
+            about long prompts; None: the paper's.
         **kwargs: the other arguments of `transformers.Trainer`.
 
     Raises:
