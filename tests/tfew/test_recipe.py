@@ -148,6 +148,72 @@ class TestTemplates:
         assert torch.equal(vectors(whole.model), vectors(resumed.model))
 
 
+class Snapshots(transformers.TrainerCallback):
+    """The vectors after each step."""
+
+    def __init__(self) -> None:
+        self.seen: list[torch.Tensor] = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.seen.append(vectors(model))
+
+
+class TestAverage:
+    @pytest.mark.parametrize("optimizer", ["adafactor", "adamw_torch"])
+    @pytest.mark.parametrize("decay", [0.3, 0.9])
+    def test_the_result_is_the_average_over_steps(self, tmp_path, decay, optimizer):
+        snapshots = Snapshots()
+        recipe = Recipe(steps=7, ema_decay=decay, optimizer=optimizer)
+        run = lone(tmp_path, recipe, callbacks=[snapshots])
+        run.train()
+        average = snapshots.seen[0]
+        for step, seen in enumerate(snapshots.seen[1:], 2):
+            forgotten = max(1 - decay, 1 / step)
+            average = (1 - forgotten) * average + forgotten * seen
+        torch.testing.assert_close(vectors(run.model), average, atol=1e-12, rtol=0)
+        assert (average - snapshots.seen[-1]).abs().max() > 1e-3
+
+    def test_without_a_decay_it_is_the_last_step(self, tmp_path):
+        snapshots = Snapshots()
+        run = lone(tmp_path, Recipe(steps=3), callbacks=[snapshots])
+        run.train()
+        assert torch.equal(vectors(run.model), snapshots.seen[-1])
+
+    def test_a_resumed_run_averages_as_an_uninterrupted_one(self, tmp_path):
+        recipe = Recipe(steps=9, ema_decay=0.7)
+        whole = lone(tmp_path / "whole", recipe)
+        whole.train()
+        lone(tmp_path / "part", recipe, save_strategy="steps", save_steps=4).train()
+        resumed = lone(tmp_path / "part", recipe)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "part" / "checkpoint-4"))
+        assert torch.equal(vectors(whole.model), vectors(resumed.model))
+
+    def test_the_best_checkpoint_is_taken_as_it_is(self, tmp_path):
+        saving = dict.fromkeys(("save_strategy", "eval_strategy", "logging_strategy"), "steps") | {"eval_steps": 3}
+        snapshots = Snapshots()
+        args = Recipe(steps=3).training_arguments(
+            tmp_path, **{**OPTIONS, **saving, "save_steps": 3, "load_best_model_at_end": True}
+        )
+        rows, recipe = words.rows(8), Recipe(steps=3, ema_decay=0.9)
+        run = TFewTrainer(model(), args, words.tokenizer(), SEVERAL, rows, rows, recipe=recipe, callbacks=[snapshots])
+        run.train()
+        torch.testing.assert_close(vectors(run.model), snapshots.seen[-1], atol=1e-7, rtol=0)
+
+    def test_members_of_a_fleet_average_as_alone(self, tmp_path):
+        recipe = FLOOR.changed(ema_decay=0.6)
+        rows = {"a": words.rows(20), "b": words.rows(9, seed=4)}
+        members = [Member(name, SEVERAL, some, seed) for seed, (name, some) in enumerate(rows.items())]
+        args = recipe.training_arguments(tmp_path / "fleet", **OPTIONS)
+        together = FleetTrainer(model("ab"), args, words.tokenizer(), members, recipe)
+        together.train()
+        for seed, (name, some) in enumerate(rows.items()):
+            alone = lone(tmp_path / name, recipe, rows=some, seed=seed)
+            alone.train()
+            assert together.steps_of(name) == alone.state.global_step
+            torch.testing.assert_close(vectors(together.model, name), vectors(alone.model), atol=1e-7, rtol=0)
+        assert together.steps_of("a") != together.steps_of("b")
+
+
 FLOOR = Recipe(steps=60, early_stopping=EarlyStopping(floor=0.655, steps=3))
 
 

@@ -52,6 +52,8 @@ class Recipe(BaseModel):
         length_normalization: the power of a choice's token count that its log-probability is divided by.
         templates: each time an example is seen, a "random" one of the task's templates, or always the "first".
         early_stopping: None: train for all steps.
+        ema_decay: above 0, the result is the exponential moving average of the vectors over the steps, with this decay.
+            A step on eight examples tips the balance between answers, which the next tips back; the average does not.
         long_prompts: "truncate" shortens a field of the row (see `Task.truncate`), "refuse" stops.
         init: an adapter's folder or hub id to start from; None: ones.
     """
@@ -71,6 +73,7 @@ class Recipe(BaseModel):
     length_normalization: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     templates: Literal["random", "first"] = "random"
     early_stopping: EarlyStopping | None = None
+    ema_decay: float = Field(default=0.0, ge=0, lt=1)
     long_prompts: Literal["truncate", "refuse"] = "truncate"
     init: str | None = None
 

@@ -117,6 +117,7 @@ class TFewTrainer(Trainer):
             others = dict.fromkeys(("unlikelihood_weight", "length_normalized_weight"), 0.0)
             self._loss_weights |= {"likelihood_weight": 1.0, **others}
         self.stopping = StopAtFloor(recipe.early_stopping, learners)
+        self._average: MovingAverage | None = None
         super().__init__(
             model,
             args,
@@ -127,6 +128,23 @@ class TFewTrainer(Trainer):
             **kwargs,
         )
         self.add_callback(self.stopping)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The arguments' optimizer; with the recipe's `ema_decay` it averages what it trains."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.recipe.ema_decay and (self._average is None or self._average.optimizer is not optimizer):
+            self._average = MovingAverage(optimizer, self.recipe.ema_decay)
+        return optimizer
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `transformers.Trainer.train`; the result is the average over steps where the recipe has an `ema_decay`.
+
+        With `load_best_model_at_end` it is the best checkpoint, whose vectors are those of its step.
+        """
+        output = super().train(*args, **kwargs)
+        if self._average is not None and not self.args.load_best_model_at_end:
+            self._average.use()
+        return output
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Forward and backward, in the words of templates drawn for this step."""
@@ -195,6 +213,42 @@ class TFewTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, best = self.compute_loss(model, inputs, return_outputs=True)
         return loss.detach(), None if prediction_loss_only else best, inputs["label"]
+
+
+class MovingAverage:
+    """The exponential moving average of the parameters that an optimizer trains, over its steps.
+
+    It is kept in the optimizer's state, so that checkpoints have it. Of the first steps it is the mean, up to the one
+    from which on the decay forgets faster. Parameters that have no gradient in a step, such as those of a fleet's member
+    that has stopped, keep theirs.
+
+    Args:
+        optimizer: what is stepped, not a wrapper around it.
+        decay: from 0, the last step alone, to below 1; the mean is over about (1 + decay) / (1 - decay) steps.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, decay: float) -> None:
+        self.optimizer = optimizer
+        self.decay = decay
+        optimizer.register_step_post_hook(self._update)
+
+    def _update(self, *_: Any) -> None:
+        for parameter in self._parameters():
+            if parameter.grad is not None:
+                state = self.optimizer.state[parameter]
+                steps = state["averaged_steps"] = state.get("averaged_steps", 0) + 1
+                average = state.setdefault("average", torch.zeros_like(parameter))
+                average.lerp_(parameter.detach(), max(1 - self.decay, 1 / steps))
+
+    def use(self) -> None:
+        """Let the parameters be their average."""
+        with torch.no_grad():
+            for parameter in self._parameters():
+                if "average" in self.optimizer.state[parameter]:
+                    parameter.copy_(self.optimizer.state[parameter]["average"])
+
+    def _parameters(self) -> Iterator[nn.Parameter]:
+        return (parameter for group in self.optimizer.param_groups for parameter in group["params"])
 
 
 class StopAtFloor(TrainerCallback, ExportableState):
