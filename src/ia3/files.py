@@ -54,6 +54,31 @@ def locate(path: str | os.PathLike, filename: str, subfolder: str | None = None,
         ) from error
 
 
+def locate_beside(path: str | os.PathLike, filename: str) -> str | None:
+    """A file that an adapter may have beside it, found as by `locate`; None where the folder or repository has none.
+
+    Raises:
+        InputError: there is no such folder or repository, or the hub does not say whether there is such a file.
+    """
+    if Path(path).exists():
+        return str(Path(path, filename)) if Path(path, filename).is_file() else None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return locate(path, filename)
+    except InputError as error:
+        cause = error.__cause__
+        if isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError):
+            return None
+        # Without a network: what the hub said when the adapter was downloaded.
+        if isinstance(cause, LocalEntryNotFoundError) and not isinstance(
+            try_to_load_from_cache(str(path), filename), (str, type(None))
+        ):
+            return None
+        raise
+
+
 def read_fields(path: Path, loader: Any, such_as: str) -> dict[str, Any]:
     """The fields of a YAML file.
 

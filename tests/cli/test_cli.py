@@ -365,6 +365,26 @@ class TestAdapterFolders:
         code, _, err = ia3("predict", adapter, "tea")
         assert code == 2 and "task.yaml" in err and err.count("\n") == 1
 
+    def test_on_the_hub_is_used_with_its_recipe_and_its_temperature(self, ia3, adapter, monkeypatch):
+        import huggingface_hub
+
+        from ia3.tfew import Recipe
+        from ia3.tfew.calibration import Calibration
+
+        quality = dict.fromkeys(("log_loss", "log_loss_before", "calibration_error", "calibration_error_before"), 0.1)
+        Recipe(length_normalization=0.0).save(adapter / "recipe.yaml")
+        Calibration(temperature=3.0, rows=9, **quality).save(adapter)
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, filename, **kw: str(adapter / filename))
+        here, there = (ia3("predict", where, "tea not good", "--json") for where in (adapter, "owner/name"))
+        assert here[0] == there[0] == 0 and here[1] == there[1]
+        (adapter / "calibration.json").unlink()
+        assert ia3("predict", adapter, "tea not good", "--json")[1] != there[1]
+
+    def test_with_a_damaged_recipe_beside_it(self, ia3, adapter):
+        (adapter / "recipe.yaml").write_text("steps: many")
+        code, _, err = ia3("predict", adapter, "tea")
+        assert code == 2 and "recipe.yaml" in err and err.count("\n") == 1
+
     def test_without_a_base_model(self, ia3, adapter):
         config = json.loads((adapter / "adapter_config.json").read_text())
         (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))

@@ -65,9 +65,12 @@ class TestRecipe:
         with pytest.raises(InputError, match=message):
             Recipe.load(name)
 
-    def test_an_optimizer_that_is_none(self, tmp_path):
-        with pytest.raises(InputError, match="recipe 'paper'"):
-            Recipe(optimizer="adam-and-eve").training_arguments(tmp_path)
+    @pytest.mark.parametrize(
+        "field, name, close", [("optimizer", "adamw_torsch", "adamw_torch"), ("schedule", "cosin", "cosine")]
+    )
+    def test_names_that_transformers_does_not_know(self, field, name, close):
+        with pytest.raises(InputError, match=f"expected {field} .* found '{name}'; close to it: '{close}'"):
+            Recipe.create({field: name})
 
 
 def model(names=("default",)) -> IA3Model:

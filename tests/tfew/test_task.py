@@ -295,6 +295,10 @@ class TestLongPrompts:
     def short(self):
         return tiny.build("llama", vocab_size=len(words.VOCABULARY), max_position_embeddings=12)
 
+    def test_a_column_that_no_template_has(self):
+        with pytest.raises(InputError, match="to truncate, found 'txt'; close to it: 'text'"):
+            Task.create({"template": "{{ text }}", "choices": CHOICES, "truncate": ["txt"]})
+
     @pytest.mark.parametrize(
         "truncate, kept", [([], "review : tea tea tea tea cake ? answer :"), (["kind"], None), (["kind", "text"], None)]
     )
@@ -534,3 +538,19 @@ class TestPredict:
                 assert found[row].probabilities == pytest.approx(alone.probabilities, abs=1e-5)
         with pytest.raises(InputError, match="the 6 prompts, found 2"):
             predict(model, tokenizer, task, rows, adapter_names=["one", "two"])
+
+
+@pytest.mark.parametrize("label", ["nan", " NaN ", float("nan")])
+def test_a_missing_label_is_no_class(label):
+    rows = [*words.rows(4), {"text": "tea", "label": label}]
+    with pytest.raises(InputError, match=r"label in column 'label', found '.*' \(row 5\)"):
+        Task.infer(rows)
+    with pytest.raises(InputError, match=r"\(row 5\)"):
+        Task.infer(rows, choices=CHOICES).check(rows)
+    named = Task.infer([*words.rows(4), {"text": "tea", "label": "nan"}], choices={"nan": "none", "pos": "good"})
+    assert named.label({"label": "nan"}) == "nan"
+
+
+def test_a_template_without_choices_is_named_or_counted():
+    with pytest.raises(InputError, match="found none for template 2"):
+        Task.create({"templates": [{"prompt": "{{ text }}", "choices": CHOICES}, "{{ text }} ?"]})

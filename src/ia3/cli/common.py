@@ -31,6 +31,9 @@ TASK_NAME = "task.yaml"
 # From so many parameters on, the paper's recipe is the default.
 _LARGE = 1_000_000_000
 
+# Of random generators.
+MAX_SEED = 2**32 - 1
+
 AdapterArgument = typer.Argument(help="Folder (or hub id) of a trained adapter.", show_default=False)
 ModelOption = typer.Option(
     None,
@@ -150,10 +153,11 @@ def load_task(folder: str) -> Task:
 
 def load_recipe(folder: str) -> Recipe:
     """The recipe stored beside an adapter; the paper's where there is none."""
+    from ia3.files import locate_beside
     from ia3.tfew.recipe import RECIPE_NAME, Recipe
 
-    path = Path(folder, RECIPE_NAME)
-    return Recipe.load(path) if path.is_file() else Recipe()
+    path = locate_beside(folder, RECIPE_NAME)
+    return Recipe() if path is None else Recipe.load(path)
 
 
 def load_adapted(folder: str, model: str | None) -> tuple[IA3Model, PreTrainedTokenizerBase]:
@@ -213,10 +217,9 @@ def _load_base(configs: Mapping[str, IA3Config], model: str | None) -> tuple[Pre
 
 def _labels(folder: str) -> list[str] | None:
     """The labels of the task beside an adapter, in its order; None where there is no task."""
-    try:
-        return load_task(folder).labels
-    except InputError:
-        return None
+    from ia3.files import locate_beside
+
+    return None if locate_beside(folder, TASK_NAME) is None else load_task(folder).labels
 
 
 def recipe_for(model: str, recipe: str | None, **changes: Any) -> Recipe:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ia3.cli.common import (
+    MAX_SEED,
     TASK_NAME,
     ChoicesOption,
     ExamplesOption,
@@ -88,7 +89,7 @@ def compare(
     test_rows: int = TestRowsOption,
     recipe: str | None = RecipeOption,
     steps: int | None = StepsOption,
-    seed: int = typer.Option(0, min=0, help="Decides which examples are drawn, and their order."),
+    seed: int = typer.Option(0, min=0, max=MAX_SEED, help="Decides which examples are drawn, and their order."),
     output: Path | None = typer.Option(
         None,
         "--output",

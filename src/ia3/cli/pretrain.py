@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ia3.cli.common import BaseOption, JsonOption, console, print_json, progress, quiet
+from ia3.cli.common import MAX_SEED, BaseOption, JsonOption, console, print_json, progress, quiet
 from ia3.cli.results import write_adapter
 from ia3.cli.resume import begin, checkpoint_of, fingerprint, say_interrupted
 from ia3.cli.run import with_adapters
@@ -50,7 +50,7 @@ def pretrain(
         help="More rows than this do not make a task more frequent. \\[default: 500,000]",
         show_default=False,
     ),
-    seed: int = typer.Option(0, min=0, help="Decides what is drawn."),
+    seed: int = typer.Option(0, min=0, max=MAX_SEED, help="Decides what is drawn."),
     resume: bool = typer.Option(False, "--resume", help="Go on from the last checkpoint of an interrupted run."),
     json_output: bool = JsonOption,
 ) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ia3.cli.common import (
+    MAX_SEED,
     BaseOption,
     InitOption,
     JsonOption,
@@ -53,7 +54,7 @@ def raft(
     recipe: str | None = RecipeOption,
     init: str | None = InitOption,
     folds: int = typer.Option(5, min=2, help="Cross-validate on the training rows in so many parts."),
-    seed: int = typer.Option(0, min=0, help="Decides the parts, and the order of examples."),
+    seed: int = typer.Option(0, min=0, max=MAX_SEED, help="Decides the parts, and the order of examples."),
     output: Path = typer.Option(Path("adapters", "raft"), "--output", "-o", help="Folder of results."),
     resume: bool = typer.Option(False, "--resume", help="Do not repeat the tasks that are finished in the folder."),
     json_output: bool = JsonOption,

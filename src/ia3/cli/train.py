@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ia3.cli.common import (
+    MAX_SEED,
     BaseOption,
     ChoicesOption,
     ExamplesOption,
@@ -75,7 +76,11 @@ def train(
     steps: int | None = StepsOption,
     init: str | None = InitOption,
     seed: int | None = typer.Option(
-        None, min=0, help="Decides which examples are drawn, and their order. \\[default: 0]", show_default=False
+        None,
+        min=0,
+        max=MAX_SEED,
+        help="Decides which examples are drawn, and their order. \\[default: 0]",
+        show_default=False,
     ),
     seeds: str | None = typer.Option(
         None, "--seeds", help="Several, an adapter for each: 0,1,2. All train at once.", show_default=False
@@ -202,8 +207,8 @@ def numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
         raise InputError(f"Expected {option} as different numbers with commas between them, found {text!r}.")
     if kind is float and not all(math.isfinite(number) and number > 0 for number in found):
         raise InputError(f"Expected {option} above 0, found {text!r}.")
-    if option == "--seeds" and not all(0 <= number < 2**32 for number in found):  # what seeds can be
-        raise InputError(f"Expected {option} from 0 to {2**32 - 1}, found {text!r}.")
+    if option == "--seeds" and not all(0 <= number <= MAX_SEED for number in found):
+        raise InputError(f"Expected {option} from 0 to {MAX_SEED}, found {text!r}.")
     return found
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ia3.errors import InputError, problems
-from ia3.files import replacing
+from ia3.files import locate_beside, replacing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -93,16 +93,16 @@ class Calibration(BaseModel):
 
     @classmethod
     def beside(cls, folder: str | os.PathLike) -> Calibration | None:
-        """The one that is stored with an adapter; None when there is none.
+        """The one that is stored with an adapter, in a folder or on the hub; None when there is none.
 
         Raises:
-            InputError: a damaged file.
+            InputError: a damaged file; or see `locate_beside`.
         """
-        path = Path(folder, CALIBRATION_NAME)
-        if not path.is_file():
+        path = locate_beside(folder, CALIBRATION_NAME)
+        if path is None:
             return None
         try:
-            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
+            return cls.model_validate(json.loads(Path(path).read_text(encoding="utf-8")))
         except ValidationError as error:
             raise InputError(f"Cannot use {path}: {problems(error, 'calibration')}; calibrate anew.") from error
         except ValueError as error:

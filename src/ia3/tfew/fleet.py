@@ -109,6 +109,8 @@ class FleetTrainer(TFewTrainer):
                         member.task, processing_class, member.eval_rows, model, recipe, name
                     )
             except InputError as error:
+                if len(members) == 1:
+                    raise
                 raise InputError(f"Member {member.name!r}: {error}") from error
         steps = _Steps([[one for batch in step for one in batch] for step in zip(*examples.values(), strict=True)])
         model.set_requires_grad([name for name in model.peft_config if name not in self.members], False)

@@ -179,12 +179,19 @@ class Task(BaseModel):
         for template in self.templates:
             own = self.choices if template.choices is None else template.choices
             if own is None:
-                raise ValueError(f"expected choices, or each template's own, found none for {template.name or 'one'!r}")
+                which = repr(template.name) if template.name else f"template {self.templates.index(template) + 1}"
+                raise ValueError(f"expected choices, or each template's own, found none for {which}")
             # Where answers differ from row to row, so does their number: any labels fit.
             labels = sorted(own) if isinstance(own, dict) else "places"
             if known is not None and labels != known:
                 raise ValueError(f"expected the same labels in all templates, found {known} and {labels}")
             known = labels
+        columns = sorted({column for template in self.templates for column in template.columns})
+        for column in self.truncate:
+            if column not in columns:
+                raise ValueError(
+                    f"expected columns of the templates to truncate, found {column!r}; {similar(column, columns)}"
+                )
         if isinstance(known, list):
             for alias, label in self.aliases.items():
                 if label not in known or alias in known:
@@ -273,7 +280,14 @@ class Task(BaseModel):
         columns = list(rows[0])
         label_column = _choose(label_column, columns, "label", "label-column", [])
         if choices is None:
-            labels = sorted({_label(row[label_column]) for row in rows if not is_missing(row.get(label_column))})
+            found = {number: row.get(label_column) for number, row in enumerate(rows, 1)}
+            labels = sorted({_label(value) for value in found.values() if not is_missing(value)})
+            for number, value in found.items():
+                if str(value).strip().lower() == "nan":  # what is missing, as pandas writes it
+                    raise InputError(
+                        f"Expected a label in column {label_column!r}, found {str(value)!r}{at_row(number)}; fill or drop "
+                        f"the row, or name the labels (choices)."
+                    )
             if len(labels) < 2:
                 raise InputError(
                     f"Expected at least two labels in column {label_column!r}, found {shown(labels)}; there is nothing "

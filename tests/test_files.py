@@ -1,0 +1,57 @@
+"""Files beside an adapter, here or on the hub."""
+
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+
+from ia3 import InputError
+from ia3.files import locate_beside
+from ia3.tfew.calibration import CALIBRATION_NAME, Calibration
+
+CALIBRATION = Calibration(
+    temperature=2.0, rows=8, log_loss=0.5, log_loss_before=0.7, calibration_error=0.1, calibration_error_before=0.2
+)
+
+
+def answer(monkeypatch, result, cached=None):
+    def download(repo_id, filename, **kwargs):
+        if isinstance(result, Exception):
+            raise result
+        return str(result / filename)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *args, **kwargs: cached)
+
+
+def test_what_a_folder_has(tmp_path):
+    assert Calibration.beside(tmp_path) is None
+    CALIBRATION.save(tmp_path)
+    assert Calibration.beside(tmp_path) == CALIBRATION
+
+
+def test_what_the_hub_has(tmp_path, monkeypatch):
+    CALIBRATION.save(tmp_path)
+    answer(monkeypatch, tmp_path)
+    assert locate_beside("owner/name", CALIBRATION_NAME) == str(tmp_path / CALIBRATION_NAME)
+    assert Calibration.beside("owner/name") == CALIBRATION
+
+
+def test_what_the_hub_has_not(monkeypatch):
+    response = SimpleNamespace(headers={}, request=None)
+    answer(monkeypatch, RemoteEntryNotFoundError("no such file", response=response))  # type: ignore[arg-type]
+    assert locate_beside("owner/name", CALIBRATION_NAME) is None
+
+
+def test_what_the_hub_once_said_it_has_not(monkeypatch):
+    answer(monkeypatch, LocalEntryNotFoundError("offline"), cached=object())
+    assert locate_beside("owner/name", CALIBRATION_NAME) is None
+
+
+@pytest.mark.parametrize("failure", [LocalEntryNotFoundError("offline"), TimeoutError("slow"), OSError("no route")])
+def test_a_hub_that_does_not_say_is_an_error(failure, monkeypatch):
+    answer(monkeypatch, failure)
+    with pytest.raises(InputError, match=CALIBRATION_NAME) as error:
+        locate_beside("owner/name", CALIBRATION_NAME)
+    assert "\n" not in str(error.value)
