@@ -173,10 +173,14 @@ class TestCrossValidation:
         assert len(found) == len(rows) == len(asked) and steps == [(1, 3), (2, 3), (3, 3)]
         assert all(text not in seen[name] for text, name in asked.items())
         assert {len(texts) for texts in seen.values()} <= {len(rows) - len(rows) // 4, len(rows) - len(rows) // 4 - 1}
+        again = cross_validate(model, words.tokenizer(), self.TASK, [*rows, *rows[:5]], Recipe(steps=1), 4)
+        assert all(text not in seen[name] for text, name in asked.items())
+        for twice, once in zip(again[-5:], again, strict=False):
+            assert twice.probabilities == pytest.approx(once.probabilities, abs=1e-6)
         assert list(model.peft_config) == ["default"] and model.active_adapters == ["default"]
         assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
     @pytest.mark.parametrize("folds", [1, 9])
     def test_folds_that_cannot_be(self, tmp_path, folds):
-        with pytest.raises(InputError, match="from 2 folds to as many as there are rows"):
+        with pytest.raises(InputError, match="from 2 folds to as many as there are different rows"):
             cross_validate(adapted(), words.tokenizer(), self.TASK, words.rows(8), Recipe(steps=1), folds)

@@ -147,7 +147,7 @@ def cross_validate(
 ) -> list[Prediction]:
     """Predictions for labelled rows by adapters that have not seen them: each fold's by one trained on the others.
 
-    Folds are stratified, where a label has as many rows as there are folds. The adapters are trained all at once, each as
+    Folds are stratified, where a label has as many rows as there are folds; rows in the same words share one. The adapters are trained all at once, each as
     a run alone would, and removed at the end.
 
     Args:
@@ -165,7 +165,7 @@ def cross_validate(
         A prediction for each row, in the rows' order.
 
     Raises:
-        InputError: more folds than rows, fewer than two, or a fold whose other rows show one label only.
+        InputError: more folds than rows in different words, fewer than two, or a fold whose other rows show one label only.
     """
     from sklearn.model_selection import KFold, StratifiedKFold
     from transformers import TrainerCallback
@@ -176,15 +176,25 @@ def cross_validate(
     from ia3.tfew.fleet import FleetTrainer, Member
     from ia3.tfew.predict import predict
 
-    if not 2 <= folds <= len(rows):
-        raise InputError(f"Expected from 2 folds to as many as there are rows ({len(rows)}), found {folds}.")
-    labels = [task.label(row, number) for number, row in enumerate(rows, 1)]
+    # An adapter that has seen a row has seen those in the same words.
+    prompts = [task.prompt(row, number) for number, row in enumerate(rows, 1)]
+    label_of = {
+        prompt: task.label(row, number) for number, (prompt, row) in enumerate(zip(prompts, rows, strict=True), 1)
+    }
+    if not 2 <= folds <= len(label_of):
+        raise InputError(
+            f"Expected from 2 folds to as many as there are different rows ({len(label_of)}), found {folds}."
+        )
+    labels = list(label_of.values())
     # Where all labels have fewer rows than there are folds, there is nothing to balance.
     kind = StratifiedKFold if max(Counter(labels).values()) >= folds else KFold
     with warnings.catch_warnings():  # a label with fewer rows than folds is missing in some: that is all right
         warnings.simplefilter("ignore", UserWarning)
-        parts = list(kind(folds, shuffle=True, random_state=seed).split(labels, labels))
+        parts = kind(folds, shuffle=True, random_state=seed).split(labels, labels)
+        different = list(label_of)
+        fold_of = {different[i]: f"fold{number}" for number, (_, held_out) in enumerate(parts) for i in held_out}
     names = [f"fold{number}" for number in range(folds)]
+    by_fold = [fold_of[prompt] for prompt in prompts]
     active = model.active_adapters
     try:
         for name in names:
@@ -193,7 +203,8 @@ def cross_validate(
             else:
                 model.load_adapter(recipe.init, name, is_trainable=True)
         members = [
-            Member(name, task, [rows[i] for i in train], seed) for name, (train, _) in zip(names, parts, strict=True)
+            Member(name, task, [row for row, its in zip(rows, by_fold, strict=True) if its != name], seed)
+            for name in names
         ]
         arguments = recipe.training_arguments(output_dir, seed=seed, save_strategy="no", disable_tqdm=True)
         trainer = FleetTrainer(model, arguments, tokenizer, members, recipe)
@@ -206,12 +217,7 @@ def cross_validate(
 
         trainer.add_callback(Steps())
         trainer.train()
-        held_out = [(i, name) for name, (_, test) in zip(names, parts, strict=True) for i in test.tolist()]
-        asked = [rows[i] for i, _ in held_out]
-        by_fold = [name for _, name in held_out]
-        found = predict(model, tokenizer, task, asked, adapter_names=by_fold, recipe=recipe)
-        in_order = dict(zip([i for i, _ in held_out], found, strict=True))
-        return [in_order[i] for i in range(len(rows))]
+        return predict(model, tokenizer, task, rows, adapter_names=by_fold, recipe=recipe)
     finally:
         for name in names:
             if name in model.peft_config:
