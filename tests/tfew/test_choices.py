@@ -192,6 +192,27 @@ class TestSelfCheck:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_a_window_of_the_model_is_found_out_in_half_precision_too(self, dtype):
+        long = [Question([5, *range(3, 33)], [[9, 10], [11, 12, 13]])]
+        assert "position_ids" not in collate(self.windowed().to(dtype), long)
+
+    @pytest.mark.parametrize("at_once", [True, False])
+    def test_a_window_is_found_out_behind_longer_rows_of_many_short_choices(self, at_once):
+        model = self.windowed()
+        wide = Question([5, 6], [[10 + i, 20, 21] for i in range(30)])
+        long = Question(list(range(3, 33)), [[40], [41, 42]])
+        if not at_once:
+            assert "position_ids" in collate(model, [wide])
+        questions = [wide, long] if at_once else [long]
+        [*_, found], [expected] = (
+            normalized_scores(token_log_probs(model, batch), batch["mask"])
+            for batch in (collate(model, questions), plain_rows([long]))
+        )
+        assert torch.allclose(found[:2], expected, atol=1e-5)
+        assert "position_ids" in collate(model, [wide])
+
+    @staticmethod
+    def windowed():
+        """A model whose own mask has a window of 8 tokens."""
         sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
         config = transformers.AutoConfig.for_model(
             "mistral", vocab_size=tiny.VOCAB, sliding_window=8, num_key_value_heads=2, **sizes
@@ -201,9 +222,7 @@ class TestSelfCheck:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.3)
-        model.to(dtype)
-        long = [Question([5, *range(3, 33)], [[9, 10], [11, 12, 13]])]
-        assert "position_ids" not in collate(model, long)
+        return model
 
     def test_a_broken_adapter_is_no_verdict_on_the_model(self, llama):
         vectors = IA3Model(llama, IA3Config())

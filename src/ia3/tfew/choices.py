@@ -393,13 +393,13 @@ def normalized_scores(log_probs: torch.Tensor, mask: torch.Tensor, power: float 
 
 @dataclass
 class _Verdict:
-    """Up to which row length packing is exact for a model, and from which on it is not, as far as it was tried."""
+    """Up to which length packing is exact for a model, and from which on it is not, as far as it was tried."""
 
     exact: int = 0
     wrong: int = _LONGEST_PACKED + 1
 
 
-_verdicts: weakref.WeakKeyDictionary[nn.Module, dict[tuple, _Verdict]] = weakref.WeakKeyDictionary()
+_verdicts: weakref.WeakKeyDictionary[nn.Module, dict[tuple, list[_Verdict]]] = weakref.WeakKeyDictionary()
 
 
 _Layout = Callable[[Sequence[Question]], Batch]
@@ -409,8 +409,8 @@ def collate(model: nn.Module, questions: Sequence[Question], pad_token_id: int =
     """The questions as a batch for this model: packed where that is exact, else plain rows.
 
     Packing is wrong for some models (positions built from a 2-D mask, recurrent layers, windows counted over the
-    row). So each model is tried, at first use and again whenever rows are longer than ever: the longest question must
-    score the same packed and in a plain row.
+    row, or not at all). So each model is tried, at first use and again whenever a packed row, or the text of a prompt
+    and one choice in it, is longer than ever: the longest question must score the same packed and in a plain row.
     """
     base = base_of(model)
     family = task_type(base)
@@ -431,19 +431,30 @@ def collate(model: nn.Module, questions: Sequence[Question], pad_token_id: int =
         packed = lambda some: pack(some, pad_token_id, dtype)  # noqa: E731
         plain = lambda some: plain_rows(some, pad_token_id)  # noqa: E731
 
-    def length_of(question: Question) -> int:
+    def row(question: Question) -> int:
         return sum(sizes_of(question)[family == TaskType.SEQ_2_SEQ_LM :])
 
-    longest = max(questions, key=length_of)
-    length = length_of(longest)
+    def text(question: Question) -> int:
+        return text_length(question) - (len(question.prompt) if family == TaskType.SEQ_2_SEQ_LM else 0)
+
     key = (getattr(getattr(base, "config", None), "_attn_implementation", None), dtype)
-    verdict = _verdicts.setdefault(base, {}).setdefault(key, _Verdict())
-    if verdict.exact < length < verdict.wrong:
-        if _packing_is_exact(model, longest, packed, plain):
-            verdict.exact = length
-        else:
-            verdict.wrong = length
-    return packed(questions) if length < verdict.wrong else plain(questions)
+    verdicts = _verdicts.setdefault(base, {}).setdefault(key, [_Verdict(), _Verdict()])
+    # A row of many short choices is long and says nothing of a window that a long prompt does not fit into.
+    found: dict[int, bool] = {}
+    for length_of, verdict in zip((row, text), verdicts, strict=True):
+        lengths = list(map(length_of, questions))
+        length = max(lengths)
+        if verdict.exact < length < verdict.wrong:
+            longest = lengths.index(length)
+            if longest not in found:
+                found[longest] = _packing_is_exact(model, questions[longest], packed, plain)
+            if found[longest]:
+                verdict.exact = length
+            else:
+                verdict.wrong = length
+        if length >= verdict.wrong:
+            return plain(questions)
+    return packed(questions)
 
 
 def _packing_is_exact(model: nn.Module, question: Question, packed: _Layout, plain: _Layout) -> bool:
@@ -454,18 +465,19 @@ def _packing_is_exact(model: nn.Module, question: Question, packed: _Layout, pla
         return normalized_scores(token_log_probs(model, batch), batch["mask"])
 
     # Two short rows show whether padding on the left is exact too, and how much rounding does to plain rows alone;
-    # of the long row, the choice that ends last is the one that packing moves farthest.
+    # of the long row, the choice that ends last is the one that packing moves farthest, and the longest one sees most.
     short = [replace(question, prompt=question.prompt[-size:], choices=question.choices[:4]) for size in (2, 8)]
-    last = tree_of(question).farthest
+    longest = max(range(len(question.choices)), key=lambda i: len(question.choices[i]))
+    ends = sorted({tree_of(question).farthest, longest})
     with evaluating(model), torch.no_grad():
         right = scores(plain(short))
         noise = max(float((scores(plain([q])) - right[i]).abs().max()) for i, q in enumerate(short))
-        far = scores(plain([replace(question, choices=[question.choices[last]])]))[0, 0]
-        if not torch.isfinite(right).all() or not torch.isfinite(far):
+        far = scores(plain([replace(question, choices=[question.choices[end] for end in ends])]))[0]
+        if not torch.isfinite(right).all() or not torch.isfinite(far).all():
             return True  # a broken adapter says nothing about the model; whoever uses the scores will see it
         try:
             near = float((scores(packed(short)) - right).abs().max())
-            difference = max(near, float((scores(packed([question]))[0, last] - far).abs()))
+            difference = max(near, float((scores(packed([question]))[0, ends] - far).abs().max()))
             why = f"scores differ by {difference:.2g}"
         except Exception as error:  # a model that takes no such mask says so in its own way
             difference, why = math.inf, f"{type(error).__name__}: {error}"
@@ -501,6 +513,11 @@ def sizes_of(question: Question) -> tuple[int, int]:
 def row_length(question: Question) -> int:
     """How many tokens a question's packed row has."""
     return sum(sizes_of(question))
+
+
+def text_length(question: Question) -> int:
+    """How many tokens are read of a question's prompt and its longest choice, in a row of their own."""
+    return len(question.prompt) + max(map(len, question.choices)) - 1
 
 
 def batches(questions: Sequence[Question], tokens: int = BATCH_TOKENS) -> Iterator[list[int]]:
