@@ -63,6 +63,19 @@ def layout(prefix: Prefix) -> str:
 
 
 class TestPrefix:
+    @pytest.mark.parametrize("at_once", [True, False])
+    def test_a_window_is_found_out_behind_longer_rows_of_many_short_choices(self, at_once):
+        model, tokenizer = made("mistral", **{**_COMMON, "sliding_window": 12}), words.tokenizer()
+        prompts = ["tea", "the tea was it and is soup cake today review a the tea was it and is"]
+        choices = [[f" {word} was" for word in words.VOCABULARY[3:40]], [" good", " not good"]]
+        [expected] = score_choices(model, tokenizer, ["the tea was good " + prompts[1]], choices[1:])
+        prefix = Prefix(model, tokenizer, "the tea was good", " ")
+        if not at_once:
+            score_choices(model, tokenizer, prompts[:1], choices[:1], prefix=prefix)
+        first = 0 if at_once else 1
+        found = score_choices(model, tokenizer, prompts[first:], choices[first:], prefix=prefix)[-1]
+        assert torch.allclose(found, expected, atol=1e-4)
+
     @pytest.mark.parametrize("name", LAYOUTS)
     def test_scores_are_those_of_one_row(self, name):
         sizes, attentions, expected = LAYOUTS[name]

@@ -37,6 +37,7 @@ from ia3.tfew.choices import (
     padding_id,
     plain_rows,
     row_length,
+    text_length,
     to_device,
     token_log_probs,
     unclosed,
@@ -124,7 +125,7 @@ class Prefix:
         self._adapters = _adapters_in_effect(model)
         self._cache = None if self._encoder_decoder else self._read(model)
         self._layouts: list[Callable[..., Batch]] = [] if self._cache is None else [self._packed, self._plain]
-        self._tried = 0
+        self._tried = [0, 0]
 
     @property
     def is_cached(self) -> bool:
@@ -196,7 +197,9 @@ class Prefix:
             )
         if self._encoder_decoder or not questions:
             return questions, collate, batch_tokens
-        self._try(model, max(questions, key=row_length))
+        # A row of many short choices says nothing of a window that a long prompt does not fit into.
+        for which, length_of in enumerate((row_length, text_length)):
+            self._try(model, max(questions, key=length_of), which, length_of)
         if not self._layouts:
             return [self._whole(question) for question in questions], collate, batch_tokens
         # Rows are short and what they attend to is long: the latter is bounded, too.
@@ -204,14 +207,14 @@ class Prefix:
         expanded = _CACHED_BATCHES * batch_tokens * longest // (len(self.tokens) + longest)
         return questions, self._layouts[0], min(batch_tokens, max(expanded, 1))
 
-    def _try(self, model: nn.Module, question: Question) -> None:
-        """Drop layouts that are not exact for a question longer than all before.
+    def _try(self, model: nn.Module, question: Question, which: int, length_of: Callable[[Question], int]) -> None:
+        """Drop layouts that are not exact for a question longer than all before, by the length of that number.
 
         One choice is scored in a whole row, without the cache, once; that is about what reading the prefix costs.
         """
-        if row_length(question) <= self._tried:
+        if length_of(question) <= self._tried[which]:
             return
-        self._tried = row_length(question)
+        self._tried[which] = length_of(question)
         last = max(range(len(question.choices)), key=lambda i: len(question.choices[i]))
         single = self._whole(replace(question, choices=[question.choices[last]]))
         # Behind one place more of another row's prompt, a packed row begins with padding.
