@@ -101,6 +101,9 @@ def test_an_encoders_adapter_without_its_task(ia3, tmp_path):
     adapted.save_pretrained(tmp_path / "adapter")
     code, _, err = ia3("merge", tmp_path / "adapter", "--output", tmp_path / "merged")
     assert code == 2 and "an encoder ('BertModel')" in err and len(err.strip().splitlines()) == 1
+    (tmp_path / "adapter" / "task.yaml").write_text("template: [")
+    code, _, err = ia3("merge", tmp_path / "adapter", "--output", tmp_path / "merged")
+    assert code == 2 and "Expected YAML in" in err and "task.yaml" in err and len(err.strip().splitlines()) == 1
 
 
 INTENTS = ["card_arrival", "exchange_rate", "lost_or_stolen_card", "top_up_failed", "change_pin"]

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import shutil
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import words
 from ia3.cli import main
 from ia3.tfew import Task
+from ia3.tfew.calibration import Calibration
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +112,7 @@ def change(path, old, new):
             "soups",
         ),
         (lambda f: (f / "all/soups/adapter_model.safetensors").write_bytes(b"short"), "soups"),
+        (lambda f: change(f / "all/soups/recipe.yaml", "truncate", "refuse"), "recipes agree in long_prompts, found"),
         (lambda f: shutil.rmtree(f / "all"), "Expected a folder of adapters with --adapter-column"),
         (lambda f: (shutil.rmtree(f / "all"), (f / "all").mkdir()), "Expected adapters in subfolders"),
     ],
@@ -136,3 +139,17 @@ def test_the_given_base_model_is_used_for_all(ia3, place, mixed, tmp_path):
     code, out, err = ia3("predict", tmp_path / "all", *options, "--model", place / "model")
     assert code == 0, err
     assert torch.is_grad_enabled() and len(json.loads(out)) == len(NAMES)
+
+
+def test_each_row_has_its_own_adapters_temperature(ia3, place, mixed, tmp_path):
+    shutil.copytree(place / "all", tmp_path / "all")
+    options = ("--data", mixed, "--adapter-column", "tenant", "--json")
+    before = json.loads(ia3("predict", tmp_path / "all", *options)[1])
+    quality = dict.fromkeys(("log_loss", "log_loss_before", "calibration_error", "calibration_error_before"), 0.1)
+    temperatures = {"teas/seed-1": 3.0, "soups": 0.5, "teas/seed-0": 1.0}
+    for name in ("teas/seed-1", "soups"):
+        Calibration(temperature=temperatures[name], rows=9, **quality).save(tmp_path / "all" / name)
+    found = json.loads(ia3("predict", tmp_path / "all", *options)[1])
+    for name, old, new in zip(NAMES, before, found, strict=True):
+        odds, others = ([math.log(p) for p in item["probabilities"].values()] for item in (old, new))
+        assert others[0] - others[1] == pytest.approx((odds[0] - odds[1]) / temperatures[name], abs=1e-6)

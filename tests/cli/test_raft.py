@@ -229,6 +229,12 @@ def test_one_that_is_done_anew_is_unfinished_until_it_is_done(raft, tmp_path, mo
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
+    predictions = tmp_path / "out" / "overruling" / "predictions.csv"
+    text = predictions.read_bytes()
+    predictions.unlink()
+    code, _, err = raft("--resume", tasks="overruling")
+    assert code == 2 and "predictions.csv of a finished task" in err and err.count("\n") == 1
+    predictions.write_bytes(text)
     monkeypatch.setattr(ia3.tfew, "predict", interrupted)
     assert raft(tasks="overruling")[0] == 130
     assert not (tmp_path / "out" / "overruling" / "run.json").exists()
@@ -273,6 +279,7 @@ def test_starts_from_other_vectors(raft, place, tmp_path):
         ({"data": "nowhere"}, "folder with RAFT's data, found no 'nowhere'"),
         ({"tasks": "ade_corpus_v2"}, "ade_corpus_v2/train.csv'"),
         ({"recipe": "huge"}, "recipe of paper, small"),
+        ({"folds": 51}, "number of training rows (50 of overruling), found 51"),
         ({"model": "./nowhere"}, "no './nowhere' here"),
     ],
 )

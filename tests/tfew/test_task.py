@@ -554,3 +554,16 @@ def test_a_missing_label_is_no_class(label):
 def test_a_template_without_choices_is_named_or_counted():
     with pytest.raises(InputError, match="found none for template 2"):
         Task.create({"templates": [{"prompt": "{{ text }}", "choices": CHOICES}, "{{ text }} ?"]})
+
+
+def test_rows_of_several_tasks_keep_their_numbers_in_errors():
+    import tiny
+    from ia3.tfew import Recipe, predict
+
+    tasks = [Task.create({"name": name, "template": "{{ text }}", "choices": CHOICES}) for name in "aab"]
+    rows = [{"text": "tea"}, {"text": "tea"}, {"text": "tea " * 100}]
+    model = tiny.build("gpt2", vocab_size=len(words.VOCABULARY))
+    with pytest.raises(InputError, match=r"found 100 \(row 3\)"):
+        predict(model, words.tokenizer(), tasks, rows, recipe=Recipe(long_prompts="refuse"))
+    with pytest.raises(InputError, match=r"found it empty \(row 3\)"):
+        predict(model, words.tokenizer(), tasks, [*rows[:2], {"text": ""}])

@@ -130,11 +130,13 @@ def _settings(folders: list[str]) -> tuple[list[float], Recipe]:
     recipes = {folder: load_recipe(folder) for folder in known}
     first = recipes[known[0]]
     for folder, recipe in recipes.items():
-        if recipe.length_normalization != first.length_normalization:
-            raise InputError(
-                f"Expected adapters whose recipes agree in length_normalization, found {first.length_normalization} in "
-                f"{known[0]!r} and {recipe.length_normalization} in {folder!r}; label their rows separately."
-            )
+        for name in ("length_normalization", "long_prompts"):
+            one, other = getattr(first, name), getattr(recipe, name)
+            if one != other:
+                raise InputError(
+                    f"Expected adapters whose recipes agree in {name}, found {one} in {known[0]!r} and {other} in "
+                    f"{folder!r}; label their rows separately."
+                )
     return [temperatures[folder] for folder in folders], first
 
 

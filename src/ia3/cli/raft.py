@@ -75,6 +75,11 @@ def raft(
     if not names or len(set(names)) < len(names):
         raise InputError(f"Expected different tasks with commas between them for --tasks, found {tasks!r}.")
     chosen = {name: RaftTask.load(name, data) for name in names}
+    for name, one in chosen.items():
+        if folds > len(one.train):
+            raise InputError(
+                f"Expected --folds from 2 to the number of training rows ({len(one.train)} of {name}), found {folds}."
+            )
     plan = recipe_for(model, recipe, init=init)
     for name, one in chosen.items():
         if len(one.train) != TRAIN_ROWS:
@@ -136,7 +141,11 @@ def _is_finished(folder: Path) -> bool:
 
 def _earlier(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """A finished task's results, when its settings are the same."""
+    from ia3.tfew.raft import PREDICTIONS_NAME
+
     require_same(folder / RUN_NAME, dict(settings))
+    if not (folder / PREDICTIONS_NAME).is_file():
+        raise InputError(f"Expected the {PREDICTIONS_NAME} of a finished task in {str(folder)!r}; delete the folder.")
     try:
         return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -101,7 +103,8 @@ def predict(
     for indices in by_task.values():
         one = tasks[indices[0]]
         mine = [rows[index] for index in indices]
-        asked = one.questions(tokenizer, mine, False, model, template, recipe.long_prompts, prefix)
+        with _numbered(indices):
+            asked = one.questions(tokenizer, mine, False, model, template, recipe.long_prompts, prefix)
         for index, row, question in zip(indices, mine, asked, strict=True):
             found[index] = (question, list(one.answers(row, index + 1, template)))
     questions = [question for question, _ in found]
@@ -119,3 +122,13 @@ def predict(
         Prediction.of(dict(zip(labels, row.tolist(), strict=True)), one, abstain_below)
         for labels, row, one in zip(answers, scores, temperatures, strict=True)
     ]
+
+
+@contextmanager
+def _numbered(indices: Sequence[int]) -> Iterator[None]:
+    """Errors about one of some rows, picked by index, have its number among all rows."""
+    try:
+        yield
+    except InputError as error:
+        text = re.sub(r"\(row (\d+)\)", lambda found: f"(row {indices[int(found[1]) - 1] + 1})", str(error))
+        raise InputError(text) from error
