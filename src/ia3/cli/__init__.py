@@ -8,7 +8,7 @@ import sys
 import typer
 
 from ia3 import __version__
-from ia3.cli import compare, convert, evaluate, inspect, merge, predict, pretrain, raft, tasks, train
+from ia3.cli import bench, compare, convert, evaluate, inspect, merge, predict, pretrain, raft, tasks, train
 from ia3.errors import InputError
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app.command("inspect")(inspect.inspect)
 app.command("pretrain")(pretrain.pretrain)
 app.command("raft")(raft.raft)
 app.command("convert")(convert.convert)
+app.command("bench")(bench.bench)
 app.add_typer(tasks.app, name="tasks")
 
 

@@ -1,0 +1,356 @@
+"""Runs rows of the suite: a process for each column, a copy of it for each row, one repeat of each column in turn."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ia3
+from ia3.bench.jobs import COLUMNS, Row, suite
+from ia3.bench.report import summary
+from ia3.errors import InputError, shown, similar
+from ia3.files import replacing
+
+JSON_NAME = "bench.json"
+
+# Loads this package where another environment has none of it; `peers` says why that is possible.
+_BOOTSTRAP = """
+import importlib.util, runpy, sys
+root = sys.argv.pop(1)
+spec = importlib.util.spec_from_file_location("ia3", root + "/__init__.py", submodule_search_locations=[root])
+sys.modules["ia3"] = module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+runpy.run_module("ia3.bench.worker", run_name="__main__")
+"""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the numbers, apart from the machine.
+
+    Attributes:
+        model: the base model's name.
+        repeats: how often each column does each row.
+        threads: of each process.
+        whole: no samples.
+    """
+
+    model: str
+    repeats: int = 3
+    threads: int = 1
+    whole: bool = False
+
+
+class Failed(Exception):
+    """A column cannot do a job."""
+
+
+class Worker:
+    """A column's process, see `worker`.
+
+    Args:
+        column: its name.
+        python: the interpreter.
+        folder: the base model's.
+        threads: of its jobs.
+    """
+
+    def __init__(self, column: str, python: str, folder: str, threads: int) -> None:
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the process)
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
+        command = [python, "-m", "ia3.bench.worker"]
+        if python != sys.executable:
+            environment.pop("PYTHONPATH", None)
+            command = [python, "-c", _BOOTSTRAP, str(Path(ia3.__file__).parent)]
+        self.process = subprocess.Popen(
+            [*command, column, folder, str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            env=environment,
+            start_new_session=True,  # Ctrl-C is for the suite, which ends its workers
+        )
+
+    def ask(self, question: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Say a line, and read the answer; None: only read.
+
+        Raises:
+            Failed: with the reason, in one line.
+        """
+        try:
+            if question is not None:
+                self.process.stdin.write(json.dumps(question) + "\n")  # type: ignore[union-attr]
+                self.process.stdin.flush()  # type: ignore[union-attr]
+            line = self.process.stdout.readline()  # type: ignore[union-attr]
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            self.process.wait()
+            self.log.seek(0)
+            last = [text for text in self.log.read().splitlines() if text.strip()] or ["no message"]
+            raise Failed(last[-1].strip())
+        answer = json.loads(line)
+        if "error" in answer:
+            raise Failed(" ".join(answer["error"].split()))
+        return answer
+
+    def close(self) -> None:
+        """End it, and the copy that it has, if any."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, 9)
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout, self.log):
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()  # type: ignore[union-attr]
+
+
+def chosen(only: str | None, whole: bool) -> list[Row]:
+    """The rows that are asked for, in the suite's order.
+
+    Raises:
+        InputError: there is no such row.
+    """
+    rows = suite(whole)
+    if only is None:
+        return [*rows.values()]
+    names = [name.strip() for name in only.split(",") if name.strip()]
+    for name in names:
+        if name not in rows:
+            raise InputError(f"Expected rows of the suite (--only), found {name!r}; {similar(name, rows)}.")
+    if not names:
+        raise InputError(f"Expected rows of the suite (--only), found none; there are {shown(rows, 20)}.")
+    return [row for name, row in rows.items() if name in names]
+
+
+def interpreters(adapterhub: str | None) -> tuple[dict[str, str], dict[str, str]]:
+    """The interpreter of each column that can run, and why the others cannot.
+
+    Raises:
+        InputError: the one that is given for AdapterHub is no file.
+    """
+    found, left_out = dict.fromkeys(COLUMNS, sys.executable), {}
+    if importlib.util.find_spec("peft") is None:
+        del found["peft"]
+        left_out["peft"] = 'not installed: pip install "ia3[bench]"'
+    if adapterhub is None:
+        del found["adapterhub"]
+        left_out["adapterhub"] = (
+            "needs an environment of its own, for transformers 4: python -m venv hub && hub/bin/pip install adapters, "
+            "then --adapterhub hub/bin/python"
+        )
+    elif not Path(adapterhub).is_file():
+        raise InputError(
+            f"Expected the interpreter of an environment with adapters (--adapterhub), found {adapterhub!r}."
+        )
+    else:
+        found["adapterhub"] = adapterhub
+    return found, left_out
+
+
+def begin(settings: Settings, file: Path, resume: bool) -> dict[str, Any]:
+    """A result without rows, or the one that is there.
+
+    Raises:
+        InputError: there is none to go on from, it is damaged, or it is of other settings.
+    """
+    fresh = {
+        "settings": vars(settings),
+        "machine": {"cores": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()},
+        "versions": {"ia3": ia3.__version__},
+        "left_out": {},
+        "rows": {},
+    }
+    if not resume:
+        return fresh
+    if not file.is_file():
+        raise InputError(f"Expected {file} to go on from (--resume), found none.")
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+        before, _ = known["settings"], known["rows"].keys()
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"Expected a result of ia3 bench in {file}, found a damaged one; start without --resume."
+        ) from error
+    for name, value in vars(settings).items():
+        if before.get(name) != value:
+            raise InputError(
+                f"Expected {name} {before.get(name)!r}, as in {file} that is to be gone on from (--resume), found {value!r}."
+            )
+    return known
+
+
+def run(
+    settings: Settings,
+    rows: Sequence[Row],
+    file: Path,
+    adapterhub: str | None = None,
+    resume: bool = False,
+    on_step: Callable[[int, int, str], None] = lambda done, total, note: None,
+) -> dict[str, Any]:
+    """Do rows; the result is written after each.
+
+    Args:
+        settings: how.
+        rows: what.
+        file: where the result goes, and where it is read from.
+        adapterhub: the interpreter of an environment with AdapterHub's `adapters`.
+        resume: rows that the file has are not done again.
+        on_step: called with what is done, of how much, and what comes next.
+
+    Raises:
+        InputError: see `begin`, `interpreters` and `ia3.pretrained.find_base`.
+    """
+    from ia3.pretrained import find_base
+
+    pythons, left_out = interpreters(adapterhub)
+    result = begin(settings, file, resume)
+    result["left_out"] = {**left_out, **{name: why for name, why in result["left_out"].items() if name in pythons}}
+    rows = [row for row in rows if row.name not in result["rows"]]
+    folder = find_base(settings.model)[1]
+    texts = _reviews() if any(row.kind for row in rows) else []
+    steps = len(rows) * settings.repeats
+    with _workers(pythons, folder, settings.threads) as started:
+        for place, row in enumerate(rows):
+
+            def say(repeat: int, column: str, place: int = place, row: Row = row) -> None:
+                on_step(place * settings.repeats + repeat, steps, f"{row.name}: {COLUMNS[column]}")
+
+            columns = [name for name in row.columns if name in pythons and name not in result["left_out"]]
+            if row.kind is None:
+                result["rows"][row.name] = _commands(row, columns, pythons, settings.repeats, say)
+            else:
+                on_step(place * settings.repeats, steps, "loading the model")
+                for name, why in started(result).items():
+                    result["left_out"].setdefault(name, why)
+                columns = [name for name in columns if name not in result["left_out"]]
+                workers = {name: started.workers[name] for name in columns}
+                result["rows"][row.name] = _job(row, row.job(texts), workers, settings.repeats, say)
+            save(result, file)
+    on_step(steps, steps, "")
+    save(result, file)
+    return result
+
+
+def _reviews() -> list[str]:
+    """Texts of the embedded task's training rows."""
+    from ia3.tfew import Task, read_rows
+
+    task = Task.embedded("food-reviews")
+    assert task.train is not None
+    return [row["review"] for row in read_rows(task.train)[:300]]
+
+
+class _Started:
+    """The workers, which are started when they are first needed: all at once, because loading takes a while."""
+
+    def __init__(self, pythons: Mapping[str, str], folder: str, threads: int) -> None:
+        self.workers: dict[str, Worker] = {}
+        self._wanted = (pythons, folder, threads)
+
+    def __call__(self, result: dict[str, Any]) -> dict[str, str]:
+        """Start them, unless they are; what they run on goes into the result. Returns those that cannot start, and why."""
+        if self.workers:
+            return {}
+        pythons, folder, threads = self._wanted
+        failed = {}
+        for name, python in pythons.items():
+            self.workers[name] = Worker(name, python, folder, threads)
+        for name, worker in self.workers.items():
+            try:
+                versions = worker.ask(None)["versions"]
+            except Failed as error:
+                if name == "ours":
+                    raise InputError(f"Cannot measure {folder!r}: {error}") from error
+                failed[name] = str(error)
+                continue
+            prefix = "adapterhub: " if name == "adapterhub" else ""
+            result["versions"] |= {prefix + package: version for package, version in versions.items()}
+        return failed
+
+
+@contextlib.contextmanager
+def _workers(pythons: Mapping[str, str], folder: str, threads: int) -> Iterator[_Started]:
+    started = _Started(pythons, folder, threads)
+    try:
+        yield started
+    finally:
+        for worker in started.workers.values():
+            worker.close()
+
+
+def save(result: Mapping[str, Any], file: Path) -> None:
+    """Write the result, in whole or not at all."""
+    with replacing(file) as temporary:
+        temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def _job(
+    row: Row, job: dict[str, Any], workers: Mapping[str, Worker], repeats: int, say: Callable[[int, str], None]
+) -> dict[str, Any]:
+    """A row by workers."""
+    seconds: dict[str, list[dict[str, float]]] = {name: [] for name in workers}
+    found: dict[str, list[float]] = {}
+    peaks: dict[str, float] = {}
+    errors: dict[str, str] = {}
+
+    def each(question: dict[str, Any], repeat: int) -> Iterator[tuple[str, dict[str, Any]]]:
+        for name, worker in workers.items():
+            if name in errors:
+                continue
+            say(repeat, name)
+            try:
+                yield name, worker.ask(question)
+            except Failed as error:
+                errors[name] = str(error)
+
+    for _ in each({"job": job}, 0):
+        pass
+    for repeat in range(repeats):
+        for name, answer in each({"run": True}, repeat):
+            seconds[name].append(answer["seconds"])
+            found.setdefault(name, answer["found"])
+    for name, answer in each({"end": True}, repeats):
+        peaks[name] = answer["peak_mb"]
+    return summary(row, {name: seconds[name] for name in workers if name not in errors}, peaks, found, errors)
+
+
+def _commands(
+    row: Row, columns: Sequence[str], pythons: Mapping[str, str], repeats: int, say: Callable[[int, str], None]
+) -> dict[str, Any]:
+    """A row of commands: seconds from the start of a process to its end, and its largest resident set."""
+    seconds: dict[str, list[dict[str, float]]] = {name: [] for name in columns}
+    peaks: dict[str, float] = {}
+    errors: dict[str, str] = {}
+    for repeat in range(repeats + 1):  # the first brings files into memory
+        for name in columns:
+            say(max(0, repeat - 1), name)
+            environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+            if pythons[name] != sys.executable:
+                environment.pop("PYTHONPATH", None)
+            with tempfile.TemporaryFile("w+") as log:
+                started = time.perf_counter()
+                process = subprocess.Popen(
+                    [pythons[name], "-c", row.commands[name]], stdout=log, stderr=log, env=environment
+                )
+                _, status, usage = os.wait4(process.pid, 0)
+                took = time.perf_counter() - started
+                process.returncode = os.waitstatus_to_exitcode(status)
+                if process.returncode:
+                    log.seek(0)
+                    errors[name] = (log.read().strip().splitlines() or ["no message"])[-1]
+            if repeat:
+                seconds[name].append({"whole": took})
+                peaks[name] = max(peaks.get(name, 0.0), usage.ru_maxrss / 1024)
+    return summary(row, {name: seconds[name] for name in columns if name not in errors}, peaks, {}, errors)
