@@ -18,6 +18,14 @@ from ia3.bench.peers import Column, vector
 class AdapterHub(Column):
     """Its (IA)³, which scales the output of up_proj: the same numbers as scaling the input of down_proj."""
 
+    def load(self) -> tuple[Any, Any]:
+        from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+        # transformers 4 knows the file, but not the class that transformers 5 names beside it.
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(Path(self.folder, "tokenizer.json")))
+        model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
+        return model.eval().requires_grad_(False), tokenizer
+
     def adapt(self, model: nn.Module) -> Any:
         if not hasattr(model, "adapters_config"):
             adapters.init(model)  # type: ignore[arg-type]

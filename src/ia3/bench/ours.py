@@ -15,6 +15,15 @@ from ia3.bench.peers import ADAPTED, FEEDFORWARD, Clock, Result, WithVectors, qu
 class Ours(WithVectors):
     """`IA3Model`, `TFewTrainer`, `predict`, `score_choices` and `AdapterBank`."""
 
+    prefix = "model."
+
+    def import_libraries(self) -> None:
+        super().import_libraries()
+        from ia3 import AdapterBank
+        from ia3.tfew import TFewTrainer, predict
+
+        assert AdapterBank and TFewTrainer and predict
+
     def load(self) -> tuple[Any, Any]:
         from ia3 import load_base
 

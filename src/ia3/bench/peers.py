@@ -6,6 +6,7 @@ Nothing here uses the package's own scoring, loss or adapters, so that the resul
 from __future__ import annotations
 
 import gc
+import math
 import tempfile
 import time
 import zlib
@@ -177,7 +178,7 @@ def training_arguments(folder: str, steps: int, batch_size: int, micro_batch: in
         optim="adafactor",
         learning_rate=3e-3,
         lr_scheduler_type="linear",
-        warmup_steps=max(1, round(0.06 * steps)) if steps > 1 else 0,
+        warmup_steps=math.ceil(0.06 * steps),
         remove_unused_columns=False,
         **quiet_arguments(),
     )
@@ -204,7 +205,8 @@ def train(model: nn.Module, examples: Sequence[Example], steps: int, batch_size:
 
         def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
             labels = torch.tensor([label for _, _, label in inputs["examples"]])
-            return three_losses(*log_probs(model, inputs["examples"]), labels)
+            found, mask = log_probs(model, inputs["examples"])
+            return three_losses(found, mask, labels)
 
     callback = timed_steps()
     with tempfile.TemporaryDirectory() as folder:
@@ -217,7 +219,7 @@ def train(model: nn.Module, examples: Sequence[Example], steps: int, batch_size:
             callbacks=[callback],
         )
         trainer.model_accepts_loss_kwargs = False  # the loss is a mean over the batch
-        trainer.train()
+        trainer.train()  # type: ignore[call-arg]
     return callback
 
 
@@ -248,7 +250,14 @@ class Column:
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
+        self.import_libraries()
         self.model, self.tokenizer = self.load()
+
+    def import_libraries(self) -> None:
+        """What jobs would otherwise import at their first use: that has a row of its own."""
+        from transformers import Trainer
+
+        assert Trainer
 
     def load(self) -> tuple[Any, Any]:
         """The base model, frozen, and its tokenizer."""
@@ -260,8 +269,8 @@ class Column:
     def wake(self) -> None:
         """Start threads and libraries, once, before memory is looked at."""
         touch(self.model)
-        with torch.inference_mode():
-            self.model(input_ids=torch.ones((1, 2), dtype=torch.long), use_cache=False)
+        embeddings = self.model.get_input_embeddings()(torch.ones((1, 2), dtype=torch.long))
+        self.model(inputs_embeds=embeddings.detach().requires_grad_(), use_cache=False).logits.sum().backward()
 
     def prepare(self, job: dict[str, Any]) -> Callable[[], Result]:
         """What has to be there before a job is timed, and the job.
@@ -308,6 +317,7 @@ class Column:
     def score(self, job: dict[str, Any]) -> Callable[[], Result]:
         """Score all choices of all prompts, with an adapter."""
         model = self.randomized(self.adapt(self.model)).eval()
+        self.scores(model, (["one"], job["points"][0]["choices"][:2], [0]))  # what is done once for a model
 
         def run() -> Result:
             clock, found = Clock(), []
@@ -452,7 +462,9 @@ class Column:
 
 
 class WithVectors(Column):
-    """What ours and PEFT's models have in common: names."""
+    """What ours and PEFT's models have in common: names, but for what stands before the base model's."""
+
+    prefix = "base_model.model."
 
     def release(self, model: Any) -> None:
         model.unload()
@@ -462,7 +474,7 @@ class WithVectors(Column):
     @torch.no_grad()
     def randomized(self, model: Any, number: int = 0, name: str = "default") -> Any:
         for key, parameter in model.named_parameters():
-            module, found, adapter = key.removeprefix("base_model.model.").partition(".ia3_l.")
+            module, found, adapter = key.removeprefix(self.prefix).partition(".ia3_l.")
             if found and adapter == name:
                 parameter.copy_(vector(module, parameter.numel(), number).view_as(parameter))
         return model
@@ -470,6 +482,12 @@ class WithVectors(Column):
 
 class Peft(WithVectors):
     """PEFT's IA3Model, transformers.Trainer, padded rows, full logits; adapters are switched for each row."""
+
+    def import_libraries(self) -> None:
+        super().import_libraries()
+        import peft
+
+        assert peft.get_peft_model
 
     @staticmethod
     def config() -> Any:
