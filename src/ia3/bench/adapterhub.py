@@ -15,8 +15,15 @@ from torch import nn
 from ia3.bench.peers import Column, vector
 
 
+def _config() -> Any:
+    return adapters.IA3Config(intermediate_lora=False, output_lora=True)
+
+
 class AdapterHub(Column):
-    """Its (IA)³, which scales the output of up_proj: the same numbers as scaling the input of down_proj."""
+    """Its (IA)³, by what it calls `output`: in a Llama that scales up_proj's output, and so down_proj's input, as ours.
+
+    Its usual `intermediate` scales down_proj's output there.
+    """
 
     def load(self) -> tuple[Any, Any]:
         from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -29,7 +36,7 @@ class AdapterHub(Column):
     def adapt(self, model: nn.Module) -> Any:
         if not hasattr(model, "adapters_config"):
             adapters.init(model)  # type: ignore[arg-type]
-        model.add_adapter("default", config="ia3")  # type: ignore[operator]
+        model.add_adapter("default", config=_config())  # type: ignore[operator]
         model.train_adapter("default")  # type: ignore[operator]
         return model
 
@@ -49,7 +56,7 @@ class AdapterHub(Column):
     def hold(self, model: Any, count: int) -> None:
         for number in range(count):
             if f"a{number}" not in model.adapters_config:
-                model.add_adapter(f"a{number}", config="ia3")
+                model.add_adapter(f"a{number}", config=_config())
                 self.randomized(model, number, f"a{number}")
 
     def mixed_logits(self, model: Any, ids: torch.Tensor, names: Sequence[str]) -> torch.Tensor:

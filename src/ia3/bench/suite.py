@@ -210,10 +210,14 @@ def run(
         on_step: called with what is done, of how much, and what comes next.
 
     Raises:
-        InputError: see `begin`, `interpreters` and `ia3.pretrained.find_base`.
+        InputError: this is not Linux; or see `begin`, `interpreters` and `ia3.pretrained.find_base`.
     """
     from ia3.pretrained import find_base
 
+    if not Path("/proc/self/statm").is_file():
+        raise InputError(
+            "Expected Linux, whose processes can be copied with a model in them and say what memory they hold."
+        )
     pythons, left_out = interpreters(adapterhub)
     result = begin(settings, file, resume)
     result["left_out"] = {**left_out, **{name: why for name, why in result["left_out"].items() if name in pythons}}

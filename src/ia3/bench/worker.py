@@ -5,7 +5,7 @@
 Speaks in lines of JSON. `{"job": …}` begins a job (see `jobs.Row.job`), `{"run": true}` does it once, `{"end": true}` ends
 it and tells its peak memory. Every line is answered by one; `{"error": …}` also says that the job is over.
 
-The model is loaded by one thread: a copy of a process has none of its threads, and those of OpenMP would be missed.
+A copy counts its peak memory from its own beginning. The model is loaded by one thread: a copy of a process has none of its threads, and those of OpenMP would be missed.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import ctypes
 import gc
 import json
 import os
+import resource
 import sys
-import threading
-from collections.abc import Iterator
+from pathlib import Path
 from typing import IO, Any
 
 COLUMNS = {
@@ -30,41 +30,17 @@ COLUMNS = {
 
 
 class Memory:
-    """The resident set of this process, and its peak over what it was at first; looked at every five milliseconds."""
+    """The peak of this process's resident set over what it was at first, as the kernel counts it."""
 
     def __init__(self) -> None:
-        import psutil
-
         trimmed()
-        self.process = psutil.Process()
-        self.before = self.peak = self.process.memory_info().rss
-
-    @contextlib.contextmanager
-    def watched(self) -> Iterator[None]:
-        """Look, within `with`."""
-        over = threading.Event()
-
-        def watch() -> None:
-            while not over.wait(0.005):
-                self.look()
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        try:
-            yield
-        finally:
-            over.set()
-            watcher.join()
-            self.look()
-
-    def look(self) -> None:
-        """Take the resident set into account."""
-        self.peak = max(self.peak, self.process.memory_info().rss)
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        self.before = pages * os.sysconf("SC_PAGE_SIZE")
 
     @property
     def added_mb(self) -> float:
-        """The peak over what was there."""
-        return (self.peak - self.before) / 1e6
+        """The peak, in MB."""
+        return (1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - self.before) / 1e6
 
 
 def trimmed() -> None:
@@ -108,15 +84,13 @@ def do(column: Any, job: dict[str, Any], answers: IO[str]) -> None:
     try:
         column.wake()
         memory = Memory()
-        with memory.watched():
-            run = column.prepare(job)
+        run = column.prepare(job)
         say(answers, {"ready": True})
         for line in sys.stdin:
             if "end" in json.loads(line):
                 say(answers, {"peak_mb": memory.added_mb})
                 return
-            with memory.watched():
-                seconds, found = run()
+            seconds, found = run()
             say(answers, {"seconds": seconds, "found": found})
     except Exception as error:
         import traceback
