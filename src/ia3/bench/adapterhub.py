@@ -55,9 +55,9 @@ class AdapterHub(Column):
 
     def hold(self, model: Any, count: int) -> None:
         for number in range(count):
-            if f"a{number}" not in model.adapters_config:
-                model.add_adapter(f"a{number}", config=_config())
-                self.randomized(model, number, f"a{number}")
+            if f"n{number}" not in model.adapters_config:
+                model.add_adapter(f"n{number}", config=_config())
+                self.randomized(model, number, f"n{number}")
 
     def mixed_logits(self, model: Any, ids: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
         model.set_active_adapters(BatchSplit(*names, batch_sizes=[1] * len(names)))

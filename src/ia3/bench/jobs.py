@@ -82,7 +82,7 @@ class Row:
             job["steps"] = self.phases["train"].measured // size
             job["task"] = task_of(count)
             job["points"] = [asked(reviews, count, 32)]
-            job["tested"] = asked(reviews[32:], count, self.phases["evaluate"].measured)
+            job["tested"] = asked(reviews[::-1], count, self.phases["evaluate"].measured)
         elif self.kind == "score":
             job["points"] = [
                 {"name": name, **asked(reviews, count, rows, bool(self.curve))}

@@ -74,9 +74,9 @@ class Ours(WithVectors):
             self.bank = AdapterBank(model)
         sizes = {key: value.shape for key, value in get_peft_model_state_dict(model).items()}
         for number in range(len(self.bank), count):
-            self.bank.add(f"a{number}", {key: _filled(key, shape, number) for key, shape in sizes.items()})
+            self.bank.add(f"n{number}", {key: _filled(key, shape, number) for key, shape in sizes.items()})
         for number in range(count, len(self.bank)):
-            self.bank.delete(f"a{number}")
+            self.bank.delete(f"n{number}")
 
     def mixed_logits(self, model: Any, ids: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
         return self.last_logits(model, ids, adapter_names=list(names))

@@ -354,7 +354,7 @@ class Column:
         def run() -> Result:
             seconds, found = {}, []
             for point in job["points"]:
-                names = [f"a{row % point['resident']}" for row in range(len(ids))]
+                names = [f"n{row % point['resident']}" for row in range(len(ids))]
                 self.hold(model, point["resident"])
                 clock = Clock()
                 with torch.inference_mode():
@@ -378,7 +378,7 @@ class Column:
         model = self.randomized(self.adapt(self.model)).eval()
         folder = tempfile.TemporaryDirectory()
         self.save(model, Path(folder.name))
-        names = [f"a{number}" for number in range(job["adapters"])]
+        names = [f"n{number}" for number in range(job["adapters"])]
 
         def run() -> Result:
             clock = Clock()
@@ -441,7 +441,7 @@ class Column:
         return model(input_ids=ids, use_cache=False, logits_to_keep=1, **options).logits[:, -1]
 
     def hold(self, model: Any, count: int) -> None:
-        """Have adapters a0, a1, … of as many numbers in the model."""
+        """Have adapters n0, n1, … of as many numbers in the model."""
         raise NotImplementedError
 
     def save(self, model: Any, folder: Path) -> None:
@@ -503,9 +503,9 @@ class Peft(WithVectors):
 
     def hold(self, model: Any, count: int) -> None:
         for number in range(count):
-            if f"a{number}" not in model.peft_config:
-                model.add_adapter(f"a{number}", self.config())
-                self.randomized(model, number, f"a{number}")
+            if f"n{number}" not in model.peft_config:
+                model.add_adapter(f"n{number}", self.config())
+                self.randomized(model, number, f"n{number}")
 
 
 class Authors(Column):

@@ -141,7 +141,7 @@ def interpreters(adapterhub: str | None) -> tuple[dict[str, str], dict[str, str]
         InputError: the one that is given for AdapterHub is no file.
     """
     found, left_out = dict.fromkeys(COLUMNS, sys.executable), {}
-    if importlib.util.find_spec("peft") is None:
+    if not _has_peft():
         del found["peft"]
         left_out["peft"] = 'not installed: pip install "ia3[bench]"'
     if adapterhub is None:
@@ -157,6 +157,10 @@ def interpreters(adapterhub: str | None) -> tuple[dict[str, str], dict[str, str]
     else:
         found["adapterhub"] = adapterhub
     return found, left_out
+
+
+def _has_peft() -> bool:
+    return importlib.util.find_spec("peft") is not None
 
 
 def begin(settings: Settings, file: Path, resume: bool) -> dict[str, Any]:
@@ -191,23 +195,38 @@ def begin(settings: Settings, file: Path, resume: bool) -> dict[str, Any]:
     return known
 
 
-def run(
-    settings: Settings,
-    rows: Sequence[Row],
-    file: Path,
-    adapterhub: str | None = None,
-    resume: bool = False,
-    on_step: Callable[[int, int, str], None] = lambda done, total, note: None,
-) -> dict[str, Any]:
-    """Do rows; the result is written after each.
+@dataclass
+class Plan:
+    """What is to be done.
+
+    Attributes:
+        settings: how.
+        rows: what.
+        file: where the result goes.
+        result: what is known already.
+        pythons: the interpreter of each column that can run.
+        folder: the base model's.
+    """
+
+    settings: Settings
+    rows: list[Row]
+    file: Path
+    result: dict[str, Any]
+    pythons: dict[str, str]
+    folder: str
+
+
+def plan(
+    settings: Settings, rows: Sequence[Row], file: Path, adapterhub: str | None = None, resume: bool = False
+) -> Plan:
+    """Look at everything that can be looked at before anything is measured.
 
     Args:
         settings: how.
         rows: what.
-        file: where the result goes, and where it is read from.
+        file: where the result goes.
         adapterhub: the interpreter of an environment with AdapterHub's `adapters`.
         resume: rows that the file has are not done again.
-        on_step: called with what is done, of how much, and what comes next.
 
     Raises:
         InputError: this is not Linux; or see `begin`, `interpreters` and `ia3.pretrained.find_base`.
@@ -220,20 +239,35 @@ def run(
         )
     pythons, left_out = interpreters(adapterhub)
     result = begin(settings, file, resume)
-    result["left_out"] = {**left_out, **{name: why for name, why in result["left_out"].items() if name in pythons}}
-    rows = [row for row in rows if row.name not in result["rows"]]
-    folder = find_base(settings.model)[1]
+    result["left_out"] = left_out
+    missing = [row for row in rows if row.name not in result["rows"]]
+    return Plan(settings, missing, file, result, pythons, find_base(settings.model)[1])
+
+
+def run(plan: Plan, on_step: Callable[[int, int, str], None] = lambda done, total, note: None) -> dict[str, Any]:
+    """Do what is planned; the result is written after each row.
+
+    Args:
+        plan: see `plan`.
+        on_step: called with what is done, of how much, and what comes next.
+
+    Raises:
+        InputError: the base model cannot be loaded.
+    """
+    settings, rows, result = plan.settings, plan.rows, plan.result
     texts = _reviews() if any(row.kind for row in rows) else []
     steps = len(rows) * settings.repeats
-    with _workers(pythons, folder, settings.threads) as started:
+    needed = {name for row in rows if row.kind for name in row.columns}
+    pythons = {name: python for name, python in plan.pythons.items() if name in needed}
+    with _workers(pythons, plan.folder, settings.threads) as started:
         for place, row in enumerate(rows):
 
             def say(repeat: int, column: str, place: int = place, row: Row = row) -> None:
                 on_step(place * settings.repeats + repeat, steps, f"{row.name}: {COLUMNS[column]}")
 
-            columns = [name for name in row.columns if name in pythons and name not in result["left_out"]]
+            columns = [name for name in row.columns if name in plan.pythons and name not in result["left_out"]]
             if row.kind is None:
-                result["rows"][row.name] = _commands(row, columns, pythons, settings.repeats, say)
+                result["rows"][row.name] = _commands(row, columns, plan.pythons, settings.repeats, say)
             else:
                 on_step(place * settings.repeats, steps, "loading the model")
                 for name, why in started(result).items():
@@ -241,9 +275,9 @@ def run(
                 columns = [name for name in columns if name not in result["left_out"]]
                 workers = {name: started.workers[name] for name in columns}
                 result["rows"][row.name] = _job(row, row.job(texts), workers, settings.repeats, say)
-            save(result, file)
+            save(result, plan.file)
     on_step(steps, steps, "")
-    save(result, file)
+    save(result, plan.file)
     return result
 
 

@@ -58,14 +58,16 @@ def main() -> None:
     os.dup2(2, 1)
     import importlib
 
+    module, kind = COLUMNS[name]
+    made = getattr(importlib.import_module(module), kind)
+
     import torch
     import transformers
 
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    module, kind = COLUMNS[name]
-    column = getattr(importlib.import_module(module), kind)(folder)
+    column = made(folder)
     say(answers, {"versions": versions(name)})
     for line in sys.stdin:
         sys.stdout.flush()

@@ -39,12 +39,12 @@ def bench(
     Takes about ten minutes on two cores. Ctrl-C leaves the rows that are done; --resume does the others.
     """
     from ia3.bench.report import picture, show
-    from ia3.bench.suite import JSON_NAME, Settings, chosen, run
+    from ia3.bench.suite import JSON_NAME, Settings, chosen, plan, run
     from ia3.files import replacing
 
     out = console(json_output)
     rows = chosen(only, whole)
-    settings = Settings(model, repeats, threads, whole)
+    planned = plan(Settings(model, repeats, threads, whole), rows, output / JSON_NAME, adapterhub, resume)
     try:
         with progress(out) as bars:
             bar = bars.add_task("Measuring", total=None, note="")
@@ -52,7 +52,7 @@ def bench(
             def on_step(done: int, total: int, note: str) -> None:
                 bars.update(bar, completed=done, total=total, note=note)
 
-            result = run(settings, rows, output / JSON_NAME, adapterhub, resume, on_step)
+            result = run(planned, on_step)
     except KeyboardInterrupt:
         where = output / JSON_NAME
         said = f"{where} has the rows that are done; go on with --resume" if where.is_file() else "no row was done"
