@@ -34,8 +34,9 @@ import transformers
 from torch.nn import functional as F
 
 from ia3 import IA3Config, IA3Model, load_base
+from ia3.bench.peers import padded_log_probs
 from ia3.tfew import seq2seq
-from ia3.tfew.choices import Question, batches, collate, encode, normalized_scores, plain_rows, token_log_probs
+from ia3.tfew.choices import Question, batches, collate, encode, normalized_scores, token_log_probs
 from ia3.tfew.losses import tfew_loss
 
 T5 = {"d_model": 512, "d_ff": 2048, "num_layers": 6, "num_heads": 8, "vocab_size": 32128, "decoder_start_token_id": 0}
@@ -132,20 +133,8 @@ def peft_loss(model: torch.nn.Module, asked: list[Question]) -> torch.Tensor:
     """T-Few's loss of one padded batch."""
     if model.config.is_encoder_decoder:
         return peft_t5_loss(model, asked)
-    rows = plain_rows([Question(q.prompt, [[*choice, 0] for choice in q.choices], q.label) for q in asked])
-    ids, mask = rows["input_ids"], rows["attention_mask"]
-    logits = model(input_ids=ids, attention_mask=mask).logits
-    targets = torch.full_like(ids, -100)
-    lengths = [(len(q.prompt), len(choice)) for q in asked for choice in q.choices]
-    for row, (start, size) in enumerate(lengths):
-        targets[row, start : start + size] = ids[row, start : start + size]
-    found = -F.cross_entropy(
-        logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten(), reduction="none", ignore_index=-100
-    )
-    count = len(asked[0].choices)
-    shape = (len(asked), count, ids.shape[1] - 1)
-    answered = (targets[:, 1:] != -100).view(shape)
-    return tfew_loss(found.view(shape), answered, torch.tensor([q.label for q in asked])).total
+    found, answered = padded_log_probs(model, [(q.prompt, q.choices, q.label or 0) for q in asked])
+    return tfew_loss(found, answered, torch.tensor([q.label for q in asked])).total
 
 
 def peft_t5_loss(model: torch.nn.Module, asked: list[Question]) -> torch.Tensor:

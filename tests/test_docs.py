@@ -41,7 +41,7 @@ def test_every_block_is_named_once_and_run_here_or_by_ci():
         "train", "template", "python", "peft", "modules", "rule", "several", "mixed", "bank", "auto", "convert",
         "families", "task.yaml", "task", "task-python", "pairs.yaml", "cause.yaml", "endings.yaml", "tasks",
         "prompts-python", "fleet", "fleet-python", "compare", "compare-python",
-        "pretrain", "pretrain-python", "raft", "mine.yaml", "recipe", "recipe-python",
+        "pretrain", "pretrain-python", "raft", "mine.yaml", "recipe", "recipe-python", "bench",
     }  # fmt: skip
 
 
@@ -84,7 +84,7 @@ def place(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "name", ["train", "template", "convert", "task", "fleet", "tasks", "compare", "pretrain", "raft", "recipe"]
+    "name", ["train", "template", "convert", "task", "fleet", "tasks", "compare", "pretrain", "raft", "recipe", "bench"]
 )
 def test_commands(name, place, monkeypatch, capsys):
     monkeypatch.chdir(place)
@@ -96,6 +96,8 @@ def test_commands(name, place, monkeypatch, capsys):
             arguments += ["--model", "model"]
         elif arguments[0] in ("train", "pretrain", "compare"):  # the tiny model learns in a moment
             arguments += ["--model", "model", "--steps", "2"]
+        if arguments[0] == "bench":
+            arguments += ["--model", "model", "--only", "help", "--repeats", "1"]
         if arguments[0] == "raft":
             arguments += ["--model", "model", "--recipe", "quick.yaml"]
         with pytest.raises(SystemExit) as ended:

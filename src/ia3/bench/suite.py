@@ -147,7 +147,7 @@ def interpreters(adapterhub: str | None) -> tuple[dict[str, str], dict[str, str]
     if adapterhub is None:
         del found["adapterhub"]
         left_out["adapterhub"] = (
-            "needs an environment of its own, for transformers 4: python -m venv hub && hub/bin/pip install adapters, "
+            "needs an environment of its own, for transformers 4: python -m venv hub && hub/bin/pip install adapters accelerate, "
             "then --adapterhub hub/bin/python"
         )
     elif not Path(adapterhub).is_file():
