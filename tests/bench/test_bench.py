@@ -191,6 +191,16 @@ def test_samples_are_scaled_and_ratios_are_of_the_same_repeat():
     ]
 
 
+@pytest.mark.parametrize("its", [[1.0], [1.0, math.nan], [1.0, math.inf]])
+def test_numbers_that_cannot_be_compared_are_said(its):
+    row = Row("r", "job", "train", ("ours", "peft"), {"train": Phase()})
+    runs = {"ours": [{"train": 1.0}], "peft": [{"train": 1.0}]}
+    made = summary(row, runs, {"ours": 1.0, "peft": 1.0}, {"ours": [1.0, 2.0], "peft": its}, {})
+    assert made["differences"] == {"peft": None} and json.loads(json.dumps(made, allow_nan=False))
+    said = "job: results of PEFT + Trainer differ from ours in number or are not finite."
+    assert notes({"rows": {"r": made}, "left_out": {}}) == [said]
+
+
 class Inside:
     """A worker in this process; fails at what `broken` names."""
 
@@ -336,7 +346,19 @@ def test_commands_and_workers_in_processes_of_their_own(folder, tmp_path, monkey
     for row in rows.values():
         assert "error" not in row["columns"]["ours"] and row["columns"]["ours"]["peak_mb"] > 0.1
     assert rows["help"]["columns"]["floor"]["median"] > 0
+    assert 1 < rows["help"]["columns"]["floor"]["peak_mb"] < 100  # and not this process's
     assert "torch" in json.loads(out)["versions"]
+
+
+def test_a_command_that_fails_says_why(folder, tmp_path, monkeypatch):
+    row = replace(
+        suite()["help"], commands={"ours": "raise ValueError('one\\ntwo')", "floor": "import os; os._exit(3)"}
+    )
+    monkeypatch.setattr(running, "suite", lambda whole=False: {"help": row})
+    code, out, err = bench(folder, tmp_path, "--only", "help", "--json")
+    assert code == 0, err
+    columns = json.loads(out)["rows"]["help"]["columns"]
+    assert columns == {"ours": {"error": "two"}, "floor": {"error": "its process ended with status 3"}}
 
 
 def test_a_process_that_fails_says_why(folder):

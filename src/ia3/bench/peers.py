@@ -317,7 +317,7 @@ class Column:
     def score(self, job: dict[str, Any]) -> Callable[[], Result]:
         """Score all choices of all prompts, with an adapter."""
         model = self.randomized(self.adapt(self.model)).eval()
-        self.scores(model, (["one"], job["points"][0]["choices"][:2], [0]))  # what is done once for a model
+        self.scores(model, (["one"], job["points"][0]["choices"][:2], [0]))  # what libraries do once
 
         def run() -> Result:
             clock, found = Clock(), []

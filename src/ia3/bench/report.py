@@ -90,10 +90,10 @@ def ratios(columns: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]
     return made
 
 
-def _difference(row: Row, mine: Sequence[float], its: Sequence[float]) -> float:
-    """The largest difference; of generated tokens, the share of different ones."""
-    if len(mine) != len(its):
-        return float("inf")
+def _difference(row: Row, mine: Sequence[float], its: Sequence[float]) -> float | None:
+    """The largest difference; of generated tokens, the share of different ones; None: they cannot be compared."""
+    if len(mine) != len(its) or not np.isfinite([*mine, *its]).all():
+        return None
     if row.kind == "generate":
         return statistics.mean(a != b for a, b in zip(mine, its, strict=True))
     return max(abs(a - b) for a, b in zip(mine, its, strict=True))
@@ -135,8 +135,9 @@ def notes(result: Mapping[str, Any]) -> list[str]:
             if "error" in column:
                 lines.append(f"{row['title']}: {COLUMNS[name]} failed: {column['error']}")
         for name, difference in row["differences"].items():
-            if not difference <= SAME:
-                lines.append(f"{row['title']}: results of {COLUMNS[name]} differ from ours by {difference:.2g}.")
+            if difference is None or difference > SAME:
+                by = "in number or are not finite" if difference is None else f"by {difference:.2g}"
+                lines.append(f"{row['title']}: results of {COLUMNS[name]} differ from ours {by}.")
     lines += [f"Left out: {COLUMNS[name]}: {why}." for name, why in result["left_out"].items()]
     return lines
 
