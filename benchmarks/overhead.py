@@ -1,12 +1,11 @@
-"""What an adapter costs: forward and backward against the merged model and PEFT, and many adapters in one model.
+"""What an adapter costs: forward and backward against the merged model and PEFT.
 
 SmolLM2-135M in float32, in one process, times as medians of interleaved repeats:
 
 - forward: 8 rows of 64 tokens, and one token a row after 64 cached ones, without gradients. Peer: the merged model.
 - forward + backward: 8 rows of 64 tokens. Floor: the frozen base model, backward to its input embeddings.
-- adapters: loading from disk, switching to another, deleting; milliseconds an adapter.
 
-    python benchmarks/overhead.py [--repeats 15] [--adapters 1000] [--peft-adapters 50] [--json]
+    python benchmarks/overhead.py [--repeats 15] [--json]
 """
 
 from __future__ import annotations
@@ -14,10 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import tempfile
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import peft
 import torch
@@ -83,29 +79,9 @@ def train(model: nn.Module, ids: torch.Tensor) -> Callable[[], object]:
     return step
 
 
-def many(model: nn.Module, folder: Path, count: int) -> dict[str, float]:
-    """Milliseconds an adapter to load, to switch to, to delete, beside those that are there."""
-    started = time.perf_counter()
-    for number in range(count):
-        model.load_adapter(folder, f"a{number}")
-    loaded = time.perf_counter()
-    for number in range(count):
-        model.set_adapter(f"a{number}", inference_mode=True)
-    switched = time.perf_counter()
-    model.set_adapter("default", inference_mode=True)
-    deleting = time.perf_counter()
-    for number in range(count):
-        model.delete_adapter(f"a{number}")
-    deleted = time.perf_counter()
-    spans = {"load": loaded - started, "switch": switched - loaded, "delete": deleted - deleting}
-    return {name: 1e3 * seconds / count for name, seconds in spans.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--adapters", type=int, default=1000)
-    parser.add_argument("--peft-adapters", type=int, default=50)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
 
@@ -122,12 +98,6 @@ def main() -> None:
     trained = {"ours": ours, "PEFT": theirs, "floor": base}
     steps = {key: train(model, ids) for key, model in trained.items()}
     results["forward + backward"] = medians(steps, options.repeats)
-    with tempfile.TemporaryDirectory() as folder:
-        ours.save_pretrained(folder)
-        results["adapters"] = {
-            "ours": many(ours, Path(folder), options.adapters),
-            "PEFT": many(theirs, Path(folder), options.peft_adapters),
-        }
 
     if options.json:
         print(json.dumps(results, indent=2))
@@ -137,12 +107,6 @@ def main() -> None:
         print(
             f"{name:20} ours/{peer} {times['ours'] / times[peer]:.3f}   PEFT/{peer} {times['PEFT'] / times[peer]:.3f}"
             f"   (ours {1e3 * times['ours']:.1f} ms)"
-        )
-    for name in ("load", "switch", "delete"):
-        mine, other = results["adapters"]["ours"][name], results["adapters"]["PEFT"][name]
-        print(
-            f"{name:20} ours {mine:.3f} ms ({options.adapters} adapters)   PEFT {other:.3f} ms "
-            f"({options.peft_adapters} adapters)"
         )
 
 

@@ -241,7 +241,7 @@ def plan(
     """
     from ia3.pretrained import find_base
 
-    if not Path("/proc/self/statm").is_file():
+    if not Path("/proc/self/status").is_file():
         raise InputError(
             "Expected Linux, whose processes can be copied with a model in them and say what memory they hold."
         )
