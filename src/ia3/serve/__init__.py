@@ -1,0 +1,1 @@
+"""Any number of adapters of one model over HTTP: `ia3 serve`."""
