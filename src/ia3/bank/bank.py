@@ -282,6 +282,15 @@ class AdapterBank:
                 self._roots.append(path)
             return list(folders)
 
+    def link(self, path: str | os.PathLike, name: str) -> None:
+        """Make the adapter of one folder known by a name of its own, without loading it: see `register`.
+
+        Raises:
+            InputError: the name is not allowed, or known from another place.
+        """
+        with self._writing():
+            self._add_homes({name: Folder(os.path.abspath(path))})
+
     def load_archive(self, path: str | os.PathLike) -> list[str]:
         """Register an archive and load its adapters, as many as fit without evicting any.
 

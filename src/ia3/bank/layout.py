@@ -164,7 +164,7 @@ class Layout:
         try:
             tensors = json.loads(header)
             tensors.pop("__metadata__", None)
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             return False
         if tensors != self._header:
             return False

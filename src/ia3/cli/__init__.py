@@ -8,7 +8,7 @@ import sys
 import typer
 
 from ia3 import __version__
-from ia3.cli import bench, compare, convert, evaluate, inspect, merge, predict, pretrain, raft, tasks, train
+from ia3.cli import bench, compare, convert, evaluate, inspect, merge, predict, pretrain, raft, serve, tasks, train
 from ia3.errors import InputError
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ app.command("pretrain")(pretrain.pretrain)
 app.command("raft")(raft.raft)
 app.command("convert")(convert.convert)
 app.command("bench")(bench.bench)
+app.command("serve")(serve.serve)
 app.add_typer(tasks.app, name="tasks")
 
 

@@ -9,7 +9,7 @@ request's deadline has passed), work that has not begun must be dropped, and gen
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -91,12 +91,15 @@ class Engine(Protocol):
         tokenizer: the base model's (transformers), once `start` is done. Used on one thread other than the event loop's.
         context_length: how many tokens prompt and continuation may have together; None: no limit is known.
         generates: whether the model continues texts; False for encoders and encoder-decoders.
+        observe: set by the server before `start`: may be called, on any thread, with what a batch did ("score",
+            "prefill", "decode"), its rows, and how many different adapters they have.
     """
 
     name: str
     tokenizer: PreTrainedTokenizerBase
     context_length: int | None
     generates: bool
+    observe: Callable[[str, int, int], None]
 
     async def start(self) -> None:
         """Load the model: it may take minutes. Called once, before all others. Raises `InputError`."""
@@ -134,7 +137,7 @@ class Engine(Protocol):
         """Make an adapter known under a new key.
 
         Args:
-            key: it holds no more than letters, digits and `._-/@`.
+            key: letters, digits and `._-/@`.
             folder: with adapter_config.json and adapter_model.safetensors.
             check: read it now, and raise; False: it may be read when it is first asked for.
 

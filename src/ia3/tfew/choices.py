@@ -526,10 +526,14 @@ def batches(questions: Sequence[Question], tokens: int = BATCH_TOKENS) -> Iterat
     A group's packed rows hold at most so many tokens, and it ends before its padding costs more than another pass
     through the model does, or is more than a few tokens and a tenth of it.
     """
-    sizes = [sizes_of(question) for question in questions]
+    yield from batches_of_sizes([sizes_of(question) for question in questions], tokens)
+
+
+def batches_of_sizes(sizes: Sequence[tuple[int, int]], tokens: int = BATCH_TOKENS) -> Iterator[list[int]]:
+    """`batches` for questions whose `sizes_of` are known."""
     group: list[int] = []
     prompt = tree = filled = 0
-    for index in sorted(range(len(questions)), key=lambda i: -sum(sizes[i])):
+    for index in sorted(range(len(sizes)), key=lambda i: -sum(sizes[i])):
         size = sizes[index]
         if group:
             room = (max(prompt, size[0]) + max(tree, size[1])) * (len(group) + 1)

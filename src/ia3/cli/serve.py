@@ -1,0 +1,117 @@
+"""`ia3 serve`: any number of adapters of one model over HTTP."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from pathlib import Path
+
+import typer
+
+from ia3.cli.common import BaseOption
+from ia3.errors import InputError
+from ia3.serve.limits import Limits
+
+_DEFAULTS = Limits()
+
+TOKEN_VARIABLE = "IA3_SERVE_TOKEN"
+
+
+def serve(
+    model: str = BaseOption,
+    adapters: Path | None = typer.Option(
+        None,
+        "--adapters",
+        "-a",
+        help="Folder whose subfolders are the adapters; uploads go there too. \\[default: adapters, where ia3 train puts them]",
+        show_default=False,
+    ),
+    host: str = typer.Option("127.0.0.1", help="Address to listen at. Others than loopback need a token."),
+    port: int = typer.Option(8000, min=0, max=65535, help="Port to listen at; 0: any that is free."),
+    token_file: Path | None = typer.Option(
+        None,
+        "--token-file",
+        help=f"File with the token that clients have to show. \\[default: the environment variable {TOKEN_VARIABLE}]",
+        show_default=False,
+    ),
+    memory: str | None = typer.Option(
+        None,
+        help="Memory for adapters' vectors, such as 2GiB; the least recently used make room. \\[default: no limit]",
+        show_default=False,
+    ),
+    max_adapters: int = typer.Option(20_000, min=1, help="Adapters at most."),
+    max_batch: int = typer.Option(64, min=1, help="Rows of a pass through the model, at most."),
+    max_texts: int = typer.Option(_DEFAULTS.texts, min=1, help="Texts of a request, at most."),
+    max_text_tokens: int | None = typer.Option(
+        None, min=1, help="Tokens of a prompt, at most. \\[default: as many as the model takes]", show_default=False
+    ),
+    max_new_tokens: int = typer.Option(_DEFAULTS.new_tokens, min=1, help="Tokens to generate for a prompt, at most."),
+    max_body: int = typer.Option(_DEFAULTS.body_bytes, min=1, help="Bytes of a request, at most."),
+    max_upload: int = typer.Option(_DEFAULTS.upload_bytes, min=1, help="Bytes of an uploaded adapter, at most."),
+    queue: int = typer.Option(
+        _DEFAULTS.queue, min=1, help="Texts that may wait or be under way; further requests get status 429."
+    ),
+    deadline: float = typer.Option(
+        _DEFAULTS.deadline, min=0.001, help="Seconds that a request may take; then it gets status 504."
+    ),
+    log_texts: bool = typer.Option(False, "--log-texts", help="Log what clients send, too."),
+) -> None:
+    """Serve adapters of one model over HTTP: labels and probabilities, and OpenAI's completions.
+
+    Without arguments: SmolLM2-135M with the adapters that ia3 train has put into ./adapters; a page to try them is at
+    http://127.0.0.1:8000, the API at /docs.
+
+    Requests of different adapters share batches, so thousands of adapters are as fast as one. SIGHUP reads the adapters'
+    folder again; SIGTERM and Ctrl-C finish what was accepted. Logs are JSON lines on standard error, without texts.
+    """
+    if max_texts > queue:
+        raise InputError(f"Expected a --queue of at least --max-texts ({max_texts}), found {queue}.")
+    token = _token(token_file)
+    if token is None and not _is_loopback(host):
+        raise InputError(
+            f"Expected a token with --host {host}, which other machines reach: give --token-file or set {TOKEN_VARIABLE}."
+        )
+    if adapters is not None and not adapters.is_dir():
+        raise InputError(f"Expected a folder of adapters, found no {str(adapters)!r}.")
+    try:
+        import fastapi_offline  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"Serving needs the package {error.name!r}; install it: pip install 'ia3[serve]'") from error
+    from ia3.pretrained import find_base
+    from ia3.serve.app import Server
+    from ia3.serve.local import LocalEngine
+    from ia3.serve.run import run
+    from ia3.serve.store import Store
+
+    recorded, _ = find_base(model)  # before anything is loaded
+    name = Path(recorded).name if Path(recorded).is_dir() else recorded
+    store = Store(adapters or Path("adapters"), max_adapters, name)
+    engine = LocalEngine(recorded, store.kinds(recorded), name, store.labels, memory, max_batch)
+    limits = Limits(max_body, max_upload, max_texts, max_text_tokens, max_new_tokens, queue, deadline)
+    run(Server(engine, store, limits, token, {host}, log_texts), host, port)
+
+
+def _token(file: Path | None) -> str | None:
+    """The token that clients have to show; None: there is none."""
+    if file is not None:
+        if not file.is_file():
+            raise InputError(f"Expected a file with the token, found no {str(file)!r}.")
+        token = file.read_text(encoding="utf-8").strip()
+    elif TOKEN_VARIABLE in os.environ:
+        token = os.environ[TOKEN_VARIABLE].strip()
+    else:
+        return None
+    if not token or not token.isascii() or not token.isprintable() or " " in token:
+        raise InputError(
+            "Expected a token of printable ASCII characters without spaces, found an empty or another one."
+        )
+    return token
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,215 @@
+"""What every request passes before it is looked at: `Gate`; and connections that never say anything."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+import logging
+import time
+import traceback
+import uuid
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from ia3.serve.limits import Limits, Problem, left
+from ia3.serve.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+# Without a token: nothing about adapters, nothing that takes work.
+_OPEN = {"/", "/health", "/ready", "/docs", "/openapi.json"}
+_OPEN_BELOW = "/static-offline-docs/"
+
+# So much of a body that is too large is read and thrown away, so that the client hears why.
+_DISCARDED_BYTES, _DISCARDED_SECONDS = 8 << 20, 2.0
+
+LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+
+
+class Gate:
+    """An ASGI application around another one: token, origin, size and time of the body, metrics, logs, errors.
+
+    A request's scope gets `deadline` (a time of `time.monotonic`) and `note` (what handlers want logged).
+
+    Args:
+        app: the application.
+        limits: of bodies and time.
+        metrics: count requests.
+        token: what clients have to show; None: nothing.
+        hosts: names that the server goes by when there is no token, so that no web page elsewhere can reach it by one of
+            its own that points here.
+    """
+
+    def __init__(self, app: Any, limits: Limits, metrics: Metrics, token: str | None, hosts: set[str]) -> None:
+        self._app, self._limits, self._metrics = app, limits, metrics
+        self._token = None if token is None else token.encode()
+        self._hosts = hosts | LOOPBACK
+
+    async def __call__(self, scope: Any, receive: Callable, send: Callable) -> None:
+        if scope["type"] != "http":
+            if scope["type"] == "websocket":
+                await send({"type": "websocket.close", "code": 1008})
+            else:
+                await self._app(scope, receive, send)
+            return
+        started = time.monotonic()
+        scope["deadline"] = started + self._limits.deadline
+        note: dict[str, Any] = {}
+        scope["note"] = note
+        identity = uuid.uuid4().hex[:16]
+        status = 0
+
+        async def answer(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", identity.encode()), *_SAFETY]
+            await send(message)
+
+        try:
+            self._check(scope)
+            await self._app(scope, self._reading(scope, receive), answer)
+        except Problem as problem:
+            await respond(problem, answer)
+        except Exception as error:
+            note["error"] = type(error).__name__
+            # Frames, not the message: it may hold a text.
+            note["frames"] = [f"{f.filename}:{f.lineno} {f.name}" for f in traceback.extract_tb(error.__traceback__)][
+                -12:
+            ]
+            if status:
+                raise _Broken from None
+            await respond(Problem(500, f"Something went wrong here; see the server's log for {identity}."), answer)
+        finally:
+            seconds = time.monotonic() - started
+            route = getattr(scope.get("route"), "path", "other")
+            self._metrics.request(scope["method"] if route != "other" else "other", route, status, seconds)
+            quiet = route in ("/health", "/ready", "/metrics") and status < 400
+            logger.log(
+                logging.DEBUG if quiet else logging.INFO,
+                "request",
+                extra={
+                    "fields": {
+                        "id": identity,
+                        "method": scope["method"],
+                        "route": route,
+                        "status": status,
+                        "ms": round(1000 * seconds, 1),
+                        **note,
+                    }
+                },
+            )
+
+    def _check(self, scope: Any) -> None:
+        headers = dict(scope["headers"])
+        path = scope["path"]
+        if self._token is None:
+            host = urlsplit("//" + headers.get(b"host", b"localhost").decode("latin-1"))
+            origin = headers.get(b"origin", b"").decode("latin-1")
+            if host.hostname not in self._hosts or (origin and urlsplit(origin).netloc != host.netloc):
+                raise Problem(
+                    403, "Without a token, this server answers its own host and its own page only.", "forbidden"
+                )
+        elif path not in _OPEN and not path.startswith(_OPEN_BELOW):
+            kind, _, given = headers.get(b"authorization", b"").partition(b" ")
+            # Compared in any case, in constant time.
+            right = hmac.compare_digest(given.strip(), self._token)
+            if kind.lower() != b"bearer" or not right:
+                raise Problem(
+                    401, "Expected 'Authorization: Bearer TOKEN' with this server's token.", "invalid_api_key",
+                    {"WWW-Authenticate": "Bearer"},
+                )  # fmt: skip
+
+    def _reading(self, scope: Any, receive: Callable) -> Callable:
+        """`receive`, until the body is too large or too late."""
+        headers = dict(scope["headers"])
+        upload = headers.get(b"content-type", b"").lower().startswith(b"multipart/")
+        most = self._limits.upload_bytes + (1 << 16) if upload else self._limits.body_bytes
+        declared = headers.get(b"content-length", b"0")
+        read, ended = 0, False
+
+        async def receiving() -> Any:
+            nonlocal read, ended
+            if ended:
+                return await receive()  # the client's leaving
+            try:
+                if declared.isdigit() and int(declared[:20]) > most:
+                    await _discard(receive, 0)
+                    raise _too_large(most)
+                message = await asyncio.wait_for(receive(), left(scope["deadline"]))
+            except asyncio.TimeoutError:
+                raise Problem(408, "The body did not come in time.", "timeout", {"Connection": "close"}) from None
+            read += len(message.get("body", b""))
+            if read > most:
+                if message.get("more_body"):
+                    await _discard(receive, read)
+                raise _too_large(most)
+            ended = not message.get("more_body", False)
+            return message
+
+        return receiving
+
+
+_SAFETY = [(b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store")]
+
+
+class _Broken(Exception):
+    """A response that had begun cannot be ended: the connection is closed."""
+
+
+def _too_large(most: int) -> Problem:
+    return Problem(413, f"Expected a body of at most {most} bytes.", "too_large", {"Connection": "close"})
+
+
+async def _discard(receive: Callable, read: int) -> None:
+    async def all_of_it() -> None:
+        total = read
+        while total < _DISCARDED_BYTES:
+            message = await receive()
+            total += len(message.get("body", b""))
+            if not message.get("more_body"):
+                return
+
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(all_of_it(), _DISCARDED_SECONDS)
+
+
+async def respond(problem: Problem, send: Callable) -> None:
+    """Send a problem as the response."""
+    body = json.dumps(problem.body()).encode()
+    headers = {"content-type": "application/json", "content-length": str(len(body)), **problem.headers}
+    await send(
+        {
+            "type": "http.response.start",
+            "status": problem.status,
+            "headers": [(key.lower().encode(), value.encode()) for key, value in headers.items()],
+        }
+    )
+    await send({"type": "http.response.body", "body": body})
+
+
+def impatient(seconds: float) -> type[H11Protocol]:
+    """uvicorn's protocol, for connections whose next request's head has to come within so many seconds."""
+
+    class Impatient(H11Protocol):
+        def connection_made(self, transport: Any) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._timer = self.loop.call_later(seconds, self._look, None)
+
+        def _look(self, idle: Any) -> None:
+            waiting = self.cycle is None or self.cycle.response_complete
+            if waiting and self.cycle is idle:  # since the last look
+                self.transport.close()
+            else:
+                self._timer = self.loop.call_later(seconds, self._look, self.cycle if waiting else self)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._timer.cancel()
+            super().connection_lost(exc)
+
+    return Impatient

@@ -1,0 +1,84 @@
+"""What a server takes: sizes, numbers, times."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of a server.
+
+    Attributes:
+        body_bytes: of a JSON body.
+        upload_bytes: of an uploaded adapter, all files together.
+        texts: texts, rows or prompts of a request.
+        text_tokens: tokens of a prompt; None: as many as the model takes.
+        new_tokens: tokens that a request may generate, a prompt.
+        queue: texts accepted and not yet answered; further requests get 429.
+        deadline: seconds from a request's head to its answer; then 504.
+    """
+
+    body_bytes: int = 1 << 20
+    upload_bytes: int = 64 << 20
+    texts: int = 64
+    text_tokens: int | None = None
+    new_tokens: int = 1024
+    queue: int = 1024
+    deadline: float = 60.0
+
+
+class Problem(Exception):
+    """What a client is told instead of an answer, in OpenAI's form.
+
+    Attributes:
+        status: the HTTP status.
+        message: one line.
+        code: for programs.
+        headers: of the response.
+    """
+
+    def __init__(
+        self, status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.headers = status, " ".join(message.split()), code, headers or {}
+
+    def body(self) -> dict:
+        """The JSON of the response."""
+        kind = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}.get(
+            self.status, "server_error" if self.status >= 500 else "invalid_request_error"
+        )
+        return {"error": {"message": self.message, "type": kind, "param": None, "code": self.code}}
+
+
+@dataclass
+class Queue:
+    """How many texts are accepted and not yet answered. Used on the event loop."""
+
+    most: int
+    length: int = field(default=0, init=False)
+
+    @contextlib.contextmanager
+    def room(self, texts: int) -> Iterator[None]:
+        """Within `with`, so many texts are accepted. Raises `Problem` (429) when there is no room for them."""
+        if self.length + texts > self.most:
+            raise Problem(
+                429,
+                f"The queue is full: {self.length} texts are waiting, {self.most} may; try again soon.",
+                "queue_full",
+                {"Retry-After": "1"},
+            )
+        self.length += texts
+        try:
+            yield
+        finally:
+            self.length -= texts
+
+
+def left(deadline: float) -> float:
+    """Seconds until a time of `time.monotonic`, 0 when it has passed."""
+    return max(0.0, deadline - time.monotonic())

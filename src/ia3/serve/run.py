@@ -1,0 +1,166 @@
+"""The process: a socket, signals, logs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from typing import Any
+
+import uvicorn
+
+from ia3.errors import InputError, reason
+from ia3.serve.app import Server, create_app
+from ia3.serve.gate import impatient
+
+logger = logging.getLogger(__name__)
+
+# A connection that says nothing for so long is closed.
+_IDLE_SECONDS = 30.0
+
+# Between the closing of the port and that of idle connections: requests on their way still come in.
+_GRACE_SECONDS = 0.3
+
+
+class _JsonLines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "event": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info and record.exc_info[0]:  # without the message, which may hold a text
+            line["error"] = record.exc_info[0].__name__
+            line["frames"] = [f"{f.filename}:{f.lineno} {f.name}" for f in traceback.extract_tb(record.exc_info[2])][
+                -12:
+            ]
+        return json.dumps(line, ensure_ascii=False, default=str)
+
+
+class _Uvicorn(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, server: Server) -> None:
+        super().__init__(config)
+        self._server = server
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop listening; give requests on their way a moment to come in; then finish all."""
+        self._server.closing = True
+        for each in self.servers:
+            each.close()
+        await asyncio.sleep(_GRACE_SECONDS)
+        await super().shutdown(sockets)
+
+
+def run(server: Server, host: str, port: int) -> None:
+    """Serve until a signal comes; then finish what was accepted.
+
+    Raises:
+        InputError: the address cannot be listened at, or the model cannot be loaded.
+    """
+    _log_to_stderr()
+    _allow_connections()
+    listening = _listen(host, port)
+    failures: list[BaseException] = []
+
+    def fail(error: BaseException) -> None:
+        failures.append(error)
+        running.should_exit = True
+
+    app = create_app(server, fail)
+    config = uvicorn.Config(
+        app,
+        http=impatient(_IDLE_SECONDS),
+        ws="none",
+        loop="asyncio",
+        lifespan="on",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=int(server.limits.deadline) + 5,
+    )
+    running = _Uvicorn(config, server)
+
+    async def serve() -> None:
+        if hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread():
+            asyncio.get_running_loop().add_signal_handler(
+                signal.SIGHUP, lambda: tasks.add(asyncio.ensure_future(reload()))
+            )
+        await running.serve([listening])
+
+    async def reload() -> None:
+        if server.started:
+            found = await server.store.reload()
+            logger.info("reload", extra={"fields": {key: len(names) for key, names in found.items()}})
+
+    tasks: set[asyncio.Future] = set()
+    address = f"http://{'[' + host + ']' if ':' in host else host}:{listening.getsockname()[1]}"
+    logger.info("listening", extra={"fields": {"address": address, "model": server.engine.name}})
+    with _exiting_cleanly():
+        asyncio.run(serve())
+    if failures:
+        error = failures[0]
+        if isinstance(error, InputError):
+            raise error
+        raise InputError(f"Cannot load the model: {reason(error)}") from error
+
+
+@contextlib.contextmanager
+def _exiting_cleanly():
+    """uvicorn raises the signal that ended it once more: SIGTERM then means success."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listening = socket.socket(family, kind, protocol)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(2048)
+        listening.setblocking(False)
+    except OSError as error:
+        raise InputError(
+            f"Cannot listen at {host}:{port}: {reason(error)}; choose another --port or --host."
+        ) from error
+    return listening
+
+
+def _allow_connections() -> None:
+    """As many open files as the system lets this process have: a connection is one."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+        if soft < most:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonLines())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    for name in ("ia3", "uvicorn.error"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    logging.captureWarnings(True)

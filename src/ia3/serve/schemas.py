@@ -1,0 +1,137 @@
+"""Bodies of requests. What is not named here is refused."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+Value = str | int | float | bool | None
+
+# What nobody has set: OpenAI's clients may send it, and it asks for nothing.
+_UNSET: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "echo": (False,),
+    "suffix": ("",),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "store": (False,),
+}
+
+
+class Body(BaseModel):
+    """A JSON object whose fields are known, and whose numbers are finite."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class ClassifyBody(Body):
+    """Texts, or rows of several columns, to label with an adapter."""
+
+    adapter: str = Field(description="Its name, as in GET /v1/adapters.")
+    texts: list[str] | None = Field(None, min_length=1, description="For tasks with one column.")
+    rows: list[dict[str, Value]] | None = Field(None, min_length=1, description="Column → value, instead of texts.")
+    abstain_below: float = Field(
+        0.0, ge=0, le=1, description="Give no label where the best one's probability is lower."
+    )
+    without_adapter: bool = Field(False, description="Ask the base model the adapter's task instead.")
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> ClassifyBody:
+        if (self.texts is None) == (self.rows is None):
+            raise ValueError("expected texts or rows, one of the two")
+        return self
+
+
+class FolderBody(Body):
+    """A folder below the adapters' root, to be served or read again."""
+
+    folder: str
+    name: str | None = Field(None, description="By default the folder's path.")
+
+
+class StreamOptions(Body):
+    """Options of a stream."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class _Generation(Body):
+    model: str = Field(description="An adapter's name, or the base model's.")
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, ge=0, le=1)
+    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_that_is_not_supported(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        for name, neutral in _UNSET.items():
+            if name in values and values[name] is not None and values[name] not in neutral:
+                raise ValueError(f"{name} is not supported, except as {neutral[0]!r}")
+        # Null is how clients say that they leave a field to its default.
+        return {key: value for key, value in values.items() if key not in _UNSET and value is not None}
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop texts."""
+        return tuple(filter(None, [self.stop] if isinstance(self.stop, str) else self.stop or []))
+
+
+_Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+
+class CompletionBody(_Generation):
+    """OpenAI's `completions`."""
+
+    prompt: str | _Tokens | Annotated[list[str], Field(min_length=1)] | Annotated[list[_Tokens], Field(min_length=1)]
+    max_tokens: int = Field(16, ge=1)
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """Each prompt, as text or tokens."""
+        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
+            return [self.prompt]  # type: ignore[list-item]
+        return list(self.prompt)  # type: ignore[arg-type]
+
+
+class TextPart(Body):
+    """A piece of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Body):
+    """A message of a conversation."""
+
+    role: Annotated[str, StringConstraints(pattern="^(system|developer|user|assistant)$")]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    @property
+    def text(self) -> str:
+        """What it says."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class ChatBody(_Generation):
+    """OpenAI's `chat/completions`."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)

@@ -1,0 +1,115 @@
+"""What a file that comes over HTTP may be, before anything else reads it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import jinja2
+import jinja2.nodes as nodes
+import yaml
+
+from ia3.config import CONFIG_NAME, IA3Config
+from ia3.errors import InputError, reason, shown
+from ia3.tfew.template import has_jinja
+
+FILES = {
+    "adapter_model.safetensors": True,
+    CONFIG_NAME: True,
+    "task.yaml": False,
+    "recipe.yaml": False,
+    "calibration.json": False,
+}
+"""Names of the files of an upload, and whether they have to be there."""
+
+# Of the small ones.
+_MOST_BYTES = 1 << 20
+_DEEPEST = 20
+
+# What a template of others may hold: nothing whose work or result can grow beyond its own length and the row's.
+_HARMLESS = (
+    nodes.Template, nodes.Output, nodes.TemplateData, nodes.Name, nodes.Const, nodes.Getattr, nodes.Getitem, nodes.If,
+    nodes.CondExpr, nodes.Compare, nodes.Operand, nodes.And, nodes.Or, nodes.Not, nodes.Test, nodes.Filter, nodes.Concat,
+    nodes.Add, nodes.Slice, nodes.List, nodes.Tuple, nodes.Keyword,
+)  # fmt: skip
+_FILTERS = {
+    "capitalize", "default", "d", "first", "int", "last", "length", "lower", "replace", "round", "string",
+    "title", "trim", "truncate", "upper",
+}  # fmt: skip
+
+
+def check_names(files: Iterable[str]) -> None:
+    """Raise `InputError` unless these are the names of an adapter's files."""
+    files = set(files)
+    missing = [name for name, needed in FILES.items() if needed and name not in files]
+    surplus = sorted(files - set(FILES))
+    if missing or surplus:
+        raise InputError(
+            f"Expected files of an upload named {shown(FILES)}, the last three optional; missing: {shown(missing)}; "
+            f"not taken: {shown(surplus)}."
+        )
+
+
+def check(folder: Path) -> None:
+    """Raise `InputError` unless the small files in a folder are harmless to read and use.
+
+    Vectors are the engine's to check, which knows their shapes.
+    """
+    for name in FILES:
+        path = folder / name
+        if not path.is_file() or name == "adapter_model.safetensors":
+            continue
+        if path.stat().st_size > _MOST_BYTES:
+            raise InputError(f"Expected {name} of at most {_MOST_BYTES} bytes, found {path.stat().st_size}.")
+        try:
+            text = path.read_text(encoding="utf-8")
+            if name.endswith(".yaml"):
+                _check_yaml(text, name)
+            else:
+                json.loads(text)
+        except (ValueError, RecursionError, yaml.YAMLError) as error:
+            if isinstance(error, InputError):
+                raise
+            kind = "YAML" if name.endswith(".yaml") else "JSON"
+            raise InputError(f"Expected {kind} of little depth in {name}: {reason(error)[:200]}.") from error
+    config = IA3Config.from_json_file(folder / CONFIG_NAME)
+    for field in ("target_modules", "exclude_modules", "feedforward_modules"):
+        value = getattr(config, field)
+        if isinstance(value, str) and value != "all-linear":
+            # Matching it can take for ever.
+            raise InputError(f"Expected {field} of an uploaded config as a list of names, found a regular expression.")
+
+
+def _check_yaml(text: str, name: str) -> None:
+    depth = 0
+    for event in yaml.parse(text):
+        if isinstance(event, yaml.AliasEvent):
+            raise InputError(f"Expected YAML without aliases in {name}: they can stand for more than memory holds.")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            raise InputError(f"Expected YAML of little depth in {name}.")
+        if isinstance(event, yaml.ScalarEvent) and has_jinja(event.value):
+            _check_template(event.value)
+
+
+def _check_template(source: str) -> None:
+    """Before it is compiled, which computes what is constant in it."""
+    try:
+        tree = jinja2.Environment().parse(source)
+    except jinja2.TemplateError as error:
+        raise InputError(f"Expected a Jinja template, found an error in it: {reason(error)[:200]}.") from error
+    for node in tree.find_all(nodes.Node):
+        if not isinstance(node, _HARMLESS) or (isinstance(node, nodes.Filter) and not _is_harmless(node)):
+            kind = node.name if isinstance(node, nodes.Filter) else type(node).__name__.lower()
+            raise InputError(
+                f"Expected an uploaded task's templates to hold text, columns, conditions and simple filters, found "
+                f"{kind!r}; put the adapter below the server's root instead."
+            )
+
+
+def _is_harmless(node: nodes.Filter) -> bool:
+    if node.name == "replace":  # by nothing that is longer
+        values = [arg.value for arg in node.args if isinstance(arg, nodes.Const)]
+        return len(values) == len(node.args) == 2 and not node.kwargs and 0 < len(str(values[1])) <= len(str(values[0]))
+    return node.name in _FILTERS
