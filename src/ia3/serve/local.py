@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ia3.errors import InputError
-from ia3.rows import BASE
 from ia3.serve.engine import AdapterFailed, GenerateJob, Piece, ScoreJob
 
 if TYPE_CHECKING:
@@ -199,12 +198,11 @@ class LocalEngine:
         from ia3.bank import AdapterBank
         from ia3.config import IA3Config
         from ia3.model import IA3Model
-        from ia3.cli.common import quiet
         from ia3.pretrained import load_base, task_type
+        from ia3.rows import BASE
         from ia3.serve.generation import Decoder
         from ia3.tfew.choices import Question, model_max_length, score_questions
 
-        quiet()
         base, self.tokenizer = load_base(self._source, self._labels())
         family = task_type(base)
         self._model = IA3Model(base, {}).eval()
@@ -291,6 +289,8 @@ class LocalEngine:
 
     def _answer(self, batch: list[Any], answer: Callable[[list[Any]], None]) -> None:
         """Answer a batch; when that fails, each by itself, so that one broken adapter is the others' no trouble."""
+        from ia3.rows import BASE
+
         try:
             answer(batch)
         except Exception as error:
@@ -308,6 +308,7 @@ class LocalEngine:
                 fail(error)
 
     def _score(self, batch: list[_Asked]) -> None:
+        from ia3.rows import BASE
         from ia3.tfew.choices import score_questions
 
         questions = [asked.job.question for asked in batch]
