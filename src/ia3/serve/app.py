@@ -25,7 +25,7 @@ from starlette.formparsers import MultiPartException
 from ia3 import __version__
 from ia3.errors import InputError, problems
 from ia3.serve.engine import AdapterFailed, Engine, GenerateJob, Piece, ScoreJob
-from ia3.serve.gate import Gate
+from ia3.serve.gate import Gate, unexpected
 from ia3.serve.limits import Limits, Problem, Queue, left
 from ia3.serve.metrics import Metrics
 from ia3.serve.schemas import Body, ChatBody, ClassifyBody, CompletionBody, FolderBody
@@ -368,13 +368,12 @@ def create_app(server: Server, on_failure: Callable[[BaseException], None] | Non
     _describe(app)
 
     async def tell(request: Request, error: Exception) -> Response:
-        problem = problem_of(error, request.url.path)
-        assert problem is not None
+        problem = problem_of(error, request.url.path) or unexpected(request.scope["identity"])
         if isinstance(error, AdapterFailed):
             request.scope["note"]["reason"] = str(error)
         return JSONResponse(problem.body(), problem.status, problem.headers)
 
-    for kind in (Problem, InputError, HTTPException):
+    for kind in (Problem, InputError, HTTPException, Exception):
         app.add_exception_handler(kind, tell)
     return Gate(app, server.limits, server.metrics, server.token, server.hosts)
 
@@ -673,7 +672,7 @@ async def _events(
     except (Exception, asyncio.TimeoutError) as error:
         problem = server.late() if isinstance(error, asyncio.TimeoutError) else problem_of(error, _OPENAI[0])
         request.scope["note"]["error"] = type(error).__name__
-        yield _event((problem or Problem(500, "Something went wrong here.")).body())
+        yield _event((problem or unexpected(request.scope["identity"])).body())
     finally:
         await pieces.aclose()
 

@@ -34,7 +34,7 @@ LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 class Gate:
     """An ASGI application around another one: token, origin, size and time of the body, metrics, logs, errors.
 
-    A request's scope gets `deadline` (a time of `time.monotonic`) and `note` (what handlers want logged).
+    A request's scope gets `deadline` (a time of `time.monotonic`), `note` (what handlers want logged) and `identity`.
 
     Args:
         app: the application.
@@ -61,15 +61,16 @@ class Gate:
         scope["deadline"] = started + self._limits.deadline
         note: dict[str, Any] = {}
         scope["note"] = note
-        identity = uuid.uuid4().hex[:16]
-        status = 0
+        scope["identity"] = identity = uuid.uuid4().hex[:16]
+        status, ended = 0, False
 
         async def answer(message: Any) -> None:
-            nonlocal status
+            nonlocal status, ended
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", []), (b"x-request-id", identity.encode()), *_SAFETY]
             await send(message)
+            ended = message["type"] == "http.response.body" and not message.get("more_body")
 
         try:
             self._check(scope)
@@ -82,16 +83,17 @@ class Gate:
             note["frames"] = [f"{f.filename}:{f.lineno} {f.name}" for f in traceback.extract_tb(error.__traceback__)][
                 -12:
             ]
-            if status:
+            if not status:
+                await respond(unexpected(identity), answer)
+            elif not ended:
                 raise _Broken from None
-            await respond(Problem(500, f"Something went wrong here; see the server's log for {identity}."), answer)
         finally:
             seconds = time.monotonic() - started
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.request(scope["method"] if route != "other" else "other", route, status, seconds)
             quiet = route in ("/health", "/ready", "/metrics") and status < 400
             logger.log(
-                logging.DEBUG if quiet else logging.INFO,
+                logging.ERROR if "frames" in note else logging.DEBUG if quiet else logging.INFO,
                 "request",
                 extra={
                     "fields": {
@@ -156,6 +158,11 @@ class Gate:
 
 
 _SAFETY = [(b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store")]
+
+
+def unexpected(identity: str) -> Problem:
+    """What a client is told about an error of ours."""
+    return Problem(500, f"Something went wrong here; see the server's log for {identity}.")
 
 
 class _Broken(Exception):

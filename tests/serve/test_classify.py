@@ -1,0 +1,351 @@
+"""Labels and probabilities over HTTP: those of `predict`, in mixed batches; and what a server says to bad requests."""
+
+import json
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+import words
+from ia3 import IA3Model, load_base
+from ia3.serve.limits import Limits
+from ia3.tfew import Recipe, Task, predict
+
+TEXTS = [row["text"] for row in words.rows(12)] + ["awful", "what a perfect cake , it was lovely and fresh today"]
+
+
+def expected(made, name, rows, temperature=1.0, adapted=True, power=1.0):
+    """What `predict` says, with this adapter alone in the model."""
+    base, tokenizer = load_base(str(made / "model"))
+    folder = made / "adapters" / name
+    model = IA3Model.from_pretrained(base, str(folder)) if adapted else base
+    recipe = Recipe().changed(length_normalization=power)
+    return predict(model, tokenizer, Task.from_file(folder / "task.yaml"), rows, temperature=temperature, recipe=recipe)
+
+
+def check(found, wanted):
+    assert [item["label"] for item in found] == [item.label for item in wanted]
+    for item, other in zip(found, wanted, strict=True):
+        assert item["probabilities"] == pytest.approx(other.probabilities, abs=1e-5)
+        assert list(item["probabilities"]) == list(other.probabilities)
+
+
+@pytest.mark.parametrize(
+    "name, options", [("tea", {"power": 0.5}), ("soup", {"temperature": 2.5}), ("cake", {})]
+)  # fmt: skip
+def test_each_adapter_answers_as_predict_does(running, made, name, options):
+    response = running.classify(name, TEXTS)
+    assert response.status_code == 200
+    found = response.json()
+    assert found["adapter"] == found["task"] == name
+    check(found["predictions"], expected(made, name, [{"text": text} for text in TEXTS], **options))
+    assert found["usage"]["prompt_tokens"] == sum(len(text.split()) + 4 for text in TEXTS)
+
+
+def test_the_base_model_with_an_adapters_task(running, made):
+    found = running.classify("soup", TEXTS, without_adapter=True).json()
+    assert found["adapter"] is None and found["task"] == "soup"
+    check(found["predictions"], expected(made, "soup", [{"text": text} for text in TEXTS], adapted=False))
+
+
+def test_rows_of_several_columns_and_abstention(running, made):
+    rows = [{"first": "tea", "second": "soup"}, {"first": "a lovely cake", "second": "it", "surplus": 1.5}]
+    response = running.http.post("/v1/classify", json={"adapter": "nested/pair", "rows": rows})
+    check(response.json()["predictions"], expected(made, "nested/pair", rows))
+    strict = running.http.post("/v1/classify", json={"adapter": "nested/pair", "rows": rows, "abstain_below": 1.0})
+    assert [item["label"] for item in strict.json()["predictions"]] == [None, None]
+
+
+def test_requests_of_different_adapters_share_a_batch(running, made):
+    names = ["tea", "soup", "cake"] * 4
+    rows = running.metric("ia3_batch_rows_sum"), running.metric("ia3_batch_rows_count")
+    mixed = running.metric("ia3_batch_adapters_sum"), running.metric("ia3_batch_adapters_count")
+    with ThreadPoolExecutor(12) as pool:
+        with running.holding():
+            asked = [pool.submit(running.classify, name, [text]) for name, text in zip(names, TEXTS, strict=False)]
+            running.until(lambda: len(running.engine._asked) == 12)
+            assert running.metric("ia3_queue_length") == 12
+        found = [each.result().json()["predictions"] for each in asked]
+    options = {"tea": {"power": 0.5}, "soup": {"temperature": 2.5}, "cake": {}}
+    for name, text, item in zip(names, TEXTS, found, strict=False):
+        check(item, expected(made, name, [{"text": text}], **options[name]))
+    assert running.metric("ia3_batch_rows_sum") - rows[0] == 12
+    passes = running.metric("ia3_batch_rows_count") - rows[1]
+    assert passes <= 3, "questions of similar length go through the model together"
+    assert running.metric("ia3_batch_adapters_count") - mixed[1] == passes
+    assert running.metric("ia3_batch_adapters_sum") - mixed[0] > passes, "with different adapters"
+    assert running.metric("ia3_queue_length") == 0
+
+
+def test_metrics_are_ours_alone(running):
+    running.classify()
+    lines = running.http.get("/metrics").text.splitlines()
+    assert all(line.startswith(("ia3_", "# HELP ia3_", "# TYPE ia3_")) for line in lines)
+    assert running.metric("ia3_adapters") == 4
+    assert running.metric("ia3_adapters_resident") >= 1
+    assert running.metric("ia3_adapter_hits_total") + running.metric("ia3_adapter_misses_total") >= 1
+    assert running.metric("ia3_request_seconds_count") >= 1
+    assert 'ia3_requests_total{method="POST",route="/v1/classify",status="200"}' in "\n".join(lines)
+
+
+def test_what_there_is(running):
+    assert running.http.get("/health").json() == {"status": "ok"}
+    assert running.http.get("/ready").json() == {"status": "ready"}
+    names = ["cake", "nested/pair", "soup", "tea"]
+    models = running.http.get("/v1/models").json()
+    assert models["object"] == "list" and [model["id"] for model in models["data"]] == ["model", *names]
+    assert running.http.get("/v1/models/nested/pair").json()["id"] == "nested/pair"
+    assert running.http.get("/v1/models/nothing").status_code == 404
+    adapters = running.http.get("/v1/adapters").json()
+    assert adapters == {"base": "model", "adapters": [{"name": name} for name in names]}
+    assert running.http.get("/v1/adapters/nested/pair").json() == {
+        "name": "nested/pair", "columns": ["first", "second"], "labels": ["0", "1", "2"], "description": None,
+        "example": None, "calibrated": False,
+    }  # fmt: skip
+    assert running.http.get("/v1/adapters/soup").json()["calibrated"] is True
+
+
+def test_the_documentation_needs_no_other_site(running):
+    schema = running.http.get("/openapi.json").json()
+    assert {"/v1/classify", "/v1/completions", "/v1/chat/completions", "/v1/adapters", "/v1/models"} <= set(schema["paths"])
+    body = schema["paths"]["/v1/classify"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert "abstain_below" in schema["components"]["schemas"][body["$ref"].rpartition("/")[2]]["properties"]
+    references = [part.split('"')[0] for part in json.dumps(schema).split('"$ref": "')[1:]]
+    assert references and all(
+        reference.rpartition("/")[2] in schema["components"]["schemas"] for reference in references
+    )
+    page = running.http.get("/docs").text
+    assert "http://" not in page and "https://" not in page
+    sources = [part.split('"')[0] for part in page.split('src="')[1:]]
+    assert sources and all(running.http.get(source).status_code == 200 for source in sources)
+
+
+@pytest.mark.parametrize(
+    "body, says",
+    [
+        ({}, "adapter: Field required"),
+        ({"adapter": "tea"}, "expected texts or rows"),
+        ({"adapter": "tea", "texts": ["a"], "rows": [{"text": "a"}]}, "expected texts or rows"),
+        ({"adapter": "tea", "texts": []}, "texts"),
+        ({"adapter": "tea", "texts": "a"}, "texts"),
+        ({"adapter": "tea", "texts": [1]}, "texts.0"),
+        ({"adapter": "tea", "texts": ["a"], "surplus": 1}, "surplus"),
+        ({"adapter": "tea", "texts": ["a"], "abstain_below": 2}, "abstain_below"),
+        ({"adapter": "tea", "texts": [" "]}, "found it empty"),
+        ({"adapter": "tea", "rows": [{"other": "a"}]}, "'text'"),
+        ({"adapter": "tea", "rows": [{"text": {"a": 1}}]}, "rows"),
+        ({"adapter": "nested/pair", "texts": ["a"]}, "['first', 'second']"),
+        ([], "body"),
+        ("a", "body"),
+    ],
+)
+def test_bodies_that_are_not_valid(running, body, says):
+    response = running.http.post("/v1/classify", json=body)
+    assert response.status_code == 422
+    assert says in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"{", b"\xff\xfe", b"\x00" * 100, b'{"adapter": "tea", "texts": ["\\ud800"]}',
+        b'{"adapter": "tea", "texts": ["a"], "abstain_below": NaN}',
+        b'{"adapter": "tea", "texts": ["a"], "abstain_below": Infinity}',
+        b'{"adapter": "tea", "rows": [{"text": NaN}]}', b'{"adapter": "tea", "rows": [{"text": 1e999}]}',
+        b'{"adapter": "tea", "rows": [{"text": ' + b"9" * 5000 + b"}]}",
+        b"[" * 100_000, b'{"a":' * 100_000, b'{"adapter": "tea", "texts": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    ],
+)  # fmt: skip
+def test_garbage(running, content):
+    response = running.http.post("/v1/classify", content=content, headers={"Content-Type": "application/json"})
+    assert response.status_code in (200, 422) if b"999" in content[-50:] else response.status_code == 422
+    assert "Traceback" not in response.text and ".py" not in response.text
+    assert running.classify().status_code == 200
+
+
+def test_unknown_names_and_methods(running):
+    response = running.classify("teaa")
+    assert response.status_code == 404 and "close to it: 'tea'" in response.json()["error"]["message"]
+    assert running.http.get("/nothing").status_code == 404
+    assert running.http.get("/v1/classify").status_code == 405
+    assert running.http.get("/v1/adapters/../../etc").status_code == 404
+    assert running.classify("x" * 100_000).status_code == 404
+    plain = running.http.post("/v1/classify", content=b"{}", headers={"Content-Type": "text/plain"})
+    assert plain.status_code == 415
+
+
+def test_no_other_site_reaches_a_server_without_a_token(running):
+    for headers in ({"Host": "evil.example"}, {"Origin": "https://evil.example"}, {"Origin": "null"}):
+        assert running.http.get("/v1/adapters", headers=headers).status_code == 403
+    assert running.http.get("/v1/adapters", headers={"Origin": running.url}).status_code == 200
+
+
+def test_a_token_is_wanted(made, start):
+    server = start(made, token="right-token")
+    assert server.classify().status_code == 200
+    with httpx.Client(base_url=server.url) as stranger:
+        for path in ("/", "/health", "/ready", "/docs", "/openapi.json"):
+            assert stranger.get(path).status_code == 200
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "right-token"},
+                        {"Authorization": "Basic right-token"}, {"Authorization": "Bearer r\xe9".encode("latin-1")}):  # fmt: skip
+            for path in ("/metrics", "/v1/models", "/v1/adapters", "/nothing"):
+                response = stranger.get(path, headers=headers)
+                assert response.status_code == 401
+                assert response.headers["www-authenticate"] == "Bearer"
+            assert stranger.post("/v1/classify", content=b"garbage", headers=headers).status_code == 401
+            assert stranger.delete("/v1/adapters/tea", headers=headers).status_code == 401
+
+
+def test_limits(made, start):
+    server = start(made, limits=Limits(body_bytes=4000, texts=3, text_tokens=12, queue=5, upload_bytes=10_000))
+    assert server.classify(texts=["tea"] * 3).status_code == 200
+    response = server.classify(texts=["tea"] * 4)
+    assert response.status_code == 422 and "at most 3 texts, found 4" in response.json()["error"]["message"]
+    response = server.classify(texts=["tea", "tea " * 20])
+    assert response.status_code == 422 and "row 2) of at most 12 tokens" in response.json()["error"]["message"]
+    for size in (4100, 5_000_000):
+        response = server.http.post("/v1/classify", content=b"x" * size, headers={"Content-Type": "application/json"})
+        assert response.status_code == 413, size
+
+    def chunks():
+        for _ in range(100):
+            yield b"x" * 1000
+
+    response = server.http.post("/v1/classify", content=chunks(), headers={"Content-Type": "application/json"})
+    assert response.status_code == 413
+    with ThreadPoolExecutor(2) as pool, server.holding():
+        first = pool.submit(server.classify, texts=["tea"] * 3)
+        server.until(lambda: server.server.queue.length == 3)
+        response = server.classify(texts=["tea"] * 3)
+        assert response.status_code == 429 and int(response.headers["retry-after"]) >= 1
+        second = pool.submit(server.classify, texts=["tea"] * 2)
+        server.until(lambda: server.server.queue.length == 5)
+        assert server.classify(texts=["tea"]).status_code == 429
+    assert first.result().status_code == second.result().status_code == 200
+    assert server.server.queue.length == 0
+
+
+def test_a_deadline_passes(made, start):
+    server = start(made, limits=Limits(deadline=0.3))
+    with server.holding():
+        response = server.classify()
+    assert response.status_code == 504 and "0.3 seconds" in response.json()["error"]["message"]
+    rows = server.metric("ia3_batch_rows_sum")
+    server.until(lambda: server.classify().status_code == 200)
+    assert server.metric("ia3_batch_rows_sum") == rows + 1, "the late question was dropped"
+
+
+def test_a_slow_body_is_given_up(made, start):
+    server = start(made, limits=Limits(deadline=0.3))
+    with socket.create_connection(("127.0.0.1", server.port)) as client:
+        head = "POST /v1/classify HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+        client.sendall(head.encode() + b"{")
+        client.settimeout(30)
+        assert client.recv(1000).startswith(b"HTTP/1.1 408")
+
+
+def test_a_client_that_leaves_costs_nothing(made, start):
+    server = start(made)
+    with server.holding():
+        client = socket.create_connection(("127.0.0.1", server.port))
+        body = json.dumps({"adapter": "tea", "texts": ["tea"] * 50}).encode()
+        head = f"POST /v1/classify HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        client.sendall(head.encode() + body)
+        server.until(lambda: len(server.engine._asked) == 50)
+        client.close()
+        server.until(lambda: server.server.queue.length == 0)
+    assert server.classify().status_code == 200
+    assert server.metric("ia3_batch_rows_sum") == 1
+    assert 'status="499"' in server.http.get("/metrics").text
+
+
+def test_health_while_the_model_is_loaded(made, start, monkeypatch):
+    go = threading.Event()
+    load = load_base
+
+    def slowly(*args):
+        go.wait(60)
+        return load(*args)
+
+    monkeypatch.setattr("ia3.pretrained.load_base", slowly)
+    server = start(made, wait=False)
+    try:
+        server.until(lambda: _answers(server))
+        assert server.http.get("/ready").status_code == 503
+        for method, path in (("GET", "/v1/models"), ("GET", "/v1/adapters"), ("GET", "/v1/adapters/tea"),
+                             ("POST", "/v1/classify"), ("POST", "/v1/completions"), ("POST", "/v1/adapters"),
+                             ("DELETE", "/v1/adapters/tea")):  # fmt: skip
+            response = server.http.request(method, path)
+            assert response.status_code == 503 and response.headers["retry-after"]
+    finally:
+        go.set()
+    server.until(lambda: server.http.get("/ready").status_code == 200)
+    assert server.classify().status_code == 200
+
+
+def _answers(server) -> bool:
+    try:
+        return server.http.get("/health").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def test_an_adapter_that_is_broken_is_no_other_ones_trouble(place, start):
+    """Its file changes for the worse behind the server's back, before it was ever read."""
+    weights = place / "adapters" / "cake" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    server = start(place)
+    with ThreadPoolExecutor(3) as pool:
+        with server.holding():
+            asked = {name: pool.submit(server.classify, name) for name in ("tea", "cake", "soup")}
+            server.until(lambda: len(server.engine._asked) == 3)
+        found = {name: each.result() for name, each in asked.items()}
+    assert {name: each.status_code for name, each in found.items()} == {"tea": 200, "soup": 200, "cake": 500}
+    assert "cannot be used" in found["cake"].json()["error"]["message"] and str(place) not in found["cake"].text
+
+
+def test_more_adapters_than_memory_has_room_for(place, start):
+    row = 4 * 2 * (16 + 16 + 48)
+    server = start(place, memory=3 * row)  # of two, and the base
+    assert server.engine._batch == 2
+    wanted = {name: server.classify(name).json() for name in ("tea", "soup", "cake")}
+    with ThreadPoolExecutor(12) as pool:
+        names = ["tea", "soup", "cake"] * 4
+        found = list(pool.map(server.classify, names))
+    for name, response in zip(names, found, strict=True):
+        one = response.json()["predictions"][0]["probabilities"]
+        assert one == pytest.approx(wanted[name]["predictions"][0]["probabilities"], abs=1e-5)
+    assert server.metric("ia3_adapter_evictions_total") > 0
+    assert server.metric("ia3_adapters_resident") <= 2
+
+
+def test_logs_hold_no_texts(made, start, caplog):
+    caplog.set_level("DEBUG")
+    secret = "lovely and nobody knows"
+    for log_texts in (False, True):
+        caplog.clear()
+        server = start(made, log_texts=log_texts)
+        server.classify(texts=[secret])
+        server.http.post("/v1/completions", json={"model": "tea", "prompt": secret, "max_tokens": 2})
+        server.http.post("/v1/classify", content=secret.encode(), headers={"Content-Type": "application/json"})
+        server.until(lambda: sum(record.getMessage() == "request" for record in caplog.records) >= 3)
+        logged = [json.dumps(getattr(record, "fields", {})) + record.getMessage() for record in caplog.records]
+        assert any(secret in line for line in logged) is log_texts
+        assert any('"route": "/v1/classify"' in line and '"status": 200' in line for line in logged)
+
+
+def test_an_unexpected_error_tells_a_client_nothing(made, start, monkeypatch, caplog):
+    server = start(made)
+
+    def broken(*args):
+        raise RuntimeError("secret text")
+
+    monkeypatch.setattr(server.engine, "questions", broken)
+    response = server.classify()
+    assert response.status_code == 500
+    assert "secret" not in response.text and "RuntimeError" not in response.text
+    assert response.headers["x-request-id"] in response.json()["error"]["message"]
+    server.until(lambda: any("RuntimeError" in str(getattr(record, "fields", "")) for record in caplog.records))
+    assert not any("secret text" in str(record.__dict__) for record in caplog.records)
