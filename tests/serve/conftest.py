@@ -73,7 +73,9 @@ class Running:
         engine = LocalEngine(str(folder / "model"), store.kinds(str(folder / "model")), "model", **options)
         self.engine = engine
         self.server = Server(engine, store, limits or Limits(), token, None, log_texts)
-        config = uvicorn.Config(create_app(self.server), http=impatient(idle), ws="none", log_config=None, access_log=False)
+        config = uvicorn.Config(
+            create_app(self.server), http=impatient(idle), ws="none", log_config=None, access_log=False
+        )
         self._uvicorn = uvicorn.Server(config)
         listening = socket.socket()
         listening.bind(("127.0.0.1", 0))

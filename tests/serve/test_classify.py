@@ -109,7 +109,9 @@ def test_what_there_is(running):
 
 def test_the_documentation_needs_no_other_site(running):
     schema = running.http.get("/openapi.json").json()
-    assert {"/v1/classify", "/v1/completions", "/v1/chat/completions", "/v1/adapters", "/v1/models"} <= set(schema["paths"])
+    assert {"/v1/classify", "/v1/completions", "/v1/chat/completions", "/v1/adapters", "/v1/models"} <= set(
+        schema["paths"]
+    )
     body = schema["paths"]["/v1/classify"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert "abstain_below" in schema["components"]["schemas"][body["$ref"].rpartition("/")[2]]["properties"]
     references = [part.split('"')[0] for part in json.dumps(schema).split('"$ref": "')[1:]]

@@ -70,7 +70,10 @@ def test_texts_that_come_and_go_are_those_of_generate(name):
     seen: list = []
     decoder = Decoder(model, tokenizer, lambda *batch: seen.append(batch))
     lengths = [7, 3, 12, 5, 9]
-    made = [text_of(GenerateJob(key, prompt, length, 0.0)) for key, prompt, length in zip(NAMES, PROMPTS, lengths, strict=True)]
+    made = [
+        text_of(GenerateJob(key, prompt, length, 0.0))
+        for key, prompt, length in zip(NAMES, PROMPTS, lengths, strict=True)
+    ]
     decoder.begin([text for text, _ in made[:2]])
     decoder.step()
     decoder.begin([made[2][0]])
@@ -179,9 +182,7 @@ def test_sampling_is_repeatable_and_as_the_model_says():
         for token, p in enumerate(nucleus.tolist()):
             said_by_it = tokenizer.decode([token], skip_special_tokens=True)
             by_text[said_by_it] = by_text.get(said_by_it, 0) + p
-        found = [
-            text for seed in range(8) for text in texts(250, temperature=temperature, top_p=top_p)
-        ]
+        found = [text for seed in range(8) for text in texts(250, temperature=temperature, top_p=top_p)]
         for text, p in by_text.items():
             share = found.count(text) / len(found)
             assert abs(share - p) < 5 * (p * (1 - p) / len(found)) ** 0.5 + 1e-9, (text, share, p)

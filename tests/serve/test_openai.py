@@ -49,7 +49,11 @@ def test_completions(client, greedy, name):
     found = client.completions.create(model=name or "model", prompt="the tea was", max_tokens=9, temperature=0)
     assert found.object == "text_completion" and found.model == (name or "model") and found.id.startswith("cmpl-")
     assert [(choice.index, choice.text, choice.finish_reason) for choice in found.choices] == [(0, text, finish)]
-    assert (found.usage.prompt_tokens, found.usage.completion_tokens, found.usage.total_tokens) == (3, tokens, tokens + 3)
+    assert (found.usage.prompt_tokens, found.usage.completion_tokens, found.usage.total_tokens) == (
+        3,
+        tokens,
+        tokens + 3,
+    )
 
 
 def test_several_prompts_and_tokens(client, greedy):
@@ -89,13 +93,18 @@ def test_streams_say_the_same(client, greedy):
 
 
 def test_chat(client, greedy):
-    messages = [{"role": "system", "content": "was it good ?"}, {"role": "user", "content": [{"type": "text", "text": "the tea"}]}]
+    messages = [
+        {"role": "system", "content": "was it good ?"},
+        {"role": "user", "content": [{"type": "text", "text": "the tea"}]},
+    ]
     text, tokens, finish = greedy("soup", "was it good ? the tea answer :", 8)
     found = client.chat.completions.create(model="soup", messages=messages, max_completion_tokens=8, temperature=0)
     assert found.object == "chat.completion" and found.choices[0].message.role == "assistant"
     assert (found.choices[0].message.content, found.choices[0].finish_reason) == (text, finish)
     assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (8, tokens)
-    chunks = list(client.chat.completions.create(model="soup", messages=messages, max_tokens=8, temperature=0, stream=True))
+    chunks = list(
+        client.chat.completions.create(model="soup", messages=messages, max_tokens=8, temperature=0, stream=True)
+    )
     assert chunks[0].object == "chat.completion.chunk" and chunks[0].choices[0].delta.role == "assistant"
     assert "".join(chunk.choices[0].delta.content for chunk in chunks) == text
     assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + [finish]
@@ -106,7 +115,9 @@ def test_stop_and_seed(client, greedy):
     stop = text.split()[2]
     found = client.completions.create(model="tea", prompt="the", max_tokens=12, temperature=0, stop=[stop, "nothing"])
     assert (found.choices[0].text, found.choices[0].finish_reason) == (text[: text.index(stop)], "stop")
-    sampled = {client.completions.create(model="tea", prompt="the", max_tokens=5, seed=7).choices[0].text for _ in range(3)}
+    sampled = {
+        client.completions.create(model="tea", prompt="the", max_tokens=5, seed=7).choices[0].text for _ in range(3)
+    }
     assert len(sampled) == 1
 
 
@@ -115,7 +126,9 @@ def test_requests_of_different_adapters_are_decoded_together(running, client):
     tokens = running.metric("ia3_generated_tokens_total")
 
     def ask(name):
-        return client.completions.create(model=name, prompt="the tea was", max_tokens=40, temperature=0).usage.completion_tokens
+        return client.completions.create(
+            model=name, prompt="the tea was", max_tokens=40, temperature=0
+        ).usage.completion_tokens
 
     with ThreadPoolExecutor(8) as pool:
         with running.holding():
@@ -175,7 +188,12 @@ def test_errors_as_the_client_knows_them(client):
         client.completions.create(model="tea", prompt="a", n=3)
     for content in (b"[" * 100_000, b'{"model": "tea", "prompt": "a", "temperature": NaN}'):
         with pytest.raises(openai.BadRequestError):
-            client.post("/completions", content=content, cast_to=object, options={"headers": {"content-type": "application/json"}})
+            client.post(
+                "/completions",
+                content=content,
+                cast_to=object,
+                options={"headers": {"content-type": "application/json"}},
+            )
 
 
 def test_neutral_settings_are_taken(client):

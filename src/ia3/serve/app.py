@@ -20,13 +20,13 @@ from pydantic import ValidationError
 from pydantic.json_schema import models_json_schema
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException
+from starlette.requests import ClientDisconnect
 
 from ia3 import __version__
 from ia3.errors import InputError, problems
 from ia3.serve.engine import AdapterFailed, Engine, GenerateJob, Piece, ScoreJob
 from ia3.serve.gate import Gate, unexpected
-from ia3.serve.limits import Limits, Problem, Queue, left
+from ia3.serve.limits import CLIENT_GONE, Limits, Problem, Queue, left
 from ia3.serve.metrics import Metrics
 from ia3.serve.schemas import Body, ChatBody, ClassifyBody, CompletionBody, FolderBody
 from ia3.serve.store import Adapter, Conflict, Store, UnknownAdapter
@@ -48,9 +48,6 @@ _PAGE_POLICY = (
     "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'"
 )
-
-# The client has left: nobody reads this status, but logs and metrics (nginx' number for it).
-_CLIENT_GONE = 499
 
 _Body = TypeVar("_Body", bound=Body)
 _Result = TypeVar("_Result")
@@ -134,7 +131,7 @@ class Server:
             if task.done():
                 return task.result()
             if gone.done():
-                raise Problem(_CLIENT_GONE, "The client has left.")
+                raise Problem(CLIENT_GONE, "The client has left.")
             raise self.late()
         finally:
             for each in (task, gone):
@@ -369,10 +366,15 @@ def create_app(server: Server, on_failure: Callable[[BaseException], None] | Non
 
     async def tell(request: Request, error: Exception) -> Response:
         problem = problem_of(error, request.url.path) or unexpected(request.scope["identity"])
+        problem.message = server.store.public(problem.message)
         if isinstance(error, AdapterFailed):
             request.scope["note"]["reason"] = str(error)
         return JSONResponse(problem.body(), problem.status, problem.headers)
 
+    async def gone(request: Request, error: Exception) -> Response:
+        return Response(status_code=CLIENT_GONE)
+
+    app.add_exception_handler(ClientDisconnect, gone)
     for kind in (Problem, InputError, HTTPException, Exception):
         app.add_exception_handler(kind, tell)
     return Gate(app, server.limits, server.metrics, server.token, server.hosts)
@@ -478,8 +480,8 @@ def _add_adapters(app: FastAPI, server: Server) -> None:
                 if len(named) != len(files):
                     raise InputError("Expected files with different names.")
                 found, new = await server.store.upload(name, named)
-        except MultiPartException as error:
-            raise InputError(f"Expected multipart/form-data: {error.message}") from error
+        except HTTPException as error:  # of the form's parser
+            raise InputError(f"Expected multipart/form-data: {error.detail}") from error
         return JSONResponse(await server.blocking(_described, found), 201 if new else 200)
 
     @app.delete("/v1/adapters/{name:path}", tags=["adapters"])

@@ -7,6 +7,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+# The client has left: nobody reads this status, but logs and metrics (nginx' number for it).
+CLIENT_GONE = 499
+
 
 @dataclass(frozen=True)
 class Limits:

@@ -66,9 +66,9 @@ def run(server: Server, host: str, port: int) -> None:
     Raises:
         InputError: the address cannot be listened at, or the model cannot be loaded.
     """
+    listening = _listen(host, port)
     _log_to_stderr()
     _allow_connections()
-    listening = _listen(host, port)
     failures: list[BaseException] = []
 
     def fail(error: BaseException) -> None:

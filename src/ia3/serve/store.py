@@ -145,15 +145,17 @@ class Store:
         self._found = self._scan()
 
     def kinds(self, base_model: str) -> list[IA3Config]:
-        """The different configs of adapters that are for a base model, the most frequent first."""
-        counts: dict[str, list[IA3Config]] = {}
+        """The different configs of adapters, the most frequent first, but those for models of other names last."""
+        found: dict[str, tuple[IA3Config, list[bool]]] = {}
         for folder, _ in self._found.values():
             with contextlib.suppress(InputError, RecursionError):
                 config = IA3Config.from_pretrained(folder)
-                if config.base_model_name_or_path in (None, base_model):
-                    kind = dataclasses.replace(config, base_model_name_or_path=None, inference_mode=True)
-                    counts.setdefault(kind.to_json(), []).append(config)
-        return [configs[0] for configs in sorted(counts.values(), key=lambda configs: -len(configs))]
+                # A model's folder may have moved since.
+                own = Path(config.base_model_name_or_path or base_model).name == Path(base_model).name
+                kind = dataclasses.replace(config, base_model_name_or_path=None, inference_mode=True)
+                found.setdefault(kind.to_json(), (config, []))[1].append(own)
+        ranked = sorted(found.values(), key=lambda each: (-sum(each[1]), -len(each[1])))
+        return [config for config, _ in ranked]
 
     def labels(self) -> list[str] | None:
         """The labels of the first adapter's task, which a classifier's head has; None where there is none. Blocks."""
@@ -206,6 +208,10 @@ class Store:
             adapter.users -= 1
             if adapter.retired and not adapter.users:
                 self._forget(adapter)
+
+    def public(self, message: str) -> str:
+        """A message without paths of this machine."""
+        return re.sub(re.escape(self.root + os.sep) + r"(\.upload-\w+/)?", "", message).replace(self.root, "the root")
 
     # Changes, one at a time.
 

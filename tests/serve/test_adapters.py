@@ -1,0 +1,489 @@
+"""Adapters that come, change and go while a server runs; and what is not let in."""
+
+import io
+import json
+import os
+import pickle
+import shutil
+import threading
+import zipfile
+
+import pytest
+import torch
+from safetensors.torch import load_file, save, save_file
+
+import tiny
+from conftest import Running
+from ia3 import IA3Config, get_peft_model, load_base
+from ia3.errors import InputError
+from ia3.serve.limits import Limits
+from ia3.serve.store import Store
+from ia3.serve.uploads import check
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def guarded(made, tmp_path_factory):
+    """A folder and its server, for tests that try to change what is served, and fail."""
+    place = tmp_path_factory.mktemp("guarded") / "served"
+    shutil.copytree(made, place)
+    (place / "adapters" / "link").symlink_to(place / "spare")
+    (place / "adapters" / "linked").symlink_to(place / "adapters")
+    pickled = place / "adapters" / "pickled"
+    pickled.mkdir()
+    shutil.copy(place / "spare" / "adapter_config.json", pickled)
+    torch.save(load_file(place / "spare" / WEIGHTS), pickled / "adapter_model.bin")
+    server = Running(place)
+    upload(server, "there", files_of(place / "spare"))
+    yield place, server
+    server.close()
+
+
+GUARDED = ["cake", "nested/pair", "soup", "tea", "there"]
+
+
+def everything(place) -> list:
+    return sorted(place.parent.rglob("*"))
+
+
+def files_of(folder, **changes) -> dict[str, bytes]:
+    found = {
+        name: (folder / name).read_bytes() for name in (WEIGHTS, "adapter_config.json") if (folder / name).exists()
+    }
+    task = folder / "task.yaml"
+    found["task.yaml"] = (
+        task.read_bytes() if task.exists() else b"template: '{{ text }} ?'\nchoices: {a: good, b: bad}\n"
+    )
+    found |= changes
+    return {name: content for name, content in found.items() if content is not None}
+
+
+def upload(server, name, files):
+    return server.http.post(
+        "/v1/adapters", data={"name": name}, files=[("files", (file, data)) for file, data in files.items()]
+    )
+
+
+def listed(server):
+    return [each["name"] for each in server.http.get("/v1/adapters").json()["adapters"]]
+
+
+def probabilities(server, name, text="the tea was lovely"):
+    response = server.classify(name, [text])
+    assert response.status_code == 200, response.text
+    return response.json()["predictions"][0]["probabilities"]
+
+
+def test_upload_replace_and_delete(place, start):
+    server = start(place)
+    response = upload(server, "new", files_of(place / "adapters" / "soup"))
+    assert response.status_code == 201
+    assert response.json()["name"] == "new" and response.json()["labels"] == ["pos", "neg"]
+    assert "new" in listed(server) and "new" in [model["id"] for model in server.http.get("/v1/models").json()["data"]]
+    plain = server.classify("soup", without_adapter=True).json()["predictions"]
+    soup = probabilities(server, "new")
+    assert soup != plain
+    response = upload(server, "new", files_of(place / "adapters" / "cake"))
+    assert response.status_code == 200
+    assert probabilities(server, "new") == pytest.approx(probabilities(server, "cake"))
+    assert probabilities(server, "new") != pytest.approx(soup)
+    assert sorted(os.listdir(place / "adapters")) == ["cake", "nested", "new", "soup", "tea"], (
+        "nothing temporary is left"
+    )
+    again = start(place)
+    assert probabilities(again, "new") == pytest.approx(probabilities(server, "cake"))
+    assert server.http.delete("/v1/adapters/new").json() == {"name": "new", "deleted": True}
+    assert server.classify("new").status_code == 404 and not (place / "adapters" / "new").exists()
+    assert server.http.delete("/v1/adapters/new").status_code == 404
+
+
+def test_what_was_not_uploaded_is_not_overwritten_or_deleted(place, start):
+    server = start(place)
+    before = probabilities(server, "tea")
+    assert upload(server, "tea", files_of(place / "adapters" / "soup")).status_code == 409
+    assert upload(server, "nested", files_of(place / "adapters" / "soup")).status_code == 409
+    assert upload(server, "model", files_of(place / "adapters" / "soup")).status_code == 409
+    assert probabilities(server, "tea") == before
+    assert server.http.delete("/v1/adapters/nested/pair").status_code == 200
+    assert "nested/pair" not in listed(server) and (place / "adapters" / "nested" / "pair" / WEIGHTS).exists()
+    assert server.http.post("/v1/adapters", json={"folder": "nested/pair"}).status_code == 201
+    assert "nested/pair" in listed(server)
+
+
+def test_a_folder_below_the_root(place, start):
+    server = start(place)
+    shutil.copytree(place / "adapters" / "soup", place / "adapters" / "deep" / "er")
+    assert server.classify("deep/er").status_code == 404
+    assert server.http.post("/v1/adapters", json={"folder": "deep/er"}).status_code == 201
+    assert server.http.post("/v1/adapters", json={"folder": "deep/er"}).status_code == 200
+    assert server.http.post("/v1/adapters", json={"folder": "deep/er", "name": "short"}).status_code == 201
+    assert probabilities(server, "short") == pytest.approx(probabilities(server, "soup"))
+    assert server.http.delete("/v1/adapters/short").status_code == 200
+    assert probabilities(server, "deep/er") == pytest.approx(probabilities(server, "soup"))
+
+
+@pytest.mark.parametrize(
+    "folder",
+    [
+        "..",
+        "../spare",
+        "/etc",
+        "tea/../../spare",
+        "./tea",
+        "tea/",
+        "",
+        "tea\\x",
+        "nothing",
+        "link",
+        "linked/tea",
+        "pickled",
+        "te\x00a",
+    ],
+)
+def test_no_path_leads_out_of_the_root(guarded, folder):
+    place, server = guarded
+    response = server.http.post("/v1/adapters", json={"folder": folder})
+    assert response.status_code in (404, 422) and str(place) not in response.text
+    assert listed(server) == GUARDED
+
+
+@pytest.mark.parametrize(
+    "name", ["..", ".", "", "/etc", "a/b", "../x", "a b", "-a", ".a", "a\x00", "é", "a" * 101, "a\n"]
+)
+def test_names_of_uploads(guarded, name):
+    place, server = guarded
+    before = everything(place)
+    response = upload(server, name, files_of(place / "spare"))
+    assert response.status_code == 422 and "name" in response.json()["error"]["message"]
+    assert everything(place) == before
+
+
+def changed(place, change) -> bytes:
+    tensors = load_file(place / "spare" / WEIGHTS)
+    change(tensors)
+    return save(tensors, {"format": "pt"})
+
+
+def zipped(name="adapter_model.bin") -> bytes:
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as file:
+        file.writestr(name, b"x" * 100)
+    return data.getvalue()
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/ia3-evil",)
+
+
+def first(tensors):
+    return next(iter(tensors))
+
+
+BAD_WEIGHTS = {
+    "nan": lambda place: changed(place, lambda t: t[first(t)].view(-1)[3:4].fill_(float("nan"))),
+    "infinite": lambda place: changed(place, lambda t: t[first(t)].view(-1)[:1].fill_(float("-inf"))),
+    "another shape": lambda place: changed(place, lambda t: t.update({first(t): torch.ones(7)})),
+    "one missing": lambda place: changed(place, lambda t: t.pop(first(t))),
+    "one more": lambda place: changed(place, lambda t: t.update(more=torch.ones(3))),
+    "none": lambda place: save({}),
+    "cut short": lambda place: (place / "spare" / WEIGHTS).read_bytes()[:-8],
+    "longer": lambda place: (place / "spare" / WEIGHTS).read_bytes() + b"\0" * 8,
+    "empty": lambda place: b"",
+    "pickle": lambda place: pickle.dumps(Evil()),
+    "torch's": lambda place: _torch_saved(place),
+    "zip": lambda place: zipped(),
+    "header too long": lambda place: (2**62).to_bytes(8, "little") + b"{}",
+    "deep header": lambda place: _deep_header(place),
+    "text": lambda place: b"hello",
+}
+
+
+def _torch_saved(place) -> bytes:
+    data = io.BytesIO()
+    torch.save(load_file(place / "spare" / WEIGHTS), data)
+    return data.getvalue()
+
+
+def _deep_header(place) -> bytes:
+    """As long as a row's file is, so that its header is read as one."""
+    whole = (place / "spare" / WEIGHTS).read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header = b"[" * 200_000
+    return len(header).to_bytes(8, "little") + header + whole[8 + length :]
+
+
+@pytest.mark.parametrize("kind", BAD_WEIGHTS)
+def test_vectors_that_are_not_let_in(guarded, kind):
+    place, server = guarded
+    before, files = probabilities(server, "there"), everything(place)
+    for name in ("new", "there"):
+        response = upload(server, name, files_of(place / "spare", **{WEIGHTS: BAD_WEIGHTS[kind](place)}))
+        assert response.status_code == 422, response.text
+        assert ".py" not in response.text
+    assert listed(server) == GUARDED and everything(place) == files
+    assert probabilities(server, "there") == before
+    assert not os.path.exists("/tmp/ia3-evil")
+
+
+CONFIG = {"peft_type": "IA3", "target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+LAUGHS = "a: &a [x, x]\nb: &b [*a, *a]\nchoices: *b\n"
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"adapter_config.json": None},
+        {WEIGHTS: None},
+        {"adapter_model.bin": b"x"},
+        {"../escape.yaml": b"x"},
+        {"script.py": b"x"},
+        {"adapter_config.json": b"not json"},
+        {"adapter_config.json": b"[" * 100_000},
+        {"adapter_config.json": b'{"peft_type": "LORA"}'},
+        {"adapter_config.json": b"{}"},
+        {"adapter_config.json": b"\xff"},
+        {"adapter_config.json": json.dumps({**CONFIG, "feedforward_modules": "(a+)+$"}).encode()},
+        {"adapter_config.json": json.dumps({**CONFIG, "feedforward_modules": ["v_proj"]}).encode()},
+        {"adapter_config.json": json.dumps({**CONFIG, "target_modules": 3}).encode()},
+        {"adapter_config.json": b'"' + b"x" * (1 << 20) + b'"'},
+        {"task.yaml": b"- a\n"},
+        {"task.yaml": b"template: '{{ text }}'\n"},
+        {"task.yaml": b"template: '{{ text'\nchoices: [a, b]\n"},
+        {"task.yaml": b"template: '{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}'\nchoices: [a, b]\n"},
+        {"task.yaml": b"template: '{{ \"x\" * 10 ** 10 }} {{ text }}'\nchoices: [a, b]\n"},
+        {"task.yaml": b"template: '{{ text.format() }}'\nchoices: [a, b]\n"},
+        {"task.yaml": b"template: '{{ text|center(10000000000) }}'\nchoices: [a, b]\n"},
+        {"task.yaml": b"template: '{{ text|replace(\"a\", \"aaaaaaaaaa\") }}'\nchoices: [a, b]\n"},
+        {"task.yaml": b"template: '{{ text }}'\nchoices: {a: '{{ 9 ** 99999999 }}', b: b}\n"},
+        {"task.yaml": b"template: '{{ " + b"(" * 50_000 + b"text }}'\nchoices: [a, b]\n"},
+        {"task.yaml": b"template: '{{ text }}'\nchoices: " + b"[" * 100_000 + b"\n"},
+        {"task.yaml": LAUGHS.encode()},
+        {"task.yaml": b"!!python/object/apply:os.system [touch /tmp/ia3-evil]\n"},
+        {"recipe.yaml": b"length_normalization: .nan\n"},
+        {"recipe.yaml": b"surplus: 1\n"},
+        {"calibration.json": b'{"temperature": 0}'},
+        {"calibration.json": b"{" * 100_000},
+    ],
+    ids=range(31),
+)  # fmt: skip
+def test_files_that_are_not_let_in(guarded, files):
+    place, server = guarded
+    before = everything(place)
+    response = upload(server, "new", files_of(place / "spare", **files))
+    assert response.status_code == 422, response.text
+    assert "Traceback" not in response.text and str(place) not in response.text
+    assert listed(server) == GUARDED and everything(place) == before
+    assert not os.path.exists("/tmp/ia3-evil")
+
+
+def test_templates_of_uploads_may_do_what_is_harmless(place):
+    template = (
+        "{% if text and not title is none %}{{ title|trim|replace('_', ' ') }}: {% endif %}{{ text[:100]|lower ~ '?' }}"
+    )
+    folder = place / "new"
+    folder.mkdir()
+    for name, data in files_of(place / "spare", **{"task.yaml": None}).items():
+        (folder / name).write_bytes(data)
+    (folder / "task.yaml").write_text(json.dumps({"template": template, "choices": {"a": "good", "b": "{{ title }}"}}))
+    check(folder)
+
+
+def test_forms_that_are_none(place, start):
+    server = start(place)
+    files = files_of(place / "spare")
+    good = [("files", (name, data)) for name, data in files.items()]
+    for response in (
+        server.http.post("/v1/adapters", files=good),
+        server.http.post("/v1/adapters", data={"name": "a", "surplus": "b"}, files=good),
+        server.http.post("/v1/adapters", data={"name": "a"}, files=[*good, good[0]]),
+        server.http.post(
+            "/v1/adapters", content=b"garbage", headers={"Content-Type": "multipart/form-data; boundary=x"}
+        ),
+        server.http.post("/v1/adapters", content=b"garbage", headers={"Content-Type": "multipart/form-data"}),
+        server.http.post("/v1/adapters", json={"surplus": 1}),
+        server.http.post("/v1/adapters", json={"folder": 1}),
+    ):
+        assert response.status_code == 422, response.text
+    assert listed(server) == ["cake", "nested/pair", "soup", "tea"]
+
+
+def test_limits_of_uploads(place, start):
+    server = start(place, limits=Limits(upload_bytes=20_000))
+    large = files_of(place / "spare", **{"task.yaml": b"#" * 200_000})
+    assert upload(server, "new", large).status_code == 413
+    server.server.store._most = 5
+    assert upload(server, "new", files_of(place / "spare")).status_code == 201
+    response = upload(server, "another", files_of(place / "spare"))
+    assert response.status_code == 409 and "at most 5 adapters" in response.json()["error"]["message"]
+    assert upload(server, "new", files_of(place / "spare")).status_code == 200
+    assert listed(server) == ["cake", "nested/pair", "new", "soup", "tea"]
+
+
+def test_reading_the_folder_again(place, start):
+    server = start(place)
+    before = {name: probabilities(server, name) for name in ("tea", "soup", "cake")}
+    adapters = place / "adapters"
+    shutil.copytree(adapters / "soup", adapters / "new")
+    shutil.copy(place / "spare" / WEIGHTS, adapters / "tea" / WEIGHTS)
+    shutil.rmtree(adapters / "cake")
+    (adapters / "soup" / "calibration.json").unlink()
+    weights = adapters / "nested" / "pair" / WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-8])
+    done = server.call(server.server.store.reload())
+    assert done == {"added": ["new"], "changed": ["soup", "tea"], "removed": ["cake"], "failed": ["nested/pair"]}
+    assert listed(server) == ["nested/pair", "new", "soup", "tea"]
+    assert server.classify("cake").status_code == 404
+    assert probabilities(server, "tea") != pytest.approx(before["tea"])
+    assert probabilities(server, "soup") != pytest.approx(before["soup"]), "its temperature has changed"
+    assert probabilities(server, "new") == pytest.approx(before["soup"])
+    nothing = {"added": [], "changed": [], "removed": [], "failed": ["nested/pair"]}
+    assert server.call(server.server.store.reload()) == nothing
+
+
+# What others have changed on disk can be read no more, unless it is in memory.
+@pytest.mark.parametrize(
+    "how, resident", [("upload", True), ("upload", False), ("delete", True), ("delete", False), ("reload", True)]
+)
+def test_what_was_accepted_ends_with_the_old_vectors(place, start, how, resident):
+    server = start(place)
+    upload(server, "new", files_of(place / "adapters" / "soup"))
+    old = probabilities(server, "new", "a tasty soup")
+    if resident:
+        probabilities(server, "new")
+    else:
+        _evict(server, "new")
+    results: list = []
+    asking = threading.Thread(target=lambda: results.append(probabilities(server, "new", "a tasty soup")))
+    with server.holding():
+        asking.start()
+        server.until(lambda: len(server.engine._asked) == 1)
+        changing = threading.Thread(target=_change, args=(server, place, how))
+        changing.start()
+        # The change waits for the model's thread, in front of the question.
+        server.until(lambda: len(server.engine._orders) >= 1)
+    asking.join(60)
+    changing.join(60)
+    assert results == [pytest.approx(old)]
+    if how == "delete":
+        assert server.classify("new").status_code == 404
+    else:
+        assert probabilities(server, "new", "a tasty soup") != pytest.approx(results[0])
+    server.until(lambda: len(server.engine._bank) == 4 + (how != "delete"))
+
+
+def _evict(server, name) -> None:
+    key = server.server.store.get(name).key
+    server.call(server.engine._order(lambda: server.engine._bank._resident.drop(key)))
+
+
+def _change(server, place, how) -> None:
+    if how == "upload":
+        assert upload(server, "new", files_of(place / "adapters" / "cake")).status_code == 200
+    elif how == "delete":
+        assert server.http.delete("/v1/adapters/new").status_code == 200
+    else:
+        shutil.copy(place / "adapters" / "cake" / WEIGHTS, place / "adapters" / "new" / WEIGHTS)
+        server.call(server.server.store.reload())
+
+
+def test_a_text_ends_with_the_vectors_that_it_began_with(place, start):
+    server = start(place)
+    server.engine._decoder._ends = set()
+    upload(server, "new", files_of(place / "adapters" / "soup"))
+    body = {"model": "new", "prompt": "the tea was", "max_tokens": 30, "temperature": 0}
+    old = server.http.post("/v1/completions", json=body).json()["choices"][0]["text"]
+    step, count = server.engine._decoder.step, []
+    begun, go = threading.Event(), threading.Event()
+
+    def stepping():
+        count.append(1)
+        if len(count) == 5:
+            begun.set()
+            go.wait(60)
+        step()
+
+    server.engine._decoder.step = stepping
+    results: list = []
+    asking = threading.Thread(
+        target=lambda: results.append(server.http.post("/v1/completions", json=body).json()["choices"][0]["text"])
+    )
+    asking.start()
+    assert begun.wait(60)
+    changing = threading.Thread(target=_change, args=(server, place, "upload"))
+    changing.start()
+    server.until(lambda: server.engine._orders)
+    go.set()
+    asking.join(60)
+    changing.join(60)
+    assert results == [old]
+    assert server.http.post("/v1/completions", json=body).json()["choices"][0]["text"] != old
+
+
+def test_reload_under_load(place, start):
+    """Every answer is one of the two contents', and none is an error."""
+    server = start(place)
+    contents = [files_of(place / "adapters" / name) for name in ("soup", "cake")]
+    upload(server, "new", contents[0])
+    allowed = [probabilities(server, name) for name in ("cake",)]
+    allowed.append(probabilities(server, "new"))
+    stop, failures, answers = threading.Event(), [], []
+
+    def ask() -> None:
+        while not stop.is_set():
+            response = server.classify("new")
+            if response.status_code != 200:
+                failures.append(response.text)
+                return
+            answers.append(response.json()["predictions"][0]["probabilities"])
+
+    askers = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in askers:
+        thread.start()
+    for i in range(12):
+        assert upload(server, "new", contents[(i + 1) % 2]).status_code == 200
+        server.call(server.server.store.reload())
+    stop.set()
+    for thread in askers:
+        thread.join(60)
+    assert not failures and answers
+    for found in answers:
+        assert any(found == pytest.approx(one, abs=1e-5) for one in allowed)
+    server.until(lambda: len(server.engine._bank) == 5)
+
+
+def test_the_root(place):
+    with pytest.raises(InputError, match="whose subfolders are the adapters"):
+        Store(place / "adapters" / "tea")
+    with pytest.raises(InputError, match="at most 2 adapters, found 4"):
+        Store(place / "adapters", most=2)
+    assert Store(place / "nothing").kinds("model") == []
+
+
+def test_the_kind_of_most_adapters_is_served(place, start):
+    """One of another kind, and one for another model, are no trouble."""
+    base, _ = load_base(str(place / "model"))
+    other = get_peft_model(base, IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
+    tiny.randomize(other)
+    other.save_pretrained(place / "adapters" / "a-first")
+    shutil.copy(place / "adapters" / "tea" / "task.yaml", place / "adapters" / "a-first")
+    foreign = place / "adapters" / "a-foreign"
+    shutil.copytree(place / "spare", foreign)
+    save_file({"x": torch.ones(3)}, foreign / WEIGHTS)
+    server = start(place)
+    assert server.classify("tea").status_code == 200
+    assert server.classify("a-first").status_code == 500
+    assert server.classify("a-foreign").status_code == 422  # it has no task
+    assert server.http.post("/v1/completions", json={"model": "a-foreign", "prompt": "a"}).status_code == 500
+    response = server.http.post("/v1/adapters", json={"folder": "a-first"})
+    assert response.status_code == 422 and "rescales another side" in response.json()["error"]["message"]
+
+
+def test_a_server_without_adapters(place, start):
+    shutil.rmtree(place / "adapters")
+    server = start(place)
+    assert listed(server) == []
+    assert server.http.post("/v1/completions", json={"model": "model", "prompt": "a"}).status_code == 200
+    assert upload(server, "new", files_of(place / "spare")).status_code == 201
+    assert sum(probabilities(server, "new").values()) == pytest.approx(1)
