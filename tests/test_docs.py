@@ -42,6 +42,9 @@ def test_every_block_is_named_once_and_run_here_or_by_ci():
         "families", "task.yaml", "task", "task-python", "pairs.yaml", "cause.yaml", "endings.yaml", "tasks",
         "prompts-python", "fleet", "fleet-python", "compare", "compare-python",
         "pretrain", "pretrain-python", "raft", "mine.yaml", "recipe", "recipe-python", "bench",
+        # Those of docs/serve.md run in serve/test_docs_serve.py.
+        "serve", "serve-classify", "serve-completions", "serve-openai", "serve-adapters", "serve-operation",
+        "ia3.service", "Dockerfile",
     }  # fmt: skip
 
 

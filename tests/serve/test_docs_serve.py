@@ -1,0 +1,102 @@
+"""The examples of docs/serve.md, against a server that is set up as the page says."""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import save_adapter
+from ia3 import IA3Config, get_peft_model, load_base
+
+PAGE = (Path(__file__).parents[2] / "docs" / "serve.md").read_text(encoding="utf-8")
+BLOCKS = dict(re.findall(r"<!-- example: ([\w.-]+) -->\n```\w+\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL))
+
+
+@pytest.fixture
+def tickets(made, tmp_path):
+    """A folder with a model, and `adapters/tickets`."""
+    shutil.copytree(made / "model", tmp_path / "model")
+    model = get_peft_model(load_base(str(tmp_path / "model"))[0], IA3Config(task_type="CAUSAL_LM"))
+    choices = {"billing": "bill", "technical": "fault"}
+    save_adapter(tmp_path / "adapters" / "tickets", model, 0, template="{{ message }} ?", choices=choices)
+    return tmp_path
+
+
+def test_requests(tickets, start, monkeypatch):
+    monkeypatch.chdir(tickets)
+    server = start(tickets)
+    answers = {}
+    for name in ("serve-classify", "serve-completions", "serve-adapters", "serve-operation"):
+        for command in BLOCKS[name].strip().splitlines():
+            program, *arguments = shlex.split(command.replace("localhost:8000", f"127.0.0.1:{server.port}"))
+            assert program == "curl"
+            done = subprocess.run(
+                ["curl", "--silent", "--show-error", "--fail-with-body", *arguments], capture_output=True, text=True
+            )
+            assert not done.returncode, (command, done.stdout, done.stderr)
+            answers.setdefault(name, []).append(done.stdout)
+    labels = json.loads(answers["serve-classify"][0])["predictions"][0]["probabilities"]
+    assert set(labels) == {"billing", "technical"}
+    assert json.loads(answers["serve-classify"][1])["predictions"][0]["label"] is None
+    assert answers["serve-completions"][2].endswith("data: [DONE]\n\n")
+    assert json.loads(answers["serve-adapters"][-1]) == {"name": "uploaded", "deleted": True}
+
+
+def test_openai(tickets, start, capsys):
+    server = start(tickets)
+    code = BLOCKS["serve-openai"].replace("localhost:8000", f"127.0.0.1:{server.port}")
+    exec(compile(code, "serve-openai", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_commands_and_files_name_options_that_there_are(capsys, monkeypatch):
+    from ia3.cli import main
+
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        main(["serve", "--help"])
+    known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    lines = [
+        *BLOCKS["serve"].splitlines(),
+        *(line for line in BLOCKS["ia3.service"].splitlines() if "ExecStart" in line),
+    ]
+    lines += [
+        " ".join(json.loads(line.removeprefix("CMD")))
+        for line in BLOCKS["Dockerfile"].splitlines()
+        if line.startswith("CMD")
+    ]
+    assert len(lines) == 4
+    for line in lines:
+        assert "ia3 serve" in line and set(re.findall(r"--[a-z-]+", line)) <= known
+    extras = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    assert "\nserve = [" in extras and "[serve]" in BLOCKS["Dockerfile"]
+
+
+@pytest.mark.slow
+def test_without_arguments(tmp_path):
+    """`ia3 serve` alone: the embedded model, and whatever lies in ./adapters."""
+    command = [
+        sys.executable,
+        "-c",
+        "from ia3.cli import main; main()",
+        *shlex.split(BLOCKS["serve"].splitlines()[0])[1:],
+    ]
+    with subprocess.Popen([*command, "--port", "0"], cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            line = next(line for line in process.stderr if '"listening"' in line)
+            address = json.loads(line)["address"]
+            waiting = ["curl", "--silent", "--fail", "--retry", "300", "--retry-delay", "1", f"{address}/ready"]
+            assert subprocess.run(waiting, capture_output=True).returncode == 0
+            body = {"model": "smollm2", "messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0,
+                    "max_tokens": 12}  # fmt: skip
+            asking = ["curl", "--silent", f"{address}/v1/chat/completions", "--json", json.dumps(body)]
+            answer = json.loads(subprocess.run(asking, capture_output=True, text=True).stdout)
+            assert "Paris" in answer["choices"][0]["message"]["content"]
+        finally:
+            process.terminate()
+        assert process.wait(60) == 0
