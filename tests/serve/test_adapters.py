@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save, save_file
 
 import tiny
-from conftest import Running
 from ia3 import IA3Config, get_peft_model, load_base
 from ia3.errors import InputError
 from ia3.serve.limits import Limits
 from ia3.serve.store import Store
 from ia3.serve.uploads import check
+from serving import Running
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from conftest import save_adapter
 from ia3 import IA3Config, get_peft_model, load_base
+from serving import save_adapter
 
 PAGE = (Path(__file__).parents[2] / "docs" / "serve.md").read_text(encoding="utf-8")
 BLOCKS = dict(re.findall(r"<!-- example: ([\w.-]+) -->\n```\w+\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL))
