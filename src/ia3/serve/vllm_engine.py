@@ -1,0 +1,242 @@
+"""A vLLM engine behind the HTTP service: `VllmEngine`, which `ia3 serve --engine vllm` starts."""
+
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ia3.errors import InputError, reason
+from ia3.serve.engine import AdapterFailed, GenerateJob, Piece, ScoreJob
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ia3.tfew.choices import Question
+    from ia3.tfew.recipe import Recipe
+    from ia3.tfew.task import Row, Task
+
+logger = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
+
+# Of so many tokens can one request ask the log-probabilities.
+_TOKENS_ASKED = 128
+
+
+class VllmEngine:
+    """See `Engine`. vLLM batches, caches prefixes, and loads and evicts adapters; the plugin makes it take (IA)³.
+
+    A question is a request for each inner node of the tree of its choices: what stands before, one token, and the
+    log-probabilities there of the tokens that follow. They share the prompt by prefix caching; choices of one token
+    each are one request. (Log-probabilities of a prompt, the other way, would read each prompt anew for each choice.)
+
+    Args:
+        model: the base's name, a decoder-only model.
+        slots: different adapters in a step at most.
+        cached: adapters that are held in memory.
+        **settings: others of vLLM's `AsyncEngineArgs`, such as `dtype`, `max_model_len`, `tensor_parallel_size`.
+    """
+
+    def __init__(self, model: str, slots: int = 16, cached: int = 1024, **settings: Any) -> None:
+        self.name = model
+        self.tokenizer: PreTrainedTokenizerBase
+        self.context_length: int | None = None
+        self.generates = True
+        self.observe: Callable[[str, int, int], None] = lambda kind, rows, adapters: None
+        self._settings = {"max_loras": slots, "max_cpu_loras": max(slots, cached), **settings}
+        self._engine: Any = None
+        self._shape: PreTrainedModel
+        self._adapters: dict[str, Any] = {}  # key → vLLM's request for it
+        self._loading: dict[str, asyncio.Future[None]] = {}
+        self._ids, self._requests = itertools.count(1), itertools.count()
+        self._kept: dict[str, Path] = {}
+
+    async def start(self) -> None:
+        self._engine = await asyncio.get_running_loop().run_in_executor(None, self._load)
+
+    def _load(self) -> Any:
+        try:
+            import vllm  # noqa: F401
+            from vllm.engine.arg_utils import AsyncEngineArgs
+            from vllm.v1.engine.async_llm import AsyncLLM
+        except ImportError as error:
+            raise InputError(
+                f"--engine vllm needs vLLM, which cannot be imported here ({reason(error)}); docs/vllm.md says how to "
+                f"install it."
+            ) from error
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+        from ia3.pretrained import find_base
+        from ia3.serve.vllm_plugin import ONLY, unsupported
+
+        problem = unsupported()
+        if problem is not None:
+            raise InputError(problem)
+        path = find_base(self.name)[1]
+        fixed = {"enable_lora": True, "max_lora_rank": 1, "additional_config": {ONLY: True}}
+        try:
+            config = AutoConfig.from_pretrained(path)
+            self.tokenizer = AutoTokenizer.from_pretrained(path)
+            with torch.device("meta"):  # its shape says how questions are to be asked
+                self._shape = AutoModelForCausalLM.from_config(config)
+            arguments = AsyncEngineArgs(model=path, enable_log_requests=False, **fixed, **self._settings)
+            engine = AsyncLLM.from_engine_args(arguments)
+        except (ValueError, OSError, TypeError) as error:
+            raise InputError(f"vLLM cannot serve {self.name!r} so: {reason(error)}") from error
+        self.context_length = engine.model_config.max_model_len
+        self._shape.config.max_position_embeddings = self.context_length
+        return engine
+
+    async def stop(self) -> None:
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            await asyncio.get_running_loop().run_in_executor(None, engine.shutdown)
+        for folder in self._kept.values():
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def questions(self, task: Task, rows: Sequence[Row], recipe: Recipe) -> list[Question]:
+        return task.questions(self.tokenizer, rows, False, self._shape, 0, recipe.long_prompts)
+
+    async def score(self, jobs: Sequence[ScoreJob]) -> list[list[float]]:
+        if jobs:
+            self.observe("score", len(jobs), len({job.adapter for job in jobs}))
+        return await _together([self._score(job) for job in jobs])
+
+    async def _score(self, job: ScoreJob) -> list[float]:
+        from ia3.tfew.choices import tree_of
+
+        question, adapter = job.question, await self._request(job.adapter)
+        tree = tree_of(question)
+        follow: dict[int, set[int]] = {}
+        for choice, path in zip(question.choices, tree.paths, strict=True):
+            for node, token in zip(path, choice, strict=True):
+                follow.setdefault(node, set()).add(token)
+
+        def text(node: int) -> list[int]:
+            tokens: list[int] = []
+            while node > 0:
+                tokens.append(tree.tokens[node])
+                node = tree.parents[node]
+            return [*question.prompt, *reversed(tokens)]
+
+        # The prompt first, so that the others find it in the cache.
+        found = {0: await self._next(text(0), follow.pop(0), adapter)}
+        others = await _together([self._next(text(node), tokens, adapter) for node, tokens in follow.items()])
+        found.update(zip(follow, others, strict=True))
+        return [
+            sum(found[node][token] for node, token in zip(path, choice, strict=True))
+            / len(choice) ** job.length_normalization
+            for choice, path in zip(question.choices, tree.paths, strict=True)
+        ]
+
+    async def _next(self, text: list[int], tokens: set[int], adapter: Any) -> dict[int, float]:
+        """The log-probabilities of these tokens behind a text."""
+        from vllm import SamplingParams
+
+        asked, found = sorted(tokens), {}
+        for first in range(0, len(asked), _TOKENS_ASKED):
+            some = asked[first : first + _TOKENS_ASKED]
+            sampling = SamplingParams(max_tokens=1, temperature=0, logprob_token_ids=some, detokenize=False)
+            async for output in self._generate(text, sampling, adapter):
+                for entry in output.outputs[0].logprobs or ():
+                    found.update({token: entry[token].logprob for token in some})
+        if len(found) < len(asked) or not all(value <= 0 for value in found.values()):  # NaN is not
+            raise InputError("The model gives scores that are not numbers; is the adapter or the base broken?")
+        return found
+
+    def _generate(self, text: Sequence[int], sampling: Any, adapter: Any) -> AsyncIterator[Any]:
+        prompt = {"prompt_token_ids": list(text)}
+        return self._engine.generate(prompt, sampling, f"ia3-{next(self._requests)}", lora_request=adapter)
+
+    async def generate(self, job: GenerateJob) -> AsyncIterator[Piece]:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        sampling = SamplingParams(
+            max_tokens=job.max_tokens,
+            temperature=job.temperature,
+            top_p=job.top_p,
+            stop=list(job.stop) or None,
+            seed=job.seed,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        outputs = self._generate(job.prompt, sampling, await self._request(job.adapter))
+        count = 0
+        async for output in outputs:
+            (part,) = output.outputs
+            count += len(part.token_ids)
+            if part.finish_reason not in (None, "stop", "length"):
+                raise InputError(f"The generation ended by {part.finish_reason!r}; is the model or adapter broken?")
+            yield Piece(part.text, count, part.finish_reason)
+
+    async def add(self, key: str, folder: str, check: bool) -> None:
+        from vllm.lora.request import LoRARequest
+
+        self._adapters[key] = LoRARequest(key, next(self._ids), folder)
+        if check:
+            try:
+                await self._request(key)
+            except InputError:
+                del self._adapters[key]
+                raise
+
+    async def _request(self, key: str | None) -> Any:
+        """vLLM's request for an adapter, which it has read once: what it refuses then would end it later."""
+        if key is None:
+            return None
+        if key not in self._adapters:
+            raise AdapterFailed(f"Adapter {key!r} is not known; add it first.")
+        if key not in self._loading:
+            self._loading[key] = asyncio.ensure_future(self._engine.add_lora(self._adapters[key]))
+        try:
+            await asyncio.shield(self._loading[key])
+        except Exception as error:
+            self._loading.pop(key, None)
+            raise AdapterFailed(reason(error).removeprefix("Call to add_lora method failed: ")) from error
+        return self._adapters[key]
+
+    async def keep(self, key: str) -> None:
+        from vllm.lora.request import LoRARequest
+
+        if key in self._kept or key not in self._adapters:
+            return
+        request = self._adapters[key]
+        self._kept[key] = folder = Path(tempfile.mkdtemp(prefix="ia3-adapter-"))
+
+        def copy() -> None:  # vLLM may have to read it again
+            shutil.copytree(request.lora_path, folder, dirs_exist_ok=True)
+
+        await asyncio.get_running_loop().run_in_executor(None, copy)
+        self._adapters[key] = LoRARequest(key, request.lora_int_id, str(folder))
+
+    async def drop(self, key: str) -> None:
+        request = self._adapters.pop(key)
+        if self._loading.pop(key, None) is not None:
+            await self._engine.remove_lora(request.lora_int_id)
+        folder = self._kept.pop(key, None)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def statistics(self) -> dict[str, Any]:
+        return {}
+
+
+async def _together(parts: Sequence[Coroutine[Any, Any, _Result]]) -> list[_Result]:
+    """The results of all; when one fails, or nobody waits any more, the others are cancelled."""
+    tasks = [asyncio.ensure_future(part) for part in parts]
+    try:
+        return list(await asyncio.gather(*tasks))
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise

@@ -1,0 +1,203 @@
+"""The HTTP service's vLLM engine against ia3's own scoring; needs the environment of docs/vllm.md."""
+
+import asyncio
+import importlib.util
+import json
+import os
+import shutil
+import sys
+
+import peft
+import pytest
+import torch
+import transformers
+
+import tiny
+import words
+from ia3 import IA3Config, get_peft_model
+from ia3.errors import InputError
+from ia3.serve.engine import AdapterFailed, GenerateJob, ScoreJob
+from ia3.serve.vllm_engine import VllmEngine, _together
+from ia3.tfew.choices import Question, score_questions
+from ia3.tfew.recipe import Recipe
+from ia3.tfew.task import Task
+
+needs_vllm = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here; docs/vllm.md has its environment"
+)
+SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
+TASK = Task(template="review : {{ text }} answer :", choices={"pos": "good", "neg": "not good"})
+SETTINGS = {"dtype": "float32", "block_size": 32, "max_model_len": 96, "enforce_eager": True, "max_num_seqs": 8}
+if importlib.util.find_spec("vllm") is not None:
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    for variable, setting in settings.items():
+        os.environ.setdefault(variable, setting)
+
+
+def test_without_vllm_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(InputError, match=r"--engine vllm needs vLLM.*docs/vllm.md"):
+        asyncio.run(VllmEngine("anything").start())
+
+
+def test_when_one_part_fails_the_others_are_cancelled():
+    ended = []
+
+    async def part(number: int) -> int:
+        try:
+            if number == 1:
+                raise InputError("no")
+            await asyncio.sleep(60)
+        finally:
+            ended.append(number)
+        return number
+
+    async def run() -> None:
+        with pytest.raises(InputError, match="no"):
+            await _together([part(number) for number in range(3)])
+
+    asyncio.run(run())
+    assert sorted(ended) == [0, 1, 2]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A tiny model with a tokenizer, and two adapters."""
+    folder = tmp_path_factory.mktemp("engine")
+    base = tiny.build("llama", vocab_size=len(words.VOCABULARY), pad_token_id=0, eos_token_id=1, **SIZES)
+    base.save_pretrained(folder / "base")
+    words.tokenizer().save_pretrained(folder / "base")
+    for number, name in enumerate(("one", "two")):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder / "base")
+        model = get_peft_model(model, IA3Config(task_type="CAUSAL_LM"))
+        torch.manual_seed(number)
+        with torch.no_grad():
+            for path, parameter in model.named_parameters():
+                if "ia3_l" in path:
+                    parameter.copy_(1 + 0.6 * torch.randn_like(parameter))
+        model.save_pretrained(folder / name)
+    return folder
+
+
+def questions(count: int) -> list[Question]:
+    """Of choices of one token and of several, some with a common beginning, more than one request can ask for."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(length: int) -> list[int]:
+        return torch.randint(3, len(words.VOCABULARY), (length,), generator=generator).tolist()
+
+    prompts = [tokens(length) for length in torch.randint(4, 60, (count,), generator=generator).tolist()]
+    first = [[3], [4], [5]], [[3, 6], [3, 7, 8], [9]], [[5, 6, 7, 8, 9], [5, 6, 7, 8, 10], [11, 12]]
+    return [Question(prompt, list(first[i % 3])) for i, prompt in enumerate(prompts)]
+
+
+def expected(place, name, question: Question, power: float) -> list[float]:
+    model = transformers.AutoModelForCausalLM.from_pretrained(place / "base")
+    if name is not None:
+        model = peft.PeftModel.from_pretrained(model, place / name)
+    sums = score_questions(model.eval(), words.tokenizer(), [question], 0.0)[0]
+    return [float(score) / len(choice) ** power for score, choice in zip(sums, question.choices, strict=True)]
+
+
+@needs_vllm
+def test_an_engine_from_start_to_stop(place, tmp_path):
+    async def run() -> None:
+        engine = VllmEngine(str(place / "base"), slots=2, cached=2, **SETTINGS)
+        seen = []
+        engine.observe = lambda *what: seen.append(what)
+        await engine.start()
+        try:
+            await scores(engine)
+            assert seen and all(kind == "score" for kind, _, _ in seen)
+            await texts(engine)
+            await rows(engine)
+            await refusals(engine)
+            await changed_files(engine)
+        finally:
+            await engine.stop()
+
+    async def scores(engine) -> None:
+        for name in ("one", "two"):
+            await engine.add(f"{name}@1", str(place / name), check=name == "one")
+        asked = questions(9)
+        names = [(None, "one", "two")[i // 3 % 3] for i in range(9)]
+        powers = [(1.0, 0.0, 0.5)[i % 2] for i in range(9)]
+        jobs = [
+            ScoreJob(None if name is None else f"{name}@1", question, power)
+            for name, question, power in zip(names, asked, powers, strict=True)
+        ]
+        for _ in range(2):  # the second time prompts are in the cache
+            found = await engine.score(jobs)
+            for name, question, power, scores in zip(names, asked, powers, found, strict=True):
+                assert scores == pytest.approx(expected(place, name, question, power), abs=1e-4)
+        assert await engine.score([]) == []
+
+    async def texts(engine) -> None:
+        prompt = questions(1)[0].prompt
+        model = peft.PeftModel.from_pretrained(
+            transformers.AutoModelForCausalLM.from_pretrained(place / "base"), place / "one"
+        ).eval()
+        ids = torch.tensor([prompt])
+        tokens = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)[
+            0, len(prompt) :
+        ]
+        job = GenerateJob("one@1", prompt, 12, temperature=0)
+        pieces = [piece async for piece in engine.generate(job)]
+        text = words.tokenizer().decode(tokens, skip_special_tokens=True)
+        assert "".join(piece.text for piece in pieces).split() == text.split()
+        assert [piece.finish for piece in pieces[:-1]] == [None] * (len(pieces) - 1) and pieces[-1].finish
+        assert pieces[-1].tokens == len(tokens)
+        stopping = GenerateJob("one@1", prompt, 12, temperature=0, stop=(text.split()[1],))
+        pieces = [piece async for piece in engine.generate(stopping)]
+        assert pieces[-1].finish == "stop" and "".join(piece.text for piece in pieces).split() == text.split()[:1]
+        # Whoever leaves stops the generation.
+        leaving = engine.generate(GenerateJob(None, prompt, 30))
+        await leaving.__anext__()
+        await leaving.aclose()
+
+    async def rows(engine) -> None:
+        task = TASK
+        made = engine.questions(task, words.rows(3), Recipe.small())
+        model = transformers.AutoModelForCausalLM.from_pretrained(place / "base")
+        assert made == task.questions(words.tokenizer(), words.rows(3), False, model)
+        assert engine.context_length == 96 and engine.generates
+        long = [{"text": "tea " * 200, "label": "pos"}]
+        (cut,) = engine.questions(task, long, Recipe.small())
+        assert len(cut.prompt) + max(map(len, cut.choices)) <= 96
+
+    async def refusals(engine) -> None:
+        question = questions(1)[0]
+        with pytest.raises(InputError, match="'nobody' is not known"):
+            await engine.score([ScoreJob("nobody", question)])
+        bad = tmp_path / "bad"
+        shutil.copytree(place / "one", bad)
+        (bad / "adapter_model.safetensors").write_bytes(b"short")
+        with pytest.raises(InputError, match="Expected a whole safetensors file"):
+            await engine.add("bad@1", str(bad), check=True)
+        await engine.add("bad@2", str(bad), check=False)
+        with pytest.raises(AdapterFailed, match="Expected a whole safetensors file"):
+            await engine.score([ScoreJob(None, question), ScoreJob("bad@2", question)])
+        (bad / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+        with pytest.raises(InputError, match=r"is no \(IA\)³ adapter"):
+            await engine.add("bad@3", str(bad), check=True)
+        assert await engine.score([ScoreJob("one@1", question)])  # it goes on
+
+    async def changed_files(engine) -> None:
+        """A key stands for one content, whatever becomes of the files."""
+        folder = tmp_path / "changing"
+        shutil.copytree(place / "one", folder)
+        await engine.add("changing@1", str(folder), check=True)
+        await engine.keep("changing@1")
+        shutil.rmtree(folder)
+        shutil.copytree(place / "two", folder)
+        await engine.add("changing@2", str(folder), check=True)
+        question = questions(3)[2]
+        for _ in range(2):
+            for key, name in (("changing@1", "one"), ("changing@2", "two"), ("one@1", "one"), ("two@1", "two")):
+                (scores,) = await engine.score([ScoreJob(key, question)])  # each time another is evicted
+                assert scores == pytest.approx(expected(place, name, question, 1.0), abs=1e-4)
+        await engine.drop("changing@1")
+        with pytest.raises(AdapterFailed):
+            await engine.score([ScoreJob("changing@1", question)])
+
+    asyncio.run(run())
