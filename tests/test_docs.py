@@ -45,6 +45,7 @@ def test_every_block_is_named_once_and_run_here_or_by_ci():
         # Those of docs/serve.md run in serve/test_docs_serve.py.
         "serve", "serve-classify", "serve-completions", "serve-openai", "serve-adapters", "serve-operation",
         "ia3.service", "Dockerfile",
+        "vllm-serve", "vllm-requests", "vllm-python",  # run by tests/with_vllm/test_vllm_server.py
     }  # fmt: skip
 
 
@@ -233,8 +234,11 @@ def test_python_on_the_embedded_model(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "adapters" / "food-reviews" / "adapter_model.safetensors").stat().st_size < 250_000
 
 
-def test_ci_reads_both_commands_of_the_readme():
-    script = (ROOT / ".ci" / "run").read_text().split("tests=$(")[0] + "\nreadme tests; readme quickstart"
+def test_ci_reads_the_commands_of_the_documentation():
+    script = (ROOT / ".ci" / "run").read_text().split("tests=$(")[
+        0
+    ] + "\nfor name in tests quickstart vllm vllm_tests; do"
+    script += " readme $name; done"
     shown = subprocess.run(
         ["bash", "-c", script, ROOT / ".ci" / "run"], capture_output=True, text=True, check=True, cwd=ROOT
     )

@@ -1,0 +1,157 @@
+"""The examples of docs/vllm.md, by vLLM's own server and by a script; needs that page's environment."""
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+
+import tiny
+import words
+from ia3 import IA3Config, get_peft_model
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here; docs/vllm.md has its environment"
+)
+PAGE = (Path(__file__).parent.parent.parent / "docs" / "vllm.md").read_text(encoding="utf-8")
+EXAMPLES = dict(re.findall(r"<!-- example: ([\w-]+) -->\n```\w+\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL))
+SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
+ENVIRONMENT = {
+    **os.environ,
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """The folders that the examples name."""
+    folder = tmp_path_factory.mktemp("server")
+    base = tiny.build("llama", vocab_size=len(words.VOCABULARY), pad_token_id=0, eos_token_id=1, **SIZES)
+    base.save_pretrained(folder / "tickets-base")
+    words.tokenizer().save_pretrained(folder / "tickets-base")
+    for number, name in enumerate(("tickets", "urgency")):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder / "tickets-base")
+        model = get_peft_model(model, IA3Config(task_type="CAUSAL_LM"))
+        torch.manual_seed(number)
+        with torch.no_grad():
+            for path, parameter in model.named_parameters():
+                if "ia3_l" in path:
+                    parameter.copy_(1 + 0.6 * torch.randn_like(parameter))
+        model.save_pretrained(folder / "adapters" / name)
+    return folder
+
+
+def expected(place, name: str | None, prompt: str, count: int = 8) -> list[str]:
+    """The words that PEFT generates."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(place / "tickets-base")
+    if name is not None:
+        model = peft.PeftModel.from_pretrained(model, place / "adapters" / name)
+    ids = torch.tensor([words.tokenizer()(prompt)["input_ids"]])
+    found = model.eval().generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False
+    )[0, ids.shape[1] :]
+    return words.tokenizer().decode(found, skip_special_tokens=True).split()
+
+
+def ask(port: int, path: str, body: dict | None = None) -> tuple[int, str]:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}{path}", data=data, headers={"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_the_openai_server(place, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    variable, _, *command = shlex.split(EXAMPLES["vllm-serve"])
+    command = [sys.executable, *command, "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--max-model-len", "96", "--max-num-seqs", "8", "--dtype", "float32"]
+    environment = {**ENVIRONMENT, **dict([variable.split("=")])}
+    log = tmp_path / "log"
+    with log.open("w") as written:
+        server = subprocess.Popen(
+            command, cwd=place, env=environment, stdout=written, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + 300
+        while True:
+            assert server.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]
+            try:
+                if ask(port, "/health")[0] == 200:
+                    break
+            except OSError:
+                time.sleep(0.2)
+        check_requests(port, place)
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        try:
+            server.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
+
+
+def check_requests(port: int, place) -> None:
+    requests = []
+    for line in EXAMPLES["vllm-requests"].strip().splitlines():
+        curl, url, _, _, _, body = shlex.split(line)
+        assert curl == "curl" and url.startswith("http://localhost:8000/")
+        requests.append((url.removeprefix("http://localhost:8000"), json.loads(body)))
+    complete, load, unload = requests
+    status, answer = ask(port, *complete)
+    assert status == 200, answer
+    prompt = complete[1]["prompt"]
+    assert json.loads(answer)["choices"][0]["text"].split() == expected(place, "tickets", prompt)
+    base = {**complete[1], "model": "tickets-base"}
+    assert json.loads(ask(port, complete[0], base)[1])["choices"][0]["text"].split() == expected(place, None, prompt)
+    other = {**complete[1], "model": "urgency"}
+    assert ask(port, complete[0], other)[0] == 404
+    assert ask(port, *load)[0] == 200
+    found = json.loads(ask(port, complete[0], other)[1])["choices"][0]["text"].split()
+    assert found == expected(place, "urgency", prompt)
+    assert ask(port, *unload)[0] == 200
+    assert ask(port, complete[0], other)[0] == 404
+    status, answer = ask(port, load[0], {"lora_name": "gone", "lora_path": str(place / "gone")})
+    assert status == 404 and "No adapter found" in answer
+    status, answer = ask(port, load[0], {"lora_name": "base", "lora_path": str(place / "tickets-base")})
+    assert status == 404, answer
+    assert ask(port, *complete)[0] == 200
+
+
+def test_the_script(place):
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            EXAMPLES["vllm-python"].replace("max_loras=4", 'max_loras=4, dtype="float32", max_model_len=96'),
+        ],
+        cwd=place,
+        env={**ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    asked = [("tickets", "it was"), ("urgency", "it was"), (None, "the tea")]
+    found = [line.split() for line in done.stdout.splitlines()][-3:]
+    assert found == [expected(place, name, prompt) for name, prompt in asked]
