@@ -1,5 +1,6 @@
 """The examples of docs/vllm.md, by vLLM's own server and by a script; needs that page's environment."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -21,7 +22,8 @@ import transformers
 
 import tiny
 import words
-from ia3 import IA3Config, get_peft_model
+from ia3 import IA3Config, PeftModel, get_peft_model
+from ia3.tfew import Task, predict
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here; docs/vllm.md has its environment"
@@ -81,35 +83,78 @@ def ask(port: int, path: str, body: dict | None = None) -> tuple[int, str]:
         return error.code, error.read().decode()
 
 
-def test_the_openai_server(place, tmp_path):
+@contextlib.contextmanager
+def serving(command: list[str], place, log: Path, ready: str, **environment: str):
+    """A server on a free port, until it says that it is ready; yields the process and the port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    variable, _, *command = shlex.split(EXAMPLES["vllm-serve"])
-    command = [sys.executable, *command, "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--max-model-len", "96", "--max-num-seqs", "8", "--dtype", "float32"]
-    environment = {**ENVIRONMENT, **dict([variable.split("=")])}
-    log = tmp_path / "log"
     with log.open("w") as written:
         server = subprocess.Popen(
-            command, cwd=place, env=environment, stdout=written, stderr=subprocess.STDOUT, start_new_session=True
+            [*command, "--port", str(port)],
+            cwd=place,
+            env={**ENVIRONMENT, **environment},
+            stdout=written,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     try:
         deadline = time.monotonic() + 300
         while True:
             assert server.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]
-            try:
-                if ask(port, "/health")[0] == 200:
+            with contextlib.suppress(OSError):
+                if ask(port, ready)[0] == 200:
                     break
-            except OSError:
-                time.sleep(0.2)
-        check_requests(port, place)
+            time.sleep(0.2)
+        yield server, port
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGTERM)
         try:
             server.wait(30)
         except subprocess.TimeoutExpired:
             os.killpg(server.pid, signal.SIGKILL)
+
+
+def test_the_openai_server(place, tmp_path):
+    variable, _, *command = shlex.split(EXAMPLES["vllm-serve"])
+    name, value = variable.split("=")
+    command = [sys.executable, *command, "--host", "127.0.0.1"]
+    command += ["--max-model-len", "96", "--max-num-seqs", "8", "--dtype", "float32"]
+    with serving(command, place, tmp_path / "log", "/health", **{name: value}) as (_, port):
+        check_requests(port, place)
+
+
+def test_the_service(place, tmp_path):
+    program, *command = shlex.split(EXAMPLES["vllm-classify"])
+    assert program == "ia3"
+    tasks = {
+        "tickets": Task(template="review : {{ text }} answer :", choices={"pos": "good", "neg": "not good"}),
+        "urgency": Task(
+            template="text : {{ text }} is it", choices={"yes": "bad", "no": "fine", "perhaps": "not fine"}
+        ),
+    }
+    for name, task in tasks.items():
+        task.save(place / "adapters" / name / "task.yaml")
+    command = [sys.executable, "-c", "from ia3.cli import main; main()", *command]
+    texts = [row["text"] for row in words.rows(6)]
+    with serving(command, place, tmp_path / "log", "/ready") as (server, port):
+        for name, task in tasks.items():
+            status, answer = ask(port, "/v1/classify", {"adapter": name, "texts": texts})
+            assert status == 200, answer
+            base = transformers.AutoModelForCausalLM.from_pretrained(place / "tickets-base")
+            model = PeftModel.from_pretrained(base, place / "adapters" / name).eval()
+            wanted = predict(model, words.tokenizer(), task, [{"text": text} for text in texts])
+            for item, other in zip(json.loads(answer)["predictions"], wanted, strict=True):
+                assert item["label"] == other.label
+                assert item["probabilities"] == pytest.approx(other.probabilities, abs=1e-4)
+        assert ask(port, "/v1/classify", {"adapter": "ticket", "texts": texts})[0] == 404
+        body = {"model": "urgency", "prompt": "it was", "max_tokens": 8, "temperature": 0}
+        status, answer = ask(port, "/v1/completions", body)
+        assert status == 200, answer
+        assert json.loads(answer)["choices"][0]["text"].split() == expected(place, "urgency", "it was")
+        server.terminate()
+        assert server.wait(60) == 0, (tmp_path / "log").read_text()[-4000:]
 
 
 def check_requests(port: int, place) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+from enum import Enum
 from pathlib import Path
 
 import typer
@@ -15,6 +16,13 @@ from ia3.serve.limits import Limits
 _DEFAULTS = Limits()
 
 TOKEN_VARIABLE = "IA3_SERVE_TOKEN"
+
+
+class EngineKind(str, Enum):
+    """What runs the model."""
+
+    LOCAL = "local"
+    VLLM = "vllm"
 
 
 def serve(
@@ -38,6 +46,9 @@ def serve(
         None,
         help="Memory for adapters' vectors, such as 2GiB; the least recently used make room. \\[default: no limit]",
         show_default=False,
+    ),
+    engine: EngineKind = typer.Option(
+        EngineKind.LOCAL, help="What runs the model: this process, or vLLM (docs/vllm.md), which needs to be installed."
     ),
     max_adapters: int = typer.Option(20_000, min=1, help="Adapters at most."),
     max_batch: int = typer.Option(64, min=1, help="Rows of a pass through the model, at most."),
@@ -71,6 +82,8 @@ def serve(
         raise InputError(
             f"Expected a token with --host {host}, which other machines reach: give --token-file or set {TOKEN_VARIABLE}."
         )
+    if engine == EngineKind.VLLM and memory is not None:
+        raise InputError("--memory is for --engine local; vLLM counts adapters. Leave it out.")
     if adapters is not None and not adapters.is_dir():
         raise InputError(f"Expected a folder of adapters, found no {str(adapters)!r}.")
     try:
@@ -81,16 +94,24 @@ def serve(
         raise InputError(f"Serving needs the package {error.name!r}; install it: pip install 'ia3[serve]'") from error
     from ia3.pretrained import find_base
     from ia3.serve.app import Server
-    from ia3.serve.local import LocalEngine
+    from ia3.serve.engine import Engine
     from ia3.serve.run import run
     from ia3.serve.store import Store
 
     recorded, _ = find_base(model)  # before anything is loaded
     name = Path(recorded).name if Path(recorded).is_dir() else recorded
     store = Store(adapters or Path("adapters"), max_adapters, name)
-    engine = LocalEngine(recorded, store.kinds(recorded), name, store.labels, memory, max_batch)
+    runs: Engine
+    if engine == EngineKind.VLLM:
+        from ia3.serve.vllm_engine import VllmEngine
+
+        runs = VllmEngine(recorded, name, max_num_seqs=max_batch)
+    else:
+        from ia3.serve.local import LocalEngine
+
+        runs = LocalEngine(recorded, store.kinds(recorded), name, store.labels, memory, max_batch)
     limits = Limits(max_body, max_upload, max_texts, max_text_tokens, max_new_tokens, queue, deadline)
-    run(Server(engine, store, limits, token, {host}, log_texts), host, port)
+    run(Server(runs, store, limits, token, {host}, log_texts), host, port)
 
 
 def _token(file: Path | None) -> str | None:

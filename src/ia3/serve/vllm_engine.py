@@ -40,13 +40,16 @@ class VllmEngine:
 
     Args:
         model: the base's name, a decoder-only model.
+        name: as it is served; None: `model`.
         slots: different adapters in a step at most.
         cached: adapters that are held in memory.
         **settings: others of vLLM's `AsyncEngineArgs`, such as `dtype`, `max_model_len`, `tensor_parallel_size`.
     """
 
-    def __init__(self, model: str, slots: int = 16, cached: int = 1024, **settings: Any) -> None:
-        self.name = model
+    def __init__(
+        self, model: str, name: str | None = None, slots: int = 16, cached: int = 1024, **settings: Any
+    ) -> None:
+        self.name, self._source = name or model, model
         self.tokenizer: PreTrainedTokenizerBase
         self.context_length: int | None = None
         self.generates = True
@@ -81,14 +84,15 @@ class VllmEngine:
         problem = unsupported()
         if problem is not None:
             raise InputError(problem)
-        path = find_base(self.name)[1]
+        path = find_base(self._source)[1]
         fixed = {"enable_lora": True, "max_lora_rank": 1, "additional_config": {ONLY: True}}
         try:
             config = AutoConfig.from_pretrained(path)
             self.tokenizer = AutoTokenizer.from_pretrained(path)
             with torch.device("meta"):  # its shape says how questions are to be asked
                 self._shape = AutoModelForCausalLM.from_config(config)
-            arguments = AsyncEngineArgs(model=path, enable_log_requests=False, **fixed, **self._settings)
+            dtype = str(config.dtype or "auto").removeprefix("torch.")  # vLLM's "auto" rounds float32 down
+            arguments = AsyncEngineArgs(model=path, **{"dtype": dtype, **fixed, **self._settings})
             engine = AsyncLLM.from_engine_args(arguments)
         except (ValueError, OSError, TypeError) as error:
             raise InputError(f"vLLM cannot serve {self.name!r} so: {reason(error)}") from error
