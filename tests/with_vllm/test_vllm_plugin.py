@@ -185,6 +185,12 @@ def test_a_version_without_lora_is_left_alone(other_vllm, monkeypatch, caplog):
     assert "found 0.99.1" in caplog.text
 
 
+def test_a_changed_vllm_is_left_alone(other_vllm, caplog):
+    other_vllm["vllm"].__version__ = "0.32.9"  # and inside it nearly everything is elsewhere
+    vllm_plugin.register()
+    assert "ia3 needs" in caplog.text and "Install an unchanged vllm==0.32.*" in caplog.text
+
+
 def test_a_damaged_config_is_refused(tmp_path):
     assert not vllm_plugin.is_ia3(tmp_path)
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3"')
@@ -345,6 +351,12 @@ def test_an_engine_for_ia3_only(only, place):
     with pytest.raises(Exception, match=r"'lora' is no \(IA\)³ adapter"):
         only.llm_engine.add_lora(place.request("lora"))
     check(only, place, ["wide"], random_prompts(1, seed=5))  # it goes on
+
+
+@needs_vllm
+def test_a_setting_that_is_neither_true_nor_false_is_refused(place):
+    with pytest.raises(InputError, match="true or false for ia3_only in additional_config, found 'yes'"):
+        start(place.base, additional_config={"ia3_only": "yes"})
 
 
 @needs_vllm

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ia3.config import CONFIG_NAME, PeftType
-from ia3.errors import InputError, shown
+from ia3.errors import InputError, reason, shown
 from ia3.serve.placing import Layer, Scales, place, read_vectors
 
 if TYPE_CHECKING:
@@ -56,7 +56,10 @@ def unsupported() -> str | None:
             f"ia3 serves (IA)³ adapters in vLLM {SUPPORTED}.*, found {vllm.__version__}: they are refused. Install "
             f"vllm=={SUPPORTED}.*, or the ia3 that supports this version."
         )
-    missing = _missing()
+    try:
+        missing = _missing()
+    except ImportError as error:
+        missing = [reason(error)]
     if missing:
         return (
             f"ia3 needs {shown(missing, 9)} inside vLLM, which {vllm.__version__} does not have: (IA)³ adapters are "
