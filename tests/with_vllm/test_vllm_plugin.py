@@ -3,7 +3,6 @@
 import functools
 import importlib.util
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -150,7 +149,7 @@ def test_loras_get_a_slot_that_stays_zero_on_a_cpu_only():
 
 
 @pytest.fixture
-def other_vllm(monkeypatch):
+def other_vllm(monkeypatch, caplog):
     """A vLLM of another version, as far as the plugin may look at it."""
 
     class WorkerLoRAManager:
@@ -162,12 +161,14 @@ def other_vllm(monkeypatch):
     modules["vllm.lora.worker_manager"].WorkerLoRAManager = WorkerLoRAManager
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
-    return modules
+    vllm_plugin._logger.addHandler(caplog.handler)  # vLLM's own logger, where there is one, hands nothing on
+    monkeypatch.setattr(vllm_plugin._logger, "propagate", False)
+    yield modules
+    vllm_plugin._logger.removeHandler(caplog.handler)
 
 
 def test_another_version_is_left_alone_and_refuses_clearly(other_vllm, tmp_path, caplog):
-    with caplog.at_level(logging.WARNING):
-        vllm_plugin.register()
+    vllm_plugin.register()
     assert len(caplog.records) == 1 and "vLLM 0.32.*, found 0.99.1" in caplog.text and "vllm==0.32.*" in caplog.text
     manager = other_vllm["vllm.lora.worker_manager"].WorkerLoRAManager()
     for kind in ("IA3", "LORA"):
