@@ -102,7 +102,7 @@ def expected(place, name, question: Question, power: float) -> list[float]:
 @needs_vllm
 def test_an_engine_from_start_to_stop(place, tmp_path):
     async def run() -> None:
-        engine = VllmEngine(str(place / "base"), slots=2, cached=2, **SETTINGS)
+        engine = VllmEngine(str(place / "base"), slots=2, adapters=3, **SETTINGS)
         seen = []
         engine.observe = lambda *what: seen.append(what)
         await engine.start()
@@ -186,7 +186,7 @@ def test_an_engine_from_start_to_stop(place, tmp_path):
         """A key stands for one content, whatever becomes of the files."""
         folder = tmp_path / "changing"
         shutil.copytree(place / "one", folder)
-        await engine.add("changing@1", str(folder), check=True)
+        await engine.add("changing@1", str(folder), check=False)
         await engine.keep("changing@1")
         shutil.rmtree(folder)
         shutil.copytree(place / "two", folder)
@@ -194,8 +194,12 @@ def test_an_engine_from_start_to_stop(place, tmp_path):
         question = questions(3)[2]
         for _ in range(2):
             for key, name in (("changing@1", "one"), ("changing@2", "two"), ("one@1", "one"), ("two@1", "two")):
-                (scores,) = await engine.score([ScoreJob(key, question)])  # each time another is evicted
+                (scores,) = await engine.score([ScoreJob(key, question)])  # there are fewer slots
                 assert scores == pytest.approx(expected(place, name, question, 1.0), abs=1e-4)
+        for number in range(8 - len(engine._adapters)):
+            await engine.add(f"more@{number}", str(place / "one"), check=False)
+        with pytest.raises(InputError, match="at most 8 adapters"):
+            await engine.add("more@8", str(place / "one"), check=False)
         await engine.drop("changing@1")
         with pytest.raises(AdapterFailed):
             await engine.score([ScoreJob("changing@1", question)])

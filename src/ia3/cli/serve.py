@@ -105,7 +105,7 @@ def serve(
     if engine == EngineKind.VLLM:
         from ia3.serve.vllm_engine import VllmEngine
 
-        runs = VllmEngine(recorded, name, max_num_seqs=max_batch)
+        runs = VllmEngine(recorded, name, adapters=max_adapters, max_num_seqs=max_batch)
     else:
         from ia3.serve.local import LocalEngine
 

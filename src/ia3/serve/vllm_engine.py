@@ -5,12 +5,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import logging
-import shutil
-import tempfile
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ia3.errors import InputError, reason
@@ -42,25 +40,26 @@ class VllmEngine:
         model: the base's name, a decoder-only model.
         name: as it is served; None: `model`.
         slots: different adapters in a step at most.
-        cached: adapters that are held in memory.
+        adapters: how many there are at most. All that have been asked for stay in memory: vLLM would end when it had to
+            read one again and could not.
         **settings: others of vLLM's `AsyncEngineArgs`, such as `dtype`, `max_model_len`, `tensor_parallel_size`.
     """
 
     def __init__(
-        self, model: str, name: str | None = None, slots: int = 16, cached: int = 1024, **settings: Any
+        self, model: str, name: str | None = None, slots: int = 16, adapters: int = 20_000, **settings: Any
     ) -> None:
         self.name, self._source = name or model, model
         self.tokenizer: PreTrainedTokenizerBase
         self.context_length: int | None = None
         self.generates = True
         self.observe: Callable[[str, int, int], None] = lambda kind, rows, adapters: None
-        self._settings = {"max_loras": slots, "max_cpu_loras": max(slots, cached), **settings}
+        self._most = 2 * adapters + slots  # one that is replaced is there twice, as long as requests use it
+        self._settings = {"max_loras": slots, "max_cpu_loras": self._most, **settings}
         self._engine: Any = None
         self._shape: PreTrainedModel
         self._adapters: dict[str, Any] = {}  # key → vLLM's request for it
         self._loading: dict[str, asyncio.Future[None]] = {}
         self._ids, self._requests = itertools.count(1), itertools.count()
-        self._kept: dict[str, Path] = {}
 
     async def start(self) -> None:
         self._engine = await asyncio.get_running_loop().run_in_executor(None, self._load)
@@ -104,8 +103,8 @@ class VllmEngine:
         engine, self._engine = self._engine, None
         if engine is not None:
             await asyncio.get_running_loop().run_in_executor(None, engine.shutdown)
-        for folder in self._kept.values():
-            shutil.rmtree(folder, ignore_errors=True)
+            del engine
+            gc.collect()  # now: it shuts down once more when it goes, which fails at the interpreter's end
 
     def questions(self, task: Task, rows: Sequence[Row], recipe: Recipe) -> list[Question]:
         return task.questions(self.tokenizer, rows, False, self._shape, 0, recipe.long_prompts)
@@ -185,6 +184,8 @@ class VllmEngine:
     async def add(self, key: str, folder: str, check: bool) -> None:
         from vllm.lora.request import LoRARequest
 
+        if len(self._adapters) >= self._most:
+            raise InputError(f"Expected at most {self._most} adapters at a time, found one more; allow more of them.")
         self._adapters[key] = LoRARequest(key, next(self._ids), folder)
         if check:
             try:
@@ -209,26 +210,12 @@ class VllmEngine:
         return self._adapters[key]
 
     async def keep(self, key: str) -> None:
-        from vllm.lora.request import LoRARequest
-
-        if key in self._kept or key not in self._adapters:
-            return
-        request = self._adapters[key]
-        self._kept[key] = folder = Path(tempfile.mkdtemp(prefix="ia3-adapter-"))
-
-        def copy() -> None:  # vLLM may have to read it again
-            shutil.copytree(request.lora_path, folder, dirs_exist_ok=True)
-
-        await asyncio.get_running_loop().run_in_executor(None, copy)
-        self._adapters[key] = LoRARequest(key, request.lora_int_id, str(folder))
+        await self._request(key)
 
     async def drop(self, key: str) -> None:
         request = self._adapters.pop(key)
         if self._loading.pop(key, None) is not None:
             await self._engine.remove_lora(request.lora_int_id)
-        folder = self._kept.pop(key, None)
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
 
     def statistics(self) -> dict[str, Any]:
         return {}
