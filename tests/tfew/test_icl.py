@@ -10,7 +10,7 @@ from test_choices import alone
 import tiny
 import words
 from ia3 import IA3Config, IA3Model, InputError
-from ia3.tfew import Task, icl, predict, score_choices
+from ia3.tfew import Task, beginning, predict, score_choices
 from ia3.tfew.choices import Question, encode
 from ia3.tfew.icl import Prefix, draw_shots, fitting, predict_in_context, shots_text
 
@@ -133,7 +133,7 @@ class TestPrefix:
         """What a batch's rows attend to is bounded, however short rows are, and rows of a batch share the prefix."""
         tokenizer, sizes = words.tokenizer(), []
         prefix = Prefix(llama, tokenizer, " ".join(["tea"] * 200))
-        update = icl._SharedLayer.update
+        update = beginning.SharedLayer.update
 
         def counting(self, keys, values, *args, **kwargs):
             assert self.keys.shape == (1, 2, 200, 8)
@@ -141,7 +141,7 @@ class TestPrefix:
             sizes.append(found[0].shape[0] * found[0].shape[2])
             return found
 
-        monkeypatch.setattr(icl._SharedLayer, "update", counting)
+        monkeypatch.setattr(beginning.SharedLayer, "update", counting)
         score_choices(llama, tokenizer, ["the tea was"] * 60, [[" good", " bad"]] * 60, batch_tokens=100, prefix=prefix)
         assert 400 < max(sizes) <= 8 * 100
 

@@ -41,7 +41,7 @@ BATCH_TOKENS = 4096
 _LONGEST_PACKED = 8192
 
 # Reading the weights once more costs about as much as so many tokens do.
-_PASS_TOKENS = 64
+PASS_TOKENS = 64
 
 # So little padding is no reason for another pass, however short the rows are.
 _FEW_TOKENS = 8
@@ -392,17 +392,22 @@ def normalized_scores(log_probs: torch.Tensor, mask: torch.Tensor, power: float 
 
 
 @dataclass
-class _Verdict:
-    """Up to which length packing is exact for a model, and from which on it is not, as far as it was tried."""
+class Verdict:
+    """Up to which length a layout is exact for a model, and from which on it is not, as far as it was tried."""
 
     exact: int = 0
     wrong: int = _LONGEST_PACKED + 1
 
 
-_verdicts: weakref.WeakKeyDictionary[nn.Module, dict[tuple, list[_Verdict]]] = weakref.WeakKeyDictionary()
+_verdicts: weakref.WeakKeyDictionary[nn.Module, dict[tuple, list[Verdict]]] = weakref.WeakKeyDictionary()
 
 
 _Layout = Callable[[Sequence[Question]], Batch]
+
+
+def layout_key(base: nn.Module) -> tuple:
+    """What decides, of one model, which layouts are exact."""
+    return getattr(getattr(base, "config", None), "_attn_implementation", None), base_dtype(base)
 
 
 def collate(model: nn.Module, questions: Sequence[Question], pad_token_id: int = 0) -> Batch:
@@ -437,24 +442,37 @@ def collate(model: nn.Module, questions: Sequence[Question], pad_token_id: int =
     def text(question: Question) -> int:
         return text_length(question) - (len(question.prompt) if family == TaskType.SEQ_2_SEQ_LM else 0)
 
-    key = (getattr(getattr(base, "config", None), "_attn_implementation", None), dtype)
-    verdicts = _verdicts.setdefault(base, {}).setdefault(key, [_Verdict(), _Verdict()])
-    # A row of many short choices is long and says nothing of a window that a long prompt does not fit into.
+    verdicts = _verdicts.setdefault(base, {}).setdefault(layout_key(base), [Verdict(), Verdict()])
+    exact = judged(verdicts, questions, (row, text), lambda one: _packing_is_exact(model, one, packed, plain))
+    return packed(questions) if exact else plain(questions)
+
+
+def judged(
+    verdicts: Sequence[Verdict],
+    questions: Sequence[Question],
+    measures: Sequence[Callable[[Question], int]],
+    is_exact: Callable[[Question], bool],
+) -> bool:
+    """Whether a layout is exact for all questions; the longest by each of the measures is tried when it is longer than ever.
+
+    There are two measures: a row of many short choices is long and says nothing of a window that a long prompt does not
+    fit into.
+    """
     found: dict[int, bool] = {}
-    for length_of, verdict in zip((row, text), verdicts, strict=True):
+    for length_of, verdict in zip(measures, verdicts, strict=True):
         lengths = list(map(length_of, questions))
         length = max(lengths)
         if verdict.exact < length < verdict.wrong:
             longest = lengths.index(length)
             if longest not in found:
-                found[longest] = _packing_is_exact(model, questions[longest], packed, plain)
+                found[longest] = is_exact(questions[longest])
             if found[longest]:
                 verdict.exact = length
             else:
                 verdict.wrong = length
         if length >= verdict.wrong:
-            return plain(questions)
-    return packed(questions)
+            return False
+    return True
 
 
 def _packing_is_exact(model: nn.Module, question: Question, packed: _Layout, plain: _Layout) -> bool:
@@ -537,7 +555,7 @@ def batches_of_sizes(sizes: Sequence[tuple[int, int]], tokens: int = BATCH_TOKEN
         size = sizes[index]
         if group:
             room = (max(prompt, size[0]) + max(tree, size[1])) * (len(group) + 1)
-            if room > tokens or room - filled - sum(size) > min(_PASS_TOKENS, max(_FEW_TOKENS, room / 10)):
+            if room > tokens or room - filled - sum(size) > min(PASS_TOKENS, max(_FEW_TOKENS, room / 10)):
                 yield group
                 group, prompt, tree, filled = [], 0, 0, 0
         group.append(index)
@@ -596,6 +614,8 @@ def score_questions(
     prefix: Prefix | None = None,
 ) -> list[torch.Tensor]:
     """`score_choices` for questions that are token ids already; with a prefix, those that it encodes."""
+    from ia3.tfew.beginning import parts
+
     base = base_of(model)
     layout = collate
     if prefix is not None:
@@ -611,9 +631,14 @@ def score_questions(
     device = next(model.parameters()).device
     pad = padding_id(tokenizer)
     results: list[torch.Tensor] = [torch.empty(0)] * len(questions)
+    if prefix is None:
+        divided = parts(model, questions, pad, batch_tokens)
+    else:
+        grouped = batches(questions, batch_tokens)
+        divided = ((group, layout(model, [questions[i] for i in group], pad)) for group in grouped)
     with evaluating(model), torch.inference_mode():
-        for group in batches(questions, batch_tokens):
-            batch = to_device(layout(model, [questions[i] for i in group], pad), device)
+        for group, batch in divided:
+            batch = to_device(batch, device)
             scores = normalized_scores(token_log_probs(model, batch), batch["mask"], length_normalization).cpu()
             for row, index in zip(scores, group, strict=True):
                 question = questions[index]

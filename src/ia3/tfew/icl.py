@@ -5,22 +5,18 @@ The shots are the same for every prompt, so a decoder reads them once, and each 
 
 from __future__ import annotations
 
-import inspect
-import logging
-import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from ia3.config import TaskType
-from ia3.errors import InputError, reason
+from ia3.errors import InputError
 from ia3.pretrained import task_type
+from ia3.tfew.beginning import Layout, exact_layouts, packed_behind, read, room_behind
 from ia3.tfew.choices import (
     BATCH_TOKENS,
     Batch,
@@ -32,14 +28,10 @@ from ia3.tfew.choices import (
     encode,
     evaluating,
     model_max_length,
-    normalized_scores,
-    pack,
     padding_id,
     plain_rows,
     row_length,
     text_length,
-    to_device,
-    token_log_probs,
     unclosed,
 )
 from ia3.tfew.predict import Prediction, predict
@@ -48,36 +40,10 @@ from ia3.tfew.task import Row, Task
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
+    from transformers import DynamicCache, PreTrainedTokenizerBase
 
 SEPARATOR = "\n\n"
 """What stands between shots, and between the last one and the prompt."""
-
-# Keys and values of so many batches' tokens may be side by side in one layer, the prefix's counted in each row.
-_CACHED_BATCHES = 8
-
-
-class _SharedLayer(DynamicLayer):
-    """A layer's keys and values (1, heads, S, width) of a prefix, which each row of a batch has before its own.
-
-    What a batch adds is handed back and not kept, so that one cache serves every batch, and memory holds one layer's
-    expanded keys and values at a time.
-    """
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        super().__init__()
-        self.keys, self.values = keys, values
-        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The prefix's keys and values before these, in each row."""
-        rows = key_states.shape[0]
-        keys, values = (shared.expand(rows, -1, -1, -1) for shared in (self.keys, self.values))  # type: ignore[union-attr]
-        return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
 
 
 class Prefix:
@@ -124,7 +90,7 @@ class Prefix:
             )
         self._adapters = _adapters_in_effect(model)
         self._cache = None if self._encoder_decoder else self._read(model)
-        self._layouts: list[Callable[..., Batch]] = [] if self._cache is None else [self._packed, self._plain]
+        self._layouts: list[Layout] = [] if self._cache is None else [self._packed, self._plain]
         self._tried = [0, 0]
 
     @property
@@ -139,25 +105,8 @@ class Prefix:
 
     def _read(self, model: nn.Module) -> DynamicCache | None:
         """The prefix's keys and values; None for a model that keeps none, or something else."""
-        known = inspect.signature(self._model.forward).parameters
-        if "past_key_values" not in known:
-            return None
-        cache = DynamicCache()
-        ids = torch.tensor([self.tokens], device=next(model.parameters()).device)
-        options = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
-        try:
-            with evaluating(model), torch.no_grad():
-                model(input_ids=ids, past_key_values=cache, use_cache=True, return_dict=True, **options)
-            whole = bool(cache.layers) and all(
-                type(layer) is DynamicLayer and layer.get_seq_length() == len(self.tokens) for layer in cache.layers
-            )
-        except Exception as error:  # a model with another kind of cache says so in its own way
-            logger.info("%s: its cache is of another kind (%s).", type(self._model).__name__, reason(error))
-            whole = False
-        if not whole:
-            return None
-        cache.layers = [_SharedLayer(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[union-attr]
-        return cache
+        with evaluating(model), torch.no_grad():
+            return read(model, self.tokens)
 
     @property
     def room(self) -> int | None:
@@ -202,60 +151,23 @@ class Prefix:
             self._try(model, max(questions, key=length_of), which, length_of)
         if not self._layouts:
             return [self._whole(question) for question in questions], collate, batch_tokens
-        # Rows are short and what they attend to is long: the latter is bounded, too.
         longest = max(map(row_length, questions))
-        expanded = _CACHED_BATCHES * batch_tokens * longest // (len(self.tokens) + longest)
-        return questions, self._layouts[0], min(batch_tokens, max(expanded, 1))
+        return questions, self._layouts[0], room_behind(len(self.tokens), longest, batch_tokens)
 
     def _try(self, model: nn.Module, question: Question, which: int, length_of: Callable[[Question], int]) -> None:
-        """Drop layouts that are not exact for a question longer than all before, by the length of that number.
-
-        One choice is scored in a whole row, without the cache, once; that is about what reading the prefix costs.
-        """
-        if length_of(question) <= self._tried[which]:
-            return
-        self._tried[which] = length_of(question)
-        last = max(range(len(question.choices)), key=lambda i: len(question.choices[i]))
-        single = self._whole(replace(question, choices=[question.choices[last]]))
-        # Behind one place more of another row's prompt, a packed row begins with padding.
-        pair = [question, replace(question, prompt=question.prompt[:1] + question.prompt)]
-        pad = padding_id(self._tokenizer)
-
-        def score(batch: Batch, choice: int) -> float:
-            batch = to_device(batch, next(model.parameters()).device)
-            return float(normalized_scores(token_log_probs(model, batch), batch["mask"])[0, choice])
-
-        with evaluating(model), torch.no_grad():
-            expected = score(plain_rows([single], pad), 0)
-            if not math.isfinite(expected):
-                return  # a broken adapter says nothing about the model; whoever uses the scores will see it
-            rounding = torch.finfo(base_dtype(self._model)).eps * max(abs(expected), 1.0)
-            while self._layouts:
-                try:
-                    difference = abs(score(self._layouts[0](model, pair, pad), last) - expected)
-                    why = f"scores differ by {difference:.2g}"
-                except Exception as error:  # a model that takes no such mask says so in its own way
-                    difference, why = math.inf, reason(error)
-                if difference <= max(1e-4, 4 * rounding):
-                    return
-                dropped = self._layouts.pop(0).__name__.strip("_")
-                logger.info("%s: no %s rows behind a prefix (%s).", type(self._model).__name__, dropped, why)
+        """Drop layouts that are not exact for a question longer than all before, by the length of that number."""
+        if length_of(question) > self._tried[which]:
+            self._tried[which] = length_of(question)
+            pad = padding_id(self._tokenizer)
+            self._layouts = exact_layouts(model, self._layouts, self.tokens, question, pad)
 
     def _whole(self, question: Question) -> Question:
         return replace(question, prompt=self.tokens + question.prompt)
 
     def _packed(self, model: nn.Module, questions: Sequence[Question], pad_token_id: int) -> Batch:
         """A packed row for each question: `attention_mask` (B, 1, L, S + L), positions from S on."""
-        dtype = base_dtype(self._model)
-        batch = pack(questions, pad_token_id, dtype)
-        mask = batch["attention_mask"]
-        before = torch.zeros((*mask.shape[:3], len(self.tokens)), dtype=dtype)
-        return {
-            **batch,
-            "attention_mask": torch.cat([before, mask], dim=-1),
-            "position_ids": batch["position_ids"] + len(self.tokens),
-            "past_key_values": self._cache,
-        }
+        assert self._cache is not None
+        return packed_behind(self._cache, questions, pad_token_id, base_dtype(self._model))
 
     def _plain(self, model: nn.Module, questions: Sequence[Question], pad_token_id: int) -> Batch:
         """A row for each choice: `attention_mask` (R, S + L)."""

@@ -16,11 +16,11 @@ from transformers.trainer_callback import ExportableState
 from ia3.config import TaskType
 from ia3.errors import InputError, shown
 from ia3.pretrained import task_type
+from ia3.tfew.beginning import parts
 from ia3.tfew.choices import (
+    Batch,
     Question,
     base_of,
-    batches,
-    collate,
     normalized_scores,
     padding_id,
     to_device,
@@ -181,9 +181,8 @@ class TFewTrainer(Trainer):
         losses: dict[str | None, list[torch.Tensor]] = {}
         doubts: dict[str | None, list[torch.Tensor]] = {}
         # The loss is a mean, so that the parts of a batch add up: parts of similar length, of which little is padding.
-        for group in batches(questions):
+        for group, part in self._parts(model, inputs):
             asked = [questions[i] for i in group]
-            part = collate(model, asked, padding_id(self.processing_class))  # type: ignore[arg-type]
             part = to_device(part, best.device)
             log_probs = token_log_probs(model, part)
             for name, rows in _by_adapter(asked).items():
@@ -200,6 +199,10 @@ class TFewTrainer(Trainer):
         if model.training and self.stopping.rule is not None:
             self.stopping.add({name: self._mean(torch.stack(parts).sum()) for name, parts in doubts.items()})
         return {name: torch.stack(parts).sum() for name, parts in losses.items()}, best
+
+    def _parts(self, model: nn.Module, inputs: dict[str, Any]) -> Iterator[tuple[list[int], Batch]]:
+        """A batch's questions in parts that go through the model at once: indices, and the part."""
+        return parts(model, inputs["questions"], padding_id(self.processing_class))  # type: ignore[arg-type]
 
     def prediction_step(
         self,
@@ -378,13 +381,6 @@ def collate_examples(examples: Sequence[Example]) -> dict[str, Any]:
     if any(len(example.questions) > 1 for example in examples):
         batch["examples"] = list(examples)
     return batch
-
-
-def divided(inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """A batch as smaller ones, each of which goes through the model at once; their losses add up to the batch's."""
-    questions: list[Question] = inputs["questions"]
-    for group in batches(questions):
-        yield {**inputs, "label": inputs["label"][group], "questions": [questions[i] for i in group]}
 
 
 def _by_adapter(questions: Sequence[Question]) -> dict[str | None, list[int] | slice]:

@@ -1,0 +1,311 @@
+"""A beginning that many prompts share, such as an instruction: a decoder reads it once, and each row attends to it.
+
+`parts` finds beginnings among questions by itself, where it pays and is exact, in scoring and in training: the gradient
+goes through the keys and values of the beginning as through any other activation.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from ia3.config import TaskType
+from ia3.errors import reason
+from ia3.pretrained import task_type
+from ia3.tfew.choices import (
+    BATCH_TOKENS,
+    PASS_TOKENS,
+    Batch,
+    Question,
+    Verdict,
+    base_dtype,
+    base_of,
+    batches,
+    collate,
+    evaluating,
+    layout_key,
+    normalized_scores,
+    pack,
+    plain_rows,
+    row_length,
+    to_device,
+    token_log_probs,
+)
+
+logger = logging.getLogger(__name__)
+
+# Keys and values of so many batches' tokens may be side by side in one layer, the beginning's counted in each row.
+_CACHED_BATCHES = 8
+
+# Prompts that agree in fewer tokens than these are not looked at.
+_LEAST = 8
+
+# To try whether a model is exact takes a whole row and two short ones; a run has to be worth it.
+_TRIAL_ROWS = 4
+
+Layout = Callable[[nn.Module, Sequence[Question], int], Batch]
+
+
+class SharedLayer(DynamicLayer):
+    """A layer's keys and values (1, heads, S, width) of a beginning, which each row of a batch has before its own.
+
+    What a batch adds is handed back and not kept, so that one cache serves every batch, and memory holds one layer's
+    expanded keys and values at a time.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        super().__init__()
+        self.keys: torch.Tensor = keys
+        self.values: torch.Tensor = values
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The beginning's keys and values before these, in each row."""
+        rows = key_states.shape[0]
+        keys, values = (shared.expand(rows, -1, -1, -1) for shared in (self.keys, self.values))
+        return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
+
+
+def read(model: nn.Module, tokens: Sequence[int], adapter: str | None = None) -> DynamicCache | None:
+    """The keys and values of tokens, as a cache of `SharedLayer`s, with a graph where gradients are enabled.
+
+    Args:
+        model: a causal language model, adapted or not, in the mode that rows will be asked in.
+        tokens: S of them.
+        adapter: as of `Question`.
+
+    Returns:
+        None for a model that keeps no keys and values, or something else.
+    """
+    base = base_of(model)
+    known = inspect.signature(base.forward).parameters
+    if "past_key_values" not in known:
+        return None
+    cache = DynamicCache()
+    options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+    if adapter is not None:
+        options["adapter_names"] = [adapter]
+    ids = torch.tensor([list(tokens)], device=next(model.parameters()).device)
+    try:
+        model(input_ids=ids, past_key_values=cache, use_cache=True, return_dict=True, **options)
+        whole = bool(cache.layers) and all(
+            type(layer) is DynamicLayer and layer.get_seq_length() == len(tokens) for layer in cache.layers
+        )
+    except Exception as error:  # a model with another kind of cache says so in its own way
+        logger.info("%s: its cache is of another kind (%s).", type(base).__name__, reason(error))
+        whole = False
+    if not whole:
+        return None
+    cache.layers = [SharedLayer(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[union-attr]
+    return cache
+
+
+def packed_behind(cache: DynamicCache, questions: Sequence[Question], pad_token_id: int, dtype: torch.dtype) -> Batch:
+    """A packed row for each question, which goes on from S tokens: `attention_mask` (B, 1, L, S + L), positions from S on."""
+    before = cache.get_seq_length()
+    batch = pack(questions, pad_token_id, dtype)
+    mask = batch["attention_mask"]
+    return {
+        **batch,
+        "attention_mask": torch.cat([torch.zeros((*mask.shape[:3], before), dtype=dtype), mask], dim=-1),
+        "position_ids": batch["position_ids"] + before,
+        "past_key_values": cache,
+    }
+
+
+def room_behind(before: int, longest: int, batch_tokens: int) -> int:
+    """Tokens for a batch of rows that go on from so many: rows are short and what they attend to is long, and so bounded."""
+    return min(batch_tokens, max(_CACHED_BATCHES * batch_tokens * longest // (before + longest), 1))
+
+
+def exact_layouts(
+    model: nn.Module, layouts: Sequence[Layout], tokens: Sequence[int], question: Question, pad_token_id: int
+) -> list[Layout]:
+    """Layouts of rows that go on from tokens, from the first one that is exact for a question behind them.
+
+    One choice is scored in a whole row, without the cache; that is about what reading the tokens costs.
+    """
+    last = max(range(len(question.choices)), key=lambda i: len(question.choices[i]))
+    single = replace(question, prompt=[*tokens, *question.prompt], choices=[question.choices[last]])
+    # Behind one place more of another row's prompt, a packed row begins with padding.
+    pair = [question, replace(question, prompt=question.prompt[:1] + question.prompt)]
+    base = base_of(model)
+
+    def score(batch: Batch, choice: int) -> float:
+        batch = to_device(batch, next(model.parameters()).device)
+        return float(normalized_scores(token_log_probs(model, batch), batch["mask"])[0, choice])
+
+    with evaluating(model), torch.no_grad():
+        expected = score(plain_rows([single], pad_token_id), 0)
+        if not math.isfinite(expected):
+            return list(layouts)  # a broken adapter says nothing about the model; whoever uses the scores will see it
+        rounding = torch.finfo(base_dtype(base)).eps * max(abs(expected), 1.0)
+        for index, layout in enumerate(layouts):
+            try:
+                difference = abs(score(layout(model, pair, pad_token_id), last) - expected)
+                why = f"scores differ by {difference:.2g}"
+            except Exception as error:  # a model that takes no such mask says so in its own way
+                difference, why = math.inf, reason(error)
+            if difference <= max(1e-4, 4 * rounding):
+                return list(layouts[index:])
+            name = layout.__name__.strip("_")
+            logger.info("%s: no %s rows behind a beginning (%s).", type(base).__name__, name, why)
+    return []
+
+
+class Beginning:
+    """The beginning of some questions' prompts, read by the model as it is now.
+
+    Args:
+        model: a causal language model, adapted or not.
+        tokens: S of them, with which each of the prompts begins, and after which it goes on.
+        adapter: whose keys and values; as of `Question`.
+
+    Attributes:
+        cache: its keys and values; None when the model keeps none.
+    """
+
+    def __init__(self, model: nn.Module, tokens: Sequence[int], adapter: str | None = None) -> None:
+        self.tokens = list(tokens)
+        self.cache = read(model, tokens, adapter)
+        self._dtype = base_dtype(base_of(model))
+        self._attached: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def behind(self, questions: Sequence[Question]) -> list[Question]:
+        """The questions without it."""
+        return [replace(question, prompt=question.prompt[len(self.tokens) :]) for question in questions]
+
+    def packed(self, model: nn.Module, questions: Sequence[Question], pad_token_id: int = 0) -> Batch:
+        """A batch of questions of `behind`."""
+        assert self.cache is not None
+        return packed_behind(self.cache, questions, pad_token_id, self._dtype)
+
+    def groups(self, questions: Sequence[Question], batch_tokens: int = BATCH_TOKENS) -> Iterator[list[int]]:
+        """As `batches`, for questions of `behind`."""
+        longest = max(map(row_length, questions))
+        return batches(questions, room_behind(len(self.tokens), longest, batch_tokens))
+
+    def detach(self) -> None:
+        """Let backward passes through rows end here; `backward` goes on for all of them at once."""
+        self._attached = [(layer.keys, layer.values) for layer in self._layers]
+        for layer in self._layers:
+            layer.keys, layer.values = (
+                one.detach().requires_grad_(one.requires_grad) for one in (layer.keys, layer.values)
+            )
+
+    def backward(self) -> None:
+        """What rows that were asked since `detach` have to say about the beginning, to the parameters that read it."""
+        pairs = [
+            (read, leaf.grad)
+            for attached, layer in zip(self._attached, self._layers, strict=True)
+            for read, leaf in zip(attached, (layer.keys, layer.values), strict=True)
+            if leaf.grad is not None
+        ]
+        self._attached = []
+        if pairs:
+            torch.autograd.backward([read for read, _ in pairs], [gradient for _, gradient in pairs])
+
+    @property
+    def _layers(self) -> list[SharedLayer]:
+        return [] if self.cache is None else self.cache.layers  # type: ignore[return-value]
+
+
+_verdicts: weakref.WeakKeyDictionary[nn.Module, dict[tuple, Verdict]] = weakref.WeakKeyDictionary()
+
+
+def beginnings(
+    model: nn.Module, questions: Sequence[Question], pad_token_id: int = 0
+) -> Iterator[tuple[list[int], Beginning | None]]:
+    """Questions, as indices, that share a beginning, and the beginning; last those without one.
+
+    A beginning is read when its turn comes, so that whoever lets go of one has no more than one in memory.
+    """
+    may_share, rest = _may_share(model), []
+    for indices in _alike(questions):
+        beginning = _shared(model, [questions[i] for i in indices], pad_token_id) if may_share else None
+        if beginning is None:
+            rest += indices
+        else:
+            yield indices, beginning
+        del beginning
+    if rest:
+        yield sorted(rest), None
+
+
+def parts(
+    model: nn.Module, questions: Sequence[Question], pad_token_id: int = 0, batch_tokens: int = BATCH_TOKENS
+) -> Iterator[tuple[list[int], Batch]]:
+    """The questions in batches for this model: indices, and the batch. What prompts share is read once."""
+    for indices, beginning in beginnings(model, questions, pad_token_id):
+        some = [questions[i] for i in indices]
+        if beginning is None:
+            for group in batches(some, batch_tokens):
+                yield [indices[i] for i in group], collate(model, [some[i] for i in group], pad_token_id)
+            continue
+        some = beginning.behind(some)
+        for group in beginning.groups(some, batch_tokens):
+            yield [indices[i] for i in group], beginning.packed(model, [some[i] for i in group], pad_token_id)
+
+
+def _may_share(model: nn.Module) -> bool:
+    """Whether rows may attend to keys and values that another pass computed."""
+    base = base_of(model)
+    if task_type(base) != TaskType.CAUSAL_LM:
+        return False
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return False  # processes have to pass through the model equally often
+    if not (model.training and torch.is_grad_enabled()):
+        return True
+    # Layers that are computed again keep no cache; and rows that share a beginning would share what is dropped of it.
+    config = getattr(base, "config", None)
+    dropped = any("drop" in key and isinstance(value, float) and value > 0 for key, value in vars(config).items())
+    return not dropped and not any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
+
+
+def _alike(questions: Sequence[Question]) -> list[list[int]]:
+    """Indices of questions whose prompts begin alike, for one adapter."""
+    found: dict[tuple, list[int]] = {}
+    for index, question in enumerate(questions):
+        found.setdefault((question.adapter, *question.prompt[:_LEAST]), []).append(index)
+    return list(found.values())
+
+
+def _shared(model: nn.Module, questions: Sequence[Question], pad_token_id: int) -> Beginning | None:
+    """What questions that begin alike share, read, where that saves more than it costs and is exact; else None."""
+    prompts = [question.prompt for question in questions]
+    first, last = min(prompts), max(prompts)  # these two differ first
+    size = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    size = min(size, min(map(len, prompts)) - 1)
+    saved = size * (len(questions) - 1)
+    if size < _LEAST or saved < 2 * PASS_TOKENS:
+        return None
+    longest = max(questions, key=row_length)
+    length = row_length(longest)
+    base = base_of(model)
+    verdict = _verdicts.setdefault(base, {}).setdefault(layout_key(base), Verdict())
+    tried = length <= verdict.exact
+    if length >= verdict.wrong or (not tried and saved < _TRIAL_ROWS * length):
+        return None
+    beginning = Beginning(model, prompts[0][:size], questions[0].adapter)
+    if beginning.cache is None:
+        verdict.wrong = 0
+        return None
+    if not tried:
+        [behind] = beginning.behind([longest])
+        if not exact_layouts(model, [beginning.packed], beginning.tokens, behind, pad_token_id):
+            verdict.wrong = length
+            return None
+        verdict.exact = length
+    return beginning
