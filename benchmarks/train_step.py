@@ -8,8 +8,10 @@
 With `--family t5`, on a random T5 of t5-small's size; PEFT's side is as in the code of T-Few's authors: the encoder runs
 once for each example and its states are repeated for each choice, a padded row of the decoder.
 With `--score`, scoring prompts of about 500 tokens without gradients, in place of training; the floor is the prompts alone.
+With `--task NAME`, prompts and choices of an embedded task, made of its example's words: `--task ade_corpus_v2` has RAFT's
+long instruction in front of each row. The floor reads what all prompts share once, and the rest without it.
 
-    python benchmarks/train_step.py [--family smollm2|t5] [--score] [--repeats 3] [--choices 2,6,77] [--examples 8] [--json]
+    python benchmarks/train_step.py [--family smollm2|t5] [--score] [--task NAME] [--repeats 3] [--choices 2,6,77] [--examples 8] [--json]
 
 Times are medians of interleaved repeats; memory is the most that a step adds to the resident set.
 """
@@ -26,6 +28,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import peft
 import psutil
@@ -35,8 +38,9 @@ from torch.nn import functional as F
 
 from ia3 import IA3Config, IA3Model, load_base
 from ia3.bench.peers import padded_log_probs
-from ia3.tfew import seq2seq
-from ia3.tfew.choices import Question, batches, collate, encode, normalized_scores, token_log_probs
+from ia3.tfew import Task, seq2seq
+from ia3.tfew.beginning import common_tokens, parts
+from ia3.tfew.choices import Batch, Question, batches, collate, encode, normalized_scores, token_log_probs
 from ia3.tfew.losses import tfew_loss
 
 T5 = {"d_model": 512, "d_ff": 2048, "num_layers": 6, "num_heads": 8, "vocab_size": 32128, "decoder_start_token_id": 0}
@@ -88,6 +92,19 @@ def questions(tokenizer, count: int, examples: int, score: bool) -> list[Questio
     return encode(tokenizer, prompts, [choices] * examples, [chance.randrange(count) for _ in range(examples)])
 
 
+def questions_of(name: str, tokenizer, model: torch.nn.Module, examples: int) -> list[Question]:
+    """An embedded task's questions about rows of 10 to 35 words, drawn from those of its example."""
+    chance, task = random.Random(0), Task.embedded(name)
+    assert task.example is not None
+    columns = [key for key in task.columns if key != task.label_column]
+    words = " ".join(str(task.example[key]) for key in columns).split()
+    rows = [
+        {**task.example, **{key: " ".join(chance.choices(words, k=chance.randint(10, 35))) for key in columns}}
+        for _ in range(examples)
+    ]
+    return task.questions(tokenizer, rows, model=model)
+
+
 def for_t5(asked: list[Question]) -> list[Question]:
     """The same with tokens that a T5 has, and closed."""
 
@@ -100,8 +117,7 @@ def for_t5(asked: list[Question]) -> list[Question]:
 def our_step(model: IA3Model, asked: list[Question]) -> None:
     """A training step as `TFewTrainer` makes it, without the optimizer, which costs nothing."""
     losses = []
-    for group in batches(asked):
-        part = collate(model, [asked[i] for i in group])
+    for group, part in parts(model, asked):
         losses.append(tfew_loss(token_log_probs(model, part), part["mask"], part["label"]).total * len(group))
     (torch.stack(losses).sum() / len(asked)).backward()
 
@@ -109,8 +125,7 @@ def our_step(model: IA3Model, asked: list[Question]) -> None:
 def our_scores(model: torch.nn.Module, asked: list[Question]) -> None:
     """Scores as `score_choices` computes them."""
     with torch.inference_mode():
-        for group in batches(asked):
-            part = collate(model, [asked[i] for i in group])
+        for _, part in parts(model, asked):
             normalized_scores(token_log_probs(model, part), part["mask"])
 
 
@@ -156,10 +171,24 @@ def peft_t5_loss(model: torch.nn.Module, asked: list[Question]) -> torch.Tensor:
     return tfew_loss(found.view(shape), (targets != -100).view(shape), torch.tensor([q.label for q in asked])).total
 
 
+def shared_tokens(asked: list[Question]) -> int:
+    """How many tokens all prompts begin with, where there are enough to speak of."""
+    size = common_tokens([question.prompt for question in asked])
+    return size if size >= 8 else 0
+
+
+def floor_parts(model: torch.nn.Module, asked: list[Question]) -> list[Batch]:
+    """The fewest tokens: what prompts share by itself, and rows without it."""
+    before = shared_tokens(asked)
+    rows = [replace(question, prompt=question.prompt[before:]) for question in asked]
+    alone = [[Question(asked[0].prompt[:before], [[0]], 0)]] if before else []
+    groups = alone + [[rows[i] for i in group] for group in batches(rows)]
+    return [collate(model, group) for group in groups]
+
+
 def floor_step(model: torch.nn.Module, asked: list[Question]) -> None:
     """Forward and backward to the input embeddings, with no adapter, no loss, no gradient of a weight."""
-    for group in batches(asked):
-        part = collate(model, [asked[i] for i in group])
+    for part in floor_parts(model, asked):
         embeddings = model.get_input_embeddings()(part["input_ids"]).detach().requires_grad_()
         if "decoder_input_ids" in part:
             inputs = {key: part[key] for key in ("attention_mask", "decoder_input_ids", "decoder_attention_mask")}
@@ -175,8 +204,9 @@ def floor_step(model: torch.nn.Module, asked: list[Question]) -> None:
 def floor_scores(model: torch.nn.Module, asked: list[Question]) -> None:
     """The prompts' forward pass alone, one by one, without padding and with the last position's logits."""
     with torch.inference_mode():
-        for question in asked:
-            model(input_ids=torch.tensor([question.prompt]), logits_to_keep=1, use_cache=False)
+        before = shared_tokens(asked)
+        for prompt in [asked[0].prompt[:before]] * bool(before) + [question.prompt[before:] for question in asked]:
+            model(input_ids=torch.tensor([prompt]), logits_to_keep=1, use_cache=False)
 
 
 def bases(family: str) -> Callable[[], torch.nn.Module]:
@@ -217,12 +247,13 @@ def main() -> None:
     parser.add_argument("--choices", default="2,6,77")
     parser.add_argument("--family", choices=["smollm2", "t5"], default="smollm2")
     parser.add_argument("--score", action="store_true")
+    parser.add_argument("--task")
     parser.add_argument("--examples", type=int, default=8)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
 
-    if options.score and options.family == "t5":
-        parser.error("--score measures SmolLM2")
+    if options.family == "t5" and (options.score or options.task):
+        parser.error("--score and --task measure SmolLM2")
     t5 = options.family == "t5"
     base, tokenizer = bases(options.family), load_base()[1]
     frozen = base().requires_grad_(False)
@@ -232,9 +263,12 @@ def main() -> None:
     theirs = peft.get_peft_model(base(), peft.IA3Config(feedforward_modules=[feedforward], **targets))
     our, their, bare = (our_scores, peft_scores, floor_scores) if options.score else (our_step, peft_step, floor_step)
     results = []
-    for count in map(int, options.choices.split(",")):
-        asked = questions(tokenizer, count, options.examples, options.score)
-        asked = for_t5(asked) if t5 else asked
+    for count in [0] if options.task else map(int, options.choices.split(",")):
+        if options.task:
+            asked = questions_of(options.task, tokenizer, frozen, options.examples)
+        else:
+            asked = questions(tokenizer, count, options.examples, options.score)
+            asked = for_t5(asked) if t5 else asked
         steps = {
             "ours": lambda asked=asked: our(ours, asked),
             "PEFT": lambda asked=asked: their(theirs, asked),
@@ -262,7 +296,7 @@ def main() -> None:
         theirs.zero_grad()
         results.append(
             {
-                "choices": count,
+                "choices": len(asked[0].choices),
                 "seconds": time_of,
                 "peak_mb": {name: value / 1e6 for name, value in memory_of.items()},
                 "peft_over_ours_time": time_of["PEFT"] / time_of["ours"],

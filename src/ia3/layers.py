@@ -107,9 +107,14 @@ class IA3Layer(nn.Module):
 
     def find(self, name: str) -> Vector | None:
         """An adapter's vector here; None when it does not target this module."""
-        if name not in self.ia3_l:
+        if name not in self.feedforward:
             return None
-        return Vector(self.ia3_l[name], self.feedforward[name], self.masks.get(name))
+        return Vector(self._vectors[name], self.feedforward[name], self.masks.get(name))
+
+    @property
+    def _vectors(self) -> nn.ParameterDict:
+        # As `ia3_l`, past `__getattr__`: what is looked up in each forward pass is looked up directly.
+        return self._modules["ia3_l"]  # type: ignore[return-value]
 
     def vector(self, name: str, values: torch.Tensor | None = None) -> torch.Tensor:
         """An adapter's effective vector, in its stored shape; of other `values` than the parameter's when given."""
@@ -129,7 +134,7 @@ class IA3Layer(nn.Module):
         if self.rule.axis is not None:
             if before is not None:
                 args = (self._scale(args[0], before), *args[1:])
-            result = self.base_layer(*args, **kwargs)
+            result = self._modules["base_layer"](*args, **kwargs)  # type: ignore[misc]
             return result if after is None else self._scale(result, after)
         if rows is None:
             return self._run_rescaled((before, after), args, kwargs)
@@ -238,19 +243,17 @@ def _look_up_again(layer: IA3Layer, _: Any) -> None:
     layer.routing.refresh()  # `load_state_dict(…, assign=True)` puts new parameters in place of the old
 
 
-def _sides(vectors: Sequence[Vector | None]) -> Sides:
-    """What scales the input and the output: the products of vectors, flat; None for none."""
-    return _product(vectors, True), _product(vectors, False)
-
-
-def _product(vectors: Iterable[Vector | None], feedforward: bool) -> torch.Tensor | None:
-    """The product of the vectors on one side, flat; None when there is none."""
-    product = None
+def _sides(vectors: Iterable[Vector | None]) -> Sides:
+    """What scales the input and the output: the products of the vectors on each side, flat; None for none."""
+    before = after = None
     for vector in vectors:
-        if vector is not None and vector.feedforward is feedforward:
+        if vector is not None:
             flat = vector.effective().flatten()
-            product = flat if product is None else product * flat
-    return product
+            if vector.feedforward:
+                before = flat if before is None else before * flat
+            else:
+                after = flat if after is None else after * flat
+    return before, after
 
 
 def _is_finite(value: Any) -> bool:

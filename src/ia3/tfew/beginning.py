@@ -33,11 +33,13 @@ from ia3.tfew.choices import (
     batches,
     collate,
     evaluating,
+    judged,
     layout_key,
     normalized_scores,
     pack,
     plain_rows,
     row_length,
+    text_length,
     to_device,
     token_log_probs,
 )
@@ -222,7 +224,7 @@ class Beginning:
         return [] if self.cache is None else self.cache.layers  # type: ignore[return-value]
 
 
-_verdicts: weakref.WeakKeyDictionary[nn.Module, dict[tuple, Verdict]] = weakref.WeakKeyDictionary()
+_verdicts: weakref.WeakKeyDictionary[nn.Module, dict[tuple, list[Verdict]]] = weakref.WeakKeyDictionary()
 
 
 def beginnings(
@@ -282,30 +284,35 @@ def _alike(questions: Sequence[Question]) -> list[list[int]]:
     return list(found.values())
 
 
+def common_tokens(prompts: Sequence[list[int]]) -> int:
+    """With how many equal tokens all prompts begin; one of each is left to go on with."""
+    first, last = min(prompts), max(prompts)  # no two of them differ sooner
+    size = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    return min(size, min(map(len, prompts)) - 1)
+
+
 def _shared(model: nn.Module, questions: Sequence[Question], pad_token_id: int) -> Beginning | None:
     """What questions that begin alike share, read, where that saves more than it costs and is exact; else None."""
     prompts = [question.prompt for question in questions]
-    first, last = min(prompts), max(prompts)  # these two differ first
-    size = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-    size = min(size, min(map(len, prompts)) - 1)
+    size = common_tokens(prompts)
     saved = size * (len(questions) - 1)
     if size < _LEAST or saved < 2 * PASS_TOKENS:
         return None
-    longest = max(questions, key=row_length)
-    length = row_length(longest)
-    base = base_of(model)
-    verdict = _verdicts.setdefault(base, {}).setdefault(layout_key(base), Verdict())
-    tried = length <= verdict.exact
-    if length >= verdict.wrong or (not tried and saved < _TRIAL_ROWS * length):
+    base, measures = base_of(model), (row_length, text_length)
+    verdicts = _verdicts.setdefault(base, {}).setdefault(layout_key(base), [Verdict(), Verdict()])
+    lengths = [max(map(length_of, questions)) for length_of in measures]
+    trials = [length for length, verdict in zip(lengths, verdicts, strict=True) if length > verdict.exact]
+    if any(length >= verdict.wrong for length, verdict in zip(lengths, verdicts, strict=True)):
+        return None
+    if trials and saved < _TRIAL_ROWS * max(trials):
         return None
     beginning = Beginning(model, prompts[0][:size], questions[0].adapter)
     if beginning.cache is None:
-        verdict.wrong = 0
+        verdicts[0].wrong = 0
         return None
-    if not tried:
-        [behind] = beginning.behind([longest])
-        if not exact_layouts(model, [beginning.packed], beginning.tokens, behind, pad_token_id):
-            verdict.wrong = length
-            return None
-        verdict.exact = length
-    return beginning
+
+    def is_exact(question: Question) -> bool:
+        [behind] = beginning.behind([question])
+        return bool(exact_layouts(model, [beginning.packed], beginning.tokens, behind, pad_token_id))
+
+    return beginning if judged(verdicts, questions, measures, is_exact) else None
