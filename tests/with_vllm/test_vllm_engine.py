@@ -60,6 +60,25 @@ def test_when_one_part_fails_the_others_are_cancelled():
     assert sorted(ended) == [0, 1, 2]
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "{}",
+        "Call to add_lora method failed: {}",
+        "Call to add_lora method failed: Worker failed with error '{}', please check the stack trace above for the root",
+    ],
+)
+def test_an_adapters_error_is_told_without_what_processes_put_around_it(message):
+    class Refusing:
+        async def add_lora(self, request):
+            raise RuntimeError(message.format("Adapter 'a' does not fit; don't use it."))
+
+    engine = VllmEngine("anything")
+    engine._engine, engine._adapters["a"] = Refusing(), None
+    with pytest.raises(AdapterFailed, match=r"^Adapter 'a' does not fit; don't use it\.$"):
+        asyncio.run(engine.keep("a"))
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A tiny model with a tokenizer, and two adapters."""
@@ -172,13 +191,15 @@ def test_an_engine_from_start_to_stop(place, tmp_path):
         bad = tmp_path / "bad"
         shutil.copytree(place / "one", bad)
         (bad / "adapter_model.safetensors").write_bytes(b"short")
-        with pytest.raises(InputError, match="Expected a whole safetensors file"):
+        with pytest.raises(
+            InputError, match=r"^Cannot read .*Expected a whole safetensors file; copy or download it again\.$"
+        ):
             await engine.add("bad@1", str(bad), check=True)
         await engine.add("bad@2", str(bad), check=False)
         with pytest.raises(AdapterFailed, match="Expected a whole safetensors file"):
             await engine.score([ScoreJob(None, question), ScoreJob("bad@2", question)])
         (bad / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
-        with pytest.raises(InputError, match=r"is no \(IA\)³ adapter"):
+        with pytest.raises(InputError, match=r"^Adapter 'bad@3' is no \(IA\)³ adapter.* LoRA adapters too\.$"):
             await engine.add("bad@3", str(bad), check=True)
         assert await engine.score([ScoreJob("one@1", question)])  # it goes on
 

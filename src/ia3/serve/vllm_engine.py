@@ -5,9 +5,9 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import itertools
 import logging
+import re
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,6 +27,11 @@ _Result = TypeVar("_Result")
 
 # Of so many tokens can one request ask the log-probabilities.
 _TOKENS_ASKED = 128
+
+# What vLLM's processes put around an error on its way here.
+_WRAPPED = re.compile(
+    r"^Call to add_lora method failed: (?:Worker failed with error '(?=.*', please check))?(.*?)(?:', please check.*)?$"
+)
 
 
 class VllmEngine:
@@ -103,8 +108,7 @@ class VllmEngine:
         engine, self._engine = self._engine, None
         if engine is not None:
             await asyncio.get_running_loop().run_in_executor(None, engine.shutdown)
-            del engine
-            gc.collect()  # now: it shuts down once more when it goes, which fails at the interpreter's end
+            engine.shutdown = lambda: None  # called once more when it goes, which fails at the interpreter's end
 
     def questions(self, task: Task, rows: Sequence[Row], recipe: Recipe) -> list[Question]:
         return task.questions(self.tokenizer, rows, False, self._shape, 0, recipe.long_prompts)
@@ -206,7 +210,7 @@ class VllmEngine:
             await asyncio.shield(self._loading[key])
         except Exception as error:
             self._loading.pop(key, None)
-            raise AdapterFailed(reason(error).removeprefix("Call to add_lora method failed: ")) from error
+            raise AdapterFailed(_WRAPPED.sub(r"\1", reason(error))) from error
         return self._adapters[key]
 
     async def keep(self, key: str) -> None:
