@@ -99,7 +99,7 @@ def serving(command: list[str], place, log: Path, ready: str, **environment: str
             start_new_session=True,
         )
     try:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 600
         while True:
             assert server.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]
             with contextlib.suppress(OSError):
