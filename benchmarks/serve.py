@@ -390,7 +390,7 @@ async def soak(folder: Path, model: str, options: argparse.Namespace) -> dict[st
         "requests": dict(sorted(seen.items())),
         "seconds": seconds,
         "MB resident, at each tenth": [round(size / 1e6, 1) for size in memory],
-        "answered after SIGTERM, of 64 accepted": sum(each.startswith(b"HTTP/1.1 200") for each in answers),
+        "SIGTERM with 64 requests sent": dict(Counter(each[:12].decode() or "nothing" for each in answers)),
         "exit code": code,
     }
 

@@ -182,6 +182,8 @@ def test_no_other_site_reaches_a_server_without_a_token(running):
     for headers in ({"Host": "evil.example"}, {"Origin": "https://evil.example"}, {"Origin": "null"}):
         assert running.http.get("/v1/adapters", headers=headers).status_code == 403
     assert running.http.get("/v1/adapters", headers={"Origin": running.url}).status_code == 200
+    assert running.http.get("/v1/adapters", headers={"Host": "[::1]:8000"}).status_code == 200
+    assert running.http.get("/v1/adapters", headers={"Host": "["}).status_code == 400
 
 
 def test_a_token_is_wanted(made, start):

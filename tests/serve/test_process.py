@@ -120,14 +120,15 @@ def test_signals_and_slow_connections(place, launch):
     for connection in slow[2::3]:  # their bodies do not come any more
         connection.close()
     stream = {"model": "tea", "prompt": "the tea", "max_tokens": 60, "seed": 1, "stream": True, "temperature": 2}
-    waiting = [ask(server.port, "/v1/classify", body) for _ in range(16)]
-    waiting += [ask(server.port, "/v1/completions", stream) for _ in range(4)]
+    waiting = [ask(server.port, "/v1/completions", stream) for _ in range(4)]
+    waiting += [ask(server.port, "/v1/classify", body) for _ in range(16)]
+    waiting += [ask(server.port, "/v1/classify", {**body, "texts": ["tea"]}) for _ in range(150)]
     server.process.send_signal(signal.SIGTERM)
-    with ThreadPoolExecutor(20) as pool:
+    with ThreadPoolExecutor(170) as pool:
         answers = list(pool.map(answer, waiting))
-    assert [text.splitlines()[0] for text in answers] == ["HTTP/1.1 200 OK"] * 20
-    assert all('"predictions"' in text for text in answers[:16])
-    assert all("data: [DONE]" in text for text in answers[16:])
+    assert [text[:15] for text in answers] == ["HTTP/1.1 200 OK"] * 170
+    assert all("data: [DONE]" in text for text in answers[:4])
+    assert all('"predictions"' in text for text in answers[4:])
     assert server.ended() == 0
     ours = [line for line in server.log if line["logger"].startswith(("ia3", "uvicorn"))]
     assert ours and not [line for line in ours if line["level"] in ("warning", "error")]

@@ -111,9 +111,12 @@ class Gate:
         headers = dict(scope["headers"])
         path = scope["path"]
         if self._token is None:
-            host = urlsplit("//" + headers.get(b"host", b"localhost").decode("latin-1"))
             origin = headers.get(b"origin", b"").decode("latin-1")
-            if host.hostname not in self._hosts or (origin and urlsplit(origin).netloc != host.netloc):
+            try:
+                host, its = urlsplit("//" + headers.get(b"host", b"localhost").decode("latin-1")), urlsplit(origin)
+            except ValueError:  # brackets that are no address
+                raise Problem(400, "Expected Host and Origin as HTTP has them.") from None
+            if host.hostname not in self._hosts or (origin and its.netloc != host.netloc):
                 raise Problem(
                     403, "Without a token, this server answers its own host and its own page only.", "forbidden"
                 )

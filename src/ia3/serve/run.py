@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import json
 import logging
+import select
 import signal
 import socket
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterable
 from typing import Any
 
 import uvicorn
@@ -27,6 +29,9 @@ _IDLE_SECONDS = 30.0
 
 # Between the closing of the port and that of idle connections: requests on their way still come in.
 _GRACE_SECONDS = 0.3
+
+# What has come in by then is read within so many seconds; a client that never stops sending is no reason to wait.
+_READING_SECONDS = 10.0
 
 
 class _JsonLines(logging.Formatter):
@@ -52,12 +57,32 @@ class _Uvicorn(uvicorn.Server):
         self._server = server
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop listening; give requests on their way a moment to come in; then finish all."""
+        """Stop listening, when all that has come in is read; then finish it."""
         self._server.closing = True
-        for each in self.servers:
-            each.close()
+        await self._read_all([each for server in self.servers for each in server.sockets])
+        for server in self.servers:
+            server.close()
         await asyncio.sleep(_GRACE_SECONDS)
+        await self._read_all([])
         await super().shutdown(sockets)
+
+    async def _read_all(self, listening: Iterable[Any]) -> None:
+        """Wait until no connection waits to be accepted, and none that is idle has bytes that are not read.
+
+        However busy the machine is: else uvicorn would close what looks idle.
+        """
+        end, quiet = time.monotonic() + _READING_SECONDS, 0
+        while quiet < 3 and time.monotonic() < end:  # a connection is not among `connections` at once
+            poll = select.poll()
+            for each in listening:
+                poll.register(each.fileno(), select.POLLIN)
+            for connection in self.server_state.connections:
+                cycle: Any = connection.cycle  # type: ignore[union-attr]
+                handle = connection.transport.get_extra_info("socket").fileno()  # type: ignore[union-attr]
+                if handle >= 0 and (cycle is None or cycle.response_complete):
+                    poll.register(handle, select.POLLIN)
+            quiet = 0 if poll.poll(0) else quiet + 1
+            await asyncio.sleep(0.005)
 
 
 def run(server: Server, host: str, port: int) -> None:
