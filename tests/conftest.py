@@ -1,6 +1,8 @@
 """Shared fixtures. Test files everywhere under `tests/` may `import tiny`: pytest puts this folder on the path."""
 
+import gc
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may depend on the network; read when huggingface_hub is imported
 
@@ -44,6 +46,22 @@ def all_threads():
     torch.set_num_threads(THREADS)
     yield
     torch.set_num_threads(1)
+
+
+IMPORTED = 0
+
+
+def pytest_runtest_setup(item):
+    """Spare the garbage collector what has been imported since the last time, which stays for good.
+
+    `Trainer.train` collects garbage, as much else does: with torch and transformers in memory, this takes longer than
+    a tiny model's training itself.
+    """
+    global IMPORTED
+    if len(sys.modules) > IMPORTED and "slow" not in item.keywords:
+        IMPORTED = len(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 def pytest_collection_modifyitems(items):
