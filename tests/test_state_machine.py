@@ -230,6 +230,6 @@ def test_any_sequence_of_steps_is_pefts():
     run_state_machine_as_test(
         BesidePeft,
         settings=settings(
-            max_examples=250, stateful_step_count=16, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+            max_examples=120, stateful_step_count=16, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
         ),
     )

@@ -1,6 +1,8 @@
 """`ia3 raft`: from rows in the benchmark's columns to its leaderboard's files, on a tiny model."""
 
+import contextlib
 import csv
+import io
 import json
 import random
 import shutil
@@ -14,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 import tiny
 import words
+from ia3.cli import main
 from ia3.tfew import FleetTrainer, Task
 from ia3.tfew.raft import RAFT_TASKS, RaftTask, write_predictions
 
@@ -79,23 +82,39 @@ def place(tmp_path_factory):
     return folder
 
 
+def usual(place, output) -> dict:
+    """Options of a short run of two tasks."""
+    return {
+        "model": place / "model",
+        "data": place / "data",
+        "tasks": "overruling,twitter_complaints",
+        "recipe": place / "quick.yaml",
+        "folds": 2,
+        "output": output,
+    }
+
+
 @pytest.fixture
 def raft(ia3, place, tmp_path):
     """`ia3 raft` on the tiny model; options as keywords, None leaves one out."""
 
     def run(*more, **options):
-        options = {
-            "model": place / "model",
-            "data": place / "data",
-            "tasks": "overruling,twitter_complaints",
-            "recipe": place / "quick.yaml",
-            "folds": 2,
-            "output": tmp_path / "out",
-            **options,
-        }
-        return ia3("raft", *more, **options)
+        return ia3("raft", *more, **{**usual(place, tmp_path / "out"), **options})
 
     return run
+
+
+@pytest.fixture(scope="module")
+def finished(place):
+    """The folder of such a run, which no test changes, and what the run printed."""
+    folder = place / "finished"
+    arguments = [str(part) for key, value in usual(place, folder).items() for part in (f"--{key}", value)]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+        patch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as ended:
+            main(["raft", *arguments])
+    assert not ended.value.code
+    return folder, out.getvalue()
 
 
 def test_from_rows_to_a_submission(raft, ia3, place, tmp_path):
@@ -177,7 +196,7 @@ def test_all_77_answers_and_all_three_terms(raft, tmp_path, monkeypatch):
     assert len(labels) == 12 and set(labels) <= set(task.labels) and "Refund_not_showing_up" in task.labels
 
 
-def test_finished_tasks_are_not_repeated(raft, place, tmp_path, monkeypatch):
+def test_finished_tasks_are_not_repeated(raft, place, finished, tmp_path, monkeypatch):
     train = FleetTrainer.train
 
     def interrupted(self, *args, **kwargs):
@@ -203,13 +222,12 @@ def test_finished_tasks_are_not_repeated(raft, place, tmp_path, monkeypatch):
     code, out, _ = raft("--resume", "--json")
     assert code == 0 and len(trained) == 2 and list(json.loads(out)["tasks"]) == ["overruling", "twitter_complaints"]
     assert {path: path.read_bytes() for path in (tmp_path / "out" / "overruling").iterdir()} == first
-    code, out, err = raft(output=tmp_path / "whole")
-    assert code == 0, err
+    whole, out = finished
     for text in ("2-fold", "overruling", "twitter_complaints", "majority class", "mean", "24", "Training", "loss"):
         assert text in out
     assert "not comparable" not in out
     for name in ("predictions.csv", "adapter_model.safetensors", "calibration.json"):
-        both = (tmp_path / folder / "twitter_complaints" / name for folder in ("out", "whole"))
+        both = (folder / "twitter_complaints" / name for folder in (tmp_path / "out", whole))
         assert len({path.read_bytes() for path in both}) == 1
     # Another task can join, and without --resume all are done anew.
     before = len(trained)
@@ -217,10 +235,10 @@ def test_finished_tasks_are_not_repeated(raft, place, tmp_path, monkeypatch):
     assert raft(tasks="overruling")[0] == 0 and len(trained) == before + 4
 
 
-def test_one_that_is_done_anew_is_unfinished_until_it_is_done(raft, tmp_path, monkeypatch):
+def test_one_that_is_done_anew_is_unfinished_until_it_is_done(raft, finished, tmp_path, monkeypatch):
     import ia3.tfew
 
-    assert raft(tasks="overruling")[0] == 0
+    shutil.copytree(finished[0], tmp_path / "out")
 
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
@@ -232,6 +250,7 @@ def test_one_that_is_done_anew_is_unfinished_until_it_is_done(raft, tmp_path, mo
     assert code == 2 and "predictions.csv of a finished task" in err and err.count("\n") == 1
     predictions.write_bytes(text)
     monkeypatch.setattr(ia3.tfew, "predict", interrupted)
+    assert (tmp_path / "out" / "overruling" / "run.json").exists()
     assert raft(tasks="overruling")[0] == 130
     assert not (tmp_path / "out" / "overruling" / "run.json").exists()
 
@@ -247,7 +266,9 @@ def test_an_encoder_gets_a_head_for_each_task(raft, place, tmp_path):
     tokenizer.save_pretrained(tmp_path / "bert")
     bert = tiny.classifier(vocab_size=len(tokenizer), max_position_embeddings=128)
     bert.base_model.save_pretrained(tmp_path / "bert")
-    code, _, err = raft(model=tmp_path / "bert", tasks="overruling,semiconductor_org_types")
+    (tmp_path / "once.yaml").write_text("steps: 1\n")
+    options = {"tasks": "overruling,semiconductor_org_types", "recipe": tmp_path / "once.yaml"}
+    code, _, err = raft(model=tmp_path / "bert", **options)
     assert code == 0, err
     for name, count in (("overruling", 2), ("semiconductor_org_types", 3)):
         assert sorted(path.name for path in (tmp_path / "out" / name).iterdir()) == FILES
@@ -255,10 +276,9 @@ def test_an_encoder_gets_a_head_for_each_task(raft, place, tmp_path):
         assert count in heads
 
 
-def test_starts_from_other_vectors(raft, place, tmp_path):
-    assert raft(tasks="overruling", output=tmp_path / "first")[0] == 0
+def test_starts_from_other_vectors(raft, finished, tmp_path):
     (tmp_path / "still.yaml").write_text("steps: 1\nlearning_rate: 1.0e-12\n")
-    start = tmp_path / "first" / "overruling"
+    start = finished[0] / "overruling"
     assert raft(recipe=tmp_path / "still.yaml", init=start)[0] == 0
     first = load_file(start / "adapter_model.safetensors")
     for name in ("overruling", "twitter_complaints"):  # the second starts anew, not where the first ended
