@@ -52,13 +52,13 @@ IMPORTED = 0
 
 
 def pytest_runtest_setup(item):
-    """Spare the garbage collector what has been imported since the last time, which stays for good.
+    """Spare the garbage collector what has been imported, which stays for good, whenever it has become much more.
 
     `Trainer.train` collects garbage, as much else does: with torch and transformers in memory, this takes longer than
     a tiny model's training itself.
     """
     global IMPORTED
-    if len(sys.modules) > IMPORTED and "slow" not in item.keywords:
+    if len(sys.modules) >= IMPORTED + 100 and "slow" not in item.keywords:
         IMPORTED = len(sys.modules)
         gc.collect()
         gc.freeze()
