@@ -52,8 +52,9 @@ _CACHED_BATCHES = 8
 # Prompts that agree in fewer tokens than these are not looked at.
 _LEAST = 8
 
-# To try whether a model is exact takes a whole row and two short ones; a run has to be worth it.
-_TRIAL_ROWS = 4
+# So many rows' tokens have to be saved, for to try whether a model is exact takes a whole row and two short ones. Whether it
+# has been tried before is not asked: what is shared must not depend on the past, or a resumed run would round otherwise.
+_LEAST_ROWS = 4
 
 Layout = Callable[[nn.Module, Sequence[Question], int], Batch]
 
@@ -301,10 +302,9 @@ def _shared(model: nn.Module, questions: Sequence[Question], pad_token_id: int) 
     base, measures = base_of(model), (row_length, text_length)
     verdicts = _verdicts.setdefault(base, {}).setdefault(layout_key(base), [Verdict(), Verdict()])
     lengths = [max(map(length_of, questions)) for length_of in measures]
-    trials = [length for length, verdict in zip(lengths, verdicts, strict=True) if length > verdict.exact]
-    if any(length >= verdict.wrong for length, verdict in zip(lengths, verdicts, strict=True)):
+    if saved < _LEAST_ROWS * max(lengths):
         return None
-    if trials and saved < _TRIAL_ROWS * max(trials):
+    if any(length >= verdict.wrong for length, verdict in zip(lengths, verdicts, strict=True)):
         return None
     beginning = Beginning(model, prompts[0][:size], questions[0].adapter)
     if beginning.cache is None:
