@@ -382,9 +382,9 @@ async def soak(folder: Path, model: str, options: argparse.Namespace) -> dict[st
         writer.write(b"POST /v1/classify HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
         writer.write(b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
         await writer.drain()
-        waiting.append(reader)
+        waiting.append((reader, writer))  # which would close the connection if nobody held it
     server.process.send_signal(signal.SIGTERM)
-    answers = [await reader.read() for reader in waiting]
+    answers = [await reader.read() for reader, _ in waiting]
     code = await asyncio.to_thread(server.process.wait, 120)
     return {
         "requests": dict(sorted(seen.items())),
