@@ -89,7 +89,8 @@ class Floor(Column):
             for start in range(0, drawn, job["batch_size"]):
                 for ids, keep in _rows(examples[start : start + job["batch_size"]]):
                     embeddings = self.model.get_input_embeddings()(ids).detach().requires_grad_()
-                    self.model(inputs_embeds=embeddings, use_cache=False, logits_to_keep=keep).logits.sum().backward()
+                    last = torch.arange(-keep, 0)  # indices: a slice's product with a gradient is ten times slower
+                    self.model(inputs_embeds=embeddings, use_cache=False, logits_to_keep=last).logits.sum().backward()
             clock.lap("train")
             self.scores(self.model, (tested["prompts"], tested["choices"], tested["labels"]))
             clock.lap("evaluate")

@@ -376,7 +376,10 @@ def _logits(model: nn.Module, batch: Batch) -> torch.Tensor:
     if "adapter_names" in batch:
         inputs["adapter_names"] = batch["adapter_names"]
     keep = int(batch["keep"])
-    options: dict[str, Any] = {"use_cache": "past_key_values" in batch, "logits_to_keep": keep, "return_dict": True}
+    # As indices, not as a number: a slice is not contiguous, and a product that has a gradient then reads the whole
+    # vocabulary's matrix anew for each row.
+    last = torch.arange(-keep, 0)
+    options: dict[str, Any] = {"use_cache": "past_key_values" in batch, "logits_to_keep": last, "return_dict": True}
     logits = model(**inputs, **{key: value for key, value in options.items() if key in known}).logits
     return logits[:, None] if logits.dim() == 2 else logits[:, -keep:]
 
