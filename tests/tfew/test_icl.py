@@ -129,6 +129,15 @@ class TestPrefix:
         with pytest.raises(InputError, match="active adapters"):
             score_choices(copy.deepcopy(model), tokenizer, PROMPTS, CHOICES, prefix=prefix)
 
+    def test_an_adapter_that_has_been_trained_since_is_refused(self, llama):
+        model = IA3Model(llama, IA3Config(init_ia3_weights=False))
+        prefix = Prefix(model, words.tokenizer(), "the tea was good")
+        score_choices(model, words.tokenizer(), ["the soup"], [[" good", " bad"]], prefix=prefix)
+        with torch.no_grad():
+            next(model.adapter_parameters("default")).mul_(2)
+        with pytest.raises(InputError, match="trained since"):
+            score_choices(model, words.tokenizer(), ["the soup"], [[" good", " bad"]], prefix=prefix)
+
     def test_memory_holds_one_expanded_layer(self, llama, monkeypatch):
         """What a batch's rows attend to is bounded, however short rows are, and rows of a batch share the prefix."""
         tokenizer, sizes = words.tokenizer(), []

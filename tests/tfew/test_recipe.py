@@ -11,6 +11,7 @@ import tiny
 import words
 from ia3 import IA3Config, IA3Model, InputError
 from ia3.tfew import EarlyStopping, FleetTrainer, Member, Recipe, Task, TFewTrainer
+from ia3.tfew.recipe import OPTIMIZERS, SCHEDULES
 from ia3.tfew.trainer import Example, StopAtFloor, training_examples
 from ia3.trainer import last_checkpoint
 
@@ -51,11 +52,14 @@ class TestRecipe:
             ("step: 3", "step: Extra inputs"),
             ("- a", "found list"),
             ("a: [", "Expected YAML"),
+            ("name: 2024-13-45", "Expected YAML in .*bad.yaml: month must be in 1..12"),
+            ("steps: !!timestamp soon", "Expected YAML in .*bad.yaml"),
+            ("\u00fc".encode("latin-1"), "Expected UTF-8 text in .*bad.yaml: .* at byte 0"),
             ("early_stopping: {floor: 0}", "early_stopping.floor"),
         ],
     )
     def test_bad_files(self, tmp_path, text, message):
-        (tmp_path / "bad.yaml").write_text(text)
+        (tmp_path / "bad.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
         with pytest.raises(InputError, match=message) as error:
             Recipe.load(tmp_path / "bad.yaml")
         assert "\n" not in str(error.value)
@@ -66,11 +70,35 @@ class TestRecipe:
             Recipe.load(name)
 
     @pytest.mark.parametrize(
-        "field, name, close", [("optimizer", "adamw_torsch", "adamw_torch"), ("schedule", "cosin", "cosine")]
+        "field, name, known",
+        [
+            ("optimizer", "adamw_torsch", "adafactor, adamw_torch"),
+            # Known to transformers, but not without arguments or packages of their own.
+            ("optimizer", "apollo_adamw", "adafactor, adamw_torch"),
+            ("optimizer", "adamw_bnb_8bit", "adafactor, adamw_torch"),
+            ("schedule", "cosin", "linear, cosine"),
+            ("schedule", "cosine_with_min_lr", "linear, cosine"),
+            ("schedule", "reduce_lr_on_plateau", "linear, cosine"),
+            ("schedule", "warmup_stable_decay", "linear, cosine"),
+        ],
     )
-    def test_names_that_transformers_does_not_know(self, field, name, close):
-        with pytest.raises(InputError, match=f"expected {field} .* found '{name}'; close to it: '{close}'"):
+    def test_names_that_a_recipe_cannot_configure(self, field, name, known):
+        with pytest.raises(InputError, match=f"expected {field} of {known}.*, found '{name}'") as error:
             Recipe.create({field: name})
+        assert "\n" not in str(error.value)
+
+    @pytest.mark.parametrize(
+        "field, name", [*(("optimizer", n) for n in OPTIMIZERS), *(("schedule", n) for n in SCHEDULES)]
+    )
+    def test_names_that_a_recipe_can_configure(self, tmp_path, field, name):
+        recipe = Recipe.create({field: name, "steps": 3})
+        adapted = model(["a", "b"])
+        members = [Member("a", TASK, words.rows(8)), Member("b", TASK, words.rows(8), learning_rate=0.02)]
+        FleetTrainer(
+            adapted, recipe.training_arguments(tmp_path, **OPTIONS), words.tokenizer(), members, recipe
+        ).train()
+        assert not torch.equal(vectors(adapted, "a"), vectors(adapted, "b"))
+        assert all(torch.isfinite(vectors(adapted, member)).all() for member in "ab")
 
 
 def model(names=("default",)) -> IA3Model:
@@ -191,6 +219,13 @@ class TestAverage:
         resumed.train(resume_from_checkpoint=str(tmp_path / "part" / "checkpoint-4"))
         assert torch.equal(vectors(whole.model), vectors(resumed.model))
 
+    def test_a_second_training_goes_on(self, tmp_path):
+        run = lone(tmp_path, Recipe(steps=3, ema_decay=0.5))
+        run.train()
+        before = vectors(run.model)
+        run.train()
+        assert not torch.equal(before, vectors(run.model))
+
     def test_the_best_checkpoint_is_taken_as_it_is(self, tmp_path):
         saving = dict.fromkeys(("save_strategy", "eval_strategy", "logging_strategy"), "steps") | {"eval_steps": 3}
         snapshots = Snapshots()
@@ -270,6 +305,34 @@ class TestEarlyStopping:
             torch.testing.assert_close(vectors(together.model, name), vectors(alone.model), atol=1e-7, rtol=0)
         assert len(set(steps.values())) > 1 and max(steps.values()) == together.state.global_step < 60
         assert all(f"train_loss/{name}" in metrics for name in rows)
+
+    @pytest.mark.parametrize("kind", ["alone", "fleet"])
+    def test_a_run_that_goes_on_from_where_it_stopped_makes_no_step(self, tmp_path, kind):
+        recipe = Recipe(steps=12, early_stopping=EarlyStopping(floor=50, steps=3))
+        members = [Member(name, SEVERAL, words.rows(20)) for name in "ab"]
+
+        saving = {"save_strategy": "steps", "save_steps": 3}
+
+        def make(folder):
+            if kind == "alone":
+                return lone(tmp_path / folder, recipe, **saving)
+            args = recipe.training_arguments(tmp_path / folder, **{**OPTIONS, **saving})
+            return FleetTrainer(model("ab"), args, words.tokenizer(), members, recipe)
+
+        whole, resumed = make("whole"), make("resumed")
+        whole.train()
+        assert whole.state.global_step == 3
+        resumed.train(resume_from_checkpoint=last_checkpoint(tmp_path / "whole"))
+        assert resumed.state.global_step == 3
+        for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+    def test_a_step_of_few_parts_at_the_end_of_an_epoch_is_a_whole_one(self, tmp_path):
+        """Ten rows in batches of two, four to a step: the second step of an epoch has one."""
+        recipe = Recipe(steps=6, learning_rate=1e-9, early_stopping=EarlyStopping(floor=0.45, steps=2))
+        run = lone(tmp_path, recipe.changed(batch_size=2), rows=words.rows(10), gradient_accumulation_steps=4)
+        run.train()
+        assert run.state.global_step == 6
 
     def test_gradient_accumulation_stops_by_the_loss_of_the_whole_step(self, tmp_path):
         recipe = FLOOR.changed(batch_size=4)

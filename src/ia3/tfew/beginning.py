@@ -27,7 +27,8 @@ from ia3.tfew.choices import (
     PASS_TOKENS,
     Batch,
     Question,
-    Verdict,
+    Size,
+    Verdicts,
     base_dtype,
     base_of,
     batches,
@@ -35,13 +36,16 @@ from ia3.tfew.choices import (
     evaluating,
     judged,
     layout_key,
+    model_max_length,
     normalized_scores,
     pack,
     plain_rows,
     row_length,
-    text_length,
+    sizes_of,
+    telling,
     to_device,
     token_log_probs,
+    try_packing,
 )
 
 logger = logging.getLogger(__name__)
@@ -138,26 +142,26 @@ def exact_layouts(
 ) -> list[Layout]:
     """Layouts of rows that go on from tokens, from the first one that is exact for a question behind them.
 
-    One choice is scored in a whole row, without the cache; that is about what reading the tokens costs.
+    One or two choices are scored in whole rows, without the cache; that is about what reading the tokens costs.
     """
-    last = max(range(len(question.choices)), key=lambda i: len(question.choices[i]))
-    single = replace(question, prompt=[*tokens, *question.prompt], choices=[question.choices[last]])
+    ends = telling(question)
+    whole = [replace(question, prompt=[*tokens, *question.prompt], choices=[question.choices[end]]) for end in ends]
     # Behind one place more of another row's prompt, a packed row begins with padding.
     pair = [question, replace(question, prompt=question.prompt[:1] + question.prompt)]
     base = base_of(model)
 
-    def score(batch: Batch, choice: int) -> float:
+    def scores(batch: Batch) -> torch.Tensor:
         batch = to_device(batch, next(model.parameters()).device)
-        return float(normalized_scores(token_log_probs(model, batch), batch["mask"])[0, choice])
+        return normalized_scores(token_log_probs(model, batch), batch["mask"])
 
     with evaluating(model), torch.no_grad():
-        expected = score(plain_rows([single], pad_token_id), 0)
-        if not math.isfinite(expected):
+        expected = scores(plain_rows(whole, pad_token_id))[:, 0]
+        if not torch.isfinite(expected).all():
             return list(layouts)  # a broken adapter says nothing about the model; whoever uses the scores will see it
-        rounding = torch.finfo(base_dtype(base)).eps * max(abs(expected), 1.0)
+        rounding = torch.finfo(base_dtype(base)).eps * max(float(expected.abs().max()), 1.0)
         for index, layout in enumerate(layouts):
             try:
-                difference = abs(score(layout(model, pair, pad_token_id), last) - expected)
+                difference = float((scores(layout(model, pair, pad_token_id))[0, ends] - expected).abs().max())
                 why = f"scores differ by {difference:.2g}"
             except Exception as error:  # a model that takes no such mask says so in its own way
                 difference, why = math.inf, reason(error)
@@ -225,7 +229,7 @@ class Beginning:
         return [] if self.cache is None else self.cache.layers  # type: ignore[return-value]
 
 
-_verdicts: weakref.WeakKeyDictionary[nn.Module, dict[tuple, list[Verdict]]] = weakref.WeakKeyDictionary()
+_verdicts: weakref.WeakKeyDictionary[nn.Module, dict[tuple, Verdicts]] = weakref.WeakKeyDictionary()
 
 
 def beginnings(
@@ -254,6 +258,7 @@ def parts(
     for indices, beginning in beginnings(model, questions, pad_token_id):
         some = [questions[i] for i in indices]
         if beginning is None:
+            try_packing(model, some, pad_token_id)
             for group in batches(some, batch_tokens):
                 yield [indices[i] for i in group], collate(model, [some[i] for i in group], pad_token_id)
             continue
@@ -299,20 +304,23 @@ def _shared(model: nn.Module, questions: Sequence[Question], pad_token_id: int) 
     saved = size * (len(questions) - 1)
     if size < _LEAST or saved < 2 * PASS_TOKENS:
         return None
-    base, measures = base_of(model), (row_length, text_length)
-    verdicts = _verdicts.setdefault(base, {}).setdefault(layout_key(base), [Verdict(), Verdict()])
-    lengths = [max(map(length_of, questions)) for length_of in measures]
-    if saved < _LEAST_ROWS * max(lengths):
+    if saved < _LEAST_ROWS * max(map(row_length, questions)):
         return None
-    if any(length >= verdict.wrong for length, verdict in zip(lengths, verdicts, strict=True)):
+    base = base_of(model)
+    verdicts = _verdicts.setdefault(base, {}).setdefault(layout_key(base), Verdicts())
+
+    def size_of(question: Question) -> Size:
+        return size, *sizes_of(question), max(map(len, question.choices))
+
+    if any(verdicts.of(size_of(question)) is False for question in questions):
         return None
     beginning = Beginning(model, prompts[0][:size], questions[0].adapter)
     if beginning.cache is None:
-        verdicts[0].wrong = 0
+        verdicts.add((0, 0, 0, 0), False)
         return None
 
     def is_exact(question: Question) -> bool:
         [behind] = beginning.behind([question])
         return bool(exact_layouts(model, [beginning.packed], beginning.tokens, behind, pad_token_id))
 
-    return beginning if judged(verdicts, questions, measures, is_exact) else None
+    return beginning if judged(verdicts, questions, size_of, model_max_length(model), is_exact) else None

@@ -16,7 +16,8 @@ import math
 import weakref
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from operator import le
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -394,15 +395,29 @@ def normalized_scores(log_probs: torch.Tensor, mask: torch.Tensor, power: float 
     return scores.masked_fill(length == 0, -math.inf)
 
 
+Size = tuple[int, ...]
+"""How far packing moves what is read: sizes of a question, of which it takes all to be at most another's to be no harder."""
+
+
 @dataclass
-class Verdict:
-    """Up to which length a layout is exact for a model, and from which on it is not, as far as it was tried."""
+class Verdicts:
+    """For which sizes of a question a layout was tried on a model, and found exact or not."""
 
-    exact: int = 0
-    wrong: int = _LONGEST_PACKED + 1
+    exact: list[Size] = field(default_factory=list)
+    wrong: list[Size] = field(default_factory=list)
+
+    def of(self, size: Size) -> bool | None:
+        """Whether the layout is exact for a question of this size; None: no trial says so."""
+        if any(all(map(le, tried, size)) for tried in self.wrong):
+            return False
+        return True if any(all(map(le, size, tried)) for tried in self.exact) else None
+
+    def add(self, size: Size, exact: bool) -> None:
+        """What a trial found."""
+        (self.exact if exact else self.wrong).append(size)
 
 
-_verdicts: weakref.WeakKeyDictionary[nn.Module, dict[tuple, list[Verdict]]] = weakref.WeakKeyDictionary()
+_verdicts: weakref.WeakKeyDictionary[nn.Module, dict[tuple, Verdicts]] = weakref.WeakKeyDictionary()
 
 
 _Layout = Callable[[Sequence[Question]], Batch]
@@ -417,65 +432,99 @@ def collate(model: nn.Module, questions: Sequence[Question], pad_token_id: int =
     """The questions as a batch for this model: packed where that is exact, else plain rows.
 
     Packing is wrong for some models (positions built from a 2-D mask, recurrent layers, windows counted over the
-    row, or not at all). So each model is tried, at first use and again whenever a packed row, or the text of a prompt
-    and one choice in it, is longer than ever: the longest question must score the same packed and in a plain row.
+    row, or not at all). So each model is tried, at first use and again whenever a prompt, a tree of choices or a choice
+    is longer than ever: such a question must score the same packed and in plain rows.
     """
-    base = base_of(model)
-    family = task_type(base)
-    if family == TaskType.SEQ_CLS:
+    layouts = _layouts(model, questions, pad_token_id)
+    if layouts is None:
         from ia3.tfew.classifier import rows
 
-        return rows(base, questions, pad_token_id)
-    dtype = base_dtype(base)
+        return rows(base_of(model), questions, pad_token_id)
+    packed, plain = layouts
+    return packed(questions) if _packs(model, questions, packed, plain) else plain(questions)
+
+
+def try_packing(model: nn.Module, questions: Sequence[Question], pad_token_id: int = 0) -> None:
+    """Find out once whether packing is exact for all of these, so that no batch of them has to."""
+    layouts = _layouts(model, questions, pad_token_id) if questions else None
+    if layouts is not None:
+        _packs(model, questions, *layouts)
+
+
+def _layouts(
+    model: nn.Module, questions: Sequence[Question], pad_token_id: int
+) -> tuple[_Layout | None, _Layout] | None:
+    """How questions become rows for this model: packed (None: never) and plain; None for a classifier."""
+    base = base_of(model)
+    family, dtype = task_type(base), base_dtype(base)
+    if family == TaskType.SEQ_CLS:
+        return None
     if family == TaskType.SEQ_2_SEQ_LM:
         from ia3.tfew import seq2seq
 
         start = seq2seq.start_token(base, questions[0])
         packed: _Layout = lambda some: seq2seq.pack(some, start, pad_token_id, dtype)  # noqa: E731
-        plain: _Layout = lambda some: seq2seq.plain_rows(some, start, pad_token_id)  # noqa: E731
-        if model.training and any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
-            return plain(questions)  # layers that are computed again would not find the positions that are handed in
-    else:
-        packed = lambda some: pack(some, pad_token_id, dtype)  # noqa: E731
-        plain = lambda some: plain_rows(some, pad_token_id)  # noqa: E731
+        # Layers that are computed again would not find the positions that are handed in.
+        again = model.training and any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
+        return None if again else packed, lambda some: seq2seq.plain_rows(some, start, pad_token_id)
+    return lambda some: pack(some, pad_token_id, dtype), lambda some: plain_rows(some, pad_token_id)
 
-    def row(question: Question) -> int:
-        return sum(sizes_of(question)[family == TaskType.SEQ_2_SEQ_LM :])
 
-    def text(question: Question) -> int:
-        return text_length(question) - (len(question.prompt) if family == TaskType.SEQ_2_SEQ_LM else 0)
+def _packs(model: nn.Module, questions: Sequence[Question], packed: _Layout | None, plain: _Layout) -> bool:
+    """Whether the packed layout is there and exact for all questions."""
+    base = base_of(model)
+    encoder = task_type(base) == TaskType.SEQ_2_SEQ_LM  # which reads the prompt apart from the choices
 
-    verdicts = _verdicts.setdefault(base, {}).setdefault(layout_key(base), [Verdict(), Verdict()])
-    exact = judged(verdicts, questions, (row, text), lambda one: _packing_is_exact(model, one, packed, plain))
-    return packed(questions) if exact else plain(questions)
+    def size_of(question: Question) -> Size:
+        prompt, tree = sizes_of(question)
+        return (0 if encoder else prompt), tree, max(map(len, question.choices))
+
+    if packed is None or any(sum(size_of(question)[:2]) > _LONGEST_PACKED for question in questions):
+        return False
+    verdicts = _verdicts.setdefault(base, {}).setdefault(layout_key(base), Verdicts())
+    return judged(
+        verdicts,
+        questions,
+        size_of,
+        model_max_length(model),
+        lambda one: _packing_is_exact(model, one, packed, plain),
+    )
 
 
 def judged(
-    verdicts: Sequence[Verdict],
+    verdicts: Verdicts,
     questions: Sequence[Question],
-    measures: Sequence[Callable[[Question], int]],
+    size_of: Callable[[Question], Size],
+    limit: int | None,
     is_exact: Callable[[Question], bool],
 ) -> bool:
-    """Whether a layout is exact for all questions; the longest by each of the measures is tried when it is longer than ever.
+    """Whether a layout is exact for all questions, by trials of what no earlier trial says anything about.
 
-    There are two measures: a row of many short choices is long and says nothing of a window that a long prompt does not
-    fit into.
+    Tried is the longest prompt with the largest tree and the longest choice, none of which need be one question's; and
+    question by question, the longest first, where that is not exact or longer than `limit` tokens.
     """
-    found: dict[int, bool] = {}
-    for length_of, verdict in zip(measures, verdicts, strict=True):
-        lengths = list(map(length_of, questions))
-        length = max(lengths)
-        if verdict.exact < length < verdict.wrong:
-            longest = lengths.index(length)
-            if longest not in found:
-                found[longest] = is_exact(questions[longest])
-            if found[longest]:
-                verdict.exact = length
-            else:
-                verdict.wrong = length
-        if length >= verdict.wrong:
+    left = [question for question in questions if not verdicts.of(size_of(question))]
+    if len(left) > 1:
+        longest = max(left, key=lambda one: len(one.prompt))
+        largest = max(left, key=lambda one: len(tree_of(one).tokens))
+        choice = max((choice for one in left for choice in one.choices), key=len)
+        choices = [*largest.choices, *([choice] if len(choice) > max(map(len, largest.choices)) else [])]
+        hardest = replace(longest, choices=choices, label=None, order=None)
+        if verdicts.of(size_of(hardest)) is None and (limit is None or text_length(hardest) <= limit):
+            verdicts.add(size_of(hardest), is_exact(hardest))
+    for question in sorted(left, key=text_length, reverse=True):
+        if verdicts.of(size_of(question)) is None:
+            verdicts.add(size_of(question), is_exact(question))
+        if not verdicts.of(size_of(question)):
             return False
     return True
+
+
+def telling(question: Question) -> list[int]:
+    """The choices that say whether a layout is exact: the one that ends last, which packing moves farthest, and the
+    longest one, which sees most."""
+    longest = max(range(len(question.choices)), key=lambda i: len(question.choices[i]))
+    return sorted({tree_of(question).farthest, longest})
 
 
 def _packing_is_exact(model: nn.Module, question: Question, packed: _Layout, plain: _Layout) -> bool:
@@ -485,11 +534,9 @@ def _packing_is_exact(model: nn.Module, question: Question, packed: _Layout, pla
         batch = to_device(batch, next(model.parameters()).device)
         return normalized_scores(token_log_probs(model, batch), batch["mask"])
 
-    # Two short rows show whether padding on the left is exact too, and how much rounding does to plain rows alone;
-    # of the long row, the choice that ends last is the one that packing moves farthest, and the longest one sees most.
+    # Two short rows show whether padding on the left is exact too, and how much rounding does to plain rows alone.
     short = [replace(question, prompt=question.prompt[-size:], choices=question.choices[:4]) for size in (2, 8)]
-    longest = max(range(len(question.choices)), key=lambda i: len(question.choices[i]))
-    ends = sorted({tree_of(question).farthest, longest})
+    ends = telling(question)
     with evaluating(model), torch.no_grad():
         right = scores(plain(short))
         noise = max(float((scores(plain([q])) - right[i]).abs().max()) for i, q in enumerate(short))

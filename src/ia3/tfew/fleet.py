@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,7 @@ from transformers import TrainingArguments
 
 from ia3.errors import InputError, shown
 from ia3.model import IA3Model
-from ia3.tfew.beginning import Beginning, beginnings
-from ia3.tfew.choices import Batch, batches, padding_id
+from ia3.tfew.choices import Question
 from ia3.tfew.recipe import Recipe
 from ia3.tfew.trainer import (
     Example,
@@ -178,38 +177,15 @@ class FleetTrainer(TFewTrainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Forward and backward, part by part: memory holds the activations of one; returns the sum of losses."""
-        inputs = self._drawn(inputs)
-        learning = [i for i, question in enumerate(inputs["questions"]) if self.stopping.learns(question.adapter)]
-        if len(learning) < len(inputs["questions"]):
-            questions = [inputs["questions"][i] for i in learning]
-            inputs = {**inputs, "label": inputs["label"][learning], "questions": questions}
-        losses = []
-        pad = padding_id(self.processing_class)  # type: ignore[arg-type]
-        for indices, beginning in beginnings(model, inputs["questions"], pad):
-            questions = [inputs["questions"][i] for i in indices]
-            if beginning is None:
-                groups = batches(questions)
-            else:
-                questions = beginning.behind(questions)
-                groups = beginning.groups(questions)
-                beginning.detach()
-            # The last part first, as one backward pass through their sum goes: so gradients add up in the same order.
-            for group in reversed(list(groups)):
-                label = inputs["label"][[indices[i] for i in group]]
-                part = {**inputs, "label": label, "questions": [questions[i] for i in group], "beginning": beginning}
-                losses.append(super().training_step(model, part, num_items_in_batch))
-            if beginning is not None:
-                beginning.backward()
+        """As `TFewTrainer.training_step`, for the members that have not stopped."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
         self._steps.update(name for name in self.members if self.stopping.learns(None if self._alone else name))
-        return torch.stack(losses[::-1]).sum()
+        return loss
 
-    def _parts(self, model: nn.Module, inputs: dict[str, Any]) -> Iterator[tuple[list[int], Batch]]:
-        beginning: Beginning | None = inputs.get("beginning")
-        if beginning is None:
-            return super()._parts(model, inputs)
-        pad = padding_id(self.processing_class)  # type: ignore[arg-type]
-        return iter([(list(range(len(inputs["label"]))), beginning.packed(model, inputs["questions"], pad))])
+    def _foreseen(self) -> list[Question]:
+        steps: _Steps = self.train_dataset  # type: ignore[assignment]
+        examples = {id(example): example for step in steps.steps for example in step}
+        return [question for example in examples.values() for question in example.questions]
 
     def _losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str | None, torch.Tensor], torch.Tensor]:
         losses, best = super()._losses(model, inputs)

@@ -21,17 +21,20 @@ from ia3.tfew.choices import (
     BATCH_TOKENS,
     Batch,
     Question,
+    Size,
+    Verdicts,
     _unwrapped,
     base_dtype,
     base_of,
     collate,
     encode,
     evaluating,
+    judged,
     model_max_length,
     padding_id,
     plain_rows,
     row_length,
-    text_length,
+    sizes_of,
     unclosed,
 )
 from ia3.tfew.predict import Prediction, predict
@@ -88,10 +91,10 @@ class Prefix:
                 f"Expected a prefix shorter than the model's {limit} tokens, found one of {len(self.tokens)}; "
                 f"shorten it, or give fewer shots."
             )
-        self._adapters = _adapters_in_effect(model)
+        self._adapters = _in_effect(model)
         self._cache = None if self._encoder_decoder else self._read(model)
         self._layouts: list[Layout] = [] if self._cache is None else [self._packed, self._plain]
-        self._tried = [0, 0]
+        self._verdicts: dict[int, Verdicts] = {}  # by how many layouts were left
 
     @property
     def is_cached(self) -> bool:
@@ -134,32 +137,40 @@ class Prefix:
         """Questions of `encode` as the model is asked them; what makes batches of them; and tokens for a batch.
 
         Raises:
-            InputError: the model, or its active adapters, are not those that read the prefix.
+            InputError: the model, or its active adapters, are not those that read the prefix, as they were then.
         """
         if (
             base_of(model) is not self._model
-            or _adapters_in_effect(model) != self._adapters
             or adapter_names is not None
+            or not _same(self._adapters, _in_effect(model))
         ):
             raise InputError(
-                "Expected the model and the active adapters that read the prefix, found others; make a Prefix for each."
+                "Expected the model and the active adapters that read the prefix, found others, or adapters that have been "
+                "trained since; make a Prefix for each."
             )
         if self._encoder_decoder or not questions:
             return questions, collate, batch_tokens
-        # A row of many short choices says nothing of a window that a long prompt does not fit into.
-        for which, length_of in enumerate((row_length, text_length)):
-            self._try(model, max(questions, key=length_of), which, length_of)
+        self._try(model, questions)
         if not self._layouts:
             return [self._whole(question) for question in questions], collate, batch_tokens
         longest = max(map(row_length, questions))
         return questions, self._layouts[0], room_behind(len(self.tokens), longest, batch_tokens)
 
-    def _try(self, model: nn.Module, question: Question, which: int, length_of: Callable[[Question], int]) -> None:
-        """Drop layouts that are not exact for a question longer than all before, by the length of that number."""
-        if length_of(question) > self._tried[which]:
-            self._tried[which] = length_of(question)
-            pad = padding_id(self._tokenizer)
+    def _try(self, model: nn.Module, questions: Sequence[Question]) -> None:
+        """Drop layouts that are not exact for questions of such sizes."""
+        pad = padding_id(self._tokenizer)
+
+        def size_of(question: Question) -> Size:
+            return *sizes_of(question), max(map(len, question.choices))
+
+        def is_exact(question: Question) -> bool:
             self._layouts = exact_layouts(model, self._layouts, self.tokens, question, pad)
+            return len(self._layouts) == count
+
+        while self._layouts:  # a trial that fails leaves fewer
+            count = len(self._layouts)
+            if judged(self._verdicts.setdefault(count, Verdicts()), questions, size_of, self.room, is_exact):
+                return
 
     def _whole(self, question: Question) -> Question:
         return replace(question, prompt=self.tokens + question.prompt)
@@ -177,9 +188,17 @@ class Prefix:
         return {**batch, "attention_mask": torch.cat([before, mask], dim=-1), "past_key_values": self._cache}
 
 
-def _adapters_in_effect(model: nn.Module) -> tuple[str, ...]:
-    routing = getattr(_unwrapped(model), "routing", None)
-    return tuple(routing.active) if routing is not None and routing.enabled else ()
+def _in_effect(model: nn.Module) -> list[tuple[nn.Parameter, int]]:
+    """The parameters of the active adapters, and which version of their numbers they hold."""
+    adapted = _unwrapped(model)
+    routing = getattr(adapted, "routing", None)
+    names = routing.active if routing is not None and routing.enabled else ()
+    parameters = [parameter for name in names for parameter in adapted.adapter_parameters(name)]  # type: ignore[operator]
+    return [(one, 0 if one.is_inference() else one._version) for one in parameters]
+
+
+def _same(before: list[tuple[nn.Parameter, int]], now: list[tuple[nn.Parameter, int]]) -> bool:
+    return len(before) == len(now) and all(a is b and v == w for (a, v), (b, w) in zip(before, now, strict=True))
 
 
 def draw_shots(rows: Sequence[Row], task: Task, count: int, seed: int = 0, balanced: bool = True) -> list[Row]:

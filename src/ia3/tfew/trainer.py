@@ -16,15 +16,17 @@ from transformers.trainer_callback import ExportableState
 from ia3.config import TaskType
 from ia3.errors import InputError, shown
 from ia3.pretrained import task_type
-from ia3.tfew.beginning import parts
+from ia3.tfew.beginning import Beginning, beginnings, parts
 from ia3.tfew.choices import (
     Batch,
     Question,
     base_of,
+    batches,
     normalized_scores,
     padding_id,
     to_device,
     token_log_probs,
+    try_packing,
 )
 from ia3.tfew.losses import tfew_loss
 from ia3.tfew.recipe import EarlyStopping, Recipe
@@ -34,6 +36,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ia3.tfew.task import Task
+
+
+# Tokens that go through the model at once in training. Their activations are what a step adds to memory; more of them are
+# hardly faster.
+TRAINING_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -128,12 +135,17 @@ class TFewTrainer(Trainer):
             **kwargs,
         )
         self.add_callback(self.stopping)
+        # Processes have to pass through the model, forward and backward, equally often.
+        self._one_process = (self.args.world_size, max(1, self.args.n_gpu)) == (1, 1) and not (
+            self.is_deepspeed_enabled or self.is_fsdp_enabled
+        )
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The arguments' optimizer; with the recipe's `ema_decay` it averages what it trains."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        if self.recipe.ema_decay and (self._average is None or self._average.optimizer is not optimizer):
-            self._average = MovingAverage(optimizer, self.recipe.ema_decay)
+        stepped = getattr(optimizer, "optimizer", optimizer)  # the one of an earlier training has a wrapper around it
+        if self.recipe.ema_decay and (self._average is None or self._average.optimizer is not stepped):
+            self._average = MovingAverage(stepped, self.recipe.ema_decay)
         return optimizer
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -141,14 +153,54 @@ class TFewTrainer(Trainer):
 
         With `load_best_model_at_end` it is the best checkpoint, whose vectors are those of its step.
         """
+        if self._one_process:
+            try_packing(self.model, self._foreseen(), padding_id(self.processing_class))  # type: ignore[arg-type]
         output = super().train(*args, **kwargs)
         if self._average is not None and not self.args.load_best_model_at_end:
             self._average.use()
         return output
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Forward and backward, in the words of templates drawn for this step."""
-        return super().training_step(model, self._drawn(inputs), *args, **kwargs)
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        if self.stopping.all_stopped:  # a run that goes on from where it stopped
+            self.control.should_training_stop = True
+            return None
+        return super()._run_epoch(*args, **kwargs)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Forward and backward, in the words of templates drawn for this step; returns the loss, summed over adapters.
+
+        They go part by part, so that memory holds the activations of one; together where several processes train.
+        """
+        inputs = self._drawn(inputs)
+        if not self._one_process:
+            return super().training_step(model, inputs, num_items_in_batch)
+        learning = [i for i, question in enumerate(inputs["questions"]) if self.stopping.learns(question.adapter)]
+        model.train()  # before anything is shared: an evaluation shares more
+        losses = []
+        pad = padding_id(self.processing_class)  # type: ignore[arg-type]
+        for indices, beginning in beginnings(model, [inputs["questions"][i] for i in learning], pad):
+            questions = [inputs["questions"][learning[i]] for i in indices]
+            if beginning is None:
+                groups = batches(questions, TRAINING_TOKENS)
+            else:
+                questions = beginning.behind(questions)
+                groups = beginning.groups(questions, TRAINING_TOKENS)
+                beginning.detach()
+            # The last part first, as one backward pass through their sum goes: so gradients add up in the same order.
+            for group in reversed(list(groups)):
+                label = inputs["label"][[learning[indices[i]] for i in group]]
+                part = {**inputs, "label": label, "questions": [questions[i] for i in group], "beginning": beginning}
+                losses.append(super().training_step(model, part, num_items_in_batch))
+            if beginning is not None:
+                beginning.backward()
+        return torch.stack(losses[::-1]).sum()
+
+    def _foreseen(self) -> list[Question]:
+        """Questions that training is known to ask."""
+        examples = self.train_dataset if isinstance(self.train_dataset, list) else []
+        return [question for example in examples for question in example.questions]
 
     def _drawn(self, inputs: dict[str, Any]) -> dict[str, Any]:
         if "examples" not in inputs:
@@ -172,7 +224,7 @@ class TFewTrainer(Trainer):
         """A batch's term of the loss over all processes and, as each of its parts gives a share, over an optimizer step."""
         if self.args.world_size > 1:
             loss = self.accelerator.reduce(loss, "mean")  # type: ignore[assignment]
-        return float(loss) / self.args.gradient_accumulation_steps
+        return float(loss) / self.current_gradient_accumulation_steps
 
     def _losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str | None, torch.Tensor], torch.Tensor]:
         """For each adapter that questions name the loss of its own, a scalar; the best choice of each question (B,)."""
@@ -202,7 +254,11 @@ class TFewTrainer(Trainer):
 
     def _parts(self, model: nn.Module, inputs: dict[str, Any]) -> Iterator[tuple[list[int], Batch]]:
         """A batch's questions in parts that go through the model at once: indices, and the part."""
-        return parts(model, inputs["questions"], padding_id(self.processing_class))  # type: ignore[arg-type]
+        beginning: Beginning | None = inputs.get("beginning")
+        pad = padding_id(self.processing_class)  # type: ignore[arg-type]
+        if beginning is None:
+            return parts(model, inputs["questions"], pad)
+        return iter([(list(range(len(inputs["label"]))), beginning.packed(model, inputs["questions"], pad))])
 
     def prediction_step(
         self,
@@ -274,6 +330,11 @@ class StopAtFloor(TrainerCallback, ExportableState):
         for name, loss in losses.items():
             self._step[name] = self._step.get(name, 0.0) + loss
 
+    @property
+    def all_stopped(self) -> bool:
+        """Whether nobody learns any more."""
+        return len(self.stopped) == len(self.learners)
+
     def learns(self, name: str | None) -> bool:
         """Whether a learner has not stopped."""
         return name not in self.stopped
@@ -294,7 +355,7 @@ class StopAtFloor(TrainerCallback, ExportableState):
                 last = self._last[name] = [*self._last[name], loss][-self.rule.steps :]
                 if len(last) == self.rule.steps and sum(last) / len(last) <= self.rule.floor:
                     self.stopped.setdefault(name, state.global_step)
-            if len(self.stopped) == len(self.learners):
+            if self.all_stopped:
                 control.should_training_stop = True
         self._step = {}
 
