@@ -93,9 +93,13 @@ def read_fields(path: Path, loader: Any, such_as: str) -> dict[str, Any]:
     import yaml
 
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"Expected YAML in {path}: {' '.join(str(error).split())}") from error
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"Expected UTF-8 text in {path}: {error.reason} at byte {error.start}.") from error
+    try:
+        values = yaml.load(text, Loader=loader)
+    except Exception as error:  # a date that is none or a tag of another kind fails in its own way
+        raise InputError(f"Expected YAML in {path}: {' '.join(str(error).split()) or reason(error)}") from error
     if not isinstance(values, dict):
         raise InputError(f"Expected fields such as {such_as} in {path}, found {type(values).__name__}.")
     return values

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 RECIPE_NAME = "recipe.yaml"
 
+# What transformers knows beside these needs arguments that a recipe has no fields for, or packages of its own.
+OPTIMIZERS = ("adafactor", "adamw_torch", "adamw_torch_fused", "adagrad", "rmsprop", "sgd")
+SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "constant", "constant_with_warmup", "inverse_sqrt")
+
 
 class EarlyStopping(BaseModel):
     """Stop when training has nothing left to learn: when it chooses rightly among the examples' answers, and surely.
@@ -44,10 +48,11 @@ class Recipe(BaseModel):
         name: for tables and model cards.
         steps: optimizer steps, at most.
         batch_size: examples a step.
-        optimizer: as `TrainingArguments.optim` names it.
+        optimizer: one of `OPTIMIZERS`, as `TrainingArguments.optim` names them.
         learning_rate: the highest.
         warmup: the part of the steps in which the learning rate rises to it.
-        schedule: how it falls from there to zero over the rest, as `TrainingArguments.lr_scheduler_type` names it.
+        schedule: how it falls from there over the rest, one of `SCHEDULES`, as `TrainingArguments.lr_scheduler_type`
+            names them.
         likelihood, unlikelihood, length_normalized: weights of the loss's three terms, see `tfew_loss`.
         length_normalization: the power of a choice's token count that its log-probability is divided by.
         templates: each time an example is seen, a "random" one of the task's templates, or always the "first".
@@ -85,16 +90,10 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Recipe:
-        if (self.optimizer, self.schedule) != ("adafactor", "linear"):  # whose names need no waiting for transformers
-            from transformers import SchedulerType
-            from transformers.training_args import OptimizerNames
-
-            for field, names in {"optimizer": OptimizerNames, "schedule": SchedulerType}.items():
-                found, known = getattr(self, field), [name.value for name in names]
-                if found not in known:
-                    raise ValueError(
-                        f"expected {field} as transformers names it, found {found!r}; {similar(found, known)}"
-                    )
+        for field, known in {"optimizer": OPTIMIZERS, "schedule": SCHEDULES}.items():
+            found = getattr(self, field)
+            if found not in known:
+                raise ValueError(f"expected {field} of {', '.join(known)}, found {found!r}")
         return self
 
     @classmethod

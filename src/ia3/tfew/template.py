@@ -142,8 +142,10 @@ def at_row(number: int | None) -> str:
 def choices_as_text(value: Any) -> Any:
     """Choices as written in a file: labels and texts as text, a list as its own answers."""
     if isinstance(value, (list, tuple)):
+        _require_texts(value)
         value = {label: label for label in value}
     if isinstance(value, Mapping):
+        _require_texts(value.values())
         texts = {as_text(label): as_text(answer) for label, answer in value.items()}
         if len(texts) < len(value) or len(texts) < 2:
             raise ValueError(f"expected at least two labels that differ as text, found {list(value)}")
@@ -158,6 +160,15 @@ def choices_as_text(value: Any) -> Any:
         if not has_jinja(value):  # the same answers for every row
             return choices_as_text({str(place): part for place, part in enumerate(value.split(BAR))})
     return value
+
+
+def _require_texts(values: Iterable[Any]) -> None:
+    for value in values:
+        if value is None or isinstance(value, (Mapping, list, tuple, set)):
+            raise ValueError(
+                f"expected choices as `label: text`, a line for each and without dashes, or as a list of labels, found "
+                f"{value!r} as a text"
+            )
 
 
 def columns_of(choices: Choices) -> set[str]:
