@@ -133,6 +133,15 @@ def test_a_member_of_a_fleet_whose_labels_do_not_fit_is_named(tmp_path):
         FleetTrainer(adapted("ab"), training_arguments(tmp_path, 2), TOKENIZER, members)
 
 
+def test_answers_need_not_differ_to_its_tokenizer():
+    """Labels are what it tells apart; their texts are not read."""
+    task = Task(template="{{ text }}", choices={"US": "unknown", "us": "words"})
+    found = predict(adapted(), TOKENIZER, task, [{"text": text} for text in TEXTS])
+    assert all(set(item.probabilities) == {"US", "us"} for item in found)
+    questions = task.questions(TOKENIZER, [{"text": "tea", "label": "us"}], model=adapted())
+    assert questions[0].choices == [[0], [1]] and questions[0].label == 1
+
+
 def test_the_order_of_labels_changes_nothing(tmp_path):
     folder = tmp_path / "encoder"
     tiny.classifier(vocab_size=len(words.VOCABULARY)).base_model.save_pretrained(folder)

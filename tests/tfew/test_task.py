@@ -7,11 +7,12 @@ import datasets
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import normalizers
 
 import tiny
 import words
 from ia3 import IA3Config, IA3Model, InputError
-from ia3.tfew import Task, few_shot, predict, read_rows
+from ia3.tfew import Prefix, Task, few_shot, predict, read_rows
 
 TEMPLATE = "review : {{ text }} answer :"
 CHOICES = {"pos": "good", "neg": "not good"}
@@ -51,6 +52,14 @@ class TestTask:
         for use in (task.questions, lambda tokenizer, rows: predict(llama, tokenizer, task, rows)):
             with pytest.raises(InputError, match="'heavenly' and 'dreadful' are the same"):
                 use(words.tokenizer(), [{"text": "tea", "label": "pos"}])
+
+    @pytest.mark.parametrize("name", ["llama", "t5"])
+    def test_answers_without_tokens(self, name):
+        tokenizer = words.tokenizer(unk_token=None)
+        tokenizer.backend_tokenizer.normalizer = normalizers.Replace("♥", "")
+        task = Task(template=TEMPLATE, choices={"pos": "♥", "neg": "bad"})
+        with pytest.raises(InputError, match=r"The answer '♥' has no tokens in this model's tokenizer \(row 1\)"):
+            task.questions(tokenizer, [{"text": "tea"}], False, tiny.build(name, vocab_size=len(words.VOCABULARY)))
 
     def test_words_in_yaml_stay_words(self, tmp_path):
         (tmp_path / "task.yaml").write_text("template: '{{ text }}'\nchoices: {yes: on, 1: 2.0}\ntest:\n")
@@ -108,6 +117,14 @@ class TestTask:
             ({"choices": {"pos": "good"}}, "at least two"),
             ({"choices": None}, "choices"),
             ({"choices": "one"}, "at least two"),
+            ({"choices": [{"pos": "good"}, {"neg": "bad"}]}, "without dashes, .* found {'pos': 'good'} as a text"),
+            ({"choices": {"pos": ["good", "fine"], "neg": "bad"}}, r"found \['good', 'fine'\] as a text"),
+            ({"choices": {"pos": "good", "neg": None}}, "found None as a text"),
+            ({"template": "{{ label }} {{ text }}", "templates": None}, "label column 'label', .* in template 1"),
+            (
+                {"templates": [TEMPLATE, {"name": "b", "prompt": "{{ row['label'] }}"}]},
+                "label column 'label', .* in 'b'",
+            ),
             ({"choices": "{{ a"}, "Jinja template"),
             ({"choices": {"pos": "good", "neg": "{{ a"}}, "Jinja template"),
             ({"aliases": {"1": "positive"}}, "aliases of the labels .*'positive'"),
@@ -127,7 +144,8 @@ class TestTask:
     )
     def test_fields_that_cannot_be(self, task, fields, message):
         with pytest.raises(InputError, match=message) as error:
-            Task.create({**task.model_dump(), **fields})
+            given = {**task.model_dump(), **fields}
+            Task.create({key: value for key, value in given.items() if key != "templates" or value is not None})
         assert "\n" not in str(error.value)
 
     @pytest.mark.parametrize(
@@ -169,7 +187,8 @@ class TestTask:
             ({"label": "pos, neg"}, "Expected one label, found 'pos, neg'"),
             ({"label": "neg|pos"}, "Expected one label"),
             ({"label": "pos;other"}, "known label"),
-            ({"label": None}, "known label"),
+            ({"label": None}, r"Expected a label, found none \(row 3\); fill or drop the row"),
+            ({"label": float("nan")}, r"Expected a label, found none \(row 3\)"),
         ],
     )
     def test_rows_without_a_known_label(self, task, row, message):
@@ -340,6 +359,23 @@ class TestLongPrompts:
         size = dict(zip("ab", sizes, strict=True))
         assert left[second] == size[second] or not left[first]
 
+    @pytest.mark.parametrize("name", ["llama", "bart"])
+    @pytest.mark.parametrize("separator", [" , , ", "\n\n"])
+    def test_what_separates_a_prompt_from_a_prefix_takes_room(self, name, separator, caplog):
+        """With the longest text that fits behind a prefix, and one word more."""
+        model = tiny.build(name, vocab_size=len(words.VOCABULARY), max_position_embeddings=24)
+        tokenizer, task = words.tokenizer(), Task(template=TEMPLATE, choices=CHOICES)
+        prefix = Prefix(model, tokenizer, "tea is good", separator)
+        between = len(separator.split())
+        room = 24 - 3 - between - 4 - (2 if name == "llama" else 0)  # but for an encoder, of the answers as well
+        fits, longer = ([{"text": "cake " * count}] for count in (room, room + 1))
+        (asked,) = task.questions(tokenizer, fits, False, model, long_prompts="refuse", prefix=prefix)
+        assert asked.prompt[-4 - room - between :] == tokenizer(separator + task.prompt(fits[0]))["input_ids"]
+        with pytest.raises(InputError, match=r"Expected prompts of at most \d+ tokens, found \d+ \(row 1\)"):
+            task.questions(tokenizer, longer, False, model, long_prompts="refuse", prefix=prefix)
+        (cut,) = task.questions(tokenizer, longer, False, model, prefix=prefix)
+        assert cut == asked and "lose their beginning" not in caplog.text
+
     def test_answers_without_room_for_a_prompt(self, short):
         task = Task(template="{{ text }}", choices={"a": "tea " * 12, "b": "tea"})
         with pytest.raises(InputError, match="Expected choices shorter than 12 tokens"):
@@ -373,6 +409,8 @@ class TestInfer:
             (["a", "b", "label"], {}, "text column .*'a', 'b'"),
             (["text", "label"], {"label_column": "kind"}, "column 'kind'.*'text', 'label'"),
             (["text", "label"], {"text_column": "review"}, "column 'review'"),
+            (["text", "label"], {"text_column": "label"}, "two columns for text and label, found 'label' for both"),
+            (["text", "label"], {"template": "{{ text }} {{ label }}"}, "gives the answer away"),
         ],
     )
     def test_columns_that_are_not_there(self, columns, kwargs, message):
@@ -549,6 +587,24 @@ def test_a_missing_label_is_no_class(label):
         Task.infer(rows, choices=CHOICES).check(rows)
     named = Task.infer([*words.rows(4), {"text": "tea", "label": "nan"}], choices={"nan": "none", "pos": "good"})
     assert named.label({"label": "nan"}) == "nan"
+
+
+def test_a_missing_label_is_not_the_label_none():
+    rows = [{"text": "tea", "label": label} for label in ("None", "some", None, "None")]
+    with pytest.raises(InputError, match=r"Expected a label, found none \(row 3\)"):
+        Task.infer(rows).check(rows)
+    task = Task(template=TEMPLATE, choices=CHOICES)
+    with pytest.raises(InputError, match=r"Unknown in all rows together: 'new', 'other'\.$"):
+        task.check([{"text": "tea", "label": label} for label in ("new", None, "other")])
+
+
+def test_a_fingerprint_is_of_what_is_read():
+    task = Task(templates=[TEMPLATE, "{{ text }} {{ more }}"], choices={"pos": "{{ a }}", "neg": "{{ b }}"})
+    row = {"text": "tea", "label": "pos", "a": "good", "b": "bad", "more": "x"}
+    same = [{**row, "label": "neg"}, {**row, "id": 7}, {**row, "more": "y"}]
+    assert {task.fingerprint(other) for other in same} == {task.fingerprint(row)}
+    others = [{**row, "text": "cake"}, {**row, "a": "fine"}, {**row, "a": "bad", "b": "good"}]
+    assert len({task.fingerprint(other) for other in [row, *others]}) == 4
 
 
 def test_a_template_without_choices_is_named_or_counted():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import bisect
 import csv
+import functools
+import hashlib
 import json
 import logging
 import os
 import random
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+    from ia3.config import TaskType
     from ia3.tfew.choices import Question
     from ia3.tfew.icl import Prefix
 
@@ -82,6 +84,23 @@ def _answer_lengths(tokenizer: PreTrainedTokenizerBase, answers: Sequence[dict[s
     return found
 
 
+def _sizes(
+    tokenizer: PreTrainedTokenizerBase, prefix: Prefix | None, family: TaskType, prompts: Sequence[str]
+) -> list[int]:
+    """The number of tokens that each prompt takes of a model's positions; behind a prefix, of those that it leaves."""
+    from ia3.config import TaskType
+    from ia3.tfew.choices import continuation
+
+    if prefix is None:
+        return [len(ids) for ids in tokenizer(list(prompts))["input_ids"]]  # type: ignore[arg-type]
+    # As `Prefix.encode` asks them: what separates a prompt from the prefix takes positions as well.
+    behind = [prefix.separator + prompt for prompt in prompts]
+    if family == TaskType.CAUSAL_LM:
+        return [len(continuation(tokenizer, text)) for text in behind]
+    whole = tokenizer([prefix.text + text for text in behind])["input_ids"]
+    return [len(ids) - len(prefix.tokens) for ids in whole]  # type: ignore[arg-type]
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The fields in a YAML file, in which everything is text: `yes` and `1` are words and labels here, not true and a
     number, and tags mean nothing."""
@@ -95,9 +114,11 @@ class _UnknownLabel(InputError):
 
 
 def _label(value: Any, where: str = "") -> str:
-    """A label as text; more than one is refused."""
+    """A label as text; more than one is refused, and none: as text it would be the class "None" or "nan"."""
     if isinstance(value, (list, tuple, set, dict)):
         raise InputError(_several(value, where))
+    if value is None or value != value:  # NaN differs from itself
+        raise InputError(f"Expected a label, found none{where}; fill or drop the row.")
     return as_text(value)
 
 
@@ -191,6 +212,13 @@ class Task(BaseModel):
             if column not in columns:
                 raise ValueError(
                     f"expected columns of the templates to truncate, found {column!r}; {similar(column, columns)}"
+                )
+        for number, template in enumerate(self.templates, 1):
+            if self.label_column in template.columns and not template.says_answer:
+                which = repr(template.name) if template.name else f"template {number}"
+                raise ValueError(
+                    f"expected a prompt without the label column {self.label_column!r}, which gives the answer away, found "
+                    f"it in {which}; take it out, or say which column holds the label (label_column)"
                 )
         if isinstance(known, list):
             for alias, label in self.aliases.items():
@@ -296,6 +324,10 @@ class Task(BaseModel):
             choices = {label: verbatim(label.replace("_", " ").strip()) for label in labels}
         if template is None:
             text_column = _choose(text_column, columns, "text", "text-column", [label_column])
+            if text_column == label_column:
+                raise InputError(
+                    f"Expected two columns for text and label, found {label_column!r} for both (--text-column)."
+                )
             answers = [choices[label] for label in sorted(choices)]
             template = _made_template(text_column, label_column, answers)
         return cls.create({"name": name, "template": template, "label_column": label_column, "choices": dict(choices)})
@@ -310,13 +342,13 @@ class Task(BaseModel):
         with replacing(path) as temporary:
             temporary.write_text(yaml_text, encoding="utf-8")
 
-    @cached_property
+    @functools.cached_property
     def labels(self) -> list[str] | None:
         """The labels; None where each row has answers of its own, whose labels are their places."""
         own = self._choices_of(0)
         return None if isinstance(own, str) else list(own)
 
-    @cached_property
+    @functools.cached_property
     def columns(self) -> list[str]:
         """The columns that prompts and answers need, in alphabetical order."""
         own = (self._choices_of(template) for template in range(len(self.templates)))
@@ -350,6 +382,12 @@ class Task(BaseModel):
     def _filled(self, row: Row, number: int | None, template: int) -> str:
         words = self.templates[template]
         return words.fill(row, number, self.answers(row, number, template).values() if words.sees_answers else ())
+
+    def fingerprint(self, row: Row, number: int | None = None) -> str:
+        """What stands for all that a model reads of a row, in the first template's words; arguments and errors as of
+        `prompt` and `answers`. Rows of one fingerprint are one and the same to it, whatever their labels."""
+        read = [self.prompt(row, number), *self.answers(row, number).values()]
+        return hashlib.sha256(json.dumps(read).encode()).hexdigest()[:16]
 
     def answers(self, row: Row, number: int | None = None, template: int = 0) -> dict[str, str]:
         """Label → answer text, for a row; arguments and errors as of `prompt`.
@@ -402,7 +440,8 @@ class Task(BaseModel):
         except _UnknownLabel as error:
             if self.labels is None:
                 raise
-            found = dict.fromkeys(as_text(row.get(self.label_column)) for row in rows)
+            values = (row.get(self.label_column) for row in rows)
+            found = dict.fromkeys(as_text(value) for value in values if not is_missing(value))
             unknown = [label for label in found if self.aliases.get(label, label) not in self.labels]
             if len(unknown) < 2:
                 raise
@@ -440,14 +479,16 @@ class Task(BaseModel):
 
         rows = list(rows)
         answers = [self.answers(row, number, template) for number, row in enumerate(rows, 1)]
-        lengths = _answer_lengths(tokenizer, answers, self.separator)
+        family = TaskType.CAUSAL_LM if model is None else task_type(base_of(model))
+        # A classifier reads no answers, so it need not tell them apart.
+        lengths = [] if family == TaskType.SEQ_CLS else _answer_lengths(tokenizer, answers, self.separator)
         limit = prefix.room if prefix is not None else None if model is None else model_max_length(model)
         prompts = [self.prompt(row, number, template) for number, row in enumerate(rows, 1)]
         if limit is not None and prompts:
             # An encoder has its positions for the prompt alone.
-            shared = model is None or task_type(base_of(model)) == TaskType.CAUSAL_LM
-            rooms = [limit - n if shared else limit for n in lengths]
-            prompts = self._fitted(tokenizer, rows, prompts, rooms, template, long_prompts)
+            rooms = [limit - n for n in lengths] if family == TaskType.CAUSAL_LM else [limit] * len(rows)
+            sizes = functools.partial(_sizes, tokenizer, prefix, family)
+            prompts = self._fitted(sizes, rows, prompts, rooms, template, long_prompts)
         labels = None
         if labelled:
             names = [self.label(row, number, template) for number, row in enumerate(rows, 1)]
@@ -456,7 +497,7 @@ class Task(BaseModel):
         if prefix is not None:
             return prefix.encode(prompts, texts, labels)
         questions = encode(tokenizer, prompts, texts, labels, model=model)
-        if model is not None and task_type(base_of(model)) == TaskType.SEQ_CLS:
+        if model is not None and family == TaskType.SEQ_CLS:
             from ia3.tfew.classifier import by_name
 
             return [
@@ -466,7 +507,7 @@ class Task(BaseModel):
 
     def _fitted(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        sizes_of: Callable[[Sequence[str]], list[int]],
         rows: Sequence[Row],
         prompts: list[str],
         rooms: Sequence[int],
@@ -475,8 +516,7 @@ class Task(BaseModel):
     ) -> list[str]:
         """The prompts, those that take more tokens than there is room for with a column cut short."""
         fitted, columns = list(prompts), []
-        sizes = [len(ids) for ids in tokenizer(prompts)["input_ids"]]  # type: ignore[arg-type]
-        for i, (row, size, room) in enumerate(zip(rows, sizes, rooms, strict=True)):
+        for i, (row, size, room) in enumerate(zip(rows, sizes_of(prompts), rooms, strict=True)):
             if size <= room or room < 1:  # `encode` knows what to say of answers that leave no room
                 continue
             if long_prompts == "refuse":
@@ -484,7 +524,7 @@ class Task(BaseModel):
                     f"Expected prompts of at most {room} tokens, found {size} (row {i + 1}); shorten the row, or let the "
                     f"recipe truncate (long_prompts)."
                 )
-            columns.append(self._cut(tokenizer, row, i, room, template, fitted))
+            columns.append(self._cut(sizes_of, row, i, room, template, fitted))
         if columns:
             logger.warning(
                 "%d of %d prompts are longer than the model's context; the end of %s is cut off in them.",
@@ -495,7 +535,13 @@ class Task(BaseModel):
         return fitted
 
     def _cut(
-        self, tokenizer: PreTrainedTokenizerBase, row: Row, i: int, room: int, template: int, fitted: list[str]
+        self,
+        sizes_of: Callable[[Sequence[str]], list[int]],
+        row: Row,
+        i: int,
+        room: int,
+        template: int,
+        fitted: list[str],
     ) -> str:
         """Put a prompt of at most `room` tokens into `fitted`; returns the column that was cut last."""
         names = [name for name in self.templates[template].columns if name in row and not is_missing(row[name])]
@@ -508,7 +554,7 @@ class Task(BaseModel):
             def tokens(length: int, name: str = name, text: str = text) -> int:
                 shorter[name] = text[:length]
                 fitted[i] = self._filled(shorter, i + 1, template)
-                return len(tokenizer(fitted[i])["input_ids"])  # type: ignore[arg-type]
+                return sizes_of([fitted[i]])[0]
 
             # The longest beginning that fits; a column that cannot make room alone is left out for the next one.
             length = bisect.bisect_right(range(len(text)), room, key=tokens) - 1
