@@ -14,6 +14,7 @@ import tiny
 import words
 from ia3 import IA3Config, IA3Model, InputError
 from ia3.tfew import Calibration, Prediction, Recipe, Task, cross_validate, predict, score_choices
+from ia3.tfew.calibration import fold_of_each
 
 CHOICES = {"pos": "good", "neg": "not good", "none": "a tea"}
 TASK = Task(template="review : {{ text }} answer :", choices=CHOICES)
@@ -179,6 +180,53 @@ class TestCrossValidation:
             assert twice.probabilities == pytest.approx(once.probabilities, abs=1e-6)
         assert list(model.peft_config) == ["default"] and model.active_adapters == ["default"]
         assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+    def test_the_callers_adapters_stay_as_they_are(self, tmp_path):
+        model = adapted()
+        for name in ("fold0", "fold2", "idle"):
+            model.add_adapter(name, IA3Config(task_type="CAUSAL_LM"))
+            tiny.randomize(model, 3, name)
+        model.set_adapter(["default", "fold0"], inference_mode=True)  # active and frozen
+        model.set_requires_grad("idle")  # trainable and not active
+        vector, *_ = model.adapter_parameters("fold2")
+        vector.requires_grad_()  # one of several
+        model.eval()
+        before = {name: (value.clone(), value.requires_grad) for name, value in model.named_parameters()}
+        assert {learns for name, (_, learns) in before.items() if name.endswith(".idle")} == {True}
+        found = cross_validate(model, words.tokenizer(), self.TASK, words.rows(12), Recipe(steps=2), 3, 0, tmp_path)
+        assert len(found) == 12 and list(model.peft_config) == ["default", "fold0", "fold2", "idle"]
+        assert model.active_adapters == ["default", "fold0"] and not model.training
+        after = dict(model.named_parameters())
+        assert list(after) == list(before)
+        for name, (value, learns) in before.items():
+            assert torch.equal(after[name], value) and after[name].requires_grad == learns, name
+        model.set_adapter("default")  # which freezes the others: the model knows that one was trainable
+        assert not any(parameter.requires_grad for parameter in model.adapter_parameters("idle"))
+
+    def test_a_start_that_is_not_there_leaves_the_callers_adapters(self, tmp_path):
+        model = adapted()
+        model.add_adapter("fold1", IA3Config(task_type="CAUSAL_LM"))
+        with pytest.raises(InputError, match="nowhere"):
+            recipe = Recipe(steps=1, init=str(tmp_path / "nowhere"))
+            cross_validate(model, words.tokenizer(), self.TASK, words.rows(12), recipe, 2)
+        assert list(model.peft_config) == ["default", "fold1"] and model.active_adapters == ["default"]
+
+    def test_folds_are_known_without_a_model(self):
+        rows = [{"text": f"tea {i // 2}", "label": "pos" if i < 12 else "neg"} for i in range(20)]
+        found = fold_of_each(self.TASK, rows, 4, seed=2)
+        assert set(found) == {0, 1, 2, 3} and found == fold_of_each(self.TASK, rows, 4, seed=2)
+        assert found != fold_of_each(self.TASK, rows, 4, seed=3)
+        assert all(found[i] == found[i + 1] for i in range(0, 20, 2))  # rows in the same words
+
+    def test_answers_tell_rows_apart_where_prompts_do_not(self):
+        task = Task(template="which one ?", choices={"0": "{{ a }}", "1": "{{ b }}"})
+        rows = [{"a": f"tea {i}", "b": f"soup {i}", "label": i % 2} for i in range(6)]
+        assert set(fold_of_each(task, rows, 3)) == {0, 1, 2}
+
+    def test_a_label_that_all_but_one_fold_lack(self):
+        rows = [{"text": "tea", "label": "pos"}, {"text": "soup", "label": "neg"}]
+        with pytest.raises(InputError, match=r"at least two labels beside each of 2 folds, .* found only '(pos|neg)'"):
+            fold_of_each(self.TASK, rows, 2)
 
     @pytest.mark.parametrize("folds", [1, 9])
     def test_folds_that_cannot_be(self, tmp_path, folds):

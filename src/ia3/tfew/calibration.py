@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ia3.errors import InputError, problems
+from ia3.errors import InputError, problems, shown
 from ia3.files import locate_beside, replacing
 
 if TYPE_CHECKING:
@@ -134,6 +136,43 @@ def _calibration_error(scores: Sequence[Mapping[str, float]], labels: Sequence[s
     return float(sum(gaps))
 
 
+def fold_of_each(task: Task, rows: Sequence[Row], folds: int, seed: int = 0) -> list[int]:
+    """The fold that `cross_validate` puts each labelled row into, from 0; nothing is trained or loaded for it.
+
+    Folds are stratified, where a label has as many rows as there are folds. Rows in the same words share one: an adapter
+    that has seen one of them has seen them all.
+
+    Raises:
+        InputError: more folds than rows in different words, fewer than two, or a fold whose other rows show one label only.
+    """
+    from sklearn.model_selection import KFold, StratifiedKFold
+
+    words = [task.fingerprint(row, number) for number, row in enumerate(rows, 1)]
+    found = [task.label(row, number) for number, row in enumerate(rows, 1)]
+    label_of = dict(zip(words, found, strict=True))
+    if not 2 <= folds <= len(label_of):
+        raise InputError(
+            f"Expected from 2 folds to as many as there are different rows ({len(label_of)}), found {folds}."
+        )
+    labels = list(label_of.values())
+    # Where all labels have fewer rows than there are folds, there is nothing to balance.
+    kind = StratifiedKFold if max(Counter(labels).values()) >= folds else KFold
+    with warnings.catch_warnings():  # a label with fewer rows than folds is missing in some: that is all right
+        warnings.simplefilter("ignore", UserWarning)
+        parts = kind(folds, shuffle=True, random_state=seed).split(labels, labels)
+        different = list(label_of)
+        fold_of = {different[i]: number for number, (_, held_out) in enumerate(parts) for i in held_out}
+    each = [fold_of[key] for key in words]
+    for number in range(folds):
+        left = {label for label, fold in zip(found, each, strict=True) if fold != number}
+        if len(left) < 2:
+            raise InputError(
+                f"Expected rows of at least two labels beside each of {folds} folds, to train on, found only {shown(left)} "
+                f"beside one of them; give more rows of each label."
+            )
+    return each
+
+
 def cross_validate(
     model: IA3Model,
     tokenizer: PreTrainedTokenizerBase,
@@ -147,11 +186,12 @@ def cross_validate(
 ) -> list[Prediction]:
     """Predictions for labelled rows by adapters that have not seen them: each fold's by one trained on the others.
 
-    Folds are stratified, where a label has as many rows as there are folds; rows in the same words share one. The adapters are trained all at once, each as
-    a run alone would, and removed at the end.
+    What folds are, `fold_of_each` says. The adapters are trained all at once, each as a run alone would, and removed at
+    the end.
 
     Args:
-        model: gets an adapter for each fold, for the time; its own keep their state.
+        model: gets an adapter for each fold, for the time; its own stay as they are, trainable ones trainable and active
+            ones active.
         tokenizer: the model's.
         task: says what the rows mean.
         rows: N labelled rows.
@@ -165,9 +205,8 @@ def cross_validate(
         A prediction for each row, in the rows' order.
 
     Raises:
-        InputError: more folds than rows in different words, fewer than two, or a fold whose other rows show one label only.
+        InputError: see `fold_of_each`.
     """
-    from sklearn.model_selection import KFold, StratifiedKFold
     from transformers import TrainerCallback
 
     from ia3.config import IA3Config
@@ -176,50 +215,55 @@ def cross_validate(
     from ia3.tfew.fleet import FleetTrainer, Member
     from ia3.tfew.predict import predict
 
-    # An adapter that has seen a row has seen those in the same words.
-    prompts = [task.prompt(row, number) for number, row in enumerate(rows, 1)]
-    label_of = {
-        prompt: task.label(row, number) for number, (prompt, row) in enumerate(zip(prompts, rows, strict=True), 1)
-    }
-    if not 2 <= folds <= len(label_of):
-        raise InputError(
-            f"Expected from 2 folds to as many as there are different rows ({len(label_of)}), found {folds}."
-        )
-    labels = list(label_of.values())
-    # Where all labels have fewer rows than there are folds, there is nothing to balance.
-    kind = StratifiedKFold if max(Counter(labels).values()) >= folds else KFold
-    with warnings.catch_warnings():  # a label with fewer rows than folds is missing in some: that is all right
-        warnings.simplefilter("ignore", UserWarning)
-        parts = kind(folds, shuffle=True, random_state=seed).split(labels, labels)
-        different = list(label_of)
-        fold_of = {different[i]: f"fold{number}" for number, (_, held_out) in enumerate(parts) for i in held_out}
-    names = [f"fold{number}" for number in range(folds)]
-    by_fold = [fold_of[prompt] for prompt in prompts]
-    active = model.active_adapters
-    try:
-        for name in names:
-            if recipe.init is None:
-                model.add_adapter(name, IA3Config(task_type=task_type(base_of(model))))
-            else:
-                model.load_adapter(recipe.init, name, is_trainable=True)
-        members = [
-            Member(name, task, [row for row, its in zip(rows, by_fold, strict=True) if its != name], seed)
-            for name in names
-        ]
-        arguments = recipe.training_arguments(output_dir, seed=seed, save_strategy="no", disable_tqdm=True)
-        trainer = FleetTrainer(model, arguments, tokenizer, members, recipe)
-        trainer.silence()
+    each = fold_of_each(task, rows, folds, seed)
+    free = (name for name in (f"fold{number}" for number in itertools.count()) if name not in model.peft_config)
+    names = list(itertools.islice(free, folds))
+    by_fold = [names[fold] for fold in each]
+    added: list[str] = []
+    with _kept_as_it_is(model):
+        try:
+            for name in names:
+                if recipe.init is None:
+                    model.add_adapter(name, IA3Config(task_type=task_type(base_of(model))))
+                else:
+                    model.load_adapter(recipe.init, name, is_trainable=True)
+                added.append(name)
+            members = [
+                Member(name, task, [row for row, its in zip(rows, by_fold, strict=True) if its != name], seed)
+                for name in names
+            ]
+            arguments = recipe.training_arguments(output_dir, seed=seed, save_strategy="no", disable_tqdm=True)
+            trainer = FleetTrainer(model, arguments, tokenizer, members, recipe)
+            trainer.silence()
 
-        class Steps(TrainerCallback):
-            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                if on_step is not None:
-                    on_step(state.global_step, state.max_steps)
+            class Steps(TrainerCallback):
+                def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                    if on_step is not None:
+                        on_step(state.global_step, state.max_steps)
 
-        trainer.add_callback(Steps())
-        trainer.train()
-        return predict(model, tokenizer, task, rows, adapter_names=by_fold, recipe=recipe)
-    finally:
-        for name in names:
-            if name in model.peft_config:
+            trainer.add_callback(Steps())
+            trainer.train()
+            return predict(model, tokenizer, task, rows, adapter_names=by_fold, recipe=recipe)
+        finally:
+            for name in added:
                 model.delete_adapter(name)
+
+
+@contextmanager
+def _kept_as_it_is(model: IA3Model) -> Iterator[None]:
+    """Within `with`, adapters may come and go; afterwards those of before are active, trainable or frozen as they were."""
+    active, modes = model.active_adapters, [(module, module.training) for module in model.modules()]
+    trainable = {
+        name: [(parameter, parameter.requires_grad) for parameter in model.adapter_parameters(name)]
+        for name in model.peft_config
+    }
+    try:
+        yield
+    finally:
         model.set_adapter(active)
+        for module, mode in modes:
+            module.training = mode
+        for name, parameters in trainable.items():
+            model.set_requires_grad(name, any(learns for _, learns in parameters))  # so that the model knows, too
+            for parameter, learns in parameters:
+                parameter.requires_grad_(learns)
