@@ -159,6 +159,13 @@ class TestTrain:
         monkeypatch.setattr(TFewTrainer, "training_step", step)
         code, _, err = train("--resume", steps=9, output=tmp_path / "cut")
         assert code == 2 and "'recipe'" in err
+        settings = tmp_path / "cut" / "checkpoints" / "run.json"
+        text = settings.read_text()
+        for damage in ("[]", "null"):
+            settings.write_text(damage)
+            code, _, err = train("--resume", steps=8, output=tmp_path / "cut")
+            assert code == 2 and "Expected the interrupted run's settings in" in err and err.count("\n") == 1
+        settings.write_text(text)
         code, out, _ = train("--resume", steps=8, output=tmp_path / "cut")
         assert code == 0 and "Going on from" in out
         a, b = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "cut"))

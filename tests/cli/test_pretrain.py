@@ -110,6 +110,18 @@ def test_interrupted_and_resumed_ends_as_uninterrupted(pretrain, place, tmp_path
     monkeypatch.setattr(MixtureTrainer, "training_step", step)
     shutil.copytree(place, tmp_path / "other")
     (tmp_path / "other" / "teas.jsonl").write_text("\n".join(map(json.dumps, words.rows(30, seed=5))))
+    settings = tmp_path / "cut" / "checkpoints" / "run.json"
+    whole = settings.read_text()
+    for damage, message in (
+        ("[]", "Expected the interrupted run's settings in"),
+        ("null", "Expected the interrupted run's settings in"),
+        (json.dumps({**json.loads(whole), "tasks": ["teas", "soups"]}), "found another 'tasks';"),
+        (json.dumps({**json.loads(whole), "tasks": dict.fromkeys(json.loads(whole)["tasks"])}), "'task', 'rows';"),
+    ):
+        settings.write_text(damage)
+        code, _, err = pretrain("--resume", output=tmp_path / "cut")
+        assert code == 2 and message in err and err.count("\n") == 1
+    settings.write_text(whole)
     for changes, message in (
         ({"steps": 9}, "'recipe'"),
         ({"cap": 3}, "'cap'"),

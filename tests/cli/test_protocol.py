@@ -133,11 +133,35 @@ def test_abstention(ia3, place, task, tmp_path):
     assert code == 0 and "—" in out
 
 
-@pytest.mark.parametrize("folds", [1, 17])
-def test_folds_that_cannot_be(ia3, place, task, tmp_path, folds):
-    code, _, err = train(ia3, place, task, tmp_path / "out", folds=folds)
-    assert code == 2 and "--folds from 2" in err and err.count("\n") == 1
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"folds": 1}, "(--folds 1): Expected from 2 folds to as many as there are different rows"),
+        # 16 examples, but in fewer different words.
+        ({"folds": 16}, "(--folds 16): Expected from 2 folds to as many as there are different rows"),
+        ({"folds": 2, "examples_per_label": 1}, "at least two labels beside each of 2 folds"),
+        ({"folds": 2, "examples_per_label": 1, "seeds": "0,1"}, "Cannot cross-validate seed-0 (--folds 2)"),
+    ],
+)
+def test_folds_that_cannot_be(ia3, place, task, tmp_path, options, message, monkeypatch):
+    monkeypatch.setattr("ia3.load_base", lambda *args: pytest.fail("loaded a model"))
+    code, out, err = train(ia3, place, task, tmp_path / "out", **options)
+    assert code == 2 and message in err and err.count("\n") == 1 and out == ""
     assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_cross_validation_leaves_the_adapters(ia3, place, task, tmp_path, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    assert train(ia3, place, task, tmp_path / "whole", seeds="0,1")[0] == 0
+    monkeypatch.setattr("ia3.tfew.calibration.cross_validate", interrupted)
+    assert train(ia3, place, task, tmp_path / "out", seeds="0,1", folds=4)[0] == 130
+    for name in ("seed-0", "seed-1"):
+        whole, cut = (tmp_path / folder / name for folder in ("whole", "out"))
+        assert sorted(path.name for path in cut.iterdir()) == sorted(path.name for path in whole.iterdir())
+        assert (cut / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
+        assert "calibration" not in json.loads((cut / "metrics.json").read_text())
 
 
 def test_the_recipe_is_stored_and_chosen(ia3, place, task, tmp_path):

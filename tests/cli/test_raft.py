@@ -255,6 +255,43 @@ def test_one_that_is_done_anew_is_unfinished_until_it_is_done(raft, finished, tm
     assert not (tmp_path / "out" / "overruling" / "run.json").exists()
 
 
+@pytest.mark.parametrize(
+    "damage", ["{}", "[]", "null", "{", "cross_validation", "majority", "test_rows", "seconds", "command"]
+)
+def test_results_that_are_none(raft, finished, tmp_path, damage):
+    """What is no JSON, or no results, or lacks a part of them."""
+    shutil.copytree(finished[0] / "overruling", tmp_path / "out" / "overruling")
+    path = tmp_path / "out" / "overruling" / "metrics.json"
+    if damage.isidentifier() and damage != "null":
+        results = json.loads(path.read_text())
+        del results[damage]
+        damage = json.dumps(results)
+    path.write_text(damage)
+    code, out, err = raft("--resume", "--json", tasks="overruling")
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert "Expected the results of a finished task in" in err and "delete the folder" in err
+
+
+def test_an_adapter_of_another_command_in_a_finished_folder(raft, ia3, place, finished, tmp_path):
+    folder = tmp_path / "out" / "overruling"
+    shutil.copytree(finished[0] / "overruling", folder)
+    rows = place / "data" / "overruling" / "train.csv"
+    options = {"model": place / "model", "data": rows, "examples_per_label": 0, "steps": 1, "folds": 2}
+    assert ia3("train", task="overruling", output=folder, **options)[0] == 0
+    code, out, err = raft("--resume", "--json", tasks="overruling")
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert "Expected the results of a finished task in" in err
+
+
+@pytest.mark.parametrize("damage", ["[]", "null", "1", "{"])
+def test_settings_that_are_none(raft, finished, tmp_path, damage):
+    shutil.copytree(finished[0] / "overruling", tmp_path / "out" / "overruling")
+    (tmp_path / "out" / "overruling" / "run.json").write_text(damage)
+    code, out, err = raft("--resume", "--json", tasks="overruling")
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert "Expected the interrupted run's settings in" in err
+
+
 def test_another_number_of_rows_is_said(raft, tmp_path):
     write_task(tmp_path / "data", "overruling", train=20)
     code, out, _ = raft(tasks="overruling", data=tmp_path / "data")
@@ -295,7 +332,7 @@ def test_starts_from_other_vectors(raft, finished, tmp_path):
         ({"data": "nowhere"}, "folder with RAFT's data, found no 'nowhere'"),
         ({"tasks": "ade_corpus_v2"}, "ade_corpus_v2/train.csv'"),
         ({"recipe": "huge"}, "recipe of paper, small"),
-        ({"folds": 51}, "number of training rows (50 of overruling), found 51"),
+        ({"folds": 51}, "RAFT's overruling (--folds 51): Expected from 2 folds to as many as there are different rows"),
         ({"model": "./nowhere"}, "no './nowhere' here"),
     ],
 )

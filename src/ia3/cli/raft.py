@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections import Counter
@@ -24,7 +23,7 @@ from ia3.cli.common import (
     quiet,
     recipe_for,
 )
-from ia3.cli.results import write, write_json
+from ia3.cli.results import SEEN, read_metrics, write, write_json
 from ia3.cli.resume import RUN_NAME, fingerprint, require_same
 from ia3.cli.run import cross_validated, train_alone, with_adapters
 from ia3.errors import InputError, shown
@@ -37,6 +36,8 @@ if TYPE_CHECKING:
     from ia3.tfew.recipe import Recipe
 
 _ADAPTER = "default"
+
+_COMMAND = "ia3 raft"
 
 
 def raft(
@@ -69,6 +70,7 @@ def raft(
     out = console(json_output)
     if output.is_file():
         raise InputError(f"Expected a folder for --output, found the file {str(output)!r}.")
+    from ia3.tfew.calibration import fold_of_each
     from ia3.tfew.raft import RAFT_TASKS, TRAIN_ROWS, RaftTask
 
     names = RAFT_TASKS if tasks is None else [part.strip() for part in tasks.split(",") if part.strip()]
@@ -76,10 +78,10 @@ def raft(
         raise InputError(f"Expected different tasks with commas between them for --tasks, found {tasks!r}.")
     chosen = {name: RaftTask.load(name, data) for name in names}
     for name, one in chosen.items():
-        if folds > len(one.train):
-            raise InputError(
-                f"Expected --folds from 2 to the number of training rows ({len(one.train)} of {name}), found {folds}."
-            )
+        try:
+            fold_of_each(one.task, one.train, folds, seed)
+        except InputError as error:
+            raise InputError(f"Cannot cross-validate on RAFT's {name} (--folds {folds}): {error}") from error
     plan = recipe_for(model, recipe, init=init)
     for name, one in chosen.items():
         if len(one.train) != TRAIN_ROWS:
@@ -146,10 +148,17 @@ def _earlier(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     require_same(folder / RUN_NAME, dict(settings))
     if not (folder / PREDICTIONS_NAME).is_file():
         raise InputError(f"Expected the {PREDICTIONS_NAME} of a finished task in {str(folder)!r}; delete the folder.")
+    error = InputError(f"Expected the results of a finished task in {str(folder)!r}; delete the folder.")
     try:
-        return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"Expected the results of a finished task in {str(folder)!r}; delete the folder.") from error
+        found = read_metrics(folder)
+        numbers = [found[key]["macro_f1"] for key in ("cross_validation", "majority")]
+        numbers += [found["test_rows"], found["seconds"]]
+    except (InputError, KeyError, TypeError) as cause:
+        raise error from cause
+    # Another command's adapter in the same folder is measured otherwise, and has labelled no test rows.
+    if found.get("command") != _COMMAND or not all(isinstance(number, (int, float)) for number in numbers):
+        raise error
+    return {key: value for key, value in found.items() if key != SEEN}
 
 
 class _Bench:
@@ -201,7 +210,7 @@ class _Bench:
         labels = [task.label(row) for row in one.train]
         majority = min(Counter(labels).items(), key=lambda pair: (-pair[1], pair[0]))[0]
         results = {
-            "command": "ia3 raft",
+            "command": _COMMAND,
             "cross_validation": {**scores, "folds": self.folds},
             "majority": task.metrics(labels, [majority] * len(labels)),
             "seconds": round(time.perf_counter() - started, 2),
@@ -216,7 +225,7 @@ class _Bench:
             "model": self.base.name_or_path,
             "task": task.name,
         }
-        results = write(folder, model, _ADAPTER, task, recipe, results, calibration)
+        results = write(folder, model, _ADAPTER, task, recipe, results, one.train, calibration)
         write_predictions(folder / PREDICTIONS_NAME, one.test, [prediction.best for prediction in found])
         return results
 

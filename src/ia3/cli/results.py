@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ia3.cli.common import TASK_NAME
+from ia3.errors import InputError
 from ia3.files import replacing
 
 if TYPE_CHECKING:
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
     from ia3.model import IA3Model
     from ia3.tfew.calibration import Calibration
     from ia3.tfew.recipe import Recipe
-    from ia3.tfew.task import Task, Template
+    from ia3.tfew.task import Row, Task, Template
+
+# The key of the training rows' fingerprints in metrics.json.
+SEEN = "train_rows"
 
 _METHODS = {"zero_shot": "zero-shot", "trained": "trained", "majority": "majority class"}
 _METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
@@ -31,16 +35,22 @@ def write(
     task: Task,
     recipe: Recipe,
     results: dict[str, Any],
+    examples: Sequence[Row],
     calibration: Calibration | None = None,
 ) -> dict[str, Any]:
-    """Save an adapter and all that belongs to it; returns the results with the adapter's size."""
+    """Save an adapter and all that belongs to it; returns the results with the adapter's size.
+
+    What the examples were that it learned from, metrics.json says in fingerprints, for programs alone.
+    """
     from ia3.tfew.calibration import CALIBRATION_NAME
 
     task.save(folder / TASK_NAME)
     if calibration is not None:
         results = {**results, "calibration": calibration.model_dump()}
     card = functools.partial(_model_card, folder, task, recipe)
-    results = write_adapter(folder, model, adapter, recipe, results, card)
+    seen = {SEEN: [task.fingerprint(row) for row in examples]}
+    results = write_adapter(folder, model, adapter, recipe, {**results, **seen}, card)
+    del results[SEEN]
     if calibration is not None:
         calibration.save(folder)
     else:
@@ -68,6 +78,25 @@ def write_adapter(
     with replacing(folder / "README.md") as path:
         path.write_text(card(results), encoding="utf-8")
     return results
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """What `write` has stored beside an adapter; nothing where there is no metrics.json.
+
+    Raises:
+        InputError: a file that is not of this kind.
+    """
+    path = folder / "metrics.json"
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"Expected JSON in {path}: {error}; delete it.") from error
+    seen = found.get(SEEN, []) if isinstance(found, dict) else None
+    if not isinstance(seen, list) or not isinstance(found.get("steps", 0), int):
+        raise InputError(f"Expected what ia3 train measured in {path}; delete it.")
+    return found
 
 
 def write_json(path: Path, value: Any) -> None:

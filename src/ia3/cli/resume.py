@@ -53,6 +53,8 @@ def require_same(path: Path, settings: dict[str, Any], parts: str = "") -> None:
     """Refuse to go on with a run whose stored settings are others (`InputError`); arguments as of `checkpoint_of`."""
     try:
         earlier = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(earlier, dict):
+            raise ValueError(f"found a {type(earlier).__name__}")
     except (OSError, ValueError) as error:
         raise InputError(
             f"Expected the interrupted run's settings in {str(path)!r}; start anew without --resume."
@@ -69,9 +71,9 @@ def _differences(earlier: dict[str, Any], now: dict[str, Any], parts: str) -> li
     """The settings in which two runs differ, by name."""
     different = [key for key in now if key != parts and earlier.get(key) != now[key]]
     before, after = earlier.get(parts, {}), now.get(parts, {})
-    if list(before) != list(after):
+    if not isinstance(before, dict) or list(before) != list(after):
         return [*different, parts]
-    pairs = [(before[name], after[name]) for name in after]
+    pairs = [(before[name] if isinstance(before[name], dict) else {}, after[name]) for name in after]
     return different + list(dict.fromkeys(key for a, b in pairs for key in b if a.get(key) != b[key]))
 
 

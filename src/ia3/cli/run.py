@@ -163,42 +163,54 @@ def run_jobs(out: Console, run: Run, checkpoint: str | None) -> dict[str, dict[s
         seconds = time.perf_counter() - started
         names = {job.name: adapter for adapter, job in zip(adapters, jobs, strict=True)}
         after = _in_each_template(run, lambda some, template: _trained(bars, some, names, predicted, template))
-        checked = [_cross_validated(bars, model, tokenizer, run, job) for job in jobs]
-
-    results = {}
-    for adapter, job, before, then, (validated, calibration) in zip(
-        adapters, jobs, zero_shot, after, checked, strict=True
-    ):
-        found: dict[str, Any] = {}
-        if job.test:
-            # The majority of the training rows says nothing when they are balanced; the test rows' own is the fair bar.
-            labels = [job.task.label(row) for row in job.test]
-            majority = Counter(labels).most_common(1)[0][0]
-            found = {
-                "zero_shot": _median(before),
-                "trained": _median(then),
-                "majority": job.task.metrics(labels, [majority] * len(labels)),
+        found: dict[str, dict[str, Any]] = {}
+        for adapter, job, before, then in zip(adapters, jobs, zero_shot, after, strict=True):
+            found[job.name] = _measured(run, job, before, then) | {
+                "train_seconds": round(seconds, 2),
+                "train_loss": trained.metrics[f"train_loss/{adapter}"],
+                "recipe": run.recipe.name,
+                "steps": trainer.steps_of(adapter),
+                "seed": job.seed,
+                **({} if job.learning_rate is None else {"learning_rate": job.learning_rate}),
+                **({} if len(jobs) == 1 else {"trained_at_once": len(jobs)}),
+                "train_examples": len(job.examples),
+                "test_rows": len(job.test),
+                "trainable_parameters": sum(parameter.numel() for parameter in model.adapter_parameters(adapter)),
+                "model": base.name_or_path,
+                "task": job.task.name,
             }
-            if run.all_templates:
-                pairs = zip(job.task.templates, before, then, strict=True)
-                found["templates"] = [{"name": template.name, "zero_shot": a, "trained": b} for template, a, b in pairs]
-        found |= {
-            **({} if validated is None else {"cross_validation": validated}),
-            "train_seconds": round(seconds, 2),
-            "train_loss": trained.metrics[f"train_loss/{adapter}"],
-            "recipe": run.recipe.name,
-            "steps": trainer.steps_of(adapter),
-            "seed": job.seed,
-            **({} if job.learning_rate is None else {"learning_rate": job.learning_rate}),
-            **({} if len(jobs) == 1 else {"trained_at_once": len(jobs)}),
-            "train_examples": len(job.examples),
-            "test_rows": len(job.test),
-            "trainable_parameters": sum(parameter.numel() for parameter in model.adapter_parameters(adapter)),
-            "model": base.name_or_path,
-            "task": job.task.name,
-        }
-        results[job.name] = write(run.folder / job.name, model, adapter, job.task, run.recipe, found, calibration)
+
+        def save(adapter: str, job: Job, calibration: Calibration | None = None) -> dict[str, Any]:
+            its = found[job.name]
+            return write(run.folder / job.name, model, adapter, job.task, run.recipe, its, job.examples, calibration)
+
+        # Before they are cross-validated: what has been trained is not lost to what comes after it.
+        results = {job.name: save(adapter, job) for adapter, job in zip(adapters, jobs, strict=True)}
+        if run.folds:
+            for adapter, job in zip(adapters, jobs, strict=True):
+                found[job.name]["cross_validation"], calibration = _cross_validated(bars, model, tokenizer, run, job)
+                results[job.name] = save(adapter, job, calibration)
     return results
+
+
+def _measured(
+    run: Run, job: Job, zero_shot: Sequence[dict[str, float]], trained: Sequence[dict[str, float]]
+) -> dict[str, Any]:
+    """What was measured on a job's test rows, in each template; nothing without them."""
+    if not job.test:
+        return {}
+    # The majority of the training rows says nothing when they are balanced; the test rows' own is the fair bar.
+    labels = [job.task.label(row) for row in job.test]
+    majority = Counter(labels).most_common(1)[0][0]
+    found: dict[str, Any] = {
+        "zero_shot": _median(zero_shot),
+        "trained": _median(trained),
+        "majority": job.task.metrics(labels, [majority] * len(labels)),
+    }
+    if run.all_templates:
+        pairs = zip(job.task.templates, zero_shot, trained, strict=True)
+        found["templates"] = [{"name": template.name, "zero_shot": a, "trained": b} for template, a, b in pairs]
+    return found
 
 
 def _in_each_template(
@@ -221,9 +233,7 @@ def _median(some: Sequence[dict[str, float]]) -> dict[str, float]:
 
 def _cross_validated(
     bars: Progress, model: Any, tokenizer: Any, run: Run, job: Job
-) -> tuple[dict[str, float] | None, Calibration | None]:
-    if not run.folds:
-        return None, None
+) -> tuple[dict[str, float], Calibration]:
     recipe = run.recipe.changed(learning_rate=job.learning_rate)
     title = job.titled("Cross-validation")
     return cross_validated(

@@ -160,8 +160,14 @@ def train(
     for path in dict.fromkeys(path for job in jobs for path in (folder / job.name, (folder / job.name).parent, folder)):
         if path.is_file():
             raise InputError(f"Expected a folder for --output, found the file {str(path)!r}.")
-    if folds == 1 or any(folds > len(job.examples) for job in jobs):
-        raise InputError(f"Expected --folds from 2 to the number of training examples, or 0, found {folds}.")
+    if folds:
+        from ia3.tfew.calibration import fold_of_each
+
+        for job in jobs:
+            try:
+                fold_of_each(job.task, job.examples, folds, job.seed)
+            except InputError as error:
+                raise InputError(f"Cannot cross-validate {job.name} (--folds {folds}): {error}") from error
     chosen = recipe_for(model, recipe, steps=steps, init=init)
     run = Run(model, jobs, chosen, examples_per_label, folder, folds, all_templates)
     checkpoint = run.checkpoint() if resume else None
