@@ -133,6 +133,27 @@ def test_table_with_an_adapter_that_is_trained_already(run, ia3, place, tmp_path
     assert row["accuracy"] == trained["accuracy"]
 
 
+def test_costs_are_of_the_examples_that_training_sees(run, place):
+    code, out, err = run("--json", shots="2", examples_per_label=1)
+    assert code == 0, err
+    zero, _, few = json.loads(out)["rows"]
+    assert few["examples"] == 2 and few["steps"] == 3
+    assert few["training_flops_estimate"] == 3 * 3 * 2 * zero["inference_flops_estimate"]
+    assert few["training_flops"] < 3 * 3 * 2 * zero["inference_flops"]
+
+
+def test_shots_are_read_without_counting_when_they_are_timed(run, monkeypatch):
+    from torch.utils._python_dispatch import _get_current_dispatch_mode as mode
+
+    from ia3.tfew import icl
+
+    read, modes = icl.Prefix._read, []
+    monkeypatch.setattr(icl.Prefix, "_read", lambda self, model: modes.append(mode()) or read(self, model))
+    code, _, err = run("--json", shots="2")
+    assert code == 0, err
+    assert modes[0] is None and modes[1] is not None
+
+
 @pytest.mark.parametrize(
     "model, per_label, methods",
     [("llama", 16, ["8-shot", "16-shot"]), ("llama", 5, ["8-shot"]), ("gpt2", 16, [])],  # 32 examples, 10, 64 tokens

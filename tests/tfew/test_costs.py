@@ -13,9 +13,11 @@ from ia3.tfew.costs import (
     count_flops,
     count_parameters,
     estimated_flops,
+    example_flops,
+    examples_seen,
     measure,
-    step_flops,
 )
+from ia3.tfew.fleet import _batches
 from ia3.tfew.icl import Prefix
 
 HEADS, WIDTH, KV = tiny.HEADS, tiny.HIDDEN // tiny.HEADS, 2 * (tiny.HIDDEN // tiny.HEADS)
@@ -82,14 +84,50 @@ def test_training_costs_twice_a_forward_pass(llama):
     llama.set_attn_implementation("eager")
     model = IA3Model(llama, IA3Config())
     task = Task(template="review : {{ text }}", choices={"pos": "good", "neg": "bad"})
-    found = step_flops(model, words.tokenizer(), task, words.rows(32), Recipe())
-    forward = llama_flops(rows=8, length=7, projected=1)
+    found = example_flops(model, words.tokenizer(), task, words.rows(32), Recipe())
+    forward = llama_flops(rows=1, length=7, projected=1)
     assert 1.7 * forward < found < 2.1 * forward
     assert all(parameter.grad is None for parameter in model.parameters())
     model.set_requires_grad("default", False)
-    assert step_flops(model, words.tokenizer(), task, words.rows(32), Recipe()) == found
-    assert not any(parameter.requires_grad for parameter in model.parameters())
+    model.eval()
+    assert example_flops(model, words.tokenizer(), task, words.rows(32), Recipe()) == found
+    assert not any(parameter.requires_grad for parameter in model.parameters()) and not model.training
+    # As many for an example where there are fewer than a batch takes.
+    assert example_flops(model, words.tokenizer(), task, words.rows(2), Recipe()) == found
     assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
+
+
+SHARED = Task(template=f"{'tea ' * 60} {{{{ text }}}}", choices={"pos": "good", "neg": "bad"})
+
+
+def test_a_beginning_that_rows_share_is_counted_once(llama):
+    """As `predict` reads it, whose seconds stand beside."""
+    rows = [{"text": word} for word in ["cake soup", "soup cake", "the tea", "a cake"] * 10]
+    read = llama_flops(rows=1, length=60, projected=1)
+    behind = llama_flops(rows=40, length=2, projected=1, before=60)
+    assert measure(llama, words.tokenizer(), SHARED, rows).flops == (read + behind) / 40
+    # The same words behind other ones share nothing.
+    alone = [{"text": word} for word in ["cake soup", "soup cake"]]
+    assert measure(llama, words.tokenizer(), SHARED, alone).flops == llama_flops(rows=1, length=62, projected=1)
+
+
+def test_training_reads_a_shared_beginning_once_a_step(llama):
+    llama.set_attn_implementation("eager")
+    model = IA3Model(llama, IA3Config())
+    rows = [{"text": word, "label": label} for word, label in [("cake soup", "pos"), ("soup cake", "neg")] * 16]
+    found = example_flops(model, words.tokenizer(), SHARED, rows, Recipe())
+    once = llama_flops(rows=1, length=60, projected=1) / 8 + llama_flops(rows=1, length=2, projected=1, before=60)
+    # Of the beginning, the last layer hands on keys and values alone, and so the way back is shorter.
+    assert 1.5 * once < found < 2.1 * once
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("rows, batch, steps", [(32, 8, 10), (2, 8, 5), (10, 8, 5), (10, 3, 9), (8, 8, 1), (7, 4, 2)])
+def test_examples_seen_are_those_of_the_trainers_batches(tmp_path, rows, batch, steps):
+    recipe = Recipe(batch_size=batch, steps=steps)
+    arguments = recipe.training_arguments(tmp_path)
+    expected = sum(map(len, _batches(list(range(rows)), arguments, seed=0)))
+    assert examples_seen(rows, recipe, steps) == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

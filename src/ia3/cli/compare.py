@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +32,7 @@ from ia3.cli.common import (
     quiet,
     recipe_for,
 )
-from ia3.cli.results import write_json
+from ia3.cli.results import read_metrics, write_json
 from ia3.cli.run import train_alone, with_adapters
 from ia3.cli.train import drawn, numbers, source_of
 from ia3.config import TaskType
@@ -234,10 +233,12 @@ class Comparison:
         from ia3.tfew.costs import count_flops
         from ia3.tfew.icl import Prefix, shots_text
 
+        text = shots_text(self.task, shots)
         started = time.perf_counter()
-        with count_flops() as counter:
-            prefix = Prefix(self.base, self.tokenizer, shots_text(self.task, shots))
+        prefix = Prefix(self.base, self.tokenizer, text)
         seconds = time.perf_counter() - started
+        with count_flops() as counter:  # again, because counting takes time of its own
+            Prefix(self.base, self.tokenizer, text)
         measured = self._measure(bars, f"{count}-shot", self.base, prefix)
         again = counter.get_total_flops() if prefix.is_cached else 0
         return self._row(
@@ -264,7 +265,6 @@ class Comparison:
 
     def _train(self, bars: Progress) -> tuple[Any, dict[str, Any]]:
         from ia3.checkpoint import WEIGHTS_NAME, save_adapter
-        from ia3.tfew.costs import step_flops
 
         recipe = self.recipe
         model = with_adapters(self.base, ["default"], recipe.init)
@@ -276,8 +276,7 @@ class Comparison:
             size = Path(scratch, WEIGHTS_NAME).stat().st_size
         steps = trainer.steps_of("default")
         return model.eval(), {
-            "training_flops": steps * step_flops(model, self.tokenizer, self.task, self.examples, recipe),
-            "training_flops_estimate": self._training_estimate(recipe.batch_size * steps),
+            **self._training_flops(model, recipe, len(self.examples), steps),
             "disk_bytes": size,
             "examples": len(self.examples),
             "once_seconds": seconds,
@@ -287,39 +286,33 @@ class Comparison:
 
     def _recorded(self, model: IA3Model, folder: Path) -> dict[str, Any]:
         """What an adapter's training cost, as far as its folder says; None where it does not."""
-        from ia3.tfew.costs import step_flops
         from ia3.tfew.recipe import RECIPE_NAME, Recipe
 
-        found: dict[str, Any] = {}
-        if (folder / "metrics.json").is_file():
-            try:
-                found = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise InputError(f"Expected JSON in {folder / 'metrics.json'}: {error}; delete it.") from error
-            if not isinstance(found, dict) or not isinstance(found.get("steps", 0), int):
-                raise InputError(f"Expected what ia3 train measured in {folder / 'metrics.json'}; delete it.")
-        steps, flops, estimate = found.get("steps"), None, None
-        if steps is not None and (folder / RECIPE_NAME).is_file():
-            recipe = Recipe.load(folder / RECIPE_NAME)
-            flops = steps * step_flops(model, self.tokenizer, self.task, self.examples, recipe)
-            estimate = self._training_estimate(recipe.batch_size * steps)
+        found = read_metrics(folder)
+        steps, examples = found.get("steps"), found.get("train_examples")
+        costs: dict[str, Any] = dict.fromkeys(("training_flops", "training_flops_estimate"))
+        if steps and examples and (folder / RECIPE_NAME).is_file():
+            costs = self._training_flops(model, Recipe.load(folder / RECIPE_NAME), examples, steps)
         return {
-            "training_flops": flops,
-            "training_flops_estimate": estimate,
-            "examples": found.get("train_examples"),
+            **costs,
+            "examples": examples,
             "once_seconds": found.get("train_seconds"),
             "recipe": found.get("recipe"),
             "steps": steps,
         }
 
-    def _training_estimate(self, examples: int) -> float:
-        """The paper's, for so many passes of an example."""
+    def _training_flops(self, model: IA3Model, recipe: Recipe, examples: int, steps: int) -> dict[str, float]:
+        """What so many steps on so many examples take: counted, and by the paper's estimate."""
         from ia3.tfew.choices import row_length
-        from ia3.tfew.costs import estimated_flops
+        from ia3.tfew.costs import estimated_flops, example_flops, examples_seen
 
+        seen = examples_seen(examples, recipe, steps)
         questions = self.task.questions(self.tokenizer, self.examples, model=self.base)
-        tokens = examples * sum(map(row_length, questions)) / len(questions)
-        return estimated_flops(self.parameters, tokens, self._both, training=True)
+        tokens = seen * sum(map(row_length, questions)) / len(questions)
+        return {
+            "training_flops": seen * example_flops(model, self.tokenizer, self.task, self.examples, recipe),
+            "training_flops_estimate": estimated_flops(self.parameters, tokens, self._both, training=True),
+        }
 
     def _measure(self, bars: Progress, title: str, model: Any, prefix: Any = None) -> Measured:
         from ia3.tfew.costs import measure

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from ia3.tfew.beginning import parts
 from ia3.tfew.choices import (
-    BATCH_TOKENS,
+    Batch,
     Question,
     base_of,
     batches,
-    collate,
     evaluating,
     padding_id,
     row_length,
@@ -26,7 +27,7 @@ from ia3.tfew.choices import (
 from ia3.tfew.losses import tfew_loss
 from ia3.tfew.predict import Prediction, predict
 from ia3.tfew.task import Row, Task
-from ia3.tfew.trainer import training_examples
+from ia3.tfew.trainer import TRAINING_TOKENS, training_examples
 
 if TYPE_CHECKING:
     from torch import nn
@@ -121,8 +122,9 @@ def measure(
 ) -> Measured:
     """Predict rows' labels, and measure.
 
-    FLOPs are counted in up to four real batches of different lengths, padding in them too; the others are taken to have
-    as many for each place in their rows.
+    FLOPs are counted in the batches of prediction, padding in them too: in up to four of different lengths, and the others
+    are taken to have as many for each place in their rows. What rows share and the model reads once is counted in full,
+    and each of them has a part of it.
 
     Args:
         model, tokenizer, task, rows, prefix, on_progress, recipe: see `predict`; at least one row.
@@ -134,28 +136,52 @@ def measure(
     seconds = time.perf_counter() - started
 
     questions: Sequence[Question] = task.questions(tokenizer, rows, labelled=False, model=model, prefix=prefix)
-    layout, batch_tokens = collate, BATCH_TOKENS
-    if prefix is not None:
-        questions, layout, batch_tokens = prefix.prepare(model, questions)
-    groups = list(batches(questions, batch_tokens))
-    places = [len(group) * row_length(questions[group[0]]) for group in groups]
-    count = min(len(groups), _COUNTED_BATCHES)
-    counted = [(2 * i + 1) * len(groups) // (2 * count) for i in range(count)]
     device, pad = next(model.parameters()).device, padding_id(tokenizer)
-    with evaluating(model), torch.inference_mode(), count_flops() as counter:
-        for number in counted:
-            batch = layout(model, [questions[i] for i in groups[number]], pad)
-            token_log_probs(model, to_device(batch, device))
-    flops = counter.get_total_flops() * sum(places) / sum(places[number] for number in counted)
-    before = len(prefix.tokens) if prefix is not None and prefix.is_cached else 0
-    tokens = before + statistics.mean(map(row_length, questions))
+    with evaluating(model), torch.inference_mode():
+        places = [_places(batch) for batch in _asked(model, questions, pad, prefix)]
+        count = min(len(places), _COUNTED_BATCHES)
+        counted = [(2 * i + 1) * len(places) // (2 * count) for i in range(count)]
+        in_rows = 0
+        with count_flops() as counter:
+            for number, batch in enumerate(_asked(model, questions, pad, prefix)):
+                if number in counted:
+                    before = counter.get_total_flops()
+                    token_log_probs(model, to_device(batch, device))
+                    in_rows += counter.get_total_flops() - before
+    once = counter.get_total_flops() - in_rows
+    flops = once + in_rows * sum(places) / sum(places[number] for number in counted)
+    behind = len(prefix.tokens) if prefix is not None and prefix.is_cached else 0
+    tokens = behind + statistics.mean(map(row_length, questions))
     return Measured(predictions, flops / len(rows), tokens, seconds / len(rows))
 
 
-def step_flops(
+def _asked(
+    model: nn.Module, questions: Sequence[Question], pad_token_id: int, prefix: Prefix | None
+) -> Iterator[Batch]:
+    """The batches that `score_questions` would ask."""
+    if prefix is None:
+        yield from (batch for _, batch in parts(model, questions, pad_token_id))
+    else:
+        questions, layout, batch_tokens = prefix.prepare(model, questions)
+        for group in batches(questions, batch_tokens):
+            yield layout(model, [questions[i] for i in group], pad_token_id)
+
+
+def _places(batch: Batch) -> int:
+    """How many tokens a batch's rows have room for."""
+    return sum(batch[name].numel() for name in ("input_ids", "decoder_input_ids") if name in batch)
+
+
+def examples_seen(rows: int, recipe: Recipe, steps: int) -> int:
+    """How many examples so many steps go through, each as often as it comes: an epoch's last batch holds what is left."""
+    epochs, more = divmod(steps, math.ceil(rows / recipe.batch_size))
+    return epochs * rows + min(more * recipe.batch_size, rows)
+
+
+def example_flops(
     model: IA3Model, tokenizer: PreTrainedTokenizerBase, task: Task, rows: Sequence[Row], recipe: Recipe
 ) -> float:
-    """FLOPs of a step of training the active adapter: forward and backward of real batches, a mean over up to four.
+    """FLOPs of training the active adapter on an example once: forward and backward in up to four steps, as a mean.
 
     They are counted apart from training, because counting takes other kernels, which round otherwise. Nothing is
     trained, and no gradient is left.
@@ -164,7 +190,8 @@ def step_flops(
         model, tokenizer, task, rows, recipe: as of `TFewTrainer`.
     """
     examples = training_examples(task, tokenizer, rows, model, recipe, seed=0)
-    count = min(_COUNTED_STEPS, max(len(examples) // recipe.batch_size, 1))
+    size, count = recipe.batch_size, min(_COUNTED_STEPS, max(len(examples) // recipe.batch_size, 1))
+    steps = [[one.drawn(step) for one in examples[step * size : (step + 1) * size]] for step in range(count)]
     device, pad = next(model.parameters()).device, padding_id(tokenizer)
     frozen = [
         parameter for parameter in model.adapter_parameters(model.active_adapters[0]) if not parameter.requires_grad
@@ -172,18 +199,22 @@ def step_flops(
     for parameter in frozen:
         parameter.requires_grad_()
     try:
-        collate(model, [max((question for one in examples for question in one.questions), key=row_length)], pad)
-        with evaluating(model), count_flops() as counter:
-            for step in range(count):
-                some = examples[step * recipe.batch_size : (step + 1) * recipe.batch_size]
-                questions = [example.drawn(step) for example in some]
-                for group in batches(questions):
-                    batch = to_device(collate(model, [questions[i] for i in group], pad), device)
-                    loss = tfew_loss(
-                        token_log_probs(model, batch), batch["mask"], batch["label"], **recipe.loss_weights
-                    )
-                    loss.total.backward()
-        return counter.get_total_flops() / count
+        with evaluating(model):  # afterwards, modes are as they were
+            model.train()  # what rows may share depends on it
+            for questions in steps:  # whether packing and sharing are exact is tried once, and not each step
+                for _ in parts(model, questions, pad, TRAINING_TOKENS):
+                    pass
+            with count_flops() as counter:
+                for questions in steps:
+                    losses = []
+                    for _, batch in parts(model, questions, pad, TRAINING_TOKENS):
+                        batch = to_device(batch, device)
+                        loss = tfew_loss(
+                            token_log_probs(model, batch), batch["mask"], batch["label"], **recipe.loss_weights
+                        )
+                        losses.append(loss.total)
+                    torch.stack(losses).sum().backward()  # once, through what the parts share as well
+        return counter.get_total_flops() / sum(map(len, steps))
     finally:
         model.zero_grad()
         for parameter in frozen:
