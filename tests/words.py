@@ -64,6 +64,11 @@ def rows(count: int = 40, seed: int = 0) -> list[dict[str, str]]:
     return made
 
 
+def different(count: int = 40, seed: int = 0) -> list[dict[str, str]]:
+    """The same, no two of them in the same words."""
+    return [{**row, "text": f"{row['text']} {number}"} for number, row in enumerate(rows(count, seed))]
+
+
 def closing(opening: str = "", **kwargs) -> PreTrainedTokenizerFast:
     """The same, with `</s>` behind each text, as T5's; and perhaps a token before it, as BERT's."""
     made = tokenizer(**kwargs)

@@ -127,8 +127,8 @@ class TestTrain:
     def test_from_a_task_file_with_the_rest_as_test_rows(self, ia3, place, tmp_path):
         task = Task(template=TEMPLATE, choices={"pos": "good", "neg": "bad"}, name="teas", train="train.csv")
         task.save(tmp_path / "task.yaml")
-        shutil.copy(place / "train.csv", tmp_path)
-        code, out, _ = ia3(
+        write_csv(tmp_path / "train.csv", words.different(60))
+        code, out, err = ia3(
             "train",
             "-m",
             place / "model",
@@ -141,6 +141,16 @@ class TestTrain:
             "--json",
         )
         assert code == 0 and json.loads(out)["test_rows"] == 60 - 32 and json.loads(out)["task"] == "teas"
+        assert "in the very words" not in err
+
+    def test_given_test_rows_in_the_words_of_examples_stay_and_are_counted(self, train, tmp_path):
+        examples = words.different(32)
+        rows = [*examples[:3], {"text": "the tea was fresh", "label": "pos"}]
+        data, test = (write_csv(tmp_path / name, some) for name, some in (("a.csv", examples), ("b.csv", rows)))
+        code, out, _ = train(data=data, test_data=test)
+        assert code == 0 and "3 test rows are in the very words of training examples." in out and "4 test rows" in out
+        assert len(json.loads((tmp_path / "out" / "metrics.json").read_text())["train_rows"]) == 32
+        assert "train_rows" not in train("--json", data=data, test_data=test)[1]
 
     def test_interrupted_and_resumed_ends_as_uninterrupted(self, train, tmp_path, monkeypatch):
         from ia3.tfew import TFewTrainer
@@ -182,6 +192,8 @@ class TestTrain:
             ({"text_column": "review", "template": None}, "column 'review' (--text-column)"),
             ({"template": "{{ review }}"}, "names 'review', but the columns are 'text', 'label'"),
             ({"template": "{{ text"}, "Jinja"),
+            ({"template": "{{ text }} {{ label }}"}, "without the label column 'label', which gives the answer away"),
+            ({"text_column": "label", "template": None}, "two columns for text and label, found 'label' for both"),
             ({"choices": "pos=good"}, "at least two"),
             ({"choices": "pos=good,pos=bad"}, "different labels"),
             ({"choices": "pos=good,bad=bad"}, "found 'neg' (row 2)"),

@@ -122,7 +122,7 @@ def test_table_with_an_adapter_that_is_trained_already(run, ia3, place, tmp_path
     # The same training, so the same costs and the same answers.
     for key in KEYS - {"seconds", "once_seconds"}:
         assert row[key] == trained[key], key
-    for damage in ("{", "[]", '{"steps": "x"}'):
+    for damage in ("{", "[]", '{"steps": "x"}', '{"train_rows": 3}', '{"train_examples": "x"}'):
         (tmp_path / "adapter" / "metrics.json").write_text(damage)
         code, _, err = run("--json", adapter=tmp_path / "adapter", steps=None, template=None, choices=None)
         assert code == 2 and "metrics.json" in err.splitlines()[-1] and err.splitlines()[-1].endswith("delete it.")
@@ -152,6 +152,41 @@ def test_shots_are_read_without_counting_when_they_are_timed(run, monkeypatch):
     code, _, err = run("--json", shots="2")
     assert code == 0, err
     assert modes[0] is None and modes[1] is not None
+
+
+def test_an_adapters_training_rows_are_no_test_rows(run, ia3, place, tmp_path):
+    """Compare draws 28 examples of another seed, and leaves over what the adapter was trained on."""
+    rows = words.different(60)
+    data = write_csv(tmp_path / "rows.csv", rows)
+    shared = {"model": place / "llama", "data": data, "template": TEMPLATE, "choices": CHOICES}
+    assert ia3("train", **shared, steps=1, output=tmp_path / "adapter", seed=7)[0] == 0
+    options = {"data": data, "test_data": None, "adapter": tmp_path / "adapter", "seed": 0}
+    options |= dict.fromkeys(("steps", "template", "choices"))
+    code, out, err = run("--json", **options)
+    assert code == 0, err
+    task = Task(template=TEMPLATE, choices={"pos": "good", "neg": "not good"})
+    seen, examples = ({row["text"] for row in few_shot(rows, task, 16, seed)} for seed in (7, 0))
+    unseen = [row for row in rows if row["text"] not in seen | examples]
+    assert 0 < len(unseen) < 28
+    assert json.loads((tmp_path / "out" / "compare.json").read_text())["test_rows"] == len(unseen)
+    assert f"{28 - len(unseen)} rows in the very words of training examples are left out of the test rows." in err
+    # Its own words say what it has seen, whatever words it is asked in.
+    code, out, err = run("--json", **{**options, "template": "{{ text }} , what is it ?", "choices": CHOICES})
+    assert code == 0, err
+    assert json.loads((tmp_path / "out" / "compare.json").read_text())["test_rows"] == len(unseen)
+    # Given test rows are measured on as they are.
+    code, out, err = run("--json", **{**options, "test_data": data})
+    assert code == 0, err
+    assert json.loads((tmp_path / "out" / "compare.json").read_text())["test_rows"] == 60
+    assert f"{len(seen | examples)} test rows are in the very words of training examples." in err
+    # An adapter that does not say what it has seen.
+    metrics = json.loads((tmp_path / "adapter" / "metrics.json").read_text())
+    del metrics["train_rows"]
+    (tmp_path / "adapter" / "metrics.json").write_text(json.dumps(metrics))
+    code, out, err = run("--json", **options)
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert "Expected test rows that the adapter has not seen (--test-data)" in err
+    assert run("--json", **{**options, "test_data": place / "test.csv"})[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def test_training_on_a_built_in_task_by_name(ia3, tmp_path):
     """With a local copy of the data, whose labels are numbers."""
     tiny.build("llama", vocab_size=len(words.VOCABULARY)).save_pretrained(tmp_path / "model")
     words.tokenizer().save_pretrained(tmp_path / "model")
-    lines = [f"{row['text']},{int(row['label'] == 'pos')}" for row in words.rows(24)]
+    lines = [f"{row['text']},{int(row['label'] == 'pos')}" for row in words.different(24)]
     (tmp_path / "rows.csv").write_text("\n".join(["sentence,label", *lines]) + "\n")
     task = json.loads(ia3("tasks", "show", "sst2", "--json")[1])
     assert task["labels"] == ["positive", "negative"]

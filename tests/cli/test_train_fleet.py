@@ -19,7 +19,7 @@ def place(tmp_path_factory):
     """A folder with a tiny model, rows, and two tasks, of which one has its own test rows."""
     folder = tmp_path_factory.mktemp("place")
     words.save_model(folder / "model")
-    for name, rows in (("train", words.rows(40)), ("test", words.rows(24, seed=1))):
+    for name, rows in (("train", words.different(40)), ("test", words.rows(24, seed=1))):
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     shared = {"template": "review : {{ text }} answer :", "train": "train.jsonl"}
     teas = Task(name="teas", choices={"pos": "good", "neg": "not good"}, test="test.jsonl", **shared)
@@ -66,6 +66,7 @@ def test_each_seed_is_the_plain_runs(train, ia3, tmp_path):
         ours, alone = (load_file(place / "adapter_model.safetensors") for place in (folder, tmp_path / "alone"))
         assert all(torch.allclose(ours[key], alone[key], atol=1e-5) for key in alone)
         ours, alone = (json.loads((place / "metrics.json").read_text()) for place in (folder, tmp_path / "alone"))
+        assert len(ours.pop("train_rows")) == 16 == len(alone.pop("train_rows"))
         assert results[f"seed-{seed}"] == ours and ours.pop("trained_at_once") == 2
         assert ours.pop("train_loss") == pytest.approx(alone.pop("train_loss"), rel=1e-4)
         assert ours.pop("train_seconds") > 0 < alone.pop("train_seconds")
@@ -115,6 +116,28 @@ def test_one_learning_rate_is_a_fleet_too(train, tmp_path):
     code, out, _ = train("--json", learning_rates="0.001")
     assert code == 0 and list(json.loads(out)["members"]) == ["lr-0.001"]
     assert (tmp_path / "out" / "lr-0.001" / "adapter_model.safetensors").is_file()
+
+
+def test_rows_in_the_words_of_examples_are_said_once_for_all_seeds(train, place, tmp_path):
+    rows = words.different(40)
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, [*rows, *rows])))
+    code, out, err = train(
+        "--json", data=tmp_path / "rows.jsonl", choices="pos=good,neg=not good", template="{{ text }}", seeds="0,1,2"
+    )
+    assert code == 0, err
+    examples = {}
+    for seed in (0, 1, 2):
+        folder = tmp_path / "out" / f"seed-{seed}"
+        examples[seed] = set(json.loads((folder / "metrics.json").read_text())["train_rows"])
+    # Of 80 rows, twice 40, those are left whose words were not drawn; the other halves of drawn ones are left out.
+    for seed, drawn in examples.items():
+        assert json.loads(out)["members"][f"seed-{seed}"]["test_rows"] == 80 - 2 * len(drawn)
+    counts = [2 * len(drawn) - 16 for drawn in examples.values()]
+    span = " to ".join(dict.fromkeys(map(str, (min(counts), max(counts)))))
+    assert (
+        err.count("in the very words") == 1
+        and f"{span} rows in the very words of training examples are left out" in err
+    )
 
 
 def test_without_test_rows(train, place, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import shutil
@@ -144,19 +145,20 @@ def train(
     fleet = not (tasks is None and seeds is None and learning_rates is None)
     folder = output or Path("adapters", "fleet" if tasks is not None else sources[0].task.name)
 
-    jobs = []
+    jobs, draws_of_tasks = [], []
     for source in sources:
         source.task.check(source.rows)
         source.task.check(source.test or [])
-        for one in all_seeds:
-            examples, test = drawn(source, examples_per_label, test_rows, one)
+        draws = {one: drawn(source, examples_per_label, test_rows, one) for one in all_seeds}
+        draws_of_tasks.append(list(draws.values()))
+        for one, draw in draws.items():
             for rate in rates:
                 task_part = "" if tasks is None else source.task.name
                 seed_part = "" if seeds is None else f"seed-{one}"
                 rate_part = "" if learning_rates is None else f"lr-{rate}"
                 name = _joined("/", task_part, _joined("-", seed_part, rate_part))
                 shared = _joined("/", task_part, rate_part)
-                jobs.append(Job(name, shared, source.task, one, rate, examples, test))
+                jobs.append(Job(name, shared, source.task, one, rate, draw.examples, draw.test))
     for path in dict.fromkeys(path for job in jobs for path in (folder / job.name, (folder / job.name).parent, folder)):
         if path.is_file():
             raise InputError(f"Expected a folder for --output, found the file {str(path)!r}.")
@@ -171,7 +173,7 @@ def train(
     chosen = recipe_for(model, recipe, steps=steps, init=init)
     run = Run(model, jobs, chosen, examples_per_label, folder, folds, all_templates)
     checkpoint = run.checkpoint() if resume else None
-    _describe(out, run, checkpoint)
+    _describe(out, run, draws_of_tasks, checkpoint)
 
     quiet()
     results = run_jobs(out, run, checkpoint)
@@ -226,6 +228,11 @@ class Source:
     rows: Sequence[Row]
     test: Sequence[Row] | None
 
+    @functools.cached_property
+    def fingerprints(self) -> list[str]:
+        """That of each row to draw from."""
+        return [self.task.fingerprint(row, number) for number, row in enumerate(self.rows, 1)]
+
 
 def _sources(files: str) -> list[Source]:
     """Several tasks, which name folders and therefore differ in their names."""
@@ -279,31 +286,69 @@ def source_of(
     return Source(description, list(rows), test)
 
 
-def drawn(source: Source, per_label: int, test_rows: int, seed: int) -> tuple[list[Row], list[Row]]:
-    """Training examples and test rows: those that training leaves over, where no others are given."""
+@dataclass(frozen=True)
+class Draw:
+    """What is trained on, and what is measured on.
+
+    Attributes:
+        examples: the rows that were drawn.
+        test: the given test rows, or those that training leaves over.
+        left_out: how many more it would leave over, but for their words, which training sees in another row.
+        repeated: how many of the given test rows are in words that training sees; they stay.
+    """
+
+    examples: list[Row]
+    test: list[Row]
+    left_out: int = 0
+    repeated: int = 0
+
+
+def drawn(source: Source, per_label: int, test_rows: int, seed: int, seen: Callable[[Row], bool] | None = None) -> Draw:
+    """Training examples and test rows; `seen` says of more rows that training has had them."""
     from ia3.tfew.task import few_shot
 
     examples = few_shot(source.rows, source.task, per_label, seed) if per_label else list(source.rows)
-    test = source.test
-    if test is None:
-        used = {id(row) for row in examples}
-        test = [row for row in source.rows if id(row) not in used]
-    if test_rows and len(test) > test_rows:
-        # The same test rows whatever the seed, so that runs can be compared.
-        test = random.Random(0).sample(test, test_rows)
-    return examples, list(test)
+    known = {source.task.fingerprint(row) for row in examples}
+
+    def is_known(row: Row, key: str) -> bool:
+        return key in known or (seen is not None and seen(row))
+
+    def sampled(rows: Sequence[Row]) -> list[Row]:
+        # Of given test rows the same whatever the seed, so that runs can be compared.
+        return random.Random(0).sample(rows, test_rows) if 0 < test_rows < len(rows) else list(rows)
+
+    if source.test is not None:
+        test = sampled(source.test)
+        return Draw(examples, test, repeated=sum(is_known(row, source.task.fingerprint(row)) for row in test))
+    used = {id(row) for row in examples}
+    rest = [(row, key) for row, key in zip(source.rows, source.fingerprints, strict=True) if id(row) not in used]
+    test = [row for row, key in rest if not is_known(row, key)]
+    return Draw(examples, sampled(test), left_out=len(rest) - len(test))
 
 
-def _describe(out: Console, run: Run, checkpoint: str | None) -> None:
+def say_seen(out: Console, draws: Sequence[Draw]) -> None:
+    """Say how many rows of a task are in words that training sees; one number, or the smallest and the largest."""
+    for what, counts in {
+        "rows in the very words of training examples are left out of the test rows.": [one.left_out for one in draws],
+        "test rows are in the very words of training examples.": [one.repeated for one in draws],
+    }.items():
+        if any(counts):
+            span = " to ".join(dict.fromkeys(map(str, (min(counts), max(counts)))))
+            out.print(f"{span} {what}", style="yellow", markup=False, soft_wrap=True)
+
+
+def _describe(out: Console, run: Run, draws_of_tasks: Sequence[Sequence[Draw]], checkpoint: str | None) -> None:
+    """Say what will be done; `draws_of_tasks` has the draws of each task."""
     by_task: dict[int, list[Job]] = {}
     for job in run.jobs:
         by_task.setdefault(id(job.task), []).append(job)
-    for jobs in by_task.values():
+    for jobs, draws in zip(by_task.values(), draws_of_tasks, strict=True):
         task = jobs[0].task
         text = f"{task.name} on {run.model}: {len(jobs[0].examples)} training examples, {len(jobs[0].test)} test rows"
         if jobs[0].name:
             text += f", for each of {shown([job.name for job in jobs], 20)}"
         out.print(text, markup=False, style="bold", soft_wrap=True)
+        say_seen(out, draws)
         count = len(task.templates)
         more = "" if count == 1 else f" ({count} templates are drawn from; the first measures)"
         out.print(f"The prompt, and its answer choices{more}:", style="dim")
