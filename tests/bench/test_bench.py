@@ -15,7 +15,7 @@ import tiny
 from ia3.bench import suite as running
 from ia3.bench.floor import Floor, needed, shared_beginning
 from ia3.bench.jobs import Phase, Row, suite, task_of
-from ia3.bench.ours import Ours
+from ia3.bench.ours import InBfloat16, Ours
 from ia3.bench.peers import Authors, Column, Peft, mean_scores, padded_log_probs, repeated_log_probs, three_losses
 from ia3.bench.report import notes, summary
 from ia3.bench.worker import Memory
@@ -27,7 +27,7 @@ REVIEWS = [
     "Stale! Half of the cans were dented.",
     "Not bad at all",
 ]
-COLUMNS = {"ours": Ours, "peft": Peft, "authors": Authors, "floor": Floor}
+COLUMNS = {"ours": Ours, "bfloat16": InBfloat16, "peft": Peft, "authors": Authors, "floor": Floor}
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +251,7 @@ def inside(monkeypatch):
     )
     monkeypatch.setattr(running, "_reviews", lambda: REVIEWS)
     monkeypatch.setattr(Inside, "broken", ())
+    monkeypatch.setattr(running, "_multiplies_bfloat16", lambda: False)
 
 
 def test_the_command_writes_json_and_a_picture_and_goes_on(inside, folder, tmp_path, monkeypatch):
@@ -266,7 +267,7 @@ def test_the_command_writes_json_and_a_picture_and_goes_on(inside, folder, tmp_p
     assert set(row["ratios"]) == {"peft/ours", "authors/ours", "ours/floor"}
     assert all(difference < 1e-4 for difference in row["differences"].values())
     assert [point["at"] for point in result["rows"]["curve-choices"]["points"]["ours"]] == [2, 6, 20, 40, 77]
-    assert list(result["left_out"]) == ["adapterhub"]
+    assert set(result["left_out"]) == {"adapterhub", "bfloat16"}
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
     started = []
@@ -306,6 +307,14 @@ def test_a_column_that_cannot_start_or_finish_is_said(inside, folder, tmp_path, 
     result = json.loads((tmp_path / "bench.json").read_text())
     assert set(result["rows"]["score-2"]["ratios"]) == {"ours/floor"}
     assert result["rows"]["score-2"]["columns"]["peft"] == {"error": "out of memory"}
+
+
+def test_a_processor_for_bfloat16_has_a_column_more(inside, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(running, "_multiplies_bfloat16", lambda: True)
+    code, out, _ = bench(folder, tmp_path, "--only", "score-2")
+    assert code == 0 and "ia3 in bfloat16 / ia3" in " ".join(out.split())
+    row = json.loads((tmp_path / "bench.json").read_text())["rows"]["score-2"]
+    assert "bfloat16/ours" in row["ratios"] and 1e-7 < row["differences"]["bfloat16"] < 0.1
 
 
 def test_peft_that_is_not_installed_is_left_out(inside, folder, tmp_path, monkeypatch):
@@ -382,11 +391,13 @@ def test_a_process_that_fails_says_why(folder):
 
 
 @pytest.mark.slow
-def test_all_columns_in_processes(folder, tmp_path):
+def test_all_columns_in_processes(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(running, "_multiplies_bfloat16", lambda: True)
     code, out, err = bench(folder, tmp_path, "--only", "score-2,train-2,mixed", "--json")
     assert code == 0, err
     rows = json.loads(out)["rows"]
-    assert set(rows["score-2"]["columns"]) == {"ours", "peft", "authors", "floor"}
+    assert set(rows["score-2"]["columns"]) == {"ours", "bfloat16", "peft", "authors", "floor"}
     for row in rows.values():
         assert not any("error" in column for column in row["columns"].values())
-        assert all(difference < 1e-3 for difference in row["differences"].values())
+        limits = {name: 0.1 if name == "bfloat16" else 1e-3 for name in row["differences"]}
+        assert all(difference < limits[name] for name, difference in row["differences"].items())

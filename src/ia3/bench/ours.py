@@ -16,6 +16,7 @@ class Ours(WithVectors):
     """`IA3Model`, `TFewTrainer`, `predict`, `score_choices` and `AdapterBank`."""
 
     prefix = "model."
+    dtype = "float32"
 
     def import_libraries(self) -> None:
         super().import_libraries()
@@ -27,7 +28,7 @@ class Ours(WithVectors):
     def load(self) -> tuple[Any, Any]:
         from ia3 import load_base
 
-        model, tokenizer = load_base(self.folder)
+        model, tokenizer = load_base(self.folder, dtype=self.dtype)
         return model.requires_grad_(False), tokenizer
 
     def adapt(self, model: nn.Module) -> Any:
@@ -95,3 +96,9 @@ def _filled(key: str, shape: torch.Size, number: int) -> torch.Tensor:
     """An adapter's entry, as its vector stands in a checkpoint."""
     module = key.removeprefix("base_model.model.").removesuffix(".ia3_l")
     return vector(module, shape.numel(), number).view(shape)
+
+
+class InBfloat16(Ours):
+    """The same with the base model's weights in bfloat16, for processors that multiply it."""
+
+    dtype = "bfloat16"

@@ -158,7 +158,9 @@ def picture(result: Mapping[str, Any], path: Path) -> None:
     figure = Figure(figsize=(13, max(4.5, 1.5 + 0.55 * len(jobs))), layout="constrained")
     grid = figure.add_gridspec(max(1, len(curves)), 2, width_ratios=(3, 2))
     axes = figure.add_subplot(grid[:, 0])
-    colours = dict(zip(COLUMNS, ("tab:red", "tab:blue", "tab:orange", "tab:green", "tab:gray"), strict=True))
+    colours = dict(
+        zip(COLUMNS, ("tab:red", "tab:pink", "tab:blue", "tab:orange", "tab:green", "tab:gray"), strict=True)
+    )
     pairs = [f"{name}/ours" for name in COLUMNS if name not in ("ours", "floor")] + ["ours/floor"]
     pairs = [pair for pair in pairs if any(pair in row["ratios"] for row in jobs.values())]
     height = 0.8 / max(1, len(pairs))

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -152,6 +153,9 @@ def interpreters(adapterhub: str | None) -> tuple[dict[str, str], dict[str, str]
     if not _has_peft():
         del found["peft"]
         left_out["peft"] = 'not installed: pip install "ia3[bench]"'
+    if not _multiplies_bfloat16():
+        del found["bfloat16"]
+        left_out["bfloat16"] = "this processor has no instructions for it"
     if adapterhub is None:
         del found["adapterhub"]
         left_out["adapterhub"] = (
@@ -169,6 +173,14 @@ def interpreters(adapterhub: str | None) -> tuple[dict[str, str], dict[str, str]
 
 def _has_peft() -> bool:
     return importlib.util.find_spec("peft") is not None
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for it (AVX512-BF16, AMX, Arm's), by the kernel's list."""
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
+        return (
+            re.search(r"^(flags|Features)\s*:.*\b(avx512_bf16|amx_bf16|bf16)\b", file.read(), re.MULTILINE) is not None
+        )
 
 
 def begin(settings: Settings, file: Path, resume: bool) -> dict[str, Any]:

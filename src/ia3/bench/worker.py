@@ -21,6 +21,7 @@ from typing import IO, Any
 
 COLUMNS = {
     "ours": ("ia3.bench.ours", "Ours"),
+    "bfloat16": ("ia3.bench.ours", "InBfloat16"),
     "peft": ("ia3.bench.peers", "Peft"),
     "authors": ("ia3.bench.peers", "Authors"),
     "adapterhub": ("ia3.bench.adapterhub", "AdapterHub"),

@@ -18,6 +18,7 @@ from ia3.errors import InputError, shown
 from ia3.pretrained import task_type
 from ia3.tfew.beginning import Beginning, beginnings, parts
 from ia3.tfew.choices import (
+    BATCH_TOKENS,
     Batch,
     Question,
     base_of,
@@ -38,9 +39,9 @@ if TYPE_CHECKING:
     from ia3.tfew.task import Task
 
 
-# Tokens that go through the model at once in training. Their activations are what a step adds to memory; more of them are
-# hardly faster.
-TRAINING_TOKENS = 1024
+# Tokens that go through the model at once in training on a processor, where more of them take more memory for their
+# activations, and as long; an accelerator takes as many as in scoring.
+TRAINING_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -178,15 +179,16 @@ class TFewTrainer(Trainer):
             return super().training_step(model, inputs, num_items_in_batch)
         learning = [i for i, question in enumerate(inputs["questions"]) if self.stopping.learns(question.adapter)]
         model.train()  # before anything is shared: an evaluation shares more
+        tokens = TRAINING_TOKENS if self.args.device.type == "cpu" else BATCH_TOKENS
         losses = []
         pad = padding_id(self.processing_class)  # type: ignore[arg-type]
         for indices, beginning in beginnings(model, [inputs["questions"][i] for i in learning], pad):
             questions = [inputs["questions"][learning[i]] for i in indices]
             if beginning is None:
-                groups = batches(questions, TRAINING_TOKENS)
+                groups = batches(questions, tokens)
             else:
                 questions = beginning.behind(questions)
-                groups = beginning.groups(questions, TRAINING_TOKENS)
+                groups = beginning.groups(questions, tokens)
                 beginning.detach()
             # The last part first, as one backward pass through their sum goes: so gradients add up in the same order.
             for group in reversed(list(groups)):
