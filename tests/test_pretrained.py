@@ -89,3 +89,16 @@ def test_a_trained_head_keeps_its_order(save, tmp_path):
     again, _ = load_base(str(tmp_path / "trained"), LABELS)
     assert list(again.config.id2label.values()) == order
     assert torch.equal(again.classifier.weight, model.classifier.weight)
+
+
+@pytest.mark.parametrize(
+    "dtype, found", [("auto", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)]
+)
+def test_weights_have_the_dtype_that_is_asked_for(save, dtype, found):
+    model, _ = load_base(str(save("llama", "LlamaForCausalLM")), dtype=dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {found}
+
+
+def test_a_dtype_that_there_is_not():
+    with pytest.raises(InputError, match="Expected a dtype of 'auto', .*found 'bf16'; close to it: 'bfloat16'"):
+        load_base(dtype="bf16")

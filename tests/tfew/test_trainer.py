@@ -36,6 +36,20 @@ def test_loss_falls_and_only_vectors_change(tmp_path):
     assert TASK.metrics([row["label"] for row in rows], found)["accuracy"] > 0.9
 
 
+def test_a_base_in_bfloat16_teaches_vectors_in_float32_the_same_to_rounding(tmp_path):
+    runs = [trainer(tmp_path, steps=10, args={"learning_rate": 0.05}) for _ in range(2)]
+    runs[1].model.get_base_model().to(torch.bfloat16)
+    for vector in runs[1].model.adapter_parameters("default"):
+        vector.data = vector.data.float()
+    moved = []
+    for run in runs:
+        run.train()
+        vectors = list(run.model.adapter_parameters("default"))
+        assert all(vector.dtype == torch.float32 for vector in vectors)
+        moved.append(torch.cat([vector.detach().flatten() - 1 for vector in vectors]))
+    assert torch.cosine_similarity(*moved, dim=0) > 0.98
+
+
 def test_optimizer_and_schedule_are_the_papers(tmp_path):
     run = trainer(tmp_path, steps=100)
     run.create_optimizer_and_scheduler(100)
