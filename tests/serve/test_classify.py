@@ -176,6 +176,10 @@ def test_unknown_names_and_methods(running):
     assert running.classify("x" * 100_000).status_code == 404
     plain = running.http.post("/v1/classify", content=b"{}", headers={"Content-Type": "text/plain"})
     assert plain.status_code == 415
+    for number in range(3):
+        assert running.http.request(f"M{number}", "/health").status_code == 405
+    metrics = running.http.get("/metrics").text
+    assert 'method="M' not in metrics and 'method="other",route="/health",status="405"} 3.0' in metrics
 
 
 def test_no_other_site_reaches_a_server_without_a_token(running):
@@ -296,11 +300,30 @@ def _answers(server) -> bool:
         return False
 
 
-def test_an_adapter_that_is_broken_is_no_other_ones_trouble(place, start):
-    """Its file changes for the worse behind the server's back, before it was ever read."""
-    weights = place / "adapters" / "cake" / "adapter_model.safetensors"
+def _cut_short(folder) -> None:
+    weights = folder / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
+
+
+def _deep(folder) -> None:
+    (folder / "adapter_config.json").write_text("[" * 100_000)
+
+
+def _no_file(folder) -> None:
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.safetensors").mkdir()
+
+
+@pytest.mark.parametrize(
+    "damage, before", [(_cut_short, True), (_cut_short, False), (_deep, True), (_deep, False), (_no_file, False)]
+)
+def test_an_adapter_that_is_broken_is_no_other_ones_trouble(place, start, damage, before):
+    """Its files change for the worse before the server starts, or behind its back, before they were ever read."""
+    if before:
+        damage(place / "adapters" / "cake")
     server = start(place)
+    if not before:
+        damage(place / "adapters" / "cake")
     with ThreadPoolExecutor(3) as pool:
         with server.holding():
             asked = {name: pool.submit(server.classify, name) for name in ("tea", "cake", "soup")}
@@ -308,6 +331,40 @@ def test_an_adapter_that_is_broken_is_no_other_ones_trouble(place, start):
         found = {name: each.result() for name, each in asked.items()}
     assert {name: each.status_code for name, each in found.items()} == {"tea": 200, "soup": 200, "cake": 500}
     assert "cannot be used" in found["cake"].json()["error"]["message"] and str(place) not in found["cake"].text
+    body = {"model": "cake", "prompt": "a", "max_tokens": 1}
+    assert server.http.post("/v1/completions", json=body).status_code == 500
+    assert server.http.post("/v1/completions", json={**body, "model": "tea"}).status_code == 200
+
+
+def test_a_thread_that_ends_fails_everything_at_once(made, start, monkeypatch):
+    server = start(made)
+    failures: list = []
+    server.server.on_failure = failures.append
+    server.engine._decoder._ends = set()
+    body = {"model": "tea", "prompt": "the tea", "max_tokens": 1000}
+
+    def broken():
+        raise RuntimeError("secret text")
+
+    with ThreadPoolExecutor(2) as pool:
+        text = pool.submit(server.http.post, "/v1/completions", json=body)
+        server.until(lambda: server.engine._running() == 1)
+        monkeypatch.setattr(server.engine, "_next_batch", broken)
+        asked = pool.submit(server.classify)
+        assert text.result().status_code == asked.result().status_code == 500
+    for response in (server.classify(), server.http.post("/v1/completions", json=body)):
+        assert response.status_code == 500 and "secret" not in response.text
+    assert [str(error) for error in failures] == ["secret text"]
+    assert server.http.get("/ready").status_code == 503 and server.http.get("/health").status_code == 200
+    assert server.server.queue.length == 0
+
+
+def test_a_power_that_is_more_than_a_float_can_be(place, start):
+    (place / "adapters" / "cake" / "recipe.yaml").write_text("length_normalization: 5000\n")
+    server = start(place)
+    rows = [{"text": text} for text in TEXTS]
+    check(server.classify("cake", TEXTS).json()["predictions"], expected(place, "cake", rows, power=5000.0))
+    assert server.metric("ia3_batch_rows_sum") == len(TEXTS), "none was asked twice"
 
 
 def test_more_adapters_than_memory_has_room_for(place, start):

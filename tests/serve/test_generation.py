@@ -11,7 +11,7 @@ import tiny
 import words
 from ia3 import AdapterBank, IA3Config, IA3Model, get_peft_model, get_peft_model_state_dict
 from ia3.rows import BASE
-from ia3.serve.engine import GenerateJob
+from ia3.serve.engine import AdapterFailed, GenerateJob
 from ia3.serve.generation import Decoder, Text
 
 # Their caches are keys and values by column, or a window of them, or a state.
@@ -58,14 +58,23 @@ def run(decoder: Decoder) -> None:
     raise AssertionError("it goes on")
 
 
+def added(tokenizer, prompt, tokens) -> str:
+    """What tokens add to the text of a prompt."""
+    whole, before = (tokenizer.decode(ids, skip_special_tokens=True) for ids in ([*prompt, *tokens], prompt))
+    assert whole.startswith(before)
+    return whole[len(before) :]
+
+
 def said(pieces) -> str:
     assert all(piece.finish is None for piece in pieces[:-1]) and pieces[-1].finish
     assert [piece.tokens for piece in pieces] == list(range(1, len(pieces) + 1))
     return "".join(piece.text for piece in pieces)
 
 
+@pytest.mark.parametrize("short", [256, 4])
 @pytest.mark.parametrize("name", MODELS)
-def test_texts_that_come_and_go_are_those_of_generate(name):
+def test_texts_that_come_and_go_are_those_of_generate(name, short, monkeypatch):
+    monkeypatch.setattr("ia3.serve.generation._SHORT", short)  # few tokens: texts of about one length go on together
     model, tokenizer = banked(name), words.tokenizer()
     seen: list = []
     decoder = Decoder(model, tokenizer, lambda *batch: seen.append(batch))
@@ -87,9 +96,10 @@ def test_texts_that_come_and_go_are_those_of_generate(name):
             adapter_names=[key or BASE], max_new_tokens=length, do_sample=False,
         )[0, len(prompt) :].tolist()  # fmt: skip
         finish = "stop" if found[-1] == 1 else "length"
-        assert said(pieces) == tokenizer.decode(found, skip_special_tokens=True)
+        assert said(pieces) == added(tokenizer, prompt, found)
         assert (len(pieces), pieces[-1].finish) == (len(found), finish)
     together = name not in ("mistral", "qwen2")
+    assert together or decoder.columns(text for text, _ in made) == sum(text.tokens for text, _ in made)
     assert (max(rows for kind, rows, _ in seen if kind == "decode") > 1) is together
     assert (max(adapters for _, _, adapters in seen) > 1) is together
 
@@ -114,14 +124,14 @@ def ids(text: str) -> list[int]:
 @pytest.mark.parametrize(
     "stop, text, finish, tokens",
     [
-        ((), "the tea was lovely today and fresh it", "length", 8),
-        (("lovely",), "the tea was ", "stop", 4),
-        ((" lovely today",), "the tea was", "stop", 5),
-        (("ly to",), "the tea was love", "stop", 5),
-        (("today and bad", "fresh"), "the tea was lovely today and ", "stop", 7),
-        (("t", "ea"), "", "stop", 1),
-        (("never",), "the tea was lovely today and fresh it", "length", 8),
-        (("it was",), "the tea was lovely today and fresh it", "length", 8),
+        ((), " the tea was lovely today and fresh it", "length", 8),
+        (("lovely",), " the tea was ", "stop", 4),
+        ((" lovely today",), " the tea was", "stop", 5),
+        (("ly to",), " the tea was love", "stop", 5),
+        (("today and bad", "fresh"), " the tea was lovely today and ", "stop", 7),
+        (("t", "ea"), " ", "stop", 1),
+        (("never",), " the tea was lovely today and fresh it", "length", 8),
+        (("it was",), " the tea was lovely today and fresh it", "length", 8),
     ],
 )
 def test_stop_texts(monkeypatch, stop, text, finish, tokens):
@@ -140,7 +150,7 @@ def test_the_end_of_the_text_ends_it(monkeypatch):
     one, pieces = text_of(GenerateJob(None, [3], 8, stop=("tea soup",)))
     decoder.begin([one])
     run(decoder)
-    assert (said(pieces), pieces[-1].finish, pieces[-1].tokens) == ("the tea", "stop", 3)
+    assert (said(pieces), pieces[-1].finish, pieces[-1].tokens) == (" the tea", "stop", 3)
 
 
 def test_no_half_characters(monkeypatch):
@@ -156,6 +166,27 @@ def test_no_half_characters(monkeypatch):
     decoder.begin([one])
     run(decoder)
     assert [piece.text for piece in pieces] == ["n", "", "é", " ", "", "", "語"]
+    # One that the prompt leaves open is told, and nothing else of the prompt.
+    decoder = decoder_saying(monkeypatch, list("né 語".encode())[2:], tokenizer)
+    one, pieces = text_of(GenerateJob(None, [*b"the n", 0xC3], 5))
+    decoder.begin([one])
+    run(decoder)
+    assert [piece.text for piece in pieces] == ["é", " ", "", "", "語"]
+
+
+def test_spaces_of_tokenizers_that_drop_the_first(monkeypatch):
+    """SentencePiece's: a space belongs to the word behind it, and none stands before a text."""
+    from tokenizers import Tokenizer, models
+
+    made = Tokenizer(models.WordLevel({"<unk>": 0, "▁the": 1, "▁tea": 2, "cup": 3}, unk_token="<unk>"))
+    made.decoder = decoders.Metaspace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made)
+    decoder = decoder_saying(monkeypatch, [2, 3, 1], tokenizer)
+    decoder._ends = set()
+    one, pieces = text_of(GenerateJob(None, [1] * 20, 3))
+    decoder.begin([one])
+    run(decoder)
+    assert [piece.text for piece in pieces] == [" tea", "cup", " the"]
 
 
 def test_sampling_is_repeatable_and_as_the_model_says():
@@ -180,7 +211,7 @@ def test_sampling_is_repeatable_and_as_the_model_says():
         # Special tokens say nothing; each other word is its own text.
         by_text = {}
         for token, p in enumerate(nucleus.tolist()):
-            said_by_it = tokenizer.decode([token], skip_special_tokens=True)
+            said_by_it = added(tokenizer, [3, 4], [token])
             by_text[said_by_it] = by_text.get(said_by_it, 0) + p
         found = [text for seed in range(8) for text in texts(250, temperature=temperature, top_p=top_p)]
         for text, p in by_text.items():
@@ -197,3 +228,42 @@ def test_a_text_that_nobody_wants_is_dropped():
     gone.cancelled = True
     run(decoder)
     assert len(some) == 1 and len(all_of_it) == 10
+
+
+def test_what_fails_is_told_once_and_the_rest_goes_on(monkeypatch):
+    model, tokenizer = banked("llama"), words.tokenizer()
+    decoder = Decoder(model, tokenizer, lambda *batch: None)
+    decoder._ends = set()
+    (first, one), (second, two), (third, three) = (
+        text_of(GenerateJob(key, [3, 4], 5, 0.0)) for key in ("One", "Two", None)
+    )
+    decoder.begin([first])
+
+    def broken(self, other):
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("ia3.serve.generation._Group.join", broken)
+        decoder.begin([second])  # whose first token has been told
+    for pieces in (one, two):
+        assert len(pieces) == 2 and isinstance(pieces[-1], MemoryError)
+    unknown, told = text_of(GenerateJob("Nobody", [3], 5, 0.0))
+    decoder.begin([unknown, third])
+    assert len(told) == 1 and isinstance(told[0], AdapterFailed) and "Nobody" in str(told[0])
+    run(decoder)
+    assert len(three) == 5 and said(three)
+    assert len(one) == len(two) == 2
+
+    forward, rows = model.forward, []
+
+    def small(*args, **options):  # there is room for one row
+        rows.append(len(options["input_ids"]))
+        if rows[-1] > 1:
+            raise MemoryError("no room")
+        return forward(*args, **options)
+
+    made = [text_of(GenerateJob(key, [3, 4], 1, 0.0)) for key in ("One", None)]
+    with monkeypatch.context() as patched:
+        patched.setattr(model, "forward", small)
+        decoder.begin([text for text, _ in made])
+    assert rows == [2, 1, 1] and all(said(pieces) for _, pieces in made)

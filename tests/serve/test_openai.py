@@ -1,6 +1,8 @@
 """OpenAI's routes, by OpenAI's own client."""
 
+import asyncio
 import json
+import shutil
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from ia3 import IA3Model, load_base
+from ia3.serve.engine import Piece
 from ia3.serve.limits import Limits
 
 
@@ -29,9 +32,11 @@ def greedy(made):
         ids = torch.tensor([tokenizer(prompt)["input_ids"]])
         mask = torch.ones_like(ids)
         found = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=length, do_sample=False)
+        whole, before = (tokenizer.decode(its, skip_special_tokens=True) for its in (found[0], ids[0]))
+        assert whole.startswith(before)
         found = found[0, ids.shape[1] :].tolist()
         finish = "stop" if found[-1] == tokenizer.eos_token_id else "length"
-        return tokenizer.decode(found, skip_special_tokens=True), len(found), finish
+        return whole[len(before) :], len(found), finish
 
     return greedy
 
@@ -110,6 +115,16 @@ def test_chat(client, greedy):
     assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + [finish]
 
 
+def test_a_conversation_that_goes_on(client):
+    """Answers are sent back as they came, with fields for what is not supported."""
+    messages: list = [{"role": "user", "content": "the tea"}]
+    for length in (2, 4):
+        answer = client.chat.completions.create(model="soup", messages=messages, max_tokens=3, temperature=0)
+        messages += [answer.choices[0].message, {"role": "user", "content": "was it good ?"}]
+        assert answer.usage.prompt_tokens >= length
+    assert len(messages) == 5
+
+
 def test_stop_and_seed(client, greedy):
     text, _, _ = greedy("tea", "the", 12)
     stop = text.split()[2]
@@ -159,6 +174,11 @@ def test_a_long_text_does_not_hold_up_classification(running, client):
         ("completions", {"model": "tea", "prompt": "a", "n": 2}, "n is not supported"),
         ("completions", {"model": "tea", "prompt": "a", "best_of": 2}, "best_of is not supported"),
         ("completions", {"model": "tea", "prompt": "a", "logprobs": 3}, "logprobs is not supported"),
+        ("completions", {"model": "tea", "prompt": "a", "logprobs": 0}, "logprobs is not supported"),
+        ("completions", {"model": "tea", "prompt": "a", "n": True}, "n is not supported"),
+        ("chat/completions", {"model": "tea", "messages": [{"role": "user", "content": None}]}, "content: Field required"),
+        ("chat/completions", {"model": "tea", "messages": [{"role": "assistant", "content": "a", "refusal": "no"}]},
+         "refusal"),
         ("completions", {"model": "tea", "prompt": "a", "echo": True}, "echo is not supported"),
         ("completions", {"model": "tea", "prompt": "a", "temperature": 3}, "temperature"),
         ("completions", {"model": "tea", "prompt": "a", "max_tokens": 0}, "max_tokens"),
@@ -238,7 +258,7 @@ def endless(server):
 
     def slowly():
         while not allowed.acquire(timeout=0.02):
-            if all(text.cancelled for group in server.engine._decoder._groups for text in group.texts):
+            if all(text.cancelled for group in server.engine._decoder._groups.values() for text in group.texts):
                 break
         step()
 
@@ -278,3 +298,138 @@ def test_a_model_that_continues_nothing(made, start, monkeypatch):
     server.engine.generates = False
     response = server.http.post("/v1/completions", json={"model": "tea", "prompt": "a"})
     assert response.status_code == 400 and "use /v1/classify" in response.json()["error"]["message"]
+
+
+def stream(server, **fields) -> socket.socket:
+    """A connection that has asked for a stream, and reads nothing."""
+    body = json.dumps({"model": "tea", "prompt": "the tea", "max_tokens": 1000, "stream": True, **fields}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    client = socket.create_connection(("127.0.0.1", server.port), 60)
+    client.sendall(head.encode() + body)
+    return client
+
+
+def test_a_client_that_does_not_read_is_cut_off(made, start, monkeypatch):
+    server = start(made, limits=Limits(deadline=0.5, queue=1, texts=1))
+
+    async def generate(job):
+        for count in range(1, 1001):
+            yield Piece("the tea " * 20_000, count, None)
+
+    monkeypatch.setattr(server.engine, "generate", generate)
+    monkeypatch.setattr("ia3.serve.gate._TAKING_SECONDS", 0.1)
+    with stream(server) as client:
+        server.until(lambda: server.server.queue.length == 1)
+        server.until(lambda: server.server.queue.length == 0, 20)
+        assert server.server.store.get("tea").users == 0
+        last = b""
+        while more := client.recv(1 << 20):
+            last = (last + more)[-1000:]
+        assert b"the tea" in last and b"[DONE]" not in last and not last.endswith(b"0\r\n\r\n")
+
+
+def answer(client: socket.socket) -> str:
+    """All that comes until the stream's end."""
+    data = b""
+    while more := client.recv(65536):
+        data += more
+        if b"data: [DONE]" in data or b'data: {"error"' in data:
+            break
+    client.close()
+    return data.decode()
+
+
+def test_an_error_in_a_stream_is_in_the_log(made, start, monkeypatch, caplog):
+    server = start(made)
+
+    async def generate(job):
+        yield Piece("the", 1)
+        raise RuntimeError("secret text")
+
+    monkeypatch.setattr(server.engine, "generate", generate)
+    said = answer(stream(server))
+    assert "see the server's log for" in said and "secret" not in said
+    server.until(lambda: any("frames" in getattr(record, "fields", {}) for record in caplog.records))
+    (fields,) = [record.fields for record in caplog.records if "frames" in getattr(record, "fields", {})]
+    assert fields["id"] in said and fields["error"] == "RuntimeError" and "generate" in fields["frames"][-1]
+
+
+ROW = 4 * 2 * (16 + 16 + 48)
+
+
+def test_a_change_of_one_adapter_ends_no_other_ones_text(place, start):
+    """Two texts under way in memory for two adapters, when a third one that is in use is deleted."""
+    server = start(place, memory=3 * ROW)
+    files = {
+        name: (place / "spare" / name).read_bytes() for name in ("adapter_model.safetensors", "adapter_config.json")
+    }
+    files["task.yaml"] = (place / "adapters" / "soup" / "task.yaml").read_bytes()
+    uploaded = server.http.post("/v1/adapters", data={"name": "new"}, files=[("files", each) for each in files.items()])
+    assert uploaded.status_code == 201
+    wanted = server.classify("new").json()["predictions"]
+    allowed = endless(server)
+    with server.holding():
+        streams = [stream(server, model=name, max_tokens=40) for name in ("soup", "cake")]
+        server.until(lambda: len(server.engine._texts) == 2)
+    server.until(lambda: server.engine._running() == 2)
+    with ThreadPoolExecutor(2) as pool:
+        third = pool.submit(server.classify, "new")
+        server.until(lambda: server.engine._asked)
+        deleted = pool.submit(server.http.delete, "/v1/adapters/new")
+        server.until(lambda: server.engine._orders)
+        allowed.release(1000)
+        assert third.result().json()["predictions"] == [
+            {**each, "probabilities": pytest.approx(each["probabilities"], abs=1e-5)} for each in wanted
+        ]
+        assert deleted.result().status_code == 200
+    assert all("data: [DONE]" in answer(client) for client in streams)
+
+
+def test_an_adapter_that_is_gone_ends_its_own_texts_only(place, start, caplog):
+    caplog.set_level("INFO")
+    server = start(place, memory=2 * ROW)
+    server.engine._batch = 3
+    allowed = endless(server)
+    with server.holding():
+        gone, stays = stream(server, model="cake", max_tokens=30), stream(server, model="model", max_tokens=30)
+        server.until(lambda: len(server.engine._texts) == 2)
+    server.until(lambda: server.engine._running() == 2)
+    key = server.server.store.get("cake").key
+    shutil.rmtree(place / "adapters" / "cake")
+    asyncio.run_coroutine_threadsafe(server.engine._order(lambda: server.engine._bank._resident.drop(key)), server.loop)
+    allowed.release(1000)
+    said = answer(gone)
+    assert "This adapter cannot be used" in said and str(place) not in said
+    assert "data: [DONE]" in answer(stays)
+    server.until(lambda: any("reason" in getattr(record, "fields", {}) for record in caplog.records))
+    assert server.classify("tea").status_code == 200
+
+
+def test_long_and_short_prompts_keep_to_the_budgets(made, start, greedy):
+    """Of tokens in a pass, padding included, and of keys and values that are kept."""
+    server = start(made, batch_tokens=64, cache_tokens=1200, batch=16)
+    server.engine._decoder._ends = set()
+    read, shapes, most = server.engine._decoder._read, [], []
+
+    def spied(kind, group, ids, mask):
+        shapes.append((kind, tuple(ids.shape)))
+        found = read(kind, group, ids, mask)
+        most.append(sum(each.mask.numel() for each in {*server.engine._decoder._groups.values(), group}))
+        return found
+
+    server.engine._decoder._read = spied
+    prompts = ["the tea was " * 20, *["soup"] * 15, "the tea was " * 130, *["cake was it"] * 10]
+    body = {"model": "cake", "max_tokens": 20, "temperature": 0}
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        with server.holding():
+            asked = [
+                pool.submit(server.http.post, "/v1/completions", json={**body, "prompt": each}) for each in prompts
+            ]
+            server.until(lambda: len(server.engine._texts) == len(prompts))
+        texts = [each.result().json()["choices"][0]["text"] for each in asked]
+    for prompt, text in zip(prompts, texts, strict=True):
+        assert text.startswith(greedy("cake", prompt, 20)[0])
+    assert max(most) <= 1200
+    prefills = [shape for kind, shape in shapes if kind == "prefill"]
+    assert all(rows * width <= 64 or rows == 1 for rows, width in prefills)
+    assert sum(rows for rows, _ in prefills) == len(prompts) and max(rows for rows, _ in prefills) > 4

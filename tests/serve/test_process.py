@@ -33,8 +33,8 @@ def test_options_that_are_refused(made, tmp_path, capsys, monkeypatch):
     assert "no 'nothing'" in refused(capsys, *model, "--adapters", "nothing")
     assert "whose subfolders" in refused(capsys, *model, "--adapters", made / "adapters" / "tea")
     assert "found no" in refused(capsys, *model, "--token-file", tmp_path / "nothing")
-    for text in ("", " \n", "a b", "é"):
-        (tmp_path / "token").write_text(text)
+    for text in (b"", b" \n", b"a b", "é".encode(), b"\xe9"):
+        (tmp_path / "token").write_bytes(text)
         assert "printable" in refused(capsys, *model, "--token-file", tmp_path / "token", "--host", "0.0.0.0")
     assert "--queue of at least --max-texts" in refused(capsys, *model, "--queue", 3)
     assert "model's folder" in refused(capsys, "--model", "./nothing")

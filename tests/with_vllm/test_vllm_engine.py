@@ -76,7 +76,7 @@ def test_an_adapters_error_is_told_without_what_processes_put_around_it(message)
     engine = VllmEngine("anything")
     engine._engine, engine._adapters["a"] = Refusing(), None
     with pytest.raises(AdapterFailed, match=r"^Adapter 'a' does not fit; don't use it\.$"):
-        asyncio.run(engine.keep("a"))
+        asyncio.run(engine._request("a"))
 
 
 @pytest.fixture(scope="module")
@@ -208,9 +208,12 @@ def test_an_engine_from_start_to_stop(place, tmp_path):
         folder = tmp_path / "changing"
         shutil.copytree(place / "one", folder)
         await engine.add("changing@1", str(folder), check=False)
-        await engine.keep("changing@1")
-        shutil.rmtree(folder)
-        shutil.copytree(place / "two", folder)
+
+        def change() -> None:
+            shutil.rmtree(folder)
+            shutil.copytree(place / "two", folder)
+
+        await engine.keep(["changing@1", "gone@1"], change)
         await engine.add("changing@2", str(folder), check=True)
         question = questions(3)[2]
         for _ in range(2):

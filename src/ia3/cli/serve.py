@@ -10,7 +10,7 @@ from pathlib import Path
 import typer
 
 from ia3.cli.common import BaseOption
-from ia3.errors import InputError
+from ia3.errors import InputError, reason
 from ia3.serve.limits import Limits
 
 _DEFAULTS = Limits()
@@ -119,7 +119,12 @@ def _token(file: Path | None) -> str | None:
     if file is not None:
         if not file.is_file():
             raise InputError(f"Expected a file with the token, found no {str(file)!r}.")
-        token = file.read_text(encoding="utf-8").strip()
+        try:
+            token = file.read_text(encoding="utf-8", errors="replace").strip()  # what is no text is no token, below
+        except OSError as error:
+            raise InputError(
+                f"Expected a file with the token, found one that cannot be read: {reason(error)}."
+            ) from error
     elif TOKEN_VARIABLE in os.environ:
         token = os.environ[TOKEN_VARIABLE].strip()
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
@@ -18,24 +19,26 @@ from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from fastapi_offline import FastAPIOffline
 from pydantic import ValidationError
 from pydantic.json_schema import models_json_schema
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from ia3 import __version__
 from ia3.errors import InputError, problems
 from ia3.serve.engine import AdapterFailed, Engine, GenerateJob, Piece, ScoreJob
-from ia3.serve.gate import Gate, unexpected
+from ia3.serve.gate import Gate, described, unexpected
 from ia3.serve.limits import CLIENT_GONE, Limits, Problem, Queue, left
 from ia3.serve.metrics import Metrics
 from ia3.serve.schemas import Body, ChatBody, ClassifyBody, CompletionBody, FolderBody
-from ia3.serve.store import Adapter, Conflict, Store, UnknownAdapter
+from ia3.serve.store import Adapter, Conflict, NotStored, Store, UnknownAdapter
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from ia3.tfew.choices import Question
     from ia3.tfew.predict import Prediction
+
+logger = logging.getLogger(__name__)
 
 _OPENAI = ("/v1/completions", "/v1/chat/completions")
 _BODIES: dict[str, type[Body]] = {
@@ -66,7 +69,8 @@ class Server:
 
     Attributes:
         metrics: what is counted.
-        ready: the model is loaded, and the server is not shutting down.
+        on_failure: called when the model cannot be loaded, or its engine has ended: there is nothing left to serve.
+        ready: the model is loaded and runs, and the server is not shutting down.
     """
 
     def __init__(
@@ -80,7 +84,7 @@ class Server:
     ) -> None:
         self.engine, self.store, self.limits = engine, store, limits or Limits()
         self.token, self.hosts, self.log_texts = token, hosts or set(), log_texts
-        self.queue = Queue(self.limits.queue)
+        self.queue, self.uploads = Queue(self.limits.queue), Queue(self.limits.uploads, "uploads")
         self.metrics = Metrics(
             lambda: {
                 "queue": self.queue.length,
@@ -88,14 +92,21 @@ class Server:
                 **(engine.statistics() if self.started else {}),
             }
         )
-        engine.observe = self.metrics.batch
-        self.started = False
-        self.closing = False
+        engine.observe, engine.on_end = self.metrics.batch, self.fail
+        self.on_failure: Callable[[BaseException], None] = lambda error: None
+        self.started = self.closing = self.failed = False
         self._encoder = ThreadPoolExecutor(1, "ia3-tokens")  # tokenizers are not for several threads at once
 
     @property
     def ready(self) -> bool:
-        return self.started and not self.closing
+        return self.started and not self.closing and not self.failed
+
+    def fail(self, error: BaseException) -> None:
+        """There is no model, or no more."""
+        self.failed = True
+        if not isinstance(error, InputError):
+            logger.error("the engine has failed", exc_info=error)
+        self.on_failure(error)
 
     async def start(self) -> None:
         """Load the model, then serve what the store has found."""
@@ -319,6 +330,8 @@ def problem_of(error: Exception, path: str) -> Problem | None:
         return Problem(409, str(error), "conflict")
     if isinstance(error, AdapterFailed):
         return Problem(500, "This adapter cannot be used; see the server's log.", "adapter_failed")
+    if isinstance(error, NotStored):
+        return Problem(507, str(error), "not_stored")
     if isinstance(error, InputError):
         return Problem(400 if openai else 422, str(error), "invalid")
     if isinstance(error, HTTPException):
@@ -326,13 +339,20 @@ def problem_of(error: Exception, path: str) -> Problem | None:
     return None
 
 
-def create_app(server: Server, on_failure: Callable[[BaseException], None] | None = None) -> Any:
-    """The ASGI application of a server, which loads the model in the background.
+def told(server: Server, scope: Any, error: Exception) -> Problem:
+    """What a client is told about an error; the log is told the rest."""
+    problem = problem_of(error, scope["path"])
+    if isinstance(error, AdapterFailed):
+        scope["note"]["reason"] = str(error)
+    if problem is None:
+        scope["note"] |= described(error)
+        problem = unexpected(scope["identity"])
+    problem.message = server.store.public(problem.message)
+    return problem
 
-    Args:
-        server: what it serves.
-        on_failure: called when the model cannot be loaded.
-    """
+
+def create_app(server: Server) -> Any:
+    """The ASGI application of a server, which loads the model in the background."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -340,9 +360,7 @@ def create_app(server: Server, on_failure: Callable[[BaseException], None] | Non
             try:
                 await server.start()
             except Exception as error:
-                if on_failure is None:
-                    raise
-                on_failure(error)
+                server.fail(error)
 
         starting = asyncio.ensure_future(start())
         try:
@@ -365,10 +383,7 @@ def create_app(server: Server, on_failure: Callable[[BaseException], None] | Non
     _describe(app)
 
     async def tell(request: Request, error: Exception) -> Response:
-        problem = problem_of(error, request.url.path) or unexpected(request.scope["identity"])
-        problem.message = server.store.public(problem.message)
-        if isinstance(error, AdapterFailed):
-            request.scope["note"]["reason"] = str(error)
+        problem = told(server, request.scope, error)
         return JSONResponse(problem.body(), problem.status, problem.headers)
 
     async def gone(request: Request, error: Exception) -> Response:
@@ -470,18 +485,12 @@ def _add_adapters(app: FastAPI, server: Server) -> None:
             known = (body.folder if body.name is None else body.name) in server.store
             found = await server.store.admit(body.folder, body.name)
             return JSONResponse(await server.blocking(_described, found), 200 if known else 201)
-        try:
-            async with request.form(max_files=8, max_fields=8) as form:
-                name = form.get("name")
-                files = [part for part in form.getlist("files") if isinstance(part, UploadFile)]
-                if not isinstance(name, str) or set(form) - {"name", "files"}:
-                    raise InputError("Expected a form with the fields 'name' and 'files'.")
-                named = {str(part.filename): _writer(part) for part in files}
-                if len(named) != len(files):
-                    raise InputError("Expected files with different names.")
-                found, new = await server.store.upload(name, named)
-        except HTTPException as error:  # of the form's parser
-            raise InputError(f"Expected multipart/form-data: {error.detail}") from error
+        with server.uploads.room(1):
+            try:
+                async with request.form(max_files=8, max_fields=8) as form:
+                    found, new = await _upload(server, form)
+            except HTTPException as error:  # of the form's parser
+                raise InputError(f"Expected multipart/form-data: {error.detail}") from error
         return JSONResponse(await server.blocking(_described, found), 201 if new else 200)
 
     @app.delete("/v1/adapters/{name:path}", tags=["adapters"])
@@ -490,6 +499,17 @@ def _add_adapters(app: FastAPI, server: Server) -> None:
         server.require_started()
         await server.store.remove(name)
         return {"name": name, "deleted": True}
+
+
+async def _upload(server: Server, form: FormData) -> tuple[Adapter, bool]:
+    name = form.get("name")
+    files = [part for part in form.getlist("files") if isinstance(part, UploadFile)]
+    if not isinstance(name, str) or set(form) - {"name", "files"}:
+        raise InputError("Expected a form with the fields 'name' and 'files'.")
+    named = {str(part.filename): _writer(part) for part in files}
+    if len(named) != len(files):
+        raise InputError("Expected files with different names.")
+    return await server.store.upload(name, named)
 
 
 def _writer(part: UploadFile) -> Callable[[Path], Awaitable[None]]:
@@ -671,10 +691,10 @@ async def _events(
         if with_usage:
             yield event([], {"usage": _usage(usage_in, sum(tokens))})
         yield b"data: [DONE]\n\n"
-    except (Exception, asyncio.TimeoutError) as error:
-        problem = server.late() if isinstance(error, asyncio.TimeoutError) else problem_of(error, _OPENAI[0])
+    except Exception as error:
         request.scope["note"]["error"] = type(error).__name__
-        yield _event((problem or unexpected(request.scope["identity"])).body())
+        late = isinstance(error, asyncio.TimeoutError)
+        yield _event(told(server, request.scope, server.late() if late else error).body())
     finally:
         await pieces.aclose()
 

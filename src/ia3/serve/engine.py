@@ -80,6 +80,11 @@ class Piece:
     finish: Literal["stop", "length"] | None = None
 
 
+def normalized(log_probability: float, tokens: int, power: float) -> float:
+    """Σ_t log p(y_t | x, y_<t) / T^power, as `score_questions` has it: 0 where T^power is more than a float can be."""
+    return log_probability * tokens**-power
+
+
 class Engine(Protocol):
     """A base model and adapters by key.
 
@@ -92,7 +97,9 @@ class Engine(Protocol):
         context_length: how many tokens prompt and continuation may have together; None: no limit is known.
         generates: whether the model continues texts; False for encoders and encoder-decoders.
         observe: set by the server before `start`: may be called, on any thread, with what a batch did ("score",
-            "prefill", "decode"), its rows, and how many different adapters they have.
+            "prefill", "decode", or "step" for what mixes these), its rows, and how many different adapters they have.
+        on_end: set by the server before `start`: called, on the event loop, with the error by which an engine that had
+            started has ended. It answers nothing any more, and has let fail what waited.
     """
 
     name: str
@@ -100,6 +107,7 @@ class Engine(Protocol):
     context_length: int | None
     generates: bool
     observe: Callable[[str, int, int], None]
+    on_end: Callable[[BaseException], None]
 
     async def start(self) -> None:
         """Load the model: it may take minutes. Called once, before all others. Raises `InputError`."""
@@ -145,8 +153,13 @@ class Engine(Protocol):
             InputError: it is no adapter, or does not fit the model.
         """
 
-    async def keep(self, key: str) -> None:
-        """Hold an adapter in memory until it is dropped, because its folder is about to change."""
+    async def keep(self, keys: Sequence[str], change: Callable[[], None]) -> None:
+        """Call what takes a folder away, so that the adapters whose folder it is go on until they are dropped.
+
+        Args:
+            keys: of all adapters in that folder. Those that cannot be read are lost.
+            change: quick; called on any thread. What it raises is raised.
+        """
 
     async def drop(self, key: str) -> None:
         """Forget an adapter that no job uses any more."""

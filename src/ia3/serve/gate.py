@@ -25,6 +25,12 @@ logger = logging.getLogger(__name__)
 _OPEN = {"/", "/health", "/ready", "/docs", "/openapi.json"}
 _OPEN_BELOW = "/static-offline-docs/"
 
+# Others than these are one in `/metrics`: anybody can make up more.
+_METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
+
+# A client that does not take what it is sent is cut off so long after the deadline, which it may have to be told.
+_TAKING_SECONDS = 2.0
+
 # So much of a body that is too large is read and thrown away, so that the client hears why.
 _DISCARDED_BYTES, _DISCARDED_SECONDS = 8 << 20, 2.0
 
@@ -34,7 +40,8 @@ LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 class Gate:
     """An ASGI application around another one: token, origin, size and time of the body, metrics, logs, errors.
 
-    A request's scope gets `deadline` (a time of `time.monotonic`), `note` (what handlers want logged) and `identity`.
+    A request's scope gets `deadline` (a time of `time.monotonic`), `note` (what handlers want logged) and `identity`. Its
+    `state` has `abort` of `impatient`.
 
     Args:
         app: the application.
@@ -72,25 +79,29 @@ class Gate:
             await send(message)
             ended = message["type"] == "http.response.body" and not message.get("more_body")
 
+        def cut_off() -> None:
+            if status:  # else it has nothing to take yet
+                note["error"] = "the client did not take its answer in time"
+                scope["state"]["abort"]()
+
+        cutting = asyncio.get_running_loop().call_later(self._limits.deadline + _TAKING_SECONDS, cut_off)
         try:
             self._check(scope)
             await self._app(scope, self._reading(scope, receive), answer)
         except Problem as problem:
             await respond(problem, answer)
         except Exception as error:
-            note["error"] = type(error).__name__
-            # Frames, not the message: it may hold a text.
-            note["frames"] = [f"{f.filename}:{f.lineno} {f.name}" for f in traceback.extract_tb(error.__traceback__)][
-                -12:
-            ]
+            note |= described(error)
             if not status:
                 await respond(unexpected(identity), answer)
             elif not ended:
                 raise _Broken from None
         finally:
+            cutting.cancel()
             seconds = time.monotonic() - started
             route = getattr(scope.get("route"), "path", "other")
-            self._metrics.request(scope["method"] if route != "other" else "other", route, status, seconds)
+            method = scope["method"] if route != "other" and scope["method"] in _METHODS else "other"
+            self._metrics.request(method, route, status, seconds)
             quiet = route in ("/health", "/ready", "/metrics") and status < 400
             logger.log(
                 logging.ERROR if "frames" in note else logging.DEBUG if quiet else logging.INFO,
@@ -163,6 +174,12 @@ class Gate:
 _SAFETY = [(b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store")]
 
 
+def described(error: BaseException) -> dict[str, Any]:
+    """An unexpected error for the log: its type and frames, not its message, which may hold a text."""
+    frames = traceback.extract_tb(error.__traceback__)[-12:]
+    return {"error": type(error).__name__, "frames": [f"{each.filename}:{each.lineno} {each.name}" for each in frames]}
+
+
 def unexpected(identity: str) -> Problem:
     """What a client is told about an error of ours."""
     return Problem(500, f"Something went wrong here; see the server's log for {identity}.")
@@ -204,11 +221,15 @@ async def respond(problem: Problem, send: Callable) -> None:
 
 
 def impatient(seconds: float) -> type[H11Protocol]:
-    """uvicorn's protocol, for connections whose next request's head has to come within so many seconds."""
+    """uvicorn's protocol, for connections whose next request's head has to come within so many seconds.
+
+    The `state` of their requests' scopes has `abort`, which closes the connection whatever is still to be sent.
+    """
 
     class Impatient(H11Protocol):
         def connection_made(self, transport: Any) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            self.app_state = {**self.app_state, "abort": transport.abort}
             self._timer = self.loop.call_later(seconds, self._look, None)
 
         def _look(self, idle: Any) -> None:

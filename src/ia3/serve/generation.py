@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,15 +13,33 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from ia3.errors import InputError
+from ia3.errors import InputError, reason
 from ia3.rows import BASE
-from ia3.serve.engine import GenerateJob, Piece
+from ia3.serve.engine import AdapterFailed, GenerateJob, Piece
 from ia3.tfew.choices import padding_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from ia3.bank import AdapterBank
     from ia3.model import IA3Model
+
+# Texts that come to no more tokens than these go on together, whatever their lengths.
+_SHORT = 256
+
+# So many tokens hold what a tokenizer looks back at: a space, the bytes of a character.
+_LOOKED_BACK = 8
+
+
+def adapter_failure(bank: AdapterBank, adapter: str | None) -> AdapterFailed | None:
+    """Why an adapter cannot be used; None when it can."""
+    try:
+        bank.gather([adapter or BASE])
+    except Exception as error:  # also of a file that may not be read, JSON that is too deep, a disk that is full
+        return AdapterFailed(
+            str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {reason(error)}"
+        )
+    return None
 
 
 class Text:
@@ -28,15 +47,21 @@ class Text:
 
     Attributes:
         job: what is wanted.
+        tell: takes its pieces, or why there are no more; called on the thread that decodes.
         cancelled: nobody waits for it any more; set on any thread.
+        sizes: of the prompt, and of what is read with it, see `batches_of_sizes`.
+        tokens: how many it comes to at most, with its prompt.
     """
 
     def __init__(self, job: GenerateJob, tell: Callable[[Piece | Exception], None]) -> None:
         self.job = job
         self.tell = tell
         self.cancelled = False
+        self.sizes = len(job.prompt), 0
+        self.tokens = len(job.prompt) + job.max_tokens
         self._count = 0
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stream: DecodeStream | None = None
+        self._along = ""  # see `_said`
         self._held = ""  # it may be the beginning of a stop text
         self._chance = torch.Generator()
         if job.seed is None:
@@ -44,18 +69,12 @@ class Text:
         else:
             self._chance.manual_seed(job.seed % 2**63)
 
-    @property
-    def begun(self) -> bool:
-        """Whether it has a token."""
-        return self._count > 0
-
     def take(self, logits: torch.Tensor, tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> int | None:
         """Choose the next token by its logits (vocabulary,), and tell what it says; None when it was the last."""
         token = self._choose(logits.float().cpu())
         self._count += 1
         stopped = token in ends
-        said = None if stopped else self._stream.step(tokenizer.backend_tokenizer, token)  # type: ignore[attr-defined]
-        text = self._held + (said or "")
+        text = self._held + ("" if stopped else self._said(token, tokenizer))
         found = [place for place in map(text.find, self.job.stop) if place >= 0]
         if found:
             text, self._held, stopped = text[: min(found)], "", True
@@ -67,6 +86,22 @@ class Text:
             return None
         self.tell(Piece(text, self._count, "stop" if stopped else None))
         return None if stopped else token
+
+    def _said(self, token: int, tokenizer: PreTrainedTokenizerBase) -> str:
+        """What one more token adds: nothing, where it is a part of a character."""
+        if self._stream is None:
+            # What a token says may depend on what stands before it: the first word of a text may lose its space.
+            before = list(self.job.prompt[-_LOOKED_BACK:])
+            self._stream = DecodeStream(ids=before, skip_special_tokens=True)
+            # A character that the prompt leaves open brings what stands before it along.
+            closed = before
+            while closed and _decoded(tokenizer, closed).endswith("\ufffd"):
+                closed = closed[:-1]
+            self._along = "" if closed is before else _decoded(tokenizer, closed)
+        said = self._stream.step(tokenizer.backend_tokenizer, token) or ""  # type: ignore[attr-defined]
+        if said:
+            said, self._along = said.removeprefix(self._along), ""
+        return said
 
     def _choose(self, logits: torch.Tensor) -> int:
         if not torch.isfinite(logits).all():
@@ -86,6 +121,10 @@ class Text:
         longest = max(map(len, self.job.stop), default=1) - 1
         sizes = range(min(longest, len(text)), 0, -1)
         return next((n for n in sizes if any(stop.startswith(text[len(text) - n :]) for stop in self.job.stop)), 0)
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
+    return str(tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 class _Group:
@@ -143,8 +182,9 @@ def _joinable(cache: Any) -> bool:
 class Decoder:
     """Continues texts; one thread at a time may use it.
 
-    New texts are read in one pass and then join the batch of those that are under way. Where a model's cache is more than
-    keys and values by column (windows, recurrent layers), each text is a batch of its own.
+    New texts are read in one pass and then join those under way that come to about as many tokens: padding to the longest
+    at most doubles the memory for keys and values. Where a model's cache is more than keys and values by column (windows,
+    recurrent layers), each text is by itself.
 
     Args:
         model: its bank has the jobs' adapters.
@@ -163,19 +203,42 @@ class Decoder:
         ends = getattr(base.generation_config, "eos_token_id", None)
         found = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
         self._ends = {token for token in found if token is not None}
-        self._groups: list[_Group] = []
+        self._groups: dict[int, _Group] = {}
 
     @property
     def running(self) -> int:
         """How many texts are under way."""
-        return sum(len(group.texts) for group in self._groups)
+        return sum(len(group.texts) for group in self._groups.values())
+
+    def columns(self, more: Iterable[Text] = ()) -> int:
+        """Keys and values, padding included, that texts under way and these may come to hold: rows times the longest."""
+        tokens: dict[int, list[int]] = {}
+        for text in chain(*(group.texts for group in self._groups.values()), more):
+            tokens.setdefault(self._kind(text), []).append(text.tokens)
+        return sum(len(each) * max(each) for each in tokens.values())
 
     def begin(self, texts: Sequence[Text]) -> None:
-        """Read prompts, say the first token of each, and go on with them in `step`."""
-        if not self._joins and len(texts) > 1:
-            for text in texts:
-                self.begin([text])
-            return
+        """Read prompts, say the first token of each, and go on with them in `step`. What fails tells its texts so."""
+        kinds: dict[int, list[Text]] = {}
+        for text in texts:
+            kinds.setdefault(self._kind(text), []).append(text)
+        for kind, its in kinds.items():
+            self._begin(kind, its)
+
+    def step(self) -> None:
+        """The next token of every text. What fails tells its texts so."""
+        for group in self._groups.values():
+            try:
+                self._advance(group)
+            except Exception as error:
+                self._end(group, error)
+        self._groups = {kind: group for kind, group in self._groups.items() if group.texts}
+
+    def _kind(self, text: Text) -> int:
+        """Texts of one kind go on together."""
+        return (max(text.tokens, _SHORT) - 1).bit_length() if self._joins else id(text)
+
+    def _begin(self, kind: int, texts: list[Text]) -> None:
         width = max(len(text.job.prompt) for text in texts)
         ids = torch.full((len(texts), width), padding_id(self._tokenizer))
         mask = torch.zeros((len(texts), width), dtype=torch.long)
@@ -183,53 +246,93 @@ class Decoder:
             ids[row, width - len(text.job.prompt) :] = torch.tensor(list(text.job.prompt))
             mask[row, width - len(text.job.prompt) :] = 1
         mask = mask.to(self._device)
-        group = _Group(list(texts), [], mask, None)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        self._pass("prefill", group, ids.to(self._device), positions)
+        group = _Group(texts, [], mask, None)
+        try:
+            logits = self._read("prefill", group, ids.to(self._device), mask)
+        except Exception as error:
+            usable = self._usable(texts)
+            if len(usable) == len(texts) == 1:
+                texts[0].tell(error)
+            elif len(usable) == len(texts):  # together they may have been too much
+                for text in texts:
+                    self._begin(kind, [text])
+            elif usable:
+                self._begin(kind, usable)
+            return
+        groups = [group]
+        try:
+            self._take(group, logits)
+            if group.texts and kind in self._groups:
+                groups.append(self._groups[kind])
+                groups[1].join(group)
+            elif group.texts:
+                self._groups[kind] = group
+        except Exception as error:  # their caches may be joined by half
+            self._groups.pop(kind, None)
+            for each in groups:
+                self._end(each, error)
+
+    def _advance(self, group: _Group) -> None:
+        group.keep([None if text.cancelled else token for text, token in zip(group.texts, group.tokens, strict=True)])
         if not group.texts:
             return
-        if self._joins and self._groups:
-            self._groups[0].join(group)
-        else:
-            self._groups.append(group)
-
-    def step(self) -> None:
-        """The next token of every text."""
-        for group in self._groups:
+        ids = torch.tensor(group.tokens, device=self._device)[:, None]
+        try:
+            logits = self._read("decode", group, ids, F.pad(group.mask, (0, 1), value=1))
+        except Exception:
+            usable = set(map(id, self._usable(group.texts)))
+            if len(usable) == len(group.texts):
+                raise
+            # Vectors are looked up before the cache is touched, so that the others can go on.
             group.keep(
-                [None if text.cancelled else token for text, token in zip(group.texts, group.tokens, strict=True)]
+                [token if id(text) in usable else None for text, token in zip(group.texts, group.tokens, strict=True)]
             )
-            if group.texts:
-                group.mask = F.pad(group.mask, (0, 1), value=1)
-                ids = torch.tensor(group.tokens, device=self._device)[:, None]
-                self._pass("decode", group, ids, group.mask.sum(1, keepdim=True) - 1)
-        self._groups = [group for group in self._groups if group.texts]
+        else:
+            self._take(group, logits)
 
-    def fail(self, error: Exception) -> None:
-        """Give up all that is under way."""
-        for group in self._groups:
-            for text in group.texts:
-                text.tell(error)
-        self._groups = []
-
-    def _pass(self, kind: str, group: _Group, ids: torch.Tensor, positions: torch.Tensor) -> None:
+    def _read(self, kind: str, group: _Group, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Let the model read tokens, with which a group's mask is this one; the logits (R, vocabulary) behind them."""
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         options: dict[str, Any] = {"position_ids": positions, "logits_to_keep": 1, "past_key_values": group.cache}
         names = [text.job.adapter or BASE for text in group.texts]
         with torch.inference_mode():
             found = self._model(
                 input_ids=ids,
-                attention_mask=group.mask,
+                attention_mask=mask,
                 use_cache=True,
                 adapter_names=names,
                 **{key: value for key, value in options.items() if key in self._known},
             )
+        group.cache, group.mask = found.past_key_values, mask
         self._observe(kind, len(names), len(set(names)))
-        group.cache = found.past_key_values
+        return found.logits[:, -1]
+
+    def _take(self, group: _Group, logits: torch.Tensor) -> None:
+        """Choose each text's next token."""
         nexts: list[int | None] = []
-        for text, logits in zip(group.texts, found.logits[:, -1], strict=True):
+        for text, its in zip(group.texts, logits, strict=True):
             try:
-                nexts.append(text.take(logits, self._tokenizer, self._ends))
+                nexts.append(text.take(its, self._tokenizer, self._ends))
             except Exception as error:  # of this text alone
                 text.tell(error)
                 nexts.append(None)
         group.keep(nexts)
+
+    def _usable(self, texts: Iterable[Text]) -> list[Text]:
+        """Those whose adapter can be used; the others are told that it cannot."""
+        bank = self._model.routing.bank
+        assert bank is not None  # the engine has made one
+        failures = {adapter: adapter_failure(bank, adapter) for adapter in {text.job.adapter for text in texts}}
+        usable = []
+        for text in texts:
+            failure = failures[text.job.adapter]
+            if failure is None:
+                usable.append(text)
+            else:
+                text.tell(failure)
+        return usable
+
+    def _end(self, group: _Group, error: Exception) -> None:
+        for text in group.texts:
+            text.tell(error)
+        group.texts, group.tokens = [], []

@@ -23,6 +23,7 @@ class Limits:
         new_tokens: tokens that a request may generate, a prompt.
         queue: texts accepted and not yet answered; further requests get 429.
         deadline: seconds from a request's head to its answer; then 504.
+        uploads: at a time, each of which may take as much room for temporary files as its body is long; then 429.
     """
 
     body_bytes: int = 1 << 20
@@ -32,6 +33,7 @@ class Limits:
     new_tokens: int = 1024
     queue: int = 1024
     deadline: float = 60.0
+    uploads: int = 4
 
 
 class Problem(Exception):
@@ -60,26 +62,33 @@ class Problem(Exception):
 
 @dataclass
 class Queue:
-    """How many texts are accepted and not yet answered. Used on the event loop."""
+    """How many texts, or other things, are accepted and not yet answered. Used on the event loop.
+
+    Attributes:
+        most: how many there may be.
+        things: what they are, for the error message.
+        length: how many there are.
+    """
 
     most: int
+    things: str = "texts"
     length: int = field(default=0, init=False)
 
     @contextlib.contextmanager
-    def room(self, texts: int) -> Iterator[None]:
-        """Within `with`, so many texts are accepted. Raises `Problem` (429) when there is no room for them."""
-        if self.length + texts > self.most:
+    def room(self, more: int) -> Iterator[None]:
+        """Within `with`, so many are accepted. Raises `Problem` (429) when there is no room for them."""
+        if self.length + more > self.most:
             raise Problem(
                 429,
-                f"The queue is full: {self.length} texts are waiting, {self.most} may; try again soon.",
+                f"The queue is full: {self.length} {self.things} are under way, {self.most} may be; try again soon.",
                 "queue_full",
                 {"Retry-After": "1"},
             )
-        self.length += texts
+        self.length += more
         try:
             yield
         finally:
-            self.length -= texts
+            self.length -= more
 
 
 def left(deadline: float) -> float:

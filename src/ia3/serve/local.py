@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import logging
+import contextlib
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ia3.errors import InputError
-from ia3.serve.engine import AdapterFailed, GenerateJob, Piece, ScoreJob
+from ia3.errors import InputError, reason
+from ia3.serve.engine import GenerateJob, Piece, ScoreJob, normalized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from ia3.tfew.choices import Question
     from ia3.tfew.recipe import Recipe
     from ia3.tfew.task import Row, Task
-
-logger = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 
@@ -64,6 +63,13 @@ class _Asked:
         self.call, self.index, self.job = call, index, job
         self.sizes = sizes_of(job.question)
 
+    @property
+    def cancelled(self) -> bool:
+        return self.call.cancelled
+
+
+_Waiting = TypeVar("_Waiting", "_Asked", "Text")
+
 
 class LocalEngine:
     """See `Engine`. One thread owns the model: it alternates between a batch of questions and a token of each text.
@@ -77,6 +83,8 @@ class LocalEngine:
         memory: for adapters' vectors, in bytes or such as "2GiB"; the least recently used make room. None: no limit.
         batch: rows of a batch at most.
         batch_tokens: tokens of a batch at most, padding included.
+        cache_tokens: tokens at most, padding included, whose keys and values are kept for texts under way; one text
+            may have more.
     """
 
     def __init__(
@@ -88,6 +96,7 @@ class LocalEngine:
         memory: int | str | None = None,
         batch: int = 64,
         batch_tokens: int = 4096,
+        cache_tokens: int = 65_536,
     ) -> None:
         self.name = name or model
         self._source = model
@@ -95,8 +104,9 @@ class LocalEngine:
         self.context_length: int | None = None
         self.generates = False
         self.observe: Callable[[str, int, int], None] = lambda kind, rows, adapters: None
+        self.on_end: Callable[[BaseException], None] = lambda error: None
         self._kinds, self._labels, self._memory = list(kinds), labels, memory
-        self._batch, self._batch_tokens = batch, batch_tokens
+        self._batch, self._batch_tokens, self._cache_tokens = batch, batch_tokens, cache_tokens
         self._model: IA3Model
         self._bank: AdapterBank | None = None
         self._decoder: Decoder | None = None
@@ -107,11 +117,15 @@ class LocalEngine:
         self._asked: deque[_Asked] = deque()
         self._texts: deque[Text] = deque()
         self._stopping = False
+        # On the event loop: what to call when the thread ends by an error, and that error.
+        self._waiting: set[Callable[[BaseException], None]] = set()
+        self._error: BaseException | None = None
 
     # On the event loop.
 
     async def start(self) -> None:
-        self._thread = threading.Thread(target=self._run, name="ia3-model", daemon=True)
+        loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._run, args=(loop,), name="ia3-model", daemon=True)
         loaded = asyncio.ensure_future(self._order(self._load))
         self._thread.start()
         await loaded
@@ -133,11 +147,12 @@ class LocalEngine:
             return []
         call = _Call(jobs)
         asked = [_Asked(call, index, job) for index, job in enumerate(jobs)]
-        with self._changed:
-            self._asked.extend(asked)
-            self._changed.notify()
         try:
-            return await call.future
+            with self._answered(lambda error: _set(call.future, error)):
+                with self._changed:
+                    self._asked.extend(asked)
+                    self._changed.notify()
+                return await call.future
         finally:
             call.cancelled = True
 
@@ -145,27 +160,43 @@ class LocalEngine:
         from ia3.serve.generation import Text
 
         loop = asyncio.get_running_loop()
-        pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
+        pieces: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
         text = Text(job, lambda piece: _call_on(loop, pieces.put_nowait, piece))
-        with self._changed:
-            self._texts.append(text)
-            self._changed.notify()
         try:
-            while True:
-                piece = await pieces.get()
-                if isinstance(piece, Exception):
-                    raise piece
-                yield piece
-                if piece.finish is not None:
-                    return
+            with self._answered(pieces.put_nowait):
+                with self._changed:
+                    self._texts.append(text)
+                    self._changed.notify()
+                while True:
+                    piece = await pieces.get()
+                    if isinstance(piece, BaseException):
+                        raise piece
+                    yield piece
+                    if piece.finish is not None:
+                        return
         finally:
             text.cancelled = True
 
     async def add(self, key: str, folder: str, check: bool) -> None:
-        await self._order(lambda: self._bank_of().load(folder, key) if check else self._bank_of().link(folder, key))
+        def read() -> None:
+            try:
+                self._bank_of().load(folder, key)
+            except InputError:
+                raise
+            except Exception as error:  # a file that may not be read, JSON that is too deep
+                raise InputError(f"This adapter cannot be read: {reason(error)}.") from error
 
-    async def keep(self, key: str) -> None:
-        await self._order(lambda: self._bank_of().pin(key))
+        await self._order(read if check else lambda: self._bank_of().link(folder, key))
+
+    async def keep(self, keys: Sequence[str], change: Callable[[], None]) -> None:
+        def changed() -> None:
+            for key in keys:
+                with contextlib.suppress(Exception):  # what cannot be read now never could
+                    self._bank_of().gather([key])
+            # From here on, the bank saves what it has to evict: its folder holds it no more.
+            change()
+
+        await self._order(changed)
 
     async def drop(self, key: str) -> None:
         await self._order(lambda: self._bank_of().delete(key))
@@ -187,10 +218,28 @@ class LocalEngine:
             except Exception as error:
                 _settle(loop, future, error)
 
-        with self._changed:
-            self._orders.append(run)
-            self._changed.notify()
-        return await future
+        with self._answered(lambda error: _set(future, error)):
+            with self._changed:
+                self._orders.append(run)
+                self._changed.notify()
+            return await future
+
+    @contextlib.contextmanager
+    def _answered(self, fail: Callable[[BaseException], None]) -> Iterator[None]:
+        """Within `with`, someone waits for the thread, and is told when it ends by an error."""
+        if self._error is not None:
+            raise self._error
+        self._waiting.add(fail)
+        try:
+            yield
+        finally:
+            self._waiting.discard(fail)
+
+    def _ended(self, error: BaseException) -> None:
+        self._error = error
+        for fail in list(self._waiting):
+            fail(error)
+        self.on_end(error)
 
     # On the thread.
 
@@ -228,7 +277,13 @@ class LocalEngine:
         assert self._bank is not None  # orders come after `start`
         return self._bank
 
-    def _run(self) -> None:
+    def _run(self, loop: asyncio.AbstractEventLoop) -> None:
+        try:
+            self._work()
+        except BaseException as error:
+            _call_on(loop, self._ended, error)
+
+    def _work(self) -> None:
         while True:
             with self._changed:
                 while not (self._orders or self._asked or self._texts or self._running() or self._stopping):
@@ -240,72 +295,60 @@ class LocalEngine:
                 order()
             batch = self._next_batch()
             if batch:
-                self._answer(batch, self._score)
-            texts = self._next_texts()
-            if texts:
-                self._answer(texts, self._begin)
-            if self._running():
-                self._step()
+                self._answer(batch)
+            if self._decoder is not None:
+                self._decoder.begin(self._next_texts(self._decoder))
+                if self._decoder.running:
+                    self._decoder.step()
 
     def _running(self) -> int:
         return 0 if self._decoder is None else self._decoder.running
 
     def _next_batch(self) -> list[_Asked]:
-        """The question that has waited longest, and others of similar length."""
+        return self._out_of(self._asked, self._first(self._asked, self._batch))
+
+    def _next_texts(self, decoder: Decoder) -> list[Text]:
+        """Those for which there is room beside the texts under way; of one alone there is nothing to wait for."""
+        texts: list[Text] = []
+        for text in self._first(self._texts, self._batch - decoder.running):
+            if (texts or decoder.running) and decoder.columns([*texts, text]) > self._cache_tokens:
+                break
+            texts.append(text)
+        return self._out_of(self._texts, texts)
+
+    def _first(self, queue: deque[_Waiting], most: int) -> list[_Waiting]:
+        """What has waited longest, and others of similar length, in their order."""
         from ia3.tfew.choices import batches_of_sizes
 
         with self._changed:
-            while self._asked and self._asked[0].call.cancelled:
-                self._asked.popleft()
-            waiting: list[_Asked] = []
-            for asked in self._asked:
-                if not asked.call.cancelled:
-                    waiting.append(asked)
-                if len(waiting) == _LOOK_AHEAD * self._batch:
-                    break
-        if not waiting:
+            waiting = list(islice((one for one in queue if not one.cancelled), _LOOK_AHEAD * self._batch))
+        if not waiting or most < 1:
             return []
-        groups = batches_of_sizes([asked.sizes for asked in waiting], self._batch_tokens)
-        chosen = sorted(next(group for group in groups if 0 in group))[: self._batch]
-        batch = [waiting[index] for index in chosen]
-        taken = set(map(id, batch))
-        with self._changed:
-            # Others may have been added meanwhile, at the end.
-            self._asked = deque(asked for asked in self._asked if id(asked) not in taken and not asked.call.cancelled)
-        return batch
+        groups = batches_of_sizes([one.sizes for one in waiting], self._batch_tokens)
+        chosen = sorted(next(group for group in groups if 0 in group))[:most]
+        return [waiting[index] for index in chosen]
 
-    def _next_texts(self) -> list[Text]:
+    def _out_of(self, queue: deque[_Waiting], taken: list[_Waiting]) -> list[_Waiting]:
+        """Take these, and all that nobody waits for any more, out of a queue, to which others may have been added."""
+        its = set(map(id, taken))
         with self._changed:
-            texts, tokens = [], 0
-            while self._texts and self._running() + len(texts) < self._batch:
-                text = self._texts[0]
-                tokens += len(text.job.prompt)
-                if texts and tokens > self._batch_tokens:
-                    break
-                self._texts.popleft()
-                if not text.cancelled:
-                    texts.append(text)
-            return texts
+            kept = [one for one in queue if id(one) not in its and not one.cancelled]
+            queue.clear()
+            queue.extend(kept)
+        return taken
 
-    def _answer(self, batch: list[Any], answer: Callable[[list[Any]], None]) -> None:
+    def _answer(self, batch: list[_Asked]) -> None:
         """Answer a batch; when that fails, each by itself, so that one broken adapter is the others' no trouble."""
-        from ia3.rows import BASE
+        from ia3.serve.generation import adapter_failure
 
         try:
-            answer(batch)
+            self._score(batch)
         except Exception as error:
             if len(batch) > 1:
                 for one in batch:
-                    if isinstance(one, _Asked) or not one.begun:
-                        self._answer([one], answer)
-                return
-            fail = batch[0].call.fail if isinstance(batch[0], _Asked) else batch[0].tell
-            try:
-                self._bank_of().gather([batch[0].job.adapter or BASE])
-            except InputError as its:
-                fail(AdapterFailed(str(its)))
+                    self._answer([one])
             else:
-                fail(error)
+                batch[0].call.fail(adapter_failure(self._bank_of(), batch[0].job.adapter) or error)
 
     def _score(self, batch: list[_Asked]) -> None:
         from ia3.rows import BASE
@@ -316,37 +359,28 @@ class LocalEngine:
         # Sums, because jobs may differ in how they are normalized.
         sums = score_questions(self._model, self.tokenizer, questions, 0.0, self._batch_tokens, adapter_names=names)
         self.observe("score", len(batch), len(set(names)))
+        results = []
         for asked, found in zip(batch, sums, strict=True):
             question, power = asked.job.question, asked.job.length_normalization
-            asked.call.give(
-                asked.index,
-                [float(found[question.listed(i)]) / len(choice) ** power for i, choice in enumerate(question.choices)],
-            )
-
-    def _begin(self, texts: list[Text]) -> None:
-        assert self._decoder is not None  # the server asks no other model
-        self._decoder.begin(texts)
-
-    def _step(self) -> None:
-        assert self._decoder is not None
-        try:
-            self._decoder.step()
-        except Exception as error:
-            logger.exception("A step of %d texts failed", self._decoder.running)
-            self._decoder.fail(error)
+            scores = [float(found[question.listed(i)]) for i in range(len(question.choices))]
+            lengths = map(len, question.choices)
+            results.append([normalized(*each, power) for each in zip(scores, lengths, strict=True)])
+        # Only now: had one failed, all would be asked once more.
+        for asked, result in zip(batch, results, strict=True):
+            asked.call.give(asked.index, result)
 
 
 def _settle(loop: asyncio.AbstractEventLoop, future: asyncio.Future, result: Any) -> None:
-    """Give a future its result or error, from another thread; whoever waited may be gone."""
+    """Give a future its result or error, from another thread."""
+    _call_on(loop, _set, future, result)
 
-    def settle() -> None:
-        if not future.done():
-            if isinstance(result, Exception):
-                future.set_exception(result)
-            else:
-                future.set_result(result)
 
-    _call_on(loop, settle)
+def _set(future: asyncio.Future, result: Any) -> None:
+    if not future.done():  # whoever waited may be gone
+        if isinstance(result, BaseException):
+            future.set_exception(result)
+        else:
+            future.set_result(result)
 
 
 def _call_on(loop: asyncio.AbstractEventLoop, function: Callable, *args: Any) -> None:

@@ -12,7 +12,6 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,7 +19,7 @@ import uvicorn
 
 from ia3.errors import InputError, reason
 from ia3.serve.app import Server, create_app
-from ia3.serve.gate import impatient
+from ia3.serve.gate import described, impatient
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +42,8 @@ class _JsonLines(logging.Formatter):
             "event": record.getMessage(),
             **getattr(record, "fields", {}),
         }
-        if record.exc_info and record.exc_info[0]:  # without the message, which may hold a text
-            line["error"] = record.exc_info[0].__name__
-            line["frames"] = [f"{f.filename}:{f.lineno} {f.name}" for f in traceback.extract_tb(record.exc_info[2])][
-                -12:
-            ]
+        if record.exc_info and record.exc_info[1]:
+            line |= described(record.exc_info[1])
         return json.dumps(line, ensure_ascii=False, default=str)
 
 
@@ -89,7 +85,7 @@ def run(server: Server, host: str, port: int) -> None:
     """Serve until a signal comes; then finish what was accepted.
 
     Raises:
-        InputError: the address cannot be listened at, or the model cannot be loaded.
+        InputError: the address cannot be listened at, or the model cannot be loaded, or its engine has ended.
     """
     listening = _listen(host, port)
     _log_to_stderr()
@@ -100,7 +96,8 @@ def run(server: Server, host: str, port: int) -> None:
         failures.append(error)
         running.should_exit = True
 
-    app = create_app(server, fail)
+    server.on_failure = fail
+    app = create_app(server)
     config = uvicorn.Config(
         app,
         http=impatient(_IDLE_SECONDS),
@@ -117,14 +114,24 @@ def run(server: Server, host: str, port: int) -> None:
 
     async def serve() -> None:
         if hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread():
-            asyncio.get_running_loop().add_signal_handler(
-                signal.SIGHUP, lambda: tasks.add(asyncio.ensure_future(reload()))
-            )
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hang_up)
         await running.serve([listening])
 
+    def hang_up() -> None:
+        task = asyncio.ensure_future(reload())
+        tasks.add(task)  # the loop itself holds tasks weakly
+        task.add_done_callback(tasks.discard)
+
     async def reload() -> None:
-        if server.started:
+        if not server.started:
+            return
+        try:
             found = await server.store.reload()
+        except (InputError, OSError) as error:  # what is served goes on
+            logger.error("reload failed", extra={"fields": {"reason": reason(error)}})
+        except Exception:
+            logger.exception("reload failed")
+        else:
             logger.info("reload", extra={"fields": {key: len(names) for key, names in found.items()}})
 
     tasks: set[asyncio.Future] = set()
@@ -136,7 +143,8 @@ def run(server: Server, host: str, port: int) -> None:
         error = failures[0]
         if isinstance(error, InputError):
             raise error
-        raise InputError(f"Cannot load the model: {reason(error)}") from error
+        what = "The engine has ended by an error" if server.started else "Cannot load the model"
+        raise InputError(f"{what}: {reason(error)}") from error
 
 
 @contextlib.contextmanager

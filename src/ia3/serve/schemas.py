@@ -32,6 +32,11 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
+def without_nulls(values: Any) -> Any:
+    """A JSON object without its nulls, by which clients say that they leave a field to its default."""
+    return {key: value for key, value in values.items() if value is not None} if isinstance(values, dict) else values
+
+
 class ClassifyBody(Body):
     """Texts, or rows of several columns, to label with an adapter."""
 
@@ -81,10 +86,11 @@ class _Generation(Body):
         if not isinstance(values, dict):
             return values
         for name, neutral in _UNSET.items():
-            if name in values and values[name] is not None and values[name] not in neutral:
+            # False is 0 to Python, and not to OpenAI.
+            known = [each for each in neutral if isinstance(each, bool) is isinstance(values.get(name), bool)]
+            if values.get(name) is not None and values[name] not in known:
                 raise ValueError(f"{name} is not supported, except as {neutral[0]!r}")
-        # Null is how clients say that they leave a field to its default.
-        return {key: value for key, value in values.items() if key not in _UNSET and value is not None}
+        return {key: value for key, value in without_nulls(values).items() if key not in _UNSET}
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -122,6 +128,9 @@ class Message(Body):
     role: Annotated[str, StringConstraints(pattern="^(system|developer|user|assistant)$")]
     content: str | list[TextPart]
     name: str | None = None
+
+    # Answers that are sent back have fields for what is not supported, such as `refusal`.
+    _nulls = model_validator(mode="before")(without_nulls)
 
     @property
     def text(self) -> str:

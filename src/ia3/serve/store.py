@@ -10,14 +10,16 @@ import logging
 import os
 import re
 import shutil
+import stat
 import tempfile
 import threading
+import weakref
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ia3.config import CONFIG_NAME, IA3Config, adapter_folders
-from ia3.errors import InputError, shown, similar
+from ia3.errors import InputError, reason, shown, similar
 
 if TYPE_CHECKING:
     from ia3.serve.engine import Engine
@@ -37,6 +39,9 @@ _NEAR = 100
 # In a folder that came over HTTP, and may be replaced and deleted over HTTP.
 _UPLOADED = ".uploaded"
 
+# Folders that are on their way in, or out. What has been replaced is put back when its successor never came.
+_COMING, _REPLACED, _GOING = ".upload-", ".replaced-", ".deleted-"
+
 
 class UnknownAdapter(InputError):
     """No adapter of that name is served."""
@@ -44,6 +49,10 @@ class UnknownAdapter(InputError):
 
 class Conflict(InputError):
     """What is asked for cannot be done with the adapters that there are."""
+
+
+class NotStored(InputError):
+    """The adapters' folder takes no files."""
 
 
 class Settings(NamedTuple):
@@ -93,28 +102,47 @@ class Adapter:
 
 
 def read_settings(folder: str) -> Settings:
-    """The settings in an adapter's folder. Raises `InputError` for damaged files."""
+    """The settings in an adapter's folder. Raises `InputError` for files that are damaged or cannot be read."""
     from ia3.tfew.calibration import Calibration
     from ia3.tfew.recipe import Recipe
     from ia3.tfew.task import Task
 
     task, recipe = Path(folder, TASK_NAME), Path(folder, RECIPE_NAME)
-    calibration = Calibration.beside(folder)
-    return Settings(
-        task=Task.from_file(task) if task.is_file() else None,
-        recipe=Recipe.load(recipe) if recipe.is_file() else Recipe(),
-        temperature=1.0 if calibration is None else calibration.temperature,
-        calibrated=calibration is not None,
-    )
+    try:
+        calibration = Calibration.beside(folder)
+        return Settings(
+            task=Task.from_file(task) if task.is_file() else None,
+            recipe=Recipe.load(recipe) if recipe.is_file() else Recipe(),
+            temperature=1.0 if calibration is None else calibration.temperature,
+            calibrated=calibration is not None,
+        )
+    except (OSError, RecursionError) as error:
+        raise InputError(f"The files beside this adapter cannot be read: {reason(error)}.") from error
 
 
-def _stamp(folder: str) -> tuple:
-    found = []
+def _stamp(folder: str) -> tuple | None:
+    """Changes when an adapter's files do; None for a folder or files that are links, or without the vectors' file."""
+    if os.path.realpath(folder) != folder:
+        return None
+    found = {}
     for name in (CONFIG_NAME, WEIGHTS_NAME, TASK_NAME, RECIPE_NAME, CALIBRATION_NAME):
-        with contextlib.suppress(FileNotFoundError):
-            status = os.stat(os.path.join(folder, name))
-            found.append((name, status.st_ino, status.st_size, status.st_mtime_ns))
-    return tuple(found)
+        with contextlib.suppress(OSError):
+            status = os.lstat(os.path.join(folder, name))
+            if not stat.S_ISREG(status.st_mode):
+                return None
+            found[name] = status.st_ino, status.st_size, status.st_mtime_ns
+    return tuple(found.items()) if CONFIG_NAME in found and WEIGHTS_NAME in found else None
+
+
+@contextlib.contextmanager
+def _storing() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise NotStored(
+            f"Expected an adapters' folder that can be written to, found: {error.strerror or type(error).__name__}. Make "
+            f"room or change its permissions."
+        ) from error
 
 
 class Store:
@@ -140,15 +168,17 @@ class Store:
         self._engine: Engine | None = None
         self._adapters: dict[str, Adapter] = {}
         self._names: list[str] = []  # sorted, made anew when adapters have come or gone
+        self._removed: set[str] = set()  # whose folders are there, and not to be served
         self._changing = asyncio.Lock()
         self._version = 0
+        self._clean()
         self._found = self._scan()
 
     def kinds(self, base_model: str) -> list[IA3Config]:
         """The different configs of adapters, the most frequent first, but those for models of other names last."""
         found: dict[str, tuple[IA3Config, list[bool]]] = {}
         for folder, _ in self._found.values():
-            with contextlib.suppress(InputError, RecursionError):
+            with contextlib.suppress(InputError, RecursionError, OSError):
                 config = IA3Config.from_pretrained(folder)
                 # A model's folder may have moved since.
                 own = Path(config.base_model_name_or_path or base_model).name == Path(base_model).name
@@ -211,7 +241,8 @@ class Store:
 
     def public(self, message: str) -> str:
         """A message without paths of this machine."""
-        return re.sub(re.escape(self.root + os.sep) + r"(\.upload-\w+/)?", "", message).replace(self.root, "the root")
+        inside = re.escape(self.root + os.sep) + rf"({re.escape(_COMING)}\w+/)?"
+        return re.sub(inside, "", message).replace(self.root, "the root")
 
     # Changes, one at a time.
 
@@ -222,10 +253,21 @@ class Store:
             Names of adapters: "added", "changed", "removed", "failed".
         """
         async with self._changing:
-            before = {name: a for name, a in self._adapters.items() if a.folder == self._folder(name)}
             found = await asyncio.to_thread(self._scan)
             done: dict[str, list[str]] = {"added": [], "changed": [], "removed": [], "failed": []}
-            for name, (folder, stamp) in found.items():
+            self._removed &= found.keys()
+            wanted = {name: place for name, place in found.items() if name not in self._removed}
+            stamps = dict(found.values())
+            for name, adapter in self._adapters.items():
+                if adapter.folder != self._folder(name):  # served by another name than its own
+                    if name in wanted:
+                        logger.warning("Adapter %r is not served: another one goes by its name", name)
+                        done["failed"].append(name)
+                        del wanted[name]
+                    if adapter.folder in stamps:
+                        wanted[name] = adapter.folder, stamps[adapter.folder]
+            before = dict(self._adapters)
+            for name, (folder, stamp) in wanted.items():
                 if name in before and before[name].stamp == stamp:
                     continue
                 try:
@@ -234,7 +276,7 @@ class Store:
                 except InputError as error:  # what was served of that name goes on
                     logger.warning("Adapter %r is not reloaded: %s", name, error)
                     done["failed"].append(name)
-            for name in before.keys() - found.keys():
+            for name in before.keys() - wanted.keys():
                 self._retire(self._adapters.pop(name))
                 self._names = []
                 done["removed"].append(name)
@@ -249,17 +291,24 @@ class Store:
 
         Raises:
             InputError: no such folder, one outside the root, or no adapter that can be used.
-            Conflict: the name is the base's, or there are too many.
+            Conflict: the name is the base's or another adapter's, or there are too many.
         """
         if not NAME.fullmatch(folder):
             raise InputError(f"Expected a folder below the adapters' root such as 'tickets', found {folder!r}.")
         name = self._checked(folder if name is None else name)
         async with self._changing:
             path = self._folder(folder)
-            if not os.path.isfile(os.path.join(path, CONFIG_NAME)) or os.path.realpath(path) != path:
-                raise UnknownAdapter(f"There is no adapter's folder {folder!r} below the adapters' root.")
-            stamp = await asyncio.to_thread(self._usable, path)
-            return await self._serve(name, path, stamp, check=True)
+            stamp = await asyncio.to_thread(_stamp, path)
+            if stamp is None:
+                raise UnknownAdapter(
+                    f"There is no adapter's folder {folder!r} below the adapters' root, with {CONFIG_NAME} and "
+                    f"{WEIGHTS_NAME} that are no links."
+                )
+            self._require_free(name, path)
+            await asyncio.to_thread(read_settings, path)
+            adapter = await self._serve(name, path, stamp, check=True)
+            self._removed.discard(name)
+            return adapter
 
     async def upload(self, name: str, files: Mapping[str, Callable[[Path], Awaitable[None]]]) -> tuple[Adapter, bool]:
         """Admit an adapter that came over HTTP; it replaces an uploaded one of that name.
@@ -274,56 +323,85 @@ class Store:
         Raises:
             InputError: see `uploads.check`; or vectors that do not fit the model or are not finite.
             Conflict: see `admit`; or an adapter of that name that was not uploaded.
+            NotStored: the root takes no files.
         """
         if "/" in self._checked(name):
             raise InputError(f"Expected a name without slashes for an upload, found {name!r}.")
         from ia3.serve import uploads
 
         uploads.check_names(files)
-        os.makedirs(self.root, exist_ok=True)
-        temporary = tempfile.mkdtemp(prefix=".upload-", dir=self.root)
+        with _storing():
+            os.makedirs(self.root, exist_ok=True)
+            temporary = tempfile.mkdtemp(prefix=_COMING, dir=self.root)
         try:
-            for file, write in files.items():
-                await write(Path(temporary, file))
-            Path(temporary, _UPLOADED).touch()
+            with _storing():
+                for file, write in files.items():
+                    await write(Path(temporary, file))
+                Path(temporary, _UPLOADED).touch()
+                os.chmod(temporary, 0o755)
             await asyncio.to_thread(self._checked_upload, temporary)
             async with self._changing:
                 final = self._folder(name)
-                new = name not in self._adapters
+                self._require_free(name, final)
                 if os.path.lexists(final) and not os.path.isfile(os.path.join(final, _UPLOADED)):
                     raise Conflict(
                         f"There is another {name!r} below the adapters' root, not uploaded; choose another name."
                     )
                 # Read where it is, before anything is replaced.
-                adapter = await self._prepare(name, temporary, check=True)
-                former = self._adapters.get(name)
-                if former is not None and former.users:
-                    await self._engine_of().keep(former.key)
-                os.chmod(temporary, 0o755)
-                await asyncio.to_thread(_exchange, temporary, final)
-                # From its place, so that it can be read again.
-                await self._engine_of().drop(adapter.key)
-                adapter.folder, adapter.stamp = final, _stamp(final)
-                await self._engine_of().add(adapter.key, final, check=False)
-                self._replace(adapter)
-                return adapter, new
+                new = name not in self._adapters
+                trial = await self._prepare(name, temporary, check=True)
+                await self._engine_of().drop(trial.key)
+                names = dict.fromkeys([name, *(each.name for each in self._in(final))])
+                with _storing():
+                    await self._take_away(final, lambda: _exchange(temporary, final))
+                stamp = _stamp(final) or ()
+                served = [await self._serve(each, final, stamp, check=False) for each in names]
+                self._removed.discard(name)
+                return served[0], new
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
     async def remove(self, name: str) -> None:
-        """Serve an adapter no more, and delete its files when they were uploaded. Raises `UnknownAdapter`."""
+        """Serve an adapter no more, and delete its files when they were uploaded.
+
+        Raises:
+            UnknownAdapter: there is none.
+            NotStored: its files cannot be deleted.
+        """
         async with self._changing:
             adapter = self.get(name)
-            if adapter.users:
-                await self._engine_of().keep(adapter.key)
+            is_last = len(self._in(adapter.folder)) == 1
+            if is_last and os.path.isfile(os.path.join(adapter.folder, _UPLOADED)):
+                with _storing():
+                    going = tempfile.mkdtemp(prefix=_GOING, dir=self.root)
+                    await self._take_away(adapter.folder, lambda: os.rename(adapter.folder, going))
+                await asyncio.to_thread(shutil.rmtree, going, True)
+            elif adapter.folder == self._folder(name):
+                self._removed.add(name)
             del self._adapters[name]
             self._names = []
             self._retire(adapter)
-            shared = any(other.folder == adapter.folder for other in self._adapters.values())
-            if not shared and os.path.isfile(os.path.join(adapter.folder, _UPLOADED)):
-                await asyncio.to_thread(shutil.rmtree, adapter.folder, True)
 
     # Under the lock.
+
+    def _require_free(self, name: str, folder: str) -> None:
+        """Raise `Conflict` unless nothing, or what is in that folder, goes by a name."""
+        served = self._adapters.get(name)
+        other = os.path.isfile(os.path.join(self._folder(name), CONFIG_NAME)) and folder != self._folder(name)
+        if other or (served is not None and served.folder != folder):
+            raise Conflict(f"There is another adapter {name!r}; choose another name, or remove that one.")
+
+    def _in(self, folder: str) -> list[Adapter]:
+        """Those that are served from a folder."""
+        return [adapter for adapter in self._adapters.values() if adapter.folder == folder]
+
+    async def _take_away(self, folder: str, change: Callable[[], None]) -> None:
+        """Rename a folder, so that requests which have come or come in meanwhile end with what it held."""
+        its = self._in(folder)
+        for adapter in its:
+            with contextlib.suppress(InputError):  # damaged files are its users' trouble, as before
+                await asyncio.to_thread(adapter.settings)
+        await self._engine_of().keep([adapter.key for adapter in its], change)
 
     async def _serve(self, name: str, folder: str, stamp: tuple, check: bool) -> Adapter:
         adapter = await self._prepare(name, folder, check)
@@ -381,9 +459,9 @@ class Store:
         found, skipped = {}, []
         for name, folder in adapter_folders(self.root).items():
             usable = NAME.fullmatch(name) and len(name) <= 200 and name != self._base
-            # No links, and no pickles.
-            if usable and os.path.realpath(folder) == folder and os.path.isfile(os.path.join(folder, WEIGHTS_NAME)):
-                found[name] = (folder, _stamp(folder))
+            stamp = _stamp(folder) if usable else None  # no links, and no pickles
+            if stamp is not None:
+                found[name] = (folder, stamp)
             elif not name.startswith("."):
                 skipped.append(name)
         if skipped:
@@ -392,12 +470,23 @@ class Store:
             raise InputError(f"Expected at most {self._most} adapters, found {len(found)}; give --max-adapters.")
         return found
 
-    def _usable(self, folder: str) -> tuple:
-        if not os.path.isfile(os.path.join(folder, WEIGHTS_NAME)):
-            raise InputError(f"Expected {WEIGHTS_NAME} in the folder, found none.")
-        stamp = _stamp(folder)
-        read_settings(folder)
-        return stamp
+    def _clean(self) -> None:
+        """Finish or undo what a process that was killed has left in the root, unless another server works there now."""
+        try:
+            import fcntl
+
+            claimed = os.open(self.root, os.O_RDONLY)
+            weakref.finalize(self, os.close, claimed)  # the lock is held for as long
+            fcntl.flock(claimed, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for name in os.listdir(self.root):
+                path = os.path.join(self.root, name)
+                final = os.path.join(self.root, name.removeprefix(_REPLACED))
+                if name.startswith(_REPLACED) and not os.path.lexists(final):
+                    os.rename(path, final)
+                elif name.startswith((_COMING, _REPLACED, _GOING)):
+                    shutil.rmtree(path, ignore_errors=True)
+        except (ImportError, OSError):  # elsewhere than on POSIX; no root yet; another server's
+            return
 
     def _checked_upload(self, folder: str) -> None:
         from ia3.serve import uploads
@@ -407,11 +496,13 @@ class Store:
 
 
 def _exchange(folder: str, final: str) -> None:
-    """Put a folder into another's place, which may be there."""
+    """Put a folder into another's place, which may be there; it goes aside under a name that says where it was."""
+    parent, name = os.path.split(final)
+    aside = os.path.join(parent, _REPLACED + name)
     if not os.path.lexists(final):
         os.rename(folder, final)
         return
-    aside = tempfile.mkdtemp(prefix=".replaced-", dir=os.path.dirname(final))
+    shutil.rmtree(aside, ignore_errors=True)
     os.rename(final, aside)
     try:
         os.rename(folder, final)

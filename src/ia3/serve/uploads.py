@@ -34,9 +34,12 @@ _HARMLESS = (
     nodes.Add, nodes.Slice, nodes.List, nodes.Tuple, nodes.Keyword,
 )  # fmt: skip
 _FILTERS = {
-    "capitalize", "default", "d", "first", "int", "last", "length", "lower", "replace", "round", "string",
-    "title", "trim", "truncate", "upper",
+    "capitalize", "default", "d", "first", "int", "last", "length", "lower", "replace", "string", "title", "trim",
+    "truncate", "upper",
 }  # fmt: skip
+
+# Columns and filters in all templates of a file: each can be as long, and take as long, as a request's body.
+_MOST_PARTS = 256
 
 
 def check_names(files: Iterable[str]) -> None:
@@ -82,7 +85,7 @@ def check(folder: Path) -> None:
 
 
 def _check_yaml(text: str, name: str) -> None:
-    depth = 0
+    depth = parts = 0
     for event in yaml.parse(text):
         if isinstance(event, yaml.AliasEvent):
             raise InputError(f"Expected YAML without aliases in {name}: they can stand for more than memory holds.")
@@ -90,26 +93,33 @@ def _check_yaml(text: str, name: str) -> None:
         if depth > _DEEPEST:
             raise InputError(f"Expected YAML of little depth in {name}.")
         if isinstance(event, yaml.ScalarEvent) and has_jinja(event.value):
-            _check_template(event.value)
+            parts += _check_template(event.value)
+            if parts > _MOST_PARTS:
+                raise InputError(
+                    f"Expected at most {_MOST_PARTS} columns and filters in the templates of {name}, found more."
+                )
 
 
-def _check_template(source: str) -> None:
-    """Before it is compiled, which computes what is constant in it."""
+def _check_template(source: str) -> int:
+    """How many columns and filters it has. Checked before it is compiled, which computes what is constant in it."""
     try:
         tree = jinja2.Environment().parse(source)
     except jinja2.TemplateError as error:
         raise InputError(f"Expected a Jinja template, found an error in it: {reason(error)[:200]}.") from error
-    for node in tree.find_all(nodes.Node):
+    found = list(tree.find_all(nodes.Node))
+    for node in found:
         if not isinstance(node, _HARMLESS) or (isinstance(node, nodes.Filter) and not _is_harmless(node)):
             kind = node.name if isinstance(node, nodes.Filter) else type(node).__name__.lower()
             raise InputError(
                 f"Expected an uploaded task's templates to hold text, columns, conditions and simple filters, found "
                 f"{kind!r}; put the adapter below the server's root instead."
             )
+    return sum(isinstance(node, (nodes.Name, nodes.Filter)) for node in found)
 
 
 def _is_harmless(node: nodes.Filter) -> bool:
-    if node.name == "replace":  # by nothing that is longer
-        values = [arg.value for arg in node.args if isinstance(arg, nodes.Const)]
-        return len(values) == len(node.args) == 2 and not node.kwargs and 0 < len(str(values[1])) <= len(str(values[0]))
+    if node.name == "replace":  # by nothing that is longer, or that another filter makes longer, as upper does with ß
+        values = [str(arg.value) for arg in node.args if isinstance(arg, nodes.Const)]
+        its = len(values) == len(node.args) == 2 and not node.kwargs
+        return its and 0 < len(values[1]) <= len(values[0]) and values[1].isascii()
     return node.name in _FILTERS

@@ -5,14 +5,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
-import logging
 import re
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ia3.errors import InputError, reason
-from ia3.serve.engine import AdapterFailed, GenerateJob, Piece, ScoreJob
+from ia3.serve.engine import AdapterFailed, GenerateJob, Piece, ScoreJob, normalized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,9 +22,10 @@ if TYPE_CHECKING:
     from ia3.tfew.recipe import Recipe
     from ia3.tfew.task import Row, Task
 
-logger = logging.getLogger(__name__)
-
 _Result = TypeVar("_Result")
+
+# So often is vLLM asked whether its processes are still there.
+_WATCH_SECONDS = 1.0
 
 # Of so many tokens can one request ask the log-probabilities.
 _TOKENS_ASKED = 128
@@ -40,6 +42,8 @@ class VllmEngine:
     A question is a request for each inner node of the tree of its choices: what stands before, one token, and the
     log-probabilities there of the tokens that follow. They share the prompt by prefix caching; choices of one token
     each are one request. (Log-probabilities of a prompt, the other way, would read each prompt anew for each choice.)
+    What is observed is vLLM's steps: how many prompts and texts got a token, and how many different adapters the requests
+    have that are under way.
 
     Args:
         model: the base's name, a decoder-only model.
@@ -58,16 +62,27 @@ class VllmEngine:
         self.context_length: int | None = None
         self.generates = True
         self.observe: Callable[[str, int, int], None] = lambda kind, rows, adapters: None
+        self.on_end: Callable[[BaseException], None] = lambda error: None
         self._most = 2 * adapters + slots  # one that is replaced is there twice, as long as requests use it
         self._settings = {"max_loras": slots, "max_cpu_loras": self._most, **settings}
         self._engine: Any = None
         self._shape: PreTrainedModel
         self._adapters: dict[str, Any] = {}  # key → vLLM's request for it
         self._loading: dict[str, asyncio.Future[None]] = {}
+        self._under_way: Counter[str | None] = Counter()  # vLLM's requests by their adapter's key
+        self._hits = self._misses = 0
+        self._watching: asyncio.Future[None] | None = None
         self._ids, self._requests = itertools.count(1), itertools.count()
 
     async def start(self) -> None:
         self._engine = await asyncio.get_running_loop().run_in_executor(None, self._load)
+        self._watching = asyncio.ensure_future(self._watch())
+
+    async def _watch(self) -> None:
+        """Tell when vLLM's processes have ended: it says so to requests only."""
+        while not self._engine.errored:
+            await asyncio.sleep(_WATCH_SECONDS)
+        self.on_end(self._engine.dead_error)
 
     def _load(self) -> Any:
         try:
@@ -97,7 +112,7 @@ class VllmEngine:
                 self._shape = AutoModelForCausalLM.from_config(config)
             dtype = str(config.dtype or "auto").removeprefix("torch.")  # vLLM's "auto" rounds float32 down
             arguments = AsyncEngineArgs(model=path, **{"dtype": dtype, **fixed, **self._settings})
-            engine = AsyncLLM.from_engine_args(arguments)
+            engine = AsyncLLM.from_engine_args(arguments, stat_loggers=[lambda *_: _stat_logger(self._stepped)])
         except (ValueError, OSError, TypeError) as error:
             raise InputError(f"vLLM cannot serve {self.name!r} so: {reason(error)}") from error
         self.context_length = engine.model_config.max_model_len
@@ -105,6 +120,9 @@ class VllmEngine:
         return engine
 
     async def stop(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
         engine, self._engine = self._engine, None
         if engine is not None:
             await asyncio.get_running_loop().run_in_executor(None, engine.shutdown)
@@ -114,8 +132,6 @@ class VllmEngine:
         return task.questions(self.tokenizer, rows, False, self._shape, 0, recipe.long_prompts)
 
     async def score(self, jobs: Sequence[ScoreJob]) -> list[list[float]]:
-        if jobs:
-            self.observe("score", len(jobs), len({job.adapter for job in jobs}))
         return await _together([self._score(job) for job in jobs])
 
     async def _score(self, job: ScoreJob) -> list[float]:
@@ -140,8 +156,11 @@ class VllmEngine:
         others = await _together([self._next(text(node), tokens, adapter) for node, tokens in follow.items()])
         found.update(zip(follow, others, strict=True))
         return [
-            sum(found[node][token] for node, token in zip(path, choice, strict=True))
-            / len(choice) ** job.length_normalization
+            normalized(
+                sum(found[node][token] for node, token in zip(path, choice, strict=True)),
+                len(choice),
+                job.length_normalization,
+            )
             for choice, path in zip(question.choices, tree.paths, strict=True)
         ]
 
@@ -160,9 +179,22 @@ class VllmEngine:
             raise InputError("The model gives scores that are not numbers; is the adapter or the base broken?")
         return found
 
-    def _generate(self, text: Sequence[int], sampling: Any, adapter: Any) -> AsyncIterator[Any]:
-        prompt = {"prompt_token_ids": list(text)}
-        return self._engine.generate(prompt, sampling, f"ia3-{next(self._requests)}", lora_request=adapter)
+    async def _generate(self, text: Sequence[int], sampling: Any, adapter: Any) -> AsyncGenerator[Any, None]:
+        key = None if adapter is None else adapter.lora_name
+        self._under_way[key] += 1
+        made = self._engine.generate(
+            {"prompt_token_ids": list(text)}, sampling, f"ia3-{next(self._requests)}", lora_request=adapter
+        )
+        try:
+            async with contextlib.aclosing(made) as outputs:  # vLLM gives up what is closed
+                async for output in outputs:
+                    yield output
+        finally:
+            self._under_way[key] -= 1
+            self._under_way = +self._under_way
+
+    def _stepped(self, tokens: int) -> None:
+        self.observe("step", tokens, min(tokens, max(1, len(self._under_way))))
 
     async def generate(self, job: GenerateJob) -> AsyncIterator[Piece]:
         from vllm import SamplingParams
@@ -176,14 +208,14 @@ class VllmEngine:
             seed=job.seed,
             output_kind=RequestOutputKind.DELTA,
         )
-        outputs = self._generate(job.prompt, sampling, await self._request(job.adapter))
-        count = 0
-        async for output in outputs:
-            (part,) = output.outputs
-            count += len(part.token_ids)
-            if part.finish_reason not in (None, "stop", "length"):
-                raise InputError(f"The generation ended by {part.finish_reason!r}; is the model or adapter broken?")
-            yield Piece(part.text, count, part.finish_reason)
+        adapter, count = await self._request(job.adapter), 0
+        async with contextlib.aclosing(self._generate(job.prompt, sampling, adapter)) as outputs:
+            async for output in outputs:
+                (part,) = output.outputs
+                count += len(part.token_ids)
+                if part.finish_reason not in (None, "stop", "length"):
+                    raise InputError(f"The generation ended by {part.finish_reason!r}; is the model or adapter broken?")
+                yield Piece(part.text, count, part.finish_reason)
 
     async def add(self, key: str, folder: str, check: bool) -> None:
         from vllm.lora.request import LoRARequest
@@ -194,9 +226,9 @@ class VllmEngine:
         if check:
             try:
                 await self._request(key)
-            except InputError:
+            except AdapterFailed as error:  # which is about a job
                 del self._adapters[key]
-                raise
+                raise InputError(str(error)) from error
 
     async def _request(self, key: str | None) -> Any:
         """vLLM's request for an adapter, which it has read once: what it refuses then would end it later."""
@@ -204,7 +236,10 @@ class VllmEngine:
             return None
         if key not in self._adapters:
             raise AdapterFailed(f"Adapter {key!r} is not known; add it first.")
-        if key not in self._loading:
+        known = self._loading.get(key)
+        self._hits += known is not None and known.done()
+        if known is None:
+            self._misses += 1
             self._loading[key] = asyncio.ensure_future(self._engine.add_lora(self._adapters[key]))
         try:
             await asyncio.shield(self._loading[key])
@@ -213,8 +248,11 @@ class VllmEngine:
             raise AdapterFailed(_WRAPPED.sub(r"\1", reason(error))) from error
         return self._adapters[key]
 
-    async def keep(self, key: str) -> None:
-        await self._request(key)
+    async def keep(self, keys: Sequence[str], change: Callable[[], None]) -> None:
+        for key in keys:
+            with contextlib.suppress(AdapterFailed):  # what cannot be read now never could
+                await self._request(key)
+        await asyncio.get_running_loop().run_in_executor(None, change)
 
     async def drop(self, key: str) -> None:
         request = self._adapters.pop(key)
@@ -222,7 +260,26 @@ class VllmEngine:
             await self._engine.remove_lora(request.lora_int_id)
 
     def statistics(self) -> dict[str, Any]:
-        return {}
+        resident = sum(each.done() for each in self._loading.values())
+        return {"resident": resident, "hits": self._hits, "misses": self._misses, "evictions": 0}
+
+
+def _stat_logger(stepped: Callable[[int], None]) -> Any:
+    """What vLLM tells of its steps: how many tokens one has generated, one for each request that is past its prompt."""
+    from vllm.v1.metrics.loggers import StatLoggerBase
+
+    class StatLogger(StatLoggerBase):
+        def __init__(self) -> None:
+            pass
+
+        def log_engine_initialized(self) -> None:
+            pass
+
+        def record(self, scheduler_stats: Any, iteration_stats: Any, *_: Any, **__: Any) -> None:
+            if iteration_stats is not None and iteration_stats.num_generation_tokens:
+                stepped(iteration_stats.num_generation_tokens)
+
+    return StatLogger()
 
 
 async def _together(parts: Sequence[Coroutine[Any, Any, _Result]]) -> list[_Result]:
