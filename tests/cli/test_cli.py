@@ -210,6 +210,41 @@ class TestTrain:
         assert not (tmp_path / "out").exists()
 
     @pytest.mark.parametrize(
+        "fields, labels, message",
+        [
+            ("", ["l1", "l2"], "expected choices, or each template's own, found none for template 1"),
+            ("choices: [l1, l2]", ["l1", "l2", "l3"], "found 'l3' (row 3); there are 'l1', 'l2'"),
+            (
+                f"choices: [{', '.join(f'l{i}' for i in range(76))}]",
+                [f"l{i}" for i in range(77)],
+                "found 'l76' (row 77)",
+            ),
+            ("choices:\n- l1: good\n- l2: bad", ["l1", "l2"], "without dashes"),
+            (
+                "choices: {l1: heavenly, l2: dreadful}",
+                ["l1", "l2"],
+                "'heavenly' and 'dreadful' are the same to this model",
+            ),
+            (
+                "choices: {l1: good, l2: bad}",
+                ["l1", "l2"],
+                "Expected prompts of at most 2047 tokens, found 3001 (row 1)",
+            ),
+            ("choices: {l1: good, l2: bad}", ["l1", "l2", None], "Expected a label, found none (row 3)"),
+        ],
+    )
+    def test_tasks_that_do_not_fit_their_rows_or_the_model(self, ia3, place, tmp_path, fields, labels, message):
+        text = "tea " * (3000 if "at most" in message else 1)
+        rows = [json.dumps({"text": text + str(number), "label": label}) for number, label in enumerate(labels)]
+        (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+        (tmp_path / "task.yaml").write_text(f"template: '{{{{ text }}}}'\ntrain: rows.jsonl\n{fields}\n")
+        (tmp_path / "recipe.yaml").write_text("long_prompts: refuse\nsteps: 1\n")
+        options = {"task": tmp_path / "task.yaml", "recipe": tmp_path / "recipe.yaml", "output": tmp_path / "out"}
+        code, _, err = ia3("train", model=place / "model", examples_per_label=0, **options)
+        assert code == 2 and message in err and err.startswith("ia3: ") and err.count("\n") == 1
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize(
         "rows, message",
         [
             ([{"text": "tea", "label": "maybe"}], "found 'maybe' (row 1)"),
