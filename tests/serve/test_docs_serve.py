@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from ia3 import IA3Config, get_peft_model, load_base
+from ia3.serve.limits import Limits
 from serving import save_adapter
 
 PAGE = (Path(__file__).parents[2] / "docs" / "serve.md").read_text(encoding="utf-8")
@@ -74,6 +75,12 @@ def test_commands_and_files_name_options_that_there_are(capsys, monkeypatch):
     assert len(lines) == 4
     for line in lines:
         assert "ia3 serve" in line and set(re.findall(r"--[a-z-]+", line)) <= known
+    # systemd makes the folder that the command names.
+    unit = dict(line.split("=", 1) for line in BLOCKS["ia3.service"].splitlines() if "=" in line)
+    assert f"--adapters /var/lib/{unit['StateDirectory']} " in unit["ExecStart"]
+    assert unit["Environment"] == f"IA3_CACHE=/var/cache/{unit['CacheDirectory']}"
+    seconds = re.search(r"--stop-timeout (\d+)", PAGE)
+    assert seconds and int(seconds[1]) == int(unit["TimeoutStopSec"]) > Limits().deadline + 5
     extras = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     assert "\nserve = [" in extras and "[serve]" in BLOCKS["Dockerfile"]
 

@@ -49,8 +49,8 @@ def test_options_that_are_refused(made, tmp_path, capsys, monkeypatch):
 class Process:
     """`ia3 serve` in a process of its own."""
 
-    def __init__(self, folder, *arguments, **environment) -> None:
-        command = [sys.executable, "-c", "from ia3.cli import main; main()", "serve", "--model", folder / "model",
+    def __init__(self, folder, *arguments, program="", **environment) -> None:
+        command = [sys.executable, "-c", f"{program}\nfrom ia3.cli import main; main()", "serve", "--model", folder / "model",
                    "--adapters", folder / "adapters", "--port", "0", *arguments]  # fmt: skip
         self.log: list[dict] = []
         self.process = subprocess.Popen(
@@ -68,6 +68,8 @@ class Process:
         for line in self.process.stderr:
             if line.startswith("{"):
                 self.log.append(json.loads(line))
+            else:
+                self.said = line
 
     def until(self, condition, seconds: float = 120.0):
         end = time.monotonic() + seconds
@@ -136,6 +138,31 @@ def test_signals_and_slow_connections(place, launch):
         httpx.get(f"{server.http.base_url}/health")
     for connection in slow:
         connection.close()
+
+
+def test_a_reload_that_fails_is_logged(place, launch):
+    server = launch(place, "--max-adapters", "4")
+    server.wait_until_ready()
+    shutil.copytree(place / "adapters" / "soup", place / "adapters" / "new")
+    server.process.send_signal(signal.SIGHUP)
+    line = server.until(lambda: next((line for line in server.log if line.get("event") == "reload failed"), None))
+    assert line["level"] == "error" and "at most 4 adapters, found 5" in line["reason"]
+    assert server.http.get("/ready").status_code == 200
+
+
+def test_a_model_whose_thread_ends_ends_the_process(made, launch):
+    broken = """
+from ia3.serve.local import LocalEngine
+next_batch = LocalEngine._next_batch
+LocalEngine._next_batch = lambda self: 1 / 0 if self._asked else next_batch(self)
+"""
+    server = launch(made, program=broken)
+    server.wait_until_ready()
+    response = server.http.post("/v1/classify", json={"adapter": "tea", "texts": ["tea"]})
+    assert response.status_code == 500
+    assert server.ended() == 2 and server.said == "ia3: The engine has ended by an error: division by zero\n"
+    (line,) = [line for line in server.log if line["event"] == "the engine has failed"]
+    assert line["error"] == "ZeroDivisionError" and "<lambda>" in line["frames"][-1]
 
 
 def ask(port: int, path: str, body: dict) -> socket.socket:

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import socket
 import threading
 import zipfile
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save, save_file
 import tiny
 from ia3 import IA3Config, get_peft_model, load_base
 from ia3.errors import InputError
+from ia3.serve import store
 from ia3.serve.limits import Limits
 from ia3.serve.store import Store
 from ia3.serve.uploads import check
@@ -30,6 +32,9 @@ def guarded(made, tmp_path_factory):
     shutil.copytree(made, place)
     (place / "adapters" / "link").symlink_to(place / "spare")
     (place / "adapters" / "linked").symlink_to(place / "adapters")
+    (place / "adapters" / "outside").mkdir()
+    shutil.copy(place / "spare" / "adapter_config.json", place / "adapters" / "outside")
+    (place / "adapters" / "outside" / WEIGHTS).symlink_to(place / "spare" / WEIGHTS)
     pickled = place / "adapters" / "pickled"
     pickled.mkdir()
     shutil.copy(place / "spare" / "adapter_config.json", pickled)
@@ -107,6 +112,8 @@ def test_what_was_not_uploaded_is_not_overwritten_or_deleted(place, start):
     assert probabilities(server, "tea") == before
     assert server.http.delete("/v1/adapters/nested/pair").status_code == 200
     assert "nested/pair" not in listed(server) and (place / "adapters" / "nested" / "pair" / WEIGHTS).exists()
+    server.call(server.server.store.reload())
+    assert "nested/pair" not in listed(server)
     assert server.http.post("/v1/adapters", json={"folder": "nested/pair"}).status_code == 201
     assert "nested/pair" in listed(server)
 
@@ -123,6 +130,48 @@ def test_a_folder_below_the_root(place, start):
     assert probabilities(server, "deep/er") == pytest.approx(probabilities(server, "soup"))
 
 
+def test_names_that_are_taken(place, start):
+    """By another folder, or by an adapter that is served by another name than its own."""
+    server = start(place)
+    before = probabilities(server, "tea")
+    alias = {"folder": "soup", "name": "short"}
+    for folder, name in (("soup", "tea"), ("tea", "nested/pair"), ("soup", "model")):
+        response = server.http.post("/v1/adapters", json={"folder": folder, "name": name})
+        assert response.status_code == 409 and repr(name) in response.json()["error"]["message"]
+    assert server.http.delete("/v1/adapters/tea").status_code == 200
+    assert server.http.post("/v1/adapters", json={"folder": "soup", "name": "tea"}).status_code == 409
+    assert server.http.post("/v1/adapters", json={"folder": "tea"}).status_code == 201
+    assert [server.http.post("/v1/adapters", json=alias).status_code for _ in range(2)] == [201, 200]
+    assert server.http.post("/v1/adapters", json={**alias, "folder": "cake"}).status_code == 409
+    assert upload(server, "short", files_of(place / "spare")).status_code == 409
+    assert probabilities(server, "tea") == before
+    assert probabilities(server, "short") == pytest.approx(probabilities(server, "soup"))
+    # A folder that comes by that name waits; when the alias' own folder changes, so does the alias.
+    shutil.copytree(place / "adapters" / "cake", place / "adapters" / "short")
+    shutil.copy(place / "spare" / WEIGHTS, place / "adapters" / "soup" / WEIGHTS)
+    done = server.call(server.server.store.reload())
+    assert sorted(done["changed"]) == ["short", "soup"] and done["failed"] == ["short"]
+    assert probabilities(server, "short") == pytest.approx(probabilities(server, "soup"))
+    shutil.rmtree(place / "adapters" / "soup")
+    assert sorted(server.call(server.server.store.reload())["removed"]) == ["short", "soup"]
+    assert server.call(server.server.store.reload())["added"] == ["short"]
+    assert probabilities(server, "short") == pytest.approx(probabilities(server, "cake"))
+
+
+def test_an_upload_has_all_its_names(place, start):
+    server = start(place)
+    assert upload(server, "new", files_of(place / "adapters" / "soup")).status_code == 201
+    assert server.http.post("/v1/adapters", json={"folder": "new", "name": "short"}).status_code == 201
+    assert upload(server, "new", files_of(place / "adapters" / "cake")).status_code == 200
+    for name in ("new", "short"):
+        assert probabilities(server, name) == pytest.approx(probabilities(server, "cake"))
+    assert server.http.delete("/v1/adapters/new").status_code == 200
+    assert probabilities(server, "short") == pytest.approx(probabilities(server, "cake"))
+    assert server.http.delete("/v1/adapters/short").status_code == 200
+    assert not (place / "adapters" / "new").exists()
+    server.until(lambda: len(server.engine._bank) == 4)
+
+
 @pytest.mark.parametrize(
     "folder",
     [
@@ -137,6 +186,8 @@ def test_a_folder_below_the_root(place, start):
         "nothing",
         "link",
         "linked/tea",
+        "outside",
+        "tea/task.yaml",
         "pickled",
         "te\x00a",
     ],
@@ -256,6 +307,14 @@ LAUGHS = "a: &a [x, x]\nb: &b [*a, *a]\nchoices: *b\n"
         {"task.yaml": b"template: '{{ text.format() }}'\nchoices: [a, b]\n"},
         {"task.yaml": b"template: '{{ text|center(10000000000) }}'\nchoices: [a, b]\n"},
         {"task.yaml": b"template: '{{ text|replace(\"a\", \"aaaaaaaaaa\") }}'\nchoices: [a, b]\n"},
+        {"task.yaml": b"template: '{{ 1|round(3000000, \"ceil\") }} {{ text }}'\nchoices: [a, b]\n"},
+        {"task.yaml": "template: '{{ text|replace(\"S\", \"ß\")|upper }}'\nchoices: [a, b]\n".encode()},
+        {"task.yaml": b"template: '" + b"{{ text }}" * 300 + b"'\nchoices: [a, b]\n"},
+        {"task.yaml": b"template: '{{ text }}'\nchoices: {" + b", ".join(b"a%d: '{{ text|trim }}'" % i for i in range(200)) + b"}\n"},
+        {"task.yaml": b"template: '{{ text|indent(9999999999) }}'\nchoices: [a, b]\n"},
+        {"task.yaml": b"template: '{{ \"%9999999999d\"|format(1) }} {{ text }}'\nchoices: [a, b]\n"},
+        {"task.yaml": b"template: '{{ \"%9999999999d\" % 1 }} {{ text }}'\nchoices: [a, b]\n"},
+        {"task.yaml": b"template: '{{ range(9999999999)|list }} {{ text }}'\nchoices: [a, b]\n"},
         {"task.yaml": b"template: '{{ text }}'\nchoices: {a: '{{ 9 ** 99999999 }}', b: b}\n"},
         {"task.yaml": b"template: '{{ " + b"(" * 50_000 + b"text }}'\nchoices: [a, b]\n"},
         {"task.yaml": b"template: '{{ text }}'\nchoices: " + b"[" * 100_000 + b"\n"},
@@ -266,7 +325,7 @@ LAUGHS = "a: &a [x, x]\nb: &b [*a, *a]\nchoices: *b\n"
         {"calibration.json": b'{"temperature": 0}'},
         {"calibration.json": b"{" * 100_000},
     ],
-    ids=range(31),
+    ids=range(39),
 )  # fmt: skip
 def test_files_that_are_not_let_in(guarded, files):
     place, server = guarded
@@ -388,6 +447,29 @@ def _change(server, place, how) -> None:
         server.call(server.server.store.reload())
 
 
+def test_a_request_that_comes_while_folders_are_exchanged(place, start, monkeypatch):
+    """It was nobody's when the change began, and not in memory."""
+    server = start(place)
+    upload(server, "new", files_of(place / "adapters" / "soup"))
+    old = probabilities(server, "new", "a tasty soup")
+    _evict(server, "new")
+    key, results = server.server.store.get("new").key, []
+    asking = threading.Thread(target=lambda: results.append(probabilities(server, "new", "a tasty soup")))
+
+    exchange = store._exchange
+
+    def slowly(folder, final):
+        asking.start()
+        server.until(lambda: server.engine._asked)
+        exchange(folder, final)
+
+    monkeypatch.setattr(store, "_exchange", slowly)
+    _change(server, place, "upload")
+    asking.join(60)
+    assert results == [pytest.approx(old)] and server.server.store.get("new").key != key
+    assert probabilities(server, "new", "a tasty soup") == pytest.approx(probabilities(server, "cake", "a tasty soup"))
+
+
 def test_a_text_ends_with_the_vectors_that_it_began_with(place, start):
     server = start(place)
     server.engine._decoder._ends = set()
@@ -451,6 +533,44 @@ def test_reload_under_load(place, start):
     for found in answers:
         assert any(found == pytest.approx(one, abs=1e-5) for one in allowed)
     server.until(lambda: len(server.engine._bank) == 5)
+
+
+def test_what_a_killed_process_has_left(place, start):
+    """Between the two renames of a replacement, in the middle of an upload, of a deletion."""
+    adapters = place / "adapters"
+    shutil.copytree(adapters / "soup", adapters / ".replaced-lost")
+    for name in (".replaced-tea", ".upload-x1", ".deleted-x2"):
+        shutil.copytree(adapters / "cake", adapters / name)
+    other = Store(adapters)
+    assert sorted(os.listdir(adapters)) == ["cake", "lost", "nested", "soup", "tea"]
+    server = start(place)
+    assert probabilities(server, "lost") == pytest.approx(probabilities(server, "soup"))
+    # What belongs to a server that runs is left alone.
+    (adapters / ".upload-x3").mkdir()
+    start(place)
+    assert (adapters / ".upload-x3").exists() and len(other) == 0
+
+
+def test_a_root_that_takes_no_files(place, start):
+    shutil.rmtree(place / "adapters")
+    (place / "adapters").write_text("no folder")
+    server = start(place)
+    response = upload(server, "new", files_of(place / "spare"))
+    assert response.status_code == 507 and str(place) not in response.text
+    assert "Expected an adapters' folder that can be written to" in response.json()["error"]["message"]
+
+
+def test_uploads_at_a_time(place, start):
+    server = start(place, limits=Limits(uploads=1, deadline=1))
+    head = "POST /v1/adapters HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+    with socket.create_connection(("127.0.0.1", server.port)) as slow:
+        slow.sendall(head.encode() + b"Content-Length: 100\r\n\r\n--x\r\n")
+        server.until(lambda: server.server.uploads.length == 1)
+        response = upload(server, "new", files_of(place / "spare"))
+        assert response.status_code == 429 and int(response.headers["retry-after"]) >= 1
+        assert "1 uploads" in response.json()["error"]["message"]
+        server.until(lambda: server.server.uploads.length == 0, 20)
+    assert upload(server, "new", files_of(place / "spare")).status_code == 201
 
 
 def test_the_root(place):
