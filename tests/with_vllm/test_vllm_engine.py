@@ -3,6 +3,7 @@
 import asyncio
 import importlib.util
 import json
+import multiprocessing
 import os
 import shutil
 import sys
@@ -127,11 +128,14 @@ def test_an_engine_from_start_to_stop(place, tmp_path):
         await engine.start()
         try:
             await scores(engine)
-            assert seen and all(kind == "score" for kind, _, _ in seen)
+            assert seen and all(kind == "step" and 1 <= adapters <= rows for kind, rows, adapters in seen)
+            assert max(adapters for _, _, adapters in seen) > 1
+            assert engine.statistics() == {"resident": 2, "hits": 11, "misses": 1, "evictions": 0}
             await texts(engine)
             await rows(engine)
             await refusals(engine)
             await changed_files(engine)
+            await sudden_end(engine)
         finally:
             await engine.stop()
 
@@ -193,12 +197,14 @@ def test_an_engine_from_start_to_stop(place, tmp_path):
         (bad / "adapter_model.safetensors").write_bytes(b"short")
         with pytest.raises(
             InputError, match=r"^Cannot read .*Expected a whole safetensors file; copy or download it again\.$"
-        ):
+        ) as refused:
             await engine.add("bad@1", str(bad), check=True)
+        assert not isinstance(refused.value, AdapterFailed)  # the files are whoever gives them's
         await engine.add("bad@2", str(bad), check=False)
         with pytest.raises(AdapterFailed, match="Expected a whole safetensors file"):
             await engine.score([ScoreJob(None, question), ScoreJob("bad@2", question)])
         (bad / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+        assert "bad@1" not in engine._adapters
         with pytest.raises(InputError, match=r"^Adapter 'bad@3' is no \(IA\)³ adapter.* LoRA adapters too\.$"):
             await engine.add("bad@3", str(bad), check=True)
         assert await engine.score([ScoreJob("one@1", question)])  # it goes on
@@ -227,5 +233,12 @@ def test_an_engine_from_start_to_stop(place, tmp_path):
         await engine.drop("changing@1")
         with pytest.raises(AdapterFailed):
             await engine.score([ScoreJob("changing@1", question)])
+
+    async def sudden_end(engine) -> None:
+        told = asyncio.get_running_loop().create_future()
+        engine.on_end = told.set_result
+        for process in multiprocessing.active_children():
+            process.kill()
+        assert type(await asyncio.wait_for(told, 60)).__name__ == "EngineDeadError"
 
     asyncio.run(run())

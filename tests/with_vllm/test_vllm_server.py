@@ -15,7 +15,9 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import httpx
 import peft
+import psutil
 import pytest
 import torch
 import transformers
@@ -31,6 +33,8 @@ pytestmark = pytest.mark.skipif(
 PAGE = (Path(__file__).parent.parent.parent / "docs" / "vllm.md").read_text(encoding="utf-8")
 EXAMPLES = dict(re.findall(r"<!-- example: ([\w-]+) -->\n```\w+\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL))
 SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
+WEIGHTS = "adapter_model.safetensors"
+CHAT = "{% for message in messages %}{{ message.content }} {% endfor %}"
 ENVIRONMENT = {
     **os.environ,
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -46,7 +50,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("server")
     base = tiny.build("llama", vocab_size=len(words.VOCABULARY), pad_token_id=0, eos_token_id=1, **SIZES)
     base.save_pretrained(folder / "tickets-base")
-    words.tokenizer().save_pretrained(folder / "tickets-base")
+    words.tokenizer(chat_template=CHAT).save_pretrained(folder / "tickets-base")
     for number, name in enumerate(("tickets", "urgency")):
         model = transformers.AutoModelForCausalLM.from_pretrained(folder / "tickets-base")
         model = get_peft_model(model, IA3Config(task_type="CAUSAL_LM"))
@@ -125,36 +129,113 @@ def test_the_openai_server(place, tmp_path):
         check_requests(port, place)
 
 
-def test_the_service(place, tmp_path):
+TASKS = {
+    "tickets": Task(template="review : {{ text }} answer :", choices={"pos": "good", "neg": "not good"}),
+    "urgency": Task(template="text : {{ text }} is it", choices={"yes": "bad", "no": "fine", "perhaps": "not fine"}),
+}
+
+
+@pytest.fixture(scope="module")
+def service(place, tmp_path_factory):
+    """`ia3 serve --engine vllm`: its process and port. At the end it has to finish well."""
     program, *command = shlex.split(EXAMPLES["vllm-classify"])
     assert program == "ia3"
-    tasks = {
-        "tickets": Task(template="review : {{ text }} answer :", choices={"pos": "good", "neg": "not good"}),
-        "urgency": Task(
-            template="text : {{ text }} is it", choices={"yes": "bad", "no": "fine", "perhaps": "not fine"}
-        ),
-    }
-    for name, task in tasks.items():
+    for name, task in TASKS.items():
         task.save(place / "adapters" / name / "task.yaml")
-    command = [sys.executable, "-c", "from ia3.cli import main; main()", *command]
-    texts = [row["text"] for row in words.rows(6)]
-    with serving(command, place, tmp_path / "log", "/ready") as (server, port):
-        for name, task in tasks.items():
-            status, answer = ask(port, "/v1/classify", {"adapter": name, "texts": texts})
-            assert status == 200, answer
-            base = transformers.AutoModelForCausalLM.from_pretrained(place / "tickets-base")
-            model = PeftModel.from_pretrained(base, place / "adapters" / name).eval()
-            wanted = predict(model, words.tokenizer(), task, [{"text": text} for text in texts])
-            for item, other in zip(json.loads(answer)["predictions"], wanted, strict=True):
-                assert item["label"] == other.label
-                assert item["probabilities"] == pytest.approx(other.probabilities, abs=1e-4)
-        assert ask(port, "/v1/classify", {"adapter": "ticket", "texts": texts})[0] == 404
-        body = {"model": "urgency", "prompt": "it was", "max_tokens": 8, "temperature": 0}
-        status, answer = ask(port, "/v1/completions", body)
-        assert status == 200, answer
-        assert json.loads(answer)["choices"][0]["text"].split() == expected(place, "urgency", "it was")
+    command = [sys.executable, "-c", "from ia3.cli import main; main()", *command, "--deadline", "10"]
+    log = tmp_path_factory.mktemp("service") / "log"
+    with serving(command, place, log, "/ready") as (server, port):
+        yield server, port
         server.terminate()
-        assert server.wait(60) == 0, (tmp_path / "log").read_text()[-4000:]
+        assert server.wait(60) == 0, log.read_text()[-4000:]
+
+
+def check_labels(place, answer, folder: str, task: Task, texts: list[str]) -> None:
+    base = transformers.AutoModelForCausalLM.from_pretrained(place / "tickets-base")
+    model = PeftModel.from_pretrained(base, place / "adapters" / folder).eval()
+    wanted = predict(model, words.tokenizer(), task, [{"text": text} for text in texts])
+    assert answer.status_code == 200, answer.text
+    for item, other in zip(answer.json()["predictions"], wanted, strict=True):
+        assert item["label"] == other.label
+        assert item["probabilities"] == pytest.approx(other.probabilities, abs=1e-4)
+
+
+TEXTS = [row["text"] for row in words.rows(6)]
+
+
+@pytest.fixture
+def http(service):
+    with httpx.Client(base_url=f"http://127.0.0.1:{service[1]}", timeout=120) as http:
+        yield http
+
+
+def metric(http: httpx.Client, name: str) -> float:
+    lines = http.get("/metrics").text.splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.split("{")[0].split(" ")[0] == name)
+
+
+def test_the_services_labels_and_texts(place, http):
+    for name, task in TASKS.items():
+        answer = http.post("/v1/classify", json={"adapter": name, "texts": TEXTS})
+        check_labels(place, answer, name, task, TEXTS)
+    assert http.post("/v1/classify", json={"adapter": "ticket", "texts": TEXTS}).status_code == 404
+    body = {"model": "urgency", "prompt": "it was", "max_tokens": 8, "temperature": 0}
+    answer = http.post("/v1/completions", json=body)
+    wanted = expected(place, "urgency", "it was")
+    assert answer.json()["choices"][0]["text"].split() == wanted
+    events = http.post("/v1/completions", json={**body, "stream": True}).text.split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""]
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks).split() == wanted
+    chat = {"model": "urgency", "messages": [{"role": "user", "content": "it was"}], "max_tokens": 8, "temperature": 0}
+    answer = http.post("/v1/chat/completions", json=chat)
+    assert answer.json()["choices"][0]["message"]["content"].split() == wanted
+    assert metric(http, "ia3_adapters_resident") == 2 and metric(http, "ia3_adapter_misses_total") == 2
+    assert metric(http, "ia3_adapter_hits_total") > 2 and metric(http, "ia3_adapter_evictions_total") == 0
+    assert metric(http, "ia3_batch_rows_sum") > metric(http, "ia3_batch_rows_count") > 0
+
+
+def test_the_services_uploads(place, http):
+    def upload(**changes: bytes) -> httpx.Response:
+        files = {name: (place / "adapters" / folder / name).read_bytes() for name in (WEIGHTS, "adapter_config.json")}
+        files |= {"task.yaml": (place / "adapters" / "tickets" / "task.yaml").read_bytes(), **changes}
+        return http.post("/v1/adapters", data={"name": "new"}, files=[("files", each) for each in files.items()])
+
+    for folder, status in (("tickets", 201), ("urgency", 200)):
+        assert upload().status_code == status
+        answer = http.post("/v1/classify", json={"adapter": "new", "texts": TEXTS})
+        check_labels(place, answer, folder, TASKS["tickets"], TEXTS)
+        refused = upload(**{WEIGHTS: b"short"})
+        assert refused.status_code == 422 and "Expected a whole safetensors file" in refused.text
+        assert str(place) not in refused.text
+    answer = http.post("/v1/classify", json={"adapter": "new", "texts": TEXTS})
+    check_labels(place, answer, "urgency", TASKS["tickets"], TEXTS)
+    assert http.delete("/v1/adapters/new").status_code == 200
+    assert http.post("/v1/classify", json={"adapter": "new", "texts": TEXTS}).status_code == 404
+    assert sorted(each.name for each in (place / "adapters").iterdir()) == ["tickets", "urgency"]
+
+
+def test_the_services_deadline_and_a_client_that_leaves(place, service, http):
+    server, _ = service
+    body = {"model": "tickets", "prompt": "it was", "max_tokens": 1000, "stream": True}
+    others = psutil.Process(server.pid).children(recursive=True)
+    try:
+        with http.stream("POST", "/v1/completions", json=body) as events:
+            assert events.status_code == 200
+            next(events.iter_lines())
+            for each in others:
+                each.suspend()
+        end = time.monotonic() + 5
+        while metric(http, "ia3_queue_length"):
+            assert time.monotonic() < end, "who has left still has a place in the queue"
+        late = http.post("/v1/classify", json={"adapter": "urgency", "texts": ["the tea was never asked for"]})
+        assert late.status_code == 504 and "10 seconds" in late.text
+    finally:
+        for each in others:
+            each.resume()
+    answer = http.post("/v1/classify", json={"adapter": "urgency", "texts": TEXTS})
+    check_labels(place, answer, "urgency", TASKS["urgency"], TEXTS)
+    assert metric(http, "ia3_generated_tokens_total") < 1000
 
 
 def check_requests(port: int, place) -> None:
