@@ -130,7 +130,7 @@ def test_an_engine_from_start_to_stop(place, tmp_path):
             await scores(engine)
             assert seen and all(kind == "step" and 1 <= adapters <= rows for kind, rows, adapters in seen)
             assert max(adapters for _, _, adapters in seen) > 1
-            assert engine.statistics() == {"resident": 2, "hits": 11, "misses": 1, "evictions": 0}
+            assert engine.statistics() == {"resident": 2, "hits": 9, "misses": 2, "evictions": 0}
             await texts(engine)
             await rows(engine)
             await refusals(engine)
