@@ -119,6 +119,18 @@ class TestTrain:
         a, b, c = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "abc")
         assert a == b != c
 
+    def test_a_base_in_bfloat16(self, train, ia3, tmp_path):
+        assert train(dtype="bfloat16")[0] == 0
+        config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+        assert "bfloat16" not in str(config)  # the adapter is for weights of any kind
+        found = {}
+        for dtype in ("auto", "bfloat16"):
+            code, out, err = ia3("predict", tmp_path / "out", "the soup was lovely", "--json", dtype=dtype)
+            assert code == 0, err
+            found[dtype] = json.loads(out)[0]["probabilities"]["pos"]
+        assert found["auto"] != found["bfloat16"] == pytest.approx(found["auto"], abs=0.02)
+        assert "Expected a dtype of 'auto'" in train(dtype="half")[2]
+
     def test_a_template_is_made_shown_and_stored(self, train, tmp_path):
         code, out, _ = train(template=None, choices=None)
         assert code == 0 and "Question: What is the label, neg or pos?" in out

@@ -15,6 +15,7 @@ from ia3.cli.common import (
     MAX_SEED,
     TASK_NAME,
     ChoicesOption,
+    DtypeOption,
     ExamplesOption,
     JsonOption,
     LabelColumnOption,
@@ -65,6 +66,7 @@ def compare(
         help="Base model: a folder, a hub id or 'smollm2'. \\[default: the adapter's, else smollm2]",
         show_default=False,
     ),
+    dtype: str = DtypeOption,
     data: str | None = typer.Option(
         None, "--data", "-d", help="Labelled rows to draw examples from. \\[default: the task's]", show_default=False
     ),
@@ -141,9 +143,9 @@ def compare(
         from ia3.pretrained import load_base
 
         if adapter is None:
-            base, tokenizer = load_base(model or EMBEDDED_MODEL, source.task.labels)
+            base, tokenizer = load_base(model or EMBEDDED_MODEL, source.task.labels, dtype)
         else:
-            base, tokenizer = load_base_of(adapter, model)
+            base, tokenizer = load_base_of(adapter, model, dtype)
         comparison = Comparison(base, tokenizer, source.task, examples, test, seed, plan)
         drawn_shots = comparison.shots(counts)
     out.print(

@@ -9,6 +9,7 @@ import typer
 
 from ia3.cli.common import (
     AdapterArgument,
+    DtypeOption,
     JsonOption,
     ModelOption,
     console,
@@ -36,6 +37,7 @@ def evaluate(
         "be others than it was trained on.",
     ),
     model: str | None = ModelOption,
+    dtype: str = DtypeOption,
     json_output: bool = JsonOption,
 ) -> None:
     """Measure a trained adapter on labelled rows: accuracy, macro-F1, each label's precision and recall, and how well
@@ -56,7 +58,7 @@ def evaluate(
         raise InputError(f"Expected a folder here with --calibrate, found {adapter!r}: the result is stored in it.")
     stored, recipe = Calibration.beside(adapter), load_recipe(adapter)
     with out.status("Loading …"):
-        adapted, tokenizer = load_adapted(adapter, model)
+        adapted, tokenizer = load_adapted(adapter, model, dtype)
         from ia3.tfew.predict import predict as predict_rows
     with progress(out) as bars:
         bar = bars.add_task("Evaluating", total=len(rows), note="")

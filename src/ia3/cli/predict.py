@@ -12,6 +12,7 @@ import typer
 
 from ia3.cli.common import (
     AdapterArgument,
+    DtypeOption,
     JsonOption,
     ModelOption,
     console,
@@ -55,6 +56,7 @@ def predict(
         0.0, min=0.0, max=1.0, help="Give no label where the best one's probability is lower."
     ),
     model: str | None = ModelOption,
+    dtype: str = DtypeOption,
     json_output: bool = JsonOption,
 ) -> None:
     """Label texts, or the rows of a file, with a trained adapter: the label and each label's probability.
@@ -88,9 +90,9 @@ def predict(
     temperatures, recipe = _settings(folders)
     with out.status("Loading …"):
         if names is None:
-            adapted, tokenizer = load_adapted(adapter, model)
+            adapted, tokenizer = load_adapted(adapter, model, dtype)
         else:
-            adapted, tokenizer = load_bank({name: str(Path(adapter, name)) for name in known}, model)
+            adapted, tokenizer = load_bank({name: str(Path(adapter, name)) for name in known}, model, dtype)
         from ia3.tfew.predict import predict as predict_rows
     with progress(out) as bars:
         bar = bars.add_task("Predicting", total=len(rows), note="")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ia3.cli.common import MAX_SEED, BaseOption, JsonOption, console, print_json, progress, quiet
+from ia3.cli.common import MAX_SEED, BaseOption, DtypeOption, JsonOption, console, print_json, progress, quiet
 from ia3.cli.results import write_adapter
 from ia3.cli.resume import begin, checkpoint_of, fingerprint, say_interrupted
 from ia3.cli.run import with_adapters
@@ -34,6 +34,7 @@ def pretrain(
     ),
     output: Path = typer.Option(..., "--output", "-o", help="Folder of the adapter.", show_default=False),
     model: str = BaseOption,
+    dtype: str = DtypeOption,
     steps: int | None = typer.Option(
         None, min=1, help="Optimizer steps. \\[default: the recipe's, 100,000]", show_default=False
     ),
@@ -73,6 +74,7 @@ def pretrain(
     cap = cap or CAP
     settings = {
         "model": model,
+        "dtype": dtype,
         "recipe": plan.model_dump(),
         "cap": cap,
         "seed": seed,
@@ -90,7 +92,7 @@ def pretrain(
 
         from ia3.pretrained import load_base
 
-        base, tokenizer = load_base(model, [])
+        base, tokenizer = load_base(model, [], dtype)
         network = with_adapters(base, ["default"], plan.init)
     logged = max(1, plan.steps // 1000)
     arguments = plan.training_arguments(

@@ -14,6 +14,7 @@ import typer
 from ia3.cli.common import (
     MAX_SEED,
     BaseOption,
+    DtypeOption,
     InitOption,
     JsonOption,
     RecipeOption,
@@ -52,6 +53,7 @@ def raft(
         show_default=False,
     ),
     model: str = BaseOption,
+    dtype: str = DtypeOption,
     recipe: str | None = RecipeOption,
     init: str | None = InitOption,
     folds: int = typer.Option(5, min=2, help="Cross-validate on the training rows in so many parts."),
@@ -90,7 +92,7 @@ def raft(
                 style="yellow",
                 markup=False,
             )
-    settings = {name: _settings(model, plan, folds, seed, one) for name, one in chosen.items()}
+    settings = {name: _settings(model, dtype, plan, folds, seed, one) for name, one in chosen.items()}
     finished: dict[str, dict[str, Any]] = {}
     if resume:
         finished = {name: _earlier(output / name, settings[name]) for name in names if _is_finished(output / name)}
@@ -99,7 +101,7 @@ def raft(
     quiet()
     results: dict[str, dict[str, Any]] = {}
     try:
-        bench = _Bench(out, model, plan, folds, seed)
+        bench = _Bench(out, model, dtype, plan, folds, seed)
         for name, one in chosen.items():
             if name not in finished:
                 (output / name / RUN_NAME).unlink(missing_ok=True)
@@ -124,10 +126,11 @@ def raft(
     )
 
 
-def _settings(model: str, recipe: Recipe, folds: int, seed: int, one: RaftTask) -> dict[str, Any]:
+def _settings(model: str, dtype: str, recipe: Recipe, folds: int, seed: int, one: RaftTask) -> dict[str, Any]:
     """All that decides a task's result."""
     return {
         "model": model,
+        "dtype": dtype,
         "recipe": recipe.model_dump(),
         "folds": folds,
         "seed": seed,
@@ -164,8 +167,9 @@ def _earlier(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 class _Bench:
     """A model that tasks are run on, one after the other; loaded once, but for a classifier, whose head is a task's."""
 
-    def __init__(self, out: Console, model: str, recipe: Recipe, folds: int, seed: int) -> None:
-        self.out, self.name, self.recipe, self.folds, self.seed = out, model, recipe, folds, seed
+    def __init__(self, out: Console, model: str, dtype: str, recipe: Recipe, folds: int, seed: int) -> None:
+        self.out, self.name, self.dtype = out, model, dtype
+        self.recipe, self.folds, self.seed = recipe, folds, seed
         self.base: Any = None
         self.tokenizer: Any = None
 
@@ -235,7 +239,7 @@ class _Bench:
         from ia3.pretrained import load_base, task_type
 
         if self.base is None or task_type(self.base) == TaskType.SEQ_CLS:
-            self.base, self.tokenizer = load_base(self.name, labels)
+            self.base, self.tokenizer = load_base(self.name, labels, self.dtype)
             self.model: Any = None
         if self.model is not None:
             self.base = self.model.unload()

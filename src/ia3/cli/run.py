@@ -68,6 +68,7 @@ class Run:
         folder: where results go.
         folds: cross-validate on the examples in so many parts, and calibrate by them; 0: do not.
         all_templates: measure with each of a task's templates, not with the first alone.
+        dtype: of the base model's weights, as `load_base` takes it.
     """
 
     model: str
@@ -77,6 +78,7 @@ class Run:
     folder: Path
     folds: int = 0
     all_templates: bool = False
+    dtype: str = "auto"
 
     @property
     def checkpoints(self) -> Path:
@@ -88,6 +90,7 @@ class Run:
         """All that decides the result."""
         return {
             "model": self.model,
+            "dtype": self.dtype,
             "recipe": self.recipe.model_dump(),
             "examples_per_label": self.examples_per_label,
             "members": {
@@ -125,7 +128,7 @@ def run_jobs(out: Console, run: Run, checkpoint: str | None) -> dict[str, dict[s
         from ia3 import load_base
         from ia3.tfew import FleetTrainer, Member
 
-        base, tokenizer = load_base(run.model, jobs[0].task.labels)
+        base, tokenizer = load_base(run.model, jobs[0].task.labels, run.dtype)
         # Names in the model may hold neither the dots nor the slashes that names of folders may.
         adapters = ["default"] if len(jobs) == 1 else [f"member{number}" for number in range(len(jobs))]
         model = with_adapters(base, adapters, run.recipe.init)

@@ -17,6 +17,7 @@ from ia3.cli.common import (
     MAX_SEED,
     BaseOption,
     ChoicesOption,
+    DtypeOption,
     ExamplesOption,
     InitOption,
     JsonOption,
@@ -50,6 +51,7 @@ _TAKEN = ("checkpoints", "metrics.json")
 
 def train(
     model: str = BaseOption,
+    dtype: str = DtypeOption,
     data: str | None = typer.Option(
         None,
         "--data",
@@ -171,7 +173,7 @@ def train(
             except InputError as error:
                 raise InputError(f"Cannot cross-validate {job.name} (--folds {folds}): {error}") from error
     chosen = recipe_for(model, recipe, steps=steps, init=init)
-    run = Run(model, jobs, chosen, examples_per_label, folder, folds, all_templates)
+    run = Run(model, jobs, chosen, examples_per_label, folder, folds, all_templates, dtype)
     checkpoint = run.checkpoint() if resume else None
     _describe(out, run, draws_of_tasks, checkpoint)
 

@@ -150,7 +150,7 @@ def encode(
             first, last = int(prompt[:1] == [tokenizer.bos_token_id]), 0
         else:
             first, last = _marks(special, prompt)
-        for text in texts:
+        for text in texts if family != TaskType.SEQ_CLS else ():  # whose answers are labels
             if text not in cache:
                 cache[text] = _answer(tokenizer, text, family, special)
             if not cache[text]:
@@ -441,14 +441,16 @@ def collate(model: nn.Module, questions: Sequence[Question], pad_token_id: int =
 
         return rows(base_of(model), questions, pad_token_id)
     packed, plain = layouts
-    return packed(questions) if _packs(model, questions, packed, plain) else plain(questions)
+    if packed is not None and _packs(model, questions, packed, plain):
+        return packed(questions)
+    return plain(questions)
 
 
 def try_packing(model: nn.Module, questions: Sequence[Question], pad_token_id: int = 0) -> None:
     """Find out once whether packing is exact for all of these, so that no batch of them has to."""
     layouts = _layouts(model, questions, pad_token_id) if questions else None
-    if layouts is not None:
-        _packs(model, questions, *layouts)
+    if layouts is not None and layouts[0] is not None:
+        _packs(model, questions, layouts[0], layouts[1])
 
 
 def _layouts(
@@ -470,8 +472,8 @@ def _layouts(
     return lambda some: pack(some, pad_token_id, dtype), lambda some: plain_rows(some, pad_token_id)
 
 
-def _packs(model: nn.Module, questions: Sequence[Question], packed: _Layout | None, plain: _Layout) -> bool:
-    """Whether the packed layout is there and exact for all questions."""
+def _packs(model: nn.Module, questions: Sequence[Question], packed: _Layout, plain: _Layout) -> bool:
+    """Whether the packed layout is exact for all questions."""
     base = base_of(model)
     encoder = task_type(base) == TaskType.SEQ_2_SEQ_LM  # which reads the prompt apart from the choices
 
@@ -479,7 +481,7 @@ def _packs(model: nn.Module, questions: Sequence[Question], packed: _Layout | No
         prompt, tree = sizes_of(question)
         return (0 if encoder else prompt), tree, max(map(len, question.choices))
 
-    if packed is None or any(sum(size_of(question)[:2]) > _LONGEST_PACKED for question in questions):
+    if any(sum(size_of(question)[:2]) > _LONGEST_PACKED for question in questions):
         return False
     verdicts = _verdicts.setdefault(base, {}).setdefault(layout_key(base), Verdicts())
     return judged(

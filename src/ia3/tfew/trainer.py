@@ -201,7 +201,8 @@ class TFewTrainer(Trainer):
 
     def _foreseen(self) -> list[Question]:
         """Questions that training is known to ask."""
-        examples = self.train_dataset if isinstance(self.train_dataset, list) else []
+        dataset: Any = self.train_dataset
+        examples: list[Example] = dataset if isinstance(dataset, list) else []
         return [question for example in examples for question in example.questions]
 
     def _drawn(self, inputs: dict[str, Any]) -> dict[str, Any]:
