@@ -4,7 +4,9 @@
   them in memory; beside it a server of one PEFT model that switches adapters from request to request and keeps the 32
   last used.
 - With `--soak N`: N requests among which are garbage, deep and oversized JSON, unknown adapters, NaN vectors, and streams
-  whose clients are killed, beside a thousand connections that say nothing or half; memory; SIGTERM in the middle.
+  whose clients are killed, beside a thousand connections that say nothing or half (opened anew when the server closes
+  them) and clients that do not read their streams; memory at each tenth, and its growth after the first; SIGTERM while
+  questions, a stream and an upload are under way.
 
     python benchmarks/serve.py [--model smollm2|tiny] [--counts 1,64,1024,10000] [--requests 256] [--clients 64]
         [--repeats 3] [--no-peft] [--soak 10000] [--json]
@@ -17,9 +19,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import socket
@@ -63,6 +67,10 @@ TASK = """template: "Review: {{ text }}\\nThe review is"
 choices: {pos: good, neg: bad}
 """
 KEPT = 32
+
+# Of the soak: connections that say nothing or half, and clients that do not read, all the time.
+SLOW, DEAF = 1000, 4
+_FORM = "multipart/form-data; boundary=x"
 
 
 def make(folder: Path, model: str, count: int) -> str:
@@ -160,8 +168,7 @@ class Client:
     async def ask(self, method: str, path: str, body: bytes = b"", kind: str = "application/json") -> tuple[int, bytes]:
         if self._writer is None:
             self._reader, self._writer = await asyncio.open_connection("127.0.0.1", self._port)
-        head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
-        self._writer.write(head.encode() + body)
+        self._writer.write(request(path, body, kind, method))
         found = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
         length = int(found.partition("content-length: ")[2].partition("\r\n")[0] or 0)
         content = await self._reader.readexactly(length)
@@ -311,24 +318,24 @@ async def soak(folder: Path, model: str, options: argparse.Namespace) -> dict[st
     names = sorted(path.name for path in (folder / "adapters").iterdir())
     server = await asyncio.to_thread(ours, model, folder / "adapters", "--deadline", "120")
     chance = random.Random(0)
-    slow = []
-    head = b"POST /v1/classify HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
-    for i in range(1000):
-        _, writer = await asyncio.open_connection("127.0.0.1", server.port)
-        writer.write((b"", head[:25], head)[i % 3])
-        slow.append(writer)
     weights = (folder / "first" / "adapter_model.safetensors").read_bytes()
     start = 8 + int.from_bytes(weights[:8], "little")
     bad = weights[:start] + b"\xff\xff\xff\x7f" * ((len(weights) - start) // 4)  # NaN
-    form = b"".join(
-        b'--x\r\nContent-Disposition: form-data; name="%s"%s\r\n\r\n%s\r\n' % (field, file, content)
-        for field, file, content in (
+
+    def form(vectors: bytes) -> bytes:
+        config = (folder / "first" / "adapter_config.json").read_bytes()
+        parts = (
             (b"name", b"", b"new"),
-            (b"files", b'; filename="adapter_model.safetensors"', bad),
-            (b"files", b'; filename="adapter_config.json"', (folder / "first" / "adapter_config.json").read_bytes()),
+            (b"files", b'; filename="adapter_model.safetensors"', vectors),
+            (b"files", b'; filename="adapter_config.json"', config),
         )
+        head = b'--x\r\nContent-Disposition: form-data; name="%s"%s\r\n\r\n%s\r\n'
+        return b"".join(head % part for part in parts) + b"--x--\r\n"
+
+    stream = {"model": names[0], "prompt": "the soup", "stream": True}
+    text, long_text = (
+        request("/v1/completions", json.dumps({**stream, "max_tokens": tokens}).encode()) for tokens in (100, 1000)
     )
-    stream = {"model": names[0], "prompt": "the soup", "max_tokens": 100, "stream": True}
     kinds = {
         "garbage": (b"\x00\xff{", 422),
         "deep JSON": (b"[" * 100_000, 422),
@@ -352,15 +359,11 @@ async def soak(folder: Path, model: str, options: argparse.Namespace) -> dict[st
                 status, _ = await client.ask("POST", "/v1/classify", classify(its.choice(names), its))
                 expected = 200
             elif kind == "NaN upload":
-                status = await server.once(
-                    "POST", "/v1/adapters", form + b"--x--\r\n", "multipart/form-data; boundary=x"
-                )
+                status = await server.once("POST", "/v1/adapters", form(bad), _FORM)
                 expected = 422
             elif kind == "killed stream":
                 reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-                body = json.dumps(stream).encode()
-                writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
-                writer.write(b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
+                writer.write(text)
                 status = expected = int((await reader.readuntil(b"data: ")).split()[1])
                 writer.transport.abort()  # type: ignore[attr-defined]
             else:
@@ -369,30 +372,99 @@ async def soak(folder: Path, model: str, options: argparse.Namespace) -> dict[st
             seen[f"{kind}: {status}{'' if status == expected else ' UNEXPECTED'}"] += 1
         client.close()
 
+    opened = 0
+
+    async def slow(number: int) -> None:
+        """A connection that says nothing or half a request; another one when the server has closed it."""
+        nonlocal opened
+        half = request("/v1/classify", b"{" * 99)[:-98]
+        while True:
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            opened += 1
+            try:
+                writer.write((b"", half[:25], half)[number % 3])
+                with contextlib.suppress(ConnectionError):
+                    await reader.read()
+            finally:
+                writer.transport.abort()  # type: ignore[attr-defined]
+
+    async def deaf() -> None:
+        """A stream that nobody reads; another one when there has been time enough for it."""
+        loop = asyncio.get_running_loop()
+        while True:
+            with socket.socket() as client:
+                client.setblocking(False)
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                await loop.sock_connect(client, ("127.0.0.1", server.port))
+                await loop.sock_sendall(client, long_text)
+                await asyncio.sleep(20)
+
+    beside = [asyncio.ensure_future(slow(i)) for i in range(SLOW)] + [
+        asyncio.ensure_future(deaf()) for _ in range(DEAF)
+    ]
+    while opened < SLOW:
+        await asyncio.sleep(0.05)
     started = time.perf_counter()
     await asyncio.gather(*(work(i) for i in range(options.clients)))
     seconds = time.perf_counter() - started
-    for writer in slow:
-        writer.transport.abort()  # type: ignore[attr-defined]
-    # SIGTERM when these have been sent.
-    waiting = []
-    for i in range(64):
-        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-        body = classify(names[i % len(names)], chance)
-        writer.write(b"POST /v1/classify HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
-        writer.write(b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
-        await writer.drain()
-        waiting.append((reader, writer))  # which would close the connection if nobody held it
+    memory.append(server.resident)
+    failed = sum(each.done() for each in beside)
+    there = len(psutil.Process(server.process.pid).net_connections("tcp"))
+
+    # SIGTERM when these have begun: questions that are sent, a stream that has said something, half an upload.
+    questions = [await send(server.port, classify(names[i % len(names)], chance)) for i in range(64)]
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    writer.write(text)
+    begun = await reader.readuntil(b"data: ")
+    upload = request("/v1/adapters", form(weights), _FORM)
+    its_reader, its_writer = await asyncio.open_connection("127.0.0.1", server.port)
+    its_writer.write(upload[: len(upload) // 2])
+    await its_writer.drain()
+    await asyncio.sleep(0.5)
     server.process.send_signal(signal.SIGTERM)
-    answers = [await reader.read() for reader, _ in waiting]
+    await asyncio.sleep(0.5)
+    its_writer.write(upload[len(upload) // 2 :])
+    for each in beside:
+        each.cancel()
+    await asyncio.gather(*beside, return_exceptions=True)
+    answers = [await each.read() for each, _ in questions]
+    streamed = begun + await reader.read()
+    uploaded = await its_reader.read()
     code = await asyncio.to_thread(server.process.wait, 120)
+    tenths = [size / 1e6 for size in memory]
     return {
         "requests": dict(sorted(seen.items())),
         "seconds": seconds,
-        "MB resident, at each tenth": [round(size / 1e6, 1) for size in memory],
-        "SIGTERM with 64 requests sent": dict(Counter(each[:12].decode() or "nothing" for each in answers)),
+        "connections at the end": there,
+        "slow connections opened": opened,
+        "slow connections failed": failed,
+        "MB resident, at each tenth": [round(size, 1) for size in tenths],
+        "MB of growth after the first tenth": round(tenths[-1] - tenths[min(1, len(tenths) - 1)], 1),
+        "SIGTERM, 64 questions": dict(Counter(each[:12].decode() or "nothing" for each in answers)),
+        "SIGTERM, a stream": "to its end" if b"data: [DONE]" in streamed else "BROKEN",
+        "SIGTERM, half an upload": uploaded[:12].decode() or "nothing",
         "exit code": code,
     }
+
+
+def request(path: str, body: bytes, kind: str = "application/json", method: str = "POST") -> bytes:
+    """A request, as it is sent."""
+    head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+async def send(port: int, body: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A question on a connection of its own, which is closed when nobody holds its writer."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(request("/v1/classify", body))
+    await writer.drain()
+    return reader, writer
+
+
+def allow_connections() -> None:
+    """As many open files as the system lets this process have."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (65536 if hard == resource.RLIM_INFINITY else min(hard, 65536), hard))
 
 
 def main() -> None:
@@ -412,6 +484,7 @@ def main() -> None:
         peft_server(*options.peft_server, options.port)
         return
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    allow_connections()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         most = 64 if options.soak else max(int(count) for count in options.counts.split(","))
