@@ -128,6 +128,14 @@ def test_a_folder_below_the_root(place, start):
     assert probabilities(server, "short") == pytest.approx(probabilities(server, "soup"))
     assert server.http.delete("/v1/adapters/short").status_code == 200
     assert probabilities(server, "deep/er") == pytest.approx(probabilities(server, "soup"))
+    shutil.copytree(place / "adapters" / "soup", place / "adapters" / "damaged")
+    for name, says in (("adapter_config.json", "cannot be read"), ("calibration.json", "cannot be read")):
+        before = (place / "adapters" / "damaged" / name).read_bytes()
+        (place / "adapters" / "damaged" / name).write_text("[" * 100_000)
+        response = server.http.post("/v1/adapters", json={"folder": "damaged"})
+        assert response.status_code == 422 and says in response.json()["error"]["message"]
+        (place / "adapters" / "damaged" / name).write_bytes(before)
+    assert server.http.post("/v1/adapters", json={"folder": "damaged"}).status_code == 201
 
 
 def test_names_that_are_taken(place, start):
