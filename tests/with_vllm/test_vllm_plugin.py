@@ -163,6 +163,7 @@ def other_vllm(monkeypatch, caplog):
         monkeypatch.setitem(sys.modules, name, module)
     vllm_plugin._logger.addHandler(caplog.handler)  # vLLM's own logger, where there is one, hands nothing on
     monkeypatch.setattr(vllm_plugin._logger, "propagate", False)
+    caplog.set_level("WARNING", vllm_plugin._logger.name)  # VLLM_LOGGING_LEVEL may be higher
     yield modules
     vllm_plugin._logger.removeHandler(caplog.handler)
 

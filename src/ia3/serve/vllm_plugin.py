@@ -58,7 +58,7 @@ def unsupported() -> str | None:
         )
     try:
         missing = _missing()
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:
         missing = [reason(error)]
     if missing:
         return (
