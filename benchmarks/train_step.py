@@ -39,7 +39,7 @@ from torch.nn import functional as F
 from ia3 import IA3Config, IA3Model, load_base
 from ia3.bench.peers import padded_log_probs
 from ia3.tfew import Task, seq2seq
-from ia3.tfew.beginning import common_tokens, parts
+from ia3.tfew.beginning import common_tokens, parts, training_parts
 from ia3.tfew.choices import Batch, Question, batches, collate, encode, normalized_scores, token_log_probs
 from ia3.tfew.losses import tfew_loss
 
@@ -116,10 +116,9 @@ def for_t5(asked: list[Question]) -> list[Question]:
 
 def our_step(model: IA3Model, asked: list[Question]) -> None:
     """A training step as `TFewTrainer` makes it, without the optimizer, which costs nothing."""
-    losses = []
-    for group, part in parts(model, asked):
-        losses.append(tfew_loss(token_log_probs(model, part), part["mask"], part["label"]).total * len(group))
-    (torch.stack(losses).sum() / len(asked)).backward()
+    for group, part in training_parts(model, asked):
+        loss = tfew_loss(token_log_probs(model, part), part["mask"], part["label"]).total
+        (loss * len(group) / len(asked)).backward()
 
 
 def our_scores(model: torch.nn.Module, asked: list[Question]) -> None:
@@ -197,7 +196,7 @@ def floor_step(model: torch.nn.Module, asked: list[Question]) -> None:
             continue
         inputs = {"attention_mask": part["attention_mask"], "position_ids": part["position_ids"]}
         model(
-            inputs_embeds=embeddings, logits_to_keep=int(part["keep"]), use_cache=False, **inputs
+            inputs_embeds=embeddings, logits_to_keep=torch.arange(-int(part["keep"]), 0), use_cache=False, **inputs
         ).logits.sum().backward()
 
 

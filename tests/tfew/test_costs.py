@@ -7,7 +7,7 @@ import tiny
 import words
 from ia3 import IA3Config, IA3Model
 from ia3.tfew import Recipe, Task, predict
-from ia3.tfew.choices import Question, batches, pack, token_log_probs
+from ia3.tfew.choices import Question, batches, pack, pass_tokens, token_log_probs
 from ia3.tfew.costs import (
     cache_bytes_per_token,
     count_flops,
@@ -64,7 +64,7 @@ def test_flops_of_many_rows_are_those_of_batches_of_all_lengths(llama):
     # "not" is read, "good" and "bad" are only predicted.
     lengths = [1 + i % 50 + 1 for i in range(200)]
     assert found.tokens == sum(lengths) / 200
-    groups = list(batches(task.questions(tokenizer, rows, labelled=False)))
+    groups = list(batches(task.questions(tokenizer, rows, labelled=False), pass_tokens(llama)))
     expected = sum(llama_flops(len(group), max(lengths[i] for i in group), projected=2) for group in groups)
     assert len(groups) > 4 and found.flops == pytest.approx(expected / 200, rel=0.02)
 

@@ -151,8 +151,9 @@ class TestPrefix:
             return found
 
         monkeypatch.setattr(beginning.SharedLayer, "update", counting)
+        monkeypatch.setattr(beginning, "_CACHED_TOKENS", 800)
         score_choices(llama, tokenizer, ["the tea was"] * 60, [[" good", " bad"]] * 60, batch_tokens=100, prefix=prefix)
-        assert 400 < max(sizes) <= 8 * 100
+        assert 400 < max(sizes) <= 800
 
     def test_what_marks_the_beginning_of_a_text_stands_there_only(self, llama):
         from tokenizers.processors import TemplateProcessing
@@ -163,7 +164,7 @@ class TestPrefix:
         )
         prefix = Prefix(llama, opening, "the tea")
         assert prefix.tokens == [2, *words.tokenizer()("the tea")["input_ids"]]
-        questions, _, _ = prefix.prepare(llama, prefix.encode(["the cake was"], [[" good"]]))
+        questions = prefix.encode(["the cake was"], [[" good"]])
         assert questions[0].prompt == words.tokenizer()("the cake was")["input_ids"]
 
     def test_the_separator_is_tokenized_with_the_prompt(self):

@@ -23,7 +23,6 @@ from ia3.config import TaskType
 from ia3.errors import reason
 from ia3.pretrained import task_type
 from ia3.tfew.choices import (
-    BATCH_TOKENS,
     PASS_TOKENS,
     Batch,
     Question,
@@ -39,6 +38,7 @@ from ia3.tfew.choices import (
     model_max_length,
     normalized_scores,
     pack,
+    pass_tokens,
     plain_rows,
     row_length,
     sizes_of,
@@ -50,8 +50,8 @@ from ia3.tfew.choices import (
 
 logger = logging.getLogger(__name__)
 
-# Keys and values of so many batches' tokens may be side by side in one layer, the beginning's counted in each row.
-_CACHED_BATCHES = 8
+# Keys and values of so many tokens may be side by side in one layer, the beginning's counted in each row.
+_CACHED_TOKENS = 32768
 
 # Prompts that agree in fewer tokens than these are not looked at.
 _LEAST = 8
@@ -134,7 +134,7 @@ def packed_behind(cache: DynamicCache, questions: Sequence[Question], pad_token_
 
 def room_behind(before: int, longest: int, batch_tokens: int) -> int:
     """Tokens for a batch of rows that go on from so many: rows are short and what they attend to is long, and so bounded."""
-    return min(batch_tokens, max(_CACHED_BATCHES * batch_tokens * longest // (before + longest), 1))
+    return min(batch_tokens, max(_CACHED_TOKENS * longest // (before + longest), 1))
 
 
 def exact_layouts(
@@ -199,7 +199,7 @@ class Beginning:
         assert self.cache is not None
         return packed_behind(self.cache, questions, pad_token_id, self._dtype)
 
-    def groups(self, questions: Sequence[Question], batch_tokens: int = BATCH_TOKENS) -> Iterator[list[int]]:
+    def groups(self, questions: Sequence[Question], batch_tokens: int) -> Iterator[list[int]]:
         """As `batches`, for questions of `behind`."""
         longest = max(map(row_length, questions))
         return batches(questions, room_behind(len(self.tokens), longest, batch_tokens))
@@ -252,9 +252,10 @@ def beginnings(
 
 
 def parts(
-    model: nn.Module, questions: Sequence[Question], pad_token_id: int = 0, batch_tokens: int = BATCH_TOKENS
+    model: nn.Module, questions: Sequence[Question], pad_token_id: int = 0, batch_tokens: int | None = None
 ) -> Iterator[tuple[list[int], Batch]]:
     """The questions in batches for this model: indices, and the batch. What prompts share is read once."""
+    batch_tokens = batch_tokens or pass_tokens(model)
     for indices, beginning in beginnings(model, questions, pad_token_id):
         some = [questions[i] for i in indices]
         if beginning is None:
@@ -265,6 +266,29 @@ def parts(
         some = beginning.behind(some)
         for group in beginning.groups(some, batch_tokens):
             yield [indices[i] for i in group], beginning.packed(model, [some[i] for i in group], pad_token_id)
+
+
+def training_parts(
+    model: nn.Module, questions: Sequence[Question], pad_token_id: int = 0
+) -> Iterator[tuple[list[int], Batch]]:
+    """As `parts`, for a backward pass behind each of them, before the next is asked for.
+
+    So memory holds the activations of one part. The last one comes first, as in a backward pass through the sum of all:
+    gradients add up in the same order.
+    """
+    tokens = pass_tokens(model, training=True)
+    for indices, beginning in beginnings(model, questions, pad_token_id):
+        some = [questions[i] for i in indices]
+        if beginning is None:
+            try_packing(model, some, pad_token_id)
+            for group in reversed(list(batches(some, tokens))):
+                yield [indices[i] for i in group], collate(model, [some[i] for i in group], pad_token_id)
+            continue
+        some = beginning.behind(some)
+        beginning.detach()
+        for group in reversed(list(beginning.groups(some, tokens))):
+            yield [indices[i] for i in group], beginning.packed(model, [some[i] for i in group], pad_token_id)
+        beginning.backward()
 
 
 def _may_share(model: nn.Module) -> bool:

@@ -35,8 +35,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Tokens that a batch may hold, padding included.
+# Tokens that go through the model at once, padding included, on an accelerator. A processor is faster when activations stay in
+# its caches, and they take less memory; in training, all of those that a gradient needs are kept.
 BATCH_TOKENS = 4096
+_PROCESSOR_TOKENS, _PROCESSOR_TRAINING_TOKENS = 512, 256
 
 # The mask of a packed row grows with the square of its length; this one has 256 MB in float32.
 _LONGEST_PACKED = 8192
@@ -590,6 +592,13 @@ def text_length(question: Question) -> int:
     return len(question.prompt) + max(map(len, question.choices)) - 1
 
 
+def pass_tokens(model: nn.Module, training: bool = False) -> int:
+    """How many tokens, padding included, are best read by a model at once where it is."""
+    if next(model.parameters()).device.type != "cpu":
+        return BATCH_TOKENS
+    return _PROCESSOR_TRAINING_TOKENS if training else _PROCESSOR_TOKENS
+
+
 def batches(questions: Sequence[Question], tokens: int = BATCH_TOKENS) -> Iterator[list[int]]:
     """Indices of questions, longest first, in groups of similar length.
 
@@ -622,7 +631,7 @@ def score_choices(
     prompts: Sequence[str],
     choices: Sequence[Sequence[str]],
     length_normalization: float = 1.0,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     on_progress: Callable[[list[int]], None] | None = None,
     adapter_names: Sequence[str] | None = None,
     prefix: Prefix | None = None,
@@ -637,7 +646,7 @@ def score_choices(
         choices: for each prompt its answer choices; they may differ from prompt to prompt. A choice continues the
             prompt, so it usually begins with a space.
         length_normalization: the power of the choice's token count that the sum is divided by; 0: not at all.
-        batch_tokens: how many tokens go through the model at once.
+        batch_tokens: how many tokens go through the model at once; None: as many as is fast (`pass_tokens`).
         on_progress: called with the indices of the prompts that each batch finished.
         adapter_names: for each prompt the adapter of an `IA3Model` that answers it; None: the active ones.
         prefix: a text that stands before each prompt, run through this model once.
@@ -660,7 +669,7 @@ def score_questions(
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question],
     length_normalization: float = 1.0,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     on_progress: Callable[[list[int]], None] | None = None,
     adapter_names: Sequence[str] | None = None,
     prefix: Prefix | None = None,
@@ -669,9 +678,6 @@ def score_questions(
     from ia3.tfew.beginning import parts
 
     base = base_of(model)
-    layout = collate
-    if prefix is not None:
-        questions, layout, batch_tokens = prefix.prepare(model, questions, batch_tokens, adapter_names)
     if adapter_names is not None:
         check: Callable | None = getattr(_unwrapped(model), "check_adapter_names", None)
         if check is None:
@@ -683,11 +689,7 @@ def score_questions(
     device = next(model.parameters()).device
     pad = padding_id(tokenizer)
     results: list[torch.Tensor] = [torch.empty(0)] * len(questions)
-    if prefix is None:
-        divided = parts(model, questions, pad, batch_tokens)
-    else:
-        grouped = batches(questions, batch_tokens)
-        divided = ((group, layout(model, [questions[i] for i in group], pad)) for group in grouped)
+    divided = (parts if prefix is None else prefix.parts)(model, questions, pad, batch_tokens)
     with evaluating(model), torch.inference_mode():
         for group, batch in divided:
             batch = to_device(batch, device)

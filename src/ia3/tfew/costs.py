@@ -5,19 +5,18 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from ia3.tfew.beginning import parts
+from ia3.tfew.beginning import parts, training_parts
 from ia3.tfew.choices import (
     Batch,
     Question,
     base_of,
-    batches,
     evaluating,
     padding_id,
     row_length,
@@ -27,7 +26,7 @@ from ia3.tfew.choices import (
 from ia3.tfew.losses import tfew_loss
 from ia3.tfew.predict import Prediction, predict
 from ia3.tfew.task import Row, Task
-from ia3.tfew.trainer import TRAINING_TOKENS, training_examples
+from ia3.tfew.trainer import training_examples
 
 if TYPE_CHECKING:
     from torch import nn
@@ -138,12 +137,13 @@ def measure(
     questions: Sequence[Question] = task.questions(tokenizer, rows, labelled=False, model=model, prefix=prefix)
     device, pad = next(model.parameters()).device, padding_id(tokenizer)
     with evaluating(model), torch.inference_mode():
-        places = [_places(batch) for batch in _asked(model, questions, pad, prefix)]
+        divided = parts if prefix is None else prefix.parts
+        places = [_places(batch) for _, batch in divided(model, questions, pad)]
         count = min(len(places), _COUNTED_BATCHES)
         counted = [(2 * i + 1) * len(places) // (2 * count) for i in range(count)]
         in_rows = 0
         with count_flops() as counter:
-            for number, batch in enumerate(_asked(model, questions, pad, prefix)):
+            for number, (_, batch) in enumerate(divided(model, questions, pad)):
                 if number in counted:
                     before = counter.get_total_flops()
                     token_log_probs(model, to_device(batch, device))
@@ -153,18 +153,6 @@ def measure(
     behind = len(prefix.tokens) if prefix is not None and prefix.is_cached else 0
     tokens = behind + statistics.mean(map(row_length, questions))
     return Measured(predictions, flops / len(rows), tokens, seconds / len(rows))
-
-
-def _asked(
-    model: nn.Module, questions: Sequence[Question], pad_token_id: int, prefix: Prefix | None
-) -> Iterator[Batch]:
-    """The batches that `score_questions` would ask."""
-    if prefix is None:
-        yield from (batch for _, batch in parts(model, questions, pad_token_id))
-    else:
-        questions, layout, batch_tokens = prefix.prepare(model, questions)
-        for group in batches(questions, batch_tokens):
-            yield layout(model, [questions[i] for i in group], pad_token_id)
 
 
 def _places(batch: Batch) -> int:
@@ -202,18 +190,16 @@ def example_flops(
         with evaluating(model):  # afterwards, modes are as they were
             model.train()  # what rows may share depends on it
             for questions in steps:  # whether packing and sharing are exact is tried once, and not each step
-                for _ in parts(model, questions, pad, TRAINING_TOKENS):
+                for _ in training_parts(model, questions, pad):
                     pass
             with count_flops() as counter:
                 for questions in steps:
-                    losses = []
-                    for _, batch in parts(model, questions, pad, TRAINING_TOKENS):
+                    for _, batch in training_parts(model, questions, pad):
                         batch = to_device(batch, device)
                         loss = tfew_loss(
                             token_log_probs(model, batch), batch["mask"], batch["label"], **recipe.loss_weights
                         )
-                        losses.append(loss.total)
-                    torch.stack(losses).sum().backward()  # once, through what the parts share as well
+                        loss.total.backward()
         return counter.get_total_flops() / sum(map(len, steps))
     finally:
         model.zero_grad()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,6 @@ from ia3.errors import InputError
 from ia3.pretrained import task_type
 from ia3.tfew.beginning import Layout, exact_layouts, packed_behind, read, room_behind
 from ia3.tfew.choices import (
-    BATCH_TOKENS,
     Batch,
     Question,
     Size,
@@ -26,12 +25,14 @@ from ia3.tfew.choices import (
     _unwrapped,
     base_dtype,
     base_of,
+    batches,
     collate,
     encode,
     evaluating,
     judged,
     model_max_length,
     padding_id,
+    pass_tokens,
     plain_rows,
     row_length,
     sizes_of,
@@ -127,34 +128,31 @@ class Prefix:
             return encode(self._tokenizer, texts, choices, labels, model=self._model)
         return encode(self._tokenizer, prompts, choices, labels, self.room, continuing=True)
 
-    def prepare(
-        self,
-        model: nn.Module,
-        questions: Sequence[Question],
-        batch_tokens: int = BATCH_TOKENS,
-        adapter_names: Sequence[str] | None = None,
-    ) -> tuple[Sequence[Question], Callable[..., Batch], int]:
-        """Questions of `encode` as the model is asked them; what makes batches of them; and tokens for a batch.
+    def parts(
+        self, model: nn.Module, questions: Sequence[Question], pad_token_id: int = 0, batch_tokens: int | None = None
+    ) -> Iterator[tuple[list[int], Batch]]:
+        """Questions of `encode` in batches for the model: indices, and the batch.
 
         Raises:
             InputError: the model, or its active adapters, are not those that read the prefix, as they were then.
         """
-        if (
-            base_of(model) is not self._model
-            or adapter_names is not None
-            or not _same(self._adapters, _in_effect(model))
-        ):
+        named = any(question.adapter is not None for question in questions)
+        if named or base_of(model) is not self._model or not _same(self._adapters, _in_effect(model)):
             raise InputError(
                 "Expected the model and the active adapters that read the prefix, found others, or adapters that have been "
                 "trained since; make a Prefix for each."
             )
-        if self._encoder_decoder or not questions:
-            return questions, collate, batch_tokens
-        self._try(model, questions)
-        if not self._layouts:
-            return [self._whole(question) for question in questions], collate, batch_tokens
-        longest = max(map(row_length, questions))
-        return questions, self._layouts[0], room_behind(len(self.tokens), longest, batch_tokens)
+        layout: Layout = collate
+        tokens = batch_tokens or pass_tokens(model)
+        if questions and not self._encoder_decoder:
+            self._try(model, questions)
+            if self._layouts:
+                layout = self._layouts[0]
+                tokens = room_behind(len(self.tokens), max(map(row_length, questions)), tokens)
+            else:
+                questions = [self._whole(question) for question in questions]
+        for group in batches(questions, tokens):
+            yield group, layout(model, [questions[i] for i in group], pad_token_id)
 
     def _try(self, model: nn.Module, questions: Sequence[Question]) -> None:
         """Drop layouts that are not exact for questions of such sizes."""

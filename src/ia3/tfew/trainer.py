@@ -16,13 +16,11 @@ from transformers.trainer_callback import ExportableState
 from ia3.config import TaskType
 from ia3.errors import InputError, shown
 from ia3.pretrained import task_type
-from ia3.tfew.beginning import Beginning, beginnings, parts
+from ia3.tfew.beginning import parts, training_parts
 from ia3.tfew.choices import (
-    BATCH_TOKENS,
     Batch,
     Question,
     base_of,
-    batches,
     normalized_scores,
     padding_id,
     to_device,
@@ -37,11 +35,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ia3.tfew.task import Task
-
-
-# Tokens that go through the model at once in training on a processor, where more of them take more memory for their
-# activations, and as long; an accelerator takes as many as in scoring.
-TRAINING_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -179,24 +172,12 @@ class TFewTrainer(Trainer):
             return super().training_step(model, inputs, num_items_in_batch)
         learning = [i for i, question in enumerate(inputs["questions"]) if self.stopping.learns(question.adapter)]
         model.train()  # before anything is shared: an evaluation shares more
-        tokens = TRAINING_TOKENS if self.args.device.type == "cpu" else BATCH_TOKENS
+        asked = [inputs["questions"][i] for i in learning]
         losses = []
-        pad = padding_id(self.processing_class)  # type: ignore[arg-type]
-        for indices, beginning in beginnings(model, [inputs["questions"][i] for i in learning], pad):
-            questions = [inputs["questions"][learning[i]] for i in indices]
-            if beginning is None:
-                groups = batches(questions, tokens)
-            else:
-                questions = beginning.behind(questions)
-                groups = beginning.groups(questions, tokens)
-                beginning.detach()
-            # The last part first, as one backward pass through their sum goes: so gradients add up in the same order.
-            for group in reversed(list(groups)):
-                label = inputs["label"][[learning[indices[i]] for i in group]]
-                part = {**inputs, "label": label, "questions": [questions[i] for i in group], "beginning": beginning}
-                losses.append(super().training_step(model, part, num_items_in_batch))
-            if beginning is not None:
-                beginning.backward()
+        for group, batch in training_parts(model, asked, padding_id(self.processing_class)):  # type: ignore[arg-type]
+            label = inputs["label"][[learning[i] for i in group]]
+            part = {**inputs, "label": label, "questions": [asked[i] for i in group], "batch": batch}
+            losses.append(super().training_step(model, part, num_items_in_batch))
         return torch.stack(losses[::-1]).sum()
 
     def _foreseen(self) -> list[Question]:
@@ -257,11 +238,9 @@ class TFewTrainer(Trainer):
 
     def _parts(self, model: nn.Module, inputs: dict[str, Any]) -> Iterator[tuple[list[int], Batch]]:
         """A batch's questions in parts that go through the model at once: indices, and the part."""
-        beginning: Beginning | None = inputs.get("beginning")
-        pad = padding_id(self.processing_class)  # type: ignore[arg-type]
-        if beginning is None:
-            return parts(model, inputs["questions"], pad)
-        return iter([(list(range(len(inputs["label"]))), beginning.packed(model, inputs["questions"], pad))])
+        if "batch" in inputs:
+            return iter([([*range(len(inputs["label"]))], inputs["batch"])])
+        return parts(model, inputs["questions"], padding_id(self.processing_class))  # type: ignore[arg-type]
 
     def prediction_step(
         self,
