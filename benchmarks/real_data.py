@@ -415,7 +415,7 @@ def main() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     for name, method, seed in cells(tasks, methods, seeds):
         done = read_results(arguments.results)
-        others = {record["dtype"] for record in done.values()} - {arguments.dtype}
+        others = {record.get("dtype", "auto") for record in done.values()} - {arguments.dtype}
         if others:
             raise SystemExit(f"Expected --dtype {others.pop()}, as in {arguments.results}, found {arguments.dtype}.")
         if (name, method, seed) in done:

@@ -12,19 +12,17 @@ from hypothesis import strategies as st
 import tiny
 import words
 from ia3 import IA3Config, IA3Model, InputError
-from ia3.tfew import choices as module
 from ia3.tfew.choices import (
     Question,
     batches,
-    collate,
     encode,
     normalized_scores,
     pack,
     plain_rows,
     score_choices,
     token_log_probs,
-    try_packing,
 )
+from ia3.tfew.layouts import collate
 
 CAUSAL = ("gpt2", "llama", "opt")
 
@@ -145,142 +143,6 @@ def test_padding_of_realistic_lengths_is_under_a_tenth(lengths, count):
             used += sum(sizes[i] + 1 for i in group)
             room += (max(sizes[i] for i in group) + 1) * len(group)
     assert 1 - used / room < 0.1
-
-
-class TestSelfCheck:
-    """Whether rows are packed is decided on the model in hand."""
-
-    made = (Question([5, 6, 7, 8], [[9, 10], [11, 12, 13], [14]]),)
-
-    def verdict(self, model) -> bool:
-        return "position_ids" in collate(model, self.made)
-
-    @pytest.mark.parametrize("name", CAUSAL)
-    def test_packs_where_it_is_exact(self, models, name):
-        assert self.verdict(models[name])
-
-    @pytest.mark.parametrize(
-        "name, sizes",
-        [
-            ("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
-            ("mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}),
-            ("mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
-        ],
-    )
-    def test_uses_plain_rows_where_it_is_not_and_scores_are_right(self, name, sizes):
-        torch.manual_seed(0)
-        config = transformers.AutoConfig.for_model(
-            name, vocab_size=tiny.VOCAB, pad_token_id=0, bos_token_id=2, eos_token_id=1, **sizes
-        )
-        model = transformers.AutoModelForCausalLM.from_config(config).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-        assert not self.verdict(model)
-        batch = collate(model, self.made)
-        with torch.no_grad():
-            scores = normalized_scores(token_log_probs(model, batch), batch["mask"])
-        assert scores[0].tolist() == pytest.approx(alone(model, self.made[0]), abs=1e-4)
-
-    def test_a_model_that_ignores_position_ids_is_found_out(self, llama):
-        forward = type(llama.model.rotary_emb).forward
-
-        def counting(self, x, position_ids):
-            return forward(self, x, torch.arange(x.shape[1])[None].expand(position_ids.shape))
-
-        llama.model.rotary_emb.forward = counting.__get__(llama.model.rotary_emb)
-        assert not self.verdict(llama)
-
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_a_window_of_the_model_is_found_out_in_half_precision_too(self, dtype):
-        long = [Question([5, *range(3, 33)], [[9, 10], [11, 12, 13]])]
-        assert "position_ids" not in collate(self.windowed().to(dtype), long)
-
-    @pytest.mark.parametrize("at_once", [True, False])
-    def test_a_window_is_found_out_behind_longer_rows_of_many_short_choices(self, at_once):
-        model = self.windowed()
-        wide = Question([5, 6], [[10 + i, 20, 21] for i in range(30)])
-        long = Question(list(range(3, 33)), [[40], [41, 42]])
-        if not at_once:
-            assert "position_ids" in collate(model, [wide])
-        questions = [wide, long] if at_once else [long]
-        [*_, found], [expected] = (
-            normalized_scores(token_log_probs(model, batch), batch["mask"])
-            for batch in (collate(model, questions), plain_rows([long]))
-        )
-        assert torch.allclose(found[:2], expected, atol=1e-5)
-        assert "position_ids" in collate(model, [wide])
-
-    def test_a_long_row_that_moves_nothing_is_no_verdict_on_shorter_ones(self):
-        sizes = {"n_layers": 2, "n_heads": 4, "d_model": 32}
-        config = transformers.AutoConfig.for_model("mpt", vocab_size=tiny.VOCAB, **sizes)
-        model = tiny.randomized(transformers.AutoModelForCausalLM.from_config(config).eval(), 0.15)
-        still = Question([5, *range(3, 33)] * 2, [[5], [6]])
-        moved = Question([5, *range(3, 23)], [[9, 10, 3], [11, 12, 13, 4], [14, 7, 8, 9]])
-        assert "position_ids" in collate(model, [still])
-        assert "position_ids" not in collate(model, [moved])
-
-    def test_one_trial_is_enough_for_rows_that_are_known_at_once(self, llama, monkeypatch):
-        calls, check = [], module._packing_is_exact
-        monkeypatch.setattr(module, "_packing_is_exact", lambda *a: calls.append(1) or check(*a))
-        chance = random.Random(0)
-
-        def some(most: int) -> list[int]:
-            return chance.choices(range(3, tiny.VOCAB), k=chance.randint(1, most))
-
-        asked = [Question(some(20), [some(4) for _ in range(chance.randint(2, 5))]) for _ in range(50)]
-        try_packing(llama, asked)
-        for question in asked:
-            assert "position_ids" in collate(llama, [question])
-        assert len(calls) == 1
-
-    @staticmethod
-    def windowed():
-        """A model whose own mask has a window of 8 tokens."""
-        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-        config = transformers.AutoConfig.for_model(
-            "mistral", vocab_size=tiny.VOCAB, sliding_window=8, num_key_value_heads=2, **sizes
-        )
-        torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(config).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.3)
-        return model
-
-    def test_a_broken_adapter_is_no_verdict_on_the_model(self, llama):
-        vectors = IA3Model(llama, IA3Config())
-        vector = vectors.layers["model.layers.0.self_attn.k_proj"].ia3_l["default"]
-        vector.data[0] = math.nan
-        collate(vectors, self.made)
-        vector.data[0] = 1.0
-        assert "position_ids" in collate(vectors, self.made)
-
-    def test_a_window_counted_over_the_row_is_found_out_when_rows_reach_it(self, llama, monkeypatch):
-        forward = module.token_log_probs
-
-        def windowed(model, batch):  # as if the model saw no farther back than 16 places of the row
-            if batch["attention_mask"].dim() == 4:
-                far = torch.ones(batch["attention_mask"].shape[-2:]).tril(-16).bool()
-                batch = {**batch, "attention_mask": batch["attention_mask"].masked_fill(far, -1e9)}
-            return forward(model, batch)
-
-        monkeypatch.setattr(module, "token_log_probs", windowed)
-        short, long = ([Question([5, *range(3, 3 + n)], [[9, 10], [11, 12, 13]])] for n in (5, 30))
-        assert "position_ids" in collate(llama, short)
-        assert "position_ids" not in collate(llama, long)
-        assert "position_ids" in collate(llama, short)
-
-    def test_is_made_again_for_longer_rows_only_and_leaves_modes_alone(self, llama, monkeypatch):
-        calls = []
-        check = module._packing_is_exact
-        monkeypatch.setattr(module, "_packing_is_exact", lambda *a: calls.append(1) or check(*a))
-        llama.train()
-        llama.model.layers[0].eval()
-        for length in (4, 3, 20, 7):
-            collate(llama, [Question([5] * length, [[6], [7]])])
-        assert len(calls) == 2
-        assert llama.training and not llama.model.layers[0].training
 
 
 def test_a_gradient_reads_the_vocabulary_once_for_all_rows(llama):
@@ -419,7 +281,7 @@ class TestScoreChoices:
 
     def test_bfloat16(self):
         model = tiny.build("llama").bfloat16()
-        assert "position_ids" in collate(model, TestSelfCheck.made)
+        assert "position_ids" in collate(model, [Question([5, 6, 7, 8], [[9, 10], [11, 12, 13], [14]])])
         found = score_choices(model, words.tokenizer(), ["the tea was"], [["good", "not bad"]])[0]
         exact = score_choices(model.float(), words.tokenizer(), ["the tea was"], [["good", "not bad"]])[0]
         assert found.tolist() == pytest.approx(exact.tolist(), abs=0.2)

@@ -8,7 +8,8 @@ import tiny
 import words
 from ia3 import IA3Config, IA3Model, InputError, load_base
 from ia3.tfew import FleetTrainer, Member, Recipe, Task, TFewTrainer, predict, score_choices, tfew_loss
-from ia3.tfew.choices import collate, encode, model_max_length, token_log_probs
+from ia3.tfew.choices import encode, model_max_length, token_log_probs
+from ia3.tfew.layouts import collate
 
 
 def training_arguments(folder, steps: int, **options):

@@ -184,9 +184,8 @@ def test_parts_of_a_batch_add_up(tmp_path, monkeypatch, kind):
 
 def test_layers_are_computed_again_after_an_evaluation_too(tmp_path):
     """An evaluation leaves the model in a mode in which more may be shared."""
-    task = Task(
-        name="t", template="the tea was good and the soup was not bad : {{ text }} answer :", choices=TWO.choices
-    )
+    many = "the tea was good and the soup was not bad and " * 3
+    task = Task(name="t", template=many + "{{ text }} answer :", choices=TWO.choices)
     member = Member("a", task, words.rows(16, seed=1), eval_rows=words.rows(4, seed=2))
     plain, again = (
         fleet(tmp_path, [member], eval_strategy="steps", eval_steps=2, gradient_checkpointing=checkpointing)
@@ -194,7 +193,7 @@ def test_layers_are_computed_again_after_an_evaluation_too(tmp_path):
     )
     plain.train()
     again.train()
-    assert distance(plain.model, again.model, "a") < 1e-7
+    assert distance(plain.model, again.model, "a") < 1e-6
 
 
 def test_one_that_diverges_leaves_the_others_alone(tmp_path):

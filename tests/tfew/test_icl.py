@@ -59,7 +59,7 @@ def made(name: str, **sizes) -> torch.nn.Module:
 
 
 def layout(prefix: Prefix) -> str:
-    return prefix._layouts[0].__name__ if prefix._layouts else "whole"
+    return prefix._layout.__name__ if prefix._layout else "whole"
 
 
 class TestPrefix:
@@ -137,6 +137,18 @@ class TestPrefix:
             next(model.adapter_parameters("default")).mul_(2)
         with pytest.raises(InputError, match="trained since"):
             score_choices(model, words.tokenizer(), ["the soup"], [[" good", " bad"]], prefix=prefix)
+
+    def test_a_question_that_nobody_asked_decides_nothing(self):
+        """A long prompt with few choices and a short one with many fit a window that both together do not."""
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "num_heads": 4, "window_size": 24}
+        model = made("gpt_neo", vocab_size=len(words.VOCABULARY), attention_types=[[["global", "local"], 1]], **sizes)
+        prefix = Prefix(model, words.tokenizer(), "the tea")
+        prompts = ["was it " * 4, "was"]
+        choices = [[" good", " bad"], [f" {word} was" for word in words.VOCABULARY[3:15]]]
+        found = score_choices(model, words.tokenizer(), prompts, choices, prefix=prefix)
+        assert layout(prefix) == "_packed"
+        whole = score_choices(model, words.tokenizer(), [f"the tea \n\n {prompt}" for prompt in prompts], choices)
+        assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(found, whole, strict=True))
 
     def test_memory_holds_one_expanded_layer(self, llama, monkeypatch):
         """What a batch's rows attend to is bounded, however short rows are, and rows of a batch share the prefix."""

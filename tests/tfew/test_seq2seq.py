@@ -15,13 +15,13 @@ from ia3 import IA3Config, IA3Model, InputError
 from ia3.tfew import FleetTrainer, Member, Recipe, Task, TFewTrainer, predict, seq2seq, tfew_loss
 from ia3.tfew.choices import (
     Question,
-    collate,
     encode,
     model_max_length,
     normalized_scores,
     score_choices,
     token_log_probs,
 )
+from ia3.tfew.layouts import collate
 
 # What `for_model` takes beside the tiny sizes of T5 and BART.
 T5, BART = tiny.SIZES["t5"], tiny.SIZES["bart"]

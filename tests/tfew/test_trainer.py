@@ -1,6 +1,9 @@
 """The recipe learns; checkpoints hold adapters only; a resumed run ends where an uninterrupted one does."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -114,7 +117,8 @@ def test_checkpoints_hold_adapters_only(tmp_path):
 
 
 def test_a_wrapper_for_parallel_training_is_seen_through(tmp_path):
-    from ia3.tfew.choices import collate, token_log_probs
+    from ia3.tfew.choices import token_log_probs
+    from ia3.tfew.layouts import collate
 
     class Parallel(torch.nn.Module):  # as DistributedDataParallel looks from outside
         def __init__(self, module):
@@ -200,3 +204,33 @@ class TestTrainer:
     def test_other_models_are_as_ever(self, tmp_path):
         model = tiny.build("llama")
         assert Trainer(model, transformers.TrainingArguments(output_dir=str(tmp_path), report_to="none")).model is model
+
+
+_TWO = """
+import sys
+import torch
+sys.path[:0] = {paths!r}
+from test_trainer import TASK, trainer
+import words
+torch.set_num_threads(1)
+rows = words.rows(32)
+for number, row in enumerate(rows):
+    row["text"] += " the tea was good and the soup was not" * (number % 7)
+run = trainer({folder!r}, steps=3, rows=rows, args={{"per_device_train_batch_size": 4, "use_cpu": True}})
+run.train()
+vectors = torch.cat([vector.detach().flatten() for vector in run.model.adapter_parameters("default")])
+torch.save(vectors, {folder!r} + f"/{{run.args.process_index}}.pt")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_pass_through_the_model_equally_often(tmp_path):
+    """Rows of very different lengths, which one process would divide into several passes."""
+    here = Path(__file__).parent
+    script = tmp_path / "two.py"
+    script.write_text(_TWO.format(paths=[str(here), str(here.parent)], folder=str(tmp_path)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert torch.equal(first, second) and not torch.equal(first, torch.ones_like(first))

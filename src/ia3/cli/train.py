@@ -171,7 +171,7 @@ def train(
             try:
                 fold_of_each(job.task, job.examples, folds, job.seed)
             except InputError as error:
-                raise InputError(f"Cannot cross-validate {job.name} (--folds {folds}): {error}") from error
+                raise InputError(f"{job.titled('Cannot cross-validate')} (--folds {folds}): {error}") from error
     chosen = recipe_for(model, recipe, steps=steps, init=init)
     run = Run(model, jobs, chosen, examples_per_label, folder, folds, all_templates, dtype)
     checkpoint = run.checkpoint() if resume else None

@@ -29,7 +29,7 @@ _Result = TypeVar("_Result")
 # From so many candidates for each row of a batch, those of similar length are chosen.
 _LOOK_AHEAD = 2
 
-# A prompt of so many tokens is tried at the start, so that the first request does not wait for it (`choices.collate`).
+# A prompt of so many tokens is tried at the start, so that the first request does not wait for it (`layouts.collate`).
 _TRIED_TOKENS = 256
 
 

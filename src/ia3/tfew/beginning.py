@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import math
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -26,26 +24,26 @@ from ia3.tfew.choices import (
     PASS_TOKENS,
     Batch,
     Question,
-    Size,
-    Verdicts,
     base_dtype,
     base_of,
     batches,
-    collate,
     evaluating,
-    judged,
-    layout_key,
     model_max_length,
-    normalized_scores,
     pack,
     pass_tokens,
     plain_rows,
     row_length,
-    sizes_of,
+)
+from ia3.tfew.layouts import (
+    Size,
+    collate,
+    deviation,
+    judged,
+    scores_of,
+    size_of,
     telling,
-    to_device,
-    token_log_probs,
     try_packing,
+    verdicts_of,
 )
 
 logger = logging.getLogger(__name__)
@@ -137,10 +135,10 @@ def room_behind(before: int, longest: int, batch_tokens: int) -> int:
     return min(batch_tokens, max(_CACHED_TOKENS * longest // (before + longest), 1))
 
 
-def exact_layouts(
-    model: nn.Module, layouts: Sequence[Layout], tokens: Sequence[int], question: Question, pad_token_id: int
-) -> list[Layout]:
-    """Layouts of rows that go on from tokens, from the first one that is exact for a question behind them.
+def is_exact_behind(
+    model: nn.Module, layout: Layout, tokens: Sequence[int], question: Question, pad_token_id: int
+) -> bool | None:
+    """Whether a layout of rows that go on from tokens is exact for a question behind them; None: its scores are no numbers.
 
     One or two choices are scored in whole rows, without the cache; that is about what reading the tokens costs.
     """
@@ -149,27 +147,16 @@ def exact_layouts(
     # Behind one place more of another row's prompt, a packed row begins with padding.
     pair = [question, replace(question, prompt=question.prompt[:1] + question.prompt)]
     base = base_of(model)
-
-    def scores(batch: Batch) -> torch.Tensor:
-        batch = to_device(batch, next(model.parameters()).device)
-        return normalized_scores(token_log_probs(model, batch), batch["mask"])
-
     with evaluating(model), torch.no_grad():
-        expected = scores(plain_rows(whole, pad_token_id))[:, 0]
+        expected = scores_of(model, plain_rows(whole, pad_token_id))[:, 0]
         if not torch.isfinite(expected).all():
-            return list(layouts)  # a broken adapter says nothing about the model; whoever uses the scores will see it
-        rounding = torch.finfo(base_dtype(base)).eps * max(float(expected.abs().max()), 1.0)
-        for index, layout in enumerate(layouts):
-            try:
-                difference = float((scores(layout(model, pair, pad_token_id))[0, ends] - expected).abs().max())
-                why = f"scores differ by {difference:.2g}"
-            except Exception as error:  # a model that takes no such mask says so in its own way
-                difference, why = math.inf, reason(error)
-            if difference <= max(1e-4, 4 * rounding):
-                return list(layouts[index:])
-            name = layout.__name__.strip("_")
-            logger.info("%s: no %s rows behind a beginning (%s).", type(base).__name__, name, why)
-    return []
+            return None
+        difference, why = deviation(model, lambda: layout(model, pair, pad_token_id), expected, (0, ends))
+    rounding = torch.finfo(base_dtype(base)).eps * max(float(expected.abs().max()), 1.0)
+    if difference <= max(1e-4, 4 * rounding):
+        return True
+    logger.info("%s: no %s rows behind a beginning (%s).", type(base).__name__, layout.__name__.strip("_"), why)
+    return False
 
 
 class Beginning:
@@ -227,9 +214,6 @@ class Beginning:
     @property
     def _layers(self) -> list[SharedLayer]:
         return [] if self.cache is None else self.cache.layers  # type: ignore[return-value]
-
-
-_verdicts: weakref.WeakKeyDictionary[nn.Module, dict[tuple, Verdicts]] = weakref.WeakKeyDictionary()
 
 
 def beginnings(
@@ -330,21 +314,20 @@ def _shared(model: nn.Module, questions: Sequence[Question], pad_token_id: int) 
         return None
     if saved < _LEAST_ROWS * max(map(row_length, questions)):
         return None
-    base = base_of(model)
-    verdicts = _verdicts.setdefault(base, {}).setdefault(layout_key(base), Verdicts())
+    verdicts = verdicts_of(model, "behind a beginning")
 
-    def size_of(question: Question) -> Size:
-        return size, *sizes_of(question), max(map(len, question.choices))
+    def sizes(question: Question) -> Size:
+        return size, *size_of(question)
 
-    if any(verdicts.of(size_of(question)) is False for question in questions):
+    if any(verdicts.of(sizes(question)) is False for question in questions):
         return None
     beginning = Beginning(model, prompts[0][:size], questions[0].adapter)
     if beginning.cache is None:
-        verdicts.add((0, 0, 0, 0), False)
+        verdicts.add(tuple(0 for _ in sizes(questions[0])), False)
         return None
 
-    def is_exact(question: Question) -> bool:
+    def is_exact(question: Question) -> bool | None:
         [behind] = beginning.behind([question])
-        return bool(exact_layouts(model, [beginning.packed], beginning.tokens, behind, pad_token_id))
+        return is_exact_behind(model, beginning.packed, beginning.tokens, behind, pad_token_id)
 
-    return beginning if judged(verdicts, questions, size_of, model_max_length(model), is_exact) else None
+    return beginning if judged(verdicts, questions, sizes, model_max_length(model), is_exact) else None

@@ -5,7 +5,8 @@ its own ancestors, and its position counts on from the prompt. The last token of
 it is not in the row: single-token choices add nothing at all. The vocabulary projection runs at the tree only.
 
 This is how decoder-only models are asked. `seq2seq` has the same for encoder-decoders, `classifier` for encoders with a
-classification head; `encode`, `collate` and `token_log_probs` look at the model, and all else is the same for the three.
+classification head; `encode` and `token_log_probs` look at the model, and all else is the same for the three. Which models
+take packed rows, `layouts` finds out.
 """
 
 from __future__ import annotations
@@ -13,11 +14,9 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-import weakref
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from operator import le
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,9 +38,6 @@ logger = logging.getLogger(__name__)
 # its caches, and they take less memory; in training, all of those that a gradient needs are kept.
 BATCH_TOKENS = 4096
 _PROCESSOR_TOKENS, _PROCESSOR_TRAINING_TOKENS = 512, 256
-
-# The mask of a packed row grows with the square of its length; this one has 256 MB in float32.
-_LONGEST_PACKED = 8192
 
 # Reading the weights once more costs about as much as so many tokens do.
 PASS_TOKENS = 64
@@ -380,8 +376,8 @@ def _logits(model: nn.Module, batch: Batch) -> torch.Tensor:
         inputs["adapter_names"] = batch["adapter_names"]
     keep = int(batch["keep"])
     # As indices, not as a number: a slice is not contiguous, and a product that has a gradient then reads the whole
-    # vocabulary's matrix anew for each row.
-    last = torch.arange(-keep, 0)
+    # vocabulary's matrix anew for each row. (A model on several devices would divide the indices among them.)
+    last: Any = keep if isinstance(model, nn.DataParallel) else torch.arange(-keep, 0)
     options: dict[str, Any] = {"use_cache": "past_key_values" in batch, "logits_to_keep": last, "return_dict": True}
     logits = model(**inputs, **{key: value for key, value in options.items() if key in known}).logits
     return logits[:, None] if logits.dim() == 2 else logits[:, -keep:]
@@ -395,170 +391,6 @@ def normalized_scores(log_probs: torch.Tensor, mask: torch.Tensor, power: float 
     length = mask.sum(-1)
     scores = log_probs.sum(-1) / length.clamp(min=1).to(log_probs.dtype).pow(power)
     return scores.masked_fill(length == 0, -math.inf)
-
-
-Size = tuple[int, ...]
-"""How far packing moves what is read: sizes of a question, of which it takes all to be at most another's to be no harder."""
-
-
-@dataclass
-class Verdicts:
-    """For which sizes of a question a layout was tried on a model, and found exact or not."""
-
-    exact: list[Size] = field(default_factory=list)
-    wrong: list[Size] = field(default_factory=list)
-
-    def of(self, size: Size) -> bool | None:
-        """Whether the layout is exact for a question of this size; None: no trial says so."""
-        if any(all(map(le, tried, size)) for tried in self.wrong):
-            return False
-        return True if any(all(map(le, size, tried)) for tried in self.exact) else None
-
-    def add(self, size: Size, exact: bool) -> None:
-        """What a trial found."""
-        (self.exact if exact else self.wrong).append(size)
-
-
-_verdicts: weakref.WeakKeyDictionary[nn.Module, dict[tuple, Verdicts]] = weakref.WeakKeyDictionary()
-
-
-_Layout = Callable[[Sequence[Question]], Batch]
-
-
-def layout_key(base: nn.Module) -> tuple:
-    """What decides, of one model, which layouts are exact."""
-    return getattr(getattr(base, "config", None), "_attn_implementation", None), base_dtype(base)
-
-
-def collate(model: nn.Module, questions: Sequence[Question], pad_token_id: int = 0) -> Batch:
-    """The questions as a batch for this model: packed where that is exact, else plain rows.
-
-    Packing is wrong for some models (positions built from a 2-D mask, recurrent layers, windows counted over the
-    row, or not at all). So each model is tried, at first use and again whenever a prompt, a tree of choices or a choice
-    is longer than ever: such a question must score the same packed and in plain rows.
-    """
-    layouts = _layouts(model, questions, pad_token_id)
-    if layouts is None:
-        from ia3.tfew.classifier import rows
-
-        return rows(base_of(model), questions, pad_token_id)
-    packed, plain = layouts
-    if packed is not None and _packs(model, questions, packed, plain):
-        return packed(questions)
-    return plain(questions)
-
-
-def try_packing(model: nn.Module, questions: Sequence[Question], pad_token_id: int = 0) -> None:
-    """Find out once whether packing is exact for all of these, so that no batch of them has to."""
-    layouts = _layouts(model, questions, pad_token_id) if questions else None
-    if layouts is not None and layouts[0] is not None:
-        _packs(model, questions, layouts[0], layouts[1])
-
-
-def _layouts(
-    model: nn.Module, questions: Sequence[Question], pad_token_id: int
-) -> tuple[_Layout | None, _Layout] | None:
-    """How questions become rows for this model: packed (None: never) and plain; None for a classifier."""
-    base = base_of(model)
-    family, dtype = task_type(base), base_dtype(base)
-    if family == TaskType.SEQ_CLS:
-        return None
-    if family == TaskType.SEQ_2_SEQ_LM:
-        from ia3.tfew import seq2seq
-
-        start = seq2seq.start_token(base, questions[0])
-        packed: _Layout = lambda some: seq2seq.pack(some, start, pad_token_id, dtype)  # noqa: E731
-        # Layers that are computed again would not find the positions that are handed in.
-        again = model.training and any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
-        return None if again else packed, lambda some: seq2seq.plain_rows(some, start, pad_token_id)
-    return lambda some: pack(some, pad_token_id, dtype), lambda some: plain_rows(some, pad_token_id)
-
-
-def _packs(model: nn.Module, questions: Sequence[Question], packed: _Layout, plain: _Layout) -> bool:
-    """Whether the packed layout is exact for all questions."""
-    base = base_of(model)
-    encoder = task_type(base) == TaskType.SEQ_2_SEQ_LM  # which reads the prompt apart from the choices
-
-    def size_of(question: Question) -> Size:
-        prompt, tree = sizes_of(question)
-        return (0 if encoder else prompt), tree, max(map(len, question.choices))
-
-    if any(sum(size_of(question)[:2]) > _LONGEST_PACKED for question in questions):
-        return False
-    verdicts = _verdicts.setdefault(base, {}).setdefault(layout_key(base), Verdicts())
-    return judged(
-        verdicts,
-        questions,
-        size_of,
-        model_max_length(model),
-        lambda one: _packing_is_exact(model, one, packed, plain),
-    )
-
-
-def judged(
-    verdicts: Verdicts,
-    questions: Sequence[Question],
-    size_of: Callable[[Question], Size],
-    limit: int | None,
-    is_exact: Callable[[Question], bool],
-) -> bool:
-    """Whether a layout is exact for all questions, by trials of what no earlier trial says anything about.
-
-    Tried is the longest prompt with the largest tree and the longest choice, none of which need be one question's; and
-    question by question, the longest first, where that is not exact or longer than `limit` tokens.
-    """
-    left = [question for question in questions if not verdicts.of(size_of(question))]
-    if len(left) > 1:
-        longest = max(left, key=lambda one: len(one.prompt))
-        largest = max(left, key=lambda one: len(tree_of(one).tokens))
-        choice = max((choice for one in left for choice in one.choices), key=len)
-        choices = [*largest.choices, *([choice] if len(choice) > max(map(len, largest.choices)) else [])]
-        hardest = replace(longest, choices=choices, label=None, order=None)
-        if verdicts.of(size_of(hardest)) is None and (limit is None or text_length(hardest) <= limit):
-            verdicts.add(size_of(hardest), is_exact(hardest))
-    for question in sorted(left, key=text_length, reverse=True):
-        if verdicts.of(size_of(question)) is None:
-            verdicts.add(size_of(question), is_exact(question))
-        if not verdicts.of(size_of(question)):
-            return False
-    return True
-
-
-def telling(question: Question) -> list[int]:
-    """The choices that say whether a layout is exact: the one that ends last, which packing moves farthest, and the
-    longest one, which sees most."""
-    longest = max(range(len(question.choices)), key=lambda i: len(question.choices[i]))
-    return sorted({tree_of(question).farthest, longest})
-
-
-def _packing_is_exact(model: nn.Module, question: Question, packed: _Layout, plain: _Layout) -> bool:
-    dtype = base_dtype(base_of(model))
-
-    def scores(batch: Batch) -> torch.Tensor:
-        batch = to_device(batch, next(model.parameters()).device)
-        return normalized_scores(token_log_probs(model, batch), batch["mask"])
-
-    # Two short rows show whether padding on the left is exact too, and how much rounding does to plain rows alone.
-    short = [replace(question, prompt=question.prompt[-size:], choices=question.choices[:4]) for size in (2, 8)]
-    ends = telling(question)
-    with evaluating(model), torch.no_grad():
-        right = scores(plain(short))
-        noise = max(float((scores(plain([q])) - right[i]).abs().max()) for i, q in enumerate(short))
-        far = scores(plain([replace(question, choices=[question.choices[end] for end in ends])]))[0]
-        if not torch.isfinite(right).all() or not torch.isfinite(far).all():
-            return True  # a broken adapter says nothing about the model; whoever uses the scores will see it
-        try:
-            near = float((scores(packed(short)) - right).abs().max())
-            difference = max(near, float((scores(packed([question]))[0, ends] - far).abs().max()))
-            why = f"scores differ by {difference:.2g}"
-        except Exception as error:  # a model that takes no such mask says so in its own way
-            difference, why = math.inf, f"{type(error).__name__}: {error}"
-    exact = difference <= max(1e-4, 4 * noise, torch.finfo(dtype).eps * float(right.abs().max()))
-    if not exact:
-        logger.info(
-            "%s: one row for each choice, because packing is not exact (%s).", type(base_of(model)).__name__, why
-        )
-    return exact
 
 
 @contextmanager

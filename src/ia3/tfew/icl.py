@@ -16,28 +16,23 @@ import torch
 from ia3.config import TaskType
 from ia3.errors import InputError
 from ia3.pretrained import task_type
-from ia3.tfew.beginning import Layout, exact_layouts, packed_behind, read, room_behind
+from ia3.tfew.beginning import Layout, is_exact_behind, packed_behind, read, room_behind
 from ia3.tfew.choices import (
     Batch,
     Question,
-    Size,
-    Verdicts,
     _unwrapped,
     base_dtype,
     base_of,
     batches,
-    collate,
     encode,
     evaluating,
-    judged,
     model_max_length,
-    padding_id,
     pass_tokens,
     plain_rows,
     row_length,
-    sizes_of,
     unclosed,
 )
+from ia3.tfew.layouts import Verdicts, collate, judged, size_of
 from ia3.tfew.predict import Prediction, predict
 from ia3.tfew.recipe import Recipe
 from ia3.tfew.task import Row, Task
@@ -94,13 +89,15 @@ class Prefix:
             )
         self._adapters = _in_effect(model)
         self._cache = None if self._encoder_decoder else self._read(model)
-        self._layouts: list[Layout] = [] if self._cache is None else [self._packed, self._plain]
-        self._verdicts: dict[int, Verdicts] = {}  # by how many layouts were left
+        self._layouts: dict[Layout, Verdicts] = {}
+        if self._cache is not None:
+            self._layouts = {self._packed: Verdicts(), self._plain: Verdicts()}
+        self._layout: Layout | None = next(iter(self._layouts), None)
 
     @property
     def is_cached(self) -> bool:
-        """Whether prompts continue the cache, as far as it was tried; else the prefix is read with each prompt."""
-        return bool(self._layouts)
+        """Whether the last questions continued the cache, or the first will; else the prefix is read with each prompt."""
+        return self._layout is not None
 
     @property
     def nbytes(self) -> int:
@@ -145,30 +142,25 @@ class Prefix:
         layout: Layout = collate
         tokens = batch_tokens or pass_tokens(model)
         if questions and not self._encoder_decoder:
-            self._try(model, questions)
-            if self._layouts:
-                layout = self._layouts[0]
+            self._layout = self._exact(model, questions, pad_token_id)
+            if self._layout is not None:
+                layout = self._layout
                 tokens = room_behind(len(self.tokens), max(map(row_length, questions)), tokens)
             else:
                 questions = [self._whole(question) for question in questions]
         for group in batches(questions, tokens):
             yield group, layout(model, [questions[i] for i in group], pad_token_id)
 
-    def _try(self, model: nn.Module, questions: Sequence[Question]) -> None:
-        """Drop layouts that are not exact for questions of such sizes."""
-        pad = padding_id(self._tokenizer)
+    def _exact(self, model: nn.Module, questions: Sequence[Question], pad_token_id: int) -> Layout | None:
+        """The first layout that is exact for all questions; None: none is."""
+        for layout, verdicts in self._layouts.items():
 
-        def size_of(question: Question) -> Size:
-            return *sizes_of(question), max(map(len, question.choices))
+            def is_exact(question: Question, layout: Layout = layout) -> bool | None:
+                return is_exact_behind(model, layout, self.tokens, question, pad_token_id)
 
-        def is_exact(question: Question) -> bool:
-            self._layouts = exact_layouts(model, self._layouts, self.tokens, question, pad)
-            return len(self._layouts) == count
-
-        while self._layouts:  # a trial that fails leaves fewer
-            count = len(self._layouts)
-            if judged(self._verdicts.setdefault(count, Verdicts()), questions, size_of, self.room, is_exact):
-                return
+            if judged(verdicts, questions, size_of, self.room, is_exact):
+                return layout
+        return None
 
     def _whole(self, question: Question) -> Question:
         return replace(question, prompt=self.tokens + question.prompt)

@@ -25,8 +25,8 @@ from ia3.tfew.choices import (
     padding_id,
     to_device,
     token_log_probs,
-    try_packing,
 )
+from ia3.tfew.layouts import collate, try_packing
 from ia3.tfew.losses import tfew_loss
 from ia3.tfew.recipe import EarlyStopping, Recipe
 from ia3.trainer import Trainer
@@ -129,7 +129,7 @@ class TFewTrainer(Trainer):
             **kwargs,
         )
         self.add_callback(self.stopping)
-        # Processes have to pass through the model, forward and backward, equally often.
+        # Several processes have to pass through the model, forward and backward, equally often: each once a batch.
         self._one_process = (self.args.world_size, max(1, self.args.n_gpu)) == (1, 1) and not (
             self.is_deepspeed_enabled or self.is_fsdp_enabled
         )
@@ -147,8 +147,7 @@ class TFewTrainer(Trainer):
 
         With `load_best_model_at_end` it is the best checkpoint, whose vectors are those of its step.
         """
-        if self._one_process:
-            try_packing(self.model, self._foreseen(), padding_id(self.processing_class))  # type: ignore[arg-type]
+        try_packing(self.model, self._foreseen(), padding_id(self.processing_class))  # type: ignore[arg-type]
         output = super().train(*args, **kwargs)
         if self._average is not None and not self.args.load_best_model_at_end:
             self._average.use()
@@ -178,6 +177,8 @@ class TFewTrainer(Trainer):
             label = inputs["label"][[learning[i] for i in group]]
             part = {**inputs, "label": label, "questions": [asked[i] for i in group], "batch": batch}
             losses.append(super().training_step(model, part, num_items_in_batch))
+        if not losses:  # nobody learns any more
+            return torch.zeros((), device=self.args.device)
         return torch.stack(losses[::-1]).sum()
 
     def _foreseen(self) -> list[Question]:
@@ -238,9 +239,11 @@ class TFewTrainer(Trainer):
 
     def _parts(self, model: nn.Module, inputs: dict[str, Any]) -> Iterator[tuple[list[int], Batch]]:
         """A batch's questions in parts that go through the model at once: indices, and the part."""
-        if "batch" in inputs:
-            return iter([([*range(len(inputs["label"]))], inputs["batch"])])
-        return parts(model, inputs["questions"], padding_id(self.processing_class))  # type: ignore[arg-type]
+        questions, pad = inputs["questions"], padding_id(self.processing_class)  # type: ignore[arg-type]
+        if model.training and ("batch" in inputs or not self._one_process):
+            batch = inputs["batch"] if "batch" in inputs else collate(model, questions, pad)
+            return iter([([*range(len(questions))], batch)])
+        return parts(model, questions, pad)
 
     def prediction_step(
         self,
