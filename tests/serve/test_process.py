@@ -37,6 +37,7 @@ def test_options_that_are_refused(made, tmp_path, capsys, monkeypatch):
         (tmp_path / "token").write_bytes(text)
         assert "printable" in refused(capsys, *model, "--token-file", tmp_path / "token", "--host", "0.0.0.0")
     assert "--queue of at least --max-texts" in refused(capsys, *model, "--queue", 3)
+    assert "Expected a --dtype of 'auto'" in refused(capsys, *model, "--dtype", "half")
     assert "model's folder" in refused(capsys, "--model", "./nothing")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

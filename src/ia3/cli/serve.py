@@ -6,11 +6,13 @@ import ipaddress
 import os
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import typer
 
-from ia3.cli.common import BaseOption
-from ia3.errors import InputError, reason
+from ia3.cli.common import BaseOption, DtypeOption
+from ia3.errors import InputError, reason, shown
+from ia3.pretrained import DTYPES
 from ia3.serve.limits import Limits
 
 _DEFAULTS = Limits()
@@ -27,6 +29,7 @@ class EngineKind(str, Enum):
 
 def serve(
     model: str = BaseOption,
+    dtype: str = DtypeOption,
     adapters: Path | None = typer.Option(
         None,
         "--adapters",
@@ -82,6 +85,8 @@ def serve(
         raise InputError(
             f"Expected a token with --host {host}, which other machines reach: give --token-file or set {TOKEN_VARIABLE}."
         )
+    if dtype not in DTYPES:
+        raise InputError(f"Expected a --dtype of {shown(DTYPES)}, found {dtype!r}.")
     if engine == EngineKind.VLLM and memory is not None:
         raise InputError("--memory is for --engine local; vLLM counts adapters. Leave it out.")
     if adapters is not None and not adapters.is_dir():
@@ -105,11 +110,12 @@ def serve(
     if engine == EngineKind.VLLM:
         from ia3.serve.vllm_engine import VllmEngine
 
-        runs = VllmEngine(recorded, name, adapters=max_adapters, max_num_seqs=max_batch)
+        settings: dict[str, Any] = {} if dtype == "auto" else {"dtype": dtype}
+        runs = VllmEngine(recorded, name, adapters=max_adapters, max_num_seqs=max_batch, **settings)
     else:
         from ia3.serve.local import LocalEngine
 
-        runs = LocalEngine(recorded, store.kinds(recorded), name, store.labels, memory, max_batch)
+        runs = LocalEngine(recorded, store.kinds(recorded), name, store.labels, memory, max_batch, dtype=dtype)
     limits = Limits(max_body, max_upload, max_texts, max_text_tokens, max_new_tokens, queue, deadline)
     run(Server(runs, store, limits, token, {host}, log_texts), host, port)
 

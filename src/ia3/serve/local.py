@@ -82,9 +82,11 @@ class LocalEngine:
         labels: gives those of a classifier's head; called on the engine's thread.
         memory: for adapters' vectors, in bytes or such as "2GiB"; the least recently used make room. None: no limit.
         batch: rows of a batch at most.
-        batch_tokens: tokens of a batch at most, padding included.
+        batch_tokens: tokens of what is asked together at most, padding included; see `pass_tokens` for what goes through
+            the model at once.
         cache_tokens: tokens at most, padding included, whose keys and values are kept for texts under way; one text
             may have more.
+        dtype: of the model's weights, as `load_base` takes it.
     """
 
     def __init__(
@@ -97,9 +99,10 @@ class LocalEngine:
         batch: int = 64,
         batch_tokens: int = 4096,
         cache_tokens: int = 65_536,
+        dtype: str = "auto",
     ) -> None:
         self.name = name or model
-        self._source = model
+        self._source, self._dtype = model, dtype
         self.tokenizer: PreTrainedTokenizerBase
         self.context_length: int | None = None
         self.generates = False
@@ -252,7 +255,7 @@ class LocalEngine:
         from ia3.serve.generation import Decoder
         from ia3.tfew.choices import Question, model_max_length, score_questions
 
-        base, self.tokenizer = load_base(self._source, self._labels())
+        base, self.tokenizer = load_base(self._source, self._labels(), self._dtype)
         family = task_type(base)
         self._model = IA3Model(base, {}).eval()
         kinds = [*self._kinds, IA3Config(task_type=family)]
@@ -357,7 +360,7 @@ class LocalEngine:
         questions = [asked.job.question for asked in batch]
         names = [asked.job.adapter or BASE for asked in batch]
         # Sums, because jobs may differ in how they are normalized.
-        sums = score_questions(self._model, self.tokenizer, questions, 0.0, self._batch_tokens, adapter_names=names)
+        sums = score_questions(self._model, self.tokenizer, questions, 0.0, adapter_names=names)
         self.observe("score", len(batch), len(set(names)))
         results = []
         for asked, found in zip(batch, sums, strict=True):
