@@ -182,13 +182,15 @@ class Client:
             self._writer = None
 
 
-def classify(name: str, chance: random.Random) -> bytes:
-    return json.dumps({"adapter": name, "texts": [" ".join(chance.choices(WORDS, k=24))]}).encode()
+def classify(name: str, chance: random.Random, words: int = 24) -> bytes:
+    return json.dumps({"adapter": name, "texts": [" ".join(chance.choices(WORDS, k=words))]}).encode()
 
 
-async def load(port: int, names: list[str], clients: int, chance: random.Random) -> tuple[float, list[float]]:
+async def load(
+    port: int, names: list[str], clients: int, chance: random.Random, words: int = 24
+) -> tuple[float, list[float]]:
     """Requests for these adapters by so many clients, each one at a time: seconds in all, and of each."""
-    bodies = [classify(name, chance) for name in names]
+    bodies = [classify(name, chance, words) for name in names]
     taken = iter(bodies)
     seconds: list[float] = []
 
@@ -241,7 +243,7 @@ def rates(folder: Path, model: str, options: argparse.Namespace) -> dict[str, An
     peft = None
     try:
         before = server.resident
-        asyncio.run(load(server.port, names, 128, random.Random(1)))  # from here on all are resident
+        asyncio.run(load(server.port, names, 128, random.Random(1), words=1))  # from here on all are resident
         added = server.resident - before
         servers = {f"ours, {count} adapters": (server, names[:count]) for count in counts}
         if options.peft:

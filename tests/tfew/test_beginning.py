@@ -19,6 +19,7 @@ from ia3.tfew.beginning import Beginning, beginnings, parts
 from ia3.tfew.choices import (
     Question,
     base_of,
+    batches,
     encode,
     normalized_scores,
     plain_rows,
@@ -219,9 +220,9 @@ def gradients(model: IA3Model, questions: list[Question], detached: bool = False
         if shared is not None and detached:
             some = shared.behind(some)
             shared.detach()
-            batches = ([indices[i] for i in g] for g in shared.groups(some, 60))
+            groups = ([indices[i] for i in g] for g in batches(some, shared.room(some, 60)))
             asked_of = dict(zip(indices, some, strict=True))
-            made = [(g, shared.packed(model, [asked_of[i] for i in g])) for g in batches]
+            made = [(g, shared.packed(model, [asked_of[i] for i in g])) for g in groups]
         else:
             made = [([indices[i] for i in g], batch) for g, batch in parts(model, some, batch_tokens=60)]
         losses = []

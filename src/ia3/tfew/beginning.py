@@ -27,12 +27,14 @@ from ia3.tfew.choices import (
     base_dtype,
     base_of,
     batches,
+    batches_of_sizes,
     evaluating,
     model_max_length,
     pack,
     pass_tokens,
     plain_rows,
     row_length,
+    sizes_of,
 )
 from ia3.tfew.layouts import (
     Size,
@@ -186,10 +188,9 @@ class Beginning:
         assert self.cache is not None
         return packed_behind(self.cache, questions, pad_token_id, self._dtype)
 
-    def groups(self, questions: Sequence[Question], batch_tokens: int) -> Iterator[list[int]]:
-        """As `batches`, for questions of `behind`."""
-        longest = max(map(row_length, questions))
-        return batches(questions, room_behind(len(self.tokens), longest, batch_tokens))
+    def room(self, questions: Sequence[Question], batch_tokens: int) -> int:
+        """Tokens for a batch of questions of `behind`."""
+        return room_behind(len(self.tokens), max(map(row_length, questions)), batch_tokens)
 
     def detach(self) -> None:
         """Let backward passes through rows end here; `backward` goes on for all of them at once."""
@@ -248,7 +249,7 @@ def parts(
                 yield [indices[i] for i in group], collate(model, [some[i] for i in group], pad_token_id)
             continue
         some = beginning.behind(some)
-        for group in beginning.groups(some, batch_tokens):
+        for group in batches(some, beginning.room(some, batch_tokens)):
             yield [indices[i] for i in group], beginning.packed(model, [some[i] for i in group], pad_token_id)
 
 
@@ -260,19 +261,25 @@ def training_parts(
     So memory holds the activations of one part. The last one comes first, as in a backward pass through the sum of all:
     gradients add up in the same order.
     """
-    tokens = pass_tokens(model, training=True)
+    tokens = pass_tokens(model)
     for indices, beginning in beginnings(model, questions, pad_token_id):
         some = [questions[i] for i in indices]
         if beginning is None:
             try_packing(model, some, pad_token_id)
-            for group in reversed(list(batches(some, tokens))):
+            for group in reversed(list(_training_batches(some, tokens))):
                 yield [indices[i] for i in group], collate(model, [some[i] for i in group], pad_token_id)
             continue
         some = beginning.behind(some)
         beginning.detach()
-        for group in reversed(list(beginning.groups(some, tokens))):
+        for group in reversed(list(_training_batches(some, beginning.room(some, tokens)))):
             yield [indices[i] for i in group], beginning.packed(model, [some[i] for i in group], pad_token_id)
         beginning.backward()
+
+
+def _training_batches(questions: Sequence[Question], tokens: int) -> Iterator[list[int]]:
+    """As `batches`; a place that something is predicted at counts as a token more, for its logits are kept as well."""
+    sizes = [(prompt, 2 * tree + 1) for prompt, tree in map(sizes_of, questions)]
+    return batches_of_sizes(sizes, tokens)
 
 
 def _may_share(model: nn.Module) -> bool:

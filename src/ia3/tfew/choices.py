@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Tokens that go through the model at once, padding included, on an accelerator. A processor is faster when activations stay in
-# its caches, and they take less memory; in training, all of those that a gradient needs are kept.
+# Tokens that go through the model at once, padding included: on an accelerator, and on a processor, which is faster when
+# activations stay in its caches, and where they take less memory.
 BATCH_TOKENS = 4096
-_PROCESSOR_TOKENS, _PROCESSOR_TRAINING_TOKENS = 512, 256
+_PROCESSOR_TOKENS = 512
 
 # Reading the weights once more costs about as much as so many tokens do.
 PASS_TOKENS = 64
@@ -424,11 +424,9 @@ def text_length(question: Question) -> int:
     return len(question.prompt) + max(map(len, question.choices)) - 1
 
 
-def pass_tokens(model: nn.Module, training: bool = False) -> int:
+def pass_tokens(model: nn.Module) -> int:
     """How many tokens, padding included, are best read by a model at once where it is."""
-    if next(model.parameters()).device.type != "cpu":
-        return BATCH_TOKENS
-    return _PROCESSOR_TRAINING_TOKENS if training else _PROCESSOR_TOKENS
+    return _PROCESSOR_TOKENS if next(model.parameters()).device.type == "cpu" else BATCH_TOKENS
 
 
 def batches(questions: Sequence[Question], tokens: int = BATCH_TOKENS) -> Iterator[list[int]]:
