@@ -100,5 +100,5 @@ def test_weights_have_the_dtype_that_is_asked_for(save, dtype, found):
 
 
 def test_a_dtype_that_there_is_not():
-    with pytest.raises(InputError, match="Expected a dtype of 'auto', .*found 'bf16'; close to it: 'bfloat16'"):
+    with pytest.raises(InputError, match=r"Expected a dtype of 'auto', .*found 'bf16'; close to it: 'bfloat16'"):
         load_base(dtype="bf16")
