@@ -67,8 +67,9 @@ from ia3.tfew import TFewTrainer
 from ia3.tfew.choices import Question
 from ia3.tfew.icl import draw_shots, fitting, predict_in_context
 from ia3.tfew.predict import Prediction, predict
+from ia3.tfew.reading import read_rows
 from ia3.tfew.recipe import Recipe
-from ia3.tfew.task import Row, Task, few_shot, read_rows
+from ia3.tfew.task import Row, Task, few_shot
 from ia3.tfew.trainer import Example
 
 # The folders of the paper's few-shot files.

@@ -44,7 +44,7 @@ def evaluate(
     its probabilities are calibrated."""
     from ia3.errors import InputError
     from ia3.tfew.calibration import Calibration
-    from ia3.tfew.task import read_rows
+    from ia3.tfew.reading import read_rows
 
     out = console(json_output)
     task = load_task(adapter)

@@ -72,7 +72,7 @@ def predict(
         raise InputError("Expected --data with --adapter-column, a column of it; found texts.")
     if output is not None and output.suffix.lower() not in (".csv", ".jsonl"):
         raise InputError(f"Expected --output to end in .csv or .jsonl, found {str(output)!r}.")
-    from ia3.tfew.task import read_rows
+    from ia3.tfew.reading import read_rows
 
     rows = read_rows(data) if data else []
     if adapter_column is not None:

@@ -156,7 +156,8 @@ def pretrain(
 
 def _read(names: str) -> list[tuple[Task, list[Row]]]:
     """Tasks and their training rows."""
-    from ia3.tfew.task import Task, read_rows
+    from ia3.tfew.reading import read_rows
+    from ia3.tfew.task import Task
 
     paths = [part.strip() for part in names.split(",") if part.strip()]
     if not paths:

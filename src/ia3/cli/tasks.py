@@ -56,7 +56,8 @@ def show(
     json_output: bool = JsonOption,
 ) -> None:
     """Print a task, and an example row in the words of each of its templates. Nothing is downloaded without --data."""
-    from ia3.tfew.task import Task, read_rows
+    from ia3.tfew.reading import read_rows
+    from ia3.tfew.task import Task
 
     wanted = Task.load(task)
     if data is None:

@@ -261,7 +261,8 @@ def source_of(
     template: str | None = None,
 ) -> Source:
     """The task and rows that options of these names describe; the embedded ones without any."""
-    from ia3.tfew.task import Task, read_rows
+    from ia3.tfew.reading import read_rows
+    from ia3.tfew.task import Task
 
     given = parse_choices(choices)
     if task is None and data is not None:

@@ -7,8 +7,9 @@ from ia3.tfew.icl import Prefix, draw_shots, predict_in_context
 from ia3.tfew.losses import tfew_loss
 from ia3.tfew.predict import Prediction, predict
 from ia3.tfew.prompts import read_prompts
+from ia3.tfew.reading import read_rows
 from ia3.tfew.recipe import EarlyStopping, Recipe
-from ia3.tfew.task import Task, few_shot, read_rows
+from ia3.tfew.task import Task, few_shot
 from ia3.tfew.trainer import TFewTrainer
 
 __all__ = [

