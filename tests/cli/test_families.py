@@ -92,6 +92,36 @@ def test_many_at_once_and_rows_of_different_adapters(ia3, place, tmp_path):
         assert item["probabilities"] == pytest.approx(json.loads(alone)[i]["probabilities"], abs=1e-5)
 
 
+def test_tasks_that_call_their_labels_otherwise(ia3, place, tmp_path):
+    """A classifier's labels are named after one task: the other task's adapter answers alone as it does beside it."""
+    called = {"pos": "yes", "neg": "no"}
+    for split in ("train", "test"):
+        rows = [{**row, "label": called[row["label"]]} for row in read_rows(place / f"{split}.jsonl")]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    choices = {"yes": "good", "no": "not good"}  # not in alphabetical order
+    Task(name="other", template=TEMPLATE, choices=choices, train="train.jsonl", test="test.jsonl").save(
+        tmp_path / "other.yaml"
+    )
+    tasks = f"{place / 'task.yaml'},{tmp_path / 'other.yaml'}"
+    code, out, err = ia3("train", "--json", model=place / "model", tasks=tasks, steps=40, output=tmp_path / "both")
+    assert code == 0, err
+    trained = {name: its["trained"] for name, its in json.loads(out)["members"].items()}
+    assert trained["other"]["accuracy"] > 0.6
+    mixed = []
+    for name, folder in (("task", place), ("other", tmp_path)):
+        code, out, err = ia3("evaluate", tmp_path / "both" / name, "--json")
+        assert code == 0, err
+        assert json.loads(out)["accuracy"] == trained[name]["accuracy"]
+        mixed += [{**row, "who": name} for row in read_rows(folder / "test.jsonl")]
+    (tmp_path / "mixed.jsonl").write_text("\n".join(map(json.dumps, mixed)))
+    code, out, err = ia3("predict", tmp_path / "both", "--json", data=tmp_path / "mixed.jsonl", adapter_column="who")
+    assert code == 0, err
+    pairs = list(zip(mixed, json.loads(out), strict=True))
+    for name, its in trained.items():
+        right = [row["label"] == item["label"] for row, item in pairs if row["who"] == name]
+        assert sum(right) / len(right) == its["accuracy"]
+
+
 def test_an_encoders_adapter_without_its_task(ia3, tmp_path):
     model = tiny.classifier(vocab_size=len(words.VOCABULARY))
     model.base_model.save_pretrained(tmp_path / "model")

@@ -37,14 +37,17 @@ def check_choices(base: nn.Module, choices: Sequence[Sequence[str]]) -> None:
 def by_name(base: nn.Module, question: Question, labels: Sequence[str]) -> Question:
     """The question with each choice standing for the head's label of that name, wherever the task lists it.
 
+    A head that does not know the names, such as one that adapters of several tasks have in turn, has them in
+    alphabetical order: that in which `load_base` gives them to a head of their own, with which the adapter is used alone.
+
     Args:
-        base: the classifier; one whose head does not know the names keeps its order.
+        base: the classifier.
         question: as `encode` makes it, with choices in the task's order.
         labels: the task's, in its order.
     """
     places: dict[str, int] = base.config.label2id or {}  # type: ignore[union-attr, assignment]
     if set(places) != set(labels):
-        return question
+        places = {label: place for place, label in enumerate(sorted(labels))}
     order = tuple(sorted(range(len(labels)), key=lambda index: places[labels[index]]))
     label = None if question.label is None else order.index(question.listed(question.label))
     return replace(question, choices=[[places[labels[index]]] for index in order], label=label, order=order)
