@@ -255,6 +255,24 @@ def test_one_that_is_done_anew_is_unfinished_until_it_is_done(raft, finished, tm
     assert not (tmp_path / "out" / "overruling" / "run.json").exists()
 
 
+def test_results_of_an_earlier_run_do_not_hinder_resuming(raft, finished, tmp_path, monkeypatch):
+    """A run with other settings in a finished folder, interrupted in its first task, goes on with the second too."""
+    import ia3.tfew
+
+    shutil.copytree(finished[0], tmp_path / "out")
+    real = ia3.tfew.predict
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ia3.tfew, "predict", interrupted)
+    assert raft(seed=1)[0] == 130
+    monkeypatch.setattr(ia3.tfew, "predict", real)
+    code, out, err = raft("--resume", "--json", seed=1)
+    assert code == 0, err
+    assert {its["seed"] for its in json.loads(out)["tasks"].values()} == {1}
+
+
 @pytest.mark.parametrize(
     "damage", ["{}", "[]", "null", "{", "cross_validation", "majority", "test_rows", "seconds", "command"]
 )

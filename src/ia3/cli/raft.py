@@ -97,6 +97,9 @@ def raft(
     if resume:
         finished = {name: _earlier(output / name, settings[name]) for name in names if _is_finished(output / name)}
         out.print(f"Finished before: {shown(finished, 11)}", markup=False, style="dim")
+    for name in names:  # those of an earlier run too, whose settings --resume would find in place of this run's
+        if name not in finished:
+            (output / name / RUN_NAME).unlink(missing_ok=True)
 
     quiet()
     results: dict[str, dict[str, Any]] = {}
@@ -104,7 +107,6 @@ def raft(
         bench = _Bench(out, model, dtype, plan, folds, seed)
         for name, one in chosen.items():
             if name not in finished:
-                (output / name / RUN_NAME).unlink(missing_ok=True)
                 finished[name] = bench.run(one, output / name)
                 write_json(output / name / RUN_NAME, settings[name])  # the last file: with it, a task is finished
             results[name] = finished[name]
