@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
 from ia3 import InputError
-from ia3.files import locate_beside
+from ia3.files import hub_answers, locate, locate_beside
 from ia3.tfew.calibration import CALIBRATION_NAME, Calibration
 
 CALIBRATION = Calibration(
@@ -55,3 +55,38 @@ def test_a_hub_that_does_not_say_is_an_error(failure, monkeypatch):
     with pytest.raises(InputError, match=CALIBRATION_NAME) as error:
         locate_beside("owner/name", CALIBRATION_NAME)
     assert "\n" not in str(error.value)
+
+
+class TestWithoutANetwork:
+    @pytest.fixture(autouse=True)
+    def requests(self, monkeypatch):
+        def head(url, timeout):
+            asked.append((url, timeout))
+            raise ConnectionError("no such host")
+
+        asked = []
+        monkeypatch.setattr(huggingface_hub, "get_session", lambda: SimpleNamespace(head=head))
+        return asked
+
+    def test_the_hub_is_asked_once(self, requests):
+        assert not hub_answers()
+        [(url, timeout)] = requests
+        assert url.startswith("https://") and timeout <= 30
+
+    def test_what_is_in_the_cache_is_found(self, tmp_path, monkeypatch):
+        def download(repo_id, filename, local_files_only, **kwargs):
+            assert local_files_only
+            return str(tmp_path / filename)
+
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+        assert locate("owner/name", "x.json") == str(tmp_path / "x.json")
+
+    def test_what_is_not_there_is_one_line(self, requests):
+        with pytest.raises(InputError, match=r"Can't find 'x.json' at 'owner/name': .* the hub cannot be reached\.$"):
+            locate("owner/name", "x.json")
+        assert len(requests) == 1
+
+
+def test_a_hub_that_answers_whatever_it_says(monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: SimpleNamespace(head=lambda *args, **kw: "503"))
+    assert hub_answers()

@@ -7,7 +7,7 @@ import transformers
 import tiny
 import words
 from ia3 import InputError, load_base
-from ia3.pretrained import task_type
+from ia3.pretrained import find_base, task_type
 
 LABELS = ["pos", "neg", "none", "other"]
 
@@ -102,3 +102,25 @@ def test_weights_have_the_dtype_that_is_asked_for(save, dtype, found):
 def test_a_dtype_that_there_is_not():
     with pytest.raises(InputError, match=r"Expected a dtype of 'auto', .*found 'bf16'; close to it: 'bfloat16'"):
         load_base(dtype="bf16")
+
+
+class TestAModelOfTheHub:
+    def test_is_asked_for_by_its_name(self, monkeypatch):
+        monkeypatch.setattr("ia3.pretrained.hub_answers", lambda: True)
+        assert find_base("owner/name") == ("owner/name", "owner/name")
+
+    def test_is_read_from_the_cache_without_a_network(self, tmp_path, monkeypatch):
+        folder = tmp_path / "models--owner--name" / "snapshots" / "abc"
+        folder.mkdir(parents=True)
+        (tmp_path / "models--owner--name" / "refs").mkdir()
+        (tmp_path / "models--owner--name" / "refs" / "main").write_text("abc")
+        (folder / "config.json").write_text("{}")
+        monkeypatch.setattr("ia3.pretrained.hub_answers", lambda: False)
+        assert find_base("owner/name", cache_dir=tmp_path) == ("owner/name", str(folder))
+
+    @pytest.mark.parametrize("name", ["owner/nmae", "no name at all", "a/b/c"])
+    def test_that_is_nowhere_is_one_line(self, name, tmp_path, monkeypatch):
+        monkeypatch.setattr("ia3.pretrained.hub_answers", lambda: False)
+        with pytest.raises(InputError, match=f"found no {name!r} here, and the hub cannot be reached") as error:
+            load_base(name)
+        assert "\n" not in str(error.value)

@@ -56,7 +56,7 @@ class AutoPeftModel:
                 f"The config in {str(pretrained_model_name_or_path)!r} names no base model (base_model_name_or_path); "
                 f"load that yourself and call IA3Model.from_pretrained(model, path)."
             )
-        _, source = find_base(config.base_model_name_or_path)
+        _, source = find_base(config.base_model_name_or_path, kwargs.get("cache_dir"))
         base_class = cls._base_class(config)
         kwargs.pop("subfolder", None)  # the adapter's
         try:

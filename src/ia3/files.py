@@ -30,6 +30,18 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def hub_answers() -> bool:
+    """Whether the hub can be reached. Where it cannot, huggingface_hub would ask six times in half a minute for each
+    file that is not on this machine, and log each failure; `local_files_only` spares that."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception:  # no network, no such host, a firewall, HF_HUB_OFFLINE: as the HTTP library of the day says it
+        return False
+    return True
+
+
 def locate(path: str | os.PathLike, filename: str, subfolder: str | None = None, **hub_kwargs: Any) -> str:
     """The file of a local adapter folder, or of a hub repository, downloaded.
 
@@ -46,12 +58,14 @@ def locate(path: str | os.PathLike, filename: str, subfolder: str | None = None,
         raise InputError(f"Can't find the folder {folder.name!r} in {str(folder.parent)!r}; there are {shown(others)}.")
     from huggingface_hub import hf_hub_download
 
+    answers = hub_answers()
+    if not answers:
+        hub_kwargs["local_files_only"] = True
     try:
         return hf_hub_download(str(path), filename, subfolder=subfolder, **hub_kwargs)
     except Exception as error:  # whatever the hub, the network or the name's form raised, the user's answer is the same
-        raise InputError(
-            f"Can't find {filename!r} at {str(path)!r}: no such folder here, and the hub answered: {reason(error)}"
-        ) from error
+        hub = f"answered: {reason(error)}" if answers else "cannot be reached."
+        raise InputError(f"Can't find {filename!r} at {str(path)!r}: no such folder here, and the hub {hub}") from error
 
 
 def locate_beside(path: str | os.PathLike, filename: str) -> str | None:

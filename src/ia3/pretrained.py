@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ia3.config import TaskType
 from ia3.errors import InputError, reason, shown, similar
+from ia3.files import hub_answers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -141,14 +142,18 @@ def task_type(model: nn.Module) -> TaskType:
     return TaskType.CAUSAL_LM
 
 
-def find_base(name: str) -> tuple[str, str]:
+def find_base(name: str, cache_dir: str | Path | None = None) -> tuple[str, str]:
     """The name to record for a base model, which finds it from other places too, and where its files are.
 
+    Args:
+        name: as of `load_base`.
+        cache_dir: where downloads are, when not in huggingface_hub's usual place.
+
     Raises:
-        InputError: a local folder that is not there or is no model's.
+        InputError: a local folder that is not there or is no model's; or the hub is asked, and cannot be reached.
     """
     if not Path(name).exists() and name == EMBEDDED_MODEL:
-        return name, str(_embedded_folder() or _EMBEDDED_ON_HUB)
+        return name, str(_embedded_folder() or _on_hub(_EMBEDDED_ON_HUB, cache_dir))
     folder = Path(name)
     if folder.is_dir():
         name = str(folder.resolve())
@@ -157,7 +162,21 @@ def find_base(name: str) -> tuple[str, str]:
         raise InputError(f"Expected a model's folder with a config.json, found {name!r} without one.{hint}")
     if name.startswith((".", "/", "~")) and not folder.exists():
         raise InputError(f"Expected a model's folder, found no {name!r} here.")
-    return name, name
+    return name, name if folder.exists() else _on_hub(name, cache_dir)
+
+
+def _on_hub(name: str, cache_dir: str | Path | None) -> str:
+    """A hub id as it is, or without a network the folder into which it was once downloaded."""
+    if hub_answers():
+        return name
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(name, cache_dir=cache_dir, local_files_only=True)
+    except Exception as error:  # no such files, or no name of the hub's
+        raise InputError(
+            f"Expected a model's folder or one on the hub, found no {name!r} here, and the hub cannot be reached."
+        ) from error
 
 
 def _embedded_folder() -> Path | None:

@@ -470,24 +470,46 @@ class TestRows:
     def test_a_file_of_a_hub_data_set(self, tmp_path, monkeypatch):
         asked = []
 
-        def download(repo, file, repo_type):
-            asked.append((repo, file, repo_type))
+        def download(repo, file, repo_type, local_files_only):
+            asked.append((repo, file, repo_type, local_files_only))
             return str(tmp_path / "train.csv")
 
         (tmp_path / "train.csv").write_text("Tweet text,Label\nso late,complaint\n")
         monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+        monkeypatch.setattr("ia3.tfew.reading.hub_answers", lambda: True)
         source = Task.embedded("twitter_complaints").train
         assert read_rows(source) == [{"Tweet text": "so late", "Label": "complaint"}]
-        assert asked == [("ought/raft", "data/twitter_complaints/train.csv", "dataset")]
+        assert asked == [("ought/raft", "data/twitter_complaints/train.csv", "dataset", False)]
         with pytest.raises(InputError, match=r"Expected hf://datasets/owner/name/path/file\.csv"):
             read_rows("hf://datasets/ought/raft")
 
         def fail(*args, **kwargs):
-            raise OSError("no network\nat all")
+            raise OSError("no such file\nat all")
 
         monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
-        with pytest.raises(InputError, match=r"Cannot download 'hf://.*: no network; or give a local copy"):
+        with pytest.raises(InputError, match=r"Cannot download 'hf://.*: no such file; or give a local copy"):
             read_rows(source)
+        monkeypatch.setattr("ia3.tfew.reading.hub_answers", lambda: False)
+        with pytest.raises(
+            InputError, match=r"Cannot download 'hf://.*: the hub cannot be reached; or give a local copy"
+        ):
+            read_rows(source)
+
+    @pytest.mark.parametrize("answers", [True, False])
+    def test_a_hub_data_set_comes_from_the_cache_when_the_hub_does_not_answer(self, answers, monkeypatch):
+        import datasets
+
+        def load(name, config, split):
+            assert (name, config, split) == ("owner/name", "part", "train")
+            offline.append(datasets.config.HF_HUB_OFFLINE)
+            return datasets.Dataset.from_dict({"text": ["a"]})
+
+        offline = []
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(datasets, "load_dataset", load)
+        monkeypatch.setattr("ia3.tfew.reading.hub_answers", lambda: answers)
+        assert read_rows("owner/name:part") == [{"text": "a"}]
+        assert offline == [not answers] and not datasets.config.HF_HUB_OFFLINE
 
     @pytest.mark.parametrize(
         "name, content, message",

@@ -6,9 +6,13 @@ import csv
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ia3.errors import InputError, reason, shown
+from ia3.files import hub_answers
+
+if TYPE_CHECKING:
+    import datasets
 
 _HUB_FILE = "hf://datasets/"
 
@@ -109,10 +113,14 @@ def _downloaded(source: str) -> Path:
     parts = source.removeprefix(_HUB_FILE).split("/")
     if len(parts) < 3:
         raise InputError(f"Expected {_HUB_FILE}owner/name/path/file.csv, found {source!r}.")
+    answers = hub_answers()
     try:
-        return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:]), repo_type="dataset"))
+        return Path(
+            hf_hub_download("/".join(parts[:2]), "/".join(parts[2:]), repo_type="dataset", local_files_only=not answers)
+        )
     except Exception as error:  # the network, the hub, the name: the user's answer is the same
-        raise InputError(f"Cannot download {source!r}: {reason(error)}; or give a local copy (--data).") from error
+        why = reason(error) if answers else "the hub cannot be reached"
+        raise InputError(f"Cannot download {source!r}: {why}; or give a local copy (--data).") from error
 
 
 def _from_datasets(source: str, class_names: bool) -> list[dict[str, Any]]:
@@ -124,8 +132,7 @@ def _from_datasets(source: str, class_names: bool) -> list[dict[str, Any]]:
         elif Path(source).is_dir():
             found = datasets.load_from_disk(source)
         else:
-            name, config, split = [*source.split(":"), "", ""][:3]
-            found = datasets.load_dataset(name, config or None, split=split or "train")
+            found = _from_hub(source)
     except Exception as error:  # files, the network, the hub: the user's answer is the same
         raise InputError(
             f"Expected a .csv, .tsv, .jsonl or .parquet file, a data set's folder or a hub data set, found {source!r}: "
@@ -143,3 +150,16 @@ def _from_datasets(source: str, class_names: bool) -> list[dict[str, Any]]:
             if row[key] is not None and row[key] >= 0:
                 row[key] = feature.int2str(row[key])
     return rows
+
+
+def _from_hub(source: str) -> datasets.Dataset:
+    from datasets import config, load_dataset
+
+    name, subset, split = [*source.split(":"), "", ""][:3]
+    before = config.HF_HUB_OFFLINE
+    # Offline, it reads at once what it has downloaded before.
+    config.HF_HUB_OFFLINE = before or not hub_answers()
+    try:
+        return load_dataset(name, subset or None, split=split or "train")
+    finally:
+        config.HF_HUB_OFFLINE = before
