@@ -366,6 +366,21 @@ class TestPredict:
             assert ia3("predict", place / "adapter", "--data", source, "--output", tmp_path / name)[0] == 0
         assert (tmp_path / "a.csv").read_text() == (tmp_path / "b.csv").read_text()
 
+    def test_lists_in_its_output_can_be_read_again(self, ia3, place, tmp_path):
+        """Answers of a row as JSON, as tasks read them from a CSV file."""
+        shutil.copytree(place / "adapter", tmp_path / "adapter")
+        Task(template="{{ text }}", choices="{{ endings }}").save(tmp_path / "adapter" / "task.yaml")
+        rows = [
+            {"text": "the tea was", "endings": endings} for endings in (["good", "bad"], ["good", "not good", "fine"])
+        ]
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        for source, name in (("rows.jsonl", "a.csv"), ("a.csv", "b.csv")):
+            options = {"data": tmp_path / source, "output": tmp_path / name}
+            code, _, err = ia3("predict", tmp_path / "adapter", **options)
+            assert code == 0, err
+        assert (tmp_path / "a.csv").read_text() == (tmp_path / "b.csv").read_text()
+        assert json.loads(read_rows(tmp_path / "b.csv")[1]["endings"]) == rows[1]["endings"]
+
     @pytest.mark.parametrize("name", ["found.csv", "found.jsonl"])
     def test_rows_of_a_file(self, ia3, place, tmp_path, name):
         code, _, _ = ia3("predict", place / "adapter", "--data", place / "test.csv", "--output", tmp_path / name)

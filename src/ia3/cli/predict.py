@@ -195,7 +195,12 @@ def _write(path: Path, rows: list[dict], found: list[Prediction]) -> None:
         writer.writeheader()
         for row, item in zip(rows, found, strict=True):
             probabilities = {f"probability_{label}": f"{value:.6f}" for label, value in item.probabilities.items()}
-            writer.writerow({**row, "prediction": item.label or "", **probabilities})
+            # Lists, such as a row's answers, as tasks read them from a CSV file.
+            cells = {
+                name: json.dumps(cell, ensure_ascii=False, default=str) if isinstance(cell, (list, dict)) else cell
+                for name, cell in row.items()
+            }
+            writer.writerow({**cells, "prediction": item.label or "", **probabilities})
         temporary.write_text(text.getvalue(), encoding="utf-8")
 
 
