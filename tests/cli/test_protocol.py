@@ -107,11 +107,27 @@ def test_folds_calibrate(ia3, place, task, tmp_path):
 def test_calibrating_on_other_rows(ia3, place, task, tmp_path):
     folder = tmp_path / "out"
     assert train(ia3, place, task, folder)[0] == 0
-    code, out, _ = ia3("evaluate", folder, "--calibrate", "--json", data=place / "test.csv")
-    assert code == 0
+    learned = few_shot(read_rows(place / "train.csv"), Task.load(task), 8, 0)
+    known = {row["text"] for row in learned}
+    others = [row for row in words.different(60) if row["text"] not in known]
+    for name, rows in (("others", others), ("both", others + learned), ("learned", learned)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    code, out, err = ia3("evaluate", folder, "--calibrate", "--json", data=tmp_path / "both.jsonl")
+    assert code == 0, err
+    said = f"{len(learned)} of {len(others) + len(learned)} rows are in the very words of training examples"
+    assert f"{said}; probabilities are calibrated without them." in err
+    fitted = json.loads(out)["calibration"]
+    (folder / "calibration.json").unlink()
+    code, out, err = ia3("evaluate", folder, "--calibrate", "--json", data=tmp_path / "others.jsonl")
+    assert code == 0 and "the very words" not in err
     found = json.loads(out)
+    assert found["calibration"] == fitted and fitted["rows"] == len(others)
     assert found["temperature"] == 1.0 and found["log_loss"] == pytest.approx(found["calibration"]["log_loss_before"])
-    code, out, _ = ia3("evaluate", folder, "--json", data=place / "test.csv")
+    code, out, err = ia3("evaluate", folder, "--json", data=tmp_path / "both.jsonl")
+    assert code == 0 and f"{said}." in err
+    code, out, err = ia3("evaluate", folder, "--calibrate", "--json", data=tmp_path / "learned.jsonl")
+    assert (code, out) == (2, "") and "rows for --calibrate that the adapter was not trained on" in err
+    code, out, _ = ia3("evaluate", folder, "--json", data=tmp_path / "others.jsonl")
     again = json.loads(out)
     assert again["temperature"] == found["calibration"]["temperature"]
     assert again["log_loss"] == pytest.approx(found["calibration"]["log_loss"])

@@ -28,18 +28,17 @@ from ia3.cli.common import (
     console,
     load_base_of,
     load_recipe,
-    load_task,
     print_json,
     progress,
     quiet,
     recipe_for,
 )
-from ia3.cli.results import SEEN, read_metrics, write_json
+from ia3.cli.results import read_metrics, seen_by, write_json
 from ia3.cli.run import train_alone, with_adapters
 from ia3.cli.train import drawn, numbers, say_seen, source_of
 from ia3.config import TaskType
 from ia3.errors import InputError
-from ia3.files import locate, locate_beside, replacing
+from ia3.files import locate, replacing
 from ia3.pretrained import EMBEDDED_MODEL
 
 if TYPE_CHECKING:
@@ -120,7 +119,7 @@ def compare(
     source = source_of(task, data, test_data, label_column, text_column, choices, template)
     source.task.check(source.rows)
     source.task.check(source.test or [])
-    seen = None if adapter is None else _seen_by(adapter)
+    seen = None if adapter is None else seen_by(adapter)
     if adapter is not None and seen is None and source.test is None:
         raise InputError(
             f"Expected test rows that the adapter has not seen (--test-data): {adapter} does not say which rows it was "
@@ -175,16 +174,6 @@ def compare(
         return
     print_comparison(out, rows)
     out.print(f"\nSaved in {folder}.", markup=False, soft_wrap=True)
-
-
-def _seen_by(adapter: str) -> Callable[[Row], bool] | None:
-    """Whether an adapter was trained on a row, in the words of its own task; None where its folder does not say."""
-    path = locate_beside(adapter, "metrics.json")
-    keys = None if path is None else read_metrics(Path(path).parent).get(SEEN)
-    if keys is None:
-        return None
-    own, seen = load_task(adapter), set(keys)
-    return lambda row: row.keys() >= set(own.columns) and own.fingerprint(row) in seen
 
 
 @dataclass

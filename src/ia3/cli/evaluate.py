@@ -19,6 +19,7 @@ from ia3.cli.common import (
     print_json,
     progress,
 )
+from ia3.cli.results import seen_by
 
 
 def evaluate(
@@ -33,8 +34,8 @@ def evaluate(
     calibrate: bool = typer.Option(
         False,
         "--calibrate",
-        help="Fit the temperature of the adapter's probabilities to these rows, and store it in the folder. They must "
-        "be others than it was trained on.",
+        help="Fit the temperature of the adapter's probabilities to these rows, but for those that it was trained on, "
+        "and store it in the folder.",
     ),
     model: str | None = ModelOption,
     dtype: str = DtypeOption,
@@ -57,14 +58,23 @@ def evaluate(
     if calibrate and not Path(adapter).is_dir():
         raise InputError(f"Expected a folder here with --calibrate, found {adapter!r}: the result is stored in it.")
     stored, recipe = Calibration.beside(adapter), load_recipe(adapter)
+    seen = seen_by(adapter)
+    unseen = [number for number, row in enumerate(rows) if seen is None or not seen(row)]
+    if calibrate and not unseen:
+        raise InputError("Expected rows for --calibrate that the adapter was not trained on, found none.")
+    if len(unseen) < len(rows):
+        text = f"{len(rows) - len(unseen)} of {len(rows)} rows are in the very words of training examples"
+        text += "; probabilities are calibrated without them." if calibrate else "."
+        out.print(text, style="yellow", markup=False, soft_wrap=True)
     with out.status("Loading …"):
         adapted, tokenizer = load_adapted(adapter, model, dtype)
         from ia3.tfew.predict import predict as predict_rows
     with progress(out) as bars:
         bar = bars.add_task("Evaluating", total=len(rows), note="")
         found = predict_rows(adapted, tokenizer, task, rows, lambda done: bars.advance(bar, len(done)), recipe=recipe)
-    fitted = Calibration.fit(found, labels) if calibrate else None
-    if fitted is not None:
+    fitted = None
+    if calibrate:
+        fitted = Calibration.fit([found[number] for number in unseen], [labels[number] for number in unseen])
         fitted.save(adapter)
 
     import numpy as np

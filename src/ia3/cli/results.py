@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ia3.cli.common import TASK_NAME
+from ia3.cli.common import TASK_NAME, load_task
 from ia3.errors import InputError
-from ia3.files import replacing
+from ia3.files import locate_beside, replacing
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -97,6 +97,23 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     if not isinstance(seen, list) or not all(isinstance(found.get(key, 0), int) for key in ("steps", "train_examples")):
         raise InputError(f"Expected what ia3 train measured in {path}; delete it.")
     return found
+
+
+def seen_by(adapter: str) -> Callable[[Row], bool] | None:
+    """Whether an adapter was trained on a row, in the words of its own task; None where its folder does not say.
+
+    Args:
+        adapter: a folder or hub id.
+
+    Raises:
+        InputError: see `read_metrics`.
+    """
+    path = locate_beside(adapter, "metrics.json")
+    keys = None if path is None else read_metrics(Path(path).parent).get(SEEN)
+    if keys is None:
+        return None
+    own, seen = load_task(adapter), set(keys)
+    return lambda row: row.keys() >= set(own.columns) and own.fingerprint(row) in seen
 
 
 def write_json(path: Path, value: Any) -> None:
