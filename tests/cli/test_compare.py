@@ -154,31 +154,34 @@ def test_shots_are_read_without_counting_when_they_are_timed(run, monkeypatch):
     assert modes[0] is None and modes[1] is not None
 
 
-def test_an_adapters_training_rows_are_no_test_rows(run, ia3, place, tmp_path):
-    """Compare draws 28 examples of another seed, and leaves over what the adapter was trained on."""
+def test_an_adapters_training_rows_are_shown_and_are_no_test_rows(run, ia3, place, tmp_path, monkeypatch):
+    """They are those of another seed than compare's."""
+    from ia3.tfew import icl
+
     rows = words.different(60)
     data = write_csv(tmp_path / "rows.csv", rows)
     shared = {"model": place / "llama", "data": data, "template": TEMPLATE, "choices": CHOICES}
     assert ia3("train", **shared, steps=1, output=tmp_path / "adapter", seed=7)[0] == 0
     options = {"data": data, "test_data": None, "adapter": tmp_path / "adapter", "seed": 0}
     options |= dict.fromkeys(("steps", "template", "choices"))
+    shown, draw = [], icl.draw_shots
+    monkeypatch.setattr(icl, "draw_shots", lambda *a: shown.extend(found := draw(*a)) or found)
     code, out, err = run("--json", **options)
     assert code == 0, err
     task = Task(template=TEMPLATE, choices={"pos": "good", "neg": "not good"})
-    seen, examples = ({row["text"] for row in few_shot(rows, task, 16, seed)} for seed in (7, 0))
-    unseen = [row for row in rows if row["text"] not in seen | examples]
-    assert 0 < len(unseen) < 28
-    assert json.loads((tmp_path / "out" / "compare.json").read_text())["test_rows"] == len(unseen)
-    assert f"{28 - len(unseen)} rows in the very words of training examples are left out of the test rows." in err
+    seen = {row["text"] for row in few_shot(rows, task, 16, 7)}
+    assert len(shown) == 2 + 4 and {row["text"] for row in shown} <= seen
+    saved = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert (saved["train_examples"], saved["test_rows"]) == (32, 28)
     # Its own words say what it has seen, whatever words it is asked in.
     code, out, err = run("--json", **{**options, "template": "{{ text }} , what is it ?", "choices": CHOICES})
     assert code == 0, err
-    assert json.loads((tmp_path / "out" / "compare.json").read_text())["test_rows"] == len(unseen)
+    assert json.loads((tmp_path / "out" / "compare.json").read_text())["test_rows"] == 28
     # Given test rows are measured on as they are.
     code, out, err = run("--json", **{**options, "test_data": data})
     assert code == 0, err
     assert json.loads((tmp_path / "out" / "compare.json").read_text())["test_rows"] == 60
-    assert f"{len(seen | examples)} test rows are in the very words of training examples." in err
+    assert f"{len(seen)} test rows are in the very words of training examples." in err
     # An adapter that does not say what it has seen.
     metrics = json.loads((tmp_path / "adapter" / "metrics.json").read_text())
     del metrics["train_rows"]

@@ -307,10 +307,25 @@ class Draw:
 
 
 def drawn(source: Source, per_label: int, test_rows: int, seed: int, seen: Callable[[Row], bool] | None = None) -> Draw:
-    """Training examples and test rows; `seen` says of more rows that training has had them."""
+    """Training examples and test rows.
+
+    Args:
+        source: what to draw from.
+        per_label: how many examples of each label; 0: all rows.
+        test_rows: at most so many; 0: all.
+        seed: decides the draw.
+        seen: what an adapter that is trained already has learned from: these rows are its examples, each once, where
+            the source has any of them, and no test rows where none are given.
+    """
     from ia3.tfew.task import few_shot
 
-    examples = few_shot(source.rows, source.task, per_label, seed) if per_label else list(source.rows)
+    learned: dict[str, Row] = {}
+    if seen is not None:
+        learned = {key: row for row, key in zip(source.rows, source.fingerprints, strict=True) if seen(row)}
+    if learned:
+        examples = list(learned.values())
+    else:
+        examples = few_shot(source.rows, source.task, per_label, seed) if per_label else list(source.rows)
     known = {source.task.fingerprint(row) for row in examples}
 
     def is_known(row: Row, key: str) -> bool:
