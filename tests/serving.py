@@ -10,10 +10,11 @@ import httpx
 import uvicorn
 
 import tiny
-from ia3.serve.app import Server, create_app
+from ia3.serve.app import create_app
 from ia3.serve.gate import impatient
 from ia3.serve.limits import Limits
 from ia3.serve.local import LocalEngine
+from ia3.serve.server import Server
 from ia3.serve.store import Store
 from ia3.tfew import Task
 

@@ -98,9 +98,9 @@ def serve(
     except ImportError as error:
         raise InputError(f"Serving needs the package {error.name!r}; install it: pip install 'ia3[serve]'") from error
     from ia3.pretrained import find_base
-    from ia3.serve.app import Server
     from ia3.serve.engine import Engine
     from ia3.serve.run import run
+    from ia3.serve.server import Server
     from ia3.serve.store import Store
 
     recorded, _ = find_base(model)  # before anything is loaded

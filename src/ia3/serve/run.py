@@ -18,8 +18,9 @@ from typing import Any
 import uvicorn
 
 from ia3.errors import InputError, reason
-from ia3.serve.app import Server, create_app
+from ia3.serve.app import create_app
 from ia3.serve.gate import described, impatient
+from ia3.serve.server import Server
 
 logger = logging.getLogger(__name__)
 

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from ia3.errors import problems
+from ia3.serve.limits import Problem
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+_Body = TypeVar("_Body", bound="Body")
 
 Value = str | int | float | bool | None
 
@@ -144,3 +152,14 @@ class ChatBody(_Generation):
     messages: list[Message] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
+
+
+async def read_body(request: Request, kind: type[_Body]) -> _Body:
+    """The JSON body of a request. Raises `Problem`."""
+    content = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content != "application/json":
+        raise Problem(415, f"Expected 'Content-Type: application/json', found {content!r}.", "content_type")
+    try:
+        return kind.model_validate_json(await request.body())
+    except ValidationError as error:
+        raise Problem(422, f"Cannot use the body: {problems(error, 'body')}"[:1000], "invalid") from None

@@ -1,0 +1,326 @@
+"""What the routes share: `Server`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from fastapi import Request
+from starlette.exceptions import HTTPException
+
+from ia3.errors import InputError
+from ia3.serve.engine import AdapterFailed, Engine, GenerateJob, Piece, ScoreJob
+from ia3.serve.gate import described, unexpected
+from ia3.serve.limits import CLIENT_GONE, Limits, Problem, Queue, left
+from ia3.serve.metrics import Metrics
+from ia3.serve.schemas import ChatBody, ClassifyBody, CompletionBody
+from ia3.serve.store import Adapter, Conflict, NotStored, Store, UnknownAdapter
+
+if TYPE_CHECKING:
+    from ia3.tfew.choices import Question
+    from ia3.tfew.predict import Prediction
+
+logger = logging.getLogger(__name__)
+
+OPENAI = ("/v1/completions", "/v1/chat/completions")
+
+_Result = TypeVar("_Result")
+
+
+class Server:
+    """What the routes share.
+
+    Args:
+        engine: answers.
+        store: adapters.
+        limits: of requests.
+        token: what clients have to show; None: nothing.
+        hosts: see `Gate`.
+        log_texts: log what clients send.
+
+    Attributes:
+        metrics: what is counted.
+        on_failure: called when the model cannot be loaded, or its engine has ended: there is nothing left to serve.
+        ready: the model is loaded and runs, and the server is not shutting down.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        store: Store,
+        limits: Limits | None = None,
+        token: str | None = None,
+        hosts: set[str] | None = None,
+        log_texts: bool = False,
+    ) -> None:
+        self.engine, self.store, self.limits = engine, store, limits or Limits()
+        self.token, self.hosts, self.log_texts = token, hosts or set(), log_texts
+        self.queue, self.uploads = Queue(self.limits.queue), Queue(self.limits.uploads, "uploads")
+        self.metrics = Metrics(
+            lambda: {
+                "queue": self.queue.length,
+                "adapters": len(store),
+                **(engine.statistics() if self.started else {}),
+            }
+        )
+        engine.observe, engine.on_end = self.metrics.batch, self.fail
+        self.on_failure: Callable[[BaseException], None] = lambda error: None
+        self.started = self.closing = self.failed = False
+        self._encoder = ThreadPoolExecutor(1, "ia3-tokens")  # tokenizers are not for several threads at once
+
+    @property
+    def ready(self) -> bool:
+        return self.started and not self.closing and not self.failed
+
+    def fail(self, error: BaseException) -> None:
+        """There is no model, or no more."""
+        self.failed = True
+        if not isinstance(error, InputError):
+            logger.error("the engine has failed", exc_info=error)
+        self.on_failure(error)
+
+    async def start(self) -> None:
+        """Load the model, then serve what the store has found."""
+        await self.engine.start()
+        await self.store.open(self.engine)
+        self.started = True
+
+    async def stop(self) -> None:
+        """When no request is left."""
+        self._encoder.shutdown(wait=False, cancel_futures=True)
+        await self.engine.stop()
+
+    def require_started(self) -> None:
+        """Raises `Problem` (503)."""
+        if not self.started:
+            raise Problem(503, "The model is still being loaded; try again soon.", "not_ready", {"Retry-After": "2"})
+
+    async def blocking(self, function: Callable[..., _Result], *args: Any) -> _Result:
+        """Call what reads files or tokenizes on a thread of its own."""
+        return await asyncio.get_running_loop().run_in_executor(self._encoder, function, *args)
+
+    async def settle(self, request: Request, work: Coroutine[Any, Any, _Result]) -> _Result:
+        """The result of a coroutine, which is cancelled at the request's deadline or when its client leaves."""
+
+        async def leaving() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+
+        task, gone = asyncio.ensure_future(work), asyncio.ensure_future(leaving())
+        try:
+            timeout = left(request.scope["deadline"])
+            await asyncio.wait({task, gone}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            if gone.done():
+                raise Problem(CLIENT_GONE, "The client has left.")
+            raise self.late()
+        finally:
+            for each in (task, gone):
+                each.cancel()
+            await asyncio.gather(task, gone, return_exceptions=True)
+
+    def late(self) -> Problem:
+        """A deadline that has passed."""
+        return Problem(504, f"There was no answer within {self.limits.deadline:g} seconds.", "deadline")
+
+    def adapter(self, name: str) -> Adapter | None:
+        """The adapter that a `model` field names; None: the base model. Raises `UnknownAdapter`."""
+        if name == self.engine.name:
+            return None
+        try:
+            return self.store.get(name)
+        except UnknownAdapter:
+            close = self.store.close_to(name, self.engine.name)
+            raise UnknownAdapter(f"There is no model {name[:100]!r}; {close}.") from None
+
+    def check_tokens(self, tokens: int, what: str) -> None:
+        """Raises `Problem` (422) for a prompt that is too long."""
+        most = self.limits.text_tokens
+        if most is not None and tokens > most:
+            raise Problem(422, f"Expected {what} of at most {most} tokens, found {tokens}.", "too_long")
+
+    # Classification.
+
+    async def classify(self, body: ClassifyBody, adapter: Adapter) -> dict[str, Any]:
+        """The response to `/v1/classify`."""
+        jobs, labels, temperature = await self.blocking(self._questions, body, adapter)
+        scores = await self.engine.score(jobs)
+        return await self.blocking(self._predictions, body, adapter, jobs, labels, temperature, scores)
+
+    def _questions(self, body: ClassifyBody, adapter: Adapter) -> tuple[list[ScoreJob], list[list[str]], float]:
+        settings = adapter.settings()
+        task, recipe = settings.task, settings.recipe
+        if task is None:
+            raise InputError(f"Adapter {adapter.name!r} has no task.yaml, so that it has no labels; use completions.")
+        rows: list[dict[str, Any]] = list(body.rows or [])
+        if body.texts is not None:
+            if len(task.columns) != 1:
+                raise InputError(
+                    f"Expected rows with {task.columns} for adapter {adapter.name!r}, found texts: its task has not one column."
+                )
+            rows = [{task.columns[0]: text} for text in body.texts]
+        questions: list[Question] = self.engine.questions(task, rows, recipe)
+        for number, question in enumerate(questions, 1):
+            self.check_tokens(len(question.prompt), f"prompts (row {number})")
+        key = None if body.without_adapter else adapter.key
+        temperature = 1.0 if body.without_adapter else settings.temperature
+        labels = [list(task.answers(row, number)) for number, row in enumerate(rows, 1)]
+        return [ScoreJob(key, question, recipe.length_normalization) for question in questions], labels, temperature
+
+    def _predictions(
+        self,
+        body: ClassifyBody,
+        adapter: Adapter,
+        jobs: Sequence[ScoreJob],
+        labels: Sequence[list[str]],
+        temperature: float,
+        scores: Sequence[list[float]],
+    ) -> dict[str, Any]:
+        from ia3.tfew.predict import Prediction
+
+        found: list[Prediction] = []
+        for job, names, values in zip(jobs, labels, scores, strict=True):
+            by_label = {names[job.question.listed(i)]: value for i, value in enumerate(values)}
+            listed = {name: by_label[name] for name in names}
+            found.append(Prediction.of(listed, temperature, body.abstain_below))
+        return {
+            "adapter": None if body.without_adapter else adapter.name,
+            "task": adapter.name,
+            "predictions": [{"label": item.label, "probabilities": item.probabilities} for item in found],
+            "usage": {"prompt_tokens": sum(len(job.question.prompt) for job in jobs)},
+        }
+
+    # Generation.
+
+    def completion_prompts(self, body: CompletionBody) -> list[list[int]]:
+        """Token ids of each prompt. Blocks."""
+        from ia3.tfew.choices import unclosed
+
+        tokenizer, found = self.engine.tokenizer, []
+        for prompt in body.prompts:
+            if isinstance(prompt, str):
+                ids = unclosed(tokenizer, list(tokenizer(prompt)["input_ids"]), prompt)  # type: ignore[arg-type]
+            else:
+                ids = prompt
+                if max(ids) >= len(tokenizer):
+                    raise InputError(f"Expected token ids below {len(tokenizer)}, found {max(ids)}.")
+            if not ids:
+                raise InputError("Expected a prompt with at least one token, found an empty one.")
+            found.append(ids)
+        return found
+
+    def chat_prompt(self, body: ChatBody) -> list[list[int]]:
+        """Token ids of a conversation, by the model's chat template. Blocks."""
+        import jinja2
+
+        tokenizer = self.engine.tokenizer
+        if not tokenizer.chat_template:
+            raise InputError(f"{self.engine.name!r} has no chat template; use completions.")
+        messages = [
+            {"role": "system" if message.role == "developer" else message.role, "content": message.text}
+            for message in body.messages
+        ]
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except jinja2.TemplateError as error:
+            raise InputError(f"The model's chat template takes no such conversation: {error}") from error
+        return [list(tokenizer(text, add_special_tokens=False)["input_ids"])]  # type: ignore[arg-type]
+
+    def jobs(
+        self, body: CompletionBody | ChatBody, adapter: Adapter | None, prompts: list[list[int]], wanted: int | None
+    ) -> list[GenerateJob]:
+        """What to generate. Raises `Problem` (400) where it does not fit."""
+        context, most = self.engine.context_length, self.limits.new_tokens
+        if wanted is not None and wanted > most:
+            raise Problem(400, f"Expected max_tokens of at most {most}, found {wanted}.", "too_long")
+        made = []
+        for prompt in prompts:
+            self.check_tokens(len(prompt), "prompts")
+            room = most if context is None else context - len(prompt)
+            if room < (wanted or 1):
+                raise Problem(
+                    400,
+                    f"This model's maximum context length is {context} tokens, but {len(prompt)} of the prompt and "
+                    f"{wanted or 1} of the completion were requested.",
+                    "context_length_exceeded",
+                )
+            made.append(
+                GenerateJob(
+                    adapter=None if adapter is None else adapter.key,
+                    prompt=prompt,
+                    max_tokens=wanted or min(most, room),
+                    temperature=body.temperature,
+                    top_p=body.top_p,
+                    stop=body.stops,
+                    seed=body.seed,
+                )
+            )
+        return made
+
+    async def generate(self, jobs: Sequence[GenerateJob]) -> AsyncGenerator[tuple[int, Piece], None]:
+        """Pieces of all jobs as they come, each with its job's index."""
+        pieces: asyncio.Queue[tuple[int, Piece | BaseException]] = asyncio.Queue()
+
+        async def run(index: int, job: GenerateJob) -> None:
+            try:
+                async with contextlib.aclosing(self.engine.generate(job)) as generated:  # type: ignore[type-var]
+                    before = 0
+                    async for piece in generated:
+                        self.metrics.generated(piece.tokens - before)
+                        before = piece.tokens
+                        pieces.put_nowait((index, piece))
+            except Exception as error:
+                pieces.put_nowait((index, error))
+
+        tasks = [asyncio.ensure_future(run(index, job)) for index, job in enumerate(jobs)]
+        running = len(tasks)
+        try:
+            while running:
+                index, piece = await pieces.get()
+                if isinstance(piece, BaseException):
+                    raise piece
+                running -= piece.finish is not None
+                yield index, piece
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def problem_of(error: Exception, path: str) -> Problem | None:
+    """What a client is told about an error; None: it is not the client's."""
+    openai = path in OPENAI
+    if isinstance(error, Problem):
+        if error.status == 422 and openai:
+            return Problem(400, error.message, error.code, error.headers)
+        return error
+    if isinstance(error, UnknownAdapter):
+        return Problem(404, str(error), "model_not_found" if openai else "adapter_not_found")
+    if isinstance(error, Conflict):
+        return Problem(409, str(error), "conflict")
+    if isinstance(error, AdapterFailed):
+        return Problem(500, "This adapter cannot be used; see the server's log.", "adapter_failed")
+    if isinstance(error, NotStored):
+        return Problem(507, str(error), "not_stored")
+    if isinstance(error, InputError):
+        return Problem(400 if openai else 422, str(error), "invalid")
+    if isinstance(error, HTTPException):
+        return Problem(error.status_code, str(error.detail), None, dict(error.headers or {}))
+    return None
+
+
+def told(server: Server, scope: Any, error: Exception) -> Problem:
+    """What a client is told about an error; the log is told the rest."""
+    problem = problem_of(error, scope["path"])
+    if isinstance(error, AdapterFailed):
+        scope["note"]["reason"] = str(error)
+    if problem is None:
+        scope["note"] |= described(error)
+        problem = unexpected(scope["identity"])
+    problem.message = server.store.public(problem.message)
+    return problem
