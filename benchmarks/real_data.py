@@ -66,7 +66,7 @@ from ia3.pretrained import DTYPES
 from ia3.tfew import TFewTrainer
 from ia3.tfew.choices import Question
 from ia3.tfew.icl import draw_shots, fitting, predict_in_context
-from ia3.tfew.predict import Prediction, predict
+from ia3.tfew.prediction import Prediction, predict
 from ia3.tfew.reading import read_rows
 from ia3.tfew.recipe import Recipe
 from ia3.tfew.task import Row, Task, few_shot

@@ -163,7 +163,7 @@ class TestCrossValidation:
             return predict(model, tokenizer, task, rows, adapter_names=adapter_names, **kwargs)
 
         monkeypatch.setattr("ia3.tfew.fleet.FleetTrainer", Watched)
-        monkeypatch.setattr(sys.modules["ia3.tfew.predict"], "predict", watched)
+        monkeypatch.setattr(sys.modules["ia3.tfew.prediction"], "predict", watched)
         model, rows = adapted(), [{**row, "text": f"{row['text']} {i % 7}"} for i, row in enumerate(words.rows(24))]
         rows = list({row["text"]: row for row in rows}.values())
         before = [parameter.clone() for parameter in model.parameters()]

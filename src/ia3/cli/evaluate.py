@@ -68,7 +68,7 @@ def evaluate(
         out.print(text, style="yellow", markup=False, soft_wrap=True)
     with out.status("Loading …"):
         adapted, tokenizer = load_adapted(adapter, model, dtype)
-        from ia3.tfew.predict import predict as predict_rows
+        from ia3.tfew.prediction import predict as predict_rows
     with progress(out) as bars:
         bar = bars.add_task("Evaluating", total=len(rows), note="")
         found = predict_rows(adapted, tokenizer, task, rows, lambda done: bars.advance(bar, len(done)), recipe=recipe)

@@ -29,7 +29,7 @@ from ia3.errors import InputError, shown, similar
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ia3.tfew.predict import Prediction
+    from ia3.tfew.prediction import Prediction
     from ia3.tfew.recipe import Recipe
     from ia3.tfew.task import Task
 
@@ -93,7 +93,7 @@ def predict(
             adapted, tokenizer = load_adapted(adapter, model, dtype)
         else:
             adapted, tokenizer = load_bank({name: str(Path(adapter, name)) for name in known}, model, dtype)
-        from ia3.tfew.predict import predict as predict_rows
+        from ia3.tfew.prediction import predict as predict_rows
     with progress(out) as bars:
         bar = bars.add_task("Predicting", total=len(rows), note="")
         found = predict_rows(

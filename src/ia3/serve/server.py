@@ -22,7 +22,7 @@ from ia3.serve.store import Adapter, Conflict, NotStored, Store, UnknownAdapter
 
 if TYPE_CHECKING:
     from ia3.tfew.choices import Question
-    from ia3.tfew.predict import Prediction
+    from ia3.tfew.prediction import Prediction
 
 logger = logging.getLogger(__name__)
 
@@ -181,7 +181,7 @@ class Server:
         temperature: float,
         scores: Sequence[list[float]],
     ) -> dict[str, Any]:
-        from ia3.tfew.predict import Prediction
+        from ia3.tfew.prediction import Prediction
 
         found: list[Prediction] = []
         for job, names, values in zip(jobs, labels, scores, strict=True):

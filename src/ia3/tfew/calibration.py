@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ia3.model import IA3Model
-    from ia3.tfew.predict import Prediction
+    from ia3.tfew.prediction import Prediction
     from ia3.tfew.recipe import Recipe
     from ia3.tfew.task import Row, Task
 
@@ -126,7 +126,7 @@ def _log_loss(scores: Sequence[Mapping[str, float]], labels: Sequence[str], temp
 
 def _calibration_error(scores: Sequence[Mapping[str, float]], labels: Sequence[str], temperature: float) -> float:
     """Σ over bins of |accuracy - mean probability| · share of the rows."""
-    from ia3.tfew.predict import Prediction
+    from ia3.tfew.prediction import Prediction
 
     found = [Prediction.of(row, temperature) for row in scores]
     sure = np.array([item.probabilities[item.best] for item in found])
@@ -213,7 +213,7 @@ def cross_validate(
     from ia3.pretrained import task_type
     from ia3.tfew.choices import base_of
     from ia3.tfew.fleet import FleetTrainer, Member
-    from ia3.tfew.predict import predict
+    from ia3.tfew.prediction import predict
 
     each = fold_of_each(task, rows, folds, seed)
     free = (name for name in (f"fold{number}" for number in itertools.count()) if name not in model.peft_config)

@@ -24,7 +24,7 @@ from ia3.tfew.choices import (
     token_log_probs,
 )
 from ia3.tfew.losses import tfew_loss
-from ia3.tfew.predict import Prediction, predict
+from ia3.tfew.prediction import Prediction, predict
 from ia3.tfew.task import Row, Task
 from ia3.tfew.trainer import training_examples
 

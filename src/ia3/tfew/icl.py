@@ -33,7 +33,7 @@ from ia3.tfew.choices import (
     unclosed,
 )
 from ia3.tfew.layouts import Verdicts, collate, judged, size_of
-from ia3.tfew.predict import Prediction, predict
+from ia3.tfew.prediction import Prediction, predict
 from ia3.tfew.recipe import Recipe
 from ia3.tfew.task import Row, Task
 
