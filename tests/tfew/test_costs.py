@@ -111,6 +111,19 @@ def test_a_beginning_that_rows_share_is_counted_once(llama):
     assert measure(llama, words.tokenizer(), SHARED, alone).flops == llama_flops(rows=1, length=62, projected=1)
 
 
+def test_a_beginning_that_rows_share_is_read_once_behind_shots_too(llama):
+    """So that in-context learning, like the others, has an instruction read once for all rows."""
+    rows = [{"text": word} for word in ["cake soup", "soup cake", "the tea", "a cake"] * 10]
+    prefix = Prefix(llama, words.tokenizer(), "soup " * 30)
+    found = measure(llama, words.tokenizer(), SHARED, rows, prefix)
+    read = llama_flops(rows=1, length=60, projected=1, before=30)
+    behind = llama_flops(rows=40, length=2, projected=1, before=90)
+    assert found.flops == (read + behind) / 40 and found.tokens == 92
+    for row, one in zip(rows, found.predictions, strict=True):
+        [alone] = predict(llama, words.tokenizer(), SHARED, [row], prefix=prefix)
+        assert one.probabilities == pytest.approx(alone.probabilities, abs=1e-5)
+
+
 def test_training_reads_a_shared_beginning_once_a_step(llama):
     llama.set_attn_implementation("eager")
     model = IA3Model(llama, IA3Config())

@@ -85,13 +85,16 @@ class SharedLayer(DynamicLayer):
         return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
 
 
-def read(model: nn.Module, tokens: Sequence[int], adapter: str | None = None) -> DynamicCache | None:
+def read(
+    model: nn.Module, tokens: Sequence[int], adapter: str | None = None, before: DynamicCache | None = None
+) -> DynamicCache | None:
     """The keys and values of tokens, as a cache of `SharedLayer`s, with a graph where gradients are enabled.
 
     Args:
         model: a causal language model, adapted or not, in the mode that rows will be asked in.
         tokens: S of them.
         adapter: as of `Question`.
+        before: those of the first of the tokens, which are not read again; None: all are read.
 
     Returns:
         None for a model that keeps no keys and values, or something else.
@@ -101,10 +104,12 @@ def read(model: nn.Module, tokens: Sequence[int], adapter: str | None = None) ->
     if "past_key_values" not in known:
         return None
     cache = DynamicCache()
+    for number, layer in enumerate([] if before is None else before.layers):
+        cache.update(layer.keys, layer.values, number)  # type: ignore[arg-type]
     options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
     if adapter is not None:
         options["adapter_names"] = [adapter]
-    ids = torch.tensor([list(tokens)], device=next(model.parameters()).device)
+    ids = torch.tensor([list(tokens)[cache.get_seq_length() :]], device=next(model.parameters()).device)
     try:
         model(input_ids=ids, past_key_values=cache, use_cache=True, return_dict=True, **options)
         whole = bool(cache.layers) and all(
@@ -168,14 +173,21 @@ class Beginning:
         model: a causal language model, adapted or not.
         tokens: S of them, with which each of the prompts begins, and after which it goes on.
         adapter: whose keys and values; as of `Question`.
+        before: as of `read`.
 
     Attributes:
         cache: its keys and values; None when the model keeps none.
     """
 
-    def __init__(self, model: nn.Module, tokens: Sequence[int], adapter: str | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tokens: Sequence[int],
+        adapter: str | None = None,
+        before: DynamicCache | None = None,
+    ) -> None:
         self.tokens = list(tokens)
-        self.cache = read(model, tokens, adapter)
+        self.cache = read(model, tokens, adapter, before)
         self._dtype = base_dtype(base_of(model))
         self._attached: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -226,7 +238,7 @@ def beginnings(
     """
     may_share, rest = _may_share(model), []
     for indices in _alike(questions):
-        beginning = _shared(model, [questions[i] for i in indices], pad_token_id) if may_share else None
+        beginning = shared(model, [questions[i] for i in indices], pad_token_id) if may_share else None
         if beginning is None:
             rest += indices
         else:
@@ -312,12 +324,22 @@ def common_tokens(prompts: Sequence[list[int]]) -> int:
     return min(size, min(map(len, prompts)) - 1)
 
 
-def _shared(model: nn.Module, questions: Sequence[Question], pad_token_id: int) -> Beginning | None:
-    """What questions that begin alike share, read, where that saves more than it costs and is exact; else None."""
+def shared(
+    model: nn.Module, questions: Sequence[Question], pad_token_id: int, before: DynamicCache | None = None
+) -> Beginning | None:
+    """What questions that begin alike share, read, where that saves more than it costs and is exact; else None.
+
+    Args:
+        model: a causal language model, adapted or not.
+        questions: for one adapter.
+        pad_token_id: fills unused places.
+        before: keys and values that there are already, of tokens with which all prompts begin.
+    """
     prompts = [question.prompt for question in questions]
     size = common_tokens(prompts)
-    saved = size * (len(questions) - 1)
-    if size < _LEAST or saved < 2 * PASS_TOKENS:
+    read_for_it = size - (0 if before is None else before.get_seq_length())
+    saved = read_for_it * (len(questions) - 1)
+    if read_for_it < _LEAST or saved < 2 * PASS_TOKENS:
         return None
     if saved < _LEAST_ROWS * max(map(row_length, questions)):
         return None
@@ -328,7 +350,7 @@ def _shared(model: nn.Module, questions: Sequence[Question], pad_token_id: int) 
 
     if any(verdicts.of(sizes(question)) is False for question in questions):
         return None
-    beginning = Beginning(model, prompts[0][:size], questions[0].adapter)
+    beginning = Beginning(model, prompts[0][:size], questions[0].adapter, before)
     if beginning.cache is None:
         verdicts.add(tuple(0 for _ in sizes(questions[0])), False)
         return None

@@ -16,7 +16,7 @@ import torch
 from ia3.config import TaskType
 from ia3.errors import InputError
 from ia3.pretrained import task_type
-from ia3.tfew.beginning import Layout, is_exact_behind, packed_behind, read, room_behind
+from ia3.tfew.beginning import Layout, is_exact_behind, packed_behind, read, room_behind, shared
 from ia3.tfew.choices import (
     Batch,
     Question,
@@ -143,11 +143,17 @@ class Prefix:
         tokens = batch_tokens or pass_tokens(model)
         if questions and not self._encoder_decoder:
             self._layout = self._exact(model, questions, pad_token_id)
-            if self._layout is not None:
+            whole = [self._whole(question) for question in questions]
+            # What all prompts begin with, such as an instruction, is read once behind the prefix too.
+            beginning = shared(model, whole, pad_token_id, self._cache) if self._layout == self._packed else None
+            if beginning is not None:
+                layout, questions = beginning.packed, beginning.behind(whole)
+                tokens = beginning.room(questions, tokens)
+            elif self._layout is not None:
                 layout = self._layout
                 tokens = room_behind(len(self.tokens), max(map(row_length, questions)), tokens)
             else:
-                questions = [self._whole(question) for question in questions]
+                questions = whole
         for group in batches(questions, tokens):
             yield group, layout(model, [questions[i] for i in group], pad_token_id)
 
