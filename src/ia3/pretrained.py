@@ -52,12 +52,12 @@ def load_base(
     Raises:
         InputError: there is no such model or dtype; it is none of these; or an encoder without labels.
     """
-    import torch
-    import transformers
-
     if dtype not in DTYPES:
         raise InputError(f"Expected a dtype of {shown(DTYPES)}, found {dtype!r}; {similar(dtype, DTYPES)}.")
     name, source = find_base(name)
+    import torch
+    import transformers
+
     description = "a language model"
     with _quiet_loading(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -102,10 +102,10 @@ def parameter_count(name: str) -> int:
     Raises:
         InputError: there is no such model, or transformers has no such type.
     """
+    name, source = find_base(name)
     import torch
     from transformers import AutoConfig, AutoModel
 
-    name, source = find_base(name)
     try:
         with torch.device("meta"):
             return AutoModel.from_config(AutoConfig.from_pretrained(source)).num_parameters()
