@@ -57,6 +57,26 @@ def test_several_seeds_in_all_templates(ia3, place, task, tmp_path):
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["summary"] == found["summary"]
 
 
+def test_templates_that_list_their_answers_in_another_order(ia3, place, tmp_path):
+    """As in published collections, whose templates say themselves which of their answers is right: the same words with
+    the answers turned round are as often answered rightly."""
+    answers = ["good ||| not good", "not good ||| good"]
+    right = ["0 if label == 'pos' else 1", "1 if label == 'pos' else 0"]
+    templates = [
+        {"prompt": f"review : {{{{ text }}}} ||| {{{{ answer_choices[{place}] }}}}", "choices": choices}
+        for place, choices in zip(right, answers, strict=True)
+    ]
+    made = Task(name="turned", templates=templates, train=str(place / "train.csv"), test=str(place / "test.csv"))
+    made.save(tmp_path / "turned.yaml")
+    (tmp_path / "fast.yaml").write_text("steps: 30\nlearning_rate: 0.1\n")
+    options = {"steps": None, "recipe": tmp_path / "fast.yaml"}
+    code, out, err = train(ia3, place, tmp_path / "turned.yaml", tmp_path / "out", "--all-templates", **options)
+    assert code == 0, err
+    one, other = json.loads(out)["templates"]
+    assert one["trained"]["accuracy"] > 0.7
+    assert one["trained"] == other["trained"] and one["zero_shot"] == other["zero_shot"]
+
+
 def test_several_tasks_end_in_a_mean(ia3, place, task, tmp_path):
     values = yaml.safe_load(task.read_text())
     (tmp_path / "two.yaml").write_text(yaml.safe_dump({**values, "name": "two", "templates": WORDINGS[:2]}))

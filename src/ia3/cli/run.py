@@ -361,7 +361,7 @@ def _zero_shot(
     asked = {titles[key]: [(task, row) for row in rows[key].values()] for key, task in tasks.items()}
     found = predicted(asked, template)
     labels = {key: dict(zip(rows[key], found[titles[key]], strict=True)) for key in tasks}
-    scores = [_scores(job, [labels[id(job.task)][id(row)] for row in job.test]) for job in jobs]
+    scores = [_scores(job, [labels[id(job.task)][id(row)] for row in job.test], template) for job in jobs]
     for key, task in tasks.items():
         _note(bars, titles[key], task, [score for job, score in zip(jobs, scores, strict=True) if job.task is task])
     return scores
@@ -375,7 +375,7 @@ def _trained(
     asked = {title: [(job.task, row) for row in job.test] for title, job in zip(titles, jobs, strict=True)}
     names = [adapters[job.name] for job in jobs for _ in job.test]
     found = predicted(asked, template, names if len(adapters) > 1 else None)
-    scores = [_scores(job, found[title]) for title, job in zip(titles, jobs, strict=True)]
+    scores = [_scores(job, found[title], template) for title, job in zip(titles, jobs, strict=True)]
     for title, job, score in zip(titles, jobs, scores, strict=True):
         _note(bars, title, job.task, [score])
     return scores
@@ -414,8 +414,10 @@ def _predicted(
     return found
 
 
-def _scores(job: Job, predictions: list[str]) -> dict[str, float] | None:
-    return job.task.metrics([job.task.label(row) for row in job.test], predictions) if job.test else None
+def _scores(job: Job, predictions: list[str], template: int) -> dict[str, float] | None:
+    """A job's metrics; a template that says itself which answer is right may list its answers in an order of its own."""
+    labels = [job.task.label(row, template=template) for row in job.test]
+    return job.task.metrics(labels, predictions) if labels else None
 
 
 def _note(bars: Progress, title: str, task: Task, scores: Sequence[dict[str, float] | None]) -> None:
