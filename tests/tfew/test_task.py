@@ -266,6 +266,20 @@ class TestTemplates:
         with pytest.raises(InputError, match=r"the same to this model's tokenizer \(row 2\)"):
             task.questions(tokenizer, [rows[0], {**rows[1], "endings": ["unknown", "words"]}])
 
+    @given(items=st.lists(st.text("ab [],\"'%ü", min_size=1).map(str.strip).filter(bool), min_size=2, unique=True))
+    def test_a_list_in_a_cell_of_a_file_is_one_in_prompts_and_single_answers(self, items):
+        task = Task(
+            template='{{ items | length }}: {{ items | join(" or ") }}, {% for item in items %}{{ item }};{% endfor %}',
+            choices={"first": "{{ items[0] }}", "last": "{{ items[-1] }}"},
+        )
+        for cell in (items, json.dumps(items)):
+            row = {"items": cell}
+            assert task.prompt(row) == f"{len(items)}: {' or '.join(items)}, {''.join(f'{item};' for item in items)}"
+            assert list(task.answers(row).values()) == [items[0], items[-1]]
+        written = Task(template="{{ text }}: {{ text | upper }}", choices=["a", "b"])
+        for text in ('["a",  "b"]', "[1] as in", " [ 2 ]"):  # a text stays as it is written
+            assert written.prompt({"text": text}) == f"{text}: {text.upper()}"
+
     @given(endings=st.lists(st.text("ab [],\"'{}%ü", min_size=1).map(str.strip).filter(bool), min_size=2, unique=True))
     def test_a_list_in_a_cell_of_a_file(self, endings):
         task = Task(template="{{ text }}", choices="{{ endings }}")
@@ -337,6 +351,13 @@ class TestLongPrompts:
         assert kept is None or prompt == kept
         assert tokenizer.decode(found[0].prompt) == "review : tea cake ? answer :"
         assert "1 of 2 prompts are longer than the model's context; the end of 'text' is cut off" in caplog.text
+
+    def test_a_list_loses_its_last_items(self, short):
+        task = Task(template="{% for turn in turns %}{{ turn }} , {% endfor %} answer :", choices=CHOICES)
+        turns = ["the tea", "the soup", "not the cake", "a review"]
+        for cell in (turns, json.dumps(turns)):
+            (question,) = task.questions(words.tokenizer(), [{"turns": cell}], labelled=False, model=short)
+            assert words.tokenizer().decode(question.prompt) == "the tea , the soup , answer :"
 
     def test_refused(self, short):
         task = Task(template=TEMPLATE, choices=CHOICES)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import bisect
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ia3.errors import InputError, shown
-from ia3.tfew.template import Row, at_row, is_missing
+from ia3.tfew.template import Row, at_row, is_missing, items_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -111,17 +111,18 @@ def _cut(
     names = [name for name in task.truncate if name in names] or names[:1]
     shorter = dict(row)
     for name in names:
-        text = str(row[name])
+        items = items_of(row[name])
+        whole = str(row[name]) if items is None else items  # a list loses items, and stays one
 
-        def prompt(length: int, name: str = name, text: str = text) -> str:
-            shorter[name] = text[:length]
+        def prompt(length: int, name: str = name, whole: str | list[Any] = whole) -> str:
+            shorter[name] = whole[:length]
             return task.filled(shorter, number, template)
 
         def tokens(length: int, prompt: Callable[[int], str] = prompt) -> int:
             return sizes_of([prompt(length)])[0]
 
         # The longest beginning that fits; a column that cannot make room alone is left out for the next one.
-        length = max(bisect.bisect_right(range(len(text)), room, key=tokens) - 1, 0)
+        length = max(bisect.bisect_right(range(len(whole)), room, key=tokens) - 1, 0)
         if tokens(length) <= room:
             return prompt(length), name
     raise InputError(

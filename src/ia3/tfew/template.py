@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jinja2
@@ -37,7 +37,7 @@ class _Environment(jinja2.sandbox.SandboxedEnvironment):
 
 _ENVIRONMENT = _Environment()
 # Where a row's answers are wanted, a list is one.
-_LISTS = _Environment(finalize=lambda value: BAR.join(map(str, value)) if isinstance(value, list) else value)
+_LISTS = _Environment(finalize=lambda value: BAR.join(map(str, value)) if isinstance(value, (list, _List)) else value)
 
 
 def parse(source: str) -> jinja2.nodes.Template:
@@ -185,7 +185,7 @@ def answers_of(choices: Choices, row: Row, number: int | None = None) -> dict[st
     if isinstance(choices, dict):
         texts = [_render(_compiled(source), row, number).strip() for source in choices.values()]
     else:
-        texts = [part.strip() for part in _render(_compiled(choices, _LISTS), _listed(row), number).split(BAR)]
+        texts = [part.strip() for part in _render(_compiled(choices, _LISTS), row, number).split(BAR)]
     if len(texts) < 2 or not all(texts) or len(set(texts)) < len(texts):
         raise InputError(
             f"Expected at least two answer texts that differ, found {texts}{at_row(number)}; correct the row."
@@ -195,7 +195,7 @@ def answers_of(choices: Choices, row: Row, number: int | None = None) -> dict[st
 
 
 def _render(template: jinja2.Template, row: Row, number: int | None, **seen: Any) -> str:
-    values = {name: "" if value is None else value for name, value in row.items()}
+    values = {name: _cell(value) for name, value in row.items()}
     try:
         return template.render({**values, "row": values, **seen})
     except Exception as error:  # a template can do anything wrong that a program can
@@ -214,16 +214,37 @@ def require(row: Row, names: Iterable[str], number: int | None = None) -> None:
         )
 
 
-def _listed(row: Row) -> Row:
-    """The row with lists where cells of a file hold them as JSON."""
-    values = dict(row)
-    for name, value in row.items():
-        if isinstance(value, str) and value.lstrip().startswith("["):
-            try:
-                values[name] = json.loads(value)
-            except json.JSONDecodeError:  # a text that begins with a bracket
-                continue
-    return values
+def items_of(value: Any) -> list[Any] | None:
+    """The items of a cell that is a list, or, in a file that has only text, a list as JSON; else None."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):  # a text that begins with a bracket
+            return None
+    return value if isinstance(value, list) else None
+
+
+class _List(str):
+    """A list that a cell of a file holds as JSON: templates go through its items, and print it as it is written."""
+
+    items: list[Any]
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        return iter(self.items)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.items[index]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+
+def _cell(value: Any) -> Any:
+    """A cell as templates see it."""
+    if isinstance(value, str) and (items := items_of(value)) is not None:
+        value = _List(value)
+        value.items = items
+    return "" if value is None else value
 
 
 class _Digits(str):
