@@ -136,13 +136,18 @@ templates:
     jinja: '{{ sentence }} , what ? ||| {{ answer_choices[(answer | int) - 1] }}'
     metadata: !TemplateMetadata {original_task: true}
     name: number
+  c: !Template
+    answer_choices: '{{ option1 }} ||| {{ option2 }}'
+    jinja: '{{ sentence }} , which ? ||| {{ [answer_choices[answer -1], answer_choices[1 - (2 - answer)]][answer == 1] }}'
+    metadata: !TemplateMetadata {original_task: true}
+    name: difference
 """
     )
     task = Task.load(tmp_path / "templates.yaml")
     assert task.labels is None and task.columns == ["option1", "option2", "sentence"]
     row = {"sentence": "it was _", "option1": "tea", "option2": "soup"}
     for answer, label in (("1", "0"), ("2", "1")):
-        assert [task.label({**row, "answer": answer}, template=i) for i in range(2)] == [label, label]
+        assert [task.label({**row, "answer": answer}, template=i) for i in range(3)] == [label] * 3
 
 
 def test_class_labels_of_data_sets_stay_numbers(path, tmp_path):

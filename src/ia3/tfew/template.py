@@ -248,7 +248,7 @@ def _cell(value: Any) -> Any:
 
 
 class _Digits(str):
-    """Digits of a file that has no numbers, only text: they index, compare and count as both."""
+    """Digits of a file that has no numbers, only text: they index, compare, subtract and count as both."""
 
     __slots__ = ()
     __hash__ = str.__hash__
@@ -264,6 +264,12 @@ class _Digits(str):
 
     def __index__(self) -> int:
         return int(str(self))
+
+    def __sub__(self, other: int) -> int:
+        return int(str(self)) - int(other)
+
+    def __rsub__(self, other: int) -> int:
+        return int(other) - int(str(self))
 
 
 def _numbered(row: Row) -> Row:
