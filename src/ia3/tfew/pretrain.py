@@ -19,6 +19,7 @@ from transformers import TrainingArguments
 from ia3.config import TaskType
 from ia3.errors import InputError, shown
 from ia3.pretrained import task_type
+from ia3.tfew import fitting
 from ia3.tfew.choices import Question, base_of
 from ia3.tfew.recipe import Recipe
 from ia3.tfew.trainer import Example, TFewTrainer
@@ -149,8 +150,7 @@ class Mixture(Dataset):
             self._cut.add((which, row, template))
             return False
 
-        log = logging.getLogger("ia3.tfew.task")
-        log.addFilter(note)
+        fitting.logger.addFilter(note)
         try:
             [question] = task.questions(
                 self.tokenizer,
@@ -163,7 +163,7 @@ class Mixture(Dataset):
             where = str(error).replace("(row 1)", f"(row {row + 1})")
             raise InputError(f"Task {task.name!r}: {where}") from error
         finally:
-            log.removeFilter(note)
+            fitting.logger.removeFilter(note)
         return replace(question, choices=[question.choices[question.label]], label=0, order=None)  # type: ignore[index]
 
 
