@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import datasets
 import peft
 import pytest
 import torch
@@ -380,6 +381,19 @@ class TestPredict:
             assert code == 0, err
         assert (tmp_path / "a.csv").read_text() == (tmp_path / "b.csv").read_text()
         assert json.loads(read_rows(tmp_path / "b.csv")[1]["endings"]) == rows[1]["endings"]
+
+    def test_class_labels_are_numbers_where_the_task_wants_them(self, ia3, place, tmp_path):
+        """As in training and evaluation: published templates take them for places."""
+        shutil.copytree(place / "adapter", tmp_path / "adapter")
+        made = Task(template="{{ ['tea', 'soup'][kind] }} {{ text }}", choices=["good", "bad"], class_names=False)
+        made.save(tmp_path / "adapter" / "task.yaml")
+        features = datasets.Features(
+            {"text": datasets.Value("string"), "kind": datasets.ClassLabel(names=["drink", "meal"])}
+        )
+        rows = datasets.Dataset.from_dict({"text": ["was good"], "kind": [1]}, features=features)
+        rows.save_to_disk(tmp_path / "rows")
+        code, _, err = ia3("predict", tmp_path / "adapter", "--json", data=tmp_path / "rows")
+        assert code == 0, err
 
     @pytest.mark.parametrize("name", ["found.csv", "found.jsonl"])
     def test_rows_of_a_file(self, ia3, place, tmp_path, name):

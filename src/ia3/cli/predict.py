@@ -74,14 +74,14 @@ def predict(
         raise InputError(f"Expected --output to end in .csv or .jsonl, found {str(output)!r}.")
     from ia3.tfew.reading import read_rows
 
-    rows = read_rows(data) if data else []
-    if adapter_column is not None:
+    if data is not None and adapter_column is not None:
+        rows = read_rows(data)
         names = _adapter_of_each(Path(adapter), rows, adapter_column)
         known = {name: load_task(str(Path(adapter, name))) for name in dict.fromkeys(names)}
         tasks = [known[name] for name in names]
     else:
         names, task = None, load_task(adapter)
-        rows = rows or _text_rows(task, texts or [])
+        rows = read_rows(data, task.class_names) if data else _text_rows(task, texts or [])
         tasks = [task] * len(rows)
     for number, (task, row) in enumerate(zip(tasks, rows, strict=True), 1):
         task.prompt(row, number)  # before a model is loaded, what cannot be used
