@@ -122,7 +122,22 @@ def test_table_with_an_adapter_that_is_trained_already(run, ia3, place, tmp_path
     # The same training, so the same costs and the same answers.
     for key in KEYS - {"seconds", "once_seconds"}:
         assert row[key] == trained[key], key
-    for damage in ("{", "[]", '{"steps": "x"}', '{"train_rows": 3}', '{"train_examples": "x"}'):
+    # Of adapters that were trained at once, each took a part of the time.
+    metrics = json.loads((tmp_path / "adapter" / "metrics.json").read_text()) | {
+        "train_seconds": 6,
+        "trained_at_once": 4,
+    }
+    (tmp_path / "adapter" / "metrics.json").write_text(json.dumps(metrics))
+    code, out, err = run("--json", adapter=tmp_path / "adapter", steps=None, template=None, choices=None)
+    assert json.loads(out)["rows"][-1]["once_seconds"] == 1.5
+    for damage in (
+        "{",
+        "[]",
+        '{"train_seconds": "x"}',
+        '{"steps": "x"}',
+        '{"train_rows": 3}',
+        '{"train_examples": "x"}',
+    ):
         (tmp_path / "adapter" / "metrics.json").write_text(damage)
         code, _, err = run("--json", adapter=tmp_path / "adapter", steps=None, template=None, choices=None)
         assert code == 2 and "metrics.json" in err.splitlines()[-1] and err.splitlines()[-1].endswith("delete it.")

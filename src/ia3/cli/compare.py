@@ -303,10 +303,11 @@ class Comparison:
         costs: dict[str, Any] = dict.fromkeys(("training_flops", "training_flops_estimate"))
         if steps and examples and (folder / RECIPE_NAME).is_file():
             costs = self._training_flops(model, Recipe.load(folder / RECIPE_NAME), examples, steps)
+        seconds = found.get("train_seconds")
         return {
             **costs,
             "examples": examples,
-            "once_seconds": found.get("train_seconds"),
+            "once_seconds": None if seconds is None else seconds / (found.get("trained_at_once") or 1),
             "recipe": found.get("recipe"),
             "steps": steps,
         }

@@ -94,7 +94,8 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"Expected JSON in {path}: {error}; delete it.") from error
     seen = found.get(SEEN, []) if isinstance(found, dict) else None
-    if not isinstance(seen, list) or not all(isinstance(found.get(key, 0), int) for key in ("steps", "train_examples")):
+    numbers = ("steps", "train_examples", "train_seconds", "trained_at_once")
+    if not isinstance(seen, list) or not all(isinstance(found.get(key, 0), (int, float)) for key in numbers):
         raise InputError(f"Expected what ia3 train measured in {path}; delete it.")
     return found
 
