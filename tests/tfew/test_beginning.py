@@ -78,6 +78,20 @@ class TestScores:
             # A window that is shorter than the row, ALiBi, recurrence: rows are whole.
             assert lengths(model, questions) == ([40] if layout == "_packed" else [0])
 
+    @pytest.mark.parametrize("window, seed", [(16, 3), (16, 5), (16, 6), (40, 7)])
+    def test_a_window_that_padding_moves_rows_out_of_is_found_out(self, window, seed):
+        """The longest prompt fits it, and by chance loses little where it is moved by a place."""
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "num_heads": 4}
+        sizes |= {"window_size": window, "max_position_embeddings": 200}
+        model = made("gpt_neo", vocab_size=tiny.VOCAB, attention_types=[[["global", "local"], 1]], **sizes)
+        chance = random.Random(seed)
+        start = [TOKENIZER.vocab[chance.choice(words.OTHER)] for _ in range(40)]
+        rest = [[TOKENIZER.vocab[chance.choice(words.VOCABULARY[3:])] for _ in range(1 + i % 6)] for i in range(12)]
+        choices = encode(TOKENIZER, ["tea"], [[" good", " not good", " not bad today"]])[0].choices
+        questions = [Question([*start, *its], choices) for its in rest]
+        for question, scores in zip(questions, score_questions(model, TOKENIZER, questions), strict=True):
+            assert scores.tolist() == pytest.approx(alone(model, question), abs=1e-4)
+
     def test_in_bfloat16_they_differ_by_rounding(self, llama, whole):
         model = llama.bfloat16()
         found = score_questions(model, TOKENIZER, asked())

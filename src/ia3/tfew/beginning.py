@@ -56,8 +56,8 @@ _CACHED_TOKENS = 32768
 # Prompts that agree in fewer tokens than these are not looked at.
 _LEAST = 8
 
-# So many rows' tokens have to be saved, for to try whether a model is exact takes a whole row and two short ones. Whether it
-# has been tried before is not asked: what is shared must not depend on the past, or a resumed run would round otherwise.
+# So many rows' tokens have to be saved, for to try whether a model is exact takes a few whole rows. Whether it has been
+# tried before is not asked: what is shared must not depend on the past, or a resumed run would round otherwise.
 _LEAST_ROWS = 4
 
 Layout = Callable[[nn.Module, Sequence[Question], int], Batch]
@@ -147,18 +147,25 @@ def is_exact_behind(
 ) -> bool | None:
     """Whether a layout of rows that go on from tokens is exact for a question behind them; None: its scores are no numbers.
 
-    One or two choices are scored in whole rows, without the cache; that is about what reading the tokens costs.
+    One or two choices are scored in whole rows, without the cache, and as many behind the end of the prompt alone; that is
+    about what reading the tokens costs a few times.
     """
     ends = telling(question)
-    whole = [replace(question, prompt=[*tokens, *question.prompt], choices=[question.choices[end]]) for end in ends]
-    # Behind one place more of another row's prompt, a packed row begins with padding.
-    pair = [question, replace(question, prompt=question.prompt[:1] + question.prompt)]
+    # A row beside it is padded as far as any that is no harder: its prompt is moved away from the tokens, and a window that
+    # is counted over the row's places sees fewer of them. The shortest choice has least to hide that behind.
+    asked = [question, replace(question, prompt=question.prompt[-1:])]
+    moved = sorted({ends[-1], min(range(len(question.choices)), key=lambda choice: len(question.choices[choice]))})
+    rows, choices = [0] * len(ends) + [1] * len(moved), ends + moved
+    whole = [
+        replace(asked[row], prompt=[*tokens, *asked[row].prompt], choices=[question.choices[choice]])
+        for row, choice in zip(rows, choices, strict=True)
+    ]
     base = base_of(model)
     with evaluating(model), torch.no_grad():
         expected = scores_of(model, plain_rows(whole, pad_token_id))[:, 0]
         if not torch.isfinite(expected).all():
             return None
-        difference, why = deviation(model, lambda: layout(model, pair, pad_token_id), expected, (0, ends))
+        difference, why = deviation(model, lambda: layout(model, asked, pad_token_id), expected, (rows, choices))
     rounding = torch.finfo(base_dtype(base)).eps * max(float(expected.abs().max()), 1.0)
     if difference <= max(1e-4, 4 * rounding):
         return True
