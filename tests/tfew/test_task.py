@@ -39,6 +39,11 @@ class TestTask:
         with pytest.raises(InputError, match="found it empty"):
             task.prompt({"Review Text": "", "more": " "})
 
+    @pytest.mark.parametrize("separator", ["", "\n", " → "])
+    def test_a_separator_is_kept_by_files(self, separator, tmp_path):
+        Task(template=TEMPLATE, choices=CHOICES, separator=separator).save(tmp_path / "task.yaml")
+        assert Task.from_file(tmp_path / "task.yaml").separator == separator
+
     @pytest.mark.parametrize(
         "template", ["{{ text + 'x' }}", "{{ text / 0 }}", "{% include 'a' %}", "{{ range(10**9) }}"]
     )

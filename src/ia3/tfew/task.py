@@ -205,7 +205,9 @@ class Task(BaseModel):
             from ia3.tfew.prompts import task_of
 
             return task_of(values, path)
-        values = {key: value for key, value in values.items() if value not in NOTHING}
+        values = {
+            key: value for key, value in values.items() if value not in NOTHING or (key, value) == ("separator", "")
+        }
         for name in ("train", "test"):
             source = values.get(name)
             if isinstance(source, str) and source and (path.parent / source).exists():
