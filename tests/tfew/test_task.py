@@ -39,6 +39,21 @@ class TestTask:
         with pytest.raises(InputError, match="found it empty"):
             task.prompt({"Review Text": "", "more": " "})
 
+    @pytest.mark.parametrize(
+        "template", ["{{ row }}", "{% for name in row %}{{ name }}: {{ row[name] }};{% endfor %}", "{{ row | tojson }}"]
+    )
+    def test_the_whole_row_comes_without_its_label(self, template):
+        task = Task(template=template, choices="{{ endings }}", label_column="right")
+        row = {"text": "tea", "endings": ["good", "bad"]}
+        for label in ("0", "1"):
+            assert task.prompt({**row, "right": label}) == task.prompt(row)
+            assert task.fingerprint({**row, "right": label}) == task.fingerprint(row)
+            assert task.label({**row, "right": label}) == label
+
+    def test_answers_do_not_name_the_label(self):
+        with pytest.raises(InputError, match="prompts and choices without the label column 'label'"):
+            Task.create({"template": "{{ text }}", "choices": {"a": "{{ label }}", "b": "not {{ label }}"}})
+
     @pytest.mark.parametrize("separator", ["", "\n", " → "])
     def test_a_separator_is_kept_by_files(self, separator, tmp_path):
         Task(template=TEMPLATE, choices=CHOICES, separator=separator).save(tmp_path / "task.yaml")

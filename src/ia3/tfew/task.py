@@ -161,11 +161,12 @@ class Task(BaseModel):
                     f"expected columns of the templates to truncate, found {column!r}; {similar(column, columns)}"
                 )
         for number, template in enumerate(self.templates, 1):
-            if self.label_column in template.columns and not template.says_answer:
+            named = {*template.columns, *columns_of(self._choices_of(number - 1))}
+            if self.label_column in named and not template.says_answer:
                 which = repr(template.name) if template.name else f"template {number}"
                 raise ValueError(
-                    f"expected a prompt without the label column {self.label_column!r}, which gives the answer away, found "
-                    f"it in {which}; take it out, or say which column holds the label (label_column)"
+                    f"expected prompts and choices without the label column {self.label_column!r}, which gives the answer "
+                    f"away, found it in {which}; take it out, or say which column holds the label (label_column)"
                 )
         if isinstance(known, list):
             for alias, label in self.aliases.items():
@@ -331,7 +332,14 @@ class Task(BaseModel):
     def filled(self, row: Row, number: int | None = None, template: int = 0) -> str:
         """What the template makes of a row, which `prompt` checks; arguments as of it."""
         words = self.templates[template]
-        return words.fill(row, number, self.answers(row, number, template).values() if words.sees_answers else ())
+        answers = self.answers(row, number, template).values() if words.sees_answers else ()
+        return words.fill(self._read_of(row, template), number, answers)
+
+    def _read_of(self, row: Row, template: int) -> Row:
+        """A row without its label, which a template that goes through the whole row would give away."""
+        if self.label_column not in row or self.templates[template].says_answer:
+            return row
+        return {name: value for name, value in row.items() if name != self.label_column}
 
     def fingerprint(self, row: Row, number: int | None = None) -> str:
         """What stands for all that a model reads of a row, in the first template's words; arguments and errors as of
@@ -345,7 +353,7 @@ class Task(BaseModel):
         Raises:
             InputError: a text is empty, or two are the same.
         """
-        return answers_of(self._choices_of(template), row, number)
+        return answers_of(self._choices_of(template), self._read_of(row, template), number)
 
     def label(self, row: Row, number: int | None = None, template: int = 0) -> str:
         """A row's label.
