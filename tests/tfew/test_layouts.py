@@ -9,11 +9,13 @@ import torch
 import transformers
 from hypothesis import given
 from test_choices import CAUSAL, alone, questions
+from test_icl import made
 
 import tiny
+import words
 from ia3 import IA3Config, IA3Model
 from ia3.tfew import layouts as module
-from ia3.tfew.choices import Question, normalized_scores, plain_rows, token_log_probs
+from ia3.tfew.choices import Question, normalized_scores, plain_rows, score_questions, token_log_probs
 from ia3.tfew.layouts import collate, size_of, try_packing
 
 MADE = (Question([5, 6, 7, 8], [[9, 10], [11, 12, 13], [14]]),)
@@ -50,6 +52,28 @@ def test_uses_plain_rows_where_it_is_not_and_scores_are_right(name, sizes):
     with torch.no_grad():
         scores = normalized_scores(token_log_probs(model, batch), batch["mask"])
     assert scores[0].tolist() == pytest.approx(alone(model, MADE[0]), abs=1e-4)
+
+
+@pytest.mark.parametrize("seed", [0, 6, 11])
+def test_a_window_that_hardly_shows_in_the_trial_is_found_out(seed):
+    """It is counted over the row's places. The choices that are tried lose little by that, others much."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "num_heads": 4, "window_size": 24}
+    sizes |= {"attention_types": [[["global", "local"], 1]], "max_position_embeddings": 200}
+    model = made("gpt_neo", vocab_size=tiny.VOCAB, **sizes)
+    chance = random.Random(seed)
+
+    def some(least: int, most: int) -> list[int]:
+        return [chance.randrange(3, tiny.VOCAB) for _ in range(chance.randint(least, most))]
+
+    asked, start = [], some(0, 30)
+    for _ in range(8):
+        choices: list[list[int]] = []
+        while len(choices) < chance.randint(2, 6):
+            choice = some(1, 4)
+            choices += [] if choice in choices else [choice]
+        asked.append(Question([*start, *some(1, 12)], sorted(choices)))
+    for question, scores in zip(asked, score_questions(model, words.tokenizer(), asked), strict=True):
+        assert scores.tolist() == pytest.approx(alone(model, question), abs=1e-5)
 
 
 def test_a_model_that_ignores_position_ids_is_found_out(llama):

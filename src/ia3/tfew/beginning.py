@@ -37,6 +37,7 @@ from ia3.tfew.choices import (
     sizes_of,
 )
 from ia3.tfew.layouts import (
+    ROUNDING,
     Size,
     collate,
     deviation,
@@ -167,7 +168,7 @@ def is_exact_behind(
             return None
         difference, why = deviation(model, lambda: layout(model, asked, pad_token_id), expected, (rows, choices))
     rounding = torch.finfo(base_dtype(base)).eps * max(float(expected.abs().max()), 1.0)
-    if difference <= max(1e-4, 4 * rounding):
+    if difference <= max(ROUNDING, 4 * rounding):
         return True
     logger.info("%s: no %s rows behind a beginning (%s).", type(base).__name__, layout.__name__.strip("_"), why)
     return False
