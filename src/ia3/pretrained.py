@@ -85,7 +85,7 @@ def load_base(
         kind = shown(config.architectures or [config.model_type])
         raise InputError(
             f"Expected labels for {name!r}, an encoder ({kind}), whose classification head tells them apart, found none; "
-            f"give load_base(name, labels=[…]) the task's."
+            f"give load_base(name, labels=[…]) the task's, or take a generative model for answers that differ from row to row."
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

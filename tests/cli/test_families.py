@@ -122,6 +122,18 @@ def test_tasks_that_call_their_labels_otherwise(ia3, place, tmp_path):
         assert sum(right) / len(right) == its["accuracy"]
 
 
+def test_answers_of_each_row_are_no_labels_of_an_encoder(ia3, place, tmp_path):
+    if "bert" not in str(place):
+        pytest.skip("it reads answers")
+    rows = [{"text": row["text"], "label": i % 2, "endings": ["good", "bad"]} for i, row in enumerate(words.rows(8))]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    Task(template=TEMPLATE, choices="{{ endings }}").save(tmp_path / "task.yaml")
+    options = {"model": place / "model", "task": tmp_path / "task.yaml", "data": tmp_path / "rows.jsonl"}
+    code, out, err = ia3("train", "--json", **options, examples_per_label=0, output=tmp_path / "out")
+    assert (code, out) == (2, "")
+    assert "take a generative model for answers that differ from row to row" in err.splitlines()[-1]
+
+
 def test_an_encoders_adapter_without_its_task(ia3, tmp_path):
     model = tiny.classifier(vocab_size=len(words.VOCABULARY))
     model.base_model.save_pretrained(tmp_path / "model")
