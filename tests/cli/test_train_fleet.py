@@ -217,6 +217,15 @@ def test_names_of_tasks_name_folders(train, place, tmp_path, name, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_task_that_does_not_fit_the_model_is_named(train, place, tmp_path):
+    other = Task.from_file(place / "soups.yaml").model_copy(
+        update={"name": "other", "choices": {"pos": "x", "neg": "y"}}
+    )
+    other.save(tmp_path / "other.yaml")
+    code, out, err = train("--json", tasks=f"{place / 'teas.yaml'},{tmp_path / 'other.yaml'}")
+    assert (code, out) == (2, "") and "ia3: 'other': The answers 'x' and 'y' are the same" in err.splitlines()[-1]
+
+
 def test_a_file_where_a_folder_has_to_be(train, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "seed-1").touch()

@@ -16,6 +16,7 @@ import typer
 from ia3.cli.common import progress
 from ia3.cli.results import write
 from ia3.cli.resume import begin, checkpoint_of, fingerprint, say_interrupted
+from ia3.errors import InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -148,7 +149,13 @@ def run_jobs(out: Console, run: Run, checkpoint: str | None) -> dict[str, dict[s
             for adapter, job in zip(adapters, jobs, strict=True)
         ]
         callback = bars_callback(bars, {a: job.titled("Training") for a, job in zip(adapters, jobs, strict=True)})
-        trainer = FleetTrainer(model, arguments, tokenizer, members, run.recipe, callbacks=[callback])
+        try:
+            trainer = FleetTrainer(model, arguments, tokenizer, members, run.recipe, callbacks=[callback])
+        except InputError as error:  # says whose rows do not fit
+            text = str(error)
+            for adapter, job in zip(adapters, jobs, strict=True):
+                text = text.replace(f"Member {adapter!r}", repr(job.name))
+            raise InputError(text) from error
         trainer.silence()
 
         predicted = functools.partial(_predicted, bars, model, tokenizer, run.recipe)
