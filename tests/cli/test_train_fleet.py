@@ -217,6 +217,18 @@ def test_names_of_tasks_name_folders(train, place, tmp_path, name, message):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("command", ["train", "compare"])
+@pytest.mark.parametrize("name", ["../elsewhere", "/tmp/elsewhere", "..", "a/b"])
+def test_a_name_does_not_lead_out_of_the_default_folder(ia3, place, tmp_path, monkeypatch, command, name):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    Task.from_file(place / "teas.yaml").model_copy(update={"name": name}).save("task.yaml")
+    code, out, err = ia3(command, "--json", model=place / "model", task="task.yaml", steps=1, examples_per_label=4)
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert f"a task's name that can name a folder, found {name!r}; change it, or give --output" in err
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["here", "task.yaml"]
+
+
 def test_the_task_that_does_not_fit_the_model_is_named(train, place, tmp_path):
     other = Task.from_file(place / "soups.yaml").model_copy(
         update={"name": "other", "choices": {"pos": "x", "neg": "y"}}

@@ -35,7 +35,7 @@ from ia3.cli.common import (
 )
 from ia3.cli.results import read_metrics, seen_by, write_json
 from ia3.cli.run import train_alone, with_adapters
-from ia3.cli.train import drawn, numbers, say_seen, source_of
+from ia3.cli.train import drawn, folder_of, numbers, say_seen, source_of
 from ia3.config import TaskType
 from ia3.errors import InputError
 from ia3.files import locate, replacing
@@ -132,7 +132,7 @@ def compare(
     for count in counts or ():
         if not 1 <= count <= len(examples):
             raise InputError(f"Expected --shots from 1 to {len(examples)}, the training examples, found {count}.")
-    folder = output or Path("comparisons", source.task.name)
+    folder = output or folder_of("comparisons", source.task.name)
     if folder.is_file():
         raise InputError(f"Expected a folder for --output, found the file {str(folder)!r}.")
     plan = load_recipe(adapter) if adapter is not None else recipe_for(model or EMBEDDED_MODEL, recipe, steps=steps)

@@ -145,7 +145,7 @@ def train(
     else:
         sources = _sources(tasks)
     fleet = not (tasks is None and seeds is None and learning_rates is None)
-    folder = output or Path("adapters", "fleet" if tasks is not None else sources[0].task.name)
+    folder = output or folder_of("adapters", "fleet" if tasks is not None else sources[0].task.name)
 
     jobs, draws_of_tasks = [], []
     for source in sources:
@@ -203,6 +203,21 @@ def _together(one: str, value: Any, other: str, others: Any) -> None:
         raise InputError(f"Expected {one} or {other}, one of the two, found both.")
 
 
+def _names_a_folder(name: str) -> bool:
+    return Path(name).name == name and not name.startswith(".")
+
+
+def folder_of(root: str, name: str) -> Path:
+    """The folder in `root` that a task's results go into by default.
+
+    Raises:
+        InputError: a name that leads elsewhere.
+    """
+    if not _names_a_folder(name):
+        raise InputError(f"Expected a task's name that can name a folder, found {name!r}; change it, or give --output.")
+    return Path(root, name)
+
+
 def _joined(separator: str, *parts: str) -> str:
     return separator.join(part for part in parts if part)
 
@@ -246,7 +261,7 @@ def _sources(files: str) -> list[Source]:
     for path, name in zip(paths, names, strict=True):
         if names.count(name) > 1:
             raise InputError(f"Expected tasks with names that differ, found {name!r} twice; change `name:` in {path}.")
-        if Path(name).name != name or name.startswith(".") or name in _TAKEN:
+        if not _names_a_folder(name) or name in _TAKEN:
             raise InputError(f"Expected a task's name that can name a folder, found {name!r}; change it in {path}.")
     return sources
 
