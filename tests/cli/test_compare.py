@@ -215,6 +215,10 @@ def test_usual_shots_are_those_that_fit(run, place, model, per_label, methods):
     code, out, err = run("--json", shots=None, model=place / model, examples_per_label=per_label, steps=1)
     assert code == 0, err
     assert [row["method"] for row in json.loads(out)["rows"]] == ["zero-shot", *methods, "t-few"]
+    missing = [f"no {count} examples" for count in ("8", "16") if f"{count}-shot" not in methods]
+    said = [line for line in err.splitlines() if "examples in context:" in line]
+    assert len(said) == bool(missing)
+    assert all(f"o {text.split()[1]}" in said[0] and f"there are {2 * per_label}," in said[0] for text in missing)
 
 
 @pytest.mark.parametrize(

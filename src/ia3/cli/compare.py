@@ -154,6 +154,14 @@ def compare(
         soft_wrap=True,
     )
     say_seen(out, [chosen])
+    missing = [str(count) for count in _USUAL_SHOTS if counts is None and count not in drawn_shots]
+    if missing and comparison.reads_examples:
+        out.print(
+            f"No {' and no '.join(missing)} examples in context: there are {len(examples)}, and they have to fit into the "
+            f"model's context with the longest test row.",
+            style="yellow",
+            soft_wrap=True,
+        )
     with progress(out) as bars:
         rows = [comparison.zero_shot(bars)]
         rows += [comparison.in_context(bars, count, some) for count, some in drawn_shots.items()]
@@ -211,10 +219,9 @@ class Comparison:
         Raises:
             InputError: numbers were asked for, and one does not fit into the model's context.
         """
-        from ia3.pretrained import task_type
         from ia3.tfew.icl import draw_shots, fitting
 
-        if task_type(self.base) == TaskType.SEQ_CLS:
+        if not self.reads_examples:
             if counts:
                 raise InputError(
                     f"Expected no --shots for {type(self.base).__name__}: a classifier cannot read examples."
@@ -343,6 +350,13 @@ class Comparison:
 
     def _scores(self, measured: Measured) -> dict[str, float]:
         return self.task.metrics(self.labels, [prediction.best for prediction in measured.predictions])
+
+    @property
+    def reads_examples(self) -> bool:
+        """Whether the model can have examples in context; a classifier cannot."""
+        from ia3.pretrained import task_type
+
+        return task_type(self.base) != TaskType.SEQ_CLS
 
     @property
     def _both(self) -> bool:
