@@ -50,6 +50,9 @@ def pretrain(ia3, place, tmp_path):
 
 
 def test_from_tasks_to_a_start_for_training(pretrain, ia3, place, tmp_path):
+    (tmp_path / "out").mkdir()
+    for name in ("task.yaml", "calibration.json"):  # of an adapter that was trained into this folder
+        (tmp_path / "out" / name).write_text("old")
     code, out, err = pretrain("--json", cap=20)
     assert code == 0, err
     assert "Pre-training" in err and "loss" in err and " 66.7% teas" in err and " 33.3% soups" in err

@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ia3.cli.common import MAX_SEED, BaseOption, DtypeOption, JsonOption, console, print_json, progress, quiet
+from ia3.cli.common import (
+    MAX_SEED,
+    TASK_NAME,
+    BaseOption,
+    DtypeOption,
+    JsonOption,
+    console,
+    print_json,
+    progress,
+    quiet,
+)
 from ia3.cli.results import write_adapter
 from ia3.cli.resume import begin, checkpoint_of, fingerprint, say_interrupted
 from ia3.cli.run import with_adapters
@@ -67,6 +77,7 @@ def pretrain(
     if output.is_file():
         raise InputError(f"Expected a folder for --output, found the file {str(output)!r}.")
     chosen = _read(tasks)
+    from ia3.tfew.calibration import CALIBRATION_NAME
     from ia3.tfew.pretrain import CAP, PRETRAINING, MixtureTrainer, likelihood_only
     from ia3.tfew.recipe import Recipe
 
@@ -142,6 +153,8 @@ def pretrain(
         "trainable_parameters": sum(parameter.numel() for parameter in network.adapter_parameters("default")),
     }
     results = write_adapter(output, network, "default", plan, results, functools.partial(_card, output, plan))
+    for name in (TASK_NAME, CALIBRATION_NAME):  # of an adapter that was in this folder before
+        (output / name).unlink(missing_ok=True)
     shutil.rmtree(checkpoints, ignore_errors=True)
     if json_output:
         print_json({"output": str(output), **results})
