@@ -40,9 +40,10 @@ from ia3 import IA3Config, IA3Model, load_base
 from ia3.bench.peers import padded_log_probs
 from ia3.tfew import Task, seq2seq
 from ia3.tfew.beginning import common_tokens, parts, training_parts
-from ia3.tfew.choices import Batch, Question, batches, encode, normalized_scores, token_log_probs
+from ia3.tfew.choices import Batch, batches, normalized_scores, token_log_probs
 from ia3.tfew.layouts import collate
 from ia3.tfew.losses import tfew_loss
+from ia3.tfew.questions import Question, encode
 
 T5 = {"d_model": 512, "d_ff": 2048, "num_layers": 6, "num_heads": 8, "vocab_size": 32128, "decoder_start_token_id": 0}
 PLAIN = {2: ["great", "not great"], 6: ["joy", "anger", "sadness", "fear", "surprise", "no emotion"]}

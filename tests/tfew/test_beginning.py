@@ -16,17 +16,9 @@ import words
 from ia3 import IA3Config, IA3Model
 from ia3.tfew import FleetTrainer, Member, Recipe, Task, TFewTrainer, beginning
 from ia3.tfew.beginning import Beginning, beginnings, parts
-from ia3.tfew.choices import (
-    Question,
-    base_of,
-    batches,
-    encode,
-    normalized_scores,
-    plain_rows,
-    score_questions,
-    token_log_probs,
-)
+from ia3.tfew.choices import batches, normalized_scores, plain_rows, score_questions, token_log_probs
 from ia3.tfew.losses import tfew_loss
+from ia3.tfew.questions import Question, base_of, encode
 
 TOKENIZER = words.tokenizer()
 

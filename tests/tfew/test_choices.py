@@ -12,17 +12,9 @@ from hypothesis import strategies as st
 import tiny
 import words
 from ia3 import IA3Config, IA3Model, InputError
-from ia3.tfew.choices import (
-    Question,
-    batches,
-    encode,
-    normalized_scores,
-    pack,
-    plain_rows,
-    score_choices,
-    token_log_probs,
-)
+from ia3.tfew.choices import batches, normalized_scores, pack, plain_rows, score_choices, token_log_probs
 from ia3.tfew.layouts import collate
+from ia3.tfew.questions import Question, encode
 
 CAUSAL = ("gpt2", "llama", "opt")
 

@@ -8,8 +8,9 @@ import tiny
 import words
 from ia3 import IA3Config, IA3Model, InputError, load_base
 from ia3.tfew import FleetTrainer, Member, Recipe, Task, TFewTrainer, predict, score_choices, tfew_loss
-from ia3.tfew.choices import encode, model_max_length, token_log_probs
+from ia3.tfew.choices import token_log_probs
 from ia3.tfew.layouts import collate
+from ia3.tfew.questions import encode, model_max_length
 
 
 def training_arguments(folder, steps: int, **options):

@@ -7,7 +7,7 @@ import tiny
 import words
 from ia3 import IA3Config, IA3Model
 from ia3.tfew import Recipe, Task, predict
-from ia3.tfew.choices import Question, batches, pack, pass_tokens, token_log_probs
+from ia3.tfew.choices import batches, pack, pass_tokens, token_log_probs
 from ia3.tfew.costs import (
     cache_bytes_per_token,
     count_flops,
@@ -19,6 +19,7 @@ from ia3.tfew.costs import (
 )
 from ia3.tfew.fleet import _batches
 from ia3.tfew.icl import Prefix
+from ia3.tfew.questions import Question
 
 HEADS, WIDTH, KV = tiny.HEADS, tiny.HIDDEN // tiny.HEADS, 2 * (tiny.HIDDEN // tiny.HEADS)
 

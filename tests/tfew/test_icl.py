@@ -11,8 +11,8 @@ import tiny
 import words
 from ia3 import IA3Config, IA3Model, InputError
 from ia3.tfew import Task, beginning, predict, score_choices
-from ia3.tfew.choices import Question, encode
 from ia3.tfew.icl import Prefix, draw_shots, fitting, predict_in_context, shots_text
+from ia3.tfew.questions import Question, encode
 
 SHOTS = "the tea was lovely answer : good\n\nthe soup was stale answer : not bad"
 PROMPTS = ["review : the tea was", "the soup is", "the cake was lovely and the tea was not"]

@@ -15,8 +15,9 @@ import tiny
 import words
 from ia3 import IA3Config, IA3Model
 from ia3.tfew import layouts as module
-from ia3.tfew.choices import Question, normalized_scores, plain_rows, score_questions, token_log_probs
+from ia3.tfew.choices import normalized_scores, plain_rows, score_questions, token_log_probs
 from ia3.tfew.layouts import collate, size_of, try_packing
+from ia3.tfew.questions import Question
 
 MADE = (Question([5, 6, 7, 8], [[9, 10], [11, 12, 13], [14]]),)
 

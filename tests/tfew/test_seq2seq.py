@@ -13,15 +13,9 @@ import tiny
 import words
 from ia3 import IA3Config, IA3Model, InputError
 from ia3.tfew import FleetTrainer, Member, Recipe, Task, TFewTrainer, predict, seq2seq, tfew_loss
-from ia3.tfew.choices import (
-    Question,
-    encode,
-    model_max_length,
-    normalized_scores,
-    score_choices,
-    token_log_probs,
-)
+from ia3.tfew.choices import normalized_scores, score_choices, token_log_probs
 from ia3.tfew.layouts import collate
+from ia3.tfew.questions import Question, encode, model_max_length
 
 # What `for_model` takes beside the tiny sizes of T5 and BART.
 T5, BART = tiny.SIZES["t5"], tiny.SIZES["bart"]

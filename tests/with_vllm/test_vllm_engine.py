@@ -19,7 +19,8 @@ from ia3 import IA3Config, get_peft_model
 from ia3.errors import InputError
 from ia3.serve.engine import AdapterFailed, GenerateJob, ScoreJob
 from ia3.serve.vllm_engine import VllmEngine, _together
-from ia3.tfew.choices import Question, score_questions
+from ia3.tfew.choices import score_questions
+from ia3.tfew.questions import Question
 from ia3.tfew.recipe import Recipe
 from ia3.tfew.task import Task
 

@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer
 from ia3.errors import InputError, reason
 from ia3.rows import BASE
 from ia3.serve.engine import AdapterFailed, GenerateJob, Piece
-from ia3.tfew.choices import padding_id
+from ia3.tfew.questions import padding_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ia3.config import IA3Config
     from ia3.model import IA3Model
     from ia3.serve.generation import Decoder, Text
-    from ia3.tfew.choices import Question
+    from ia3.tfew.questions import Question
     from ia3.tfew.recipe import Recipe
     from ia3.tfew.task import Row, Task
 
@@ -253,7 +253,8 @@ class LocalEngine:
         from ia3.pretrained import load_base, task_type
         from ia3.rows import BASE
         from ia3.serve.generation import Decoder
-        from ia3.tfew.choices import Question, model_max_length, score_questions
+        from ia3.tfew.choices import score_questions
+        from ia3.tfew.questions import Question, model_max_length
 
         base, self.tokenizer = load_base(self._source, self._labels(), self._dtype)
         family = task_type(base)

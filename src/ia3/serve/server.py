@@ -21,8 +21,8 @@ from ia3.serve.schemas import ChatBody, ClassifyBody, CompletionBody
 from ia3.serve.store import Adapter, Conflict, NotStored, Store, UnknownAdapter
 
 if TYPE_CHECKING:
-    from ia3.tfew.choices import Question
     from ia3.tfew.prediction import Prediction
+    from ia3.tfew.questions import Question
 
 logger = logging.getLogger(__name__)
 
@@ -199,7 +199,7 @@ class Server:
 
     def completion_prompts(self, body: CompletionBody) -> list[list[int]]:
         """Token ids of each prompt. Blocks."""
-        from ia3.tfew.choices import unclosed
+        from ia3.tfew.questions import unclosed
 
         tokenizer, found = self.engine.tokenizer, []
         for prompt in body.prompts:

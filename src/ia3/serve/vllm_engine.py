@@ -18,7 +18,7 @@ from ia3.serve.engine import AdapterFailed, GenerateJob, Piece, ScoreJob, normal
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ia3.tfew.choices import Question
+    from ia3.tfew.questions import Question
     from ia3.tfew.recipe import Recipe
     from ia3.tfew.task import Row, Task
 

@@ -23,13 +23,10 @@ from ia3.pretrained import task_type
 from ia3.tfew.choices import (
     PASS_TOKENS,
     Batch,
-    Question,
     base_dtype,
-    base_of,
     batches,
     batches_of_sizes,
     evaluating,
-    model_max_length,
     pack,
     pass_tokens,
     plain_rows,
@@ -48,6 +45,7 @@ from ia3.tfew.layouts import (
     try_packing,
     verdicts_of,
 )
+from ia3.tfew.questions import Question, base_of, model_max_length
 
 logger = logging.getLogger(__name__)
 

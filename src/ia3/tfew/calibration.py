@@ -211,9 +211,9 @@ def cross_validate(
 
     from ia3.config import IA3Config
     from ia3.pretrained import task_type
-    from ia3.tfew.choices import base_of
     from ia3.tfew.fleet import FleetTrainer, Member
     from ia3.tfew.prediction import predict
+    from ia3.tfew.questions import base_of
 
     each = fold_of_each(task, rows, folds, seed)
     free = (name for name in (f"fold{number}" for number in itertools.count()) if name not in model.peft_config)

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from ia3.errors import InputError, shown
-from ia3.tfew.choices import Batch, Question, answers_of, names_of
+from ia3.tfew.choices import Batch, answers_of, names_of
+from ia3.tfew.questions import Question
 from ia3.tfew.seq2seq import prompts
 
 

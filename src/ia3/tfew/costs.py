@@ -13,18 +13,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from ia3.tfew.beginning import parts, training_parts
-from ia3.tfew.choices import (
-    Batch,
-    Question,
-    base_of,
-    evaluating,
-    padding_id,
-    row_length,
-    to_device,
-    token_log_probs,
-)
+from ia3.tfew.choices import Batch, evaluating, row_length, to_device, token_log_probs
 from ia3.tfew.losses import tfew_loss
 from ia3.tfew.prediction import Prediction, predict
+from ia3.tfew.questions import Question, base_of, padding_id
 from ia3.tfew.task import Row, Task
 from ia3.tfew.trainer import training_examples
 

@@ -26,7 +26,7 @@ def answer_lengths(tokenizer: PreTrainedTokenizerBase, answers: Sequence[dict[st
     Raises:
         InputError: two answers of a row are the same tokens, which nothing can tell apart, or one has none.
     """
-    from ia3.tfew.choices import continuation
+    from ia3.tfew.questions import continuation
 
     lengths: dict[tuple[str, ...], int] = {}
     found = []
@@ -54,7 +54,7 @@ def prompt_sizes(
 ) -> list[int]:
     """The number of tokens that each prompt takes of a model's positions; behind a prefix, of those that it leaves."""
     from ia3.config import TaskType
-    from ia3.tfew.choices import continuation
+    from ia3.tfew.questions import continuation
 
     if prefix is None:
         return [len(ids) for ids in tokenizer(list(prompts))["input_ids"]]  # type: ignore[arg-type]

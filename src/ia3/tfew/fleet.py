@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 
 from ia3.errors import InputError, shown
 from ia3.model import IA3Model
-from ia3.tfew.choices import Question
+from ia3.tfew.questions import Question
 from ia3.tfew.recipe import Recipe
 from ia3.tfew.trainer import (
     Example,

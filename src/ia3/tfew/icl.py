@@ -17,23 +17,10 @@ from ia3.config import TaskType
 from ia3.errors import InputError
 from ia3.pretrained import task_type
 from ia3.tfew.beginning import Layout, is_exact_behind, packed_behind, read, room_behind, shared
-from ia3.tfew.choices import (
-    Batch,
-    Question,
-    _unwrapped,
-    base_dtype,
-    base_of,
-    batches,
-    encode,
-    evaluating,
-    model_max_length,
-    pass_tokens,
-    plain_rows,
-    row_length,
-    unclosed,
-)
+from ia3.tfew.choices import Batch, base_dtype, batches, evaluating, pass_tokens, plain_rows, row_length
 from ia3.tfew.layouts import Verdicts, collate, judged, size_of
 from ia3.tfew.prediction import Prediction, predict
+from ia3.tfew.questions import Question, base_of, encode, model_max_length, unclosed, unwrapped
 from ia3.tfew.recipe import Recipe
 from ia3.tfew.task import Row, Task
 
@@ -118,7 +105,7 @@ class Prefix:
     def encode(
         self, prompts: Sequence[str], choices: Sequence[Sequence[str]], labels: Sequence[int | None] | None = None
     ) -> list[Question]:
-        """As `ia3.tfew.choices.encode`, for prompts that stand behind the prefix."""
+        """As `ia3.tfew.questions.encode`, for prompts that stand behind the prefix."""
         prompts = [self.separator + prompt for prompt in prompts]
         if self._encoder_decoder:
             texts = [self.text + prompt for prompt in prompts]
@@ -186,7 +173,7 @@ class Prefix:
 
 def _in_effect(model: nn.Module) -> list[tuple[nn.Parameter, int]]:
     """The parameters of the active adapters, and which version of their numbers they hold."""
-    adapted = _unwrapped(model)
+    adapted = unwrapped(model)
     routing = getattr(adapted, "routing", None)
     names = routing.active if routing is not None and routing.enabled else ()
     parameters = [parameter for name in names for parameter in adapted.adapter_parameters(name)]  # type: ignore[operator]

@@ -22,12 +22,8 @@ from ia3.errors import reason
 from ia3.pretrained import task_type
 from ia3.tfew.choices import (
     Batch,
-    Question,
-    _unwrapped,
     base_dtype,
-    base_of,
     evaluating,
-    model_max_length,
     normalized_scores,
     pack,
     plain_rows,
@@ -36,6 +32,7 @@ from ia3.tfew.choices import (
     token_log_probs,
     tree_of,
 )
+from ia3.tfew.questions import Question, base_of, model_max_length, unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -216,7 +213,7 @@ def _packs(model: nn.Module, questions: Sequence[Question], packed: _Layout, pla
         return False
     verdicts = verdicts_of(model, "packed")
     # Processes that share a model are not tried equally often, and must not wait for each other.
-    trial = _Trial(_unwrapped(model), packed, plain, verdicts, encoder)
+    trial = _Trial(unwrapped(model), packed, plain, verdicts, encoder)
     return judged(verdicts, questions, lambda one: size_of(one, encoder), model_max_length(model), trial)
 
 

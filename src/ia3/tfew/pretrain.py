@@ -20,7 +20,7 @@ from ia3.config import TaskType
 from ia3.errors import InputError, shown
 from ia3.pretrained import task_type
 from ia3.tfew import fitting
-from ia3.tfew.choices import Question, base_of
+from ia3.tfew.questions import Question, base_of
 from ia3.tfew.recipe import Recipe
 from ia3.tfew.trainer import Example, TFewTrainer
 

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ia3.tfew.choices import Batch, Question, additive_mask, answers_of, names_of, tree_of
+from ia3.tfew.choices import Batch, additive_mask, answers_of, names_of, tree_of
+from ia3.tfew.questions import Question
 
 # What of a batch is the decoder's.
 _DECODER = ("decoder_input_ids", "decoder_attention_mask")

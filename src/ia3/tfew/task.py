@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from ia3.tfew.choices import Question
     from ia3.tfew.icl import Prefix
+    from ia3.tfew.questions import Question
 
 # How YAML says that there is no value.
 NOTHING = ("", "~", "null")
@@ -433,7 +433,7 @@ class Task(BaseModel):
         """
         from ia3.config import TaskType
         from ia3.pretrained import task_type
-        from ia3.tfew.choices import base_of, encode, model_max_length
+        from ia3.tfew.questions import base_of, encode, model_max_length
 
         rows = list(rows)
         answers = [self.answers(row, number, template) for number, row in enumerate(rows, 1)]

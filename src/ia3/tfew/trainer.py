@@ -17,17 +17,10 @@ from ia3.config import TaskType
 from ia3.errors import InputError, shown
 from ia3.pretrained import task_type
 from ia3.tfew.beginning import parts, training_parts
-from ia3.tfew.choices import (
-    Batch,
-    Question,
-    base_of,
-    normalized_scores,
-    padding_id,
-    to_device,
-    token_log_probs,
-)
+from ia3.tfew.choices import Batch, normalized_scores, to_device, token_log_probs
 from ia3.tfew.layouts import collate, try_packing
 from ia3.tfew.losses import tfew_loss
+from ia3.tfew.questions import Question, base_of, padding_id
 from ia3.tfew.recipe import EarlyStopping, Recipe
 from ia3.trainer import Trainer
 
