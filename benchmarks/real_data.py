@@ -1,8 +1,11 @@
 """Nine real few-shot tasks on SmolLM2-135M: T-Few's recipe for small models against what else one would do.
 
+    python benchmarks/real_data.py --table [--measure macro_f1]
     python benchmarks/real_data.py --results FILE [--tasks rte,cb] [--methods ours,lora] [--seeds 0,1,32] [--threads 1]
         [--dtype bfloat16]
     python benchmarks/real_data.py --results FILE --table [--tasks rte,cb]
+
+The first prints what docs/results.md shows, from real_data.jsonl beside this file.
 
 Every (task, method, seed) that is done is at once a line of FILE, and is not done again, so a run may be stopped, and
 several may share a FILE when their tasks, methods or seeds differ. All methods are run with the first seed, then with the
@@ -64,9 +67,9 @@ from transformers import TrainerCallback, set_seed
 from ia3 import IA3Config, IA3Model, load_base
 from ia3.pretrained import DTYPES
 from ia3.tfew import TFewTrainer
-from ia3.tfew.choices import Question
 from ia3.tfew.icl import draw_shots, fitting, predict_in_context
 from ia3.tfew.prediction import Prediction, predict
+from ia3.tfew.questions import Question
 from ia3.tfew.reading import read_rows
 from ia3.tfew.recipe import Recipe
 from ia3.tfew.task import Row, Task, few_shot
@@ -345,21 +348,28 @@ def cells(tasks: Sequence[str], methods: Sequence[str], seeds: Sequence[int]) ->
             yield name, method, seed
 
 
-def table(results: dict[tuple[str, str, int], dict[str, Any]], tasks: Sequence[str], methods: Sequence[str]) -> str:
-    """Accuracy in percent, mean ± standard deviation over seeds, as Markdown."""
+def table(
+    results: dict[tuple[str, str, int], dict[str, Any]],
+    tasks: Sequence[str],
+    methods: Sequence[str],
+    measure: str = "accuracy",
+) -> str:
+    """Mean ± standard deviation over seeds, as Markdown: accuracy and macro-F1 in percent, log-loss (nll) in nats."""
+    unit, digits = (1, 2) if measure == "nll" else (100, 1)
 
     def cell(method: str, name: str) -> tuple[float | None, str]:
-        values = [100 * r["accuracy"] for (t, m, _), r in results.items() if (t, m) == (name, method)]
+        values = [unit * r[measure] for (t, m, _), r in results.items() if (t, m) == (name, method)]
         if not values:
             return None, "–"
         fixed = method == "zero-shot" and name not in FEW_SHOT
-        spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
         few = "" if fixed or len(values) >= len(SEEDS) else f" ({len(values)})"
-        return statistics.mean(values), f"{statistics.mean(values):.1f}{spread}{few}"
+        return statistics.mean(values), f"{statistics.mean(values):.{digits}f}{spread}{few}"
 
     def line(title: str, found: Sequence[tuple[float | None, str]], costs: Sequence[str]) -> str:
         means = [mean for mean, _ in found if mean is not None]
-        average = f"{statistics.mean(means):.1f}" if len(means) == len(tasks) else "–"  # of the same tasks or of none
+        whole = len(means) == len(tasks)  # a mean of the same tasks or of none
+        average = f"{statistics.mean(means):.{digits}f}" if whole else "–"
         return "| " + " | ".join([title, *(text for _, text in found), average, *costs]) + " |"
 
     lines = [
@@ -370,7 +380,8 @@ def table(results: dict[tuple[str, str, int], dict[str, Any]], tasks: Sequence[s
     for name in tasks:
         values = list({s: 100 * r["majority"] for (t, _, s), r in results.items() if t == name}.values())
         majority.append((statistics.mean(values), f"{statistics.mean(values):.1f}") if values else (None, "–"))
-    lines.append(line("most frequent label", majority, ["0", "0"]))
+    if measure == "accuracy":
+        lines.append(line("most frequent label", majority, ["0", "0"]))
     for method in methods:
         mine = [r for (t, m, _), r in results.items() if m == method and t in tasks]
         if mine:
@@ -390,8 +401,11 @@ def chosen(text: str, known: Sequence[Any], kind: Callable[[str], Any] = str) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, required=True, help="file of finished cells")
+    parser.add_argument(
+        "--results", type=Path, default=Path(__file__).with_suffix(".jsonl"), help="file of finished cells"
+    )
     parser.add_argument("--table", action="store_true", help="print what is there, and end")
+    parser.add_argument("--measure", default="accuracy", choices=["accuracy", "macro_f1", "nll"], help="of the table")
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--seeds", default=",".join(map(str, SEEDS)))
@@ -403,7 +417,7 @@ def main() -> None:
     tasks, methods = chosen(arguments.tasks, TASKS), chosen(arguments.methods, METHODS)
     seeds = chosen(arguments.seeds, SEEDS, int)
     if arguments.table:
-        print(table(read_results(arguments.results), tasks, methods))
+        print(table(read_results(arguments.results), tasks, methods, arguments.measure))
         return
     if set(tasks) != {"food-reviews"} and not (arguments.data / "tfew").is_dir():
         raise SystemExit(

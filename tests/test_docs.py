@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import shlex
 import subprocess
 from pathlib import Path
@@ -47,6 +48,14 @@ def test_every_block_is_named_once_and_run_here_or_by_ci():
         "ia3.service", "Dockerfile",
         "vllm-serve", "vllm-requests", "vllm-python", "vllm-classify",  # run by tests/with_vllm/test_vllm_server.py
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("measure", ["accuracy", "macro_f1", "nll"])
+def test_the_tables_of_results_are_what_their_cells_say(measure):
+    script = runpy.run_path(str(ROOT / "benchmarks" / "real_data.py"))
+    cells = script["read_results"](ROOT / "benchmarks" / "real_data.jsonl")
+    table = script["table"](cells, script["TASKS"], script["METHODS"], measure)
+    assert table in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
