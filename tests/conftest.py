@@ -35,14 +35,15 @@ def gpt2():
     return tiny.build("gpt2")
 
 
-# Tiny models are slowed down by more threads. Real ones get all.
-THREADS = torch.get_num_threads()
+# Tiny models are slowed down by more threads. Real ones get all, or their process's share: threads of two processes on the
+# same cores wait for each other for minutes.
+THREADS = max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 torch.set_num_threads(1)
 
 
 @pytest.fixture
 def all_threads():
-    """As many threads as there are, for a real model."""
+    """As many threads as there are for this process, for a real model."""
     torch.set_num_threads(THREADS)
     yield
     torch.set_num_threads(1)
