@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
 from ia3 import InputError
-from ia3.files import hub_answers, locate, locate_beside
+from ia3.files import _reach_hub, hub_answers, locate, locate_beside
 from ia3.tfew.calibration import CALIBRATION_NAME, Calibration
 
 CALIBRATION = Calibration(
@@ -57,6 +57,13 @@ def test_a_hub_that_does_not_say_is_an_error(failure, monkeypatch):
     assert "\n" not in str(error.value)
 
 
+@pytest.fixture(autouse=True)
+def nothing_remembered():
+    _reach_hub.cache_clear()
+    yield
+    _reach_hub.cache_clear()
+
+
 class TestWithoutANetwork:
     @pytest.fixture(autouse=True)
     def requests(self, monkeypatch):
@@ -73,6 +80,11 @@ class TestWithoutANetwork:
         [(url, timeout)] = requests
         assert url.startswith("https://") and timeout <= 30
 
+    def test_that_it_was_not_reached_is_not_remembered(self, requests, monkeypatch):
+        assert not hub_answers() and not hub_answers() and len(requests) == 2
+        monkeypatch.setattr(huggingface_hub, "get_session", lambda: SimpleNamespace(head=lambda *args, **kw: "200"))
+        assert hub_answers()
+
     def test_what_is_in_the_cache_is_found(self, tmp_path, monkeypatch):
         def download(repo_id, filename, local_files_only, **kwargs):
             assert local_files_only
@@ -88,5 +100,7 @@ class TestWithoutANetwork:
 
 
 def test_a_hub_that_answers_whatever_it_says(monkeypatch):
-    monkeypatch.setattr(huggingface_hub, "get_session", lambda: SimpleNamespace(head=lambda *args, **kw: "503"))
-    assert hub_answers()
+    asked = []
+    head = SimpleNamespace(head=lambda *args, **kw: asked.append(args) or "503")
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: head)
+    assert hub_answers() and hub_answers() and len(asked) == 1  # not for each file

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 from collections.abc import Iterator
@@ -30,13 +31,18 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@functools.cache  # an answer is remembered, so that not each of an adapter's files costs a request more; an error is not
+def _reach_hub() -> None:
+    from huggingface_hub import constants, get_session
+
+    get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+
+
 def hub_answers() -> bool:
     """Whether the hub can be reached. Where it cannot, huggingface_hub would ask six times in half a minute for each
     file that is not on this machine, and log each failure; `local_files_only` spares that."""
-    from huggingface_hub import constants, get_session
-
     try:
-        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        _reach_hub()
     except Exception:  # no network, no such host, a firewall, HF_HUB_OFFLINE: as the HTTP library of the day says it
         return False
     return True
