@@ -77,7 +77,6 @@ def pretrain(
     if output.is_file():
         raise InputError(f"Expected a folder for --output, found the file {str(output)!r}.")
     chosen = _read(tasks)
-    from ia3.tfew.calibration import CALIBRATION_NAME
     from ia3.tfew.pretrain import CAP, PRETRAINING, MixtureTrainer, likelihood_only
     from ia3.tfew.recipe import Recipe
 
@@ -153,8 +152,7 @@ def pretrain(
         "trainable_parameters": sum(parameter.numel() for parameter in network.adapter_parameters("default")),
     }
     results = write_adapter(output, network, "default", plan, results, functools.partial(_card, output, plan))
-    for name in (TASK_NAME, CALIBRATION_NAME):  # of an adapter that was in this folder before
-        (output / name).unlink(missing_ok=True)
+    (output / TASK_NAME).unlink(missing_ok=True)  # of an adapter that was in this folder before
     shutil.rmtree(checkpoints, ignore_errors=True)
     if json_output:
         print_json({"output": str(output), **results})

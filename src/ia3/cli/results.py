@@ -42,8 +42,6 @@ def write(
 
     What the examples were that it learned from, metrics.json says in fingerprints, for programs alone.
     """
-    from ia3.tfew.calibration import CALIBRATION_NAME
-
     task.save(folder / TASK_NAME)
     if calibration is not None:
         results = {**results, "calibration": calibration.model_dump()}
@@ -53,8 +51,6 @@ def write(
     del results[SEEN]
     if calibration is not None:
         calibration.save(folder)
-    else:
-        (folder / CALIBRATION_NAME).unlink(missing_ok=True)  # of an earlier adapter in this folder
     return results
 
 
@@ -69,10 +65,12 @@ def write_adapter(
     """Save an adapter with its recipe, its metrics and a model card that is made of them; returns the metrics with the
     adapter's size."""
     from ia3.checkpoint import WEIGHTS_NAME, save_adapter
+    from ia3.tfew.calibration import CALIBRATION_NAME
     from ia3.tfew.recipe import RECIPE_NAME
 
     recipe.save(folder / RECIPE_NAME)
     save_adapter(model, folder, adapter)
+    (folder / CALIBRATION_NAME).unlink(missing_ok=True)  # of an earlier adapter in this folder
     results = {**results, "adapter_bytes": (folder / WEIGHTS_NAME).stat().st_size}
     write_json(folder / "metrics.json", results)
     with replacing(folder / "README.md") as path:
