@@ -22,7 +22,7 @@ import tiny
 from ia3 import IA3Config, InputError, get_peft_model_state_dict
 from ia3.bank import AdapterBank
 from ia3.bank.layout import Layout
-from ia3.checkpoint import write_adapter
+from ia3.folder import AdapterFolder
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -54,7 +54,7 @@ def write(bank, folder, value: float | None = None, seed: int = 0, change=None, 
     made = tensors(bank, value, seed)
     if change is not None:
         change(made)
-    write_adapter(folder, IA3Config(**{**bank.config.to_dict(), **fields}), made)
+    AdapterFolder.write(folder, IA3Config(**{**bank.config.to_dict(), **fields}), made)
     return made
 
 
@@ -228,7 +228,7 @@ def test_headers_are_remembered_but_not_trusted(model, tmp_path):
     bank = AdapterBank(model)
     for i in range(100):  # more different ones than are remembered
         made = tensors(bank, seed=i)
-        write_adapter(tmp_path / "one", bank.config, made)
+        AdapterFolder.write(tmp_path / "one", bank.config, made)
         safetensors.torch.save_file(made, tmp_path / "one" / WEIGHTS, metadata={"format": "pt", "run": str(i)})
         bank.load(tmp_path / "one")
         assert holds(bank, "one", made)

@@ -21,7 +21,8 @@ from safetensors import safe_open
 import ia3
 import tiny
 from ia3 import IA3Config, IA3Layer, InputError, PeftModel, get_peft_model
-from ia3.checkpoint import read_weights, replacing
+from ia3.files import replacing
+from ia3.folder import AdapterFolder
 from ia3.layers import TrainedModule
 
 pytestmark = [
@@ -722,7 +723,7 @@ def test_no_bytes_do_worse_than_bad_input(name, data, place):
         good = path.read_bytes()
         path.write_bytes(good[:place] + data + good[place + len(data) :])
         try:
-            found, _ = read_weights(folder)
+            found, _ = AdapterFolder(folder).vectors()
         except InputError as error:
             assert "\n" not in str(error)
         else:

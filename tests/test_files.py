@@ -8,7 +8,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundE
 
 from ia3 import InputError
 from ia3.files import _reach_hub, hub_answers, locate, locate_beside
-from ia3.tfew.calibration import CALIBRATION_NAME, Calibration
+from ia3.folder import CALIBRATION_NAME, AdapterFolder
+from ia3.tfew.calibration import Calibration
 
 CALIBRATION = Calibration(
     temperature=2.0, rows=8, log_loss=0.5, log_loss_before=0.7, calibration_error=0.1, calibration_error_before=0.2
@@ -26,16 +27,16 @@ def answer(monkeypatch, result, cached=None):
 
 
 def test_what_a_folder_has(tmp_path):
-    assert Calibration.beside(tmp_path) is None
-    CALIBRATION.save(tmp_path)
-    assert Calibration.beside(tmp_path) == CALIBRATION
+    assert AdapterFolder(tmp_path).calibration is None
+    AdapterFolder(tmp_path).calibrate(CALIBRATION)
+    assert AdapterFolder(tmp_path).calibration == CALIBRATION
 
 
 def test_what_the_hub_has(tmp_path, monkeypatch):
-    CALIBRATION.save(tmp_path)
+    AdapterFolder(tmp_path).calibrate(CALIBRATION)
     answer(monkeypatch, tmp_path)
     assert locate_beside("owner/name", CALIBRATION_NAME) == str(tmp_path / CALIBRATION_NAME)
-    assert Calibration.beside("owner/name") == CALIBRATION
+    assert AdapterFolder("owner/name").calibration == CALIBRATION
 
 
 def test_what_the_hub_has_not(monkeypatch):

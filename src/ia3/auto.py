@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from ia3.config import IA3Config, TaskType
 from ia3.errors import InputError, reason, shown
 from ia3.files import locate
+from ia3.folder import AdapterFolder
 from ia3.model import IA3Model, hub_only
 from ia3.pretrained import find_base
 
@@ -50,7 +51,8 @@ class AutoPeftModel:
                 cannot be loaded; or the adapter does not fit the base model.
         """
         place = {**hub_only(kwargs), "revision": revision}
-        config = config or IA3Config.from_pretrained(pretrained_model_name_or_path, **place)
+        folder = AdapterFolder(pretrained_model_name_or_path, **place)
+        given, config = config, config or folder.config
         if not config.base_model_name_or_path:
             raise InputError(
                 f"The config in {str(pretrained_model_name_or_path)!r} names no base model (base_model_name_or_path); "
@@ -66,9 +68,7 @@ class AutoPeftModel:
                 f"Cannot load the base model {config.base_model_name_or_path!r} as {base_class.__name__}: {reason(error)}"
             ) from error
         cls._fit_tokenizer(model, pretrained_model_name_or_path, place)
-        return IA3Model.from_pretrained(
-            model, pretrained_model_name_or_path, adapter_name, is_trainable, config, **place
-        )
+        return IA3Model.from_pretrained(model, folder, adapter_name, is_trainable, given)
 
     @classmethod
     def _base_class(cls, config: IA3Config) -> Any:

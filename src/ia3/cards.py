@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ia3.files import replacing
+from ia3.folder import CARD_MARK, CARD_NAME
 
 if TYPE_CHECKING:
     from ia3.model import IA3Model
@@ -18,6 +19,8 @@ tags:
 - ia3
 - "base_model:adapter:{base}"
 ---
+
+{mark}
 
 # (IA)³ adapter for {base}
 
@@ -32,21 +35,22 @@ model = PeftModel.from_pretrained(base, "path/to/this/folder")
 
 
 def write_model_card(model: IA3Model, folder: str | os.PathLike) -> None:
-    """Write a `README.md` that says what the adapter is, unless the folder has one."""
-    name = next(iter(model.peft_config))
-    base = model.peft_config[name].base_model_name_or_path or getattr(model.model, "name_or_path", "")
-    write_card(folder, base, sum(parameter.numel() for parameter in model.adapter_parameters(name)))
-
-
-def write_card(folder: str | os.PathLike, base: str | None, numbers: int) -> None:
-    """Write a `README.md` for an adapter of so many numbers, unless the folder has one."""
-    card = Path(folder, "README.md")
+    """Write a `README.md` that says what the first adapter is, unless the folder has one."""
+    card = Path(folder, CARD_NAME)
     if card.exists():
         return
     with replacing(card) as path:
-        path.write_text(
-            _MODEL_CARD.format(
-                base=base or "unknown", numbers=f"{numbers:,}", paper="https://arxiv.org/abs/2205.05638"
-            ),
-            encoding="utf-8",
-        )
+        path.write_text(model_card(model, next(iter(model.peft_config))), encoding="utf-8")
+
+
+def model_card(model: IA3Model, name: str) -> str:
+    """The card of an adapter of a model."""
+    base = model.peft_config[name].base_model_name_or_path or getattr(model.model, "name_or_path", "")
+    return card_of(base, sum(parameter.numel() for parameter in model.adapter_parameters(name)))
+
+
+def card_of(base: str | None, numbers: int) -> str:
+    """The card of an adapter of so many numbers."""
+    return _MODEL_CARD.format(
+        base=base or "unknown", numbers=f"{numbers:,}", paper="https://arxiv.org/abs/2205.05638", mark=CARD_MARK
+    )

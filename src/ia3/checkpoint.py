@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,67 +12,16 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from ia3.config import CONFIG_NAME, IA3Config
+from ia3.cards import model_card
+from ia3.config import IA3Config
 from ia3.errors import InputError, shown
-from ia3.files import locate, replacing
+from ia3.folder import CARD_NAME, KEY_VALUE_ONLY, AdapterFolder, Tensors
 from ia3.targets import wrappers
 
 if TYPE_CHECKING:
     from ia3.model import IA3Model
 
-WEIGHTS_NAME = "adapter_model.safetensors"
-TORCH_WEIGHTS_NAME = "adapter_model.bin"
 PREFIX = "base_model.model."
-
-# In the safetensors header, where PEFT does not look: the adapter rescales only the key and value part of fused
-# projections, so that training goes on as it began.
-_KEY_VALUE_ONLY = "ia3_key_value_only"
-
-Tensors = dict[str, torch.Tensor]
-
-
-def locate_weights(path: str | os.PathLike, subfolder: str | None = None, **hub_kwargs: Any) -> str:
-    """The file of an adapter's tensors: safetensors, else `torch.save`'s. Raises `InputError` when there is neither."""
-    try:
-        return locate(path, WEIGHTS_NAME, subfolder=subfolder, **hub_kwargs)
-    except InputError as missing:
-        try:
-            return locate(path, TORCH_WEIGHTS_NAME, subfolder=subfolder, **hub_kwargs)
-        except InputError:
-            raise missing from None
-
-
-def read_weights(path: str | os.PathLike, subfolder: str | None = None, **hub_kwargs: Any) -> tuple[Tensors, dict]:
-    """The tensors of an adapter, by the name in the file, and the safetensors header's own entries.
-
-    Raises:
-        InputError: the file is missing, cut short, or holds more than tensors.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    file = locate_weights(path, subfolder, **hub_kwargs)
-    if file.endswith(TORCH_WEIGHTS_NAME):
-        return _read_torch_weights(file), {}
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise InputError(
-            f"Cannot read {file}: {error}. Expected a whole safetensors file; copy or download it again."
-        ) from error
-
-
-def _read_torch_weights(file: str) -> Tensors:
-    try:
-        tensors = dict(torch.load(file, map_location="cpu", weights_only=True))
-        if not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-            raise TypeError("not all values are tensors")
-    except Exception as error:  # a damaged pickle makes the reader stumble anywhere
-        raise InputError(
-            f"Expected a dictionary of tensors in {file}, and nothing that runs code; it cannot be read so. "
-            f"Save the adapter as safetensors."
-        ) from error
-    return tensors
 
 
 def get_peft_model_state_dict(
@@ -184,8 +133,18 @@ def save_adapter(
     adapter_name: str = "default",
     safe_serialization: bool = True,
     state_dict: Mapping[str, torch.Tensor] | None = None,
+    beside: Callable[[int], Mapping[str, bytes]] | None = None,
 ) -> None:
-    """Write one adapter's config and tensors into a folder. What stood there stays whole until both are written."""
+    """Write one adapter into a folder, with what the model knows to belong beside it; see `AdapterFolder.write`.
+
+    Args:
+        model: has the adapter.
+        folder: where.
+        adapter_name: which.
+        safe_serialization: as safetensors; False: `torch.save`.
+        state_dict: the model's state, when it has been gathered already.
+        beside: other files than those that the model knows of, as of `AdapterFolder.write`.
+    """
     base = model.model
     config = dataclasses.replace(model.peft_config[adapter_name], inference_mode=True)
     config.base_model_name_or_path = config.base_model_name_or_path or getattr(base, "name_or_path", None) or None
@@ -193,44 +152,13 @@ def save_adapter(
         config.auto_mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
     tensors = get_peft_model_state_dict(model, state_dict, adapter_name)
     key_value_only = any(adapter_name in layer.masks for layer in model.layers.values())
-    write_adapter(folder, config, tensors, safe_serialization, key_value_only)
-
-
-def write_adapter(
-    folder: str | os.PathLike,
-    config: IA3Config,
-    tensors: Tensors,
-    safe_serialization: bool = True,
-    key_value_only: bool = False,
-) -> None:
-    """Write a config and tensors as an adapter's folder.
-
-    Args:
-        folder: where; made when it is not there.
-        config: the adapter's.
-        tensors: by their names in a checkpoint.
-        safe_serialization: as safetensors; False: `torch.save`.
-        key_value_only: note that only the key and value part of fused projections is rescaled.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    # Safetensors takes neither views nor one memory under two names.
-    tensors = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
-    metadata = {"format": "pt", **({_KEY_VALUE_ONLY: "true"} if key_value_only else {})}
-    folder = Path(folder)
-    name = WEIGHTS_NAME if safe_serialization else TORCH_WEIGHTS_NAME
-    with replacing(folder / name) as weights, replacing(folder / CONFIG_NAME) as description:
-        description.write_text(config.to_json(), encoding="utf-8")
-        if not safe_serialization:
-            torch.save(tensors, weights)
-        else:
-            try:
-                save_file(tensors, weights, metadata=metadata)
-            except SafetensorError as error:  # its own word for what the operating system refused
-                raise OSError(f"Cannot write {folder / name}: {error}") from error
-    # An earlier save in the other format would be read in place of this one.
-    (folder / (TORCH_WEIGHTS_NAME if safe_serialization else WEIGHTS_NAME)).unlink(missing_ok=True)
+    texts: dict[str, bytes] = {}
+    if beside is None:
+        if adapter_name == "default" or Path(folder, CARD_NAME).exists():
+            texts[CARD_NAME] = model_card(model, adapter_name).encode()
+        if adapter_name in model.folders:
+            texts |= model.folders[adapter_name].beside(tensors)
+    AdapterFolder.write(folder, config, tensors, beside or texts, safe_serialization, key_value_only)
 
 
 def load_adapter(
@@ -245,20 +173,26 @@ def load_adapter(
 ) -> None:
     """Add an adapter from a folder or the hub, or refill the one of that name. Nothing stays of one that does not fit.
 
+    The model keeps what belongs beside it, for `save_adapter`.
+
     Raises:
-        InputError: see `locate`, `read_weights`, `resolve_targets`, `set_peft_model_state_dict`.
+        InputError: see `AdapterFolder.whole`, `resolve_targets`, `set_peft_model_state_dict`.
     """
-    config = config or IA3Config.from_pretrained(path, subfolder=subfolder, **hub_kwargs)
-    tensors, header = read_weights(path, subfolder=subfolder, **hub_kwargs)
+    folder, tensors, header = AdapterFolder.whole(path, subfolder, config is None, **hub_kwargs)
+    if config is None:
+        folder.check_base(header)
     if adapter_name in model.peft_config:
         set_peft_model_state_dict(model, tensors, adapter_name)
+        model.folders[adapter_name] = folder
         return
+    config = dataclasses.replace(folder.config) if config is None else config
     config.inference_mode = not is_trainable
     model.add_adapter(
-        adapter_name, config, low_cpu_mem_usage=low_cpu_mem_usage, key_value_only=_KEY_VALUE_ONLY in header
+        adapter_name, config, low_cpu_mem_usage=low_cpu_mem_usage, key_value_only=KEY_VALUE_ONLY in header
     )
     try:
         set_peft_model_state_dict(model, tensors, adapter_name)
     except BaseException:
         model.delete_adapter(adapter_name)
         raise
+    model.folders[adapter_name] = folder

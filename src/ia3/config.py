@@ -10,9 +10,7 @@ from enum import Enum
 from typing import Any
 
 from ia3.errors import InputError, shown
-from ia3.files import locate, replacing
-
-CONFIG_NAME = "adapter_config.json"
+from ia3.files import CONFIG_NAME, PENDING, TEMPORARY, locate, replacing
 
 # Keys that PEFT writes beside its fields: provenance and settings of a run, nothing that changes an output.
 _PROVENANCE_KEYS = {"peft_version", "runtime_config"}
@@ -210,9 +208,11 @@ def adapter_folders(root: str) -> dict[str, str]:
         with os.scandir(folder) as children:
             for child in children:
                 path = f"{name}/{child.name}" if name else child.name
-                if child.name == CONFIG_NAME:
+                if child.name in (CONFIG_NAME, PENDING):
                     if name:
                         found[name] = folder
+                elif child.name.startswith(TEMPORARY):
+                    continue
                 elif child.is_symlink():  # a link may lead back up: it is looked at, not into
                     if os.path.isfile(os.path.join(child.path, CONFIG_NAME)):
                         found[path] = child.path

@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ia3.cards import write_card
-from ia3.checkpoint import PREFIX, TORCH_WEIGHTS_NAME, WEIGHTS_NAME, Tensors, write_adapter
+from ia3.cards import card_of
+from ia3.checkpoint import PREFIX
 from ia3.config import CONFIG_NAME, IA3Config, TaskType
 from ia3.errors import InputError, shown
-from ia3.files import locate
+from ia3.files import has_unfinished, is_unused, locate
+from ia3.folder import CARD_NAME, TORCH_WEIGHTS_NAME, WEIGHTS_NAME, AdapterFolder, Tensors
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +58,7 @@ def convert(
 
     Args:
         source: a T-Few `.pt` file; or a folder or hub id with an AdapterHub adapter or PEFT's `adapter_model.bin`.
-        output: the folder to write, new or empty.
+        output: the folder to write, new or empty; or what this conversion left there when it was killed.
         base: the base model's name to record; None: the one that the source names, if it does.
         hub_kwargs: `revision`, `token`, … for a hub id.
 
@@ -65,8 +66,9 @@ def convert(
         InputError: the source is no whole (IA)³ adapter of a known kind, or the output is in use. Nothing is written.
     """
     output = Path(output)
-    if output.exists() and (output.is_file() or any(output.iterdir())):
-        raise InputError(f"Expected the output to be a new or empty folder, found {str(output)!r}; choose another.")
+    used = InputError(f"Expected the output to be a new or empty folder, found {str(output)!r}; choose another.")
+    if not is_unused(output) and not has_unfinished(output):
+        raise used
     if Path(source).is_file():
         converted = from_tfew(_read(source))
     elif Path(source).suffix in (".pt", ".pth", ".bin", ".safetensors"):
@@ -75,13 +77,24 @@ def convert(
         converted = _from_folder(source, **hub_kwargs)
     converted.config.inference_mode = True
     converted.config.base_model_name_or_path = base or converted.config.base_model_name_or_path
-    write_adapter(output, converted.config, converted.tensors)
-    write_card(
-        output,
-        converted.config.base_model_name_or_path,
-        sum(tensor.numel() for tensor in converted.tensors.values()),
-    )
+    if not is_unused(output) and not _is_in(output, converted):
+        raise used
+    numbers = sum(tensor.numel() for tensor in converted.tensors.values())
+    card = card_of(converted.config.base_model_name_or_path, numbers)
+    AdapterFolder.write(output, converted.config, converted.tensors, {CARD_NAME: card.encode()})
     return converted
+
+
+def _is_in(output: Path, converted: Conversion) -> bool:
+    """Whether a folder holds a converted adapter already."""
+    try:
+        folder, tensors, _ = AdapterFolder.whole(output)
+    except InputError:
+        return False
+    return folder.config.to_dict() == converted.config.to_dict() and (
+        tensors.keys() == converted.tensors.keys()
+        and all(tensor.equal(converted.tensors[name]) for name, tensor in tensors.items())
+    )
 
 
 def from_tfew(tensors: Mapping[str, torch.Tensor]) -> Conversion:

@@ -36,6 +36,7 @@ from ia3.targets import (
 
 if TYPE_CHECKING:
     from ia3.bank import AdapterBank
+    from ia3.folder import AdapterFolder
 
 
 class IA3Model(nn.Module):
@@ -55,6 +56,7 @@ class IA3Model(nn.Module):
     Attributes:
         model: the base model, with adapters in it.
         peft_config: adapter name → `IA3Config`.
+        folders: adapter name → what belongs beside it in a folder (task, recipe, …), where that is known.
 
     Raises:
         InputError: the config fits no module of the model; see `resolve_targets`.
@@ -89,6 +91,7 @@ class IA3Model(nn.Module):
         """Take a base model over: what adapters add within is kept, and all else frozen, unless something fails."""
         self.model = model
         self.peft_config: dict[str, IA3Config] = {}
+        self.folders: dict[str, AdapterFolder] = {}
         self._trainable: set[str] = set()  # the adapters to freeze when others become active
         quantized.release_dequantized(model)
         quantized.keep_plain_layout(model)
@@ -301,6 +304,7 @@ class IA3Model(nn.Module):
         self._take_out_idle()
         self.routing.refresh()
         del self.peft_config[adapter_name]
+        self.folders.pop(adapter_name, None)
         self._trainable.discard(adapter_name)
         if adapter_name in self.routing.active:
             left = [name for name in self.routing.active if name != adapter_name] or list(self.peft_config)[:1]
@@ -564,6 +568,7 @@ class IA3Model(nn.Module):
 
     def _emptied(self) -> nn.Module:
         self.peft_config.clear()
+        self.folders.clear()
         self._trainable.clear()
         self.routing.attach(None, {})
         self.routing.switch(active=(), merged=())

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ia3.config import TaskType
 from ia3.errors import InputError, reason, shown, similar
-from ia3.files import hub_answers
+from ia3.files import hub_answers, new_folder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -204,22 +202,16 @@ def _dequantize(file: Path, folder: Path) -> None:
 
     if importlib.util.find_spec("gguf") is None:
         raise InputError("Reading the embedded model needs the package 'gguf'; install it: pip install gguf")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        with _quiet_loading():
+        with new_folder(folder) as temporary, _quiet_loading():
             where = {"gguf_file": file.name}
             model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **where)
             release_dequantized(model)
             model.save_pretrained(temporary)
             AutoTokenizer.from_pretrained(file.parent, **where).save_pretrained(temporary)
-        try:
-            temporary.rename(folder)
-        except OSError:  # another process was faster
-            if not folder.exists():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except OSError:
+        if not folder.exists():  # else another process was faster
+            raise
 
 
 class _quiet_loading:

@@ -463,12 +463,13 @@ class TestAdapterFolders:
     def test_on_the_hub_is_used_with_its_recipe_and_its_temperature(self, ia3, adapter, monkeypatch):
         import huggingface_hub
 
+        from ia3.folder import AdapterFolder
         from ia3.tfew import Recipe
         from ia3.tfew.calibration import Calibration
 
         quality = dict.fromkeys(("log_loss", "log_loss_before", "calibration_error", "calibration_error_before"), 0.1)
         Recipe(length_normalization=0.0).save(adapter / "recipe.yaml")
-        Calibration(temperature=3.0, rows=9, **quality).save(adapter)
+        AdapterFolder(adapter).calibrate(Calibration(temperature=3.0, rows=9, **quality))
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, filename, **kw: str(adapter / filename))
         here, there = (ia3("predict", where, "tea not good", "--json") for where in (adapter, "owner/name"))
         assert here[0] == there[0] == 0 and here[1] == there[1]
@@ -517,6 +518,15 @@ def test_merged_folder_is_a_plain_model_that_predicts_the_same(ia3, place, tmp_p
     assert [p.label for p in predict(model, tokenizer, task, rows)] == [item["label"] for item in json.loads(out)]
     code, _, err = ia3("merge", place / "adapter", "--output", tmp_path / "merged")
     assert code == 2 and "new or empty folder" in err
+
+
+def test_a_merged_model_is_not_put_where_no_folder_can_be_renamed_to(ia3, place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = ia3("merge", place / "adapter", "--output", ".")
+    assert code == 2 and "mount point or the current folder" in err and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "empty").mkdir()
+    assert ia3("merge", place / "adapter", "--output", "empty")[0] == 0
 
 
 def test_inspect(ia3, place):

@@ -10,6 +10,7 @@ import torch
 
 import words
 from ia3.cli import main
+from ia3.folder import AdapterFolder
 from ia3.tfew import Task
 from ia3.tfew.calibration import Calibration
 
@@ -148,7 +149,8 @@ def test_each_row_has_its_own_adapters_temperature(ia3, place, mixed, tmp_path):
     quality = dict.fromkeys(("log_loss", "log_loss_before", "calibration_error", "calibration_error_before"), 0.1)
     temperatures = {"teas/seed-1": 3.0, "soups": 0.5, "teas/seed-0": 1.0}
     for name in ("teas/seed-1", "soups"):
-        Calibration(temperature=temperatures[name], rows=9, **quality).save(tmp_path / "all" / name)
+        calibration = Calibration(temperature=temperatures[name], rows=9, **quality)
+        AdapterFolder(tmp_path / "all" / name).calibrate(calibration)
     found = json.loads(ia3("predict", tmp_path / "all", *options)[1])
     for name, old, new in zip(NAMES, before, found, strict=True):
         odds, others = ([math.log(p) for p in item["probabilities"].values()] for item in (old, new))

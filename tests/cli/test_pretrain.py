@@ -51,7 +51,11 @@ def pretrain(ia3, place, tmp_path):
 
 def test_from_tasks_to_a_start_for_training(pretrain, ia3, place, tmp_path):
     (tmp_path / "out").mkdir()
-    for name in ("task.yaml", "calibration.json"):  # of an adapter that was trained into this folder
+    for name in (
+        "adapter_config.json",
+        "task.yaml",
+        "calibration.json",
+    ):  # of an adapter that was trained into this folder
         (tmp_path / "out" / name).write_text("old")
     code, out, err = pretrain("--json", cap=20)
     assert code == 0, err

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save, save_file
 import tiny
 from ia3 import IA3Config, get_peft_model, load_base
 from ia3.errors import InputError
+from ia3.files import PENDING
 from ia3.serve import store
 from ia3.serve.limits import Limits
 from ia3.serve.store import Store
@@ -544,15 +545,17 @@ def test_reload_under_load(place, start):
 
 
 def test_what_a_killed_process_has_left(place, start):
-    """Between the two renames of a replacement, in the middle of an upload, of a deletion."""
+    """In the middle of a replacement, of an upload, of a deletion."""
     adapters = place / "adapters"
-    shutil.copytree(adapters / "soup", adapters / ".replaced-lost")
-    for name in (".replaced-tea", ".upload-x1", ".deleted-x2"):
+    shutil.copytree(adapters / "tea", adapters / "replaced")
+    shutil.copytree(adapters / "soup", adapters / "replaced" / PENDING)
+    (adapters / "replaced" / "adapter_config.json").unlink()
+    for name in (".upload-x1", ".deleted-x2"):
         shutil.copytree(adapters / "cake", adapters / name)
     other = Store(adapters)
-    assert sorted(os.listdir(adapters)) == ["cake", "lost", "nested", "soup", "tea"]
+    assert sorted(os.listdir(adapters)) == ["cake", "nested", "replaced", "soup", "tea"]
     server = start(place)
-    assert probabilities(server, "lost") == pytest.approx(probabilities(server, "soup"))
+    assert probabilities(server, "replaced") == pytest.approx(probabilities(server, "soup"))
     # What belongs to a server that runs is left alone.
     (adapters / ".upload-x3").mkdir()
     start(place)

@@ -13,6 +13,7 @@ from sklearn.metrics import log_loss
 import tiny
 import words
 from ia3 import IA3Config, IA3Model, InputError
+from ia3.folder import AdapterFolder
 from ia3.tfew import Calibration, Prediction, Recipe, Task, cross_validate, predict, score_choices
 from ia3.tfew.calibration import fold_of_each
 
@@ -81,14 +82,14 @@ class TestCalibration:
         assert all(Prediction.of(item.scores, temperature).best == item.best for item in predictions)
 
     def test_round_trip_and_damage(self, tmp_path):
-        assert Calibration.beside(tmp_path) is None
+        assert AdapterFolder(tmp_path).calibration is None
         found = Calibration.fit(*sure(20, 0.7, 2.0))
-        found.save(tmp_path)
-        assert Calibration.beside(tmp_path) == found
+        AdapterFolder(tmp_path).calibrate(found)
+        assert AdapterFolder(tmp_path).calibration == found
         for text in ("{", '{"temperature": 0}'):
             (tmp_path / "calibration.json").write_text(text)
             with pytest.raises(InputError, match="calibrate anew"):
-                Calibration.beside(tmp_path)
+                _ = AdapterFolder(tmp_path).calibration
 
     def test_bad_input(self):
         with pytest.raises(InputError, match="found 0 and 0"):

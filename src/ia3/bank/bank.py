@@ -16,10 +16,10 @@ from torch import nn
 from ia3.bank.homes import Folder, Home, Record, RowFile, SpillFile, open_archive, write_archive
 from ia3.bank.layout import DTYPES, Layout, resolve_entries
 from ia3.bank.residency import Residency
-from ia3.checkpoint import locate_weights
 from ia3.config import CONFIG_NAME, IA3Config, adapter_folders
 from ia3.errors import InputError, shown, similar
-from ia3.files import locate
+from ia3.files import current, locate
+from ia3.folder import AdapterFolder
 from ia3.rows import BASE
 from ia3.targets import Target
 
@@ -235,7 +235,7 @@ class AdapterBank:
         folder = os.path.abspath(os.path.join(path, subfolder or ""))
         given = os.path.basename(folder)
         if not os.path.isdir(folder):
-            folder = os.path.dirname(os.path.abspath(locate_weights(path, subfolder, **hub_kwargs)))
+            folder = os.path.dirname(os.path.abspath(AdapterFolder(path, subfolder, **hub_kwargs).vectors_file()))
             locate(path, CONFIG_NAME, subfolder=subfolder, **hub_kwargs)  # beside it
             given = f"{path}/{subfolder}" if subfolder else str(path)
         name = given if name is None else name
@@ -423,7 +423,7 @@ class AdapterBank:
         if inside and name not in self._deleted:
             for root in self._roots:
                 folder = os.path.join(root, *parts)
-                if os.path.isfile(os.path.join(folder, CONFIG_NAME)):
+                if (current(folder) / CONFIG_NAME).is_file():
                     return Folder(folder)
         return None
 

@@ -13,15 +13,17 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from io import BufferedReader
 from itertools import zip_longest
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
-from ia3.checkpoint import PREFIX, WEIGHTS_NAME, Tensors, check_tensors, locate_weights, read_weights
+from ia3.checkpoint import PREFIX, check_tensors
 from ia3.config import CONFIG_NAME, IA3Config
 from ia3.errors import InputError, shown
-from ia3.files import locate
+from ia3.files import current, read_whole
+from ia3.folder import WEIGHTS_NAME, AdapterFolder, Tensors
 from ia3.rules import find_rule
 from ia3.targets import Target, base_modules, matches
 
@@ -143,14 +145,21 @@ class Layout:
         Raises:
             InputError: no adapter, not finite, another method, or other modules, sides or shapes.
         """
-        self._check_config(folder, name)
-        with contextlib.suppress(FileNotFoundError), open(os.path.join(folder, WEIGHTS_NAME), "rb") as file:
+        return read_whole(folder, lambda: self._read_folder(folder, row, name))
+
+    def _read_folder(self, folder: str, row: torch.Tensor, name: str) -> tuple[int, ...]:
+        where = current(folder)
+        if not (where / CONFIG_NAME).is_file():
+            _ = AdapterFolder(folder).config  # says what is wrong
+        self._check_config(where / CONFIG_NAME, name)
+        with contextlib.suppress(FileNotFoundError), open(where / WEIGHTS_NAME, "rb") as file:
             status = os.fstat(file.fileno())
             if self._is_row(file, status.st_size) and file.readinto(memory(row)) == self.row_bytes:
                 self.check_finite(row, name)
                 return file_stamp(status)
-        stamp = file_stamp(os.stat(locate_weights(folder)))
-        self.pack(read_weights(folder)[0], row, name)
+        its = AdapterFolder(folder)
+        stamp = file_stamp(os.stat(its.vectors_file()))
+        self.pack(its.vectors()[0], row, name)
         return stamp
 
     def _is_row(self, file: BufferedReader, size: int) -> bool:
@@ -171,8 +180,7 @@ class Layout:
         _remember(self._known_headers, header)
         return True
 
-    def _check_config(self, folder: str, name: str) -> None:
-        path = locate(folder, CONFIG_NAME)
+    def _check_config(self, path: Path, name: str) -> None:
         with open(path, "rb") as file:
             data = file.read()
         if data in self._known_configs:

@@ -6,9 +6,8 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -22,11 +21,9 @@ if TYPE_CHECKING:
     from rich.progress import Progress
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ia3.folder import AdapterFolder
     from ia3.model import IA3Model
     from ia3.tfew.recipe import Recipe
-    from ia3.tfew.task import Task
-
-TASK_NAME = "task.yaml"
 
 # From so many parameters on, the paper's recipe is the default.
 _LARGE = 1_000_000_000
@@ -134,58 +131,32 @@ def progress(out: Console) -> Iterator[Progress]:
         yield bars
 
 
-def load_task(folder: str) -> Task:
-    """The task stored beside an adapter."""
-    from ia3.files import locate
-    from ia3.tfew.task import Task
-
-    try:
-        return Task.from_file(locate(folder, TASK_NAME))
-    except InputError as error:
-        inner = [
-            str(path.parent) for depth in ("*", "*/*") for path in sorted(Path(folder).glob(f"{depth}/{TASK_NAME}"))
-        ]
-        if inner:
-            raise InputError(
-                f"Expected an adapter's folder, found {folder!r}, which holds several: {shown(inner)}."
-            ) from error
-        if Path(folder).is_dir() and not Path(folder, TASK_NAME).is_file():
-            raise InputError(
-                f"Expected a {TASK_NAME} beside the adapter in {folder!r}, found none: it was not trained by ia3 train; "
-                f"write one, or use the adapter from Python."
-            ) from error
-        raise
-
-
-def load_recipe(folder: str) -> Recipe:
-    """The recipe stored beside an adapter; the paper's where there is none."""
-    from ia3.files import locate_beside
-    from ia3.tfew.recipe import RECIPE_NAME, Recipe
-
-    path = locate_beside(folder, RECIPE_NAME)
-    return Recipe() if path is None else Recipe.load(path)
-
-
-def load_adapted(folder: str, model: str | None, dtype: str = "auto") -> tuple[IA3Model, PreTrainedTokenizerBase]:
+def load_adapted(
+    folder: AdapterFolder, model: str | None, dtype: str = "auto"
+) -> tuple[IA3Model, PreTrainedTokenizerBase]:
     """A base model with the adapter of a folder in it, and its tokenizer.
 
     Args:
-        folder: the adapter's folder or hub id.
+        folder: the adapter's.
         model: the base; None: the one that the adapter names.
         dtype: of its weights, as `load_base` takes it.
     """
-    base, tokenizer = _load_base({folder: IA3Config.from_pretrained(folder)}, model, dtype)
+    base, tokenizer = load_base_of(folder, model, dtype)
     from ia3.model import IA3Model
 
     return IA3Model.from_pretrained(base, folder), tokenizer
 
 
-def load_base_of(folder: str, model: str | None, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_base_of(
+    folder: AdapterFolder, model: str | None, dtype: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base model of an adapter, without it; arguments as of `load_adapted`."""
-    return _load_base({folder: IA3Config.from_pretrained(folder)}, model, dtype)
+    return _load_base([folder], model, dtype)
 
 
-def load_bank(folders: Mapping[str, str], model: str | None, dtype: str) -> tuple[IA3Model, PreTrainedTokenizerBase]:
+def load_bank(
+    folders: Mapping[str, AdapterFolder], model: str | None, dtype: str
+) -> tuple[IA3Model, PreTrainedTokenizerBase]:
     """A base model whose bank holds adapters by name, and its tokenizer.
 
     Args:
@@ -193,43 +164,40 @@ def load_bank(folders: Mapping[str, str], model: str | None, dtype: str) -> tupl
         model: the base; None: the one that all of them name.
         dtype: of its weights, as `load_base` takes it.
     """
-    configs = {folder: IA3Config.from_pretrained(folder) for folder in folders.values()}
-    base, tokenizer = _load_base(configs, model, dtype)
+    base, tokenizer = _load_base([*folders.values()], model, dtype)
     from ia3.bank import AdapterBank
     from ia3.model import IA3Model
 
     adapted = IA3Model(base, {}).eval()
-    bank = AdapterBank(adapted, next(iter(configs.values())))
+    bank = AdapterBank(adapted, next(iter(folders.values())).config)
     for name, folder in folders.items():
         bank.load(folder, name)
+        folder.require_unchanged()
     return adapted, tokenizer
 
 
 def _load_base(
-    configs: Mapping[str, IA3Config], model: str | None, dtype: str
+    folders: Sequence[AdapterFolder], model: str | None, dtype: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model that adapters (folder → config) name, or the given one."""
-    (folder, config), *others = configs.items()
-    name = model or config.base_model_name_or_path
+    """The base model that adapters name, or the given one."""
+    first, *others = folders
+    name = model or first.config.base_model_name_or_path
     if not name:
-        raise InputError(f"The adapter's {CONFIG_NAME} in {folder!r} names no base model; say which: --model.")
-    for other, its in others:
-        if model is None and its.base_model_name_or_path != name:
+        raise InputError(f"The adapter's {CONFIG_NAME} in {str(first)!r} names no base model; say which: --model.")
+    for other in others:
+        its = other.config.base_model_name_or_path
+        if model is None and its != name:
             raise InputError(
-                f"Expected adapters of one base model, found {name!r} in {folder!r} and {its.base_model_name_or_path!r} "
-                f"in {other!r}; give --model if they are the same."
+                f"Expected adapters of one base model, found {name!r} in {str(first)!r} and {its!r} in {str(other)!r}; "
+                f"give --model if they are the same."
             )
     quiet()
     from ia3.pretrained import load_base
 
-    return load_base(name, _labels(folder) if config.task_type == TaskType.SEQ_CLS else None, dtype)
-
-
-def _labels(folder: str) -> list[str] | None:
-    """The labels of the task beside an adapter, in its order; None where there is no task."""
-    from ia3.files import locate_beside
-
-    return None if locate_beside(folder, TASK_NAME) is None else load_task(folder).labels
+    labels = None
+    if first.config.task_type == TaskType.SEQ_CLS and first.task is not None:
+        labels = first.task.labels
+    return load_base(name, labels, dtype)
 
 
 def recipe_for(model: str, recipe: str | None, **changes: Any) -> Recipe:

@@ -13,7 +13,6 @@ import typer
 
 from ia3.cli.common import (
     MAX_SEED,
-    TASK_NAME,
     ChoicesOption,
     DtypeOption,
     ExamplesOption,
@@ -27,18 +26,18 @@ from ia3.cli.common import (
     TextColumnOption,
     console,
     load_base_of,
-    load_recipe,
     print_json,
     progress,
     quiet,
     recipe_for,
 )
-from ia3.cli.results import read_metrics, seen_by, write_json
+from ia3.cli.results import write_json
 from ia3.cli.run import train_alone, with_adapters
 from ia3.cli.train import drawn, folder_of, numbers, say_seen, source_of
 from ia3.config import TaskType
 from ia3.errors import InputError
-from ia3.files import locate, replacing
+from ia3.files import replacing
+from ia3.folder import RECIPE_NAME, WEIGHTS_NAME, AdapterFolder
 from ia3.pretrained import EMBEDDED_MODEL
 
 if TYPE_CHECKING:
@@ -113,13 +112,13 @@ def compare(
         for option, value in {"--recipe": recipe, "--steps": steps}.items():
             if value is not None:
                 raise InputError(f"Expected --adapter or {option}, one of the two, found both.")
-        if task is None:
-            task = locate(adapter, TASK_NAME)
+    trained = None if adapter is None else AdapterFolder(adapter)
     counts = None if shots is None else numbers("--shots", shots, int)
-    source = source_of(task, data, test_data, label_column, text_column, choices, template)
+    own = trained.required_task() if trained is not None and task is None else task
+    source = source_of(own, data, test_data, label_column, text_column, choices, template)
     source.task.check(source.rows)
     source.task.check(source.test or [])
-    seen = None if adapter is None else seen_by(adapter)
+    seen = None if trained is None else trained.seen()
     if adapter is not None and seen is None and source.test is None:
         raise InputError(
             f"Expected test rows that the adapter has not seen (--test-data): {adapter} does not say which rows it was "
@@ -135,16 +134,16 @@ def compare(
     folder = output or folder_of("comparisons", source.task.name)
     if folder.is_file():
         raise InputError(f"Expected a folder for --output, found the file {str(folder)!r}.")
-    plan = load_recipe(adapter) if adapter is not None else recipe_for(model or EMBEDDED_MODEL, recipe, steps=steps)
+    plan = trained.recipe if trained is not None else recipe_for(model or EMBEDDED_MODEL, recipe, steps=steps)
 
     quiet()
     with out.status("Loading the model …"):
         from ia3.pretrained import load_base
 
-        if adapter is None:
+        if trained is None:
             base, tokenizer = load_base(model or EMBEDDED_MODEL, source.task.labels, dtype)
         else:
-            base, tokenizer = load_base_of(adapter, model, dtype)
+            base, tokenizer = load_base_of(trained, model, dtype)
         comparison = Comparison(base, tokenizer, source.task, examples, test, seed, plan)
         drawn_shots = comparison.shots(counts)
     out.print(
@@ -165,7 +164,7 @@ def compare(
     with progress(out) as bars:
         rows = [comparison.zero_shot(bars)]
         rows += [comparison.in_context(bars, count, some) for count, some in drawn_shots.items()]
-        rows.append(comparison.t_few(bars, adapter))
+        rows.append(comparison.t_few(bars, trained))
     settings = {
         "model": base.name_or_path,
         "task": source.task.name,
@@ -267,21 +266,19 @@ class Comparison:
             once_seconds=seconds,
         )
 
-    def t_few(self, bars: Progress, adapter: str | None) -> dict[str, Any]:
+    def t_few(self, bars: Progress, trained: AdapterFolder | None) -> dict[str, Any]:
         """The model with an adapter: a trained one, or one that is trained now."""
         from ia3 import IA3Model
-        from ia3.checkpoint import WEIGHTS_NAME
 
-        if adapter is not None:
-            folder = Path(locate(adapter, WEIGHTS_NAME)).parent
-            model = IA3Model.from_pretrained(self.base, adapter)
-            costs = {"disk_bytes": (folder / WEIGHTS_NAME).stat().st_size, **self._recorded(model, folder)}
+        if trained is not None:
+            model = IA3Model.from_pretrained(self.base, trained)
+            costs = {"disk_bytes": Path(trained.vectors_file()).stat().st_size, **self._recorded(model, trained)}
         else:
             model, costs = self._train(bars)
         return self._row(_T_FEW, self._measure(bars, _T_FEW, model), **costs)
 
     def _train(self, bars: Progress) -> tuple[Any, dict[str, Any]]:
-        from ia3.checkpoint import WEIGHTS_NAME, save_adapter
+        from ia3.checkpoint import save_adapter
 
         recipe = self.recipe
         model = with_adapters(self.base, ["default"], recipe.init)
@@ -301,15 +298,13 @@ class Comparison:
             "steps": steps,
         }
 
-    def _recorded(self, model: IA3Model, folder: Path) -> dict[str, Any]:
+    def _recorded(self, model: IA3Model, folder: AdapterFolder) -> dict[str, Any]:
         """What an adapter's training cost, as far as its folder says; None where it does not."""
-        from ia3.tfew.recipe import RECIPE_NAME, Recipe
-
-        found = read_metrics(folder)
+        found = folder.metrics
         steps, examples = found.get("steps"), found.get("train_examples")
         costs: dict[str, Any] = dict.fromkeys(("training_flops", "training_flops_estimate"))
-        if steps and examples and (folder / RECIPE_NAME).is_file():
-            costs = self._training_flops(model, Recipe.load(folder / RECIPE_NAME), examples, steps)
+        if steps and examples and folder.text(RECIPE_NAME) is not None:
+            costs = self._training_flops(model, folder.recipe, examples, steps)
         seconds = found.get("train_seconds")
         return {
             **costs,

@@ -14,12 +14,10 @@ from ia3.cli.common import (
     ModelOption,
     console,
     load_adapted,
-    load_recipe,
-    load_task,
     print_json,
     progress,
 )
-from ia3.cli.results import seen_by
+from ia3.folder import AdapterFolder
 
 
 def evaluate(
@@ -48,7 +46,8 @@ def evaluate(
     from ia3.tfew.reading import read_rows
 
     out = console(json_output)
-    task = load_task(adapter)
+    folder = AdapterFolder(adapter)
+    task = folder.required_task()
     source = data or task.test
     if source is None:
         raise InputError("Expected labelled rows (--data): the task names no test rows.")
@@ -57,8 +56,7 @@ def evaluate(
     labels = [task.label(row, number) for number, row in enumerate(rows, 1)]
     if calibrate and not Path(adapter).is_dir():
         raise InputError(f"Expected a folder here with --calibrate, found {adapter!r}: the result is stored in it.")
-    stored, recipe = Calibration.beside(adapter), load_recipe(adapter)
-    seen = seen_by(adapter)
+    recipe, temperature, seen = folder.recipe, folder.temperature, folder.seen()
     unseen = [number for number, row in enumerate(rows) if seen is None or not seen(row)]
     if calibrate and not unseen:
         raise InputError("Expected rows for --calibrate that the adapter was not trained on, found none.")
@@ -67,7 +65,7 @@ def evaluate(
         text += "; probabilities are calibrated without them." if calibrate else "."
         out.print(text, style="yellow", markup=False, soft_wrap=True)
     with out.status("Loading …"):
-        adapted, tokenizer = load_adapted(adapter, model, dtype)
+        adapted, tokenizer = load_adapted(folder, model, dtype)
         from ia3.tfew.prediction import predict as predict_rows
     with progress(out) as bars:
         bar = bars.add_task("Evaluating", total=len(rows), note="")
@@ -75,7 +73,7 @@ def evaluate(
     fitted = None
     if calibrate:
         fitted = Calibration.fit([found[number] for number in unseen], [labels[number] for number in unseen])
-        fitted.save(adapter)
+        folder.calibrate(fitted)
 
     import numpy as np
     from sklearn.metrics import precision_recall_fscore_support
@@ -88,8 +86,8 @@ def evaluate(
         **task.metrics(labels, predictions),
         "majority": task.metrics(labels, [majority] * len(labels)),
         "rows": len(rows),
-        "temperature": stored.temperature if stored else 1.0,
-        **Calibration.quality(found, labels, stored.temperature if stored else 1.0),
+        "temperature": temperature,
+        **Calibration.quality(found, labels, temperature),
         **({} if fitted is None else {"calibration": fitted.model_dump()}),
         "labels": {
             name: {"precision": float(p), "recall": float(r), "f1": float(f), "rows": int(n)}

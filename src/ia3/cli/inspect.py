@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from ia3.cli.common import AdapterArgument, JsonOption, console, print_json
-from ia3.config import IA3Config
+from ia3.folder import AdapterFolder
 
 
 def inspect(
@@ -18,10 +18,11 @@ def inspect(
     json_output: bool = JsonOption,
 ) -> None:
     """Show what an adapter rescales: modules, sizes, and the largest and smallest scalings by layer and kind."""
-    config = IA3Config.from_pretrained(adapter)
-    from ia3.checkpoint import PREFIX, read_weights
+    config = AdapterFolder(adapter).config  # before torch is imported, what cannot be used
+    from ia3.checkpoint import PREFIX
 
-    tensors, _ = read_weights(adapter)
+    folder, tensors, _ = AdapterFolder.whole(adapter)
+    config = folder.config
     vectors = {
         name.removeprefix(PREFIX).removesuffix(".ia3_l"): tensor.flatten().float()
         for name, tensor in tensors.items()

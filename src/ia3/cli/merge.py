@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
+import os
 from pathlib import Path
 
 import typer
 
-from ia3.cli.common import TASK_NAME, AdapterArgument, JsonOption, ModelOption, console, load_adapted, print_json
+from ia3.cli.common import AdapterArgument, JsonOption, ModelOption, console, load_adapted, print_json
 from ia3.errors import InputError
+from ia3.files import new_folder
+from ia3.folder import TASK_NAME, AdapterFolder
 
 
 def merge(
@@ -24,23 +25,21 @@ def merge(
     out = console(json_output)
     if output.exists() and (output.is_file() or any(output.iterdir())):
         raise InputError(f"Expected --output to be a new or empty folder, found {str(output)!r}; choose another.")
+    if output.exists() and (os.path.ismount(output) or output.samefile(Path())):
+        raise InputError(
+            f"Expected --output to be a folder of its own, found a mount point or the current folder, {str(output)!r}; give "
+            f"one within it."
+        )
+    folder = AdapterFolder(adapter)
     with out.status("Loading …"):
-        adapted, tokenizer = load_adapted(adapter, model)
+        adapted, tokenizer = load_adapted(folder, model)
     with out.status("Merging …"):
         merged = adapted.merge_and_unload(safe_merge=True)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-        try:
+        with new_folder(output) as temporary:
             merged.save_pretrained(temporary)  # type: ignore[operator]
             tokenizer.save_pretrained(temporary)
-            if Path(adapter, TASK_NAME).is_file():
-                shutil.copy(Path(adapter, TASK_NAME), temporary)
-            temporary.chmod(0o755)
-            if output.exists():
-                output.rmdir()
-            temporary.rename(output)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            if folder.task is not None:
+                folder.task.save(temporary / TASK_NAME)
     size = sum(file.stat().st_size for file in output.iterdir())
     if json_output:
         print_json({"output": str(output), "bytes": size, "model_class": type(merged).__name__})

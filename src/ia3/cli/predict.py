@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,13 +19,12 @@ from ia3.cli.common import (
     console,
     load_adapted,
     load_bank,
-    load_recipe,
-    load_task,
     print_json,
     progress,
 )
 from ia3.config import adapter_folders
 from ia3.errors import InputError, shown, similar
+from ia3.folder import AdapterFolder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -77,22 +77,23 @@ def predict(
     if data is not None and adapter_column is not None:
         rows = read_rows(data)
         names = _adapter_of_each(Path(adapter), rows, adapter_column)
-        known = {name: load_task(str(Path(adapter, name))) for name in dict.fromkeys(names)}
-        tasks = [known[name] for name in names]
+        known = {name: AdapterFolder(Path(adapter, name)) for name in dict.fromkeys(names)}
+        tasks = [known[name].required_task() for name in names]
     else:
-        names, task = None, load_task(adapter)
+        names, known = None, {"": AdapterFolder(adapter)}
+        task = known[""].required_task()
         rows = read_rows(data, task.class_names) if data else _text_rows(task, texts or [])
         tasks = [task] * len(rows)
     for number, (task, row) in enumerate(zip(tasks, rows, strict=True), 1):
         task.prompt(row, number)  # before a model is loaded, what cannot be used
         task.answers(row, number)
-    folders = [adapter] * len(rows) if names is None else [str(Path(adapter, name)) for name in names]
-    temperatures, recipe = _settings(folders)
+    temperatures = [known[name].temperature for name in names or [""] * len(rows)]
+    recipe = _recipe_of([*known.values()])
     with out.status("Loading …"):
         if names is None:
-            adapted, tokenizer = load_adapted(adapter, model, dtype)
+            adapted, tokenizer = load_adapted(known[""], model, dtype)
         else:
-            adapted, tokenizer = load_bank({name: str(Path(adapter, name)) for name in known}, model, dtype)
+            adapted, tokenizer = load_bank(known, model, dtype)
         from ia3.tfew.prediction import predict as predict_rows
     with progress(out) as bars:
         bar = bars.add_task("Predicting", total=len(rows), note="")
@@ -122,24 +123,18 @@ def predict(
         _print_table(out, tasks, rows, found, names)
 
 
-def _settings(folders: list[str]) -> tuple[list[float], Recipe]:
-    """The temperature for each row, and the recipe of all of them, by the folder of each row's adapter."""
-    from ia3.tfew.calibration import Calibration
-
-    known = list(dict.fromkeys(folders))
-    calibrations = {folder: Calibration.beside(folder) for folder in known}
-    temperatures = {folder: 1.0 if found is None else found.temperature for folder, found in calibrations.items()}
-    recipes = {folder: load_recipe(folder) for folder in known}
-    first = recipes[known[0]]
-    for folder, recipe in recipes.items():
+def _recipe_of(folders: Sequence[AdapterFolder]) -> Recipe:
+    """The recipe of all adapters, which decides how they are scored."""
+    first, *others = folders
+    for other in others:
         for name in ("length_normalization", "long_prompts"):
-            one, other = getattr(first, name), getattr(recipe, name)
-            if one != other:
+            one, its = getattr(first.recipe, name), getattr(other.recipe, name)
+            if one != its:
                 raise InputError(
-                    f"Expected adapters whose recipes agree in {name}, found {one} in {known[0]!r} and {other} in "
-                    f"{folder!r}; label their rows separately."
+                    f"Expected adapters whose recipes agree in {name}, found {one} in {str(first)!r} and {its} in "
+                    f"{str(other)!r}; label their rows separately."
                 )
-    return [temperatures[folder] for folder in folders], first
+    return first.recipe
 
 
 def _adapter_of_each(folder: Path, rows: list[dict], column: str) -> list[str]:

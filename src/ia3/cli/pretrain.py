@@ -14,7 +14,6 @@ import typer
 
 from ia3.cli.common import (
     MAX_SEED,
-    TASK_NAME,
     BaseOption,
     DtypeOption,
     JsonOption,
@@ -27,6 +26,7 @@ from ia3.cli.results import write_adapter
 from ia3.cli.resume import begin, checkpoint_of, fingerprint, say_interrupted
 from ia3.cli.run import with_adapters
 from ia3.errors import InputError, shown
+from ia3.folder import CARD_MARK
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -152,7 +152,6 @@ def pretrain(
         "trainable_parameters": sum(parameter.numel() for parameter in network.adapter_parameters("default")),
     }
     results = write_adapter(output, network, "default", plan, results, functools.partial(_card, output, plan))
-    (output / TASK_NAME).unlink(missing_ok=True)  # of an adapter that was in this folder before
     shutil.rmtree(checkpoints, ignore_errors=True)
     if json_output:
         print_json({"output": str(output), **results})
@@ -214,6 +213,8 @@ tags:
 - ia3
 - t-few
 ---
+
+{CARD_MARK}
 
 # {folder.name}
 

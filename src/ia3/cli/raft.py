@@ -24,10 +24,11 @@ from ia3.cli.common import (
     quiet,
     recipe_for,
 )
-from ia3.cli.results import SEEN, read_metrics, write, write_json
+from ia3.cli.results import write, write_json
 from ia3.cli.resume import RUN_NAME, fingerprint, require_same
 from ia3.cli.run import cross_validated, train_alone, with_adapters
 from ia3.errors import InputError, shown
+from ia3.folder import SEEN, AdapterFolder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -155,7 +156,7 @@ def _earlier(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         raise InputError(f"Expected the {PREDICTIONS_NAME} of a finished task in {str(folder)!r}; delete the folder.")
     error = InputError(f"Expected the results of a finished task in {str(folder)!r}; delete the folder.")
     try:
-        found = read_metrics(folder)
+        found = AdapterFolder(folder).metrics
         numbers = [found[key]["macro_f1"] for key in ("cross_validation", "majority")]
         numbers += [found["test_rows"], found["seconds"]]
     except (InputError, KeyError, TypeError) as cause:

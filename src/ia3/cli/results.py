@@ -9,9 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ia3.cli.common import TASK_NAME, load_task
-from ia3.errors import InputError
-from ia3.files import locate_beside, replacing
+from ia3.files import replacing
+from ia3.folder import CALIBRATION_NAME, CARD_MARK, CARD_NAME, METRICS_NAME, RECIPE_NAME, SEEN, TASK_NAME, to_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,9 +19,6 @@ if TYPE_CHECKING:
     from ia3.tfew.calibration import Calibration
     from ia3.tfew.recipe import Recipe
     from ia3.tfew.task import Row, Task, Template
-
-# The key of the training rows' fingerprints in metrics.json.
-SEEN = "train_rows"
 
 _METHODS = {"zero_shot": "zero-shot", "trained": "trained", "majority": "majority class"}
 _METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
@@ -42,15 +38,14 @@ def write(
 
     What the examples were that it learned from, metrics.json says in fingerprints, for programs alone.
     """
-    task.save(folder / TASK_NAME)
+    texts = {TASK_NAME: task.to_yaml()}
     if calibration is not None:
         results = {**results, "calibration": calibration.model_dump()}
+        texts[CALIBRATION_NAME] = calibration.to_json()
     card = functools.partial(_model_card, folder, task, recipe)
     seen = {SEEN: [task.fingerprint(row) for row in examples]}
-    results = write_adapter(folder, model, adapter, recipe, {**results, **seen}, card)
+    results = write_adapter(folder, model, adapter, recipe, {**results, **seen}, card, texts)
     del results[SEEN]
-    if calibration is not None:
-        calibration.save(folder)
     return results
 
 
@@ -61,64 +56,27 @@ def write_adapter(
     recipe: Recipe,
     results: dict[str, Any],
     card: Callable[[dict[str, Any]], str],
+    texts: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Save an adapter with its recipe, its metrics and a model card that is made of them; returns the metrics with the
-    adapter's size."""
-    from ia3.checkpoint import WEIGHTS_NAME, save_adapter
-    from ia3.tfew.calibration import CALIBRATION_NAME
-    from ia3.tfew.recipe import RECIPE_NAME
+    """Save an adapter with its recipe, its metrics, a model card that is made of them and other files, in whole or not
+    at all; returns the metrics with the adapter's size."""
+    from ia3.checkpoint import save_adapter
 
-    recipe.save(folder / RECIPE_NAME)
-    save_adapter(model, folder, adapter)
-    (folder / CALIBRATION_NAME).unlink(missing_ok=True)  # of an earlier adapter in this folder
-    results = {**results, "adapter_bytes": (folder / WEIGHTS_NAME).stat().st_size}
-    write_json(folder / "metrics.json", results)
-    with replacing(folder / "README.md") as path:
-        path.write_text(card(results), encoding="utf-8")
-    return results
+    measured = dict(results)
 
+    def beside(adapter_bytes: int) -> dict[str, bytes]:
+        measured["adapter_bytes"] = adapter_bytes
+        more = {RECIPE_NAME: recipe.to_yaml(), METRICS_NAME: to_json(measured), CARD_NAME: card(measured)}
+        return {name: text.encode() for name, text in {**more, **(texts or {})}.items()}
 
-def read_metrics(folder: Path) -> dict[str, Any]:
-    """What `write` has stored beside an adapter; nothing where there is no metrics.json.
-
-    Raises:
-        InputError: a file that is not of this kind.
-    """
-    path = folder / "metrics.json"
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"Expected JSON in {path}: {error}; delete it.") from error
-    seen = found.get(SEEN, []) if isinstance(found, dict) else None
-    numbers = ("steps", "train_examples", "train_seconds", "trained_at_once")
-    if not isinstance(seen, list) or not all(isinstance(found.get(key, 0), (int, float)) for key in numbers):
-        raise InputError(f"Expected what ia3 train measured in {path}; delete it.")
-    return found
-
-
-def seen_by(adapter: str) -> Callable[[Row], bool] | None:
-    """Whether an adapter was trained on a row, in the words of its own task; None where its folder does not say.
-
-    Args:
-        adapter: a folder or hub id.
-
-    Raises:
-        InputError: see `read_metrics`.
-    """
-    path = locate_beside(adapter, "metrics.json")
-    keys = None if path is None else read_metrics(Path(path).parent).get(SEEN)
-    if keys is None:
-        return None
-    own, seen = load_task(adapter), set(keys)
-    return lambda row: row.keys() >= set(own.columns) and own.fingerprint(row) in seen
+    save_adapter(model, folder, adapter, beside=beside)
+    return measured
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file, in whole or not at all."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(to_json(value), encoding="utf-8")
 
 
 def print_table(out: Console, results: dict[str, Any]) -> None:
@@ -251,6 +209,8 @@ tags:
 - ia3
 - t-few
 ---
+
+{CARD_MARK}
 
 # {task.name}
 

@@ -267,7 +267,7 @@ def _sources(files: str) -> list[Source]:
 
 
 def source_of(
-    task: str | None = None,
+    task: str | Task | None = None,
     data: str | None = None,
     test_data: str | None = None,
     label_column: str | None = None,
@@ -285,7 +285,10 @@ def source_of(
         name = Path(data).stem.replace("_", "-") or "task"
         description = Task.infer(rows, label_column, text_column, given, template, name)
     else:
-        description = Task.embedded(EMBEDDED_TASK) if task is None else Task.load(task)
+        if task is None:
+            description = Task.embedded(EMBEDDED_TASK)
+        else:
+            description = task if isinstance(task, Task) else Task.load(task)
         if text_column is not None:
             raise InputError("--text-column goes with --data; a task's template names its columns itself.")
         changes = {
@@ -297,7 +300,9 @@ def source_of(
         description = Task.create(values)
         source = data or description.train
         if source is None:
-            raise InputError(f"Expected training rows: neither --data nor a `train:` in {task}.")
+            raise InputError(
+                f"Expected training rows: neither --data nor a `train:` in {task if isinstance(task, str) else description.name}."
+            )
         rows = read_rows(source, description.class_names)
     source = test_data or (description.test if data is None else None)
     test = None if source is None else list(read_rows(source, description.class_names))

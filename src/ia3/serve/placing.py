@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ia3.checkpoint import PREFIX, WEIGHTS_NAME, Tensors, check_tensors, read_weights
-from ia3.config import IA3Config
+from ia3.checkpoint import PREFIX, check_tensors
 from ia3.errors import InputError, shown
-from ia3.files import locate
+from ia3.folder import AdapterFolder, Tensors
 
 _SUFFIX = ".ia3_l"
 
@@ -59,8 +58,8 @@ def read_vectors(folder: str | os.PathLike, name: str) -> Tensors:
     Raises:
         InputError: no (IA)³ adapter, no safetensors, or more than vectors (`modules_to_save`).
     """
-    config = IA3Config.from_pretrained(folder)
-    tensors, _ = read_weights(os.path.dirname(locate(folder, WEIGHTS_NAME)))
+    its, tensors, _ = AdapterFolder.whole(folder, pickled=False)
+    config = its.config
     others = sorted(key for key in tensors if not key.endswith(_SUFFIX))
     if others or config.modules_to_save:
         raise InputError(

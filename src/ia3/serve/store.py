@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ia3.config import CONFIG_NAME, IA3Config, adapter_folders
 from ia3.errors import InputError, reason, shown, similar
+from ia3.files import current, take_over
+from ia3.folder import CALIBRATION_NAME, OWN_NAMES, RECIPE_NAME, TASK_NAME, WEIGHTS_NAME, AdapterFolder
 
 if TYPE_CHECKING:
     from ia3.serve.engine import Engine
@@ -30,17 +32,14 @@ logger = logging.getLogger(__name__)
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}(/[A-Za-z0-9][A-Za-z0-9._-]{0,99})*")
 
-TASK_NAME, RECIPE_NAME, CALIBRATION_NAME = "task.yaml", "recipe.yaml", "calibration.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-
 # Finding close names takes too long among thousands.
 _NEAR = 100
 
 # In a folder that came over HTTP, and may be replaced and deleted over HTTP.
 _UPLOADED = ".uploaded"
 
-# Folders that are on their way in, or out. What has been replaced is put back when its successor never came.
-_COMING, _REPLACED, _GOING = ".upload-", ".replaced-", ".deleted-"
+# Folders that are on their way in, or out.
+_COMING, _GOING = ".upload-", ".deleted-"
 
 
 class UnknownAdapter(InputError):
@@ -103,19 +102,9 @@ class Adapter:
 
 def read_settings(folder: str) -> Settings:
     """The settings in an adapter's folder. Raises `InputError` for files that are damaged or cannot be read."""
-    from ia3.tfew.calibration import Calibration
-    from ia3.tfew.recipe import Recipe
-    from ia3.tfew.task import Task
-
-    task, recipe = Path(folder, TASK_NAME), Path(folder, RECIPE_NAME)
     try:
-        calibration = Calibration.beside(folder)
-        return Settings(
-            task=Task.from_file(task) if task.is_file() else None,
-            recipe=Recipe.load(recipe) if recipe.is_file() else Recipe(),
-            temperature=1.0 if calibration is None else calibration.temperature,
-            calibrated=calibration is not None,
-        )
+        found = AdapterFolder(folder)
+        return Settings(found.task, found.recipe, found.temperature, calibrated=found.calibration is not None)
     except (OSError, RecursionError) as error:
         raise InputError(f"The files beside this adapter cannot be read: {reason(error)}.") from error
 
@@ -124,10 +113,10 @@ def _stamp(folder: str) -> tuple | None:
     """Changes when an adapter's files do; None for a folder or files that are links, or without the vectors' file."""
     if os.path.realpath(folder) != folder:
         return None
-    found = {}
+    found, where = {}, current(folder)
     for name in (CONFIG_NAME, WEIGHTS_NAME, TASK_NAME, RECIPE_NAME, CALIBRATION_NAME):
         with contextlib.suppress(OSError):
-            status = os.lstat(os.path.join(folder, name))
+            status = os.lstat(where / name)
             if not stat.S_ISREG(status.st_mode):
                 return None
             found[name] = status.st_ino, status.st_size, status.st_mtime_ns
@@ -160,7 +149,7 @@ class Store:
     def __init__(self, root: str | os.PathLike, most: int = 20_000, base: str = "") -> None:
         self.root = os.path.realpath(root)
         self._most, self._base = most, base
-        if os.path.isfile(os.path.join(self.root, CONFIG_NAME)):
+        if (current(self.root) / CONFIG_NAME).is_file():
             raise InputError(
                 f"Expected a folder whose subfolders are the adapters, found an adapter in {str(root)!r}; give the folder "
                 f"above it."
@@ -387,7 +376,7 @@ class Store:
     def _require_free(self, name: str, folder: str) -> None:
         """Raise `Conflict` unless nothing, or what is in that folder, goes by a name."""
         served = self._adapters.get(name)
-        other = os.path.isfile(os.path.join(self._folder(name), CONFIG_NAME)) and folder != self._folder(name)
+        other = (current(self._folder(name)) / CONFIG_NAME).is_file() and folder != self._folder(name)
         if other or (served is not None and served.folder != folder):
             raise Conflict(f"There is another adapter {name!r}; choose another name, or remove that one.")
 
@@ -471,7 +460,7 @@ class Store:
         return found
 
     def _clean(self) -> None:
-        """Finish or undo what a process that was killed has left in the root, unless another server works there now."""
+        """Remove what a process that was killed has left in the root, unless another server works there now."""
         try:
             import fcntl
 
@@ -479,12 +468,8 @@ class Store:
             weakref.finalize(self, os.close, claimed)  # the lock is held for as long
             fcntl.flock(claimed, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for name in os.listdir(self.root):
-                path = os.path.join(self.root, name)
-                final = os.path.join(self.root, name.removeprefix(_REPLACED))
-                if name.startswith(_REPLACED) and not os.path.lexists(final):
-                    os.rename(path, final)
-                elif name.startswith((_COMING, _REPLACED, _GOING)):
-                    shutil.rmtree(path, ignore_errors=True)
+                if name.startswith((_COMING, _GOING)):
+                    shutil.rmtree(os.path.join(self.root, name), ignore_errors=True)
         except (ImportError, OSError):  # elsewhere than on POSIX; no root yet; another server's
             return
 
@@ -496,17 +481,8 @@ class Store:
 
 
 def _exchange(folder: str, final: str) -> None:
-    """Put a folder into another's place, which may be there; it goes aside under a name that says where it was."""
-    parent, name = os.path.split(final)
-    aside = os.path.join(parent, _REPLACED + name)
-    if not os.path.lexists(final):
+    """Put a folder into another's place, or its files into that of the other's."""
+    if os.path.lexists(final):
+        take_over(folder, final, OWN_NAMES)
+    else:
         os.rename(folder, final)
-        return
-    shutil.rmtree(aside, ignore_errors=True)
-    os.rename(final, aside)
-    try:
-        os.rename(folder, final)
-    except OSError:
-        os.rename(aside, final)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)

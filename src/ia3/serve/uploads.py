@@ -12,14 +12,15 @@ import yaml
 
 from ia3.config import CONFIG_NAME, IA3Config
 from ia3.errors import InputError, reason, shown
+from ia3.folder import CALIBRATION_NAME, RECIPE_NAME, TASK_NAME, WEIGHTS_NAME
 from ia3.tfew.template import has_jinja
 
 FILES = {
-    "adapter_model.safetensors": True,
+    WEIGHTS_NAME: True,
     CONFIG_NAME: True,
-    "task.yaml": False,
-    "recipe.yaml": False,
-    "calibration.json": False,
+    TASK_NAME: False,
+    RECIPE_NAME: False,
+    CALIBRATION_NAME: False,
 }
 """Names of the files of an upload, and whether they have to be there."""
 
@@ -61,7 +62,7 @@ def check(folder: Path) -> None:
     """
     for name in FILES:
         path = folder / name
-        if not path.is_file() or name == "adapter_model.safetensors":
+        if not path.is_file() or name == WEIGHTS_NAME:
             continue
         if path.stat().st_size > _MOST_BYTES:
             raise InputError(f"Expected {name} of at most {_MOST_BYTES} bytes, found {path.stat().st_size}.")

@@ -20,6 +20,7 @@ import torch
 
 from ia3.config import CONFIG_NAME, PeftType
 from ia3.errors import InputError, reason, shown
+from ia3.files import current
 from ia3.serve.placing import Layer, Scales, place, read_vectors
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def is_ia3(folder: str | os.PathLike) -> bool:
         InputError: its config is no JSON.
     """
     try:
-        with open(os.path.join(folder, CONFIG_NAME), encoding="utf-8") as file:
+        with open(current(folder) / CONFIG_NAME, encoding="utf-8") as file:
             config = json.load(file)
     except OSError:
         return False
@@ -395,7 +396,7 @@ def _install() -> None:
         folder = utils.get_adapter_absolute_path(lora_request.lora_path)
         manager, name = self._adapter_manager, lora_request.lora_name
         if not is_ia3(folder):
-            if not os.path.isfile(os.path.join(folder, CONFIG_NAME)):
+            if not (current(folder) / CONFIG_NAME).is_file():
                 raise LoRAAdapterNotFoundError(name, lora_request.lora_path)
             if manager.ia3_only:
                 raise InputError(

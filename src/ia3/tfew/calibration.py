@@ -9,14 +9,12 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ia3.errors import InputError, problems, shown
-from ia3.files import locate_beside, replacing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,8 +23,6 @@ if TYPE_CHECKING:
     from ia3.tfew.prediction import Prediction
     from ia3.tfew.recipe import Recipe
     from ia3.tfew.task import Row, Task
-
-CALIBRATION_NAME = "calibration.json"
 
 # Where the best temperature is looked for: an adapter that knows its examples by heart is sure of everything.
 _LOWEST, _HIGHEST = 0.05, 20.0
@@ -94,26 +90,18 @@ class Calibration(BaseModel):
         }
 
     @classmethod
-    def beside(cls, folder: str | os.PathLike) -> Calibration | None:
-        """The one that is stored with an adapter, in a folder or on the hub; None when there is none.
-
-        Raises:
-            InputError: a damaged file; or see `locate_beside`.
-        """
-        path = locate_beside(folder, CALIBRATION_NAME)
-        if path is None:
-            return None
+    def from_json(cls, data: bytes, path: str | os.PathLike) -> Calibration:
+        """The one in what was read from `path`. Raises `InputError` for a damaged file."""
         try:
-            return cls.model_validate(json.loads(Path(path).read_text(encoding="utf-8")))
+            return cls.model_validate(json.loads(data))
         except ValidationError as error:
             raise InputError(f"Cannot use {path}: {problems(error, 'calibration')}; calibrate anew.") from error
         except ValueError as error:
             raise InputError(f"Expected JSON in {path}: {error}; calibrate anew.") from error
 
-    def save(self, folder: str | os.PathLike) -> None:
-        """Store it beside an adapter, in whole or not at all."""
-        with replacing(Path(folder, CALIBRATION_NAME)) as temporary:
-            temporary.write_text(json.dumps(self.model_dump(), indent=2) + "\n", encoding="utf-8")
+    def to_json(self) -> str:
+        """What `from_json` reads."""
+        return json.dumps(self.model_dump(), indent=2) + "\n"
 
 
 def _log_loss(scores: Sequence[Mapping[str, float]], labels: Sequence[str], temperature: float) -> float:

@@ -16,8 +16,6 @@ from ia3.files import read_fields, replacing
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-RECIPE_NAME = "recipe.yaml"
-
 # What transformers knows beside these needs arguments that a recipe has no fields for, or packages of its own.
 OPTIMIZERS = ("adafactor", "adamw_torch", "adamw_torch_fused", "adagrad", "rmsprop", "sgd")
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "constant", "constant_with_warmup", "inverse_sqrt")
@@ -123,7 +121,12 @@ class Recipe(BaseModel):
             raise InputError(
                 f"Expected a recipe of {', '.join(PRESETS)} or a YAML file, found {text!r}; {similar(text, PRESETS)}."
             )
-        values = read_fields(path, yaml.SafeLoader, "steps and learning_rate")
+        return cls.from_file(path)
+
+    @classmethod
+    def from_file(cls, path: Path, data: bytes | None = None) -> Recipe:
+        """The recipe in a YAML file; `data` is what was read from it already. Errors as of `load`."""
+        values = read_fields(path, yaml.SafeLoader, "steps and learning_rate", data)
         return cls.create({"name": path.stem, **values}, str(path))
 
     @classmethod
@@ -139,10 +142,14 @@ class Recipe(BaseModel):
         wanted = {name: value for name, value in changes.items() if value is not None}
         return self.create({**self.model_dump(), **wanted})
 
+    def to_yaml(self) -> str:
+        """All fields, as `from_file` reads them."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+
     def save(self, path: str | os.PathLike) -> None:
         """Write all fields as YAML, in whole or not at all."""
         with replacing(path) as temporary:
-            temporary.write_text(yaml.safe_dump(self.model_dump(), sort_keys=False), encoding="utf-8")
+            temporary.write_text(self.to_yaml(), encoding="utf-8")
 
     @property
     def loss_weights(self) -> dict[str, float]:

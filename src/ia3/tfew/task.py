@@ -48,12 +48,12 @@ NOTHING = ("", "~", "null")
 _MOST_LISTED = 10
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, data: bytes | None = None) -> dict[str, Any]:
     """The fields in a YAML file, in which everything is text: `yes` and `1` are words and labels here, not true and a
-    number, and tags mean nothing."""
-    if not path.is_file():
+    number, and tags mean nothing. `data` is what was read from it already."""
+    if data is None and not path.is_file():
         raise InputError(f"Expected a task file, found no {str(path)!r}.")
-    return read_fields(path, _Loader, "template and choices")
+    return read_fields(path, _Loader, "template and choices", data)
 
 
 class _UnknownLabel(InputError):
@@ -192,16 +192,20 @@ class Task(BaseModel):
         return cls.from_file(text)
 
     @classmethod
-    def from_file(cls, path: str | os.PathLike) -> Task:
+    def from_file(cls, path: str | os.PathLike, data: bytes | None = None) -> Task:
         """Read a task from YAML, or a published collection of prompts (see `read_prompts`).
 
         Paths in a task are relative to its folder.
+
+        Args:
+            path: the file.
+            data: what was read from it already; None: read it.
 
         Raises:
             InputError: no such file, no YAML, or a field that is missing, unknown or of the wrong kind.
         """
         path = Path(path)
-        values = read_yaml(path)
+        values = read_yaml(path, data)
         if isinstance(values.get("templates"), dict):
             from ia3.tfew.prompts import task_of
 
@@ -282,15 +286,18 @@ class Task(BaseModel):
             template = _made_template(text_column, label_column, answers)
         return cls.create({"name": name, "template": template, "label_column": label_column, "choices": dict(choices)})
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Write the task as YAML, in whole or not at all."""
+    def to_yaml(self) -> str:
+        """What `from_file` reads."""
         values = self.model_dump(exclude_defaults=True) | {"name": self.name}
         if self.templates == [Template(prompt=self.templates[0].prompt)]:
             del values["templates"]
             values["template"] = self.templates[0].prompt
-        yaml_text = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+        return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the task as YAML, in whole or not at all."""
         with replacing(path) as temporary:
-            temporary.write_text(yaml_text, encoding="utf-8")
+            temporary.write_text(self.to_yaml(), encoding="utf-8")
 
     @functools.cached_property
     def labels(self) -> list[str] | None:
