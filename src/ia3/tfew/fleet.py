@@ -132,6 +132,9 @@ class FleetTrainer(TFewTrainer):
         self._count_anew()
         return super().train(*args, **kwargs)
 
+    def _learned(self) -> dict[str, tuple[Task, Sequence[Row]]]:
+        return {name: (member.task, member.rows) for name, member in self.members.items()}
+
     def steps_of(self, name: str) -> int:
         """After how many steps a member stopped, or how many there have been."""
         return self.stopping.stopped.get(None if self._alone else name, self.state.global_step)

@@ -211,6 +211,12 @@ class MixtureTrainer(TFewTrainer):
         self.mixture = Mixture(tasks, processing_class, model, recipe, args.max_steps * batch, cap, seed)
         self._set_up(model, args, processing_class, self.mixture, None, recipe, [None], **kwargs)
 
+    def _describe(self) -> None:
+        model = self._adapted()
+        if model is not None:
+            for name in self.trained_adapters:
+                model.folders.pop(name, None)  # no one task stands beside them
+
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
         return SequentialSampler(self.mixture)  # what is drawn is in a random order already
 

@@ -15,6 +15,7 @@ from transformers.trainer_callback import ExportableState
 
 from ia3.config import TaskType
 from ia3.errors import InputError, shown
+from ia3.folder import AdapterFolder
 from ia3.pretrained import task_type
 from ia3.tfew.beginning import parts, training_parts
 from ia3.tfew.choices import Batch, normalized_scores, to_device, token_log_probs
@@ -91,6 +92,7 @@ class TFewTrainer(Trainer):
         if eval_dataset is not None:
             held_out = evaluation_examples(task, processing_class, eval_dataset, model, recipe)
             kwargs.setdefault("compute_metrics", metrics_of(task))
+        self._task, self._rows = task, train_dataset
         self._set_up(model, args, processing_class, examples, held_out, recipe, [None], **kwargs)
 
     def _set_up(
@@ -141,10 +143,27 @@ class TFewTrainer(Trainer):
         With `load_best_model_at_end` it is the best checkpoint, whose vectors are those of its step.
         """
         try_packing(self.model, self._foreseen(), padding_id(self.processing_class))  # type: ignore[arg-type]
+        self._describe()
         output = super().train(*args, **kwargs)
         if self._average is not None and not self.args.load_best_model_at_end:
             self._average.use()
         return output
+
+    def _learned(self) -> dict[str, tuple[Task, Sequence[Mapping[str, Any]]]]:
+        """The task and the training rows of each adapter that is trained on one."""
+        return dict.fromkeys(self.trained_adapters, (self._task, self._rows))
+
+    def _describe(self) -> None:
+        """Let the model know what belongs beside its adapters in a folder, so that every command can use them."""
+        model = self._adapted()
+        if model is not None:
+            for name, (task, rows) in self._learned().items():
+                before = model.folders.get(name)
+                model.folders[name] = AdapterFolder.describing(task, self.recipe, rows, before)
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_checkpoint(*args, **kwargs)
+        self._describe()
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
         if self.stopping.all_stopped:  # a run that goes on from where it stopped
