@@ -95,12 +95,14 @@ def test_columns_are_in_the_order_of_a_safetensors_file(arch, tmp_path):
     assert starts == [sum(entry.size for entry in bank.entries[:i]) for i in range(len(starts))]
     for entry in bank.entries:
         if entry.parameter is None:
-            layer = model.layers[entry.path]
+            layer = model.ia3_layers[entry.path]
             assert entry.feedforward is layer.feedforward["default"] and entry.shape == layer.ia3_l["default"].shape
         else:
             assert entry.path in bank.modules
-            assert model.trained_modules[entry.path].original_module.state_dict()[entry.parameter].shape == entry.shape
-    assert {target.path for target in bank.targets} == set(model.layers)
+            assert (
+                model.ia3_trained_modules[entry.path].original_module.state_dict()[entry.parameter].shape == entry.shape
+            )
+    assert {target.path for target in bank.targets} == set(model.ia3_layers)
 
 
 def test_row_0_is_the_base_model(arch):

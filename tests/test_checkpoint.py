@@ -399,7 +399,7 @@ def test_training_a_reloaded_default_adapter_goes_on_without_queries(gpt2, tmp_p
                 assert not (value[REST] == 1).any()
         model = PeftModel.from_pretrained(tiny.build("gpt2"), tmp_path / turn, is_trainable=True)
         model(**tiny.batch("gpt2")).loss.backward()
-        for path, layer in model.layers.items():
+        for path, layer in model.ia3_layers.items():
             if path.endswith("c_attn"):
                 assert torch.equal(layer.ia3_l["default"].grad[QUERY], torch.zeros(tiny.HIDDEN, 1))
         train(model)
@@ -411,7 +411,7 @@ def test_training_a_reloaded_explicit_adapter_goes_on_with_queries(library, tmp_
     save("gpt2", tmp_path, library)
     model = PeftModel.from_pretrained(tiny.build("gpt2"), tmp_path, is_trainable=True)
     model(**tiny.batch("gpt2")).loss.backward()
-    for path, layer in model.layers.items():
+    for path, layer in model.ia3_layers.items():
         if path.endswith("c_attn"):
             assert (layer.ia3_l["default"].grad[QUERY] != 0).all()
 

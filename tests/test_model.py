@@ -29,7 +29,7 @@ def pair(arch: str, **kwargs):
 
 def add(model, arch: str, adapter: str, seed: int, **fields) -> None:
     """Another adapter with random vectors, into our model or PEFT's."""
-    library = ia3 if isinstance(model, IA3Model) else peft
+    library = ia3 if isinstance(model, ia3.PeftModel) else peft
     targets, feedforward = tiny.TARGETS[arch]
     fields = {
         "task_type": tiny.TASKS[arch],
@@ -92,13 +92,13 @@ def test_gradients_are_pefts(arch):
 def test_a_new_adapter_changes_no_bit(arch):
     base = tiny.logits(tiny.build(arch), arch)
     model = get_peft_model(tiny.build(arch), IA3Config(task_type=tiny.TASKS[arch]))
-    assert len(model.layers) >= 2 * tiny.LAYERS
+    assert len(model.ia3_layers) >= 2 * tiny.LAYERS
     assert torch.equal(tiny.logits(model, arch), base)
 
 
 def test_random_starts_on_request(arch):
     model = get_peft_model(tiny.build(arch), IA3Config(init_ia3_weights=False))
-    for layer in model.layers.values():
+    for layer in model.ia3_layers.values():
         assert not (layer.ia3_l["default"] == 1).any()
 
 
@@ -174,7 +174,7 @@ def test_both_orders_of_arguments(llama):
     second = IA3Model(config, llama, "mine")
     assert second.model is llama and second.peft_config["mine"] is config
     assert torch.equal(tiny.logits(first, "llama"), tiny.logits(second, "llama"))
-    assert isinstance(first, PeftModel)
+    assert not isinstance(first, PeftModel)
 
 
 @pytest.mark.parametrize("arguments", [(), ("model",), ("config",), ("config", "config"), ("model", "model")])
@@ -422,9 +422,9 @@ def test_adapters_of_different_modules_stand_side_by_side():
     model = tiny.adapt("llama", ia3, adapter="a", target_modules=["k_proj", "v_proj"], feedforward_modules=[])
     add(model, "llama", "b", 0, target_modules=["down_proj"])
     with torch.no_grad():
-        for path, layer in model.layers.items():
+        for path, layer in model.ia3_layers.items():
             for vector in layer.ia3_l.values():
-                vector.copy_(whole.layers[path].ia3_l["default"])
+                vector.copy_(whole.ia3_layers[path].ia3_l["default"])
     model.set_adapter(["a", "b"])
     assert torch.equal(tiny.logits(model, "llama"), tiny.logits(whole, "llama"))
 
@@ -433,7 +433,7 @@ def test_one_module_rescaled_on_either_side():
     """By two adapters that disagree about it, alone and together."""
     model = tiny.adapt("llama", ia3, adapter="a", target_modules=["down_proj"], feedforward_modules=["down_proj"])
     add(model, "llama", "b", 2, target_modules=["down_proj"], feedforward_modules=[])
-    layer = model.layers["model.layers.0.mlp.down_proj"]
+    layer = model.ia3_layers["model.layers.0.mlp.down_proj"]
     assert (layer.ia3_l["a"].shape, layer.ia3_l["b"].shape) == ((1, tiny.INNER), (tiny.HIDDEN, 1))
     model.set_adapter(["a", "b"])
     both = tiny.logits(model, "llama")
@@ -485,7 +485,7 @@ def test_a_second_config_that_does_not_fit_leaves_the_first(llama):
         with pytest.raises(InputError):
             model.add_adapter("b", IA3Config(**fields))
     assert list(model.peft_config) == ["default"]
-    assert not any("b" in layer.ia3_l for layer in model.layers.values())
+    assert not any("b" in layer.ia3_l for layer in model.ia3_layers.values())
     assert torch.equal(tiny.logits(model, "llama"), before)
 
 
@@ -526,7 +526,7 @@ def test_disabled_while_merged_is_the_base_too(arch):
     with model.disable_adapter():
         assert torch.equal(tiny.logits(model, arch), base)
     assert torch.equal(tiny.logits(model, arch), merged)
-    assert model.routing.merged == ("default",)
+    assert model.ia3_routing.merged == ("default",)
 
 
 @BOTH
@@ -590,7 +590,7 @@ def test_deleting_one_of_several_active_adapters_keeps_the_others():
 def test_deleting_gives_layers_back_that_nobody_rescales():
     model = two(target_modules=["q_proj"], feedforward_modules=[])
     model.delete_adapter("b")
-    assert not any(path.endswith("q_proj") for path in model.layers)
+    assert not any(path.endswith("q_proj") for path in model.ia3_layers)
     assert isinstance(model.model.model.layers[0].self_attn.q_proj, torch.nn.Linear)
 
 
@@ -619,7 +619,7 @@ def test_a_weighted_adapter_is_the_sum(arch):
     model.add_weighted_adapter(["a", "b"], [0.25, 1.5], "sum")
     assert torch.equal(tiny.logits(model, arch), before)
     assert trainable(model) == needed and model.active_adapter == "a"
-    for layer in model.layers.values():
+    for layer in model.ia3_layers.values():
         expected = 0.25 * layer.ia3_l["a"] + 1.5 * layer.ia3_l["b"]
         torch.testing.assert_close(layer.ia3_l["sum"], expected)
         assert not layer.ia3_l["sum"].requires_grad
@@ -641,13 +641,13 @@ def test_a_module_left_out_counts_as_ones():
     model.add_weighted_adapter(["a", "b"], [0.3, 0.5], "sum")
     config = model.peft_config["sum"]
     assert config.target_modules == {"k_proj", "v_proj", "down_proj"} and config.feedforward_modules == {"down_proj"}
-    for path, layer in model.layers.items():
+    for path, layer in model.ia3_layers.items():
         if path.endswith("q_proj"):
             assert "sum" not in layer.ia3_l
             continue
         a, b = (layer.ia3_l.get(name, 1.0) for name in "ab")
         torch.testing.assert_close(layer.ia3_l["sum"].detach(), 0.3 * a + 0.5 * b)
-    assert sum("sum" in layer.ia3_l for layer in model.layers.values()) == 3 * tiny.LAYERS
+    assert sum("sum" in layer.ia3_l for layer in model.ia3_layers.values()) == 3 * tiny.LAYERS
 
 
 def test_a_weighted_adapter_of_default_adapters_leaves_queries_alone(gpt2):
@@ -666,7 +666,7 @@ def test_a_weighted_adapter_takes_the_head_of_the_one_that_has_one():
     model = tiny.adapt("bert", ia3, adapter="a")
     add(model, "bert", "b", 2, task_type=None)
     model.add_weighted_adapter(["b", "a"], [0.5, 0.5], "sum")
-    head = model.trained_modules["classifier"]
+    head = model.ia3_trained_modules["classifier"]
     assert torch.equal(head.modules_to_save["sum"].weight, head.modules_to_save["a"].weight)
     assert model.peft_config["sum"].modules_to_save == ["classifier"]
     model.set_adapter("sum")
@@ -721,7 +721,7 @@ def test_unmerging_gives_the_bits_back(arch):
     """Also of a vector that is zero, by which one cannot divide."""
     model = tiny.adapt(arch, ia3)
     with torch.no_grad():
-        for layer in model.layers.values():
+        for layer in model.ia3_layers.values():
             layer.ia3_l["default"].flatten()[::3] = 0
     before, answers = tiny.state(model), tiny.logits(model, arch)
     with warnings.catch_warnings():
@@ -804,7 +804,7 @@ def test_merging_one_of_two_is_pefts(order, arch):
         answers.append(tiny.logits(ours, arch))
         if arch != "bert" or order == ("a", "b"):  # PEFT's heads go by the active adapter, not by the merged one
             assert close(answers[-1], tiny.logits(theirs, arch), 1e-5)
-    assert ours.routing.merged == order
+    assert ours.ia3_routing.merged == order
     assert tiny.relative_error(*answers) > 0.02
     ours.unmerge_adapter()
     assert tiny.same_bits(ours.state_dict(), base)
@@ -851,7 +851,7 @@ def test_setting_an_adapter_unmerges_with_a_warning(arch):
     model.merge_adapter()
     with pytest.warns(UserWarning, match="Adapter cannot be set when the model is merged. Unmerging the model first."):
         model.set_adapter("b")
-    assert model.routing.merged == ()
+    assert model.ia3_routing.merged == ()
     assert tiny.same_bits(model.state_dict(), before)
     assert torch.equal(tiny.logits(model, arch), expected)
 
@@ -860,7 +860,7 @@ def test_setting_an_adapter_unmerges_with_a_warning(arch):
 @pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload"])
 def test_a_safe_merge_of_a_broken_adapter_leaves_the_model_as_it_was(call, broken, arch):
     model = tiny.adapt(arch, ia3)
-    path, layer = list(model.layers.items())[-1]
+    path, layer = list(model.ia3_layers.items())[-1]
     with torch.no_grad():
         layer.ia3_l["default"].flatten()[0] = broken
     base = {key: value.clone() for key, value in model.state_dict().items() if "ia3_l" not in key}
@@ -872,13 +872,13 @@ def test_a_safe_merge_of_a_broken_adapter_leaves_the_model_as_it_was(call, broke
         key for key, value in model.state_dict().items() if key in base and not torch.equal(value, base[key])
     } == set()
     assert [type(module) for module in model.modules()] == modules
-    assert model.routing.merged == () and list(model.peft_config) == ["default"]
+    assert model.ia3_routing.merged == () and list(model.peft_config) == ["default"]
 
 
 def test_a_safe_merge_of_a_bias_too(gpt2):
     """A weight of zero hides the infinite vector, the bias does not."""
     model = tiny.adapt("gpt2", ia3, base=gpt2)
-    layer = model.layers["transformer.h.0.attn.c_attn"]
+    layer = model.ia3_layers["transformer.h.0.attn.c_attn"]
     with torch.no_grad():
         layer.base_layer.weight.fill_(0.5)
         layer.base_layer.bias.fill_(1e30)
@@ -913,7 +913,7 @@ def test_heads_of_two_adapters_are_switched_merged_and_unloaded():
         add(model, "bert", "b", 2)
     assert sorted(ours.peft_config["b"].modules_to_save) == sorted(theirs.peft_config["b"].modules_to_save)
     base = tiny.build("bert")
-    head = ours.trained_modules["classifier"]
+    head = ours.ia3_trained_modules["classifier"]
     own = {name: head.modules_to_save[name].weight.detach().clone() for name in "ab"}
     for name in ("b", "a"):
         for model in (ours, theirs):
@@ -933,7 +933,7 @@ def test_heads_of_two_adapters_are_switched_merged_and_unloaded():
 def test_a_head_starts_as_the_bases_and_is_trained_alone():
     base = tiny.build("bert")
     model = get_peft_model(base, IA3Config(task_type="SEQ_CLS"))
-    head = model.trained_modules["classifier"]
+    head = model.ia3_trained_modules["classifier"]
     assert torch.equal(head.modules_to_save["default"].weight, head.original_module.weight)
     assert {name for name in trainable(model) if "classifier" in name} == {
         f"classifier.modules_to_save.default.{part}" for part in ("weight", "bias")
@@ -951,12 +951,12 @@ def test_classifying_tasks_add_the_head_by_themselves(task):
     config = IA3Config(task_type=task, modules_to_save=["pooler"])
     model = get_peft_model(tiny.build("bert"), config)
     assert set(config.modules_to_save) == {"pooler", *expected.peft_config["default"].modules_to_save}
-    assert set(model.trained_modules) == {"classifier", "bert.pooler"}
+    assert set(model.ia3_trained_modules) == {"classifier", "bert.pooler"}
 
 
 def test_other_tasks_add_no_head():
     model = get_peft_model(tiny.build("bert"), IA3Config(task_type="FEATURE_EXTRACTION"))
-    assert model.trained_modules == {} and model.peft_config["default"].modules_to_save is None
+    assert model.ia3_trained_modules == {} and model.peft_config["default"].modules_to_save is None
 
 
 def test_deleting_gives_the_head_back():
@@ -964,14 +964,14 @@ def test_deleting_gives_the_head_back():
     add(model, "bert", "b", 2)
     with pytest.warns(UserWarning, match="was active"):
         model.delete_adapter("a")
-    assert list(model.trained_modules["classifier"].modules_to_save) == ["b"]
+    assert list(model.ia3_trained_modules["classifier"].modules_to_save) == ["b"]
     model.delete_adapter("b")
     assert type(model.model.classifier) is torch.nn.Linear
 
 
 def test_modules_in_saved_modules_are_saved_once(llama):
     model = get_peft_model(llama, IA3Config(modules_to_save=["up_proj", "1.mlp"]))
-    assert set(model.trained_modules) == {"model.layers.0.mlp.up_proj", "model.layers.1.mlp"}
+    assert set(model.ia3_trained_modules) == {"model.layers.0.mlp.up_proj", "model.layers.1.mlp"}
 
 
 def test_output_layers_can_be_saved_modules(llama):

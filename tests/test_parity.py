@@ -84,7 +84,7 @@ def test_peft_reads_an_adapter_with_default_modules(model_type, tmp_path):
 def test_experts_are_rescaled_by_default_and_come_back_from_the_file(model_type, tmp_path):
     ours = ia3.IA3Model(zoo.build(model_type).eval(), ia3.IA3Config()).eval()
     tiny.randomize(ours)
-    assert sum(path.endswith("experts") for path in ours.layers) == zoo.LAYERS
+    assert sum(path.endswith("experts") for path in ours.ia3_layers) == zoo.LAYERS
     batch = zoo.inputs(zoo.build(model_type))
     ours.save_pretrained(tmp_path)
     again = ia3.PeftModel.from_pretrained(zoo.build(model_type).eval(), tmp_path).eval()

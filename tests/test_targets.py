@@ -449,7 +449,7 @@ REST = slice(tiny.HIDDEN, 3 * tiny.HIDDEN)
 
 
 def fused(model):
-    return [layer for path, layer in model.layers.items() if path.endswith("attn.c_attn")]
+    return [layer for path, layer in model.ia3_layers.items() if path.endswith("attn.c_attn")]
 
 
 def outputs_of(model, modules):

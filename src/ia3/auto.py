@@ -9,8 +9,10 @@ from typing import Any, ClassVar
 from ia3.config import IA3Config, TaskType
 from ia3.errors import InputError, reason, shown
 from ia3.files import locate
-from ia3.model import IA3Model, hub_only
+from ia3.peft import PeftModel
 from ia3.pretrained import find_base
+
+_HUB = ("subfolder", "token", "cache_dir", "local_files_only", "force_download")
 
 
 class AutoPeftModel:
@@ -32,7 +34,7 @@ class AutoPeftModel:
         config: IA3Config | None = None,
         revision: str | None = None,
         **kwargs: Any,
-    ) -> IA3Model:
+    ) -> PeftModel:
         """The base model that an adapter belongs to, with the adapter in it.
 
         Args:
@@ -49,12 +51,12 @@ class AutoPeftModel:
             InputError: no adapter there; its task is another class's; its config names no base model, or one that
                 cannot be loaded; or the adapter does not fit the base model.
         """
-        place = {**hub_only(kwargs), "revision": revision}
+        place = {name: kwargs[name] for name in _HUB if name in kwargs} | {"revision": revision}
         config = config or IA3Config.from_pretrained(pretrained_model_name_or_path, **place)
         if not config.base_model_name_or_path:
             raise InputError(
                 f"The config in {str(pretrained_model_name_or_path)!r} names no base model (base_model_name_or_path); "
-                f"load that yourself and call IA3Model.from_pretrained(model, path)."
+                f"load that yourself and call PeftModel.from_pretrained(model, path)."
             )
         _, source = find_base(config.base_model_name_or_path, kwargs.get("cache_dir"))
         base_class = cls._base_class(config)
@@ -66,7 +68,7 @@ class AutoPeftModel:
                 f"Cannot load the base model {config.base_model_name_or_path!r} as {base_class.__name__}: {reason(error)}"
             ) from error
         cls._fit_tokenizer(model, pretrained_model_name_or_path, place)
-        return IA3Model.from_pretrained(
+        return PeftModel.from_pretrained(
             model, pretrained_model_name_or_path, adapter_name, is_trainable, config, **place
         )
 

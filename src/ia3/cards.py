@@ -12,14 +12,12 @@ if TYPE_CHECKING:
     from ia3.model import IA3Model
 
 _MODEL_CARD = """---
-base_model: {base}
-library_name: peft
+{base}library_name: peft
 tags:
-- ia3
-- "base_model:adapter:{base}"
+{tags}
 ---
 
-# (IA)³ adapter for {base}
+# (IA)³ adapter{of_base}
 
 {numbers} learned numbers that rescale keys, values and feed-forward activations ([arXiv:2205.05638]({paper})).
 
@@ -46,7 +44,11 @@ def write_card(folder: str | os.PathLike, base: str | None, numbers: int) -> Non
     with replacing(card) as path:
         path.write_text(
             _MODEL_CARD.format(
-                base=base or "unknown", numbers=f"{numbers:,}", paper="https://arxiv.org/abs/2205.05638"
+                base=f"base_model: {base}\n" if base else "",
+                tags="\n".join(["- ia3", *([f'- "base_model:adapter:{base}"'] if base else [])]),
+                of_base=f" for {base}" if base else "",
+                numbers=f"{numbers:,}",
+                paper="https://arxiv.org/abs/2205.05638",
             ),
             encoding="utf-8",
         )

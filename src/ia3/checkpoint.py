@@ -4,31 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from ia3.config import CONFIG_NAME, IA3Config
 from ia3.errors import InputError, shown
-from ia3.files import locate, replacing
-from ia3.targets import wrappers
+from ia3.files import hub_arguments, locate, replacing
+from ia3.state_dict import PREFIX, Tensors, get_peft_model_state_dict, set_peft_model_state_dict
 
 if TYPE_CHECKING:
     from ia3.model import IA3Model
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 TORCH_WEIGHTS_NAME = "adapter_model.bin"
-PREFIX = "base_model.model."
 
 # In the safetensors header, where PEFT does not look: the adapter rescales only the key and value part of fused
 # projections, so that training goes on as it began.
 _KEY_VALUE_ONLY = "ia3_key_value_only"
-
-Tensors = dict[str, torch.Tensor]
 
 
 def locate_weights(path: str | os.PathLike, subfolder: str | None = None, **hub_kwargs: Any) -> str:
@@ -75,81 +72,35 @@ def _read_torch_weights(file: str) -> Tensors:
     return tensors
 
 
-def get_peft_model_state_dict(
-    model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None = None, adapter_name: str = "default"
+def load_peft_weights(
+    model_id: str | os.PathLike,
+    device: str | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    **hub_kwargs: Any,
 ) -> Tensors:
-    """One adapter's tensors by their names in a checkpoint.
+    """An adapter's tensors, by their names in the file.
 
     Args:
-        model: an `IA3Model`, or a model with an adapter injected into it; the latter's names have no prefix.
-        state_dict: the model's state, when it has been gathered already (by FSDP, DeepSpeed, …).
-        adapter_name: which adapter.
+        model_id: a folder or a hub repository.
+        device: where to put them; None: the processor's memory.
+        key_mapping: regular expression → replacement, for the part of a name behind "base_model.model."; the first
+            that matches counts.
+        **hub_kwargs: `subfolder`, and the hub's `revision`, `token`, `cache_dir`, ….
 
     Raises:
-        InputError: there is no such adapter.
+        InputError: see `read_weights`.
     """
-    base, inner, outer = _parts(model)
-    layers, trained = wrappers(base)
-    tensors = {}
-    for path, layer in layers.items():
-        if adapter_name in layer.ia3_l:
-            values = None if state_dict is None else state_dict[f"{inner}{path}.ia3_l.{adapter_name}"]
-            # The effective vector: what a fused projection's mask holds at one is one in the file.
-            tensors[f"{outer}{path}.ia3_l"] = layer.vector(adapter_name, values).detach()
-    for path, module in trained.items():
-        if adapter_name in module.modules_to_save:
-            for key, value in module.modules_to_save[adapter_name].state_dict().items():
-                name = f"{inner}{path}.modules_to_save.{adapter_name}.{key}"
-                tensors[f"{outer}{path}.{key}"] = value if state_dict is None else state_dict[name]
-    if not tensors:
-        raise InputError(f"Adapter {adapter_name!r} does not exist in this {type(model).__name__}.")
-    return tensors
+    tensors, _ = read_weights(model_id, **hub_arguments(hub_kwargs))
+    return {_mapped(key, key_mapping or {}): value.to(device or "cpu") for key, value in tensors.items()}
 
 
-def set_peft_model_state_dict(
-    model: nn.Module,
-    peft_model_state_dict: Mapping[str, torch.Tensor],
-    adapter_name: str = "default",
-    low_cpu_mem_usage: bool = False,
-) -> _IncompatibleKeys:
-    """Fill an adapter of the model from a checkpoint's tensors. All are checked first, so that none or all are set.
-
-    Args:
-        model: an `IA3Model`, or a model with an adapter injected into it.
-        peft_model_state_dict: as `get_peft_model_state_dict` returns it.
-        adapter_name: which adapter.
-        low_cpu_mem_usage: accepted for PEFT's sake; vectors without memory are filled in any case.
-
-    Returns:
-        Missing and unexpected keys, as PEFT does; there are none, or an error is raised.
-
-    Raises:
-        InputError: no such adapter, or tensors are missing, surplus, not finite, or of another shape.
-    """
-    tensors = peft_model_state_dict
-    expected = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    check_tensors({key: value.shape for key, value in expected.items()}, tensors, adapter_name)
-    base, _, outer = _parts(model)
-    layers, trained = wrappers(base)
-    with torch.no_grad():
-        for path, layer in layers.items():
-            if adapter_name in layer.ia3_l:
-                layer.fill(adapter_name, tensors[f"{outer}{path}.ia3_l"])
-        for path, module in trained.items():
-            if adapter_name in module.modules_to_save:
-                copied = module.modules_to_save[adapter_name]
-                copied.load_state_dict({key: tensors[f"{outer}{path}.{key}"] for key in copied.state_dict()})
-    for routing in {layer.routing for layer in layers.values()}:
-        routing.refresh()
-        routing.sync_weights()
-    return _IncompatibleKeys([], [])
-
-
-def _parts(model: nn.Module) -> tuple[nn.Module, str, str]:
-    """The base model, and the prefixes of its names in the model's state and in a checkpoint."""
-    from ia3.model import IA3Model
-
-    return (model.model, "model.", PREFIX) if isinstance(model, IA3Model) else (model, "", "")
+def _mapped(key: str, mapping: Mapping[str, str]) -> str:
+    name = key.removeprefix(PREFIX)
+    for pattern, replacement in mapping.items():
+        changed, count = re.subn(pattern, replacement, name)
+        if count:
+            return key.removesuffix(name) + changed
+    return key
 
 
 def check_tensors(shapes: Mapping[str, Sequence[int]], found: Mapping[str, torch.Tensor], adapter_name: str) -> None:
@@ -184,6 +135,7 @@ def save_adapter(
     adapter_name: str = "default",
     safe_serialization: bool = True,
     state_dict: Mapping[str, torch.Tensor] | None = None,
+    save_embedding_layers: bool | Literal["auto"] = "auto",
 ) -> None:
     """Write one adapter's config and tensors into a folder. What stood there stays whole until both are written."""
     base = model.model
@@ -191,8 +143,8 @@ def save_adapter(
     config.base_model_name_or_path = config.base_model_name_or_path or getattr(base, "name_or_path", None) or None
     if config.task_type is None:
         config.auto_mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
-    tensors = get_peft_model_state_dict(model, state_dict, adapter_name)
-    key_value_only = any(adapter_name in layer.masks for layer in model.layers.values())
+    tensors = get_peft_model_state_dict(model, state_dict, adapter_name, save_embedding_layers=save_embedding_layers)
+    key_value_only = any(adapter_name in layer.masks for layer in model.ia3_layers.values())
     write_adapter(folder, config, tensors, safe_serialization, key_value_only)
 
 
@@ -240,25 +192,37 @@ def load_adapter(
     is_trainable: bool = False,
     config: IA3Config | None = None,
     low_cpu_mem_usage: bool = False,
-    subfolder: str | None = None,
-    **hub_kwargs: Any,
-) -> None:
+    autocast_adapter_dtype: bool = True,
+    key_mapping: Mapping[str, str] | None = None,
+    ignore_mismatched_sizes: bool = False,
+    **where: Any,
+) -> _IncompatibleKeys:
     """Add an adapter from a folder or the hub, or refill the one of that name. Nothing stays of one that does not fit.
+
+    Args: see `IA3Model.load_adapter`; `where` has `subfolder`, and the hub's `revision`, `token`, ….
+
+    Returns:
+        See `set_peft_model_state_dict`.
 
     Raises:
         InputError: see `locate`, `read_weights`, `resolve_targets`, `set_peft_model_state_dict`.
     """
-    config = config or IA3Config.from_pretrained(path, subfolder=subfolder, **hub_kwargs)
-    tensors, header = read_weights(path, subfolder=subfolder, **hub_kwargs)
-    if adapter_name in model.peft_config:
-        set_peft_model_state_dict(model, tensors, adapter_name)
-        return
-    config.inference_mode = not is_trainable
-    model.add_adapter(
-        adapter_name, config, low_cpu_mem_usage=low_cpu_mem_usage, key_value_only=_KEY_VALUE_ONLY in header
-    )
+    config = config or IA3Config.from_pretrained(path, **where)
+    tensors, header = read_weights(path, **where)
+    tensors = {_mapped(key, key_mapping or {}): value for key, value in tensors.items()}
+    known = adapter_name in model.peft_config
+    if not known:
+        config.inference_mode = not is_trainable
+        model.add_adapter(
+            adapter_name,
+            config,
+            low_cpu_mem_usage,
+            autocast_adapter_dtype,
+            key_value_only=_KEY_VALUE_ONLY in header,
+        )
     try:
-        set_peft_model_state_dict(model, tensors, adapter_name)
+        return set_peft_model_state_dict(model, tensors, adapter_name, ignore_mismatched_sizes)
     except BaseException:
-        model.delete_adapter(adapter_name)
+        if not known:
+            model.delete_adapter(adapter_name)
         raise

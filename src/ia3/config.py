@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from dataclasses import asdict, dataclass, fields
+from dataclasses import InitVar, asdict, dataclass, fields
 from enum import Enum
 from typing import Any
 
 from ia3.errors import InputError, shown
-from ia3.files import locate, replacing
+from ia3.files import locate, replacing, upload
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -98,11 +98,12 @@ class IA3Config:
     fan_in_fan_out: bool = False
     modules_to_save: list[str] | None = None
     init_ia3_weights: bool = True
+    peft_version: InitVar[str | None] = None  # what PEFT wrote the config; of no consequence
 
     # Not a field: whether `target_modules` was left to the architecture, which a completed config no longer shows.
     chosen_by_architecture = False
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, peft_version: str | None) -> None:
         if self.peft_type not in (None, PeftType.IA3):
             raise InputError(
                 f"Expected peft_type 'IA3', found {_plain(self.peft_type)!r}: this is another method's config."
@@ -161,14 +162,33 @@ class IA3Config:
         return cls(**{key: value for key, value in values.items() if key in names})
 
     @classmethod
-    def from_json_file(cls, path: str | os.PathLike) -> IA3Config:
-        """The config in one JSON file. Raises `InputError` when it is no adapter config."""
-        with open(path, "rb") as file:
-            return cls.from_json(file.read(), path)
+    def from_peft_type(cls, **kwargs: Any) -> IA3Config:
+        """The config of keyword arguments, as `from_dict`."""
+        return cls.from_dict(kwargs)
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """False: (IA)³ learns no prompts."""
+        return False
+
+    @property
+    def is_adaption_prompt(self) -> bool:
+        """False, as `is_prompt_learning`."""
+        return False
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | os.PathLike) -> dict[str, Any]:
+        """The fields in one JSON file, as PEFT gives them. Raises `InputError` when it is no adapter config."""
+        with open(path_json_file, "rb") as file:
+            return cls._fields_in(file.read(), path_json_file)
 
     @classmethod
     def from_json(cls, data: bytes, path: str | os.PathLike) -> IA3Config:
         """The config in what was read from `path`. Raises `InputError` when it is no adapter config."""
+        return cls.from_dict(cls._fields_in(data, path))
+
+    @staticmethod
+    def _fields_in(data: bytes, path: str | os.PathLike) -> dict[str, Any]:
         try:
             values = json.loads(data.decode("utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -177,17 +197,22 @@ class IA3Config:
             ) from error
         if not isinstance(values, dict) or "peft_type" not in values:
             raise InputError(f"Expected an adapter config with a peft_type in {path}; this is another kind of JSON.")
-        return cls.from_dict(values)
+        return values
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike, subfolder: str | None = None, **hub_kwargs: Any) -> IA3Config:
         """Read `adapter_config.json` from a folder or a hub repository (`revision`, `token`, … as of the hub)."""
-        return cls.from_json_file(locate(path, CONFIG_NAME, subfolder=subfolder, **hub_kwargs))
+        return cls.from_dict(cls.from_json_file(locate(path, CONFIG_NAME, subfolder=subfolder, **hub_kwargs)))
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write `adapter_config.json` into a folder, which is made when it is not there."""
         with replacing(os.path.join(folder, CONFIG_NAME)) as path:
             path.write_text(self.to_json(), encoding="utf-8")
+
+    def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None, **kwargs: Any) -> str:
+        """Upload `adapter_config.json` to a hub repository. Args and result: see `PeftModel.push_to_hub`."""
+        kwargs.setdefault("commit_message", "Upload config")
+        return upload(self.save_pretrained, repo_id, private, token, **kwargs)
 
 
 def _names(field: str, value: Any) -> list[str]:

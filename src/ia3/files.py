@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -123,3 +124,43 @@ def read_fields(path: Path, loader: Any, such_as: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"Expected fields such as {such_as} in {path}, found {type(values).__name__}.")
     return values
+
+
+def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments that say where on the hub something is.
+
+    Raises:
+        InputError: one that `huggingface_hub.hf_hub_download` does not take.
+    """
+    from huggingface_hub import hf_hub_download
+
+    known = {"subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download"}
+    known |= {*inspect.signature(hf_hub_download).parameters} - {"repo_id", "filename"}
+    unknown = [name for name in kwargs if name not in known]
+    if unknown:
+        raise InputError(f"Unknown arguments {shown(unknown)}; expected those of huggingface_hub.hf_hub_download.")
+    return {name: value for name, value in kwargs.items() if value is not None}
+
+
+def upload(
+    save: Callable[[str], Any], repo_id: str, private: bool | None = None, token: str | None = None, **kwargs: Any
+) -> str:
+    """Upload to a hub repository, made when it is not there, what `save` writes into a folder.
+
+    Args:
+        save: takes the folder.
+        repo_id: owner/name.
+        private: for a new repository.
+        token: of the hub; None: the one that is logged in.
+        **kwargs: as of `huggingface_hub.upload_folder`.
+
+    Returns:
+        The commit's address.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    with tempfile.TemporaryDirectory() as folder:
+        save(folder)
+        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs))

@@ -77,6 +77,16 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module.original_module if isinstance(module, TrainedModule) else module
 
 
+def inside_wrappers(model: nn.Module) -> nn.Module:
+    """The model inside what compiles it or trains it in parallel (`torch.compile`, DDP, FSDP)."""
+    while True:
+        parts = [model._modules.get(name) for name in ("_orig_mod", "module", "_fsdp_wrapped_module")]
+        inner = next((part for part in parts if part is not None), None)
+        if inner is None:
+            return model
+        model = inner
+
+
 def matches(path: str, pattern: Iterable[str] | str) -> bool:
     """Whether a module path is meant: by regular expression (a string), or by whole trailing components (a list)."""
     if isinstance(pattern, str):
@@ -143,6 +153,46 @@ def resolve_targets(model: nn.Module, config: IA3Config, key_value_only: bool | 
         _check(target)
     _complete(config, chosen, feedforward, modules)
     return targets
+
+
+def resolve(model: nn.Module, config: IA3Config, key_value_only: bool | None = None) -> tuple[list[Target], list[str]]:
+    """What an adapter of this config rescales in a model, and the paths of modules that it trains in full.
+
+    Args and errors: see `resolve_targets`; the config's `modules_to_save` get the head of its task.
+    """
+    heads = TASK_HEADS.get(config.task_type or "", ())
+    config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *heads])) or None
+    targets = resolve_targets(model, config, key_value_only)
+    kept = _trained_in_full(model, config.modules_to_save or [])
+    _check_nesting(model, [target.path for target in targets], kept)
+    return targets, kept
+
+
+def _trained_in_full(model: nn.Module, names: list[str]) -> list[str]:
+    """The paths of the modules that `modules_to_save` names; heads of a task may be missing."""
+    modules = base_modules(model)
+    chosen = [path for path in modules if matches(path, names)]
+    unknown = [
+        name
+        for name in names
+        if not any(name in heads for heads in TASK_HEADS.values()) and not any(matches(path, [name]) for path in chosen)
+    ]
+    if unknown:
+        raise InputError(
+            f"No module is named {shown(unknown)}, as modules_to_save asks; the model's parts are "
+            f"{shown([name for name, _ in model.named_children()], 12)}."
+        )
+    return [path for path in chosen if not any(path.startswith(f"{other}.") for other in chosen)]
+
+
+def _check_nesting(model: nn.Module, targets: list[str], kept: list[str]) -> None:
+    """Refuse to rescale a part of a module that an adapter trains in full, or the reverse: copies would differ."""
+    layers, trained = wrappers(model)
+    inner, outer = {*targets, *layers}, {*kept, *trained}
+    nested = [(a, b) for a in sorted(inner) for b in sorted(outer) if f"{a}.".startswith(f"{b}.")]
+    if nested:
+        a, b = nested[0]
+        raise InputError(f"Cannot rescale {a!r} while an adapter trains {b!r} in full (modules_to_save); exclude one.")
 
 
 def _check(target: Target) -> None:

@@ -632,7 +632,7 @@ class TestPredict:
             tiny.randomize(model, seed, name)
         found = predict(model, tokenizer, task, rows, adapter_names=names)
         for start, name in enumerate(names[:3]):
-            model.routing.switch(active=() if name == "__base__" else (name,))
+            model.ia3_routing.switch(active=() if name == "__base__" else (name,))
             for row in (start, start + 3):
                 alone = predict(model, tokenizer, task, [rows[row]])[0]
                 assert found[row].label == alone.label

@@ -189,6 +189,7 @@ class TestTrainer:
             "README.md",
             "adapter_config.json",
             "adapter_model.safetensors",
+            "training_args.bin",
         ]
 
     def test_takes_the_best_model_back(self, tmp_path):

@@ -21,7 +21,7 @@ from ia3.config import CONFIG_NAME, IA3Config, adapter_folders
 from ia3.errors import InputError, shown, similar
 from ia3.files import locate
 from ia3.rows import BASE
-from ia3.targets import Target
+from ia3.targets import Target, resolve
 
 if TYPE_CHECKING:
     from ia3.model import IA3Model
@@ -108,7 +108,7 @@ class AdapterBank:
                 raise InputError("Expected a config: the model has no adapter whose config the bank could take.")
             config = model.peft_config[next(iter([*model.active_adapters, *model.peft_config]))]
         self.config = dataclasses.replace(config)
-        found, self.modules = model.resolve(self.config, key_value_only=False)
+        found, self.modules = resolve(model.get_base_model(), self.config, key_value_only=False)
         targets: dict[nn.Module, Target] = {}  # a module at several paths once
         for target in found:
             targets.setdefault(target.module, target)
@@ -131,7 +131,7 @@ class AdapterBank:
         self._spill = None if spill is None else SpillFile(spill, self._layout)
         self._closed = False
         self._write(0, lambda layout, row, name: layout.pack(base, row, name), BASE)
-        model._attach_bank(self)
+        model._ia3_attach_bank(self)
 
     def __deepcopy__(self, memo: dict) -> AdapterBank:
         return self

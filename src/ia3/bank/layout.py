@@ -67,7 +67,7 @@ def resolve_entries(
     Raises:
         InputError: a module to save has state that is no floating-point number, or has no memory.
     """
-    full = tuple(f"{path}." for path in (*kept, *model.trained_modules))
+    full = tuple(f"{path}." for path in (*kept, *model.ia3_trained_modules))
     modules = base_modules(model.model)
     paths: dict[nn.Module, str] = {}  # the first of several, as in a checkpoint
     for path, module in modules.items():

@@ -320,7 +320,7 @@ class Decoder:
 
     def _usable(self, texts: Iterable[Text]) -> list[Text]:
         """Those whose adapter can be used; the others are told that it cannot."""
-        bank = self._model.routing.bank
+        bank = self._model.ia3_routing.bank
         assert bank is not None  # the engine has made one
         failures = {adapter: adapter_failure(bank, adapter) for adapter in {text.job.adapter for text in texts}}
         usable = []

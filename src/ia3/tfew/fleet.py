@@ -15,7 +15,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSample
 from transformers import TrainingArguments
 
 from ia3.errors import InputError, shown
-from ia3.model import IA3Model
+from ia3.model import IA3Model, find_adapted
 from ia3.tfew.questions import Question
 from ia3.tfew.recipe import Recipe
 from ia3.tfew.trainer import (
@@ -248,7 +248,7 @@ def _batches(examples: list[Example], args: TrainingArguments, seed: int) -> lis
 
 
 def _check(model: Any, args: TrainingArguments, members: Sequence[Member], kwargs: Mapping[str, Any]) -> None:
-    if not isinstance(model, IA3Model):
+    if find_adapted(model) is None:
         raise InputError(f"Expected an IA3Model with the members' adapters, found a {type(model).__name__}.")
     names = [member.name for member in members]
     twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
@@ -259,9 +259,9 @@ def _check(model: Any, args: TrainingArguments, members: Sequence[Member], kwarg
             else "Expected at least one member, found none; for example [Member('default', task, rows)]."
         )
     model.require_adapters(names)
-    if model.routing.merged:
+    if model.ia3_routing.merged:
         raise InputError(
-            f"Expected adapters that are not merged, found {shown(model.routing.merged)}; call unmerge_adapter() first."
+            f"Expected adapters that are not merged, found {shown(model.ia3_routing.merged)}; call unmerge_adapter() first."
         )
     for member in members:
         rate = member.learning_rate

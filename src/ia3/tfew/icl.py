@@ -16,11 +16,12 @@ import torch
 from ia3.config import TaskType
 from ia3.errors import InputError
 from ia3.pretrained import task_type
+from ia3.targets import inside_wrappers
 from ia3.tfew.beginning import Layout, is_exact_behind, packed_behind, read, room_behind, shared
 from ia3.tfew.choices import Batch, base_dtype, batches, evaluating, pass_tokens, plain_rows, row_length
 from ia3.tfew.layouts import Verdicts, collate, judged, size_of
 from ia3.tfew.prediction import Prediction, predict
-from ia3.tfew.questions import Question, base_of, encode, model_max_length, unclosed, unwrapped
+from ia3.tfew.questions import Question, base_of, encode, model_max_length, unclosed
 from ia3.tfew.recipe import Recipe
 from ia3.tfew.task import Row, Task
 
@@ -173,8 +174,8 @@ class Prefix:
 
 def _in_effect(model: nn.Module) -> list[tuple[nn.Parameter, int]]:
     """The parameters of the active adapters, and which version of their numbers they hold."""
-    adapted = unwrapped(model)
-    routing = getattr(adapted, "routing", None)
+    adapted = inside_wrappers(model)
+    routing = getattr(adapted, "ia3_routing", None)
     names = routing.active if routing is not None and routing.enabled else ()
     parameters = [parameter for name in names for parameter in adapted.adapter_parameters(name)]  # type: ignore[operator]
     return [(one, 0 if one.is_inference() else one._version) for one in parameters]

@@ -12,6 +12,7 @@ from torch import nn
 from ia3.config import TaskType
 from ia3.errors import InputError
 from ia3.pretrained import task_type
+from ia3.targets import inside_wrappers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -188,10 +189,5 @@ def model_max_length(model: nn.Module) -> int | None:
 
 def base_of(model: nn.Module) -> nn.Module:
     """The transformers model inside a wrapper for parallel training and inside an adapted model."""
-    model = unwrapped(model)
+    model = inside_wrappers(model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside a wrapper for parallel training."""
-    return model.module if isinstance(getattr(model, "module", None), nn.Module) else model  # type: ignore[return-value]
