@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ia3.architectures import candidates, default_sites, feedforward_sites
+from ia3.architectures import Site, candidates, default_sites, feedforward_sites, output_sites
 from ia3.config import IA3Config
 from ia3.errors import InputError, shown
 from ia3.layers import IA3Layer, TrainedModule
@@ -115,6 +115,8 @@ def resolve_targets(model: nn.Module, config: IA3Config, key_value_only: bool | 
 
     masks: dict[str, torch.Tensor | None] = {}
     sites = default_sites(modules, base_config) if config.target_modules is None or key_value_only else []
+    if config.feedforward_modules is not None:
+        sites = _moved_to_outputs(sites, modules, config, excluded)
     if key_value_only:
         masks = {site.path: site.rescaled for site in sites}
     if config.target_modules is None:
@@ -143,6 +145,38 @@ def resolve_targets(model: nn.Module, config: IA3Config, key_value_only: bool | 
         _check(target)
     _complete(config, chosen, feedforward, modules)
     return targets
+
+
+def _moved_to_outputs(
+    sites: list[Site], modules: dict[str, nn.Module], config: IA3Config, excluded: set[str]
+) -> list[Site]:
+    """The architecture's sites, with those inputs that `feedforward_modules` leaves out exchanged for outputs.
+
+    In a gated feed-forward, rescaling the output of the projection beside the gate is the same function (PEFT's choice
+    for mT5). Where there is none, a config that leaves the modules to the architecture is refused.
+    """
+    named = config.feedforward_modules or ()
+    by_default = config.target_modules is None
+    patterns = [named] if isinstance(named, str) else [[name] for name in named]
+    unused = [pattern for pattern in patterns if not any(matches(site.path, pattern) for site in sites)]
+    if unused and by_default:
+        paths = {site.path for site in sites}
+        raise InputError(
+            f"feedforward_modules names {shown([p if isinstance(p, str) else p[0] for p in unused])}, but the default "
+            f"targets are {shown(sorted(shortest_names(paths, set(modules) - paths)), 12)}; name target_modules too."
+        )
+    inputs = [
+        site for site in sites if site.feedforward and site.path not in excluded and not matches(site.path, named)
+    ]
+    outputs = output_sites(modules, inputs)
+    stuck = [path for path, site in outputs.items() if site is None]
+    if stuck and by_default:
+        raise InputError(
+            f"feedforward_modules leaves out {stuck[0]!r}, and rescaling no module's output is the same as rescaling its "
+            f"input; leave feedforward_modules open, or exclude {stuck[0].rpartition('.')[2]!r} for keys and values only."
+        )
+    order = {path: i for i, path in enumerate(modules)}
+    return sorted((outputs.get(site.path) or site for site in sites), key=lambda site: order[site.path])
 
 
 def _check(target: Target) -> None:
