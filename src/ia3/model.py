@@ -27,6 +27,8 @@ from ia3.targets import (
     TASK_HEADS,
     Target,
     base_modules,
+    check_callable,
+    check_copies,
     matches,
     resolve_targets,
     shortest_names,
@@ -208,12 +210,20 @@ class IA3Model(nn.Module):
                 f"No module is named {shown(unknown)}, as modules_to_save asks; the model's parts are "
                 f"{shown([name for name, _ in self.model.named_children()], 12)}."
             )
-        return [path for path in chosen if not any(path.startswith(f"{other}.") for other in chosen)]
+        kept = [path for path in chosen if not any(path.startswith(f"{other}.") for other in chosen)]
+        for path in kept:
+            check_callable(path, modules[path])
+        return kept
 
     def _check_nesting(self, targets: list[str], kept: list[str]) -> None:
-        """Refuse to rescale a part of a module that an adapter trains in full, or the reverse: copies would differ."""
+        """Refuse an adapter on a part of a module that an adapter trains in full, or the reverse: copies would differ."""
         layers, trained = wrappers(self.model)
-        inner, outer = {*targets, *layers}, {*kept, *trained}
+        outer = {*kept, *trained}
+        nested = [(a, b) for a in sorted(outer) for b in sorted(outer) if a.startswith(f"{b}.")]
+        if nested:
+            a, b = nested[0]
+            raise InputError(f"Cannot train {a!r} in full beside {b!r}, which it is a part of (modules_to_save).")
+        inner = {*targets, *layers}
         nested = [(a, b) for a in sorted(inner) for b in sorted(outer) if f"{a}.".startswith(f"{b}.")]
         if nested:
             a, b = nested[0]
@@ -346,10 +356,11 @@ class IA3Model(nn.Module):
             inference_mode: leave them frozen.
 
         Raises:
-            InputError: there is no such adapter.
+            InputError: there is no such adapter, or two of them train the same module in full (`modules_to_save`).
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(dict.fromkeys(adapter_name))
         self.require_adapters(names)
+        check_copies(self.model, self.routing, names)
         if self.routing.merged:
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
             self.unmerge_adapter()
@@ -424,14 +435,13 @@ class IA3Model(nn.Module):
             masks = [layer.masks.get(name) for name in adapters if name in layer.ia3_l]
             mask = None if any(m is None for m in masks) else torch.stack(masks).any(0)  # type: ignore[arg-type]
             targets.append(Target(path, layer.base_layer, sides.pop(), mask))
+        check_copies(self.model, self.routing, adapters)
         owners = {
-            path: [name for name in adapters if name in module.modules_to_save]
+            path: name
             for path, module in self.trained_modules.items()
+            for name in adapters
+            if name in module.modules_to_save
         }
-        shared = [path for path, names in owners.items() if len(set(names)) > 1]
-        if shared:
-            raise InputError(f"Cannot add adapters that each train their own {shown(shared)} (modules_to_save).")
-        owners = {path: names[0] for path, names in owners.items() if names}
 
         modules = set(base_modules(self.model))
         feedforward = {target.path for target in targets if target.feedforward}
@@ -484,7 +494,8 @@ class IA3Model(nn.Module):
             safe_merge: first make sure that no merged weight is NaN or infinite.
 
         Raises:
-            InputError: an unknown name, or (`safe_merge`) a broken adapter; the model stays as it was.
+            InputError: an unknown name, several that train the same module in full, or (`safe_merge`) a broken adapter;
+                the model stays as it was.
         """
         names = self._names_to_merge(adapter_names)
         new = [name for name in names if name not in self.routing.merged]
@@ -493,6 +504,7 @@ class IA3Model(nn.Module):
                 warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
             return
         merged = (*self.routing.merged, *new)
+        check_copies(self.model, self.routing, merged)
         if safe_merge:
             self._check_finite(merged)
         self.routing.switch(merged=merged)
@@ -517,11 +529,12 @@ class IA3Model(nn.Module):
             progressbar: show one.
 
         Raises:
-            InputError: an unknown name, or (`safe_merge`) a broken adapter.
+            InputError: as of `merge_adapter`.
         """
         from tqdm.auto import tqdm
 
         names = list(dict.fromkeys([*self.routing.merged, *self._names_to_merge(adapter_names)]))
+        check_copies(self.model, self.routing, names)
         if safe_merge:
             self._check_finite(names)
         replacements: dict[IA3Layer | TrainedModule, nn.Module] = {}

@@ -15,6 +15,7 @@ from ia3.architectures import Site, candidates, default_sites, feedforward_sites
 from ia3.config import IA3Config
 from ia3.errors import InputError, shown
 from ia3.layers import IA3Layer, TrainedModule
+from ia3.routing import Routing
 from ia3.rules import find_rule, rule_types
 
 # Names of the heads that adapters for a task train in full; a model has at most one of them.
@@ -191,6 +192,31 @@ def _check(target: Target) -> None:
         rule.shape(target.module, target.feedforward)
     except InputError as error:
         raise InputError(f"Cannot rescale {target.path!r}: {error}") from error
+
+
+def check_callable(path: str, module: nn.Module) -> None:
+    """Raise for a container that only holds others, as `ModuleList`: an adapter's copy could not stand for it."""
+    if type(module).forward is nn.Module.forward and hasattr(type(module), "__getitem__"):
+        inner = [f"{path}.{name}" for name, _ in module.named_children()]
+        around = path.rpartition(".")[0]
+        raise InputError(
+            f"modules_to_save names {path!r}, a {type(module).__name__}, which only holds others; name "
+            + (f"what it holds ({shown(inner, 2)})" if inner else f"the module around it, {around!r}")
+            + " instead."
+        )
+
+
+def check_copies(model: nn.Module, routing: Routing, names: Iterable[str]) -> None:
+    """Raise when two of the adapters train the same module of the model in full: only one copy can act."""
+    names = list(dict.fromkeys(names))
+    for module in routing.trained if len(names) > 1 else ():
+        owners = [name for name in names if name in module.modules_to_save]
+        if len(owners) > 1:
+            path = next(path for path, other in wrappers(model)[1].items() if other is module)
+            raise InputError(
+                f"Adapters {shown(owners)} each train their own {path!r} (modules_to_save), and one alone can act; use "
+                f"one of them, or give rows an adapter each (adapter_names)."
+            )
 
 
 def shortest_names(paths: Iterable[str], others: Iterable[str]) -> set[str]:
