@@ -77,7 +77,9 @@ class IA3Config:
             matches a path that equals an entry or ends in `.entry`; "all-linear" is every Linear and Conv1D but the
             output layer. None: keys, values and the feed-forward's second input, by the model's architecture.
         exclude_modules: taken out of the targets; matched in the same way.
-        feedforward_modules: the targets whose *input* is rescaled; of the others it is the output.
+        feedforward_modules: the targets whose *input* is rescaled; of the others it is the output. Beside the
+            architecture's choice an input that is left out ([]: all) moves to the output of the projection beside the
+            gate, `up_proj` or `wi_1`, which is the same function; without a gate it is an error.
         fan_in_fan_out: the weight is stored (in, out). Corrected with a warning where it contradicts the layer.
         modules_to_save: modules trained in full, one copy an adapter, and saved with it.
         init_ia3_weights: start from ones, which change nothing. False: random vectors, for tests.

@@ -296,7 +296,7 @@ class TrainedModule(nn.Module):
 
     @property
     def current(self) -> nn.Module:
-        """The copy of the first acting adapter that has one, else the original."""
+        """The copy of the acting adapter that has one, else the original."""
         if torch.compiler.is_compiling():
             copies = [table[self.slot] for table in self.routing.acting_modules]
         else:

@@ -24,7 +24,16 @@ from ia3.layers import IA3Layer, TrainedModule
 from ia3.mixing import check_generation, check_media
 from ia3.routing import Routing
 from ia3.rows import BASE, Rows, SameRows, row_count, uncompiled
-from ia3.targets import Target, base_modules, inside_wrappers, resolve, shortest_names, unwrapped, wrappers
+from ia3.targets import (
+    Target,
+    base_modules,
+    check_copies,
+    inside_wrappers,
+    resolve,
+    shortest_names,
+    unwrapped,
+    wrappers,
+)
 
 if TYPE_CHECKING:
     from ia3.bank import AdapterBank
@@ -325,10 +334,11 @@ class IA3Model(nn.Module):
             inference_mode: leave them frozen.
 
         Raises:
-            InputError: there is no such adapter.
+            InputError: there is no such adapter, or two of them train the same module in full (`modules_to_save`).
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(dict.fromkeys(adapter_name))
         self.require_adapters(names)
+        check_copies(self.model, self.ia3_routing, names)
         if self.ia3_routing.merged:
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
             self.unmerge_adapter()
@@ -413,14 +423,13 @@ class IA3Model(nn.Module):
             masks = [layer.masks.get(name) for name in adapters if name in layer.ia3_l]
             mask = None if any(m is None for m in masks) else torch.stack(masks).any(0)  # type: ignore[arg-type]
             targets.append(Target(path, layer.base_layer, sides.pop(), mask))
+        check_copies(self.model, self.ia3_routing, adapters)
         owners = {
-            path: [name for name in adapters if name in module.modules_to_save]
+            path: name
             for path, module in self.ia3_trained_modules.items()
+            for name in adapters
+            if name in module.modules_to_save
         }
-        shared = [path for path, names in owners.items() if len(set(names)) > 1]
-        if shared:
-            raise InputError(f"Cannot add adapters that each train their own {shown(shared)} (modules_to_save).")
-        owners = {path: names[0] for path, names in owners.items() if names}
 
         modules = set(base_modules(self.model))
         feedforward = {target.path for target in targets if target.feedforward}
@@ -473,7 +482,8 @@ class IA3Model(nn.Module):
             safe_merge: first make sure that no merged weight is NaN or infinite.
 
         Raises:
-            InputError: an unknown name, or (`safe_merge`) a broken adapter; the model stays as it was.
+            InputError: an unknown name, several that train the same module in full, or (`safe_merge`) a broken adapter;
+                the model stays as it was.
         """
         names = self._ia3_names_to_merge(adapter_names)
         new = [name for name in names if name not in self.ia3_routing.merged]
@@ -482,6 +492,7 @@ class IA3Model(nn.Module):
                 warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
             return
         merged = (*self.ia3_routing.merged, *new)
+        check_copies(self.model, self.ia3_routing, merged)
         if safe_merge:
             self._ia3_check_finite(merged)
         self.ia3_routing.switch(merged=merged)
@@ -506,11 +517,12 @@ class IA3Model(nn.Module):
             adapter_names: which adapters; None: the active ones.
 
         Raises:
-            InputError: an unknown name, or (`safe_merge`) a broken adapter.
+            InputError: as of `merge_adapter`.
         """
         from tqdm.auto import tqdm
 
         names = list(dict.fromkeys([*self.ia3_routing.merged, *self._ia3_names_to_merge(adapter_names)]))
+        check_copies(self.model, self.ia3_routing, names)
         if safe_merge:
             self._ia3_check_finite(names)
         replacements: dict[IA3Layer | TrainedModule, nn.Module] = {}

@@ -270,12 +270,12 @@ def _check(model: Any, args: TrainingArguments, members: Sequence[Member], kwarg
     # What would make a member's training another one than alone, or nothing at all.
     strategy = getattr(args, "train_sampling_strategy", "random")
     seedable = getattr(args.accelerator_config, "use_seedable_sampler", True)
-    alone = (args.world_size, max(1, args.n_gpu)) == (1, 1) and not args.deepspeed and not args.fsdp
+    alone = args.world_size == 1 and not args.deepspeed and not args.fsdp
     requirements = {
         f"max_steps above 0, found {args.max_steps}; members' epochs differ in length": args.max_steps > 0,
         f"gradient_accumulation_steps of 1, found {args.gradient_accumulation_steps}; batches go through the model in "
         f"parts anyway, so make them larger (per_device_train_batch_size)": args.gradient_accumulation_steps == 1,
-        f"one process with one device, found {args.world_size} with {args.n_gpu}, or DeepSpeed or FSDP": alone,
+        f"one process, found {args.world_size}, or DeepSpeed or FSDP": alone,
         f"train_sampling_strategy 'random' with use_seedable_sampler, found {str(strategy)!r} and {seedable}": seedable
         and strategy == "random",
         "no `optimizers`, found some; a fleet makes its own of the arguments' `optim`": "optimizers" not in kwargs,

@@ -206,7 +206,7 @@ class MixtureTrainer(TFewTrainer):
             )
         if args.max_steps < 1:
             raise InputError(f"Expected max_steps above 0, found {args.max_steps}; a mixture has no epochs.")
-        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         seed = args.seed if args.data_seed is None else args.data_seed
         self.mixture = Mixture(tasks, processing_class, model, recipe, args.max_steps * batch, cap, seed)
         self._set_up(model, args, processing_class, self.mixture, None, recipe, [None], **kwargs)

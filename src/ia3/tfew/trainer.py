@@ -53,7 +53,8 @@ class TFewTrainer(Trainer):
     """Trains the active adapter on a task with T-Few's three losses; a classifier with cross-entropy alone.
 
     `evaluate()` measures the loss and the task's metrics, in the words of its first template; checkpoints hold the
-    adapter and the state of training, and `train(resume_from_checkpoint=…)` goes on from one.
+    adapter and the state of training, and `train(resume_from_checkpoint=…)` goes on from one. A process trains on one
+    device, the first that it sees (`CUDA_VISIBLE_DEVICES`); several devices take several processes (`torchrun`).
 
     Args:
         model: an `IA3Model` around a causal language model, an encoder-decoder, or a classifier of the task's labels.
@@ -112,6 +113,9 @@ class TFewTrainer(Trainer):
             self._loss_weights |= {"likelihood_weight": 1.0, **others}
         self.stopping = StopAtFloor(recipe.early_stopping, learners)
         self._average: MovingAverage | None = None
+        # `Trainer` would spread one process over all the devices it sees (`nn.DataParallel`) and copy the model to each
+        # of them in every step. This is how it keeps a model on one device that is split over several.
+        args._n_gpu = min(args.n_gpu, 1)
         super().__init__(
             model,
             args,
@@ -123,9 +127,7 @@ class TFewTrainer(Trainer):
         )
         self.add_callback(self.stopping)
         # Several processes have to pass through the model, forward and backward, equally often: each once a batch.
-        self._one_process = (self.args.world_size, max(1, self.args.n_gpu)) == (1, 1) and not (
-            self.is_deepspeed_enabled or self.is_fsdp_enabled
-        )
+        self._one_process = self.args.world_size == 1 and not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The arguments' optimizer; with the recipe's `ema_decay` it averages what it trains."""
