@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
     from ia3.tfew.prediction import Prediction
     from ia3.tfew.recipe import Recipe
-    from ia3.tfew.task import Task
+    from ia3.tfew.task import Row, Task
 
 
 def predict(
@@ -73,6 +74,7 @@ def predict(
     if output is not None and output.suffix.lower() not in (".csv", ".jsonl"):
         raise InputError(f"Expected --output to end in .csv or .jsonl, found {str(output)!r}.")
     from ia3.tfew.reading import read_rows
+    from ia3.tfew.rows import as_rows
 
     if data is not None and adapter_column is not None:
         rows = read_rows(data)
@@ -81,7 +83,7 @@ def predict(
         tasks = [known[name] for name in names]
     else:
         names, task = None, load_task(adapter)
-        rows = read_rows(data, task.class_names) if data else _text_rows(task, texts or [])
+        rows = read_rows(data, task.class_names) if data else as_rows(texts, task)
         tasks = [task] * len(rows)
     for number, (task, row) in enumerate(zip(tasks, rows, strict=True), 1):
         task.prompt(row, number)  # before a model is loaded, what cannot be used
@@ -142,7 +144,7 @@ def _settings(folders: list[str]) -> tuple[list[float], Recipe]:
     return [temperatures[folder] for folder in folders], first
 
 
-def _adapter_of_each(folder: Path, rows: list[dict], column: str) -> list[str]:
+def _adapter_of_each(folder: Path, rows: Sequence[Row], column: str) -> list[str]:
     """The adapter that a column names for each row, a subfolder of `folder`."""
     if not folder.is_dir():
         raise InputError(f"Expected a folder of adapters with --adapter-column, found no {str(folder)!r} here.")
@@ -162,16 +164,7 @@ def _adapter_of_each(folder: Path, rows: list[dict], column: str) -> list[str]:
     return names
 
 
-def _text_rows(task: Task, texts: list[str]) -> list[dict[str, str]]:
-    columns = task.columns
-    if len(columns) != 1:
-        raise InputError(
-            f"Expected a task with one text column for texts on the command line, found {shown(columns)}; use --data."
-        )
-    return [{columns[0]: text} for text in texts]
-
-
-def _write(path: Path, rows: list[dict], found: list[Prediction]) -> None:
+def _write(path: Path, rows: Sequence[Row], found: list[Prediction]) -> None:
     from ia3.files import replacing
 
     with replacing(path) as temporary:
@@ -205,7 +198,7 @@ def _write(path: Path, rows: list[dict], found: list[Prediction]) -> None:
 
 
 def _print_table(
-    out: Console, tasks: list[Task], rows: list[dict], found: list[Prediction], adapters: list[str] | None
+    out: Console, tasks: list[Task], rows: Sequence[Row], found: list[Prediction], adapters: list[str] | None
 ) -> None:
     from rich.markup import escape
     from rich.table import Table

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ia3.errors import InputError, reason, shown
 from ia3.files import hub_answers
+from ia3.tfew.rows import of_dataset
 
 if TYPE_CHECKING:
     import datasets
@@ -141,16 +142,7 @@ def _from_datasets(source: str, class_names: bool) -> list[dict[str, Any]]:
         ) from error
     if isinstance(found, datasets.DatasetDict):
         found = found["train"] if "train" in found else next(iter(found.values()))
-    # Class labels come as numbers; people and templates know their names.
-    names = {key: feature for key, feature in found.features.items() if isinstance(feature, datasets.ClassLabel)}
-    rows = found.to_list()
-    if not class_names:
-        return rows
-    for row in rows:
-        for key, feature in names.items():
-            if row[key] is not None and row[key] >= 0:
-                row[key] = feature.int2str(row[key])
-    return rows
+    return of_dataset(found, class_names)
 
 
 def _from_hub(source: str) -> datasets.Dataset:
