@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ia3.errors import InputError, problems, shown, similar
 from ia3.files import read_fields, replacing
 from ia3.tfew.fitting import answer_lengths, prompt_sizes, shortened
+from ia3.tfew.reading import as_delimiter, require_delimited
 from ia3.tfew.rows import as_row, as_rows
 from ia3.tfew.template import (
     Choices,
@@ -108,6 +109,7 @@ class Task(BaseModel):
             longest of a row.
         class_names: read class labels of hub data sets by their names, else as numbers.
         train, test: where labelled rows are, as `read_rows` takes them.
+        delimiter: what separates columns in those of them that are `.csv` or `.tsv` files; None: what they show.
         description: a sentence for people.
         example: a row for people.
     """
@@ -118,6 +120,7 @@ class Task(BaseModel):
     description: str | None = None
     train: str | None = None
     test: str | None = None
+    delimiter: str | None = None
     label_column: str = "label"
     choices: Choices | None = None
     aliases: dict[str, str] = {}
@@ -147,6 +150,17 @@ class Task(BaseModel):
     @classmethod
     def _aliases_are_text(cls, value: Any) -> Any:
         return {as_text(a): as_text(b) for a, b in value.items()} if isinstance(value, Mapping) else value
+
+    @field_validator("delimiter")
+    @classmethod
+    def _delimiter_is_a_character(cls, value: str | None) -> str | None:
+        return None if value is None else as_delimiter(value)
+
+    @model_validator(mode="after")
+    def _delimiter_is_of_files(self) -> Task:
+        if self.delimiter is not None:
+            require_delimited(self.train, self.test)
+        return self
 
     @model_validator(mode="after")
     def _fits_together(self) -> Task:
