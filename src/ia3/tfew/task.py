@@ -158,8 +158,7 @@ class Task(BaseModel):
 
     @model_validator(mode="after")
     def _delimiter_is_of_files(self) -> Task:
-        if self.delimiter is not None:
-            require_delimited(self.train, self.test)
+        require_delimited(self.delimiter, self.train, self.test)
         return self
 
     @model_validator(mode="after")
