@@ -277,6 +277,11 @@ class Task(BaseModel):
         if not rows:
             raise InputError("Expected labelled rows, found none.")
         columns = list(rows[0])
+        if template is None and len(columns) < 2:
+            raise InputError(
+                f"Expected a column for the text and one for the label, found {shown(columns)}; in a file, another "
+                f"character may separate them (--delimiter)."
+            )
         label_column = _choose(label_column, columns, "label", "label-column", [])
         if choices is None:
             found = {number: row.get(label_column) for number, row in enumerate(rows, 1)}
