@@ -212,7 +212,7 @@ class TestTrain:
             ({"choices": "pos=good,bad=bad"}, "found 'neg' (row 2)"),
             (
                 {"examples_per_label": 40},
-                "Expected 40 training examples for each label, found fewer for 'neg': 30, 'pos': 30",
+                "found fewer for 2 of 2 labels, the fewest for 'neg': 30; ask for fewer, or leave the number out",
             ),
         ],
     )

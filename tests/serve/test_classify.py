@@ -138,7 +138,7 @@ def test_the_documentation_needs_no_other_site(running):
         ({"adapter": "tea", "texts": [" "]}, "found it empty"),
         ({"adapter": "tea", "rows": [{"other": "a"}]}, "'text'"),
         ({"adapter": "tea", "rows": [{"text": {"a": 1}}]}, "rows"),
-        ({"adapter": "nested/pair", "texts": ["a"]}, "['first', 'second']"),
+        ({"adapter": "nested/pair", "texts": ["a"]}, "the columns 'first', 'second', found a text alone"),
         ([], "body"),
         ("a", "body"),
     ],

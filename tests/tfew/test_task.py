@@ -590,11 +590,27 @@ class TestFewShot:
         assert Counter(row["label"] for row in drawn) == {"pos": 8, "neg": 8}
         assert drawn == few_shot(rows, task, 8, seed=3) != few_shot(rows, task, 8, seed=4)
 
-    def test_too_few(self, task):
+    def test_too_few_for_the_number_that_is_asked_for(self, task):
+        rows = [{"text": str(number), "label": f"intent_{number % 70:03}"} for number in range(280)]
+        task = Task.infer(rows + [{"text": "x", "label": "many"}] * 20)
         with pytest.raises(
-            InputError, match="Expected 16 training examples for each label, found fewer for 'neg': 5, 'pos': 5"
+            InputError,
+            match=r"Expected 16 training examples for each label \(--examples-per-label, per_label\), found fewer for 70 of "
+            r"71 labels, the fewest for 'intent_000': 4; ask for fewer, or leave the number out to take what there is\.",
         ):
-            few_shot(words.rows(10), task, 16)
+            few_shot(rows + [{"text": "x", "label": "many"}] * 20, task, 16)
+        with pytest.raises(InputError, match=r"at least one training example for each label \(per_label\), found 0"):
+            few_shot(rows, task, 0)
+
+    def test_as_many_as_there_are_when_no_number_is_asked_for(self, task, caplog):
+        rows = words.rows(60)
+        assert few_shot(rows, task, seed=3) == few_shot(rows, task, 16, seed=3) and not caplog.text
+        rows = [row for row in rows if row["label"] == "pos"] + [row for row in rows if row["label"] == "neg"][:5]
+        drawn = few_shot(rows, task)
+        assert Counter(row["label"] for row in drawn) == {"pos": 16, "neg": 5}
+        assert [record.getMessage() for record in caplog.records] == [
+            "Fewer than 16 training examples for 1 of 2 labels, the fewest for 'neg': 5; all of these are taken."
+        ]
 
     def test_the_order_of_labels_decides_nothing(self, task):
         turned = Task(template=TEMPLATE, choices=dict(reversed(CHOICES.items())))
@@ -602,7 +618,7 @@ class TestFewShot:
 
     def test_a_label_without_rows_is_named(self):
         task = Task(template=TEMPLATE, choices={**CHOICES, "new": "bad"})
-        with pytest.raises(InputError, match="fewer for 'new': 0"):
+        with pytest.raises(InputError, match="fewer for 1 of 3 labels, the fewest for 'new': 0"):
             few_shot(words.rows(60), task, 8)
 
     def test_places_as_labels(self):

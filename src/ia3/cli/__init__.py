@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import typer
 
@@ -40,11 +44,51 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
+class _Notices(logging.Handler):
+    """Prints what the package has to say on standard error, each line once."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._said: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.say(record.getMessage())
+
+    def say(self, message: object, *_: Any) -> None:
+        line = f"ia3: {' '.join(str(message).split())}"
+        if line not in self._said:
+            self._said.add(line)
+            typer.echo(line, err=True)
+
+
+@contextmanager
+def _our_lines_alone() -> Iterator[None]:
+    """Within `with`, logs and warnings of the package are lines of the command, and other libraries' show errors only."""
+    notices, own, others = _Notices(), logging.getLogger("ia3"), logging.lastResort
+    level = None if others is None else others.level
+    own.addHandler(notices)
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.filterwarnings("ignore", module=r"(?!ia3(\.|$))")
+        warnings.showwarning = notices.say
+        try:
+            if others is not None:
+                others.setLevel(logging.ERROR)
+            yield
+        finally:
+            own.removeHandler(notices)
+            if others is not None and level is not None:
+                others.setLevel(level)
+
+
 @app.callback()
 def _options(
+    context: typer.Context,
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
 ) -> None:
     """Options of the whole program."""
+    if context.invoked_subcommand != "serve":  # which has a log
+        context.with_resource(_our_lines_alone())
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -15,6 +15,7 @@ from ia3.cli.common import (
     MAX_SEED,
     TASK_NAME,
     ChoicesOption,
+    DelimiterOption,
     DtypeOption,
     ExamplesOption,
     JsonOption,
@@ -32,6 +33,7 @@ from ia3.cli.common import (
     progress,
     quiet,
     recipe_for,
+    table,
 )
 from ia3.cli.results import read_metrics, seen_by, write_json
 from ia3.cli.run import train_alone, with_adapters
@@ -78,6 +80,7 @@ def compare(
         show_default=False,
     ),
     test_data: str | None = TestDataOption,
+    delimiter: str | None = DelimiterOption,
     template: str | None = TemplateOption,
     choices: str | None = ChoicesOption,
     shots: str | None = typer.Option(
@@ -86,7 +89,7 @@ def compare(
     adapter: str | None = typer.Option(
         None, help="A trained adapter's folder, to measure in place of training one.", show_default=False
     ),
-    examples_per_label: int = ExamplesOption,
+    examples_per_label: int | None = ExamplesOption,
     test_rows: int = TestRowsOption,
     recipe: str | None = RecipeOption,
     steps: int | None = StepsOption,
@@ -116,7 +119,7 @@ def compare(
         if task is None:
             task = locate(adapter, TASK_NAME)
     counts = None if shots is None else numbers("--shots", shots, int)
-    source = source_of(task, data, test_data, label_column, text_column, choices, template)
+    source = source_of(task, data, test_data, label_column, text_column, choices, template, delimiter)
     source.task.check(source.rows)
     source.task.check(source.test or [])
     seen = None if adapter is None else seen_by(adapter)
@@ -128,7 +131,10 @@ def compare(
     chosen = drawn(source, examples_per_label, test_rows, seed, seen)
     examples, test = chosen.examples, chosen.test
     if not test:
-        raise InputError("Expected labelled rows to measure on (--test-data): training leaves none over.")
+        raise InputError(
+            "Expected labelled rows to measure on (--test-data): training leaves none over; give some, or train on fewer "
+            "(--examples-per-label)."
+        )
     for count in counts or ():
         if not 1 <= count <= len(examples):
             raise InputError(f"Expected --shots from 1 to {len(examples)}, the training examples, found {count}.")
@@ -384,11 +390,8 @@ class Comparison:
 
 
 def print_comparison(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A row for each method; costs are rounded."""
-    from rich.table import Table
-
-    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
-        "": lambda row: row["method"],
+    """A column for each method, which leaves room for names and numbers on a narrow screen; costs are rounded."""
+    lines: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "accuracy": lambda row: f"{row['accuracy']:.1%}",
         "macro-F1": lambda row: f"{row['macro_f1']:.1%}",
         "FLOPs an example": lambda row: _power(row["inference_flops"]),
@@ -400,12 +403,12 @@ def print_comparison(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:
         "on disk": lambda row: _size(row["disk_bytes"]),
         "s an example": lambda row: f"{row['seconds']:.3g}",
     }
-    table = Table()
-    for number, name in enumerate(columns):
-        table.add_column(name, justify="right" if number else "left")
-    for row in rows:
-        table.add_row(*(cell(row) for cell in columns.values()), style="bold" if row["method"] == _T_FEW else None)
-    out.print(table)
+    shown = table("", *(row["method"] for row in rows))
+    for name, cell in lines.items():
+        shown.add_row(name, *map(cell, rows))
+    for column, row in zip(shown.columns[1:], rows, strict=True):
+        column.style = "bold" if row["method"] == _T_FEW else ""
+    out.print(shown)
     out.print("Estimates are the paper's, 2·N FLOPs a token (N in encoder-decoders), shots read for each example.")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from ia3.cli.common import AdapterArgument, JsonOption, console, print_json
+from ia3.cli.common import AdapterArgument, JsonOption, console, print_json, table
 from ia3.config import IA3Config
 
 
@@ -73,7 +73,7 @@ def inspect(
 
 
 def _print(result: dict[str, Any]) -> None:
-    from rich.table import Table
+    from rich.markup import escape
 
     out = console()
     out.print(
@@ -81,12 +81,11 @@ def _print(result: dict[str, Any]) -> None:
         f"{result['bytes'] / 1000:.0f} kB",
         markup=False,
     )
-    table = Table("module", "side", title="What it rescales (1 is no change)")
-    for name in ("modules", "numbers", "smallest", "largest", "mean |l - 1|"):
-        table.add_column(name, justify="right")
+    names = ("module", "side", "modules", "numbers", "smallest", "largest", "mean |l - 1|")
+    kinds = table(*names, left=2, title="What it rescales (1 is no change)")
     for row in result["kinds"]:
-        table.add_row(
-            row["kind"],
+        kinds.add_row(
+            escape(row["kind"]),
             row["side"],
             str(row["modules"]),
             f"{row['numbers']:,}",
@@ -94,11 +93,11 @@ def _print(result: dict[str, Any]) -> None:
             f"{row['max']:.3f}",
             f"{row['mean_change']:.4f}",
         )
-    out.print(table)
+    out.print(kinds)
     if result["largest"]:
-        extremes = Table("module", "index", "scale", title="Largest and smallest scalings")
+        extremes = table("module", "index", "scale", title="Largest and smallest scalings")
         for item in [*result["largest"], *result["smallest"][::-1]]:
-            extremes.add_row(item["module"], str(item["index"]), f"{item['scale']:.4f}")
+            extremes.add_row(escape(item["module"]), str(item["index"]), f"{item['scale']:.4f}")
         out.print(extremes)
     for name, shape in result["modules_to_save"].items():
         out.print(f"trained in full: {name} {tuple(shape)}", markup=False)

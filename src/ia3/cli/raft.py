@@ -14,6 +14,7 @@ import typer
 from ia3.cli.common import (
     MAX_SEED,
     BaseOption,
+    DelimiterOption,
     DtypeOption,
     InitOption,
     JsonOption,
@@ -23,6 +24,7 @@ from ia3.cli.common import (
     progress,
     quiet,
     recipe_for,
+    table,
 )
 from ia3.cli.results import SEEN, read_metrics, write, write_json
 from ia3.cli.resume import RUN_NAME, fingerprint, require_same
@@ -52,6 +54,7 @@ def raft(
         help="Folder with TASK/train.csv and TASK/test_unlabeled.csv. \\[default: ought/raft on the hub]",
         show_default=False,
     ),
+    delimiter: str | None = DelimiterOption,
     model: str = BaseOption,
     dtype: str = DtypeOption,
     recipe: str | None = RecipeOption,
@@ -78,7 +81,7 @@ def raft(
     names = RAFT_TASKS if tasks is None else [part.strip() for part in tasks.split(",") if part.strip()]
     if not names or len(set(names)) < len(names):
         raise InputError(f"Expected different tasks with commas between them for --tasks, found {tasks!r}.")
-    chosen = {name: RaftTask.load(name, data) for name in names}
+    chosen = {name: RaftTask.load(name, data, delimiter) for name in names}
     for name, one in chosen.items():
         try:
             fold_of_each(one.task, one.train, folds, seed)
@@ -250,15 +253,14 @@ class _Bench:
 
 
 def _print_table(out: Console, results: Mapping[str, dict[str, Any]], means: Mapping[str, float], folds: int) -> None:
-    from rich.table import Table
-
-    table = Table(title=f"RAFT: macro-F1 on training rows, {folds}-fold cross-validated")
-    for name in ("task", "macro-F1", "majority class", "test rows", "seconds"):
-        table.add_column(name, justify="left" if name == "task" else "right")
+    title = f"RAFT: macro-F1 on training rows, {folds}-fold cross-validated"
+    shown_results = table("task", "macro-F1", "majority class", "test rows", "seconds", title=title)
     for name, its in results.items():
         scores = (its["cross_validation"]["macro_f1"], its["majority"]["macro_f1"])
-        table.add_row(name, *(f"{score:.1%}" for score in scores), str(its["test_rows"]), f"{its['seconds']:.0f}")
+        shown_results.add_row(
+            name, *(f"{score:.1%}" for score in scores), str(its["test_rows"]), f"{its['seconds']:.0f}"
+        )
     rows, seconds = (sum(its[key] for its in results.values()) for key in ("test_rows", "seconds"))
     shown_means = (f"{means[key]:.1%}" for key in ("macro_f1", "majority_macro_f1"))
-    table.add_row("mean (and sums)", *shown_means, str(rows), f"{seconds:.0f}", style="bold")
-    out.print(table)
+    shown_results.add_row("mean (and sums)", *shown_means, str(rows), f"{seconds:.0f}", style="bold")
+    out.print(shown_results)

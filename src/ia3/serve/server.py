@@ -19,6 +19,7 @@ from ia3.serve.limits import CLIENT_GONE, Limits, Problem, Queue, left
 from ia3.serve.metrics import Metrics
 from ia3.serve.schemas import ChatBody, ClassifyBody, CompletionBody
 from ia3.serve.store import Adapter, Conflict, NotStored, Store, UnknownAdapter
+from ia3.tfew.rows import as_rows
 
 if TYPE_CHECKING:
     from ia3.tfew.prediction import Prediction
@@ -157,13 +158,7 @@ class Server:
         task, recipe = settings.task, settings.recipe
         if task is None:
             raise InputError(f"Adapter {adapter.name!r} has no task.yaml, so that it has no labels; use completions.")
-        rows: list[dict[str, Any]] = list(body.rows or [])
-        if body.texts is not None:
-            if len(task.columns) != 1:
-                raise InputError(
-                    f"Expected rows with {task.columns} for adapter {adapter.name!r}, found texts: its task has not one column."
-                )
-            rows = [{task.columns[0]: text} for text in body.texts]
+        rows = as_rows(body.rows if body.texts is None else body.texts, task)
         questions: list[Question] = self.engine.questions(task, rows, recipe)
         for number, question in enumerate(questions, 1):
             self.check_tokens(len(question.prompt), f"prompts (row {number})")

@@ -29,7 +29,7 @@ from ia3.tfew.trainer import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ia3.tfew.task import Row, Task
+    from ia3.tfew.task import Task
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Member:
     Attributes:
         name: the adapter's name in the model.
         task: says what the rows mean.
-        rows: labelled rows to learn from, a list of dictionaries or a `datasets.Dataset`.
+        rows: labelled rows to learn from: a list of dictionaries, a DataFrame, a `datasets.Dataset` (see `as_rows`).
         seed: decides the order of the rows and the draw of templates, as the arguments' seed does for an adapter that
             is trained alone.
         learning_rate: the highest; None: the arguments'.
@@ -48,10 +48,10 @@ class Member:
 
     name: str
     task: Task
-    rows: Sequence[Row]
+    rows: Any
     seed: int = 0
     learning_rate: float | None = None
-    eval_rows: Sequence[Row] | None = None
+    eval_rows: Any = None
 
 
 class FleetTrainer(TFewTrainer):
@@ -94,6 +94,9 @@ class FleetTrainer(TFewTrainer):
     ) -> None:
         members, recipe = list(members), recipe or Recipe()
         _check(model, args, members, kwargs)
+        if len(members) == 1:
+            self.task = members[0].task
+            kwargs.setdefault("compute_metrics", metrics_of(self.task))
         self.members = {member.name: member for member in members}
         # One that is active has all rows without being named, also in a model that cannot tell rows apart.
         self._alone = len(members) == 1 and model.active_adapters == [members[0].name]

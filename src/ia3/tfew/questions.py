@@ -79,6 +79,7 @@ def encode(
         InputError: lengths differ, a prompt or choice is empty, or a choice alone is too long; a classifier's choices are
             not the same for all prompts, or not as many as its labels.
     """
+    prompts, choices = prompts if isinstance(prompts, str) else list(prompts), list(choices)
     if isinstance(prompts, str) or len(prompts) != len(choices):
         raise InputError(
             f"Expected a list of prompts and as many lists of choices, found {len(prompts)} and {len(choices)}."

@@ -51,13 +51,14 @@ class RaftTask:
     test: list[Row]
 
     @classmethod
-    def load(cls, name: str, data: str | os.PathLike | None = None) -> RaftTask:
+    def load(cls, name: str, data: str | os.PathLike | None = None, delimiter: str | None = None) -> RaftTask:
         """Read a task's rows.
 
         Args:
             name: one of `RAFT_TASKS`.
             data: a folder with NAME/train.csv and NAME/test_unlabeled.csv, such as the `data` folder of the hub's
                 `ought/raft`; None: the hub's.
+            delimiter: of these files, as of `read_rows`.
 
         Raises:
             InputError: no such task or file, a column that is missing, a label that the task does not know, or test rows
@@ -69,7 +70,8 @@ class RaftTask:
             raise InputError(f"Expected a folder with RAFT's data, found no {os.fspath(data)!r}.")
         source = _HUB if data is None else os.fspath(data)
         task = Task.embedded(name)
-        train, test = (read_rows(f"{source}/{name}/{file}") for file in ("train.csv", "test_unlabeled.csv"))
+        files = (f"{source}/{name}/{file}" for file in ("train.csv", "test_unlabeled.csv"))
+        train, test = (read_rows(file, delimiter=delimiter) for file in files)
         for what, rows, labelled in (("training", train, True), ("test", test, False)):
             try:
                 task.check(rows, labelled)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import os
 import random
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ia3.errors import InputError, problems, shown, similar
 from ia3.files import read_fields, replacing
 from ia3.tfew.fitting import answer_lengths, prompt_sizes, shortened
+from ia3.tfew.reading import as_delimiter, require_delimited
+from ia3.tfew.rows import as_row, as_rows
 from ia3.tfew.template import (
     Choices,
     Row,
@@ -41,8 +44,13 @@ if TYPE_CHECKING:
     from ia3.tfew.icl import Prefix
     from ia3.tfew.questions import Question
 
+logger = logging.getLogger(__name__)
+
 # How YAML says that there is no value.
 NOTHING = ("", "~", "null")
+
+# Training examples of each label when no number is asked for.
+_USUAL_EXAMPLES = 16
 
 # With more labels than this, a made template and an error message do not list them.
 _MOST_LISTED = 10
@@ -101,6 +109,7 @@ class Task(BaseModel):
             longest of a row.
         class_names: read class labels of hub data sets by their names, else as numbers.
         train, test: where labelled rows are, as `read_rows` takes them.
+        delimiter: what separates columns in those of them that are `.csv` or `.tsv` files; None: what they show.
         description: a sentence for people.
         example: a row for people.
     """
@@ -111,6 +120,7 @@ class Task(BaseModel):
     description: str | None = None
     train: str | None = None
     test: str | None = None
+    delimiter: str | None = None
     label_column: str = "label"
     choices: Choices | None = None
     aliases: dict[str, str] = {}
@@ -140,6 +150,16 @@ class Task(BaseModel):
     @classmethod
     def _aliases_are_text(cls, value: Any) -> Any:
         return {as_text(a): as_text(b) for a, b in value.items()} if isinstance(value, Mapping) else value
+
+    @field_validator("delimiter")
+    @classmethod
+    def _delimiter_is_a_character(cls, value: str | None) -> str | None:
+        return None if value is None else as_delimiter(value)
+
+    @model_validator(mode="after")
+    def _delimiter_is_of_files(self) -> Task:
+        require_delimited(self.delimiter, self.train, self.test)
+        return self
 
     @model_validator(mode="after")
     def _fits_together(self) -> Task:
@@ -233,7 +253,7 @@ class Task(BaseModel):
     @classmethod
     def infer(
         cls,
-        rows: Sequence[Row],
+        rows: Any,
         label_column: str | None = None,
         text_column: str | None = None,
         choices: Mapping[str, str] | None = None,
@@ -243,7 +263,7 @@ class Task(BaseModel):
         """A task made from labelled rows: what is not given is taken from column names and labels.
 
         Args:
-            rows: at least one.
+            rows: at least one, as `as_rows` takes them.
             label_column: None: "label".
             text_column: None: "text", or the only column beside the label. Not needed with a template.
             choices: None: every label, as it is written, with spaces for underscores.
@@ -253,9 +273,15 @@ class Task(BaseModel):
         Raises:
             InputError: a column is missing, or there is one label only.
         """
+        rows = as_rows(rows)
         if not rows:
             raise InputError("Expected labelled rows, found none.")
         columns = list(rows[0])
+        if template is None and len(columns) < 2:
+            raise InputError(
+                f"Expected a column for the text and one for the label, found {shown(columns)}; in a file, another "
+                f"character may separate them (--delimiter)."
+            )
         label_column = _choose(label_column, columns, "label", "label-column", [])
         if choices is None:
             found = {number: row.get(label_column) for number, row in enumerate(rows, 1)}
@@ -313,7 +339,7 @@ class Task(BaseModel):
         """The prompt of a row.
 
         Args:
-            row: column → value.
+            row: column → value; or a text, where the task reads one column.
             number: the row's place in its file, for an error message.
             template: the index of one of `templates`.
 
@@ -321,6 +347,7 @@ class Task(BaseModel):
             InputError: the template names a column that is not there, or all that it names are empty.
         """
         where, names = at_row(number), self.templates[template].columns
+        row = as_row(row, self, number)
         require(row, names, number)
         if names and all(is_missing(row[name]) for name in names):
             raise InputError(f"Expected some text in {shown(names)}, found it empty{where}; fill or drop the row.")
@@ -344,6 +371,7 @@ class Task(BaseModel):
     def fingerprint(self, row: Row, number: int | None = None) -> str:
         """What stands for all that a model reads of a row, in the first template's words; arguments and errors as of
         `prompt` and `answers`. Rows of one fingerprint are one and the same to it, whatever their labels."""
+        row = as_row(row, self, number)
         read = [self.prompt(row, number), *self.answers(row, number).values()]
         return hashlib.sha256(json.dumps(read).encode()).hexdigest()[:16]
 
@@ -353,6 +381,7 @@ class Task(BaseModel):
         Raises:
             InputError: a text is empty, or two are the same.
         """
+        row = as_row(row, self, number)
         return answers_of(self._choices_of(template), self._read_of(row, template), number)
 
     def label(self, row: Row, number: int | None = None, template: int = 0) -> str:
@@ -361,7 +390,7 @@ class Task(BaseModel):
         Raises:
             InputError: the column is missing, the label is not known, or there are several.
         """
-        where = at_row(number)
+        where, row = at_row(number), as_row(row, self, number)
         answers = self.answers(row, number, template)
         if self.templates[template].says_answer:
             text = self.templates[template].right_answer(row, number, answers.values())
@@ -381,10 +410,10 @@ class Task(BaseModel):
             raise _UnknownLabel(f"Expected a known label in {self.label_column!r}, found {label!r}{where}; {hint}.")
         return label
 
-    def check(self, rows: Iterable[Row], labelled: bool = True) -> None:
+    def check(self, rows: Any, labelled: bool = True) -> None:
         """Raise what `prompt`, `answers` and `label` would raise for the first row, in the file's order, that cannot be
         used, in the words of any template; and name all labels of the rows that the task does not know."""
-        rows = list(rows)
+        rows = as_rows(rows, self)
         for number, row in enumerate(rows, 1):
             for template in range(len(self.templates)):
                 self.prompt(row, number, template)
@@ -408,7 +437,7 @@ class Task(BaseModel):
     def questions(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        rows: Iterable[Row],
+        rows: Any,
         labelled: bool = True,
         model: nn.Module | None = None,
         template: int = 0,
@@ -419,7 +448,7 @@ class Task(BaseModel):
 
         Args:
             tokenizer: the model's.
-            rows: column → value.
+            rows: as `as_rows` takes them.
             labelled: take each row's label, too.
             model: whose family the questions are for (None: a decoder-only one), and whose positions prompts have
                 to fit.
@@ -435,7 +464,7 @@ class Task(BaseModel):
         from ia3.pretrained import task_type
         from ia3.tfew.questions import base_of, encode, model_max_length
 
-        rows = list(rows)
+        rows = as_rows(rows, self)
         answers = [self.answers(row, number, template) for number, row in enumerate(rows, 1)]
         family = TaskType.CAUSAL_LM if model is None else task_type(base_of(model))
         # A classifier reads no answers, so it need not tell them apart.
@@ -474,25 +503,37 @@ class Task(BaseModel):
         }
 
 
-def few_shot(rows: Sequence[Row], task: Task, per_label: int, seed: int = 0) -> list[Row]:
+def few_shot(rows: Any, task: Task, per_label: int | None = None, seed: int = 0) -> list[Row]:
     """A random draw of equally many rows for each label, in random order.
+
+    Args:
+        rows: to draw from, as `as_rows` takes them.
+        task: knows their labels.
+        per_label: how many of each; None: 16, or as many as a label has.
+        seed: decides the draw.
 
     Raises:
         InputError: a label has fewer rows than asked for.
     """
-    chance = random.Random(seed)
+    if per_label is not None and per_label < 1:
+        raise InputError(f"Expected at least one training example for each label (per_label), found {per_label}.")
+    rows, chance, wanted = as_rows(rows, task), random.Random(seed), per_label or _USUAL_EXAMPLES
     found = [task.label(row, number) for number, row in enumerate(rows, 1)]
     # By label in alphabetical order, so that the draw does not depend on how a task lists them.
     by_label: dict[str, list[Row]] = {label: [] for label in sorted({*(task.labels or ()), *found})}
     for label, row in zip(found, rows, strict=True):
         by_label[label].append(row)
-    scarce = {label: len(found) for label, found in by_label.items() if len(found) < per_label}
+    scarce = {label: len(its) for label, its in by_label.items() if len(its) < wanted}
     if scarce:
-        counts = ", ".join(f"{label!r}: {count}" for label, count in list(scarce.items())[:5])
-        raise InputError(
-            f"Expected {per_label} training examples for each label, found fewer for {counts}; ask for fewer."
-        )
-    chosen = [row for found in by_label.values() for row in chance.sample(found, per_label)]
+        fewest = min(scarce, key=scarce.__getitem__)
+        which = f"{len(scarce)} of {len(by_label)} labels, the fewest for {fewest!r}: {scarce[fewest]}"
+        if per_label is not None:
+            raise InputError(
+                f"Expected {per_label} training examples for each label (--examples-per-label, per_label), found fewer for "
+                f"{which}; ask for fewer, or leave the number out to take what there is."
+            )
+        logger.warning("Fewer than %d training examples for %s; all of these are taken.", wanted, which)
+    chosen = [row for its in by_label.values() for row in chance.sample(its, min(wanted, len(its)))]
     chance.shuffle(chosen)
     return chosen
 

@@ -22,6 +22,7 @@ from ia3.tfew.layouts import collate, try_packing
 from ia3.tfew.losses import tfew_loss
 from ia3.tfew.questions import Question, base_of, padding_id
 from ia3.tfew.recipe import EarlyStopping, Recipe
+from ia3.tfew.rows import as_rows
 from ia3.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class TFewTrainer(Trainer):
         args: `recipe.training_arguments(…)`, or any `TrainingArguments`, which say all about steps and optimizer.
         processing_class: the model's tokenizer.
         task: says what the rows mean.
-        train_dataset: labelled rows, a list of dictionaries or a `datasets.Dataset`.
+        train_dataset: labelled rows: a list of dictionaries, a DataFrame, a `datasets.Dataset` (see `as_rows`).
         eval_dataset: the same, for `evaluate()`.
         recipe: its loss (a classifier's is cross-entropy always), its templates, its early stopping and what it does
             about long prompts; None: the paper's.
@@ -74,24 +75,28 @@ class TFewTrainer(Trainer):
     # `compute_loss` returns a mean over the batch, whatever arguments the wrapped model takes.
     loss_is_scaled_for_ga = False
 
+    task: Task | None = None
+    """What its rows mean; None for a trainer of several tasks."""
+
     def __init__(
         self,
         model: nn.Module,
         args: TrainingArguments,
         processing_class: PreTrainedTokenizerBase,
         task: Task,
-        train_dataset: Sequence[Mapping[str, Any]],
-        eval_dataset: Sequence[Mapping[str, Any]] | None = None,
+        train_dataset: Any,
+        eval_dataset: Any = None,
         recipe: Recipe | None = None,
         **kwargs: Any,
     ) -> None:
         recipe = recipe or Recipe()
+        self.task = task
         seed = args.seed if args.data_seed is None else args.data_seed
         examples = training_examples(task, processing_class, train_dataset, model, recipe, seed)
         held_out = None
         if eval_dataset is not None:
             held_out = evaluation_examples(task, processing_class, eval_dataset, model, recipe)
-            kwargs.setdefault("compute_metrics", metrics_of(task))
+        kwargs.setdefault("compute_metrics", metrics_of(task))
         self._set_up(model, args, processing_class, examples, held_out, recipe, [None], **kwargs)
 
     def _set_up(
@@ -147,6 +152,26 @@ class TFewTrainer(Trainer):
         if self._average is not None and not self.args.load_best_model_at_end:
             self._average.use()
         return output
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As `transformers.Trainer.evaluate`; `eval_dataset` may be labelled rows, as the trainer takes them."""
+        return super().evaluate(self._asked(eval_dataset), *args, **kwargs)
+
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """As `transformers.Trainer.predict`; `test_dataset` may be labelled rows, as the trainer takes them."""
+        return super().predict(self._asked(test_dataset), *args, **kwargs)
+
+    def _asked(self, dataset: Any) -> Any:
+        """Labelled rows as examples of the trainer's one task; a name, examples or None as they are."""
+        if dataset is None or isinstance(dataset, str):
+            return dataset
+        if isinstance(dataset, list) and dataset and isinstance(dataset[0], Example):
+            return dataset
+        if self.task is None:
+            raise InputError("Expected rows of one task, found a trainer of several; give each member its eval_rows.")
+        tokenizer: Any = self.processing_class
+        adapter = self.stopping.learners[0]
+        return evaluation_examples(self.task, tokenizer, dataset, self.model, self.recipe, adapter)  # type: ignore[arg-type]
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
         if self.stopping.all_stopped:  # a run that goes on from where it stopped
@@ -348,7 +373,7 @@ class StopAtFloor(TrainerCallback, ExportableState):
 def training_examples(
     task: Task,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Any,
     model: nn.Module,
     recipe: Recipe,
     seed: int,
@@ -359,7 +384,7 @@ def training_examples(
     Args:
         task: says what the rows mean.
         tokenizer: the model's.
-        rows: column → value.
+        rows: as `as_rows` takes them.
         model: prompts are shortened to what it has positions for.
         recipe: says which templates are drawn.
         seed: decides the draw.
@@ -368,6 +393,7 @@ def training_examples(
     Raises:
         InputError: rows do not fit the task (see `Task.questions`), or show one label only.
     """
+    rows = as_rows(rows, task)
     task.check(rows)
     labels = list(dict.fromkeys(task.label(row, number) for number, row in enumerate(rows, 1)))
     if len(labels) < 2:
@@ -389,12 +415,15 @@ def training_examples(
 def evaluation_examples(
     task: Task,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Any,
     model: nn.Module,
     recipe: Recipe,
     adapter: str | None = None,
 ) -> list[Example]:
     """Labelled rows in the words of the task's first template; arguments and errors as of `training_examples`."""
+    rows = as_rows(rows, task)
+    if not rows:
+        raise InputError("Expected labelled rows to measure on, found none.")
     questions = task.questions(tokenizer, rows, model=model, long_prompts=recipe.long_prompts)
     return [Example((replace(question, adapter=adapter),)) for question in questions]
 
