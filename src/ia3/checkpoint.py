@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+import pickle
+import warnings
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +16,8 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from ia3.config import CONFIG_NAME, IA3Config
-from ia3.errors import InputError, shown
-from ia3.files import locate, replacing
+from ia3.errors import InputError, brief, shown
+from ia3.files import locate, reading, replacing
 from ia3.targets import wrappers
 
 if TYPE_CHECKING:
@@ -29,6 +32,9 @@ PREFIX = "base_model.model."
 _KEY_VALUE_ONLY = "ia3_key_value_only"
 
 Tensors = dict[str, torch.Tensor]
+
+# What a checkpoint may hold for a parameter of any of these types; of another type it is cast to.
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def locate_weights(path: str | os.PathLike, subfolder: str | None = None, **hub_kwargs: Any) -> str:
@@ -46,33 +52,53 @@ def read_weights(path: str | os.PathLike, subfolder: str | None = None, **hub_kw
     """The tensors of an adapter, by the name in the file, and the safetensors header's own entries.
 
     Raises:
-        InputError: the file is missing, cut short, or holds more than tensors.
+        InputError: the file is missing; or see `read_tensors`.
     """
-    from safetensors import SafetensorError, safe_open
+    return read_tensors(locate_weights(path, subfolder, **hub_kwargs))
 
-    file = locate_weights(path, subfolder, **hub_kwargs)
-    if file.endswith(TORCH_WEIGHTS_NAME):
+
+def read_tensors(file: str) -> tuple[Tensors, dict[str, str]]:
+    """The tensors of a safetensors file, or of one that `torch.save` wrote, by name; and the former's header entries.
+
+    Raises:
+        InputError: the file is cut short, or holds more than tensors that it has all numbers of. Nothing in it is run.
+    """
+    if not file.endswith(".safetensors"):
         return _read_torch_weights(file), {}
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise InputError(
-            f"Cannot read {file}: {error}. Expected a whole safetensors file; copy or download it again."
-        ) from error
+    from safetensors import safe_open
+
+    with reading(file, "a whole safetensors file"), safe_open(file, framework="pt") as opened:
+        return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
 
 
 def _read_torch_weights(file: str) -> Tensors:
-    try:
-        tensors = dict(torch.load(file, map_location="cpu", weights_only=True))
-        if not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-            raise TypeError("not all values are tensors")
-    except Exception as error:  # a damaged pickle makes the reader stumble anywhere
-        raise InputError(
-            f"Expected a dictionary of tensors in {file}, and nothing that runs code; it cannot be read so. "
-            f"Save the adapter as safetensors."
-        ) from error
-    return tensors
+    expected = "a flat dictionary of tensors and nothing that runs code"
+    with reading(file, expected, "is it cut short? Save it as safetensors"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what torch says of an odd pickle; the error is enough
+        # torch also reads what others have compressed, and a small file then fills the memory.
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(file):
+                    raise ValueError("it is compressed")
+        try:
+            tensors = torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:  # whose text says how to read it unsafely
+            raise ValueError("it is damaged or holds something else") from error
+        if not isinstance(tensors, dict) or not all(isinstance(key, str) for key in tensors):
+            raise TypeError("it holds something else")
+        for key, value in tensors.items():
+            if not isinstance(value, torch.Tensor) or not _is_plain(value):
+                raise TypeError(f"{brief(key)} is no tensor with all its numbers in the file")
+        return dict(tensors)
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has a number in memory for each element; an expanded one claims any number of them."""
+    return (
+        (tensor.layout, tensor.device.type) == (torch.strided, "cpu")
+        and not (tensor.is_nested or tensor.is_quantized)
+        and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    )
 
 
 def get_peft_model_state_dict(
@@ -124,11 +150,12 @@ def set_peft_model_state_dict(
         Missing and unexpected keys, as PEFT does; there are none, or an error is raised.
 
     Raises:
-        InputError: no such adapter, or tensors are missing, surplus, not finite, or of another shape.
+        InputError: no such adapter, or tensors are missing, surplus, of another shape, no floating-point numbers, or not
+            finite in the type that the model holds them in.
     """
     tensors = peft_model_state_dict
     expected = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    check_tensors({key: value.shape for key, value in expected.items()}, tensors, adapter_name)
+    check_tensors(expected, tensors, adapter_name)
     base, _, outer = _parts(model)
     layers, trained = wrappers(base)
     with torch.no_grad():
@@ -152,30 +179,68 @@ def _parts(model: nn.Module) -> tuple[nn.Module, str, str]:
     return (model.model, "model.", PREFIX) if isinstance(model, IA3Model) else (model, "", "")
 
 
-def check_tensors(shapes: Mapping[str, Sequence[int]], found: Mapping[str, torch.Tensor], adapter_name: str) -> None:
-    """Raise `InputError` unless `found` has exactly these names and shapes, and finite values."""
-    missing, surplus = sorted(set(shapes) - set(found)), sorted(set(found) - set(shapes))
+def check_tensors(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], adapter_name: str) -> None:
+    """Raise `InputError` unless `found` fits.
+
+    Args:
+        expected: by name, of the shape and type that the model holds; no matter with which values, or none.
+        found: has to have exactly these names and shapes, and values that are finite in these types.
+        adapter_name: for the message.
+    """
+    missing, surplus = sorted(set(expected) - set(found)), sorted(set(found) - set(expected), key=str)
     if missing or surplus:
         raise InputError(
-            f"Adapter {adapter_name!r} does not fit this model: expected {len(shapes)} tensors, found {len(found)}; "
-            f"missing: {shown(missing, 3)}; surplus: {shown(surplus, 3)}. Is it for another base model?"
+            f"Adapter {brief(adapter_name)} does not fit this model: expected {len(expected)} tensors, found "
+            f"{len(found)}; missing: {shown(missing, 3)}; surplus: {shown(surplus, 3)}. Is it for another base model?"
         )
     wrong = [
-        f"{key} is {tuple(found[key].shape)}, expected {tuple(shape)}"
-        for key, shape in shapes.items()
-        if tuple(found[key].shape) != tuple(shape)
+        f"{key} is {brief(tuple(found[key].shape))}, expected {tuple(value.shape)}"
+        for key, value in expected.items()
+        if found[key].shape != value.shape
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise InputError(
-            f"Adapter {adapter_name!r} has other shapes than this model: {'; '.join(wrong[:3])}{more}. Is it for another "
-            f"base model?"
+            f"Adapter {brief(adapter_name)} has other shapes than this model: {'; '.join(wrong[:3])}{more}. Is it for "
+            f"another base model?"
         )
-    broken = [key for key, value in found.items() if not torch.isfinite(value).all()]
-    if broken:
-        raise InputError(
-            f"Adapter {adapter_name!r} holds NaN or infinite values in {shown(broken, 3)}; train it again."
-        )
+    problem = wrong_values(found, {key: value.dtype for key, value in expected.items()})
+    if problem:
+        raise InputError(f"Adapter {brief(adapter_name)} holds {problem}; train it again.")
+
+
+def check_vector(name: str, tensor: torch.Tensor) -> None:
+    """Raise `InputError` unless all numbers of a tensor, one at least, lie along one of its dimensions."""
+    if not tensor.numel() or max(tensor.shape, default=0) != tensor.numel():
+        raise InputError(f"Expected a vector, found {brief(name)} of shape {brief(tuple(tensor.shape))}.")
+
+
+def wrong_values(found: Mapping[str, torch.Tensor], held: Mapping[str, torch.dtype]) -> str | None:
+    """What is wrong with tensors' values, for an error message; None when they can be used.
+
+    Args:
+        found: as a file has them.
+        held: the type that each will be held in. A value that is finite in the file can be infinite in it.
+    """
+    foreign = {key: value.dtype for key, value in found.items() if value.dtype != held[key]}
+    foreign = {key: dtype for key, dtype in foreign.items() if not {dtype, held[key]} <= set(_FLOATS)}
+    if foreign:
+        key = next(iter(foreign))
+        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        return f"{foreign[key]} in {brief(key)}{more} where {held[key]} is expected"
+    infinite = [key for key, value in found.items() if not _is_finite(value.to(held[key]))]
+    in_file = [key for key in infinite if not _is_finite(found[key])]
+    if in_file:
+        return f"NaN or infinite values in {shown(in_file, 3)}"
+    if infinite:
+        return f"values in {shown(infinite, 3)} that are infinite in {held[infinite[0]]}, which they are held in"
+    return None
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    if tensor.is_floating_point() and tensor.dtype not in _FLOATS:  # 8-bit floats know no `isfinite`
+        tensor = tensor.float()
+    return bool(torch.isfinite(tensor).all())
 
 
 def save_adapter(

@@ -129,7 +129,7 @@ def test_a_folder_below_the_root(place, start):
     assert server.http.delete("/v1/adapters/short").status_code == 200
     assert probabilities(server, "deep/er") == pytest.approx(probabilities(server, "soup"))
     shutil.copytree(place / "adapters" / "soup", place / "adapters" / "damaged")
-    for name, says in (("adapter_config.json", "cannot be read"), ("calibration.json", "cannot be read")):
+    for name, says in (("adapter_config.json", "nested too deep"), ("calibration.json", "nested too deep")):
         before = (place / "adapters" / "damaged" / name).read_bytes()
         (place / "adapters" / "damaged" / name).write_text("[" * 100_000)
         response = server.http.post("/v1/adapters", json={"folder": "damaged"})

@@ -10,6 +10,7 @@ import typer
 
 from ia3.cli.common import AdapterArgument, JsonOption, console, print_json
 from ia3.config import IA3Config
+from ia3.errors import InputError, brief
 
 
 def inspect(
@@ -19,25 +20,31 @@ def inspect(
 ) -> None:
     """Show what an adapter rescales: modules, sizes, and the largest and smallest scalings by layer and kind."""
     config = IA3Config.from_pretrained(adapter)
-    from ia3.checkpoint import PREFIX, read_weights
+    import torch
+
+    from ia3.checkpoint import PREFIX, check_vector, read_weights, wrong_values
 
     tensors, _ = read_weights(adapter)
-    vectors = {
-        name.removeprefix(PREFIX).removesuffix(".ia3_l"): tensor.flatten().float()
-        for name, tensor in tensors.items()
-        if name.endswith(".ia3_l")
-    }
+    vectors, sides = {}, {}
+    for name, tensor in tensors.items():
+        if name.endswith(".ia3_l"):
+            check_vector(name, tensor)
+            path = name.removeprefix(PREFIX).removesuffix(".ia3_l")
+            vectors[path], sides[path] = tensor.flatten(), "input" if tensor.shape[0] == 1 else "output"
+    problem = wrong_values(vectors, dict.fromkeys(vectors, torch.float32))
+    if problem:
+        raise InputError(f"Expected finite floating-point vectors in {brief(adapter)}, found {problem}.")
+    vectors = {path: vector.float() for path, vector in vectors.items()}
     kinds: dict[str, list[str]] = defaultdict(list)
     for path in vectors:
         kinds[re.sub(r"\.\d+\.", ".*.", path)].append(path)
     rows: list[dict[str, Any]] = []
     for kind, paths in kinds.items():
         values = [vectors[path] for path in paths]
-        sides = {"input" if tensors[f"{PREFIX}{path}.ia3_l"].shape[0] == 1 else "output" for path in paths}
         rows.append(
             {
                 "kind": kind,
-                "side": "/".join(sorted(sides)),
+                "side": "/".join(sorted({sides[path] for path in paths})),
                 "modules": len(paths),
                 "numbers": sum(value.numel() for value in values),
                 "min": min(float(value.min()) for value in values),
@@ -73,6 +80,7 @@ def inspect(
 
 
 def _print(result: dict[str, Any]) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     out = console()
@@ -86,7 +94,7 @@ def _print(result: dict[str, Any]) -> None:
         table.add_column(name, justify="right")
     for row in result["kinds"]:
         table.add_row(
-            row["kind"],
+            escape(row["kind"]),
             row["side"],
             str(row["modules"]),
             f"{row['numbers']:,}",
@@ -98,7 +106,7 @@ def _print(result: dict[str, Any]) -> None:
     if result["largest"]:
         extremes = Table("module", "index", "scale", title="Largest and smallest scalings")
         for item in [*result["largest"], *result["smallest"][::-1]]:
-            extremes.add_row(item["module"], str(item["index"]), f"{item['scale']:.4f}")
+            extremes.add_row(escape(item["module"]), str(item["index"]), f"{item['scale']:.4f}")
         out.print(extremes)
     for name, shape in result["modules_to_save"].items():
         out.print(f"trained in full: {name} {tuple(shape)}", markup=False)

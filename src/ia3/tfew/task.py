@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ia3.errors import InputError, problems, shown, similar
-from ia3.files import read_fields, replacing
+from ia3.errors import InputError, brief, excerpt, problems, shown, similar
+from ia3.files import read_fields, reading, replacing
 from ia3.tfew.fitting import answer_lengths, prompt_sizes, shortened
 from ia3.tfew.template import (
     Choices,
@@ -51,8 +51,8 @@ _MOST_LISTED = 10
 def read_yaml(path: Path) -> dict[str, Any]:
     """The fields in a YAML file, in which everything is text: `yes` and `1` are words and labels here, not true and a
     number, and tags mean nothing."""
-    if not path.is_file():
-        raise InputError(f"Expected a task file, found no {str(path)!r}.")
+    if not os.path.isfile(path):
+        raise InputError(f"Expected a task file, found no {brief(str(path))}.")
     return read_fields(path, _Loader, "template and choices")
 
 
@@ -71,7 +71,7 @@ def _label(value: Any, where: str = "") -> str:
 
 def _several(found: Any, where: str) -> str:
     return (
-        f"Expected one label, found {found!r}{where}: tasks with several labels a row are not supported; make a "
+        f"Expected one label, found {brief(found)}{where}: tasks with several labels a row are not supported; make a "
         f"yes/no task of each label."
     )
 
@@ -184,9 +184,9 @@ class Task(BaseModel):
         text = os.fspath(name)
         if text in embedded_tasks():
             return cls.embedded(text)
-        if not Path(text).suffix and not Path(text).exists():
+        if not Path(text).suffix and not os.path.exists(text):
             raise InputError(
-                f"Expected a task's file or a built-in task, found {text!r}; {similar(text, embedded_tasks())}; see ia3 "
+                f"Expected a task's file or a built-in task, found {brief(text)}; {similar(text, embedded_tasks())}; see ia3 "
                 f"tasks."
             )
         return cls.from_file(text)
@@ -211,17 +211,18 @@ class Task(BaseModel):
         }
         for name in ("train", "test"):
             source = values.get(name)
-            if isinstance(source, str) and source and (path.parent / source).exists():
+            if isinstance(source, str) and source and os.path.exists(path.parent / source):
                 values[name] = str((path.parent / source).resolve())
         return cls.create(values, where=str(path))
 
     @classmethod
     def create(cls, values: Mapping[str, Any], where: str = "the task") -> Task:
         """A task of fields; what is wrong with them is said in one line (`InputError`)."""
-        try:
-            return cls.model_validate(dict(values))
-        except ValidationError as error:
-            raise InputError(f"Cannot use {where}: {problems(error, 'task')}.") from error
+        with reading(where, "a task", "correct it"):
+            try:
+                return cls.model_validate(dict(values))
+            except ValidationError as error:
+                raise InputError(f"Cannot use {excerpt(where)}: {problems(error, 'task')}.") from error
 
     @classmethod
     def embedded(cls, name: str) -> Task:
