@@ -155,8 +155,8 @@ def parse_json(data: bytes | str, path: str | os.PathLike, advice: str = _AGAIN)
     with reading(path, "JSON", advice):
         text = data if isinstance(data, str) else data.decode("utf-8")
         values = json.loads(text)
-        # Both are rare, and counting is fast.
-        if text.count("[") + text.count("{") > _DEEPEST or re.search(r"\\u[dD][89a-fA-F]", text):
+        # All are rare, and this is fast.
+        if text.count("[") + text.count("{") > _DEEPEST or re.search(r"\\u[dD][89a-fA-F]|\d{300}", text):
             _measure(values, {})
         return values
 
@@ -209,11 +209,14 @@ def _measure(value: Any, known: dict[int, tuple[int, int]], depth: int = 0) -> t
 
     Raises:
         ValueError: there are too many levels, or a text holds half a surrogate pair, which no file or terminal takes.
+        OverflowError: an integer has hundreds of digits.
     """
     if isinstance(value, str):
         if not value.isascii():
             value.encode()
         return 1, 0
+    if isinstance(value, int):
+        float(value)
     if not isinstance(value, (dict, list, tuple, set)):
         return 1, 0
     count, levels = known.get(id(value), (0, 0))
