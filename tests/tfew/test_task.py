@@ -82,6 +82,13 @@ class TestTask:
         with pytest.raises(InputError, match=r"The answer '♥' has no tokens in this model's tokenizer \(row 1\)"):
             task.questions(tokenizer, [{"text": "tea"}], False, tiny.build(name, vocab_size=len(words.VOCABULARY)))
 
+    def test_a_long_label_does_not_crowd_out_the_row(self, task):
+        with pytest.raises(
+            InputError, match=r"\(row 3\); there are 'neg', 'pos'|\(row 3\); there are 'pos', 'neg'"
+        ) as error:
+            task.label({"text": "tea", "label": "x" * 5000}, 3)
+        assert len(str(error.value)) < 350
+
     def test_words_in_yaml_stay_words(self, tmp_path):
         (tmp_path / "task.yaml").write_text("template: '{{ text }}'\nchoices: {yes: on, 1: 2.0}\ntest:\n")
         task = Task.from_file(tmp_path / "task.yaml")

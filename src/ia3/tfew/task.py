@@ -158,7 +158,7 @@ class Task(BaseModel):
         for column in self.truncate:
             if column not in columns:
                 raise ValueError(
-                    f"expected columns of the templates to truncate, found {column!r}; {similar(column, columns)}"
+                    f"expected columns of the templates to truncate, found {brief(column)}; {similar(column, columns)}"
                 )
         for number, template in enumerate(self.templates, 1):
             named = {*template.columns, *columns_of(self._choices_of(number - 1))}
@@ -171,7 +171,9 @@ class Task(BaseModel):
         if isinstance(known, list):
             for alias, label in self.aliases.items():
                 if label not in known or alias in known:
-                    raise ValueError(f"expected aliases of the labels {known}, found {alias!r} for {label!r}")
+                    raise ValueError(
+                        f"expected aliases of the labels {brief(known)}, found {brief(alias)} for {brief(label)}"
+                    )
         return self
 
     @classmethod
@@ -368,7 +370,7 @@ class Task(BaseModel):
             text = self.templates[template].right_answer(row, number, answers.values())
             found = {answer: label for label, answer in answers.items()}
             if text not in found:
-                raise InputError(f"Expected a right answer of {shown(found, 20)}, found {text!r}{where}.")
+                raise InputError(f"Expected a right answer of {shown(found, 20)}, found {brief(text)}{where}.")
             return found[text]
         if self.label_column not in row:
             raise InputError(f"Expected a label column {self.label_column!r}, found the columns {shown(row, 20)}.")
@@ -379,7 +381,9 @@ class Task(BaseModel):
             if len(several) > 1 and all(self.aliases.get(part, part) in answers for part in several):
                 raise InputError(_several(label, where))
             hint = f"{similar(label, answers)}" if len(answers) > _MOST_LISTED else f"there are {shown(answers, 20)}"
-            raise _UnknownLabel(f"Expected a known label in {self.label_column!r}, found {label!r}{where}; {hint}.")
+            raise _UnknownLabel(
+                f"Expected a known label in {self.label_column!r}, found {brief(label)}{where}; {hint}."
+            )
         return label
 
     def check(self, rows: Iterable[Row], labelled: bool = True) -> None:
@@ -489,7 +493,7 @@ def few_shot(rows: Sequence[Row], task: Task, per_label: int, seed: int = 0) -> 
         by_label[label].append(row)
     scarce = {label: len(found) for label, found in by_label.items() if len(found) < per_label}
     if scarce:
-        counts = ", ".join(f"{label!r}: {count}" for label, count in list(scarce.items())[:5])
+        counts = ", ".join(f"{brief(label, 80)}: {count}" for label, count in list(scarce.items())[:5])
         raise InputError(
             f"Expected {per_label} training examples for each label, found fewer for {counts}; ask for fewer."
         )
