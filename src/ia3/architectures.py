@@ -479,7 +479,7 @@ def _known(modules: Mapping[str, nn.Module], config: PretrainedConfig | None, fi
 def candidates(modules: Mapping[str, nn.Module]) -> str:
     """Module names that could be targets, for an error message."""
     names = {path.rpartition(".")[2] for path, module in modules.items() if find_rule(module)}
-    return shown(sorted(name for name in names if not name.isdecimal()) or sorted(names), 12)
+    return shown(sorted(name for name in names if not name.isdecimal()) or sorted(names), 12, room=300)
 
 
 def _refuse(modules: Mapping[str, nn.Module], model_type: str | None, field: str, why: str) -> NoReturn:

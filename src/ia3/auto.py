@@ -7,8 +7,8 @@ import os
 from typing import Any, ClassVar
 
 from ia3.config import IA3Config, TaskType
-from ia3.errors import InputError, reason, shown
-from ia3.files import locate
+from ia3.errors import InputError, brief, reason, shown
+from ia3.files import locate, reading
 from ia3.peft import PeftModel
 from ia3.pretrained import find_base
 
@@ -63,9 +63,10 @@ class AutoPeftModel:
         kwargs.pop("subfolder", None)  # the adapter's
         try:
             model = base_class.from_pretrained(source, **{"revision": config.revision, **kwargs})
-        except (OSError, ValueError) as error:
+        except Exception as error:  # a damaged file, a missing package, another kind of model
             raise InputError(
-                f"Cannot load the base model {config.base_model_name_or_path!r} as {base_class.__name__}: {reason(error)}"
+                f"Cannot load the base model {brief(config.base_model_name_or_path)} as {base_class.__name__}: "
+                f"{reason(error)}"
             ) from error
         cls._fit_tokenizer(model, pretrained_model_name_or_path, place)
         return PeftModel.from_pretrained(
@@ -86,17 +87,19 @@ class AutoPeftModel:
         if task is not None:
             return getattr(transformers, _BASE_CLASSES[task])
         mapping = config.auto_mapping or {}
-        library, name = mapping.get("parent_library", ""), mapping.get("base_model_class", "")
+        library, name = (str(mapping.get(key) or "") for key in ("parent_library", "base_model_class"))
         # The file says what to import: nothing outside transformers, or a downloaded adapter could run any module.
         if library.split(".")[0] != "transformers":
             raise InputError(
                 f"Expected a task_type in the adapter's config, or an auto_mapping to a class of transformers, found "
-                f"{name!r} of {library!r}; use {shown([c.__name__ for c in _BY_TASK.values()], 9)}."
+                f"{brief(name)} of {brief(library)}; use {shown([c.__name__ for c in _BY_TASK.values()], 9, room=400)}."
             )
         try:
             base_class = getattr(importlib.import_module(library), name)
-        except (ImportError, AttributeError) as error:
-            raise InputError(f"The base model's class {name!r} is not in this version's {library!r}.") from error
+        except Exception as error:  # there is no such module or class, or what it imports is not installed
+            raise InputError(
+                f"The base model's class {brief(name)} is not in this version's {brief(library)}."
+            ) from error
         if not (isinstance(base_class, type) and issubclass(base_class, transformers.PreTrainedModel)):
             raise InputError(f"Expected a model's class in the adapter's auto_mapping, found {name!r} of {library!r}.")
         return base_class
@@ -109,7 +112,8 @@ class AutoPeftModel:
             locate(path, "tokenizer_config.json", **place)
         except InputError:
             return
-        tokenizer = AutoTokenizer.from_pretrained(path, **{key: value for key, value in place.items() if value})
+        with reading(path, "a tokenizer's files"):
+            tokenizer = AutoTokenizer.from_pretrained(path, **{key: value for key, value in place.items() if value})
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer))
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pickle
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,8 +16,8 @@ import torch
 from torch.nn.modules.module import _IncompatibleKeys
 
 from ia3.config import CONFIG_NAME, IA3Config
-from ia3.errors import InputError, shown
-from ia3.files import hub_arguments, locate, replacing
+from ia3.errors import InputError, brief
+from ia3.files import hub_arguments, locate, reading, replacing
 from ia3.state_dict import PREFIX, Tensors, get_peft_model_state_dict, set_peft_model_state_dict
 
 if TYPE_CHECKING:
@@ -43,33 +46,53 @@ def read_weights(path: str | os.PathLike, subfolder: str | None = None, **hub_kw
     """The tensors of an adapter, by the name in the file, and the safetensors header's own entries.
 
     Raises:
-        InputError: the file is missing, cut short, or holds more than tensors.
+        InputError: the file is missing; or see `read_tensors`.
     """
-    from safetensors import SafetensorError, safe_open
+    return read_tensors(locate_weights(path, subfolder, **hub_kwargs))
 
-    file = locate_weights(path, subfolder, **hub_kwargs)
-    if file.endswith(TORCH_WEIGHTS_NAME):
+
+def read_tensors(file: str) -> tuple[Tensors, dict[str, str]]:
+    """The tensors of a safetensors file, or of one that `torch.save` wrote, by name; and the former's header entries.
+
+    Raises:
+        InputError: the file is cut short, or holds more than tensors that it has all numbers of. Nothing in it is run.
+    """
+    if not file.endswith(".safetensors"):
         return _read_torch_weights(file), {}
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise InputError(
-            f"Cannot read {file}: {error}. Expected a whole safetensors file; copy or download it again."
-        ) from error
+    from safetensors import safe_open
+
+    with reading(file, "a whole safetensors file"), safe_open(file, framework="pt") as opened:
+        return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
 
 
 def _read_torch_weights(file: str) -> Tensors:
-    try:
-        tensors = dict(torch.load(file, map_location="cpu", weights_only=True))
-        if not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-            raise TypeError("not all values are tensors")
-    except Exception as error:  # a damaged pickle makes the reader stumble anywhere
-        raise InputError(
-            f"Expected a dictionary of tensors in {file}, and nothing that runs code; it cannot be read so. "
-            f"Save the adapter as safetensors."
-        ) from error
-    return tensors
+    expected = "a flat dictionary of tensors and nothing that runs code"
+    with reading(file, expected, "is it cut short? Save it as safetensors"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what torch says of an odd pickle; the error is enough
+        # torch also reads what others have compressed, and a small file then fills the memory.
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(file):
+                    raise ValueError("it is compressed")
+        try:
+            tensors = torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:  # whose text says how to read it unsafely
+            raise ValueError("it is damaged or holds something else") from error
+        if not isinstance(tensors, dict) or not all(isinstance(key, str) for key in tensors):
+            raise TypeError("it holds something else")
+        for key, value in tensors.items():
+            if not isinstance(value, torch.Tensor) or not _is_plain(value):
+                raise TypeError(f"{brief(key)} is no tensor with all its numbers in the file")
+        return dict(tensors)
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has a number in memory for each element; an expanded one claims any number of them."""
+    return (
+        (tensor.layout, tensor.device.type) == (torch.strided, "cpu")
+        and not (tensor.is_nested or tensor.is_quantized)
+        and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    )
 
 
 def load_peft_weights(
@@ -101,32 +124,6 @@ def _mapped(key: str, mapping: Mapping[str, str]) -> str:
         if count:
             return key.removesuffix(name) + changed
     return key
-
-
-def check_tensors(shapes: Mapping[str, Sequence[int]], found: Mapping[str, torch.Tensor], adapter_name: str) -> None:
-    """Raise `InputError` unless `found` has exactly these names and shapes, and finite values."""
-    missing, surplus = sorted(set(shapes) - set(found)), sorted(set(found) - set(shapes))
-    if missing or surplus:
-        raise InputError(
-            f"Adapter {adapter_name!r} does not fit this model: expected {len(shapes)} tensors, found {len(found)}; "
-            f"missing: {shown(missing, 3)}; surplus: {shown(surplus, 3)}. Is it for another base model?"
-        )
-    wrong = [
-        f"{key} is {tuple(found[key].shape)}, expected {tuple(shape)}"
-        for key, shape in shapes.items()
-        if tuple(found[key].shape) != tuple(shape)
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise InputError(
-            f"Adapter {adapter_name!r} has other shapes than this model: {'; '.join(wrong[:3])}{more}. Is it for another "
-            f"base model?"
-        )
-    broken = [key for key, value in found.items() if not torch.isfinite(value).all()]
-    if broken:
-        raise InputError(
-            f"Adapter {adapter_name!r} holds NaN or infinite values in {shown(broken, 3)}; train it again."
-        )
 
 
 def save_adapter(

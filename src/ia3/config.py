@@ -9,8 +9,8 @@ from dataclasses import InitVar, asdict, dataclass, fields
 from enum import Enum
 from typing import Any
 
-from ia3.errors import InputError, shown
-from ia3.files import locate, replacing, upload
+from ia3.errors import InputError, brief, excerpt, shown
+from ia3.files import locate, parse_json, reading, replacing, upload
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -108,14 +108,21 @@ class IA3Config:
     def __post_init__(self, peft_version: str | None) -> None:
         if self.peft_type not in (None, PeftType.IA3):
             raise InputError(
-                f"Expected peft_type 'IA3', found {_plain(self.peft_type)!r}: this is another method's config."
+                f"Expected peft_type 'IA3', found {brief(_plain(self.peft_type))}: this is another method's config."
             )
         self.peft_type = PeftType.IA3
         if self.task_type is not None:
             known = [task.value for task in TaskType]
             if self.task_type not in known:
-                raise InputError(f"Expected a task_type of {shown(known, 9)}, found {self.task_type!r}.")
+                raise InputError(f"Expected a task_type of {shown(known, 9)}, found {brief(self.task_type)}.")
             self.task_type = TaskType(self.task_type)
+        for name in ("inference_mode", "fan_in_fan_out", "init_ia3_weights"):
+            _require(name, getattr(self, name), bool, "true or false")
+        for name in ("base_model_name_or_path", "revision"):
+            _require(name, getattr(self, name), (str, type(None)), "text or nothing")
+        _require("auto_mapping", self.auto_mapping, (dict, type(None)), "a mapping of names or nothing")
+        for value in (self.auto_mapping or {}).values():
+            _require("auto_mapping", value, (str, bool, int, float, type(None)), "a mapping of names")
         for name in ("target_modules", "exclude_modules", "feedforward_modules"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
@@ -139,7 +146,8 @@ class IA3Config:
         """
         if model_type not in _PEFT_DEFAULTS:
             raise InputError(
-                f"PEFT has no default (IA)³ modules for {model_type!r}; it has for {shown(sorted(_PEFT_DEFAULTS), 99)}."
+                f"PEFT has no default (IA)³ modules for {brief(model_type)}; it has for "
+                f"{shown(sorted(_PEFT_DEFAULTS), 99, room=400)}."
             )
         targets, feedforward = _PEFT_DEFAULTS[model_type]
         return cls(target_modules=targets, feedforward_modules=feedforward, **kwargs)
@@ -156,7 +164,8 @@ class IA3Config:
     def from_dict(cls, values: dict[str, Any]) -> IA3Config:
         """The config of a dictionary; keys that are not (IA)³'s are ignored with a warning that names them."""
         if values.get("peft_type") not in (None, PeftType.IA3):
-            raise InputError(f"Expected an (IA)³ adapter (peft_type 'IA3'), found peft_type {values['peft_type']!r}.")
+            found = brief(values["peft_type"])
+            raise InputError(f"Expected an (IA)³ adapter (peft_type 'IA3'), found peft_type {found}.")
         names = {field.name for field in fields(cls)}
         unknown = sorted(set(values) - names - _PROVENANCE_KEYS)
         if unknown:
@@ -181,8 +190,9 @@ class IA3Config:
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike) -> dict[str, Any]:
         """The fields in one JSON file, as PEFT gives them. Raises `InputError` when it is no adapter config."""
-        with open(path_json_file, "rb") as file:
-            return cls._fields_in(file.read(), path_json_file)
+        with reading(path_json_file, "an adapter config"), open(path_json_file, "rb") as file:
+            data = file.read()
+        return cls._fields_in(data, path_json_file)
 
     @classmethod
     def from_json(cls, data: bytes, path: str | os.PathLike) -> IA3Config:
@@ -191,14 +201,11 @@ class IA3Config:
 
     @staticmethod
     def _fields_in(data: bytes, path: str | os.PathLike) -> dict[str, Any]:
-        try:
-            values = json.loads(data.decode("utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"Expected JSON in {path}, found something else ({error}); is the file cut short?"
-            ) from error
+        values = parse_json(data, path)
         if not isinstance(values, dict) or "peft_type" not in values:
-            raise InputError(f"Expected an adapter config with a peft_type in {path}; this is another kind of JSON.")
+            raise InputError(
+                f"Expected an adapter config with a peft_type in {excerpt(str(path))}; this is another kind of JSON."
+            )
         return values
 
     @classmethod
@@ -220,8 +227,13 @@ class IA3Config:
 def _names(field: str, value: Any) -> list[str]:
     """A list of names, or an error that says what stands there instead."""
     if not isinstance(value, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in value):
-        raise InputError(f"Expected `{field}` to be a list of module names, found {value!r}.")
+        raise InputError(f"Expected `{field}` to be a list of module names, found {brief(value)}.")
     return list(value)
+
+
+def _require(field: str, value: Any, kinds: type | tuple[type, ...], expected: str) -> None:
+    if not isinstance(value, kinds):
+        raise InputError(f"Expected `{field}` of an adapter config to be {expected}, found {brief(value)}.")
 
 
 def _plain(value: Any) -> Any:

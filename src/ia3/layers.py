@@ -46,8 +46,8 @@ class IA3Layer(nn.Module):
         rule = find_rule(base_layer)
         if rule is None:
             raise InputError(
-                f"Cannot rescale a {type(base_layer).__name__}; there are rules for {shown(rule_types(), 99)} and what "
-                f"derives from them. Choose other target_modules, or add a rule: ia3.register_rule."
+                f"Cannot rescale a {type(base_layer).__name__}; there are rules for {shown(rule_types(), 99, room=400)} and "
+                f"what derives from them. Choose other target_modules, or add a rule: ia3.register_rule."
             )
         self.base_layer = base_layer
         self.ia3_l = nn.ParameterDict()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from ia3.errors import InputError, reason, shown
+from ia3.errors import InputError, brief, reason, shown
 from ia3.layers import IA3Layer, TrainedModule
 from ia3.pretrained import find_base
 from ia3.targets import base_modules, inside_wrappers, unwrapped, wrappers
@@ -18,6 +18,9 @@ from ia3.targets import base_modules, inside_wrappers, unwrapped, wrappers
 PREFIX = "base_model.model."
 
 Tensors = dict[str, torch.Tensor]
+
+# What a checkpoint may hold for a parameter of any of these types; of another type it is cast to.
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def get_peft_model_state_dict(
@@ -88,29 +91,27 @@ def set_peft_model_state_dict(
         Missing and unexpected keys, as PEFT does; there are none, or an error is raised.
 
     Raises:
-        InputError: no such adapter, or tensors are missing, surplus, not finite, or of another shape.
+        InputError: no such adapter, or tensors are missing, surplus, of another shape, no floating-point numbers, or not
+            finite in the type that the model holds them in.
     """
     base, outer = _base_of(model)
     found = {_with_prefix(clean_name(key), outer): value for key, value in peft_model_state_dict.items()}
-    expected = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    own = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     embeddings = {
         f"{outer}{path}.{key}": value
         for path, embedding in _embeddings(base).items()
         for key, value in embedding.state_dict().items()
     }
     _check_vocabulary(
-        {key: value for key, value in embeddings.items() if key not in expected}, found, ignore_mismatched_sizes
+        {key: value for key, value in embeddings.items() if key not in own}, found, ignore_mismatched_sizes
     )
-    shapes = {key: value.shape for key, value in (embeddings | expected).items() if key in expected or key in found}
+    expected = {key: value for key, value in (embeddings | own).items() if key in own or key in found}
     if ignore_mismatched_sizes:
-        other = [key for key, shape in shapes.items() if key in found and found[key].shape != shape]
+        other = [key for key, value in expected.items() if key in found and found[key].shape != value.shape]
         if other:
             warnings.warn(f"Left out, for their shape is another than in the model: {shown(other, 3)}.", stacklevel=2)
-        shapes = {key: shape for key, shape in shapes.items() if key not in other}
-        found = {key: value for key, value in found.items() if key not in other}
-    from ia3.checkpoint import check_tensors
-
-    check_tensors(shapes, found, adapter_name)
+        expected, found = ({key: each[key] for key in each if key not in other} for each in (expected, found))
+    check_tensors(expected, found, adapter_name)
     with torch.no_grad():
         for path, layer in _layers(base):
             if adapter_name in layer.ia3_l and f"{outer}{path}.ia3_l" in found:
@@ -119,12 +120,76 @@ def set_peft_model_state_dict(
             if adapter_name in module.modules_to_save:
                 _fill(module.modules_to_save[adapter_name], f"{outer}{path}.", found)
         for path, embedding in _embeddings(base).items():
-            if not any(key.startswith(f"{outer}{path}.") for key in expected):
+            if not any(key.startswith(f"{outer}{path}.") for key in own):
                 _fill(embedding, f"{outer}{path}.", found)
     for routing in {layer.routing for _, layer in _layers(base)}:
         routing.refresh()
         routing.sync_weights()
     return _IncompatibleKeys([], [])
+
+
+def check_tensors(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], adapter_name: str) -> None:
+    """Raise `InputError` unless `found` fits.
+
+    Args:
+        expected: by name, of the shape and type that the model holds; no matter with which values, or none.
+        found: has to have exactly these names and shapes, and values that are finite in these types.
+        adapter_name: for the message.
+    """
+    missing, surplus = sorted(set(expected) - set(found)), sorted(set(found) - set(expected), key=str)
+    if missing or surplus:
+        raise InputError(
+            f"Adapter {brief(adapter_name)} does not fit this model: expected {len(expected)} tensors, found "
+            f"{len(found)}; missing: {shown(missing, 3)}; surplus: {shown(surplus, 3)}. Is it for another base model?"
+        )
+    wrong = [
+        f"{key} is {brief(tuple(found[key].shape))}, expected {tuple(value.shape)}"
+        for key, value in expected.items()
+        if found[key].shape != value.shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise InputError(
+            f"Adapter {brief(adapter_name)} has other shapes than this model: {'; '.join(wrong[:3])}{more}. Is it for "
+            f"another base model?"
+        )
+    problem = wrong_values(found, {key: value.dtype for key, value in expected.items()})
+    if problem:
+        raise InputError(f"Adapter {brief(adapter_name)} holds {problem}; train it again.")
+
+
+def check_vector(name: str, tensor: torch.Tensor) -> None:
+    """Raise `InputError` unless all numbers of a tensor, one at least, lie along one of its dimensions."""
+    if not tensor.numel() or max(tensor.shape, default=0) != tensor.numel():
+        raise InputError(f"Expected a vector, found {brief(name)} of shape {brief(tuple(tensor.shape))}.")
+
+
+def wrong_values(found: Mapping[str, torch.Tensor], held: Mapping[str, torch.dtype]) -> str | None:
+    """What is wrong with tensors' values, for an error message; None when they can be used.
+
+    Args:
+        found: as a file has them.
+        held: the type that each will be held in. A value that is finite in the file can be infinite in it.
+    """
+    foreign = {key: value.dtype for key, value in found.items() if value.dtype != held[key]}
+    foreign = {key: dtype for key, dtype in foreign.items() if not {dtype, held[key]} <= set(_FLOATS)}
+    if foreign:
+        key = next(iter(foreign))
+        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        return f"{foreign[key]} in {brief(key)}{more} where {held[key]} is expected"
+    infinite = [key for key, value in found.items() if not _is_finite(value.to(held[key]))]
+    in_file = [key for key in infinite if not _is_finite(found[key])]
+    if in_file:
+        return f"NaN or infinite values in {shown(in_file, 3)}"
+    if infinite:
+        return f"values in {shown(infinite, 3)} that are infinite in {held[infinite[0]]}, which they are held in"
+    return None
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    if tensor.is_floating_point() and tensor.dtype not in _FLOATS:  # 8-bit floats know no `isfinite`
+        tensor = tensor.float()
+    return bool(torch.isfinite(tensor).all())
 
 
 def _fill(module: nn.Module, prefix: str, tensors: Tensors) -> None:

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ia3.architectures import Site, candidates, default_sites, feedforward_sites, output_sites
 from ia3.config import IA3Config
-from ia3.errors import InputError, shown
+from ia3.errors import InputError, brief, reason, shown
 from ia3.layers import IA3Layer, TrainedModule
 from ia3.routing import Routing
 from ia3.rules import find_rule, rule_types
@@ -93,9 +93,9 @@ def matches(path: str, pattern: Iterable[str] | str) -> bool:
     if isinstance(pattern, str):
         try:
             return re.fullmatch(pattern, path) is not None
-        except re.error as error:
+        except Exception as error:  # a repetition that is too large, or too many parentheses, fail in their own ways
             raise InputError(
-                f"Expected a regular expression, found {pattern!r}: {error}; for one name, use a list."
+                f"Expected a regular expression, found {brief(pattern)}: {reason(error)}; for one name, use a list."
             ) from error
     return f".{path}".endswith(tuple(f".{entry}" for entry in pattern))
 
@@ -142,8 +142,8 @@ def resolve_targets(model: nn.Module, config: IA3Config, key_value_only: bool | 
     if not chosen:
         what = "exclude_modules leaves none of the" if paths else "No module matches the"
         raise InputError(
-            f"{what} target_modules {sorted(asked) if isinstance(asked, set) else asked!r}"
-            + (f" (exclude_modules {config.exclude_modules!r})" if paths else "")
+            f"{what} target_modules {brief(sorted(asked) if isinstance(asked, set) else asked)}"
+            + (f" (exclude_modules {brief(config.exclude_modules)})" if paths else "")
             + f"; modules that can be rescaled: {candidates(modules)}."
         )
     if config.feedforward_modules is None:
@@ -244,7 +244,7 @@ def _check(target: Target) -> None:
     if rule is None:
         raise InputError(
             f"Cannot rescale {target.path!r}, a {type(target.module).__name__}; there are rules for "
-            f"{shown(rule_types(), 99)}. Narrow target_modules, exclude it, or add a rule (ia3.register_rule)."
+            f"{shown(rule_types(), 99, room=400)}. Narrow target_modules, exclude it, or add a rule (ia3.register_rule)."
         )
     try:
         rule.shape(target.module, target.feedforward)

@@ -129,7 +129,7 @@ def test_a_folder_below_the_root(place, start):
     assert server.http.delete("/v1/adapters/short").status_code == 200
     assert probabilities(server, "deep/er") == pytest.approx(probabilities(server, "soup"))
     shutil.copytree(place / "adapters" / "soup", place / "adapters" / "damaged")
-    for name, says in (("adapter_config.json", "cannot be read"), ("calibration.json", "cannot be read")):
+    for name, says in (("adapter_config.json", "nested too deep"), ("calibration.json", "nested too deep")):
         before = (place / "adapters" / "damaged" / name).read_bytes()
         (place / "adapters" / "damaged" / name).write_text("[" * 100_000)
         response = server.http.post("/v1/adapters", json={"folder": "damaged"})
@@ -243,6 +243,9 @@ def first(tensors):
 BAD_WEIGHTS = {
     "nan": lambda place: changed(place, lambda t: t[first(t)].view(-1)[3:4].fill_(float("nan"))),
     "infinite": lambda place: changed(place, lambda t: t[first(t)].view(-1)[:1].fill_(float("-inf"))),
+    "infinite in float32": lambda place: changed(place, lambda t: t.update({first(t): t[first(t)].double() * 1e300})),
+    "integers": lambda place: changed(place, lambda t: t.update({first(t): t[first(t)].int()})),
+    "8-bit floats": lambda place: changed(place, lambda t: t.update({first(t): t[first(t)].to(torch.float8_e4m3fn)})),
     "another shape": lambda place: changed(place, lambda t: t.update({first(t): torch.ones(7)})),
     "one missing": lambda place: changed(place, lambda t: t.pop(first(t))),
     "one more": lambda place: changed(place, lambda t: t.update(more=torch.ones(3))),
@@ -306,6 +309,9 @@ LAUGHS = "a: &a [x, x]\nb: &b [*a, *a]\nchoices: *b\n"
         {"adapter_config.json": json.dumps({**CONFIG, "feedforward_modules": "(a+)+$"}).encode()},
         {"adapter_config.json": json.dumps({**CONFIG, "feedforward_modules": ["v_proj"]}).encode()},
         {"adapter_config.json": json.dumps({**CONFIG, "target_modules": 3}).encode()},
+        {"adapter_config.json": json.dumps({**CONFIG, "fan_in_fan_out": []}).encode()},
+        {"adapter_config.json": b'{"peft_type": "IA3", "revision": ' + b"9" * 5000 + b"}"},
+        {"adapter_config.json": json.dumps({**CONFIG, "revision": "\ud800"}).encode()},
         {"adapter_config.json": b'"' + b"x" * (1 << 20) + b'"'},
         {"task.yaml": b"- a\n"},
         {"task.yaml": b"template: '{{ text }}'\n"},
@@ -333,7 +339,7 @@ LAUGHS = "a: &a [x, x]\nb: &b [*a, *a]\nchoices: *b\n"
         {"calibration.json": b'{"temperature": 0}'},
         {"calibration.json": b"{" * 100_000},
     ],
-    ids=range(39),
+    ids=range(42),
 )  # fmt: skip
 def test_files_that_are_not_let_in(guarded, files):
     place, server = guarded

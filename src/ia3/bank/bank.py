@@ -18,7 +18,7 @@ from ia3.bank.layout import DTYPES, Layout, resolve_entries
 from ia3.bank.residency import Residency
 from ia3.checkpoint import locate_weights
 from ia3.config import CONFIG_NAME, IA3Config, adapter_folders
-from ia3.errors import InputError, shown, similar
+from ia3.errors import InputError, brief, shown, similar
 from ia3.files import locate
 from ia3.rows import BASE
 from ia3.targets import Target, resolve
@@ -201,7 +201,7 @@ class AdapterBank:
             for position, name in enumerate(names):
                 if name != BASE and not self._is_known(name):
                     raise InputError(
-                        f"Unknown adapter {name!r} for row {position}; {similar(str(name), self.names)}. Load or "
+                        f"Unknown adapter {brief(name)} for row {position}; {similar(str(name), self.names)}. Load or "
                         f"register it first."
                     )
             self._resident.require_room(distinct)
@@ -255,7 +255,7 @@ class AdapterBank:
         _check_name(name)
         with self._writing():
             if name in self._homes:
-                raise InputError(f"Adapter {name!r} already exists; choose another name or delete it.")
+                raise InputError(f"Adapter {brief(name)} already exists; choose another name or delete it.")
             self._resident.require_room([name])
             self._fill(name, lambda layout, row, name: layout.pack(tensors, row, name), None)
 
@@ -430,7 +430,7 @@ class AdapterBank:
     def _require(self, names: Iterable[str]) -> None:
         for name in names:
             if not self._is_known(name):
-                raise InputError(f"Unknown adapter {name!r}; {similar(str(name), self.names)}.")
+                raise InputError(f"Unknown adapter {brief(name)}; {similar(str(name), self.names)}.")
 
     # Filling rows, which is the writer's.
 
@@ -502,4 +502,4 @@ def _rows(budget: int | str, row_bytes: int) -> int:
 
 def _check_name(name: str) -> None:
     if not isinstance(name, str) or not name or name in _RESERVED:
-        raise InputError(f"Expected an adapter name that is not empty, {shown(_RESERVED)}, found {name!r}.")
+        raise InputError(f"Expected an adapter name that is not empty, {shown(_RESERVED)}, found {brief(name)}.")

@@ -12,17 +12,17 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from io import BufferedReader
-from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
-from ia3.checkpoint import PREFIX, WEIGHTS_NAME, Tensors, check_tensors, locate_weights, read_weights
+from ia3.checkpoint import WEIGHTS_NAME, locate_weights, read_weights
 from ia3.config import CONFIG_NAME, IA3Config
-from ia3.errors import InputError, shown
-from ia3.files import locate
+from ia3.errors import InputError, brief, excerpt, shown
+from ia3.files import locate, reading
 from ia3.rules import find_rule
+from ia3.state_dict import PREFIX, Tensors, check_tensors
 from ia3.targets import Target, base_modules, matches
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class Layout:
         self.width = sum(entry.size for entry in self.entries)
         self.row_bytes = self.width * dtype.itemsize
         self._sides = {target.path: target.feedforward for target in targets}
-        self._shapes = {entry.key: entry.shape for entry in self.entries}
+        self._expected = {entry.key: torch.empty(entry.shape, dtype=dtype, device="meta") for entry in self.entries}
         self._header = {
             entry.key: tensor_header(dtype, entry.shape, entry.start * dtype.itemsize) for entry in self.entries
         }
@@ -125,14 +125,13 @@ class Layout:
         """Raise `InputError` when a row of adapter `name` holds NaN or infinite values."""
         # Both spread into the sum, which takes a quarter of the time; a sum may also overflow without them.
         if not math.isfinite(row.sum()) and not torch.isfinite(row).all():
-            check_tensors(self._shapes, self.tensors(row), name)
+            check_tensors(self._expected, self.tensors(row), name)
 
     def pack(self, tensors: Mapping[str, torch.Tensor], row: torch.Tensor, name: str) -> None:
         """Fill a row with an adapter's tensors. Raises `InputError` unless they are exactly the layout's, and finite."""
-        check_tensors(self._shapes, tensors, name)
+        check_tensors(self._expected, tensors, name)
         for key, part in self.tensors(row).items():
             part.copy_(tensors[key].detach())
-        self.check_finite(row, name)  # a narrower dtype may overflow
 
     def read_folder(self, folder: str, row: torch.Tensor, name: str) -> tuple[int, ...]:
         """Fill a row from an adapter's folder.
@@ -143,15 +142,16 @@ class Layout:
         Raises:
             InputError: no adapter, not finite, another method, or other modules, sides or shapes.
         """
-        self._check_config(folder, name)
-        with contextlib.suppress(FileNotFoundError), open(os.path.join(folder, WEIGHTS_NAME), "rb") as file:
-            status = os.fstat(file.fileno())
-            if self._is_row(file, status.st_size) and file.readinto(memory(row)) == self.row_bytes:
-                self.check_finite(row, name)
-                return file_stamp(status)
-        stamp = file_stamp(os.stat(locate_weights(folder)))
-        self.pack(read_weights(folder)[0], row, name)
-        return stamp
+        with reading(folder, "an adapter"):
+            self._check_config(folder, name)
+            with contextlib.suppress(FileNotFoundError), open(os.path.join(folder, WEIGHTS_NAME), "rb") as file:
+                status = os.fstat(file.fileno())
+                if self._is_row(file, status.st_size) and file.readinto(memory(row)) == self.row_bytes:
+                    self.check_finite(row, name)
+                    return file_stamp(status)
+            stamp = file_stamp(os.stat(locate_weights(folder)))
+            self.pack(read_weights(folder)[0], row, name)
+            return stamp
 
     def _is_row(self, file: BufferedReader, size: int) -> bool:
         """Whether what follows the safetensors header, at which the file then stands, is exactly a row."""
@@ -164,7 +164,7 @@ class Layout:
         try:
             tensors = json.loads(header)
             tensors.pop("__metadata__", None)
-        except (ValueError, AttributeError, RecursionError):
+        except Exception:  # the reader of all other files says what is wrong
             return False
         if tensors != self._header:
             return False
@@ -180,14 +180,14 @@ class Layout:
         try:
             config = IA3Config.from_json(data, path)
         except InputError as error:
-            raise InputError(f"Adapter {name!r} cannot be loaded: {error}") from error
+            raise InputError(f"Adapter {brief(name)} cannot be loaded: {error}") from error
         named = config.feedforward_modules
         if named is not None:  # else the shapes tell
             wrong = [path for path, side in self._sides.items() if matches(path, named) is not side]
             if wrong:
                 raise InputError(
-                    f"Adapter {name!r} rescales another side (input, output) than the bank at {shown(wrong, 3)}: its "
-                    f"feedforward_modules are {sorted(named) if isinstance(named, set) else named!r}. Use another bank."
+                    f"Adapter {brief(name)} rescales another side (input, output) than the bank at {shown(wrong, 3)}: its "
+                    f"feedforward_modules are {brief(sorted(named) if isinstance(named, set) else named)}. Use another bank."
                 )
         _remember(self._known_configs, data)
 
@@ -196,10 +196,12 @@ class Layout:
         expected = [entry.described() for entry in self.entries]
         if found != expected:
             found = found if isinstance(found, list) else []
-            theirs, ours = next(pair for pair in zip_longest(found, expected, fillvalue="none") if pair[0] != pair[1])
+            both = min(len(found), len(expected))
+            place = next((i for i in range(both) if found[i] != expected[i]), both)
+            theirs, ours = (brief(each[place]) if place < len(each) else "none" for each in (found, expected))
             raise InputError(
-                f"The adapters in {path} are of another kind: expected {len(expected)} entries, found {len(found)}; the "
-                f"first that differs is {theirs}, expected {ours}. Are they for another base model?"
+                f"The adapters in {excerpt(path)} are of another kind: expected {len(expected)} entries, found "
+                f"{len(found)}; the first that differs is {theirs}, expected {ours}. Are they for another base model?"
             )
 
 

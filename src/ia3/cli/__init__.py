@@ -13,7 +13,7 @@ import typer
 
 from ia3 import __version__
 from ia3.cli import bench, compare, convert, evaluate, inspect, merge, predict, pretrain, raft, serve, tasks, train
-from ia3.errors import InputError
+from ia3.errors import InputError, excerpt, reason
 
 app = typer.Typer(
     name="ia3",
@@ -100,12 +100,12 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(str(error))
     except OSError as error:
         # A full disk, a folder that may not be written: the user's to mend, like bad input.
-        where = f" ({error.filename})" if error.filename else ""
+        where = f" ({excerpt(str(error.filename))})" if error.filename else ""
         _fail(f"{error.strerror or error}{where}; what was saved before is still whole.")
     except Exception as error:
         if not _is_failed_write(error):
             raise
-        _fail(f"Cannot write a file: {error}; is the disk full? What was saved before is still whole.")
+        _fail(f"Cannot write a file: {reason(error)}; is the disk full? What was saved before is still whole.")
 
 
 def _is_failed_write(error: Exception) -> bool:

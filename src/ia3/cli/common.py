@@ -197,7 +197,7 @@ def load_task(folder: str) -> Task:
             raise InputError(
                 f"Expected an adapter's folder, found {folder!r}, which holds several: {shown(inner)}."
             ) from error
-        if Path(folder).is_dir() and not Path(folder, TASK_NAME).is_file():
+        if os.path.isdir(folder) and not os.path.isfile(Path(folder, TASK_NAME)):
             raise InputError(
                 f"Expected a {TASK_NAME} beside the adapter in {folder!r}, found none: it was not trained by ia3 train; "
                 f"write one, or use the adapter from Python."

@@ -10,6 +10,7 @@ import typer
 
 from ia3.cli.common import AdapterArgument, JsonOption, console, print_json, table
 from ia3.config import IA3Config
+from ia3.errors import InputError, brief
 
 
 def inspect(
@@ -19,25 +20,32 @@ def inspect(
 ) -> None:
     """Show what an adapter rescales: modules, sizes, and the largest and smallest scalings by layer and kind."""
     config = IA3Config.from_pretrained(adapter)
-    from ia3.checkpoint import PREFIX, read_weights
+    import torch
+
+    from ia3.checkpoint import read_weights
+    from ia3.state_dict import PREFIX, check_vector, wrong_values
 
     tensors, _ = read_weights(adapter)
-    vectors = {
-        name.removeprefix(PREFIX).removesuffix(".ia3_l"): tensor.flatten().float()
-        for name, tensor in tensors.items()
-        if name.endswith(".ia3_l")
-    }
+    vectors, sides = {}, {}
+    for name, tensor in tensors.items():
+        if name.endswith(".ia3_l"):
+            check_vector(name, tensor)
+            path = name.removeprefix(PREFIX).removesuffix(".ia3_l")
+            vectors[path], sides[path] = tensor.flatten(), "input" if tensor.shape[0] == 1 else "output"
+    problem = wrong_values(vectors, dict.fromkeys(vectors, torch.float32))
+    if problem:
+        raise InputError(f"Expected finite floating-point vectors in {brief(adapter)}, found {problem}.")
+    vectors = {path: vector.float() for path, vector in vectors.items()}
     kinds: dict[str, list[str]] = defaultdict(list)
     for path in vectors:
         kinds[re.sub(r"\.\d+\.", ".*.", path)].append(path)
     rows: list[dict[str, Any]] = []
     for kind, paths in kinds.items():
         values = [vectors[path] for path in paths]
-        sides = {"input" if tensors[f"{PREFIX}{path}.ia3_l"].shape[0] == 1 else "output" for path in paths}
         rows.append(
             {
                 "kind": kind,
-                "side": "/".join(sorted(sides)),
+                "side": "/".join(sorted({sides[path] for path in paths})),
                 "modules": len(paths),
                 "numbers": sum(value.numel() for value in values),
                 "min": min(float(value.min()) for value in values),

@@ -28,7 +28,7 @@ from ia3.cli.common import (
     table,
 )
 from ia3.config import adapter_folders
-from ia3.errors import InputError, shown, similar
+from ia3.errors import InputError, brief, shown, similar
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -169,7 +169,9 @@ def _adapter_of_each(folder: Path, rows: Sequence[Row], column: str) -> list[str
             )
         name = "" if row[column] is None else str(row[column]).strip()
         if name not in there:
-            raise InputError(f"Row {number}: there is no adapter {name!r} in {str(folder)!r}; {similar(name, there)}.")
+            raise InputError(
+                f"Row {number}: there is no adapter {brief(name)} in {str(folder)!r}; {similar(name, there)}."
+            )
         names.append(name)
     return names
 

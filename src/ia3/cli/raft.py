@@ -26,7 +26,7 @@ from ia3.cli.common import (
     recipe_for,
     table,
 )
-from ia3.cli.results import SEEN, read_metrics, write, write_json
+from ia3.cli.results import SEEN, is_number, read_metrics, write, write_json
 from ia3.cli.resume import RUN_NAME, fingerprint, require_same
 from ia3.cli.run import cross_validated, train_alone, with_adapters
 from ia3.errors import InputError, shown
@@ -99,7 +99,7 @@ def raft(
     finished: dict[str, dict[str, Any]] = {}
     if resume:
         finished = {name: _earlier(output / name, settings[name]) for name in names if _is_finished(output / name)}
-        out.print(f"Finished before: {shown(finished, 11)}", markup=False, style="dim")
+        out.print(f"Finished before: {shown(finished, 11, room=400)}", markup=False, style="dim")
     for name in names:  # those of an earlier run too, whose settings --resume would find in place of this run's
         if name not in finished:
             (output / name / RUN_NAME).unlink(missing_ok=True)
@@ -164,7 +164,7 @@ def _earlier(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     except (InputError, KeyError, TypeError) as cause:
         raise error from cause
     # Another command's adapter in the same folder is measured otherwise, and has labelled no test rows.
-    if found.get("command") != _COMMAND or not all(isinstance(number, (int, float)) for number in numbers):
+    if found.get("command") != _COMMAND or not all(map(is_number, numbers)):
         raise error
     return {key: value for key, value in found.items() if key != SEEN}
 

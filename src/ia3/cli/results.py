@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ia3.cli.common import TASK_NAME, load_task, table
 from ia3.errors import InputError
-from ia3.files import locate_beside, replacing
+from ia3.files import locate_beside, read_json, replacing
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 # The key of the training rows' fingerprints in metrics.json.
 SEEN = "train_rows"
+
+# Beyond any count or time of a run, and safe to calculate with.
+_MOST = 10**15
 
 _METHODS = {"zero_shot": "zero-shot", "trained": "trained", "majority": "majority class"}
 _METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
@@ -87,15 +90,17 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     path = folder / "metrics.json"
     if not path.is_file():
         return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"Expected JSON in {path}: {error}; delete it.") from error
-    seen = found.get(SEEN, []) if isinstance(found, dict) else None
-    numbers = ("steps", "train_examples", "train_seconds", "trained_at_once")
-    if not isinstance(seen, list) or not all(isinstance(found.get(key, 0), (int, float)) for key in numbers):
+    found = read_json(path, "delete it")
+    seen = found.get(SEEN, [])
+    numbers = [found.get(key, 0) for key in ("steps", "train_examples", "train_seconds", "trained_at_once")]
+    if not isinstance(seen, list) or not all(isinstance(key, str) for key in seen) or not all(map(is_number, numbers)):
         raise InputError(f"Expected what ia3 train measured in {path}; delete it.")
     return found
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of metrics.json is a number such as a run writes there."""
+    return isinstance(value, (int, float)) and 0 <= value <= _MOST
 
 
 def seen_by(adapter: str) -> Callable[[Row], bool] | None:

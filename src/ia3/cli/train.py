@@ -38,7 +38,7 @@ from ia3.cli.common import (
 )
 from ia3.cli.results import print_fleet_table, print_table, summary, write_json
 from ia3.cli.run import Job, Run, run_jobs
-from ia3.errors import InputError, shown
+from ia3.errors import InputError, brief, shown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -217,7 +217,9 @@ def folder_of(root: str, name: str) -> Path:
         InputError: a name that leads elsewhere.
     """
     if not _names_a_folder(name):
-        raise InputError(f"Expected a task's name that can name a folder, found {name!r}; change it, or give --output.")
+        raise InputError(
+            f"Expected a task's name that can name a folder, found {brief(name)}; change it, or give --output."
+        )
     return Path(root, name)
 
 
@@ -263,9 +265,13 @@ def _sources(files: str, delimiter: str | None) -> list[Source]:
     names = [source.task.name for source in sources]
     for path, name in zip(paths, names, strict=True):
         if names.count(name) > 1:
-            raise InputError(f"Expected tasks with names that differ, found {name!r} twice; change `name:` in {path}.")
+            raise InputError(
+                f"Expected tasks with names that differ, found {brief(name)} twice; change `name:` in {path}."
+            )
         if not _names_a_folder(name) or name in _TAKEN:
-            raise InputError(f"Expected a task's name that can name a folder, found {name!r}; change it in {path}.")
+            raise InputError(
+                f"Expected a task's name that can name a folder, found {brief(name)}; change it in {path}."
+            )
     return sources
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import yaml
 
 from ia3.config import CONFIG_NAME, IA3Config
 from ia3.errors import InputError, reason, shown
+from ia3.files import parse_json, reading
 from ia3.tfew.template import has_jinja
 
 FILES = {
@@ -65,17 +65,12 @@ def check(folder: Path) -> None:
             continue
         if path.stat().st_size > _MOST_BYTES:
             raise InputError(f"Expected {name} of at most {_MOST_BYTES} bytes, found {path.stat().st_size}.")
-        try:
+        with reading(name, "YAML of little depth", "correct it"):
             text = path.read_text(encoding="utf-8")
             if name.endswith(".yaml"):
                 _check_yaml(text, name)
             else:
-                json.loads(text)
-        except (ValueError, RecursionError, yaml.YAMLError) as error:
-            if isinstance(error, InputError):
-                raise
-            kind = "YAML" if name.endswith(".yaml") else "JSON"
-            raise InputError(f"Expected {kind} of little depth in {name}: {reason(error)[:200]}.") from error
+                parse_json(text, name, "correct it")
     config = IA3Config.from_json_file(folder / CONFIG_NAME)
     for field in ("target_modules", "exclude_modules", "feedforward_modules"):
         value = getattr(config, field)
@@ -105,7 +100,7 @@ def _check_template(source: str) -> int:
     try:
         tree = jinja2.Environment().parse(source)
     except jinja2.TemplateError as error:
-        raise InputError(f"Expected a Jinja template, found an error in it: {reason(error)[:200]}.") from error
+        raise InputError(f"Expected a Jinja template, found an error in it: {reason(error)}.") from error
     found = list(tree.find_all(nodes.Node))
     for node in found:
         if not isinstance(node, _HARMLESS) or (isinstance(node, nodes.Filter) and not _is_harmless(node)):

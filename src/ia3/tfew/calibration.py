@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ia3.errors import InputError, problems, shown
-from ia3.files import locate_beside, replacing
+from ia3.errors import InputError, excerpt, problems, shown
+from ia3.files import locate_beside, read_json, reading, replacing
 from ia3.tfew.rows import as_rows
 
 if TYPE_CHECKING:
@@ -104,12 +104,12 @@ class Calibration(BaseModel):
         path = locate_beside(folder, CALIBRATION_NAME)
         if path is None:
             return None
-        try:
-            return cls.model_validate(json.loads(Path(path).read_text(encoding="utf-8")))
-        except ValidationError as error:
-            raise InputError(f"Cannot use {path}: {problems(error, 'calibration')}; calibrate anew.") from error
-        except ValueError as error:
-            raise InputError(f"Expected JSON in {path}: {error}; calibrate anew.") from error
+        advice = "calibrate anew"
+        with reading(path, "a calibration", advice):
+            try:
+                return cls.model_validate(read_json(path, advice))
+            except ValidationError as error:
+                raise InputError(f"Cannot use {excerpt(path)}: {problems(error, 'calibration')}; {advice}.") from error
 
     def save(self, folder: str | os.PathLike) -> None:
         """Store it beside an adapter, in whole or not at all."""

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ia3.errors import InputError, shown
+from ia3.errors import InputError, brief, shown
 from ia3.tfew.template import Row, at_row, is_missing, items_of
 
 if TYPE_CHECKING:
@@ -37,10 +37,12 @@ def answer_lengths(tokenizer: PreTrainedTokenizerBase, answers: Sequence[dict[st
             for text in texts:
                 tokens = tuple(continuation(tokenizer, separator + text))
                 if not tokens:
-                    raise InputError(f"The answer {text!r} has no tokens in this model's tokenizer{at_row(number)}.")
+                    raise InputError(
+                        f"The answer {brief(text)} has no tokens in this model's tokenizer{at_row(number)}."
+                    )
                 if tokens in seen:
                     raise InputError(
-                        f"The answers {seen[tokens]!r} and {text!r} are the same to this model's tokenizer"
+                        f"The answers {brief(seen[tokens], 80)} and {brief(text, 80)} are the same to this model's tokenizer"
                         f"{at_row(number)}; choose other words."
                     )
                 seen[tokens] = text

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ia3.config import TaskType
-from ia3.errors import InputError
+from ia3.errors import InputError, brief
 from ia3.pretrained import task_type
 from ia3.targets import inside_wrappers
 from ia3.tfew.beginning import Layout, is_exact_behind, packed_behind, read, room_behind, shared
@@ -69,7 +69,7 @@ class Prefix:
         self.text, self.separator, self._tokenizer, self._model = text, separator, tokenizer, base
         self.tokens: list[int] = unclosed(tokenizer, list(tokenizer(text)["input_ids"]), text)  # type: ignore[arg-type]
         if not self.tokens:
-            raise InputError(f"Expected a prefix with at least one token, found {text!r}.")
+            raise InputError(f"Expected a prefix with at least one token, found {brief(text)}.")
         limit = model_max_length(model)
         if limit is not None and len(self.tokens) >= limit:
             raise InputError(

