@@ -249,7 +249,7 @@ def adapter_folders(root: str) -> dict[str, str]:
         with os.scandir(folder) as children:
             for child in children:
                 path = f"{name}/{child.name}" if name else child.name
-                if child.name == CONFIG_NAME:
+                if child.name == CONFIG_NAME and not child.is_dir():
                     if name:
                         found[name] = folder
                 elif child.is_symlink():  # a link may lead back up: it is looked at, not into

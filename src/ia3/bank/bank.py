@@ -286,9 +286,11 @@ class AdapterBank:
         """Make the adapter of one folder known by a name of its own, without loading it: see `register`.
 
         Raises:
-            InputError: the name is not allowed, or known from another place.
+            InputError: the name is not allowed, or known from another place; or config and tensors are not of the bank's
+                kind, as far as can be seen without their numbers.
         """
         with self._writing():
+            self._layout.check_folder(os.path.abspath(path), name)
             self._add_homes({name: Folder(os.path.abspath(path))})
 
     def load_archive(self, path: str | os.PathLike) -> list[str]:

@@ -153,6 +153,15 @@ class Layout:
             self.pack(read_weights(folder)[0], row, name)
             return stamp
 
+    def check_folder(self, folder: str, name: str) -> None:
+        """Raise what `read_folder` would but for numbers that are not finite, which are read only where a file is laid out
+        in another way."""
+        self._check_config(folder, name)
+        with contextlib.suppress(FileNotFoundError), open(os.path.join(folder, WEIGHTS_NAME), "rb") as file:
+            if self._is_row(file, os.fstat(file.fileno()).st_size):
+                return
+        self.read_folder(folder, torch.empty(self.width, dtype=self.dtype), name)
+
     def _is_row(self, file: BufferedReader, size: int) -> bool:
         """Whether what follows the safetensors header, at which the file then stands, is exactly a row."""
         length = int.from_bytes(file.read(8), "little")

@@ -105,7 +105,7 @@ def predict(
     for indices in by_task.values():
         one = tasks[indices[0]]
         mine = [rows[index] for index in indices]
-        with _numbered(indices):
+        with numbered(indices):
             asked = one.questions(tokenizer, mine, False, model, template, recipe.long_prompts, prefix)
         for index, row, question in zip(indices, mine, asked, strict=True):
             found[index] = (question, list(one.answers(row, index + 1, template)))
@@ -127,10 +127,10 @@ def predict(
 
 
 @contextmanager
-def _numbered(indices: Sequence[int]) -> Iterator[None]:
+def numbered(indices: Sequence[int]) -> Iterator[None]:
     """Errors about one of some rows, picked by index, have its number among all rows."""
     try:
         yield
     except InputError as error:
         text = re.sub(r"\(row (\d+)\)", lambda found: f"(row {indices[int(found[1]) - 1] + 1})", str(error))
-        raise InputError(text) from error
+        raise type(error)(text) from error

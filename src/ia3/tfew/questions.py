@@ -98,8 +98,10 @@ def encode(
         from ia3.tfew.classifier import check_choices
 
         check_choices(base_of(model), choices)  # type: ignore[arg-type]
-    cache: dict[str, list[int]] = {}
     special = {token for token in tokenizer.all_special_ids if token != tokenizer.unk_token_id}
+    # A classifier's answers are its labels.
+    different = dict.fromkeys(text for texts in choices for text in texts) if family != TaskType.SEQ_CLS else {}
+    cache = dict(zip(different, _answers(tokenizer, list(different), family, special), strict=True))
     questions, shortened = [], 0
     for i, (prompt, texts) in enumerate(zip(encoded, choices, strict=True)):
         prompt = list(prompt)  # type: ignore[arg-type]
@@ -109,10 +111,8 @@ def encode(
             first, last = int(prompt[:1] == [tokenizer.bos_token_id]), 0
         else:
             first, last = _marks(special, prompt)
-        for text in texts if family != TaskType.SEQ_CLS else ():  # whose answers are labels
-            if text not in cache:
-                cache[text] = _answer(tokenizer, text, family, special)
-            if not cache[text]:
+        for text in texts:
+            if text in cache and not cache[text]:
                 raise InputError(
                     f"Expected answer choices with at least one token, found {brief(text)} for prompt {i}."
                 )
@@ -148,12 +148,14 @@ def _marks(special: Container[int], tokens: Sequence[int]) -> tuple[int, int]:
     return first, last
 
 
-def _answer(tokenizer: PreTrainedTokenizerBase, text: str, family: TaskType, special: Container[int]) -> list[int]:
-    """The tokens of an answer choice; none where it holds nothing."""
-    if family == TaskType.CAUSAL_LM:
-        return continuation(tokenizer, text)
-    tokens: list[int] = tokenizer(text_target=text.lstrip(" "))["input_ids"]  # type: ignore[assignment]
-    return tokens if len(tokens) > sum(_marks(special, tokens)) else []
+def _answers(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], family: TaskType, special: Container[int]
+) -> list[list[int]]:
+    """The tokens of answer choices; none where one holds nothing."""
+    if family == TaskType.CAUSAL_LM or not texts:
+        return continuations(tokenizer, texts)
+    encoded: Any = tokenizer(text_target=[text.lstrip(" ") for text in texts])["input_ids"]
+    return [tokens if len(tokens) > sum(_marks(special, tokens)) else [] for tokens in encoded]
 
 
 def unclosed(tokenizer: PreTrainedTokenizerBase, tokens: list[int], text: str) -> list[int]:
@@ -164,13 +166,24 @@ def unclosed(tokenizer: PreTrainedTokenizerBase, tokens: list[int], text: str) -
 
 def continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The tokens of a text that continues another one."""
-    alone: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
-    if not text[:1].isspace():
-        return alone
+    return continuations(tokenizer, [text])[0]
+
+
+def continuations(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """The tokens of texts, each of which continues another one."""
+    if not texts:
+        return []
+    found: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
+    spaced = [i for i, text in enumerate(texts) if text[:1].isspace()]
+    if not spaced:
+        return found
     # SentencePiece puts a space of its own in front of every text: behind a word the given white space is enough.
     word: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
-    both: list[int] = tokenizer("a" + text, add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
-    return both[len(word) :] if word and both[: len(word)] == word else alone
+    behind: Any = tokenizer(["a" + texts[i] for i in spaced], add_special_tokens=False)["input_ids"]
+    for i, both in zip(spaced, behind, strict=True):
+        if word and both[: len(word)] == word:
+            found[i] = both[len(word) :]
+    return found
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:

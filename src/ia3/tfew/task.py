@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ia3.errors import InputError, brief, excerpt, problems, shown, similar
 from ia3.files import read_fields, reading, replacing
-from ia3.tfew.fitting import answer_lengths, prompt_sizes, shortened
+from ia3.tfew.fitting import answer_lengths, fitted, prompt_sizes
 from ia3.tfew.reading import as_delimiter, require_delimited
 from ia3.tfew.rows import as_row, as_rows
 from ia3.tfew.template import (
@@ -54,6 +54,9 @@ _USUAL_EXAMPLES = 16
 
 # With more labels than this, a made template and an error message do not list them.
 _MOST_LISTED = 10
+
+# Of a task: templates, and characters of all of them together.
+MOST_TEMPLATES, _MOST_WORDS = 256, 200_000
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -139,6 +142,14 @@ class Task(BaseModel):
                 raise ValueError("expected template or templates, one of the two, found both")
             values = {**values, "templates": [values["template"]]}
             del values["template"]
+        if isinstance(values, Mapping) and isinstance(values.get("templates"), Sequence):
+            # Each is compiled, which takes longer than reading it.
+            length = sum(len(str(template)) for template in values["templates"])
+            if len(values["templates"]) > MOST_TEMPLATES or length > _MOST_WORDS:
+                raise ValueError(
+                    f"expected at most {MOST_TEMPLATES} templates of {_MOST_WORDS} characters together, found "
+                    f"{len(values['templates'])} of {length}"
+                )
         return values
 
     @field_validator("choices", mode="before")
@@ -172,7 +183,8 @@ class Task(BaseModel):
             # Where answers differ from row to row, so does their number: any labels fit.
             labels = sorted(own) if isinstance(own, dict) else "places"
             if known is not None and labels != known:
-                raise ValueError(f"expected the same labels in all templates, found {known} and {labels}")
+                theirs, mine = (shown(each) if isinstance(each, list) else each for each in (known, labels))
+                raise ValueError(f"expected the same labels in all templates, found {theirs} and {mine}")
             known = labels
         columns = sorted({column for template in self.templates for column in template.columns})
         for column in self.truncate:
@@ -189,8 +201,9 @@ class Task(BaseModel):
                     f"away, found it in {which}; take it out, or say which column holds the label (label_column)"
                 )
         if isinstance(known, list):
+            all_labels = set(known)
             for alias, label in self.aliases.items():
-                if label not in known or alias in known:
+                if label not in all_labels or alias in all_labels:
                     raise ValueError(
                         f"expected aliases of the labels {brief(known)}, found {brief(alias)} for {brief(label)}"
                     )
@@ -475,12 +488,13 @@ class Task(BaseModel):
         # A classifier reads no answers, so it need not tell them apart.
         lengths = [] if family == TaskType.SEQ_CLS else answer_lengths(tokenizer, answers, self.separator)
         limit = prefix.room if prefix is not None else None if model is None else model_max_length(model)
-        prompts = [self.prompt(row, number, template) for number, row in enumerate(rows, 1)]
-        if limit is not None and prompts:
+        if limit is None:
+            prompts = [self.prompt(row, number, template) for number, row in enumerate(rows, 1)]
+        else:
             # An encoder has its positions for the prompt alone.
             rooms = [limit - n for n in lengths] if family == TaskType.CAUSAL_LM else [limit] * len(rows)
             sizes = functools.partial(prompt_sizes, tokenizer, prefix, family)
-            prompts = shortened(self, sizes, rows, prompts, rooms, template, long_prompts)
+            prompts = fitted(self, sizes, rows, rooms, template, long_prompts)
         labels = None
         if labelled:
             names = [self.label(row, number, template) for number, row in enumerate(rows, 1)]
@@ -547,10 +561,11 @@ class _Loader(yaml.BaseLoader):
     """YAML in which every value is text, nothing a number, and a key stands once."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [key.value for key, _ in node.value]
-        twice = [key for key in keys if keys.count(key) > 1]
-        if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} stands twice", node.start_mark)
+        seen: set[str] = set()
+        for key in (key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+            seen.add(key)
         return super().construct_mapping(node, deep)
 
 
