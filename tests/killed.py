@@ -82,7 +82,7 @@ def adapted(seed: int, targets: list[str], feedforward: list[str], name: str, **
     task = Task.create({"name": name, "template": "{{ text }}", "choices": ["a", "b"]})
     found = AdapterFolder.describing(task, Recipe.small(), [{"text": name, "label": "a"}], None)
     found._texts.update({key: value.to_json().encode() for key, value in beside.items()})
-    model.folders["default"] = found
+    model.adapter_folders["default"] = found
     return model
 
 
@@ -107,7 +107,7 @@ def adapter(place: Path) -> Any:
     if not (folder.exists() and AdapterFolder(folder).text(CONFIG_NAME)):
         return None
     loaded = PeftModel.from_pretrained(tiny.build("llama"), folder)
-    found = loaded.folders["default"]
+    found = loaded.adapter_folders["default"]
     return [
         found.config.to_json(),
         {name: parameter.tolist() for name, parameter in tiny.adapter_parameters(loaded).items()},

@@ -77,7 +77,7 @@ def test_two_adapters_with_heads_of_their_own_act_together():
     model.set_adapter(["pooled", "second"])
     both = tiny.logits(model, "bert")
     single = tiny.build("bert")
-    parts = {path: layer for path, layer in model.layers.items() if "first" not in layer.ia3_l}
+    parts = {path: layer for path, layer in model.ia3_layers.items() if "first" not in layer.ia3_l}
     with torch.no_grad():
         for path, layer in parts.items():
             vector = next(iter(layer.ia3_l.values()))
@@ -85,7 +85,7 @@ def test_two_adapters_with_heads_of_their_own_act_together():
             module.weight.mul_(vector)
             if not next(iter(layer.feedforward.values())):
                 module.bias.mul_(vector.flatten())
-        for path, module in model.trained_modules.items():
+        for path, module in model.ia3_trained_modules.items():
             single.get_submodule(path).load_state_dict(next(iter(module.modules_to_save.values())).state_dict())
     assert len(parts) == 3 * tiny.LAYERS  # the feed-forwards of attention are output.dense too
     assert tiny.relative_error(tiny.logits(single, "bert"), both) <= 1e-5

@@ -71,7 +71,7 @@ def test_an_adapter_brings_its_base_model(name, library, tmp_path):
         assert type(model.get_base_model()).__name__ == CASES[name][1]
         assert tiny.relative_error(answer(model), expected) <= 1e-6
     model = getattr(ia3, name).from_pretrained(tmp_path / "adapter")
-    assert isinstance(model, ia3.IA3Model) and not model.training
+    assert isinstance(model, ia3.PeftModel) and not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
     base = getattr(transformers, CASES[name][1]).from_pretrained(tmp_path / "base").eval()
     assert tiny.relative_error(answer(base), expected) > 0.001
@@ -140,7 +140,7 @@ def test_an_adapter_without_a_base_model_is_refused(none, tmp_path):
     with pytest.raises(InputError) as error:
         ia3.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     message = one_line(error)
-    assert "base_model_name_or_path" in message and "IA3Model.from_pretrained" in message
+    assert "base_model_name_or_path" in message and "PeftModel.from_pretrained" in message
 
 
 @pytest.mark.parametrize("place", ["{}/gone", "owner/never-downloaded"])

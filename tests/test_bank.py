@@ -95,12 +95,14 @@ def test_columns_are_in_the_order_of_a_safetensors_file(arch, tmp_path):
     assert starts == [sum(entry.size for entry in bank.entries[:i]) for i in range(len(starts))]
     for entry in bank.entries:
         if entry.parameter is None:
-            layer = model.layers[entry.path]
+            layer = model.ia3_layers[entry.path]
             assert entry.feedforward is layer.feedforward["default"] and entry.shape == layer.ia3_l["default"].shape
         else:
             assert entry.path in bank.modules
-            assert model.trained_modules[entry.path].original_module.state_dict()[entry.parameter].shape == entry.shape
-    assert {target.path for target in bank.targets} == set(model.layers)
+            assert (
+                model.ia3_trained_modules[entry.path].original_module.state_dict()[entry.parameter].shape == entry.shape
+            )
+    assert {target.path for target in bank.targets} == set(model.ia3_layers)
 
 
 def test_row_0_is_the_base_model(arch):
@@ -279,6 +281,18 @@ BAD = {
     ),
     "NaN": ({"change": lambda made: made[max(made)].fill_(torch.nan)}, "holds NaN or infinite values in 'base_model"),
     "infinity": ({"change": lambda made: made[min(made)][0].fill_(-torch.inf)}, "holds NaN or infinite values"),
+    "infinity in float32": (
+        {"change": lambda made: made.update({max(made): made[max(made)].double() + 1e300})},
+        "holds values in 'base_model.* that are infinite in torch.float32",
+    ),
+    "integers": (
+        {"change": lambda made: made.update({max(made): made[max(made)].int()})},
+        "holds torch.int32 in 'base_model.* where torch.float32 is expected",
+    ),
+    "8-bit floats": (
+        {"change": lambda made: made.update({max(made): made[max(made)].to(torch.float8_e4m3fn)})},
+        "holds torch.float8_e4m3fn in 'base_model",
+    ),
     "another side": ({"feedforward_modules": []}, "rescales another side .* 'model.layers.0.mlp.down_proj'"),
 }
 
@@ -308,8 +322,34 @@ def test_finite_values_whose_sum_is_not(model, tmp_path):
     write(bank, tmp_path / "one", 3e38)
     bank.load(tmp_path / "one")
     narrow = AdapterBank(model, dtype=torch.bfloat16)
-    with pytest.raises(InputError, match="infinite"):
+    with pytest.raises(InputError, match=r"infinite in torch.bfloat16"):
         narrow.add("one", tensors(bank, 3.4e38))
+    bank.add("two", tensors(bank, 3.4e38))
+    bank.save_archive(tmp_path / "archive")
+    with pytest.raises(InputError, match="'two' holds NaN or infinite values"):
+        narrow.load_archive(tmp_path / "archive")
+    assert narrow.names == []
+    with pytest.raises(InputError, match=r"torch.int64 in"):
+        bank.add("three", {key: value.long() for key, value in tensors(bank).items()})
+    assert bank.names == ["one", "two"]
+
+
+def test_an_archive_of_one_entry_more(model, tmp_path):
+    """Also where it looks as what a message says of an entry that is missing."""
+    bank = AdapterBank(model)
+    bank.add("one", tensors(bank))
+    bank.save_archive(tmp_path / "archive")
+    data = (tmp_path / "archive").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    for more in (None, "none", ["x" * 5000, [1], True]):
+        header = json.loads(data[8 : 8 + length])
+        entries = json.loads(header["__metadata__"]["ia3_bank"])
+        header["__metadata__"]["ia3_bank"] = json.dumps([*entries, more])
+        text = json.dumps(header).encode()
+        (tmp_path / "more").write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+        with pytest.raises(InputError, match=r"the first that differs is .*, expected none") as error:
+            AdapterBank(model).register(tmp_path / "more")
+        assert len(one_line(error)) <= 600
 
 
 @pytest.mark.parametrize(
@@ -320,8 +360,8 @@ def test_finite_values_whose_sum_is_not(model, tmp_path):
         (CONFIG, b"[]", "another kind of JSON"),
         (CONFIG, None, "Can't find 'adapter_config.json' in"),
         (WEIGHTS, None, "Can't find 'adapter_model.safetensors' in"),
-        (WEIGHTS, b"", "Cannot read .*adapter_model.safetensors"),
-        (WEIGHTS, b"\xff" * 100, "Cannot read .*adapter_model.safetensors"),
+        (WEIGHTS, b"", "whole safetensors file in .*adapter_model.safetensors"),
+        (WEIGHTS, b"\xff" * 100, "whole safetensors file in .*adapter_model.safetensors"),
     ],
 )
 def test_damaged_folders(file, content, message, model, tmp_path):
@@ -742,7 +782,9 @@ def test_one_name_from_two_places(model, tmp_path):
     assert bank.names == ["one"] and "two" not in bank
     bank.delete("one")
     assert bank.register(tmp_path / "y") == ["one", "two"]
-    with pytest.raises(InputError, match=r"Expected an archive of adapters, cannot open .*missing"):
+    with pytest.raises(
+        InputError, match=r"Cannot read .*missing: No such file or directory; expected an archive of adapters"
+    ):
         bank.register(tmp_path / "missing")
 
 
@@ -914,7 +956,7 @@ def test_foreign_archives(archive, model, tmp_path):
         bank.register(tmp_path / "one" / WEIGHTS)
     with pytest.raises(InputError, match="whole safetensors file"):
         bank.register(tmp_path / "one" / CONFIG)
-    with pytest.raises(InputError, match="cannot open"):
+    with pytest.raises(InputError, match=r"Cannot read .*: Is a directory"):
         bank.load_archive(tmp_path)
 
 

@@ -6,6 +6,7 @@ import shutil
 import stat
 import tempfile
 import warnings
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -400,7 +401,7 @@ def test_training_a_reloaded_default_adapter_goes_on_without_queries(gpt2, tmp_p
                 assert not (value[REST] == 1).any()
         model = PeftModel.from_pretrained(tiny.build("gpt2"), tmp_path / turn, is_trainable=True)
         model(**tiny.batch("gpt2")).loss.backward()
-        for path, layer in model.layers.items():
+        for path, layer in model.ia3_layers.items():
             if path.endswith("c_attn"):
                 assert torch.equal(layer.ia3_l["default"].grad[QUERY], torch.zeros(tiny.HIDDEN, 1))
         train(model)
@@ -412,7 +413,7 @@ def test_training_a_reloaded_explicit_adapter_goes_on_with_queries(library, tmp_
     save("gpt2", tmp_path, library)
     model = PeftModel.from_pretrained(tiny.build("gpt2"), tmp_path, is_trainable=True)
     model(**tiny.batch("gpt2")).loss.backward()
-    for path, layer in model.layers.items():
+    for path, layer in model.ia3_layers.items():
         if path.endswith("c_attn"):
             assert (layer.ia3_l["default"].grad[QUERY] != 0).all()
 
@@ -456,6 +457,10 @@ def test_an_unknown_adapter_has_no_tensors(llama):
 
 
 # What is wrong with a checkpoint, and what the message must hold.
+
+FOREIGN = (
+    torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2,
+)  # fmt: skip
 
 
 def first(tensors) -> str:
@@ -519,6 +524,19 @@ DAMAGES = {
         lambda folder: rewrite(folder, lambda tensors: tensors[LAST][0].fill_(float("-inf"))),
         ["infinite", repr(LAST)],
     ),
+    "infinite in float32": (
+        lambda folder: rewrite(folder, lambda tensors: tensors.update({LAST: tensors[LAST].double() * 1e300})),
+        ["infinite in torch.float32", repr(LAST)],
+    ),
+    **{
+        f"of {dtype}": (
+            lambda folder, dtype=dtype: rewrite(
+                folder, lambda tensors: tensors.update({LAST: tensors[LAST].to(dtype)})
+            ),
+            [str(dtype), repr(LAST), "torch.float32 is expected"],
+        )
+        for dtype in FOREIGN
+    },
     "cut to nothing": (cut(0), [WEIGHTS, "safetensors"]),
     "cut in the length": (cut(5), [WEIGHTS, "safetensors"]),
     "cut in the header": (cut(100), [WEIGHTS, "safetensors"]),
@@ -597,6 +615,35 @@ def test_an_adapter_for_a_larger_model_is_refused_by_shape(tmp_path):
         PeftModel.from_pretrained(model, tmp_path)
     assert "(32, 1), expected (16, 1)" in one_line(error)
     assert snapshot(model) == before
+
+
+def test_values_are_checked_in_the_type_that_the_model_holds(tmp_path):
+    """Vectors and modules trained in full; what float32 holds, float16 may not."""
+    save("bert", tmp_path)
+    model = tiny.adapt("bert", ia3)
+    ia3.PeftModel.from_pretrained(tiny.build("bert"), tmp_path)
+    for part in ("ia3_l", "classifier.weight"):
+        tensors = stored(tmp_path)
+        key = next(key for key in sorted(tensors) if key.endswith(part))
+        tensors[key].view(-1)[0] = 1e5
+        ia3.set_peft_model_state_dict(model.float(), tensors)
+        before = snapshot(model.half())
+        with pytest.raises(InputError, match=r"infinite in torch.float16") as error:
+            ia3.set_peft_model_state_dict(model, tensors)
+        assert repr(key) in one_line(error)
+        assert snapshot(model) == before
+
+
+def test_a_modules_own_integers_are_read():
+    """Of another type than its other numbers, and refused in any but their own."""
+    norm = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    model = ia3.IA3Model(norm, IA3Config(target_modules=["0"], feedforward_modules=[], modules_to_save=["1"]))
+    tensors = ia3.get_peft_model_state_dict(model)
+    counter = next(key for key in tensors if key.endswith("num_batches_tracked"))
+    ia3.set_peft_model_state_dict(model, {**tensors, counter: torch.tensor(7)})
+    assert ia3.get_peft_model_state_dict(model)[counter] == 7
+    with pytest.raises(InputError, match=r"torch.float32 in .*num_batches_tracked' where torch.int64 is expected"):
+        ia3.set_peft_model_state_dict(model, {**tensors, counter: torch.tensor(7.0)})
 
 
 def test_tensors_are_set_all_or_none(llama):
@@ -694,6 +741,50 @@ def test_a_pickle_of_something_else_is_refused(content, llama, tmp_path):
         PeftModel.from_pretrained(llama, tmp_path)
     one_line(error)
     assert snapshot(llama) == before
+
+
+def compress(path):
+    """Write a file of `torch.save` again as small as it can be, which torch reads."""
+    with zipfile.ZipFile(path) as archive:
+        parts = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in parts.items():
+            archive.writestr(name, data)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        lambda: torch.ones(1, 1).expand(2**40, 1),
+        lambda: torch.ones(1, 1).expand(16, 1),
+        lambda: torch.ones(16, 1).to_sparse(),
+        lambda: torch.ones(16, 1, device="meta"),
+        lambda: torch.nested.nested_tensor([torch.ones(16)]),
+    ],
+    ids=["expanded", "a little", "sparse", "meta", "nested"],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:TypedStorage")
+def test_a_tensor_without_all_its_numbers_is_refused(bad, llama, tmp_path):
+    """What is small in the file is huge, or nothing, in memory."""
+    save("llama", tmp_path)
+    torch.save({**stored(tmp_path), LAST: bad()}, tmp_path / "adapter_model.bin")
+    (tmp_path / WEIGHTS).unlink()
+    before = snapshot(llama)
+    with pytest.raises(InputError, match="is no tensor with all its numbers in the file") as error:
+        PeftModel.from_pretrained(llama, tmp_path)
+    assert repr(LAST) in one_line(error)
+    assert snapshot(llama) == before
+
+
+def test_a_compressed_file_is_refused(llama, tmp_path):
+    """A thousand times as much memory as it has bytes is not taken."""
+    save("llama", tmp_path)
+    torch.save({**stored(tmp_path), LAST: torch.ones(10**6, 1)}, tmp_path / "adapter_model.bin")
+    (tmp_path / WEIGHTS).unlink()
+    compress(tmp_path / "adapter_model.bin")
+    with pytest.raises(InputError, match="compressed") as error:
+        PeftModel.from_pretrained(llama, tmp_path)
+    one_line(error)
 
 
 @pytest.mark.parametrize("value", [1, "text", None, [1.0]])

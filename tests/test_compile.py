@@ -405,7 +405,7 @@ def test_an_adapted_model_in_a_compiled_function():
     assert tiny.relative_error(whole(), answer()) <= 1e-5
     for names in (None, *MIXES[:2], None):
         assert tiny.relative_error(broken(names), answer(names)) <= 1e-5
-    assert model.routing.rows is None
+    assert model.ia3_routing.rows is None
 
 
 @pytest.mark.parametrize("strict", [False, True])

@@ -218,7 +218,26 @@ def test_bytes_that_are_no_text_are_refused(tmp_path):
     assert "adapter_config.json" in one_line(error)
 
 
-@pytest.mark.parametrize("values", [{"target_modules": 5}, {"exclude_modules": True}, {"feedforward_modules": [["k"]]}])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"target_modules": 5},
+        {"exclude_modules": True},
+        {"feedforward_modules": [["k"]]},
+        {"fan_in_fan_out": []},
+        {"fan_in_fan_out": None},
+        {"inference_mode": "x"},
+        {"init_ia3_weights": 1},
+        {"modules_to_save": {}},
+        {"modules_to_save": "classifier"},
+        {"auto_mapping": 3},
+        {"auto_mapping": {"base_model_class": ["A"]}},
+        {"revision": []},
+        {"base_model_name_or_path": 5},
+        {"base_model_name_or_path": {"a": "x" * 5000}},
+        {"task_type": {}},
+    ],
+)
 def test_json_values_of_a_wrong_type_are_bad_input(values, tmp_path):
     write(tmp_path, peft_type="IA3", **values)
     with pytest.raises(InputError) as error:

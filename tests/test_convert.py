@@ -175,6 +175,25 @@ class TestAdapterHub:
         convert(adapterhub(tmp_path / "hub", vectors, "bert", version=version, alpha=alpha), tmp_path / "out")
         assert_acts_alike("bert", {path: vector * factor for path, vector in vectors.items()}, tmp_path / "out")
 
+    @pytest.mark.parametrize("alpha", [1e38, 10**30 * 10**30, 10**400])
+    def test_vectors_that_are_infinite_times_alpha_are_refused(self, alpha, tmp_path):
+        folder = adapterhub(tmp_path / "hub", {"bert.layer.0.key": torch.full((4, 1), 10.0)}, "bert", alpha=alpha)
+        refused(folder, tmp_path, "too large" if alpha > 1e300 else "finite times alpha")
+
+    @pytest.mark.parametrize("changes", [{"model_name": 5}, {"model_name": ["x"]}], ids=str)
+    def test_fields_of_another_kind_are_refused(self, changes, tmp_path):
+        folder = adapterhub(tmp_path / "hub", {"bert.layer.0.key": torch.ones(4, 1)}, "bert", **changes)
+        refused(folder, tmp_path, "base_model_name_or_path")
+
+    @pytest.mark.parametrize("interface", [[], 5, {"attn_qkv_proj": []}], ids=str)
+    def test_an_interface_of_another_kind_is_no_crash(self, interface, tmp_path):
+        vectors = {"bert.layer.0.key": torch.ones(4, 1)}
+        folder = adapterhub(tmp_path / "hub", vectors, "bert", interface=interface)
+        if isinstance(interface, dict):
+            assert convert(folder, tmp_path / "out").tensors
+        else:
+            refused(folder, tmp_path, "Expected an (IA)³ adapter")
+
     def test_alpha_rescales_a_fused_projections_ones_too(self, tmp_path):
         vectors = random_vectors(tiny.build("gpt2"), ["attn.c_attn"])
         parts = {path: vector[tiny.HIDDEN :].clone() for path, vector in vectors.items()}
@@ -451,11 +470,12 @@ class TestBadInput:
         [
             [torch.ones(4, 1)],
             {"state_dict": {"k": torch.ones(4, 1)}},
-            {"k.multi_lora_b": torch.ones(4, 1, dtype=torch.int64)},
             {"k.multi_lora_b": torch.ones(4, 1).to_sparse()},
+            {"k.multi_lora_b": torch.ones(1, 1).expand(2**40, 1)},
+            {"k.multi_lora_b": torch.ones(4, 1, device="meta")},
             {0: torch.ones(4, 1)},
         ],
-        ids=["list", "nested", "integers", "sparse", "number for a name"],
+        ids=["list", "nested", "sparse", "expanded", "without memory", "number for a name"],
     )
     def test_other_content(self, content, tmp_path):
         torch.save(content, tmp_path / "finish.pt")
@@ -468,7 +488,7 @@ class TestBadInput:
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     def test_numbers_that_are_not_finite(self, value, tmp_path):
         torch.save({**self.good(), "x.k.multi_lora_b": torch.tensor([[1.0], [value]])}, tmp_path / "finish.pt")
-        refused(tmp_path / "finish.pt", tmp_path, "NaN or infinite ones in 'x.k.multi_lora_b'")
+        refused(tmp_path / "finish.pt", tmp_path, "NaN or infinite values in 'x.k.multi_lora_b'")
 
     def test_weights_without_their_folder(self, tmp_path):
         vectors = random_vectors(tiny.build("bert"), ADAPTERHUB["bert"])
@@ -496,6 +516,15 @@ class TestBadInput:
             with pytest.raises(ia3.InputError, match="new or empty folder"):
                 convert(tmp_path / "finish.pt", output)
         assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+    @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e5m2], ids=str)
+    def test_numbers_of_another_kind(self, dtype, tmp_path):
+        torch.save({"x.k.multi_lora_b": torch.ones(4, 1).to(dtype)}, tmp_path / "finish.pt")
+        refused(tmp_path / "finish.pt", tmp_path, f"{dtype} in 'x.k.multi_lora_b'")
+
+    def test_numbers_that_are_infinite_in_float32(self, tmp_path):
+        torch.save({"x.k.multi_lora_b": torch.full((4, 1), 1e300, dtype=torch.float64)}, tmp_path / "finish.pt")
+        refused(tmp_path / "finish.pt", tmp_path, "'x.k.multi_lora_b' that are infinite in torch.float32")
 
     def test_half_precision_is_read(self, tmp_path):
         torch.save({name: value.bfloat16() for name, value in self.good().items()}, tmp_path / "finish.pt")

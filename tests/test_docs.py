@@ -138,7 +138,7 @@ def test_python(names, tmp_path, monkeypatch):
     for name in names:
         exec(compile(blocks("example")[name], name, "exec"), scope)
     if "several" in names:
-        assert "mlp.down_proj" not in " ".join(scope["model"].layers)
+        assert "mlp.down_proj" not in " ".join(scope["model"].ia3_layers)
 
 
 @pytest.mark.parametrize(

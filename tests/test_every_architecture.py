@@ -7,6 +7,8 @@ import torch
 
 import ia3
 import zoo
+from ia3.architectures import Site, output_sites
+from ia3.targets import base_modules
 from test_architectures import NOTHING, REFUSED, TEXT, _quiet, built  # noqa: F401
 
 # Voxtral hears before it reads.
@@ -20,6 +22,9 @@ UNMIXED = {
     "musicgen_melody": "this model mixes rows on the way",
     "switch_transformers": "An expert .* gets tokens of all rows",
 }
+
+# A few of those with a gate in every feed-forward, in two projections or in one.
+GATED = {"cohere", "gemma2", "glm4", "llama", "lfm2", "mt5", "nomic_bert", "phi3", "qwen3", "recurrent_gemma", "umt5"}
 
 # Activations with time first can be divided among the rows too, wrongly, because their number divides the length.
 ROWS, LENGTH = 4, 12
@@ -86,3 +91,27 @@ def test_each_row_of_a_batch_has_its_own_adapter_or_the_model_refuses(adapted):
         assert (mixed[row] - alone[name][row]).abs().max() <= 1e-4 * scale
         for other in {*NAMES} - {name}:
             assert (mixed[row] - alone[other][row]).abs().max() > 1e-6 * scale
+
+
+@architectures
+def test_vectors_on_outputs_alone_are_those_on_inputs_or_refused(adapted):
+    model, answer = adapted.model, adapted.answer
+    modules = base_modules(model.model)
+    inputs = [Site(path, True) for path, layer in model.layers.items() if layer.feedforward["one"]]
+    try:
+        model.add_adapter("outputs", ia3.IA3Config(feedforward_modules=[]))
+    except ia3.InputError as error:
+        assert "the same as rescaling its input" in str(error) and adapted.kind not in GATED
+        assert None in output_sites(modules, inputs).values()
+        return
+    moved = {site.path: path for path, site in output_sites(modules, inputs).items()}
+    for path, layer in model.layers.items():
+        if "outputs" in layer.ia3_l:
+            vector, source = layer.ia3_l["outputs"].detach(), model.ia3_layers[moved.get(path, path)].ia3_l["one"]
+            mask = layer.masks.get("outputs", torch.ones_like(vector, dtype=torch.bool))
+            vector[mask] = source.flatten() if path in moved else source[mask]
+    model.set_adapter("outputs", inference_mode=True)
+    found = answer()
+    model.set_adapter("one", inference_mode=True)
+    model.delete_adapter("outputs")
+    assert (found - adapted.one).abs().max() <= 1e-4 * adapted.plain.abs().max()

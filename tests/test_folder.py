@@ -51,7 +51,7 @@ def adapted(seed: int = 1, targets=("k_proj", "v_proj", "down_proj"), task: str 
     )
     if task is not None:
         its = TASK.model_copy(update={"name": task})
-        model.folders["default"] = AdapterFolder.describing(its, RECIPE, words.rows(4, seed=seed), None)
+        model.adapter_folders["default"] = AdapterFolder.describing(its, RECIPE, words.rows(4, seed=seed), None)
     return model
 
 
@@ -477,7 +477,7 @@ class TestLoadedAndSaved:
             raise TimeoutError
 
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
-        AdapterFolder.describing(TASK, RECIPE, words.rows(4), model.folders["default"])
+        AdapterFolder.describing(TASK, RECIPE, words.rows(4), model.adapter_folders["default"])
         with pytest.warns(UserWarning, match="Saved without task, recipe and calibration: .*TimeoutError"):
             model.save_pretrained(tmp_path / "again")
         assert (tmp_path / "again" / WEIGHTS).exists()

@@ -61,7 +61,6 @@ def test_unknown_name_is_an_attribute_error():
 
 
 def test_peft_names_that_mean_the_same():
-    assert ia3.PeftModel is ia3.IA3Model
     assert ia3.PeftConfig is ia3.IA3Config
 
 

@@ -54,13 +54,13 @@ def test_a_model_without_adapters_of_its_own(arch):
     with plain.disable_adapter():
         base = plain(**inputs(arch, 4)).logits
     for name in ("three", "two", "one"):
-        model.routing.switch(active=())
+        model.ia3_routing.switch(active=())
         model.delete_adapter(name)
     assert torch.equal(answers(model, arch, names), expected)
-    assert model.layers, "the bank's layers stay"
+    assert model.ia3_layers, "the bank's layers stay"
     empty = ia3.IA3Model(tiny.build(arch), {})
-    bank = AdapterBank(empty, model.bank.config)
-    bank.add("One", dict(_tensors(model.bank, "One")))
+    bank = AdapterBank(empty, model.adapter_bank.config)
+    bank.add("One", dict(_tensors(model.adapter_bank, "One")))
     found = answers(empty, arch, ["One", BASE, "One", BASE])
     assert tiny.relative_error(found[0], expected[0]) < 1e-6
     assert tiny.relative_error(found[1], base[1]) < 1e-6
@@ -85,7 +85,7 @@ def test_each_row_goes_through_its_adapters_head():
     )
     found = answers(model, "bert", [BASE, "head", "One", "head"])
     pooled = []
-    hook = model.trained_modules["classifier"].register_forward_pre_hook(lambda _, args: pooled.append(args[0]))
+    hook = model.ia3_trained_modules["classifier"].register_forward_pre_hook(lambda _, args: pooled.append(args[0]))
     answers(model, "bert", [BASE] * 4)
     hook.remove()
     for row in (1, 3):
@@ -162,10 +162,10 @@ def test_adapters_that_do_not_fit_at_once_come_and_go():
     for names in (["One", "Two"], ["Three", "One"], ["Two", BASE], ["Three", "Two"]) * 2:
         expected = answers(model, "llama", [name.lower() for name in names])
         assert tiny.relative_error(answers(model, "llama", names), expected) < 1e-6
-    assert model.bank.statistics.evictions > 0
+    assert model.adapter_bank.statistics.evictions > 0
     with pytest.raises(InputError, match="no more than 2 adapters at once"):
         answers(model, "llama", ["One", "Two", "Three"])
-    assert model.routing.rows is None
+    assert model.ia3_routing.rows is None
     answers(model, "llama", ["One", "Two"])
 
 
@@ -174,12 +174,12 @@ def test_another_bank_takes_the_place_of_the_first():
     for name in ("two", "three"):
         model.delete_adapter(name)
     other = AdapterBank(model, IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
-    assert model.bank is other
+    assert model.adapter_bank is other
     with pytest.raises(InputError, match="does not exist"):
         answers(model, "llama", ["One"])
-    model.routing.switch(active=())
+    model.ia3_routing.switch(active=())
     model.delete_adapter("one")
-    assert {path.rpartition(".")[2] for path in model.layers} == {"q_proj"}
+    assert {path.rpartition(".")[2] for path in model.ia3_layers} == {"q_proj"}
     assert bank.gather(["One"]).shape == (1, bank.width), "the first is still whole"
 
 
@@ -187,7 +187,7 @@ def test_taking_adapters_out_takes_the_bank_off():
     expected = tiny.build("llama")(**inputs("llama")).logits
     model, _ = banked("llama")
     plain = model.unload()
-    assert model.bank is None and not any(isinstance(module, ia3.layers.IA3Layer) for module in plain.modules())
+    assert model.adapter_bank is None and not any(isinstance(module, ia3.layers.IA3Layer) for module in plain.modules())
     assert torch.equal(plain(**inputs("llama")).logits, expected)
 
 
@@ -208,7 +208,7 @@ def test_a_bank_does_not_change_what_else_the_model_does():
         get_peft_model_state_dict(alone, adapter_name="two")
     )
     copied = copy.deepcopy(model)
-    assert copied.bank is model.bank
+    assert copied.adapter_bank is model.adapter_bank
     assert torch.equal(answers(copied, "llama", ["One", "two"]), answers(model, "llama", ["One", "two"]))
 
 

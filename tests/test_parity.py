@@ -1,5 +1,7 @@
 """Ours and PEFT's on the architectures of the contract: each reads the other's adapters with equal answers and gradients."""
 
+import re
+
 import peft
 import pytest
 import torch
@@ -11,6 +13,8 @@ import zoo
 TYPES = (
     "gpt2 llama t5 bart bert opt gpt_neox bloom falcon phi3 mixtral gpt_oss vit whisper".split()  # noqa: SIM905
 )
+GATED = {"mt5": {"feed_forward_proj": "gated-gelu"}}
+OUTPUTS = {"feedforward_modules": []}
 # PEFT cannot rescale experts that are one parameter.
 EXPERTS = {"mixtral", "gpt_oss"}
 
@@ -80,11 +84,41 @@ def test_peft_reads_an_adapter_with_default_modules(model_type, tmp_path):
     assert torch.equal(answer(again, batch), expected)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("model_type", ["mt5", "llama", "phi3"])
+def test_vectors_on_outputs_only_are_those_on_inputs(model_type, tmp_path):
+    """mT5's are PEFT's own choice; a gate and its factor in one projection (Phi-3) are told apart."""
+    bases = [zoo.build(model_type, **GATED.get(model_type, {})).eval() for _ in range(5)]
+    plain = ia3.get_peft_model(bases[0], ia3.IA3Config()).eval()
+    ours = ia3.get_peft_model(bases[1], ia3.IA3Config(**OUTPUTS)).eval()
+    tiny.randomize(ours)
+    for path, layer in ours.ia3_layers.items():
+        twin = plain.ia3_layers[re.sub(r"wi_1$", "wo", re.sub(r"\w*up_proj$", "down_proj", path))]
+        vector = layer.vector("default").flatten()
+        twin.fill("default", vector[-twin.ia3_l["default"].numel() :].view_as(twin.ia3_l["default"]))
+    batch = zoo.inputs(bases[0])
+    expected = answer(plain, batch)
+    assert tiny.relative_error(answer(ours, batch), expected) < 1e-5
+    ours.save_pretrained(tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(bases[2], tmp_path / "ours").eval()
+    assert tiny.relative_error(answer(theirs, batch), expected) < 1e-5
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = ia3.PeftModel.from_pretrained(bases[3], tmp_path / "theirs").eval()
+    assert tiny.relative_error(answer(again, batch), expected) < 1e-5
+    if model_type == "mt5":
+        fresh = peft.get_peft_model(bases[4], peft.IA3Config(**OUTPUTS)).eval()
+        assert {k: v.shape for k, v in tiny.adapter_parameters(fresh).items()} == {
+            k: v.shape for k, v in tiny.adapter_parameters(ours).items()
+        }
+        tiny.randomize(fresh)
+        assert tiny.relative_error(answer(fresh, batch), expected) < 1e-5
+
+
 @pytest.mark.parametrize("model_type", sorted(EXPERTS))
 def test_experts_are_rescaled_by_default_and_come_back_from_the_file(model_type, tmp_path):
     ours = ia3.IA3Model(zoo.build(model_type).eval(), ia3.IA3Config()).eval()
     tiny.randomize(ours)
-    assert sum(path.endswith("experts") for path in ours.layers) == zoo.LAYERS
+    assert sum(path.endswith("experts") for path in ours.ia3_layers) == zoo.LAYERS
     batch = zoo.inputs(zoo.build(model_type))
     ours.save_pretrained(tmp_path)
     again = ia3.PeftModel.from_pretrained(zoo.build(model_type).eval(), tmp_path).eval()

@@ -404,12 +404,12 @@ def test_rows_of_a_quantized_model_have_their_own_adapters(quantized_llama):
     with torch.no_grad():
         found = model(tokens, adapter_names=names).logits
         for row, name in enumerate(names):
-            model.routing.switch(active=() if name == "__base__" else (name,))
+            model.ia3_routing.switch(active=() if name == "__base__" else (name,))
             alone = model(tokens).logits
             assert tiny.relative_error(found[row], alone[row]) <= 0.03  # int8 rounds by the largest of a batch
             others = [each for each in range(3) if each != row]
             assert tiny.relative_error(found[others], alone[others]) > 0.05
-    model.routing.switch(active=("one",))
+    model.ia3_routing.switch(active=("one",))
     model(tokens, adapter_names=names).logits.square().sum().backward()
     gradients = [p.grad for p in tiny.adapter_parameters(model, "one").values()]
     assert all(gradient.abs().max() > 0 for gradient in gradients)

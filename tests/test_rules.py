@@ -443,9 +443,9 @@ def test_an_attentions_output_projection_is_rescaled_too():
     holder = nn.ModuleDict({"attn": base})
     model = in_encoder(holder, "attn", "out_proj")
     q = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(3), **DOUBLE)
-    inner = model.layers["attn"]
+    inner = model.ia3_layers["attn"]
     vector = inner.ia3_l["default"].detach().flatten()
-    out = model.layers["attn.out_proj"].ia3_l["default"].detach().flatten()
+    out = model.ia3_layers["attn.out_proj"].ia3_l["default"].detach().flatten()
     expected = attention(make_attention("packed"), q, q, q, vector, out=out)
     torch.testing.assert_close(holder["attn"](q, q, q)[0], expected)
     model.merge_and_unload()
@@ -644,8 +644,8 @@ def test_dbrxs_experts_are_the_formula():
     base = filled(modeling_dbrx.DbrxExperts(made.ffn_config))
     model = ia3.get_peft_model(base, IA3Config(target_modules=["mlp"], feedforward_modules=["mlp"])).double()
     tiny.randomize(model)
-    assert model.layers["mlp"].ia3_l["default"].shape == (1, 36)
-    vectors = model.layers["mlp"].ia3_l["default"].detach().view(3, 12)
+    assert model.ia3_layers["mlp"].ia3_l["default"].shape == (1, 36)
+    vectors = model.ia3_layers["mlp"].ia3_l["default"].detach().view(3, 12)
     torch.manual_seed(3)
     x, weights = torch.randn(1, 3, 16, **DOUBLE), torch.rand(3, 2, **DOUBLE)
     chosen = torch.tensor([[0, 1], [1, 2], [2, 0]])
@@ -789,7 +789,7 @@ def test_a_rule_of_ones_own():
 
     holder = nn.ModuleDict({"mine": filled(TwoInOne(4))})
     model = ia3.get_peft_model(holder, IA3Config(target_modules=["mine"], feedforward_modules=[]))
-    assert list(model.layers) == ["mine"] and model.layers["mine"].ia3_l["default"].shape == (4, 1)
+    assert list(model.ia3_layers) == ["mine"] and model.ia3_layers["mine"].ia3_l["default"].shape == (4, 1)
 
 
 @pytest.mark.usefixtures("own_rules")
@@ -1052,7 +1052,7 @@ def test_rows_of_torchs_encoder(batch_first):
         model.train()
         found = model(x, adapter_names=names)
         for row, name in enumerate(names):
-            model.routing.switch(active=() if name == "__base__" else (name,))
+            model.ia3_routing.switch(active=() if name == "__base__" else (name,))
             expected = model(x)
             at = (slice(None), row) if not batch_first else row
             torch.testing.assert_close(found[at], expected[at])

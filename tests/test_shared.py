@@ -88,7 +88,7 @@ def adapted(kind: type[nn.Module], **fields):
 )
 def test_shared_modules_have_one_vector_under_the_first_path(kind, vectors, tmp_path):
     model = adapted(kind)
-    assert set(model.layers) == vectors
+    assert set(model.ia3_layers) == vectors
     assert {name.removesuffix(".ia3_l.default") for name in tiny.adapter_parameters(model)} == vectors
     model.save_pretrained(tmp_path)
     stored = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
@@ -105,7 +105,7 @@ def test_shared_modules_in_whole(kind):
 def test_each_place_of_a_shared_module_is_rescaled():
     model = adapted(Twice)
     base = Twice().double()
-    vectors = {path: layer.ia3_l["default"].detach().flatten() for path, layer in model.layers.items()}
+    vectors = {path: layer.ia3_l["default"].detach().flatten() for path, layer in model.ia3_layers.items()}
 
     def block(x, key, weight, inner, second):
         hidden = torch.tanh((x @ key.weight.T + key.bias) * weight)
@@ -130,7 +130,7 @@ def test_rows_of_shared_modules_have_their_own_adapters_at_every_place(kind):
     grads = {path: p.grad for path, p in model.named_parameters() if ".ia3_l." in path}
     model.zero_grad()
     for row, name in enumerate(names):
-        model.routing.switch(active=() if name == "__base__" else (name,))
+        model.ia3_routing.switch(active=() if name == "__base__" else (name,))
         expected = model(X)[row]
         torch.testing.assert_close(found[row], expected, rtol=1e-12, atol=1e-12)
         if name != "__base__":
@@ -165,14 +165,14 @@ def test_a_copy_shares_what_the_original_shares():
 def test_a_module_named_by_one_of_its_paths_is_rescaled_at_all(named):
     """Its weight is one: merging cannot change it for one path only."""
     model = adapted(Twice, target_modules=[named], feedforward_modules=[])
-    assert set(model.layers) == {"first.key"}
-    assert model.model.spare is model.model.first.key is model.layers["first.key"]
+    assert set(model.ia3_layers) == {"first.key"}
+    assert model.model.spare is model.model.first.key is model.ia3_layers["first.key"]
     expected = model(X).detach()
     model.merge_adapter()
     torch.testing.assert_close(model(X).detach(), expected, rtol=1e-12, atol=1e-12)
     model.unmerge_adapter()
     model.add_adapter("two", IA3Config(target_modules=["spare"], feedforward_modules=[]))
-    assert set(model.layers) == {"first.key"} and set(model.layers["first.key"].ia3_l) == {"default", "two"}
+    assert set(model.ia3_layers) == {"first.key"} and set(model.ia3_layers["first.key"].ia3_l) == {"default", "two"}
 
 
 def test_a_second_adapter_of_shared_modules_is_one_too():
@@ -186,7 +186,7 @@ def test_a_second_adapter_of_shared_modules_is_one_too():
     torch.testing.assert_close(model(X).detach(), expected)
     model.unmerge_adapter()
     model.delete_adapter("default")
-    assert set(model.layers) == {"first.key", "other.key"}
+    assert set(model.ia3_layers) == {"first.key", "other.key"}
     assert type(model.model.other.second) is nn.Linear and model.model.other.second is model.model.last.second
     assert torch.equal(model(X), expected)
 
@@ -206,7 +206,7 @@ def test_a_shared_head_trained_in_full_is_one_copy():
     before = paths(base)
     model = ia3.get_peft_model(base, IA3Config(**FIELDS, modules_to_save=["head"])).double()
     tiny.randomize(model)
-    trained = model.trained_modules
+    trained = model.ia3_trained_modules
     assert len(trained) == 1
     expected = model(X).detach()
     plain = Heads().double()(X)
@@ -261,7 +261,7 @@ def test_zambas_shared_transformer_has_one_set_of_vectors(tmp_path):
     tiny.randomize(model)
     adapted = logits_of(model, tokens)
     separate = {id(layer.shared_transf) for layer in hybrids}
-    assert len(model.layers) == 3 * len(separate)
+    assert len(model.ia3_layers) == 3 * len(separate)
     assert len(ia3.get_peft_model_state_dict(model)) == 3 * len(separate)
     assert tiny.relative_error(logits_of(copy.deepcopy(model).merge_and_unload(), tokens), adapted) <= 1e-4
     model.save_pretrained(tmp_path)

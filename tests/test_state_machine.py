@@ -84,7 +84,7 @@ class BesidePeft(RuleBasedStateMachine):
 
     @property
     def merged(self) -> bool:
-        return bool(self.ours.routing.merged)
+        return bool(self.ours.ia3_routing.merged)
 
     # PEFT switches a head that is added while adapters are off on.
     @precondition(lambda self: len(self.fields) < 4 and not self.merged and not self.off)
@@ -156,7 +156,7 @@ class BesidePeft(RuleBasedStateMachine):
         self.off = False
         if self.frozen:  # PEFT thaws the active adapters when they are switched on again, whoever froze them
             self.theirs.base_model.set_adapter(self.theirs.base_model.active_adapters, inference_mode=True)
-        merged = list(self.ours.routing.merged)
+        merged = list(self.ours.ia3_routing.merged)
         if merged:  # PEFT unmerges
             self.theirs.base_model.merge_adapter(merged)
 
@@ -172,7 +172,7 @@ class BesidePeft(RuleBasedStateMachine):
     @rule(data=st.data())
     def merge_by_name(self, data):
         name = data.draw(st.sampled_from(self.names))
-        merged = [*self.ours.routing.merged, name]
+        merged = [*self.ours.ia3_routing.merged, name]
         headless = not any("modules_to_save" in fields for fields in self.fields.values())
         if headless and all(self.fields[each] == EVERYTHING for each in merged):
             self.both(lambda model: model.base_model.merge_adapter([name]))
@@ -191,11 +191,11 @@ class BesidePeft(RuleBasedStateMachine):
                 self.ours(X, adapter_names=names)
             return
         found = self.ours(X, adapter_names=names).detach()
-        active = self.ours.routing.active
+        active = self.ours.ia3_routing.active
         for row, name in enumerate(names):
-            self.ours.routing.switch(active=() if name == "__base__" else (name,))
+            self.ours.ia3_routing.switch(active=() if name == "__base__" else (name,))
             torch.testing.assert_close(found[row], self.ours(X)[row].detach(), rtol=1e-4, atol=1e-5)
-        self.ours.routing.switch(active=active)
+        self.ours.ia3_routing.switch(active=active)
         if self.off or {*names} == {"__base__"}:
             torch.testing.assert_close(found, self.plain, rtol=1e-4, atol=1e-5)
 

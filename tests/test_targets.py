@@ -377,6 +377,36 @@ def test_defaults_with_exclusions(llama):
     ]
 
 
+def test_outputs_only_is_pefts_choice_for_mt5():
+    """The config of PEFT's example for sequence-to-sequence models."""
+    model = build_default("mt5", feed_forward_proj="gated-gelu")
+    targets = chosen(model, feedforward_modules=[])
+    assert {path.rpartition(".")[2] for path in targets} == {"k", "v", "wi_1"}
+    assert chosen_by_peft(model, feedforward_modules=[]) == targets
+
+
+def test_an_input_that_is_left_out_moves_to_the_other_factor(llama):
+    targets = chosen(llama, feedforward_modules=["0.mlp.down_proj"])
+    inner = {path.removeprefix("model.layers."): side for path, side in targets.items() if ".mlp." in path}
+    assert inner == {"0.mlp.down_proj": True, "1.mlp.up_proj": False}
+    assert all(".mlp." not in path for path in chosen(llama, feedforward_modules=[], exclude_modules=["up_proj"]))
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "t5", "bert", "opt"])
+def test_without_a_gate_no_output_will_do(arch):
+    model = tiny.build(arch)
+    with pytest.raises(InputError, match=r"leaves out '.*(c_proj|wo|output\.dense|fc2)'") as error:
+        chosen(model, feedforward_modules=[])
+    name = re.search(r"exclude '(\w+)'", one_line(error))[1]
+    assert set(chosen(model, feedforward_modules=[], exclude_modules=[name]).values()) == {False}
+
+
+@pytest.mark.parametrize("pattern", [["up_proj"], ["down_proj", "fc9"], r".*\.fc9"])
+def test_feedforward_names_beside_the_default_are_refused(pattern, llama):
+    with pytest.raises(InputError, match="default targets are 'down_proj', 'k_proj', 'v_proj'; name target_modules"):
+        chosen(llama, feedforward_modules=pattern)
+
+
 # The completed config.
 
 COMPLETED = {
@@ -395,7 +425,9 @@ COMPLETED = {
     "a name on two sides, deep names": ("bert", {"target_modules": ["key", "dense"], "task_type": "SEQ_CLS"}),
     "feed-forwards by a longer name": ("llama", {"feedforward_modules": ["mlp.down_proj"]}),
     "feed-forwards by an expression": ("llama", {"feedforward_modules": r".*mlp\.down_proj"}),
-    "no feed-forwards": ("llama", {"feedforward_modules": []}),
+    "outputs only": ("llama", {"feedforward_modules": []}),
+    "outputs only but in one layer": ("llama", {"feedforward_modules": ["0.mlp.down_proj"]}),
+    "keys and values only": ("gpt2", {"feedforward_modules": [], "exclude_modules": ["mlp.c_proj"]}),
 }
 
 
@@ -449,7 +481,7 @@ REST = slice(tiny.HIDDEN, 3 * tiny.HIDDEN)
 
 
 def fused(model):
-    return [layer for path, layer in model.layers.items() if path.endswith("attn.c_attn")]
+    return [layer for path, layer in model.ia3_layers.items() if path.endswith("attn.c_attn")]
 
 
 def outputs_of(model, modules):

@@ -108,7 +108,7 @@ def test_checkpointed_gradients_are_the_same(arch, use_reentrant):
     checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
     checkpointed.enable_input_require_grads()
     calls = []
-    layer = next(iter(checkpointed.layers.values()))
+    layer = next(iter(checkpointed.ia3_layers.values()))
     layer.register_forward_hook(lambda *_: calls.append(1))
     for model in (plain, checkpointed):
         extra = {} if arch == "bert" else {"use_cache": False}
@@ -186,7 +186,7 @@ def test_a_state_is_loaded_into_a_model_with_the_same_adapters(arch, assign):
 
 def test_states_have_pefts_names():
     ours, theirs = tiny.adapt("bert", ia3).state_dict(), tiny.adapt("bert", peft).state_dict()
-    assert {name.removeprefix("model.") for name in ours} == {name.removeprefix("base_model.model.") for name in theirs}
+    assert list(ours) == list(theirs)
 
 
 def test_a_model_without_memory_is_filled_later():

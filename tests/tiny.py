@@ -224,7 +224,7 @@ def check_model(
     with torch.no_grad():
         plain = call(base)
     model = ia3.get_peft_model(base, ia3.IA3Config(target_modules=targets, feedforward_modules=feedforward)).eval()
-    assert len(model.layers) == count
+    assert len(model.ia3_layers) == count
     model.double()
     randomize(model)
     direction = torch.randn(plain.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)

@@ -19,40 +19,79 @@ if TYPE_CHECKING:
         AutoPeftModelForTokenClassification,
     )
     from ia3.bank import AdapterBank
-    from ia3.checkpoint import get_peft_model_state_dict, set_peft_model_state_dict
+    from ia3.checkpoint import load_peft_weights
     from ia3.config import IA3Config, PeftType, TaskType
     from ia3.config import IA3Config as PeftConfig
     from ia3.errors import InputError
     from ia3.layers import IA3Layer
-    from ia3.model import IA3Model, PeftModel, get_peft_model, inject_adapter_in_model
+    from ia3.model import IA3Model
+    from ia3.peft import (
+        NoMatchingPeftModuleError,
+        PeftError,
+        PeftModel,
+        PeftModelForCausalLM,
+        PeftModelForFeatureExtraction,
+        PeftModelForQuestionAnswering,
+        PeftModelForSeq2SeqLM,
+        PeftModelForSequenceClassification,
+        PeftModelForTokenClassification,
+        PeftWarning,
+        cast_mixed_precision_params,
+        get_base_model_state_dict,
+        get_layer_status,
+        get_model_status,
+        get_peft_config,
+        get_peft_model,
+        inject_adapter_in_model,
+        prepare_model_for_kbit_training,
+        set_base_model_state_dict,
+    )
     from ia3.pretrained import load_base
     from ia3.rules import Rule, WeightRule, register_rule
+    from ia3.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
 
-_HOMES = {
-    "AdapterBank": "bank",
-    "AutoPeftModel": "auto",
-    "AutoPeftModelForCausalLM": "auto",
-    "AutoPeftModelForFeatureExtraction": "auto",
-    "AutoPeftModelForQuestionAnswering": "auto",
-    "AutoPeftModelForSeq2SeqLM": "auto",
-    "AutoPeftModelForSequenceClassification": "auto",
-    "AutoPeftModelForTokenClassification": "auto",
-    "IA3Config": "config",
-    "PeftType": "config",
-    "TaskType": "config",
-    "InputError": "errors",
-    "IA3Layer": "layers",
-    "IA3Model": "model",
-    "PeftModel": "model",
-    "get_peft_model": "model",
-    "inject_adapter_in_model": "model",
-    "get_peft_model_state_dict": "checkpoint",
-    "set_peft_model_state_dict": "checkpoint",
-    "load_base": "pretrained",
-    "Rule": "rules",
-    "WeightRule": "rules",
-    "register_rule": "rules",
+_NAMES = {
+    "auto": (
+        "AutoPeftModel",
+        "AutoPeftModelForCausalLM",
+        "AutoPeftModelForFeatureExtraction",
+        "AutoPeftModelForQuestionAnswering",
+        "AutoPeftModelForSeq2SeqLM",
+        "AutoPeftModelForSequenceClassification",
+        "AutoPeftModelForTokenClassification",
+    ),
+    "bank": ("AdapterBank",),
+    "checkpoint": ("load_peft_weights",),
+    "config": ("IA3Config", "PeftType", "TaskType"),
+    "errors": ("InputError",),
+    "layers": ("IA3Layer",),
+    "model": ("IA3Model",),
+    "peft": (
+        "NoMatchingPeftModuleError",
+        "PeftError",
+        "PeftModel",
+        "PeftModelForCausalLM",
+        "PeftModelForFeatureExtraction",
+        "PeftModelForQuestionAnswering",
+        "PeftModelForSeq2SeqLM",
+        "PeftModelForSequenceClassification",
+        "PeftModelForTokenClassification",
+        "PeftWarning",
+        "cast_mixed_precision_params",
+        "get_base_model_state_dict",
+        "get_layer_status",
+        "get_model_status",
+        "get_peft_config",
+        "get_peft_model",
+        "inject_adapter_in_model",
+        "prepare_model_for_kbit_training",
+        "set_base_model_state_dict",
+    ),
+    "pretrained": ("load_base",),
+    "rules": ("Rule", "WeightRule", "register_rule"),
+    "state_dict": ("get_peft_model_state_dict", "set_peft_model_state_dict"),
 }
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
     "AdapterBank",
@@ -67,17 +106,34 @@ __all__ = [
     "IA3Layer",
     "IA3Model",
     "InputError",
+    "NoMatchingPeftModuleError",
     "PeftConfig",
+    "PeftError",
     "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
     "PeftType",
+    "PeftWarning",
     "Rule",
     "TaskType",
     "WeightRule",
+    "cast_mixed_precision_params",
+    "get_base_model_state_dict",
+    "get_layer_status",
+    "get_model_status",
+    "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
     "inject_adapter_in_model",
     "load_base",
+    "load_peft_weights",
+    "prepare_model_for_kbit_training",
     "register_rule",
+    "set_base_model_state_dict",
     "set_peft_model_state_dict",
 ]
 

@@ -9,7 +9,7 @@ is left without vectors.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -232,6 +232,14 @@ _FIRST_SECOND = {tuple(names.split()) for names in _PAIRS.split(", ")}
 _OUTPUT = re.compile(r"(\w+_)?output(_\w+)?")
 _INTERMEDIATE = re.compile(r"(\w+_)?(intermediate|inter)(_\w+)?")
 
+# Gated ones, W_down(act(W_gate x) ⊙ W_up x): what the gate's projection and the other are called. A vector on the output
+# of the other is one on the input of the second.
+_GATED = [tuple(names.split()) for names in ("wi_0 wi_1", "gate_proj up_proj", "w1 w3")]
+# Both in one: [gate | other].
+_GATE_AND_OTHER = ("gate_up_proj",)
+# Those in which something lies between: a norm, a clamp, another kind of adapter.
+_NOT_ONLY_GATED = {"BitNetMLP", "MiniMaxM3VLDenseMLP", "Zamba2MLP"}
+
 # What a feed-forward block, or the layer that has its projections directly, is called.
 _BLOCK = re.compile(
     r"\d+|\w*(mlp|ffn|ffw|feed_?forward|experts?)\w*|ff\d?|mixer|DenseReluDense|intermediate|module"
@@ -333,6 +341,23 @@ class _Tree:
             if len(own) > 1 and _PLAIN.fullmatch(above.rpartition(".")[2] if called == "layers" else called):
                 yield Site(own[-1], True)
 
+    def output_site(self, site: Site) -> Site | None:
+        """See `output_sites`."""
+        parent = re.sub(r"\.(linear|convolution)$", "", site.path).rpartition(".")[0]
+        names = self.children.get(parent, {})
+        if type(self.modules.get(parent)).__name__ in _NOT_ONLY_GATED:
+            return None
+        for gate, other in _GATED:
+            path = self.projection(parent, other) if gate in names else None
+            if path is not None and path != site.path:
+                return Site(path, False)
+        for name in _GATE_AND_OTHER:
+            path = self.projection(parent, name) if name in names else None
+            if path is not None:
+                half = _features(self.modules[path]) // 2
+                return Site(path, False, _mask(half, half))
+        return None
+
 
 def default_sites(modules: Mapping[str, nn.Module], config: PretrainedConfig | None) -> list[Site]:
     """Where the paper's vectors go in a model: keys, values and the feed-forward's second input.
@@ -377,6 +402,20 @@ def feedforward_sites(modules: Mapping[str, nn.Module], config: PretrainedConfig
         _refuse(modules, model_type, "feedforward_modules", f"the rules do not cover {shown(left_out, 3)}")
     order = {path: i for i, path in enumerate(modules)}
     return sorted(sites, key=lambda site: order[site.path])
+
+
+def output_sites(modules: Mapping[str, nn.Module], sites: Iterable[Site]) -> dict[str, Site | None]:
+    """Where a vector on an output is the same function as one on a feed-forward's second input.
+
+    Args:
+        modules: see `default_sites`.
+        sites: of second projections or experts.
+
+    Returns:
+        For each site's path the one on an output; None in feed-forwards without a gate, whose activation lies between.
+    """
+    tree = _Tree(modules)
+    return {site.path: tree.output_site(site) for site in sites}
 
 
 def _features(projection: nn.Module) -> int:
@@ -440,7 +479,7 @@ def _known(modules: Mapping[str, nn.Module], config: PretrainedConfig | None, fi
 def candidates(modules: Mapping[str, nn.Module]) -> str:
     """Module names that could be targets, for an error message."""
     names = {path.rpartition(".")[2] for path, module in modules.items() if find_rule(module)}
-    return shown(sorted(name for name in names if not name.isdecimal()) or sorted(names), 12)
+    return shown(sorted(name for name in names if not name.isdecimal()) or sorted(names), 12, room=300)
 
 
 def _refuse(modules: Mapping[str, nn.Module], model_type: str | None, field: str, why: str) -> NoReturn:

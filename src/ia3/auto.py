@@ -7,11 +7,13 @@ import os
 from typing import Any, ClassVar
 
 from ia3.config import IA3Config, TaskType
-from ia3.errors import InputError, reason, shown
-from ia3.files import locate
+from ia3.errors import InputError, brief, reason, shown
+from ia3.files import locate, reading
 from ia3.folder import AdapterFolder
-from ia3.model import IA3Model, hub_only
+from ia3.peft import PeftModel
 from ia3.pretrained import find_base
+
+_HUB = ("subfolder", "token", "cache_dir", "local_files_only", "force_download")
 
 
 class AutoPeftModel:
@@ -33,7 +35,7 @@ class AutoPeftModel:
         config: IA3Config | None = None,
         revision: str | None = None,
         **kwargs: Any,
-    ) -> IA3Model:
+    ) -> PeftModel:
         """The base model that an adapter belongs to, with the adapter in it.
 
         Args:
@@ -50,25 +52,26 @@ class AutoPeftModel:
             InputError: no adapter there; its task is another class's; its config names no base model, or one that
                 cannot be loaded; or the adapter does not fit the base model.
         """
-        place = {**hub_only(kwargs), "revision": revision}
+        place = {name: kwargs[name] for name in _HUB if name in kwargs} | {"revision": revision}
         folder = AdapterFolder(pretrained_model_name_or_path, **place)
         given, config = config, config or folder.config
         if not config.base_model_name_or_path:
             raise InputError(
                 f"The config in {str(pretrained_model_name_or_path)!r} names no base model (base_model_name_or_path); "
-                f"load that yourself and call IA3Model.from_pretrained(model, path)."
+                f"load that yourself and call PeftModel.from_pretrained(model, path)."
             )
         _, source = find_base(config.base_model_name_or_path, kwargs.get("cache_dir"))
         base_class = cls._base_class(config)
         kwargs.pop("subfolder", None)  # the adapter's
         try:
             model = base_class.from_pretrained(source, **{"revision": config.revision, **kwargs})
-        except (OSError, ValueError) as error:
+        except Exception as error:  # a damaged file, a missing package, another kind of model
             raise InputError(
-                f"Cannot load the base model {config.base_model_name_or_path!r} as {base_class.__name__}: {reason(error)}"
+                f"Cannot load the base model {brief(config.base_model_name_or_path)} as {base_class.__name__}: "
+                f"{reason(error)}"
             ) from error
         cls._fit_tokenizer(model, pretrained_model_name_or_path, place)
-        return IA3Model.from_pretrained(model, folder, adapter_name, is_trainable, given)
+        return PeftModel.from_pretrained(model, folder, adapter_name, is_trainable, given)
 
     @classmethod
     def _base_class(cls, config: IA3Config) -> Any:
@@ -84,17 +87,19 @@ class AutoPeftModel:
         if task is not None:
             return getattr(transformers, _BASE_CLASSES[task])
         mapping = config.auto_mapping or {}
-        library, name = mapping.get("parent_library", ""), mapping.get("base_model_class", "")
+        library, name = (str(mapping.get(key) or "") for key in ("parent_library", "base_model_class"))
         # The file says what to import: nothing outside transformers, or a downloaded adapter could run any module.
         if library.split(".")[0] != "transformers":
             raise InputError(
                 f"Expected a task_type in the adapter's config, or an auto_mapping to a class of transformers, found "
-                f"{name!r} of {library!r}; use {shown([c.__name__ for c in _BY_TASK.values()], 9)}."
+                f"{brief(name)} of {brief(library)}; use {shown([c.__name__ for c in _BY_TASK.values()], 9, room=400)}."
             )
         try:
             base_class = getattr(importlib.import_module(library), name)
-        except (ImportError, AttributeError) as error:
-            raise InputError(f"The base model's class {name!r} is not in this version's {library!r}.") from error
+        except Exception as error:  # there is no such module or class, or what it imports is not installed
+            raise InputError(
+                f"The base model's class {brief(name)} is not in this version's {brief(library)}."
+            ) from error
         if not (isinstance(base_class, type) and issubclass(base_class, transformers.PreTrainedModel)):
             raise InputError(f"Expected a model's class in the adapter's auto_mapping, found {name!r} of {library!r}.")
         return base_class
@@ -107,7 +112,8 @@ class AutoPeftModel:
             locate(path, "tokenizer_config.json", **place)
         except InputError:
             return
-        tokenizer = AutoTokenizer.from_pretrained(path, **{key: value for key, value in place.items() if value})
+        with reading(path, "a tokenizer's files"):
+            tokenizer = AutoTokenizer.from_pretrained(path, **{key: value for key, value in place.items() if value})
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer))
 

@@ -13,16 +13,14 @@ if TYPE_CHECKING:
     from ia3.model import IA3Model
 
 _MODEL_CARD = """---
-base_model: {base}
-library_name: peft
+{base}library_name: peft
 tags:
-- ia3
-- "base_model:adapter:{base}"
+{tags}
 ---
 
 {mark}
 
-# (IA)³ adapter for {base}
+# (IA)³ adapter{of_base}
 
 {numbers} learned numbers that rescale keys, values and feed-forward activations ([arXiv:2205.05638]({paper})).
 
@@ -52,5 +50,10 @@ def model_card(model: IA3Model, name: str) -> str:
 def card_of(base: str | None, numbers: int) -> str:
     """The card of an adapter of so many numbers."""
     return _MODEL_CARD.format(
-        base=base or "unknown", numbers=f"{numbers:,}", paper="https://arxiv.org/abs/2205.05638", mark=CARD_MARK
+        base=f"base_model: {base}\n" if base else "",
+        tags="\n".join(["- ia3", *([f'- "base_model:adapter:{base}"'] if base else [])]),
+        of_base=f" for {base}" if base else "",
+        numbers=f"{numbers:,}",
+        paper="https://arxiv.org/abs/2205.05638",
+        mark=CARD_MARK,
     )

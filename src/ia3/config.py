@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from dataclasses import asdict, dataclass, fields
+from dataclasses import InitVar, asdict, dataclass, fields
 from enum import Enum
 from typing import Any
 
-from ia3.errors import InputError, shown
-from ia3.files import CONFIG_NAME, PENDING, TEMPORARY, locate, replacing
+from ia3.errors import InputError, brief, excerpt, shown
+from ia3.files import CONFIG_NAME, PENDING, TEMPORARY, locate, parse_json, reading, replacing, upload
 
 # Keys that PEFT writes beside its fields: provenance and settings of a run, nothing that changes an output.
 _PROVENANCE_KEYS = {"peft_version", "runtime_config"}
@@ -75,7 +75,9 @@ class IA3Config:
             matches a path that equals an entry or ends in `.entry`; "all-linear" is every Linear and Conv1D but the
             output layer. None: keys, values and the feed-forward's second input, by the model's architecture.
         exclude_modules: taken out of the targets; matched in the same way.
-        feedforward_modules: the targets whose *input* is rescaled; of the others it is the output.
+        feedforward_modules: the targets whose *input* is rescaled; of the others it is the output. Beside the
+            architecture's choice an input that is left out ([]: all) moves to the output of the projection beside the
+            gate, `up_proj` or `wi_1`, which is the same function; without a gate it is an error.
         fan_in_fan_out: the weight is stored (in, out). Corrected with a warning where it contradicts the layer.
         modules_to_save: modules trained in full, one copy an adapter, and saved with it.
         init_ia3_weights: start from ones, which change nothing. False: random vectors, for tests.
@@ -96,21 +98,29 @@ class IA3Config:
     fan_in_fan_out: bool = False
     modules_to_save: list[str] | None = None
     init_ia3_weights: bool = True
+    peft_version: InitVar[str | None] = None  # what PEFT wrote the config; of no consequence
 
     # Not a field: whether `target_modules` was left to the architecture, which a completed config no longer shows.
     chosen_by_architecture = False
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, peft_version: str | None) -> None:
         if self.peft_type not in (None, PeftType.IA3):
             raise InputError(
-                f"Expected peft_type 'IA3', found {_plain(self.peft_type)!r}: this is another method's config."
+                f"Expected peft_type 'IA3', found {brief(_plain(self.peft_type))}: this is another method's config."
             )
         self.peft_type = PeftType.IA3
         if self.task_type is not None:
             known = [task.value for task in TaskType]
             if self.task_type not in known:
-                raise InputError(f"Expected a task_type of {shown(known, 9)}, found {self.task_type!r}.")
+                raise InputError(f"Expected a task_type of {shown(known, 9)}, found {brief(self.task_type)}.")
             self.task_type = TaskType(self.task_type)
+        for name in ("inference_mode", "fan_in_fan_out", "init_ia3_weights"):
+            _require(name, getattr(self, name), bool, "true or false")
+        for name in ("base_model_name_or_path", "revision"):
+            _require(name, getattr(self, name), (str, type(None)), "text or nothing")
+        _require("auto_mapping", self.auto_mapping, (dict, type(None)), "a mapping of names or nothing")
+        for value in (self.auto_mapping or {}).values():
+            _require("auto_mapping", value, (str, bool, int, float, type(None)), "a mapping of names")
         for name in ("target_modules", "exclude_modules", "feedforward_modules"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
@@ -134,7 +144,8 @@ class IA3Config:
         """
         if model_type not in _PEFT_DEFAULTS:
             raise InputError(
-                f"PEFT has no default (IA)³ modules for {model_type!r}; it has for {shown(sorted(_PEFT_DEFAULTS), 99)}."
+                f"PEFT has no default (IA)³ modules for {brief(model_type)}; it has for "
+                f"{shown(sorted(_PEFT_DEFAULTS), 99, room=400)}."
             )
         targets, feedforward = _PEFT_DEFAULTS[model_type]
         return cls(target_modules=targets, feedforward_modules=feedforward, **kwargs)
@@ -151,7 +162,8 @@ class IA3Config:
     def from_dict(cls, values: dict[str, Any]) -> IA3Config:
         """The config of a dictionary; keys that are not (IA)³'s are ignored with a warning that names them."""
         if values.get("peft_type") not in (None, PeftType.IA3):
-            raise InputError(f"Expected an (IA)³ adapter (peft_type 'IA3'), found peft_type {values['peft_type']!r}.")
+            found = brief(values["peft_type"])
+            raise InputError(f"Expected an (IA)³ adapter (peft_type 'IA3'), found peft_type {found}.")
         names = {field.name for field in fields(cls)}
         unknown = sorted(set(values) - names - _PROVENANCE_KEYS)
         if unknown:
@@ -159,40 +171,67 @@ class IA3Config:
         return cls(**{key: value for key, value in values.items() if key in names})
 
     @classmethod
-    def from_json_file(cls, path: str | os.PathLike) -> IA3Config:
-        """The config in one JSON file. Raises `InputError` when it is no adapter config."""
-        with open(path, "rb") as file:
-            return cls.from_json(file.read(), path)
+    def from_peft_type(cls, **kwargs: Any) -> IA3Config:
+        """The config of keyword arguments, as `from_dict`."""
+        return cls.from_dict(kwargs)
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """False: (IA)³ learns no prompts."""
+        return False
+
+    @property
+    def is_adaption_prompt(self) -> bool:
+        """False, as `is_prompt_learning`."""
+        return False
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | os.PathLike) -> dict[str, Any]:
+        """The fields in one JSON file, as PEFT gives them. Raises `InputError` when it is no adapter config."""
+        with reading(path_json_file, "an adapter config"), open(path_json_file, "rb") as file:
+            data = file.read()
+        return cls._fields_in(data, path_json_file)
 
     @classmethod
     def from_json(cls, data: bytes, path: str | os.PathLike) -> IA3Config:
         """The config in what was read from `path`. Raises `InputError` when it is no adapter config."""
-        try:
-            values = json.loads(data.decode("utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"Expected JSON in {path}, found something else ({error}); is the file cut short?"
-            ) from error
+        return cls.from_dict(cls._fields_in(data, path))
+
+    @staticmethod
+    def _fields_in(data: bytes, path: str | os.PathLike) -> dict[str, Any]:
+        values = parse_json(data, path)
         if not isinstance(values, dict) or "peft_type" not in values:
-            raise InputError(f"Expected an adapter config with a peft_type in {path}; this is another kind of JSON.")
-        return cls.from_dict(values)
+            raise InputError(
+                f"Expected an adapter config with a peft_type in {excerpt(str(path))}; this is another kind of JSON."
+            )
+        return values
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike, subfolder: str | None = None, **hub_kwargs: Any) -> IA3Config:
         """Read `adapter_config.json` from a folder or a hub repository (`revision`, `token`, … as of the hub)."""
-        return cls.from_json_file(locate(path, CONFIG_NAME, subfolder=subfolder, **hub_kwargs))
+        return cls.from_dict(cls.from_json_file(locate(path, CONFIG_NAME, subfolder=subfolder, **hub_kwargs)))
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write `adapter_config.json` into a folder, which is made when it is not there."""
         with replacing(os.path.join(folder, CONFIG_NAME)) as path:
             path.write_text(self.to_json(), encoding="utf-8")
 
+    def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None, **kwargs: Any) -> str:
+        """Upload `adapter_config.json` to a hub repository. Args and result: see `PeftModel.push_to_hub`."""
+        kwargs.setdefault("commit_message", "Upload config")
+        return upload(self.save_pretrained, repo_id, private, token, **kwargs)
+
 
 def _names(field: str, value: Any) -> list[str]:
     """A list of names, or an error that says what stands there instead."""
     if not isinstance(value, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in value):
-        raise InputError(f"Expected `{field}` to be a list of module names, found {value!r}.")
+        raise InputError(f"Expected `{field}` to be a list of module names, found {brief(value)}.")
     return list(value)
+
+
+def _require(field: str, value: Any, kinds: type | tuple[type, ...], expected: str) -> None:
+    if not isinstance(value, kinds):
+        raise InputError(f"Expected `{field}` of an adapter config to be {expected}, found {brief(value)}.")
 
 
 def _plain(value: Any) -> Any:
@@ -208,7 +247,7 @@ def adapter_folders(root: str) -> dict[str, str]:
         with os.scandir(folder) as children:
             for child in children:
                 path = f"{name}/{child.name}" if name else child.name
-                if child.name in (CONFIG_NAME, PENDING):
+                if child.name == PENDING or (child.name == CONFIG_NAME and not child.is_dir()):
                     if name:
                         found[name] = folder
                 elif child.name.startswith(TEMPORARY):

@@ -5,22 +5,20 @@ Nothing is approximated: each vector lands where it has the same effect, or the 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
-import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ia3.cards import card_of
-from ia3.checkpoint import PREFIX
 from ia3.config import CONFIG_NAME, IA3Config, TaskType
-from ia3.errors import InputError, shown
-from ia3.files import has_unfinished, is_unused, locate
-from ia3.folder import CARD_NAME, TORCH_WEIGHTS_NAME, WEIGHTS_NAME, AdapterFolder, Tensors
+from ia3.errors import InputError, brief, shown
+from ia3.files import has_unfinished, is_unused, locate, read_json, reading
+from ia3.folder import CARD_NAME, TORCH_WEIGHTS_NAME, WEIGHTS_NAME, AdapterFolder
+from ia3.tensors import PREFIX, Tensors, check_vector, read_tensors, wrong_values
 
 if TYPE_CHECKING:
     import torch
@@ -69,14 +67,21 @@ def convert(
     used = InputError(f"Expected the output to be a new or empty folder, found {str(output)!r}; choose another.")
     if not is_unused(output) and not has_unfinished(output):
         raise used
-    if Path(source).is_file():
-        converted = from_tfew(_read(source))
-    elif Path(source).suffix in (".pt", ".pth", ".bin", ".safetensors"):
-        raise InputError(f"Can't find the file {str(source)!r}.")
-    else:
-        converted = _from_folder(source, **hub_kwargs)
-    converted.config.inference_mode = True
-    converted.config.base_model_name_or_path = base or converted.config.base_model_name_or_path
+    import torch
+
+    with reading(source, "an (IA)³ adapter"):
+        if os.path.isfile(source):
+            converted = from_tfew(_read(source))
+        elif Path(source).suffix in (".pt", ".pth", ".bin", ".safetensors"):
+            raise InputError(f"Can't find the file {brief(str(source))}.")
+        else:
+            converted = _from_folder(source, **hub_kwargs)
+        name = base or converted.config.base_model_name_or_path
+        # A new one, so that what the source gave it is checked.
+        converted.config = replace(converted.config, inference_mode=True, base_model_name_or_path=name)
+        problem = wrong_values(converted.tensors, dict.fromkeys(converted.tensors, torch.float32))
+        if problem:
+            raise InputError(f"Expected vectors that are finite times alpha in {brief(str(source))}, found {problem}.")
     if not is_unused(output) and not _is_in(output, converted):
         raise used
     numbers = sum(tensor.numel() for tensor in converted.tensors.values())
@@ -121,23 +126,23 @@ def from_adapterhub(folder: str | os.PathLike, **hub_kwargs: Any) -> Conversion:
     Raises:
         InputError: another method, a gate, tensors that are no such vectors; and see `locate`.
     """
-    values = _read_json(locate(folder, CONFIG_NAME, **hub_kwargs))
+    values = read_json(locate(folder, CONFIG_NAME, **hub_kwargs))
     method = values["config"] if isinstance(values.get("config"), dict) else {}
     expected = {"architecture": "lora", "composition_mode": "scale", "r": 1, "use_gating": False}
     found = {key: method.get(key) for key in expected}
     if {**found, "use_gating": bool(found["use_gating"])} != expected:
         raise InputError(
-            f"Expected an AdapterHub (IA)³ adapter, {expected}, in {str(folder)!r}, found {found}: another method's, or "
-            f"with a gate that depends on the input."
+            f"Expected an AdapterHub (IA)³ adapter, {expected}, in {brief(str(folder))}, found {brief(found)}: another "
+            f"method's, or with a gate that depends on the input."
         )
     # Before 1.1 alpha had no effect, and AdapterHub itself reads such adapters as if it were r (adapters#770).
     alpha = 1 if re.match(r"adapters\.(0|1\.0)\.", str(values.get("version"))) else method.get("alpha", 1)
     if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-        raise InputError(f"Expected a number for alpha in {str(folder)!r}, found {alpha!r}.")
+        raise InputError(f"Expected a number for alpha in {brief(str(folder))}, found {brief(alpha)}.")
     model_type, model_class = values.get("model_type"), str(values.get("model_class"))
     fused = (".c_attn", ".in_proj")
     if interface := _find(folder, "adapter_interface.json", **hub_kwargs):
-        fused += (f".{_read_json(interface).get('interface', {}).get('attn_qkv_proj')}",)
+        fused += (f".{read_json(interface).get('interface', {}).get('attn_qkv_proj')}",)
 
     file = _find(folder, *_HUB_WEIGHTS, **hub_kwargs) or locate(folder, _HUB_WEIGHTS[0], **hub_kwargs)
     tensors = _read(file)
@@ -149,7 +154,7 @@ def from_adapterhub(folder: str | os.PathLike, **hub_kwargs: Any) -> Conversion:
             path = path.removeprefix("transformer.")  # T5AdapterModel has it, T5ForConditionalGeneration has not
         if path.endswith(fused):
             vector = _full_width(name, vector, method.get("attn_matrices"))
-        vectors[path] = vector * alpha
+        vectors[path] = vector * float(alpha)
     # A name in every layer fits other layers too, and BERT's `output.dense` also its attention's.
     config, tensors = _adapter(vectors, whole=bool(method.get("leave_out") or method.get("output_lora")))
     config.base_model_name_or_path = values.get("model_name") or None
@@ -176,7 +181,7 @@ def from_adapterhub(folder: str | os.PathLike, **hub_kwargs: Any) -> Conversion:
 
 def _from_folder(folder: str | os.PathLike, **hub_kwargs: Any) -> Conversion:
     """The adapter of a folder or hub id, told by its config."""
-    values = _read_json(locate(folder, CONFIG_NAME, **hub_kwargs))
+    values = read_json(locate(folder, CONFIG_NAME, **hub_kwargs))
     if "peft_type" not in values:
         return from_adapterhub(folder, **hub_kwargs)
     config = IA3Config.from_dict(values)
@@ -185,8 +190,8 @@ def _from_folder(folder: str | os.PathLike, **hub_kwargs: Any) -> Conversion:
     tensors = _read(locate(folder, TORCH_WEIGHTS_NAME, **hub_kwargs))
     heads = "".join(rf"|(.+\.)?{re.escape(name)}\..+" for name in config.modules_to_save or [])
     for name in _matched(rf"{re.escape(PREFIX)}(.+\.ia3_l{heads})", tensors, "PEFT (IA)³ adapter"):
-        if name.endswith(".ia3_l") and max(tensors[name].shape, default=0) != tensors[name].numel():
-            raise InputError(f"Expected a vector, found {name!r} of shape {tuple(tensors[name].shape)}.")
+        if name.endswith(".ia3_l"):
+            check_vector(name, tensors[name])
     return Conversion("PEFT", config, tensors)
 
 
@@ -213,14 +218,16 @@ def _full_width(name: str, vector: torch.Tensor, parts: Any) -> torch.Tensor:
 
     given = [part for part in "qkv" if isinstance(parts, list) and part in parts]
     if not given or len(vector) % len(given):
-        raise InputError(f"Expected numbers for {given} of a fused projection in {name!r}, found {len(vector)}.")
+        raise InputError(f"Expected numbers for {given} of a fused projection in {brief(name)}, found {len(vector)}.")
     values = dict(zip(given, vector.chunk(len(given)), strict=True))
     return torch.cat([values.get(part, torch.ones_like(values[given[0]])) for part in "qkv"])
 
 
 def _vector(name: str, tensor: torch.Tensor) -> torch.Tensor:
     if tensor.ndim != 2 or tensor.shape[1] != 1 or not tensor.numel():
-        raise InputError(f"Expected a vector of shape (features, 1), found {name!r} of shape {tuple(tensor.shape)}.")
+        raise InputError(
+            f"Expected a vector of shape (features, 1), found {brief(name)} of shape {brief(tuple(tensor.shape))}."
+        )
     return tensor
 
 
@@ -253,40 +260,9 @@ def _read(file: str | os.PathLike) -> Tensors:
         InputError: the file is cut short, or holds more than finite floating-point tensors by name.
     """
     import torch
-    from safetensors.torch import load_file
 
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch says of an odd pickle; the error below is enough
-            if str(file).endswith(".safetensors"):
-                found = load_file(file)
-            else:
-                found = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or hostile file makes the readers stumble anywhere
-        raise InputError(
-            f"Cannot read {str(file)!r}: expected a whole file of tensors, and nothing that runs code; is it cut short?"
-        ) from error
-    if not isinstance(found, dict) or not all(
-        isinstance(name, str)
-        and isinstance(value, torch.Tensor)
-        and value.is_floating_point()
-        and (value.layout, value.device.type) == (torch.strided, "cpu")
-        for name, value in found.items()
-    ):
-        raise InputError(
-            f"Expected a flat dictionary of floating-point tensors in {str(file)!r}, found something else."
-        )
-    broken = [name for name, value in found.items() if not torch.isfinite(value).all()]
-    if broken:
-        raise InputError(f"Expected finite numbers in {str(file)!r}, found NaN or infinite ones in {shown(broken, 3)}.")
-    return {name: value.detach().float() for name, value in found.items()}
-
-
-def _read_json(file: str) -> dict[str, Any]:
-    try:
-        values = json.loads(Path(file).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"Expected JSON in {file!r}, found something else ({error}); is it cut short?") from error
-    if not isinstance(values, dict):
-        raise InputError(f"Expected a JSON object in {file!r}, found {type(values).__name__}.")
-    return values
+    tensors, _ = read_tensors(os.fspath(file))
+    problem = wrong_values(tensors, dict.fromkeys(tensors, torch.float32))
+    if problem:
+        raise InputError(f"Expected finite floating-point numbers in {brief(str(file))}, found {problem}.")
+    return {name: value.detach().float() for name, value in tensors.items()}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ia3.config import IA3Config
-from ia3.errors import InputError, shown
+from ia3.errors import InputError, excerpt, shown
 from ia3.files import (
     CONFIG_NAME,
     TORCH_WEIGHTS_NAME,
@@ -22,6 +22,7 @@ from ia3.files import (
     current,
     locate,
     locate_beside,
+    parse_json,
     read_whole,
     replacing,
     replacing_adapter,
@@ -63,6 +64,9 @@ CARD_MARK = "<!-- Written by ia3, which replaces it with the adapter. Delete thi
 # tensors do not tell from another's.
 KEY_VALUE_ONLY = "ia3_key_value_only"
 _BASE = "ia3_base_model"
+
+# Beyond any count or time of a run, and safe to calculate with.
+_MOST = 10**15
 
 Tensors = dict[str, "torch.Tensor"]
 
@@ -181,7 +185,7 @@ class AdapterFolder:
         """The adapter's config. Raises `InputError` when there is none, or another method's."""
         data = None if self._on_hub else self._texts.get(CONFIG_NAME)
         if data is None:
-            return IA3Config.from_json_file(locate(self.path, CONFIG_NAME, **self._place))
+            return IA3Config.from_pretrained(self.path, **self._place)
         return IA3Config.from_json(data, self._named(CONFIG_NAME))
 
     @functools.cached_property
@@ -239,15 +243,17 @@ class AdapterFolder:
         data, path = self.text(METRICS_NAME), self._named(METRICS_NAME)
         if data is None:
             return {}
-        try:
-            found = json.loads(data)
-        except ValueError as error:
-            raise InputError(f"Expected JSON in {path}: {error}; delete it.") from error
-        seen = found.get(SEEN, []) if isinstance(found, dict) else None
-        numbers = ("steps", "train_examples", "train_seconds", "trained_at_once")
-        if not isinstance(seen, list) or not all(isinstance(found.get(key, 0), (int, float)) for key in numbers):
-            raise InputError(f"Expected what ia3 train measured in {path}; delete it.")
-        return found
+        found = parse_json(data, path, "delete it")
+        fields = found if isinstance(found, dict) else {SEEN: None}
+        seen = fields.get(SEEN, [])
+        numbers = [fields.get(key, 0) for key in ("steps", "train_examples", "train_seconds", "trained_at_once")]
+        if (
+            not isinstance(seen, list)
+            or not all(isinstance(key, str) for key in seen)
+            or not all(map(is_number, numbers))
+        ):
+            raise InputError(f"Expected what ia3 train measured in {excerpt(str(path))}; delete it.")
+        return fields
 
     def seen(self) -> Callable[[Row], bool] | None:
         """Whether the adapter was trained on a row, in the words of its task; None where the folder does not say."""
@@ -267,7 +273,9 @@ class AdapterFolder:
                 this object was made.
         """
         file = self.vectors_file(pickled)
-        tensors, header = _read_torch(file) if file.endswith(TORCH_WEIGHTS_NAME) else _read_safetensors(file)
+        from ia3.tensors import read_tensors
+
+        tensors, header = read_tensors(file)
         self.require_unchanged()
         self._digest = _digest(tensors) if self._on_hub or {CALIBRATION_NAME, METRICS_NAME} & set(self._texts) else None
         return tensors, header
@@ -379,6 +387,11 @@ class AdapterFolder:
                 temporary.write_text(calibration.to_json(), encoding="utf-8")
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value of metrics.json is a number such as a run writes there."""
+    return isinstance(value, (int, float)) and 0 <= value <= _MOST
+
+
 def to_json(value: Any) -> str:
     """A value as we write JSON files."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
@@ -433,35 +446,6 @@ def _write_tensors(tensors: Tensors, file: Path, metadata: dict[str, str], folde
         header["__metadata__"] = metadata
         opened.seek(8)
         opened.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
-
-
-def _read_safetensors(file: str) -> tuple[Tensors, dict[str, str]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise InputError(
-            f"Cannot read {file}: {error}. Expected a whole safetensors file; copy or download it again."
-        ) from error
-
-
-def _read_torch(file: str) -> tuple[Tensors, dict[str, str]]:
-    import torch
-
-    try:
-        tensors = dict(torch.load(file, map_location="cpu", weights_only=True))
-        if not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-            raise TypeError("not all values are tensors")
-    except FileNotFoundError:  # replaced meanwhile
-        raise
-    except Exception as error:  # a damaged pickle makes the reader stumble anywhere
-        raise InputError(
-            f"Expected a dictionary of tensors in {file}, and nothing that runs code; it cannot be read so. "
-            f"Save the adapter as safetensors."
-        ) from error
-    return tensors, {}
 
 
 def _digest(tensors: Tensors) -> str:

@@ -46,8 +46,8 @@ class IA3Layer(nn.Module):
         rule = find_rule(base_layer)
         if rule is None:
             raise InputError(
-                f"Cannot rescale a {type(base_layer).__name__}; there are rules for {shown(rule_types(), 99)} and what "
-                f"derives from them. Choose other target_modules, or add a rule: ia3.register_rule."
+                f"Cannot rescale a {type(base_layer).__name__}; there are rules for {shown(rule_types(), 99, room=400)} and "
+                f"what derives from them. Choose other target_modules, or add a rule: ia3.register_rule."
             )
         self.base_layer = base_layer
         self.ia3_l = nn.ParameterDict()
@@ -63,7 +63,13 @@ class IA3Layer(nn.Module):
         self.train(base_layer.training)
 
     def add(
-        self, name: str, feedforward: bool, ones: bool = True, rescaled: torch.Tensor | None = None, meta: bool = False
+        self,
+        name: str,
+        feedforward: bool,
+        ones: bool = True,
+        rescaled: torch.Tensor | None = None,
+        meta: bool = False,
+        float32: bool = True,
     ) -> None:
         """Give an adapter its vector here. `Routing.refresh` makes it known.
 
@@ -74,11 +80,14 @@ class IA3Layer(nn.Module):
             rescaled: a boolean mask over the features, when only some are rescaled (the key and value part of a
                 fused projection). The others count as ones whatever the parameter holds.
             meta: leave the vector without memory until a checkpoint fills it.
+            float32: whatever the base layer's dtype; False: in that, where it is a floating-point dtype.
         """
         shape = self.rule.shape(self.base_layer, feedforward)
+        base = next(self.base_layer.parameters())
         # A base on the meta device is filled later; the vector then waits with it.
-        device = torch.device("meta") if meta else self.vector_device
-        vector = torch.ones(shape, device=device) if ones else torch.randn(shape, device=device)
+        device = torch.device("meta") if meta else base.device
+        dtype = torch.float32 if float32 or not base.is_floating_point() else base.dtype
+        vector = (torch.ones if ones else torch.randn)(shape, device=device, dtype=dtype)
         self.feedforward[name] = feedforward
         if rescaled is not None:
             self.masks[name] = rescaled.view(shape)
@@ -101,7 +110,7 @@ class IA3Layer(nn.Module):
         if name in self.masks and not torch.equal(self.vector(name, values), values):
             del self.masks[name]  # trained over the full width
         if parameter.is_meta:
-            self.ia3_l[name] = nn.Parameter(values.to(self.vector_device, torch.float32), parameter.requires_grad)
+            self.ia3_l[name] = nn.Parameter(values.to(self.vector_device, parameter.dtype), parameter.requires_grad)
         else:
             parameter.copy_(values)
 
@@ -287,7 +296,7 @@ class TrainedModule(nn.Module):
 
     @property
     def current(self) -> nn.Module:
-        """The copy of the first acting adapter that has one, else the original."""
+        """The copy of the acting adapter that has one, else the original."""
         if torch.compiler.is_compiling():
             copies = [table[self.slot] for table in self.routing.acting_modules]
         else:

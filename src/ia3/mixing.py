@@ -42,7 +42,7 @@ def check_media(model: IA3Model, names: Sequence[str], args: Sequence[Any], kwar
     if len({*names}) < 2 or not given or not isinstance(tokens, torch.Tensor):
         return
     kind = uneven_media(getattr(model, "config", None), tokens)
-    tower = next((path for path in model.layers if TOWER.search(path)), None) if kind else None
+    tower = next((path for path in model.ia3_layers if TOWER.search(path)), None) if kind else None
     if tower is not None:
         raise InputError(
             f"Rows have different amounts of {kind} input, which {tower!r} gets one after the other, so that they "

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ia3.config import TaskType
-from ia3.errors import InputError, reason, shown, similar
+from ia3.errors import InputError, brief, reason, shown, similar
 from ia3.files import hub_answers, new_folder
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def load_base(
         except (
             Exception
         ) as error:  # a damaged file, a missing package, another kind of model: the user's answer is the same
-            raise InputError(f"Cannot load {name!r} as {description}: {reason(error)}") from error
+            raise InputError(f"Cannot load {brief(name)} as {description}: {reason(error)}") from error
     if family == TaskType.SEQ_CLS and labels is None:
         kind = shown(config.architectures or [config.model_type])
         raise InputError(
@@ -108,7 +108,7 @@ def parameter_count(name: str) -> int:
         with torch.device("meta"):
             return AutoModel.from_config(AutoConfig.from_pretrained(source)).num_parameters()
     except Exception as error:
-        raise InputError(f"Cannot read the config of {name!r}: {reason(error)}") from error
+        raise InputError(f"Cannot read the config of {brief(name)}: {reason(error)}") from error
 
 
 def _family(config: Any) -> TaskType:
@@ -150,17 +150,19 @@ def find_base(name: str, cache_dir: str | Path | None = None) -> tuple[str, str]
     Raises:
         InputError: a local folder that is not there or is no model's; or the hub is asked, and cannot be reached.
     """
-    if not Path(name).exists() and name == EMBEDDED_MODEL:
+    # `os.path` takes a name that no file can have for one that is not there; `pathlib` raises.
+    if not os.path.exists(name) and name == EMBEDDED_MODEL:
         return name, str(_embedded_folder() or _on_hub(_EMBEDDED_ON_HUB, cache_dir))
     folder = Path(name)
-    if folder.is_dir():
+    if os.path.isdir(folder):
         name = str(folder.resolve())
-    if folder.exists() and not (folder / "config.json").is_file():
+    there = os.path.exists(folder)
+    if there and not (folder / "config.json").is_file():
         hint = " It is an adapter's folder." if (folder / "adapter_config.json").is_file() else ""
-        raise InputError(f"Expected a model's folder with a config.json, found {name!r} without one.{hint}")
-    if name.startswith((".", "/", "~")) and not folder.exists():
-        raise InputError(f"Expected a model's folder, found no {name!r} here.")
-    return name, name if folder.exists() else _on_hub(name, cache_dir)
+        raise InputError(f"Expected a model's folder with a config.json, found {brief(name)} without one.{hint}")
+    if name.startswith((".", "/", "~")) and not there:
+        raise InputError(f"Expected a model's folder, found no {brief(name)} here.")
+    return name, name if there else _on_hub(name, cache_dir)
 
 
 def _on_hub(name: str, cache_dir: str | Path | None) -> str:
@@ -173,7 +175,7 @@ def _on_hub(name: str, cache_dir: str | Path | None) -> str:
         return snapshot_download(name, cache_dir=cache_dir, local_files_only=True)
     except Exception as error:  # no such files, or no name of the hub's
         raise InputError(
-            f"Expected a model's folder or one on the hub, found no {name!r} here, and the hub cannot be reached."
+            f"Expected a model's folder or one on the hub, found no {brief(name)} here, and the hub cannot be reached."
         ) from error
 
 

@@ -42,11 +42,18 @@ def is_quantized(module: nn.Module) -> bool:
         return False
     if type(weight) is nn.Parameter:  # asked first: torch.compile cannot read a type's module
         return False
-    library = type(weight).__module__.partition(".")[0]
-    if library == "bitsandbytes":
+    package = type(weight).__module__.partition(".")[0]
+    if package == "bitsandbytes":
         # Both of its classes hold the unquantized weight at first; one of 4 bits may be stored as any dtype.
         return weight.dtype == torch.int8 or getattr(weight, "bnb_quantized", False)
-    return library == "torchao"
+    return package == "torchao"
+
+
+def library(module: nn.Module) -> str | None:
+    """What quantized a module: "bnb 8bit", "bnb 4bit" or "torchao"; None when nothing has."""
+    if not is_quantized(module):
+        return None
+    return {"Int8Params": "bnb 8bit", "Params4bit": "bnb 4bit"}.get(type(module.weight).__name__, "torchao")
 
 
 @torch.no_grad()

@@ -53,7 +53,7 @@ class Routing:
         enabled: False switches every adapter off, so that the model's outputs are the base model's.
         merged: names of the adapters that are multiplied into the base weights at the moment.
         vectors: names of the adapters whose vectors a forward pass multiplies by: none while some are merged.
-        modules: names of the adapters whose own copies of `modules_to_save` are used, best first.
+        modules: names of the adapters whose own copies of `modules_to_save` are used.
         bank: adapters that the layers do not hold themselves.
         rows: which adapter acts on which row, in this thread; None: the `vectors` and `modules` act on all.
         acting_vectors, acting_modules: for each of `vectors` and `modules` what it has in each slot. Compiled code

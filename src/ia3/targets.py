@@ -11,10 +11,11 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ia3.architectures import candidates, default_sites, feedforward_sites
+from ia3.architectures import Site, candidates, default_sites, feedforward_sites, output_sites
 from ia3.config import IA3Config
-from ia3.errors import InputError, shown
+from ia3.errors import InputError, brief, reason, shown
 from ia3.layers import IA3Layer, TrainedModule
+from ia3.routing import Routing
 from ia3.rules import find_rule, rule_types
 
 # Names of the heads that adapters for a task train in full; a model has at most one of them.
@@ -77,14 +78,24 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module.original_module if isinstance(module, TrainedModule) else module
 
 
+def inside_wrappers(model: nn.Module) -> nn.Module:
+    """The model inside what compiles it or trains it in parallel (`torch.compile`, DDP, FSDP)."""
+    while True:
+        parts = [model._modules.get(name) for name in ("_orig_mod", "module", "_fsdp_wrapped_module")]
+        inner = next((part for part in parts if part is not None), None)
+        if inner is None:
+            return model
+        model = inner
+
+
 def matches(path: str, pattern: Iterable[str] | str) -> bool:
     """Whether a module path is meant: by regular expression (a string), or by whole trailing components (a list)."""
     if isinstance(pattern, str):
         try:
             return re.fullmatch(pattern, path) is not None
-        except re.error as error:
+        except Exception as error:  # a repetition that is too large, or too many parentheses, fail in their own ways
             raise InputError(
-                f"Expected a regular expression, found {pattern!r}: {error}; for one name, use a list."
+                f"Expected a regular expression, found {brief(pattern)}: {reason(error)}; for one name, use a list."
             ) from error
     return f".{path}".endswith(tuple(f".{entry}" for entry in pattern))
 
@@ -115,6 +126,8 @@ def resolve_targets(model: nn.Module, config: IA3Config, key_value_only: bool | 
 
     masks: dict[str, torch.Tensor | None] = {}
     sites = default_sites(modules, base_config) if config.target_modules is None or key_value_only else []
+    if config.feedforward_modules is not None:
+        sites = _moved_to_outputs(sites, modules, config, excluded)
     if key_value_only:
         masks = {site.path: site.rescaled for site in sites}
     if config.target_modules is None:
@@ -129,8 +142,8 @@ def resolve_targets(model: nn.Module, config: IA3Config, key_value_only: bool | 
     if not chosen:
         what = "exclude_modules leaves none of the" if paths else "No module matches the"
         raise InputError(
-            f"{what} target_modules {sorted(asked) if isinstance(asked, set) else asked!r}"
-            + (f" (exclude_modules {config.exclude_modules!r})" if paths else "")
+            f"{what} target_modules {brief(sorted(asked) if isinstance(asked, set) else asked)}"
+            + (f" (exclude_modules {brief(config.exclude_modules)})" if paths else "")
             + f"; modules that can be rescaled: {candidates(modules)}."
         )
     if config.feedforward_modules is None:
@@ -145,18 +158,123 @@ def resolve_targets(model: nn.Module, config: IA3Config, key_value_only: bool | 
     return targets
 
 
+def _moved_to_outputs(
+    sites: list[Site], modules: dict[str, nn.Module], config: IA3Config, excluded: set[str]
+) -> list[Site]:
+    """The architecture's sites, with those inputs that `feedforward_modules` leaves out exchanged for outputs.
+
+    In a gated feed-forward, rescaling the output of the projection beside the gate is the same function (PEFT's choice
+    for mT5). Where there is none, a config that leaves the modules to the architecture is refused.
+    """
+    named = config.feedforward_modules or ()
+    by_default = config.target_modules is None
+    patterns = [named] if isinstance(named, str) else [[name] for name in named]
+    unused = [pattern for pattern in patterns if not any(matches(site.path, pattern) for site in sites)]
+    if unused and by_default:
+        paths = {site.path for site in sites}
+        raise InputError(
+            f"feedforward_modules names {shown([p if isinstance(p, str) else p[0] for p in unused])}, but the default "
+            f"targets are {shown(sorted(shortest_names(paths, set(modules) - paths)), 12)}; name target_modules too."
+        )
+    inputs = [
+        site for site in sites if site.feedforward and site.path not in excluded and not matches(site.path, named)
+    ]
+    outputs = output_sites(modules, inputs)
+    stuck = [path for path, site in outputs.items() if site is None]
+    if stuck and by_default:
+        raise InputError(
+            f"feedforward_modules leaves out {stuck[0]!r}, and rescaling no module's output is the same as rescaling its "
+            f"input; leave feedforward_modules open, or exclude {stuck[0].rpartition('.')[2]!r} for keys and values only."
+        )
+    order = {path: i for i, path in enumerate(modules)}
+    return sorted((outputs.get(site.path) or site for site in sites), key=lambda site: order[site.path])
+
+
+def resolve(model: nn.Module, config: IA3Config, key_value_only: bool | None = None) -> tuple[list[Target], list[str]]:
+    """What an adapter of this config rescales in a model, and the paths of modules that it trains in full.
+
+    Args and errors: see `resolve_targets`; the config's `modules_to_save` get the head of its task.
+    """
+    heads = TASK_HEADS.get(config.task_type or "", ())
+    config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *heads])) or None
+    targets = resolve_targets(model, config, key_value_only)
+    kept = _trained_in_full(model, config.modules_to_save or [])
+    _check_nesting(model, [target.path for target in targets], kept)
+    return targets, kept
+
+
+def _trained_in_full(model: nn.Module, names: list[str]) -> list[str]:
+    """The paths of the modules that `modules_to_save` names; heads of a task may be missing."""
+    modules = base_modules(model)
+    chosen = [path for path in modules if matches(path, names)]
+    unknown = [
+        name
+        for name in names
+        if not any(name in heads for heads in TASK_HEADS.values()) and not any(matches(path, [name]) for path in chosen)
+    ]
+    if unknown:
+        raise InputError(
+            f"No module is named {shown(unknown)}, as modules_to_save asks; the model's parts are "
+            f"{shown([name for name, _ in model.named_children()], 12)}."
+        )
+    kept = [path for path in chosen if not any(path.startswith(f"{other}.") for other in chosen)]
+    for path in kept:
+        check_callable(path, modules[path])
+    return kept
+
+
+def _check_nesting(model: nn.Module, targets: list[str], kept: list[str]) -> None:
+    """Refuse an adapter on a part of a module that an adapter trains in full, or the reverse: copies would differ."""
+    layers, trained = wrappers(model)
+    outer = {*kept, *trained}
+    nested = [(a, b) for a in sorted(outer) for b in sorted(outer) if a.startswith(f"{b}.")]
+    if nested:
+        a, b = nested[0]
+        raise InputError(f"Cannot train {a!r} in full beside {b!r}, which it is a part of (modules_to_save).")
+    inner = {*targets, *layers}
+    nested = [(a, b) for a in sorted(inner) for b in sorted(outer) if f"{a}.".startswith(f"{b}.")]
+    if nested:
+        a, b = nested[0]
+        raise InputError(f"Cannot rescale {a!r} while an adapter trains {b!r} in full (modules_to_save); exclude one.")
+
+
 def _check(target: Target) -> None:
     """Raise unless the target's type has a rule that fits its side."""
     rule = find_rule(target.module)
     if rule is None:
         raise InputError(
             f"Cannot rescale {target.path!r}, a {type(target.module).__name__}; there are rules for "
-            f"{shown(rule_types(), 99)}. Narrow target_modules, exclude it, or add a rule (ia3.register_rule)."
+            f"{shown(rule_types(), 99, room=400)}. Narrow target_modules, exclude it, or add a rule (ia3.register_rule)."
         )
     try:
         rule.shape(target.module, target.feedforward)
     except InputError as error:
         raise InputError(f"Cannot rescale {target.path!r}: {error}") from error
+
+
+def check_callable(path: str, module: nn.Module) -> None:
+    """Raise for a container that only holds others, as `ModuleList`: an adapter's copy could not stand for it."""
+    if type(module).forward is nn.Module.forward and hasattr(type(module), "__getitem__"):
+        inner = [f"{path}.{name}" for name, _ in module.named_children()]
+        around = path.rpartition(".")[0]
+        raise InputError(
+            f"modules_to_save names {path!r}, a {type(module).__name__}, which only holds others; name "
+            + (f"what it holds ({shown(inner, 2)})" if inner else f"the module around it, {around!r}")
+            + " instead."
+        )
+
+
+def check_copies(model: nn.Module, routing: Routing, names: Iterable[str]) -> None:
+    """Raise when two of the adapters train the same module of the model in full: only one copy can act."""
+    names = list(dict.fromkeys(names))
+    for module in routing.trained if len(names) > 1 else ():
+        owners = [name for name in names if name in module.modules_to_save]
+        if len(owners) > 1:
+            path = next(path for path, other in wrappers(model)[1].items() if other is module)
+            raise InputError(
+                f"Adapters {shown(owners)} each train their own {path!r} (modules_to_save), and one alone can act; use "
+                f"one of them, or give rows an adapter each (adapter_names)."
+            )
 
 
 def shortest_names(paths: Iterable[str], others: Iterable[str]) -> set[str]:

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import inspect
+import io
 import os
 import re
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 from transformers import PrinterCallback, ProgressCallback
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils.generic import can_return_loss, find_labels
 
-from ia3.model import IA3Model
+from ia3.model import IA3Model, find_adapted
 
 
-class Trainer(transformers.Trainer):
-    """`transformers.Trainer` that knows an `IA3Model`, as the original knows PEFT's models.
+class _ForAdapters(transformers.Trainer):
+    """What a trainer needs to know an `IA3Model` or `PeftModel`, as the original knows PEFT's models.
 
     The columns that a model takes and the labels that it knows are the wrapped model's; checkpoints hold adapters and
     the state of training, not the base model; resuming and loading the best model read them back. Everything else,
-    and every other kind of model, is as in `transformers.Trainer`.
+    and every other kind of model, is as in the original.
     """
 
     def __init__(self, model: nn.Module | None = None, *args: Any, **kwargs: Any) -> None:
@@ -42,8 +45,7 @@ class Trainer(transformers.Trainer):
             self.remove_callback(printing)
 
     def _adapted(self) -> IA3Model | None:
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        return model if isinstance(model, IA3Model) else None
+        return None if self.model is None else find_adapted(self.model)
 
     def _wrapped(self) -> nn.Module | None:
         model = self._adapted()
@@ -71,8 +73,12 @@ class Trainer(transformers.Trainer):
         folder = str(output_dir or self.args.output_dir)
         # A state that was gathered from a wrapper's shards has the wrapper's names; unsharded, the model has it all.
         model.save_pretrained(folder, is_main_process=self.args.should_save, state_dict=state_dict)
-        if self.args.should_save and self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
+        if self.args.should_save:
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+            arguments = io.BytesIO()  # torch.save has an error of its own for a full disk
+            torch.save(self.args, arguments)
+            Path(folder, TRAINING_ARGS_NAME).write_bytes(arguments.getvalue())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         adapted = self._adapted()
@@ -88,6 +94,14 @@ class Trainer(transformers.Trainer):
             super()._load_best_model()
         else:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+class Trainer(_ForAdapters):
+    """`transformers.Trainer` for adapted models, whether PEFT is installed or not."""
+
+
+class Seq2SeqTrainer(_ForAdapters, transformers.Seq2SeqTrainer):
+    """`transformers.Seq2SeqTrainer` for adapted models, whether PEFT is installed or not."""
 
 
 def last_checkpoint(folder: str | os.PathLike) -> str | None:

@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 import tiny
 import words
@@ -212,7 +213,7 @@ class TestTrain:
             ({"choices": "pos=good,bad=bad"}, "found 'neg' (row 2)"),
             (
                 {"examples_per_label": 40},
-                "Expected 40 training examples for each label, found fewer for 'neg': 30, 'pos': 30",
+                "found fewer for 2 of 2 labels, the fewest for 'neg': 30; ask for fewer, or leave the number out",
             ),
         ],
     )
@@ -542,6 +543,31 @@ def test_inspect(ia3, place):
     assert code == 0 and "160 numbers" in out and "down_proj" in out
 
 
+@pytest.mark.parametrize(
+    ("name", "tensor", "said"),
+    [
+        ("base_model.model.k.ia3_l", torch.ones(0, 1), "Expected a vector, found 'base_model.model.k.ia3_l' of shape (0, 1)"),
+        ("base_model.model.k.ia3_l", torch.tensor(1.0), "of shape ()"),
+        ("base_model.model.k.ia3_l", torch.ones(2, 2), "of shape (2, 2)"),
+        ("base_model.model.k.ia3_l", torch.ones(4, 1).int(), "torch.int32 in 'k'"),
+        ("base_model.model.k.ia3_l", torch.full((4, 1), torch.nan), "NaN or infinite values in 'k'"),
+        ("k.ia3_l", torch.ones(4, 1), None),
+        ("[/k].ia3_l", torch.ones(4, 1), None),
+        ("x" * 5000 + ".ia3_l", torch.ones(0), "Expected a vector, found 'xxx"),
+    ],
+    ids=range(8),
+)  # fmt: skip
+def test_inspect_other_tensors(ia3, tmp_path, name, tensor, said):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    save_file({name: tensor}, tmp_path / "adapter_model.safetensors")
+    for arguments in ([], ["--json"]):
+        code, out, err = ia3("inspect", tmp_path, *arguments)
+        if said is None:
+            assert code == 0 and name.removesuffix(".ia3_l").rpartition(".")[2] in out and not err
+        else:
+            assert (code, out, err.count("\n")) == (2, "", 1) and said in err and len(err) < 300 + len(str(tmp_path))
+
+
 def test_convert(ia3, tmp_path):
     layers = "encoder.block.0.layer"
     vectors = {f"{layers}.0.SelfAttention.k.multi_lora_b": 4, f"{layers}.1.DenseReluDense.wi_1.multi_lora_b": 6}
@@ -570,7 +596,11 @@ def test_convert(ia3, tmp_path):
 def test_what_cannot_be_converted_is_refused_in_one_line(ia3, tmp_path):
     torch.save({"model.layers.0.self_attn.q_proj.lora_A": torch.ones(4, 2)}, tmp_path / "lora.pt")
     (tmp_path / "text.pt").write_text("no tensors")
-    for name, said in (("lora.pt", "q_proj.lora_A"), ("text.pt", "whole file of tensors"), ("none.pt", "Can't find")):
+    for name, said in (
+        ("lora.pt", "q_proj.lora_A"),
+        ("text.pt", "flat dictionary of tensors"),
+        ("none.pt", "Can't find"),
+    ):
         code, out, err = ia3("convert", tmp_path / name, "--output", tmp_path / "out", "--json")
         assert (code, out, err.count("\n")) == (2, "", 1) and said in err
         assert not (tmp_path / "out").exists()

@@ -3,6 +3,7 @@
 import json
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -10,6 +11,7 @@ import pytest
 
 import words
 from ia3 import IA3Model, load_base
+from ia3.serve import limits
 from ia3.serve.limits import Limits
 from ia3.tfew import Recipe, Task, predict
 
@@ -138,7 +140,7 @@ def test_the_documentation_needs_no_other_site(running):
         ({"adapter": "tea", "texts": [" "]}, "found it empty"),
         ({"adapter": "tea", "rows": [{"other": "a"}]}, "'text'"),
         ({"adapter": "tea", "rows": [{"text": {"a": 1}}]}, "rows"),
-        ({"adapter": "nested/pair", "texts": ["a"]}, "['first', 'second']"),
+        ({"adapter": "nested/pair", "texts": ["a"]}, "the columns 'first', 'second', found a text alone"),
         ([], "body"),
         ("a", "body"),
     ],
@@ -235,6 +237,196 @@ def test_limits(made, start):
     assert server.server.queue.length == 0
 
 
+CLASSIFY = "POST /v1/classify HTTP/1.1\r\nHost: localhost\r\n"
+
+
+def said_to(server, head: str, body: bytes = b"") -> tuple[int, str]:
+    """Status and text of the response to bytes."""
+    with socket.create_connection(("127.0.0.1", server.port)) as client:
+        client.settimeout(30)
+        client.sendall(head.encode() + b"Connection: close\r\n\r\n" + body)
+        data = b""
+        while more := client.recv(65536):
+            data += more
+    return int(data.split()[1]), data.decode()
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        ("Content-Type: application/json", "Content-Type: multipart/form-data; boundary=x"),
+        ("Content-Type: multipart/form-data; boundary=x", "content-type: application/json"),
+        ("Content-Type: application/json",) * 2,
+        ("Authorization: Bearer a", "Authorization: Bearer b"),
+        ("Origin: http://localhost", "Origin: http://localhost"),
+        ("Host: localhost",),
+        ("Content-Length: 2", "Content-Length: 3"),
+        ("Transfer-Encoding: chunked", "Transfer-Encoding: chunked"),
+        ("Content-Length: 2", "Transfer-Encoding: gzip"),
+        ("Content-Encoding: a", "Content-Encoding: b"),
+    ],
+)
+def test_headers_that_decide_something_stand_once(running, headers):
+    status, text = said_to(running, CLASSIFY + "".join(f"{header}\r\n" for header in headers), b"{}")
+    assert status in (400, 501) and (status == 400 or "gzip" in str(headers))
+    message = json.loads(text.partition("\r\n\r\n")[2])["error"]["message"]
+    assert headers[-1].split(":")[0].lower() in message.lower()
+
+
+def test_no_header_lets_a_long_body_in(made, start):
+    """What counts as an upload is where uploads go, with one content type."""
+    server = start(made, limits=Limits(body_bytes=4000))
+    body = json.dumps({"adapter": "tea", "texts": ["tea " * 2000]}).encode()
+    length = f"Content-Length: {len(body)}\r\n"
+    kinds = ("Content-Type: application/json\r\n", "Content-Type: multipart/form-data; boundary=x\r\n")
+    for sent in (kinds[0], kinds[1], "".join(kinds), "".join(reversed(kinds))):
+        status, _ = said_to(server, CLASSIFY + length + sent, body)
+        assert status in (400, 413, 415), sent
+    assert server.metric("ia3_batch_rows_count") == 0
+
+
+def test_a_prompt_is_bounded_before_it_is_tokenized(made, start, monkeypatch):
+    """By characters, whatever its tokens are: one of spaces has none."""
+    server = start(made, limits=Limits(text_characters=1000))
+    tokenized = count_tokenized(server, monkeypatch)
+    responses = [
+        server.classify(texts=["tea", " tea" * 300]),
+        server.classify(texts=["tea", "tea" + " " * 1000 + "tea"]),
+        server.http.post("/v1/completions", json={"model": "tea", "prompt": ["tea", "tea" + " " * 1000]}),
+        server.http.post(
+            "/v1/chat/completions", json={"model": "tea", "messages": [{"role": "user", "content": "tea " * 300}]}
+        ),
+    ]
+    assert [response.status_code for response in responses] == [422, 422, 400, 400]
+    for response in responses:
+        error = response.json()["error"]
+        assert error["code"] == "too_long" and "at most 1000 characters" in error["message"]
+    assert "(row 2)" in responses[0].json()["error"]["message"]
+    assert max(tokenized, default=0) < 1000
+    assert server.classify(texts=["tea", "tea " * 200]).status_code == 200
+
+
+def count_tokenized(server, monkeypatch) -> list[int]:
+    """Characters of each text that the server's tokenizer is given from now on."""
+    found = []
+    kind = type(server.engine.tokenizer)
+    encode = kind._encode_plus
+
+    def counting(self, text, *args, **kwargs):
+        found.extend(map(len, [text] if isinstance(text, str) else text))
+        return encode(self, text, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "_encode_plus", counting)
+    return found
+
+
+def test_a_text_that_is_much_too_long_is_cut_unread(made, start, monkeypatch):
+    """The beginning counts, as ever; the rest is not tokenized, and what is, is not again and again."""
+    server = start(made)
+    context = server.engine.context_length
+    text = " ".join(["lovely tea and"] * 60_000)
+    tokenized = count_tokenized(server, monkeypatch)
+    response = server.classify("cake", [text])
+    assert response.status_code == 200
+    assert context - 3 <= response.json()["usage"]["prompt_tokens"] < context
+    most = max(10_000, 16 * context)
+    assert max(tokenized) <= most and sum(tokenized) < 20 * 6 * context
+    check(response.json()["predictions"], expected(made, "cake", [{"text": text[:20_000]}]))
+
+
+def test_long_texts_wait_behind_short_ones(made, start):
+    server = start(made)
+    lengths, score = [], server.engine._score
+    server.engine._score = lambda batch: (lengths.extend(sum(asked.sizes) for asked in batch), score(batch))[1]
+    long = "the tea was lovely " * 100
+    with ThreadPoolExecutor(6) as pool:
+        with server.holding():
+            asked = []
+            for number, text in enumerate([long, long, "tea", long, "soup", "cake"], 1):
+                asked.append(pool.submit(server.classify, texts=[text]))
+                server.until(lambda number=number: len(server.engine._asked) == number)
+        assert [each.result().status_code for each in asked] == [200] * 6
+    assert lengths == sorted(lengths) and len(lengths) == 6
+
+
+def test_a_long_text_does_not_wait_for_ever(made, start, monkeypatch):
+    monkeypatch.setattr(limits, "_LONGEST_WAIT", 0.05)
+    server = start(made)
+    lengths, score = [], server.engine._score
+    server.engine._score = lambda batch: (lengths.extend(sum(asked.sizes) for asked in batch), score(batch))[1]
+    with ThreadPoolExecutor(2) as pool:
+        with server.holding():
+            first = pool.submit(server.classify, texts=["the tea was lovely " * 100])
+            server.until(lambda: len(server.engine._asked) == 1)
+            time.sleep(0.06)
+            second = pool.submit(server.classify)
+            server.until(lambda: len(server.engine._asked) == 2)
+        assert first.result().status_code == second.result().status_code == 200
+    assert lengths == sorted(lengths, reverse=True)
+
+
+def test_rendering_and_tokenizing_end_with_the_request(made, start, monkeypatch):
+    """At its deadline, and when its client leaves: no further row is looked at."""
+    server = start(made, limits=Limits(deadline=0.5))
+    begun, go, rows = threading.Event(), threading.Event(), []
+    prompt = Task.prompt
+
+    def slow(self, row, *args):
+        rows.append(row)
+        begun.set()
+        go.wait(60)
+        return prompt(self, row, *args)
+
+    monkeypatch.setattr(Task, "prompt", slow)
+    response = server.classify(texts=["tea"] * 50)
+    assert response.status_code == 504 and len(rows) == 1
+    go.set()
+    server.until(lambda: server.classify("soup").status_code == 200)
+    assert len([row for row in rows if row["text"] == "tea"]) == 1
+    go.clear()
+    begun.clear()
+    body = json.dumps({"adapter": "tea", "texts": ["soup"] * 50}).encode()
+    client = socket.create_connection(("127.0.0.1", server.port))
+    client.sendall(f"{CLASSIFY}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+    assert begun.wait(60)
+    client.close()
+    server.until(lambda: server.server.queue.length == 0)
+    go.set()
+    assert server.classify("cake").status_code == 200
+    assert len([row for row in rows if row["text"] == "soup"]) == 1
+
+
+def test_short_texts_are_tokenized_between_the_rows_of_long_ones(made, start, monkeypatch):
+    server = start(made)
+    begun, go, order = threading.Event(), threading.Event(), []
+    prompt = Task.prompt
+
+    def slow(self, row, *args):
+        begun.set()
+        go.wait(60)
+        order.append(len(row["text"]))
+        return prompt(self, row, *args)
+
+    monkeypatch.setattr(Task, "prompt", slow)
+    with ThreadPoolExecutor(2) as pool:
+        long = pool.submit(server.classify, texts=["tea " * 10_000] * 3)
+        assert begun.wait(60)
+        short = pool.submit(server.classify, texts=["tea"])
+        server.until(lambda: server.server._worker._waiting.qsize() == 1)
+        go.set()
+        assert long.result().status_code == short.result().status_code == 200
+    assert order == [40_000, 3, 40_000, 40_000]
+
+
+def test_messages_repeat_little_of_what_they_were_given(running):
+    for body in (
+        {"adapter": "tea", "rows": [{"x" * 100_000: "a", "y" * 100_000: "b"}]},
+        {"adapter": "tea", "texts": ["a"], "z" * 50_000: 1},
+    ):
+        response = running.http.post("/v1/classify", json=body)
+        assert response.status_code == 422 and len(response.text) < 2000
+
+
 def test_a_deadline_passes(made, start):
     server = start(made, limits=Limits(deadline=0.3))
     with server.holding():
@@ -314,16 +506,11 @@ def _no_file(folder) -> None:
     (folder / "adapter_model.safetensors").mkdir()
 
 
-@pytest.mark.parametrize(
-    "damage, before", [(_cut_short, True), (_cut_short, False), (_deep, True), (_deep, False), (_no_file, False)]
-)
-def test_an_adapter_that_is_broken_is_no_other_ones_trouble(place, start, damage, before):
-    """Its files change for the worse before the server starts, or behind its back, before they were ever read."""
-    if before:
-        damage(place / "adapters" / "cake")
+@pytest.mark.parametrize("damage", [_cut_short, _deep, _no_file])
+def test_an_adapter_that_is_broken_is_no_other_ones_trouble(place, start, damage):
+    """Its files change for the worse behind the server's back, before they were ever read."""
     server = start(place)
-    if not before:
-        damage(place / "adapters" / "cake")
+    damage(place / "adapters" / "cake")
     with ThreadPoolExecutor(3) as pool:
         with server.holding():
             asked = {name: pool.submit(server.classify, name) for name in ("tea", "cake", "soup")}

@@ -59,6 +59,12 @@ def test_each_vector_lands_once_or_is_refused(data):
         ({"mlp.down_proj": torch.ones(2, 1, 10)}, r"\(2, 1, 10\), expected"),
         ({"attn.v_proj": torch.full((4, 1), torch.nan)}, "NaN or infinite values in 'attn.v_proj'"),
         ({"attn.v_proj": torch.full((4, 1), torch.inf)}, "NaN or infinite values in 'attn.v_proj'"),
+        (
+            {"attn.v_proj": torch.full((4, 1), 1e300, dtype=torch.float64)},
+            "'attn.v_proj' that are infinite in torch.float32",
+        ),
+        ({"attn.v_proj": torch.ones(4, 1, dtype=torch.int64)}, "torch.int64 in 'attn.v_proj'"),
+        ({"attn.v_proj": torch.ones(4, 1).to(torch.float8_e4m3fn)}, "torch.float8_e4m3fn in 'attn.v_proj'"),
         ({"attn.q_proj": torch.ones(1, 6)}, "input of 'attn.q_proj', which is fused with 'k_proj', 'v_proj'"),
     ],
 )

@@ -130,7 +130,7 @@ def test_a_folder_below_the_root(place, start):
     assert server.http.delete("/v1/adapters/short").status_code == 200
     assert probabilities(server, "deep/er") == pytest.approx(probabilities(server, "soup"))
     shutil.copytree(place / "adapters" / "soup", place / "adapters" / "damaged")
-    for name, says in (("adapter_config.json", "cannot be read"), ("calibration.json", "cannot be read")):
+    for name, says in (("adapter_config.json", "nested too deep"), ("calibration.json", "nested too deep")):
         before = (place / "adapters" / "damaged" / name).read_bytes()
         (place / "adapters" / "damaged" / name).write_text("[" * 100_000)
         response = server.http.post("/v1/adapters", json={"folder": "damaged"})
@@ -209,7 +209,11 @@ def test_no_path_leads_out_of_the_root(guarded, folder):
 
 
 @pytest.mark.parametrize(
-    "name", ["..", ".", "", "/etc", "a/b", "../x", "a b", "-a", ".a", "a\x00", "é", "a" * 101, "a\n"]
+    "name",
+    [
+        *("..", ".", "", "/etc", "a/b", "../x", "a b", "-a", ".a", "a\x00", "é", "a" * 101, "a\n"),
+        *("adapter_config.json", "adapter_model.safetensors", "task.yaml", "recipe.yaml", "calibration.json"),
+    ],
 )
 def test_names_of_uploads(guarded, name):
     place, server = guarded
@@ -244,6 +248,9 @@ def first(tensors):
 BAD_WEIGHTS = {
     "nan": lambda place: changed(place, lambda t: t[first(t)].view(-1)[3:4].fill_(float("nan"))),
     "infinite": lambda place: changed(place, lambda t: t[first(t)].view(-1)[:1].fill_(float("-inf"))),
+    "infinite in float32": lambda place: changed(place, lambda t: t.update({first(t): t[first(t)].double() * 1e300})),
+    "integers": lambda place: changed(place, lambda t: t.update({first(t): t[first(t)].int()})),
+    "8-bit floats": lambda place: changed(place, lambda t: t.update({first(t): t[first(t)].to(torch.float8_e4m3fn)})),
     "another shape": lambda place: changed(place, lambda t: t.update({first(t): torch.ones(7)})),
     "one missing": lambda place: changed(place, lambda t: t.pop(first(t))),
     "one more": lambda place: changed(place, lambda t: t.update(more=torch.ones(3))),
@@ -307,6 +314,9 @@ LAUGHS = "a: &a [x, x]\nb: &b [*a, *a]\nchoices: *b\n"
         {"adapter_config.json": json.dumps({**CONFIG, "feedforward_modules": "(a+)+$"}).encode()},
         {"adapter_config.json": json.dumps({**CONFIG, "feedforward_modules": ["v_proj"]}).encode()},
         {"adapter_config.json": json.dumps({**CONFIG, "target_modules": 3}).encode()},
+        {"adapter_config.json": json.dumps({**CONFIG, "fan_in_fan_out": []}).encode()},
+        {"adapter_config.json": b'{"peft_type": "IA3", "revision": ' + b"9" * 5000 + b"}"},
+        {"adapter_config.json": json.dumps({**CONFIG, "revision": "\ud800"}).encode()},
         {"adapter_config.json": b'"' + b"x" * (1 << 20) + b'"'},
         {"task.yaml": b"- a\n"},
         {"task.yaml": b"template: '{{ text }}'\n"},
@@ -334,7 +344,7 @@ LAUGHS = "a: &a [x, x]\nb: &b [*a, *a]\nchoices: *b\n"
         {"calibration.json": b'{"temperature": 0}'},
         {"calibration.json": b"{" * 100_000},
     ],
-    ids=range(39),
+    ids=range(42),
 )  # fmt: skip
 def test_files_that_are_not_let_in(guarded, files):
     place, server = guarded
@@ -592,23 +602,129 @@ def test_the_root(place):
     assert Store(place / "nothing").kinds("model") == []
 
 
-def test_the_kind_of_most_adapters_is_served(place, start):
-    """One of another kind, and one for another model, are no trouble."""
+def _another_config(place, folder) -> None:
+    config = {"peft_type": "LORA", "r": 8, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def _other_modules(place, folder) -> None:
     base, _ = load_base(str(place / "model"))
     other = get_peft_model(base, IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
     tiny.randomize(other)
-    other.save_pretrained(place / "adapters" / "a-first")
-    shutil.copy(place / "adapters" / "tea" / "task.yaml", place / "adapters" / "a-first")
-    foreign = place / "adapters" / "a-foreign"
-    shutil.copytree(place / "spare", foreign)
-    save_file({"x": torch.ones(3)}, foreign / WEIGHTS)
+    other.save_pretrained(folder)
+
+
+def _another_base(place, folder) -> None:
+    tensors = {key: torch.ones(*(2 * n if n > 1 else n for n in t.shape)) for key, t in _tensors(folder).items()}
+    save_file(tensors, folder / WEIGHTS)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    changed = {**config, "base_model_name_or_path": "/home/somebody/wide"}
+    (folder / "adapter_config.json").write_text(json.dumps(changed))
+
+
+def _tensors(folder):
+    return load_file(folder / WEIGHTS)
+
+
+def _cut_short(place, folder) -> None:
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-8])
+
+
+def _deep_config(place, folder) -> None:
+    (folder / "adapter_config.json").write_text("[" * 100_000)
+
+
+UNUSABLE = {
+    _another_config: "found peft_type 'LORA'",
+    _other_modules: "than this server's adapters at",
+    _another_base: "it was made for 'wide'; has other shapes than this model",
+    _cut_short: "Expected a whole safetensors file",
+    _deep_config: "cannot be read",
+}
+
+
+@pytest.fixture(params=UNUSABLE)
+def unusable(request, place):
+    """Makes a folder of an adapter that cannot be served, and gives the reason."""
+
+    def make(name):
+        shutil.copytree(place / "adapters" / "tea", place / "adapters" / name)
+        request.param(place, place / "adapters" / name)
+        return UNUSABLE[request.param]
+
+    return make
+
+
+def refused(server, name) -> str:
+    """The reason that clients are given wherever they ask for an adapter."""
+    body = {"model": name, "prompt": "a"}
+    responses = [
+        server.classify(name),
+        server.classify(name, without_adapter=True),
+        server.http.post("/v1/completions", json=body),
+        server.http.post("/v1/chat/completions", json={"model": name, "messages": [{"role": "user", "content": "a"}]}),
+        server.http.get(f"/v1/models/{name}"),
+        server.http.get(f"/v1/adapters/{name}"),
+    ]
+    assert [response.status_code for response in responses] == [422, 422, 400, 400, 422, 422]
+    errors = [response.json()["error"] for response in responses]
+    assert {error["code"] for error in errors} == {"adapter_unusable"}
+    assert len({error["message"] for error in errors}) == 1
+    return errors[0]["message"]
+
+
+def test_what_cannot_be_served_is_named_and_not_listed(place, start, unusable, caplog):
+    """At the start, and among what appears later; the most frequent kind is served."""
+    reason = unusable("a-first")
     server = start(place)
-    assert server.classify("tea").status_code == 200
-    assert server.classify("a-first").status_code == 500
-    assert server.classify("a-foreign").status_code == 422  # it has no task
-    assert server.http.post("/v1/completions", json={"model": "a-foreign", "prompt": "a"}).status_code == 500
-    response = server.http.post("/v1/adapters", json={"folder": "a-first"})
-    assert response.status_code == 422 and "rescales another side" in response.json()["error"]["message"]
+    assert listed(server) == ["cake", "nested/pair", "soup", "tea"] and server.classify("tea").status_code == 200
+    assert server.metric("ia3_adapters") == 4
+    said = refused(server, "a-first")
+    assert said.startswith("Adapter 'a-first' cannot be served with 'model': ") and reason in said
+    assert str(place) not in said and "bank" not in said and "@" not in said
+    unusable("later")
+    done = server.call(server.server.store.reload())
+    assert done == {"added": [], "changed": [], "removed": [], "failed": ["a-first", "later"]}
+    assert reason in refused(server, "later") and listed(server) == ["cake", "nested/pair", "soup", "tea"]
+    logged = [record.fields["adapter"] for record in caplog.records if record.getMessage() == "not served"]
+    assert logged == ["a-first", "a-first", "later"]
+    assert server.http.post("/v1/adapters", json={"folder": "later"}).status_code == 422
+    for name in ("later", "a-first"):
+        shutil.rmtree(place / "adapters" / name)
+    shutil.copytree(place / "adapters" / "soup", place / "adapters" / "later")
+    assert server.call(server.server.store.reload())["added"] == ["later"]
+    assert server.classify("later").status_code == 200 and server.classify("a-first").status_code == 404
+
+
+def test_the_log_names_some_of_many_that_cannot_be_served(place, start, caplog, monkeypatch):
+    monkeypatch.setattr(store, "_MOST_LOGGED", 2)
+    for number in range(5):
+        shutil.copytree(place / "adapters" / "tea", place / "adapters" / f"lora-{number}")
+        _another_config(place, place / "adapters" / f"lora-{number}")
+    server = start(place)
+    fields = [record.fields for record in caplog.records if record.getMessage() == "not served"]
+    assert [each.get("adapter") for each in fields] == ["lora-0", "lora-1", None] and fields[2] == {"more": 3}
+    assert "LORA" in refused(server, "lora-4")
+
+
+def test_an_upload_that_can_be_served_no_more(place, start):
+    """It can be replaced, and deleted."""
+    server = start(place)
+    for name in ("new", "old"):
+        assert upload(server, name, files_of(place / "spare")).status_code == 201
+        _another_config(place, place / "adapters" / name)
+    again = start(place)
+    assert "LORA" in refused(again, "new")
+    assert upload(again, "new", files_of(place / "spare")).status_code == 201, "there was none to be replaced"
+    assert again.classify("new").status_code == 200 and "new" in listed(again)
+    assert again.http.delete("/v1/adapters/old").status_code == 200
+    assert again.classify("old").status_code == 404 and not (place / "adapters" / "old").exists()
+    unusable = place / "adapters" / "lora"
+    shutil.copytree(place / "adapters" / "tea", unusable)
+    _another_config(place, unusable)
+    again.call(again.server.store.reload())
+    assert again.http.delete("/v1/adapters/lora").status_code == 200
+    assert again.classify("lora").status_code == 404 and unusable.exists(), "it was not uploaded"
 
 
 def test_a_server_without_adapters(place, start):

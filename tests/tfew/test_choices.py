@@ -182,11 +182,11 @@ class TestScoreChoices:
         for row, adapter in enumerate(names):
             results = {}
             for each in ("one", "two", "__base__"):
-                model.routing.switch(active=() if each == "__base__" else (each,))
+                model.ia3_routing.switch(active=() if each == "__base__" else (each,))
                 results[each] = score_choices(model, tokenizer, [prompts[row]], [texts[row]])[0]
             torch.testing.assert_close(found[row], results.pop(adapter), rtol=1e-4, atol=1e-4)
             assert all((found[row] - other).abs().max() > 1e-3 for other in results.values())
-        assert model.routing.rows is None
+        assert model.ia3_routing.rows is None
 
     @pytest.mark.parametrize(
         "names, message",
@@ -210,7 +210,7 @@ class TestScoreChoices:
                 on_progress=seen.append,
                 adapter_names=names,
             )
-        assert not seen and model.routing.rows is None
+        assert not seen and model.ia3_routing.rows is None
         with pytest.raises(InputError, match=r"IA3Model, .* found a LlamaForCausalLM"):
             score_choices(model.unload(), words.tokenizer(), ["tea"], [["good"]], adapter_names=["one"])
 

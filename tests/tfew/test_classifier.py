@@ -83,7 +83,7 @@ def test_rows_of_one_batch_have_their_adapters_head(tmp_path):
     names = ["two", "__base__", "one"]
     found = score_choices(model, TOKENIZER, TEXTS, [["good", "bad"]] * 3, adapter_names=names)
     for text, name, row in zip(TEXTS, names, found, strict=True):
-        model.routing.switch(active=() if name == "__base__" else (name,))
+        model.ia3_routing.switch(active=() if name == "__base__" else (name,))
         torch.testing.assert_close(row, score_choices(model, TOKENIZER, [text], [["good", "bad"]])[0])
 
 

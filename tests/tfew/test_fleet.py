@@ -215,6 +215,17 @@ def test_one_member_is_the_trainer_alone_bit_for_bit(tmp_path):
     assert distance(run.model, lone.model, "a") == 0
 
 
+def test_a_fleet_trains_on_one_of_several_devices(tmp_path, monkeypatch):
+    some = members(names="ac")
+    one = fleet(tmp_path, some, steps=3)
+    one.train()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    two = fleet(tmp_path, some, steps=3)
+    two.train()
+    assert two.args.n_gpu == 1 and two.model_wrapped is two.model
+    assert all(distance(one.model, two.model, name) == 0 for name in "ac")
+
+
 def test_evaluate_measures_each_member_on_its_own_rows(tmp_path):
     held_out = [words.rows(10, seed=8), words.rows(6, seed=9)]
     some = [

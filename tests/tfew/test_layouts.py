@@ -185,7 +185,7 @@ def windowed():
 
 def test_a_broken_adapter_is_no_verdict_on_the_model(llama):
     vectors = IA3Model(llama, IA3Config())
-    vector = vectors.layers["model.layers.0.self_attn.k_proj"].ia3_l["default"]
+    vector = vectors.ia3_layers["model.layers.0.self_attn.k_proj"].ia3_l["default"]
     vector.data[0] = math.nan
     collate(vectors, MADE)
     vector.data[0] = 1.0

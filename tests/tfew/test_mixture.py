@@ -174,6 +174,12 @@ def test_another_seed_ends_elsewhere(tmp_path):
     assert tiny.same_bits(ends[0], ends[1]) and not tiny.same_bits(ends[0], ends[2])
 
 
+def test_a_mixture_is_drawn_for_one_of_several_devices(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    run = trainer(tmp_path)
+    assert len(run.mixture) == 8 * 4 and run.args.n_gpu == 1
+
+
 def test_recipe():
     changed = likelihood_only(Recipe.small().changed(likelihood=0.0, init="somewhere"))
     assert (changed.likelihood, changed.unlikelihood, changed.length_normalized) == (1, 0, 0)

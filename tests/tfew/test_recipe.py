@@ -56,6 +56,10 @@ class TestRecipe:
             ("steps: !!timestamp soon", "Expected YAML in .*bad.yaml"),
             ("\u00fc".encode("latin-1"), "Expected UTF-8 text in .*bad.yaml: .* at byte 0"),
             ("early_stopping: {floor: 0}", "early_stopping.floor"),
+            ("steps: 0x" + "f" * 5000, "int too large"),
+            ("optimizer: " + "x" * 5000, "expected optimizer of"),
+            ("steps: &a [*a]", "levels of lists"),
+            ("x" * 900 + ": 1", "Extra inputs"),
         ],
     )
     def test_bad_files(self, tmp_path, text, message):

@@ -95,7 +95,7 @@ def test_members_of_a_fleet_have_a_task_each(base, tmp_path):
     for name, task in tasks.items():
         assert AdapterFolder(tmp_path / name).required_task() == task
     model.delete_adapter("two")
-    assert set(model.folders) == {"one"}
+    assert set(model.adapter_folders) == {"one"}
 
 
 def test_training_on_counts_rows_of_both_trainings(base, tmp_path):
@@ -113,7 +113,7 @@ def test_training_on_counts_rows_of_both_trainings(base, tmp_path):
 
 def test_a_mixture_of_tasks_leaves_no_single_one(base, tmp_path):
     run = trained(base, tmp_path / "run", save_strategy="no")
-    assert run.model.folders
+    assert run.model.adapter_folders
     arguments = RECIPE.training_arguments(tmp_path / "run", save_strategy="no", disable_tqdm=True)
     mixture = [(TASK.model_copy(update={"name": name}), words.rows(8)) for name in ("one", "two")]
     MixtureTrainer(run.model, arguments, run.processing_class, mixture, RECIPE).train()

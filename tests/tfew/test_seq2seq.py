@@ -193,9 +193,9 @@ def test_each_question_is_answered_by_its_adapter_in_encoder_and_decoder(name):
         for question, adapter in zip(MADE, names, strict=True)
     ]
     found = scores(model, collate(model, mixed))
-    assert model.routing.rows is None
+    assert model.ia3_routing.rows is None
     for row, (question, adapter) in enumerate(zip(MADE, names, strict=True)):
-        model.routing.switch(active=() if adapter == "__base__" else (adapter,))
+        model.ia3_routing.switch(active=() if adapter == "__base__" else (adapter,))
         check(model, found[row : row + 1, : len(question.choices)], [question])
 
 

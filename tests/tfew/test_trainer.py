@@ -134,6 +134,19 @@ def test_a_wrapper_for_parallel_training_is_seen_through(tmp_path):
     assert torch.equal(token_log_probs(Parallel(run.model), batch), token_log_probs(run.model, batch))
 
 
+def test_other_devices_in_sight_change_nothing(tmp_path, monkeypatch):
+    runs = [trainer(tmp_path, steps=3)]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)  # what makes `Trainer` use nn.DataParallel
+    options = Recipe(steps=3).training_arguments(tmp_path, save_strategy="no", disable_tqdm=True)
+    assert options.n_gpu == 2
+    runs.append(trainer(tmp_path, steps=3))
+    for run in runs:
+        run.train()
+        assert run.model_wrapped is run.model and run.args.train_batch_size == 8
+    one, two = (torch.cat([vector.flatten() for vector in run.model.adapter_parameters("default")]) for run in runs)
+    assert torch.equal(one, two) and not torch.equal(one, torch.ones_like(one))
+
+
 def test_evaluate_gives_loss_and_the_tasks_metrics(tmp_path):
     run = trainer(tmp_path, eval_dataset=words.rows(10, seed=5))
     found = run.evaluate()
@@ -189,6 +202,7 @@ class TestTrainer:
             "README.md",
             "adapter_config.json",
             "adapter_model.safetensors",
+            "training_args.bin",
         ]
 
     def test_takes_the_best_model_back(self, tmp_path):

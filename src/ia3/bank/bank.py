@@ -17,11 +17,11 @@ from ia3.bank.homes import Folder, Home, Record, RowFile, SpillFile, open_archiv
 from ia3.bank.layout import DTYPES, Layout, resolve_entries
 from ia3.bank.residency import Residency
 from ia3.config import CONFIG_NAME, IA3Config, adapter_folders
-from ia3.errors import InputError, shown, similar
+from ia3.errors import InputError, brief, shown, similar
 from ia3.files import current, locate
 from ia3.folder import AdapterFolder
 from ia3.rows import BASE
-from ia3.targets import Target
+from ia3.targets import Target, resolve
 
 if TYPE_CHECKING:
     from ia3.model import IA3Model
@@ -108,7 +108,7 @@ class AdapterBank:
                 raise InputError("Expected a config: the model has no adapter whose config the bank could take.")
             config = model.peft_config[next(iter([*model.active_adapters, *model.peft_config]))]
         self.config = dataclasses.replace(config)
-        found, self.modules = model.resolve(self.config, key_value_only=False)
+        found, self.modules = resolve(model.get_base_model(), self.config, key_value_only=False)
         targets: dict[nn.Module, Target] = {}  # a module at several paths once
         for target in found:
             targets.setdefault(target.module, target)
@@ -131,7 +131,7 @@ class AdapterBank:
         self._spill = None if spill is None else SpillFile(spill, self._layout)
         self._closed = False
         self._write(0, lambda layout, row, name: layout.pack(base, row, name), BASE)
-        model._attach_bank(self)
+        model._ia3_attach_bank(self)
 
     def __deepcopy__(self, memo: dict) -> AdapterBank:
         return self
@@ -201,7 +201,7 @@ class AdapterBank:
             for position, name in enumerate(names):
                 if name != BASE and not self._is_known(name):
                     raise InputError(
-                        f"Unknown adapter {name!r} for row {position}; {similar(str(name), self.names)}. Load or "
+                        f"Unknown adapter {brief(name)} for row {position}; {similar(str(name), self.names)}. Load or "
                         f"register it first."
                     )
             self._resident.require_room(distinct)
@@ -255,7 +255,7 @@ class AdapterBank:
         _check_name(name)
         with self._writing():
             if name in self._homes:
-                raise InputError(f"Adapter {name!r} already exists; choose another name or delete it.")
+                raise InputError(f"Adapter {brief(name)} already exists; choose another name or delete it.")
             self._resident.require_room([name])
             self._fill(name, lambda layout, row, name: layout.pack(tensors, row, name), None)
 
@@ -286,9 +286,11 @@ class AdapterBank:
         """Make the adapter of one folder known by a name of its own, without loading it: see `register`.
 
         Raises:
-            InputError: the name is not allowed, or known from another place.
+            InputError: the name is not allowed, or known from another place; or config and tensors are not of the bank's
+                kind, as far as can be seen without their numbers.
         """
         with self._writing():
+            self._layout.check_folder(os.path.abspath(path), name)
             self._add_homes({name: Folder(os.path.abspath(path))})
 
     def load_archive(self, path: str | os.PathLike) -> list[str]:
@@ -430,7 +432,7 @@ class AdapterBank:
     def _require(self, names: Iterable[str]) -> None:
         for name in names:
             if not self._is_known(name):
-                raise InputError(f"Unknown adapter {name!r}; {similar(str(name), self.names)}.")
+                raise InputError(f"Unknown adapter {brief(name)}; {similar(str(name), self.names)}.")
 
     # Filling rows, which is the writer's.
 
@@ -502,4 +504,4 @@ def _rows(budget: int | str, row_bytes: int) -> int:
 
 def _check_name(name: str) -> None:
     if not isinstance(name, str) or not name or name in _RESERVED:
-        raise InputError(f"Expected an adapter name that is not empty, {shown(_RESERVED)}, found {name!r}.")
+        raise InputError(f"Expected an adapter name that is not empty, {shown(_RESERVED)}, found {brief(name)}.")

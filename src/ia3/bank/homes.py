@@ -15,8 +15,8 @@ import torch
 
 from ia3.bank.layout import DTYPES, Layout, file_stamp, memory, tensor_header
 from ia3.config import IA3Config
-from ia3.errors import InputError, reason
-from ia3.files import replacing
+from ia3.errors import InputError
+from ia3.files import reading, replacing
 from ia3.folder import AdapterFolder
 
 _ENTRIES_KEY = "ia3_bank"  # in an archive's header
@@ -221,36 +221,29 @@ def open_archive(path: str | os.PathLike, layout: Layout) -> tuple[RowFile, dict
         InputError: it is not there, no archive, cut short, or of adapters with another layout.
     """
     path = os.path.abspath(path)
-    try:
+    with reading(path, "an archive of adapters"):
         file = open(path, "rb")  # noqa: SIM115
-    except OSError as error:
-        raise InputError(f"Expected an archive of adapters, cannot open {path}: {reason(error)}.") from error
     try:
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 + length:
-            raise InputError(f"Expected a whole safetensors file, {path} is none or cut short; copy it again.")
-        try:
+        with reading(path, "an archive that AdapterBank.save_archive wrote"):
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 + length:
+                raise InputError(f"Expected a whole safetensors file, {path} is none or cut short; copy it again.")
             header = json.loads(file.read(length))
-            metadata = header.pop("__metadata__")
-            entries = json.loads(metadata[_ENTRIES_KEY])
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise InputError(
-                f"Expected an archive that AdapterBank.save_archive wrote, {path} is another kind of file."
-            ) from error
-        layout.check_described(entries, path)
-        for dtype in DTYPES:
-            row_bytes = layout.width * dtype.itemsize
-            expected = [tensor_header(dtype, [layout.width], i * row_bytes) for i in range(len(header))]
-            if list(header.values()) == expected:
-                break
-        else:
-            raise InputError(f"The rows in {path} are not as AdapterBank.save_archive writes them; write it again.")
-        if size != 8 + length + row_bytes * len(header):
-            raise InputError(
-                f"Expected {len(header)} adapters of {row_bytes} bytes in {path}, found {size - 8 - length} bytes; it is cut "
-                f"short or damaged, copy it again."
-            )
+            entries = json.loads(header.pop("__metadata__")[_ENTRIES_KEY])
+            layout.check_described(entries, path)
+            for dtype in DTYPES:
+                row_bytes = layout.width * dtype.itemsize
+                expected = [tensor_header(dtype, [layout.width], i * row_bytes) for i in range(len(header))]
+                if list(header.values()) == expected:
+                    break
+            else:
+                raise InputError(f"The rows in {path} are not as AdapterBank.save_archive writes them; write it again.")
+            if size != 8 + length + row_bytes * len(header):
+                raise InputError(
+                    f"Expected {len(header)} adapters of {row_bytes} bytes in {path}, found {size - 8 - length} bytes; it "
+                    f"is cut short or damaged, copy it again."
+                )
     except BaseException:
         file.close()
         raise

@@ -10,25 +10,26 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from io import BufferedReader
-from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
-from ia3.checkpoint import PREFIX, check_tensors
 from ia3.config import CONFIG_NAME, IA3Config
-from ia3.errors import InputError, shown
-from ia3.files import current, read_whole
-from ia3.folder import WEIGHTS_NAME, AdapterFolder, Tensors
+from ia3.errors import InputError, brief, excerpt, shown
+from ia3.files import current, read_whole, reading
+from ia3.folder import WEIGHTS_NAME, AdapterFolder
 from ia3.rules import find_rule
 from ia3.targets import Target, base_modules, matches
+from ia3.tensors import PREFIX, Tensors, check_tensors
 
 if TYPE_CHECKING:
     from ia3.model import IA3Model
+
+T = TypeVar("T")
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}  # by safetensors' names
 
@@ -69,7 +70,7 @@ def resolve_entries(
     Raises:
         InputError: a module to save has state that is no floating-point number, or has no memory.
     """
-    full = tuple(f"{path}." for path in (*kept, *model.trained_modules))
+    full = tuple(f"{path}." for path in (*kept, *model.ia3_trained_modules))
     modules = base_modules(model.model)
     paths: dict[nn.Module, str] = {}  # the first of several, as in a checkpoint
     for path, module in modules.items():
@@ -112,7 +113,7 @@ class Layout:
         self.width = sum(entry.size for entry in self.entries)
         self.row_bytes = self.width * dtype.itemsize
         self._sides = {target.path: target.feedforward for target in targets}
-        self._shapes = {entry.key: entry.shape for entry in self.entries}
+        self._expected = {entry.key: torch.empty(entry.shape, dtype=dtype, device="meta") for entry in self.entries}
         self._header = {
             entry.key: tensor_header(dtype, entry.shape, entry.start * dtype.itemsize) for entry in self.entries
         }
@@ -127,14 +128,13 @@ class Layout:
         """Raise `InputError` when a row of adapter `name` holds NaN or infinite values."""
         # Both spread into the sum, which takes a quarter of the time; a sum may also overflow without them.
         if not math.isfinite(row.sum()) and not torch.isfinite(row).all():
-            check_tensors(self._shapes, self.tensors(row), name)
+            check_tensors(self._expected, self.tensors(row), name)
 
     def pack(self, tensors: Mapping[str, torch.Tensor], row: torch.Tensor, name: str) -> None:
         """Fill a row with an adapter's tensors. Raises `InputError` unless they are exactly the layout's, and finite."""
-        check_tensors(self._shapes, tensors, name)
+        check_tensors(self._expected, tensors, name)
         for key, part in self.tensors(row).items():
             part.copy_(tensors[key].detach())
-        self.check_finite(row, name)  # a narrower dtype may overflow
 
     def read_folder(self, folder: str, row: torch.Tensor, name: str) -> tuple[int, ...]:
         """Fill a row from an adapter's folder.
@@ -145,21 +145,41 @@ class Layout:
         Raises:
             InputError: no adapter, not finite, another method, or other modules, sides or shapes.
         """
-        return read_whole(folder, lambda: self._read_folder(folder, row, name))
+        with reading(folder, "an adapter"):
+            return read_whole(folder, lambda: self._read_folder(folder, row, name))
 
-    def _read_folder(self, folder: str, row: torch.Tensor, name: str) -> tuple[int, ...]:
+    def check_folder(self, folder: str, name: str) -> None:
+        """Raise what `read_folder` would but for numbers that are not finite, which are read only where a file is laid out
+        in another way."""
+        with reading(folder, "an adapter"):
+            if read_whole(folder, lambda: self._open(folder, name, lambda file, status: True)):
+                return
+        self.read_folder(folder, torch.empty(self.width, dtype=self.dtype), name)
+
+    def _open(self, folder: str, name: str, use: Callable[[BufferedReader, os.stat_result], T]) -> T | None:
+        """What `use` makes of an adapter's file that is laid out as a row; None when it is not."""
         where = current(folder)
         if not (where / CONFIG_NAME).is_file():
             _ = AdapterFolder(folder).config  # says what is wrong
         self._check_config(where / CONFIG_NAME, name)
         with contextlib.suppress(FileNotFoundError), open(where / WEIGHTS_NAME, "rb") as file:
             status = os.fstat(file.fileno())
-            if self._is_row(file, status.st_size) and file.readinto(memory(row)) == self.row_bytes:
-                self.check_finite(row, name)
-                return file_stamp(status)
-        its = AdapterFolder(folder)
-        stamp = file_stamp(os.stat(its.vectors_file()))
-        self.pack(its.vectors()[0], row, name)
+            if self._is_row(file, status.st_size):
+                return use(file, status)
+        return None
+
+    def _read_folder(self, folder: str, row: torch.Tensor, name: str) -> tuple[int, ...]:
+        def fill(file: BufferedReader, status: os.stat_result) -> tuple[int, ...] | None:
+            if file.readinto(memory(row)) != self.row_bytes:
+                return None
+            self.check_finite(row, name)
+            return file_stamp(status)
+
+        stamp = self._open(folder, name, fill)
+        if stamp is None:
+            its = AdapterFolder(folder)
+            stamp = file_stamp(os.stat(its.vectors_file()))
+            self.pack(its.vectors()[0], row, name)
         return stamp
 
     def _is_row(self, file: BufferedReader, size: int) -> bool:
@@ -173,7 +193,7 @@ class Layout:
         try:
             tensors = json.loads(header)
             tensors.pop("__metadata__", None)
-        except (ValueError, AttributeError, RecursionError):
+        except Exception:  # the reader of all other files says what is wrong
             return False
         if tensors != self._header:
             return False
@@ -188,14 +208,14 @@ class Layout:
         try:
             config = IA3Config.from_json(data, path)
         except InputError as error:
-            raise InputError(f"Adapter {name!r} cannot be loaded: {error}") from error
+            raise InputError(f"Adapter {brief(name)} cannot be loaded: {error}") from error
         named = config.feedforward_modules
         if named is not None:  # else the shapes tell
             wrong = [path for path, side in self._sides.items() if matches(path, named) is not side]
             if wrong:
                 raise InputError(
-                    f"Adapter {name!r} rescales another side (input, output) than the bank at {shown(wrong, 3)}: its "
-                    f"feedforward_modules are {sorted(named) if isinstance(named, set) else named!r}. Use another bank."
+                    f"Adapter {brief(name)} rescales another side (input, output) than the bank at {shown(wrong, 3)}: its "
+                    f"feedforward_modules are {brief(sorted(named) if isinstance(named, set) else named)}. Use another bank."
                 )
         _remember(self._known_configs, data)
 
@@ -204,10 +224,12 @@ class Layout:
         expected = [entry.described() for entry in self.entries]
         if found != expected:
             found = found if isinstance(found, list) else []
-            theirs, ours = next(pair for pair in zip_longest(found, expected, fillvalue="none") if pair[0] != pair[1])
+            both = min(len(found), len(expected))
+            place = next((i for i in range(both) if found[i] != expected[i]), both)
+            theirs, ours = (brief(each[place]) if place < len(each) else "none" for each in (found, expected))
             raise InputError(
-                f"The adapters in {path} are of another kind: expected {len(expected)} entries, found {len(found)}; the "
-                f"first that differs is {theirs}, expected {ours}. Are they for another base model?"
+                f"The adapters in {excerpt(path)} are of another kind: expected {len(expected)} entries, found "
+                f"{len(found)}; the first that differs is {theirs}, expected {ours}. Are they for another base model?"
             )
 
 

@@ -80,7 +80,7 @@ class Ours(WithVectors):
     def hold(self, model: Any, count: int) -> None:
         from ia3 import AdapterBank, get_peft_model_state_dict
 
-        if model.bank is None:
+        if model.adapter_bank is None:
             self.bank = AdapterBank(model)
         sizes = {key: value.shape for key, value in get_peft_model_state_dict(model).items()}
         for number in range(len(self.bank), count):

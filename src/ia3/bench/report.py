@@ -104,13 +104,13 @@ def table(result: Mapping[str, Any]) -> RenderableType:
     from rich.table import Table
 
     shown = Table(title="Times of whole jobs: ours in seconds, then ratios: median [quartiles], (memory)")
-    shown.add_column("job")
-    shown.add_column("ours, s (MB)", justify="right")
+    shown.add_column("job", overflow="fold")
+    shown.add_column("ours, s (MB)", justify="right", overflow="fold")
     pairs = [f"{name}/ours" for name in COLUMNS if name not in ("ours", "floor")] + ["ours/floor"]
     pairs = [pair for pair in pairs if any(pair in row["ratios"] for row in result["rows"].values())]
     for pair in pairs:
         over, under = (COLUMNS[name] for name in pair.split("/"))
-        shown.add_column(f"{over} / {under}", justify="right")
+        shown.add_column(f"{over} / {under}", justify="right", overflow="fold")
     for row in result["rows"].values():
         ours = row["columns"].get("ours", {})
         mine = f"{ours['median']:.3g} ({ours['peak_mb']:.0f})" if "median" in ours else "failed"

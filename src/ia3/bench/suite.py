@@ -20,8 +20,8 @@ from typing import Any
 import ia3
 from ia3.bench.jobs import COLUMNS, Row, suite
 from ia3.bench.report import summary
-from ia3.errors import InputError, shown, similar
-from ia3.files import replacing
+from ia3.errors import InputError, brief, shown, similar
+from ia3.files import read_json, replacing
 
 JSON_NAME = "bench.json"
 
@@ -200,17 +200,15 @@ def begin(settings: Settings, file: Path, resume: bool) -> dict[str, Any]:
         return fresh
     if not file.is_file():
         raise InputError(f"Expected {file} to go on from (--resume), found none.")
-    try:
-        known = json.loads(file.read_text(encoding="utf-8"))
-        before, _ = known["settings"], known["rows"].keys()
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(
-            f"Expected a result of ia3 bench in {file}, found a damaged one; start without --resume."
-        ) from error
+    known = read_json(file, "start without --resume")
+    before = known.get("settings")
+    if not isinstance(before, dict) or not isinstance(known.get("rows"), dict):
+        raise InputError(f"Expected a result of ia3 bench in {file}, found a damaged one; start without --resume.")
     for name, value in vars(settings).items():
         if before.get(name) != value:
             raise InputError(
-                f"Expected {name} {before.get(name)!r}, as in {file} that is to be gone on from (--resume), found {value!r}."
+                f"Expected {name} {brief(before.get(name))}, as in {file} that is to be gone on from (--resume), found "
+                f"{value!r}."
             )
     return known
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import typer
 
 from ia3 import __version__
 from ia3.cli import bench, compare, convert, evaluate, inspect, merge, predict, pretrain, raft, serve, tasks, train
-from ia3.errors import InputError
+from ia3.errors import InputError, excerpt, reason
 
 app = typer.Typer(
     name="ia3",
@@ -40,11 +44,51 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
+class _Notices(logging.Handler):
+    """Prints what the package has to say on standard error, each line once."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._said: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.say(record.getMessage())
+
+    def say(self, message: object, *_: Any) -> None:
+        line = f"ia3: {' '.join(str(message).split())}"
+        if line not in self._said:
+            self._said.add(line)
+            typer.echo(line, err=True)
+
+
+@contextmanager
+def _our_lines_alone() -> Iterator[None]:
+    """Within `with`, logs and warnings of the package are lines of the command, and other libraries' show errors only."""
+    notices, own, others = _Notices(), logging.getLogger("ia3"), logging.lastResort
+    level = None if others is None else others.level
+    own.addHandler(notices)
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.filterwarnings("ignore", module=r"(?!ia3(\.|$))")
+        warnings.showwarning = notices.say
+        try:
+            if others is not None:
+                others.setLevel(logging.ERROR)
+            yield
+        finally:
+            own.removeHandler(notices)
+            if others is not None and level is not None:
+                others.setLevel(level)
+
+
 @app.callback()
 def _options(
+    context: typer.Context,
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
 ) -> None:
     """Options of the whole program."""
+    if context.invoked_subcommand != "serve":  # which has a log
+        context.with_resource(_our_lines_alone())
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -56,12 +100,12 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(str(error))
     except OSError as error:
         # A full disk, a folder that may not be written: the user's to mend, like bad input.
-        where = f" ({error.filename})" if error.filename else ""
+        where = f" ({excerpt(str(error.filename))})" if error.filename else ""
         _fail(f"{error.strerror or error}{where}; what was saved before is still whole.")
     except Exception as error:
         if not _is_failed_write(error):
             raise
-        _fail(f"Cannot write a file: {error}; is the disk full? What was saved before is still whole.")
+        _fail(f"Cannot write a file: {reason(error)}; is the disk full? What was saved before is still whole.")
 
 
 def _is_failed_write(error: Exception) -> bool:

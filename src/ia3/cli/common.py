@@ -19,11 +19,13 @@ from ia3.pretrained import DTYPES, EMBEDDED_MODEL
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
+    from rich.table import Table
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ia3.folder import AdapterFolder
     from ia3.model import IA3Model
     from ia3.tfew.recipe import Recipe
+    from ia3.tfew.task import Task
 
 # From so many parameters on, the paper's recipe is the default.
 _LARGE = 1_000_000_000
@@ -57,8 +59,16 @@ TemplateOption = typer.Option(
 ChoicesOption = typer.Option(
     None, help="Answer text of each label: 'label=text,label=text'. \\[default: the labels]", show_default=False
 )
+DelimiterOption = typer.Option(
+    None,
+    help="What separates columns in .csv and .tsv files: ';', 'tab', … \\[default: what each file shows]",
+    show_default=False,
+)
 ExamplesOption = typer.Option(
-    16, min=0, help="Training examples of each label, drawn at random; 0: all rows, as they are."
+    None,
+    min=0,
+    help="Training examples of each label, drawn at random; 0: all rows, as they are. \\[default: 16, or as many as there are]",
+    show_default=False,
 )
 TestRowsOption = typer.Option(200, min=0, help="Measure on at most so many test rows, drawn at random; 0: on all.")
 RecipeOption = typer.Option(
@@ -96,14 +106,35 @@ def print_json(value: Any) -> None:
 
 
 def quiet() -> None:
-    """Let no library talk into the command's own output."""
+    """Let no library talk into the command's own output, before any loads what talks when it is loaded."""
+    import torch  # noqa: F401 (sets the levels of its loggers)
     import transformers
 
+    logging.getLogger("torch").setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+
+
+def table(*names: str, left: int = 1, title: str | None = None) -> Table:
+    """A table whose first columns say what a row is, and whose others are numbers.
+
+    On a narrow screen cells go on in a further line: none loses its end, which may be all that tells it from others.
+
+    Args:
+        names: of the columns.
+        left: how many of them are no numbers.
+        title: above the table.
+    """
+    from rich.markup import escape
+    from rich.table import Table
+
+    made = Table(title=title)
+    for number, name in enumerate(names):
+        made.add_column(escape(name), justify="left" if number < left else "right", overflow="fold")
+    return made
 
 
 @contextmanager
@@ -117,18 +148,36 @@ def progress(out: Console) -> Iterator[Progress]:
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
+    from rich.table import Column
 
     with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
+        TextColumn("{task.description}", table_column=Column(overflow="fold")),
+        BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", table_column=Column(overflow="fold")),
         console=out,
     ) as bars:
         yield bars
+
+
+def read(source: str, task: Task | None = None, delimiter: str | None = None) -> list[dict[str, Any]]:
+    """The rows that a command is to read.
+
+    Args:
+        source: as `read_rows` takes it.
+        task: how its class labels are read, and which delimiter its own files have.
+        delimiter: --delimiter; it holds for sources that have one, and `require_delimited` says whether there are any.
+    """
+    from ia3.tfew.reading import is_delimited, read_rows
+
+    if task is None:
+        return read_rows(source, delimiter=delimiter if is_delimited(source) else None)
+    if source in (task.train, task.test):
+        delimiter = delimiter or task.delimiter
+    return read_rows(source, task.class_names, delimiter if is_delimited(source) else None)
 
 
 def load_adapted(
@@ -206,6 +255,7 @@ def recipe_for(model: str, recipe: str | None, **changes: Any) -> Recipe:
     from ia3.tfew.recipe import Recipe
 
     if recipe is None:
+        quiet()
         recipe = "small" if parameter_count(model) < _LARGE else "paper"
     chosen = Recipe.load(recipe).changed(**changes)
     if chosen.init is not None:

@@ -14,6 +14,7 @@ import typer
 from ia3.cli.common import (
     MAX_SEED,
     ChoicesOption,
+    DelimiterOption,
     DtypeOption,
     ExamplesOption,
     JsonOption,
@@ -30,6 +31,7 @@ from ia3.cli.common import (
     progress,
     quiet,
     recipe_for,
+    table,
 )
 from ia3.cli.results import write_json
 from ia3.cli.run import train_alone, with_adapters
@@ -77,6 +79,7 @@ def compare(
         show_default=False,
     ),
     test_data: str | None = TestDataOption,
+    delimiter: str | None = DelimiterOption,
     template: str | None = TemplateOption,
     choices: str | None = ChoicesOption,
     shots: str | None = typer.Option(
@@ -85,7 +88,7 @@ def compare(
     adapter: str | None = typer.Option(
         None, help="A trained adapter's folder, to measure in place of training one.", show_default=False
     ),
-    examples_per_label: int = ExamplesOption,
+    examples_per_label: int | None = ExamplesOption,
     test_rows: int = TestRowsOption,
     recipe: str | None = RecipeOption,
     steps: int | None = StepsOption,
@@ -115,7 +118,7 @@ def compare(
     trained = None if adapter is None else AdapterFolder(adapter)
     counts = None if shots is None else numbers("--shots", shots, int)
     own = trained.required_task() if trained is not None and task is None else task
-    source = source_of(own, data, test_data, label_column, text_column, choices, template)
+    source = source_of(own, data, test_data, label_column, text_column, choices, template, delimiter)
     source.task.check(source.rows)
     source.task.check(source.test or [])
     seen = None if trained is None else trained.seen()
@@ -127,7 +130,10 @@ def compare(
     chosen = drawn(source, examples_per_label, test_rows, seed, seen)
     examples, test = chosen.examples, chosen.test
     if not test:
-        raise InputError("Expected labelled rows to measure on (--test-data): training leaves none over.")
+        raise InputError(
+            "Expected labelled rows to measure on (--test-data): training leaves none over; give some, or train on fewer "
+            "(--examples-per-label)."
+        )
     for count in counts or ():
         if not 1 <= count <= len(examples):
             raise InputError(f"Expected --shots from 1 to {len(examples)}, the training examples, found {count}.")
@@ -379,11 +385,8 @@ class Comparison:
 
 
 def print_comparison(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A row for each method; costs are rounded."""
-    from rich.table import Table
-
-    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
-        "": lambda row: row["method"],
+    """A column for each method, which leaves room for names and numbers on a narrow screen; costs are rounded."""
+    lines: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "accuracy": lambda row: f"{row['accuracy']:.1%}",
         "macro-F1": lambda row: f"{row['macro_f1']:.1%}",
         "FLOPs an example": lambda row: _power(row["inference_flops"]),
@@ -395,12 +398,12 @@ def print_comparison(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:
         "on disk": lambda row: _size(row["disk_bytes"]),
         "s an example": lambda row: f"{row['seconds']:.3g}",
     }
-    table = Table()
-    for number, name in enumerate(columns):
-        table.add_column(name, justify="right" if number else "left")
-    for row in rows:
-        table.add_row(*(cell(row) for cell in columns.values()), style="bold" if row["method"] == _T_FEW else None)
-    out.print(table)
+    shown = table("", *(row["method"] for row in rows))
+    for name, cell in lines.items():
+        shown.add_row(name, *map(cell, rows))
+    for column, row in zip(shown.columns[1:], rows, strict=True):
+        column.style = "bold" if row["method"] == _T_FEW else ""
+    out.print(shown)
     out.print("Estimates are the paper's, 2·N FLOPs a token (N in encoder-decoders), shots read for each example.")
 
 

@@ -9,6 +9,7 @@ import typer
 
 from ia3.cli.common import (
     AdapterArgument,
+    DelimiterOption,
     DtypeOption,
     JsonOption,
     ModelOption,
@@ -16,6 +17,8 @@ from ia3.cli.common import (
     load_adapted,
     print_json,
     progress,
+    read,
+    table,
 )
 from ia3.folder import AdapterFolder
 
@@ -29,6 +32,7 @@ def evaluate(
         help="Labelled rows: .csv, .tsv, .jsonl, … \\[default: the task's test rows]",
         show_default=False,
     ),
+    delimiter: str | None = DelimiterOption,
     calibrate: bool = typer.Option(
         False,
         "--calibrate",
@@ -43,7 +47,7 @@ def evaluate(
     its probabilities are calibrated."""
     from ia3.errors import InputError
     from ia3.tfew.calibration import Calibration
-    from ia3.tfew.reading import read_rows
+    from ia3.tfew.reading import require_delimited
 
     out = console(json_output)
     folder = AdapterFolder(adapter)
@@ -51,7 +55,8 @@ def evaluate(
     source = data or task.test
     if source is None:
         raise InputError("Expected labelled rows (--data): the task names no test rows.")
-    rows = read_rows(source, task.class_names)
+    require_delimited(delimiter, source)
+    rows = read(source, task, delimiter)
     task.check(rows)
     labels = [task.label(row, number) for number, row in enumerate(rows, 1)]
     if calibrate and not Path(adapter).is_dir():
@@ -81,7 +86,7 @@ def evaluate(
     predictions = [item.best for item in found]
     names = task.labels or sorted({*labels, *predictions})
     majority = Counter(labels).most_common(1)[0][0]
-    table = np.array(precision_recall_fscore_support(labels, predictions, labels=names, zero_division=0))  # type: ignore[arg-type]
+    measured = np.array(precision_recall_fscore_support(labels, predictions, labels=names, zero_division=0))  # type: ignore[arg-type]
     result = {
         **task.metrics(labels, predictions),
         "majority": task.metrics(labels, [majority] * len(labels)),
@@ -91,18 +96,16 @@ def evaluate(
         **({} if fitted is None else {"calibration": fitted.model_dump()}),
         "labels": {
             name: {"precision": float(p), "recall": float(r), "f1": float(f), "rows": int(n)}
-            for name, p, r, f, n in zip(names, *table.tolist(), strict=True)
+            for name, p, r, f, n in zip(names, *measured.tolist(), strict=True)
         },
     }
     if json_output:
         print_json(result)
         return
     from rich.markup import escape
-    from rich.table import Table
 
-    shown = Table(title=f"{len(rows)} rows: accuracy {result['accuracy']:.1%}, macro-F1 {result['macro_f1']:.1%}")
-    for name in ("label", "precision", "recall", "F1", "rows"):
-        shown.add_column(name, justify="left" if name == "label" else "right")
+    title = f"{len(rows)} rows: accuracy {result['accuracy']:.1%}, macro-F1 {result['macro_f1']:.1%}"
+    shown = table("label", "precision", "recall", "F1", "rows", title=title)
     for name, values in result["labels"].items():
         numbers = (f"{values[key]:.1%}" for key in ("precision", "recall", "f1"))
         shown.add_row(escape(name), *numbers, str(values["rows"]))

@@ -8,7 +8,8 @@ from typing import Any
 
 import typer
 
-from ia3.cli.common import AdapterArgument, JsonOption, console, print_json
+from ia3.cli.common import AdapterArgument, JsonOption, console, print_json, table
+from ia3.errors import InputError, brief
 from ia3.folder import AdapterFolder
 
 
@@ -19,26 +20,32 @@ def inspect(
 ) -> None:
     """Show what an adapter rescales: modules, sizes, and the largest and smallest scalings by layer and kind."""
     config = AdapterFolder(adapter).config  # before torch is imported, what cannot be used
-    from ia3.checkpoint import PREFIX
+    import torch
+
+    from ia3.tensors import PREFIX, check_vector, wrong_values
 
     folder, tensors, _ = AdapterFolder.whole(adapter)
     config = folder.config
-    vectors = {
-        name.removeprefix(PREFIX).removesuffix(".ia3_l"): tensor.flatten().float()
-        for name, tensor in tensors.items()
-        if name.endswith(".ia3_l")
-    }
+    vectors, sides = {}, {}
+    for name, tensor in tensors.items():
+        if name.endswith(".ia3_l"):
+            check_vector(name, tensor)
+            path = name.removeprefix(PREFIX).removesuffix(".ia3_l")
+            vectors[path], sides[path] = tensor.flatten(), "input" if tensor.shape[0] == 1 else "output"
+    problem = wrong_values(vectors, dict.fromkeys(vectors, torch.float32))
+    if problem:
+        raise InputError(f"Expected finite floating-point vectors in {brief(adapter)}, found {problem}.")
+    vectors = {path: vector.float() for path, vector in vectors.items()}
     kinds: dict[str, list[str]] = defaultdict(list)
     for path in vectors:
         kinds[re.sub(r"\.\d+\.", ".*.", path)].append(path)
     rows: list[dict[str, Any]] = []
     for kind, paths in kinds.items():
         values = [vectors[path] for path in paths]
-        sides = {"input" if tensors[f"{PREFIX}{path}.ia3_l"].shape[0] == 1 else "output" for path in paths}
         rows.append(
             {
                 "kind": kind,
-                "side": "/".join(sorted(sides)),
+                "side": "/".join(sorted({sides[path] for path in paths})),
                 "modules": len(paths),
                 "numbers": sum(value.numel() for value in values),
                 "min": min(float(value.min()) for value in values),
@@ -74,7 +81,7 @@ def inspect(
 
 
 def _print(result: dict[str, Any]) -> None:
-    from rich.table import Table
+    from rich.markup import escape
 
     out = console()
     out.print(
@@ -82,12 +89,11 @@ def _print(result: dict[str, Any]) -> None:
         f"{result['bytes'] / 1000:.0f} kB",
         markup=False,
     )
-    table = Table("module", "side", title="What it rescales (1 is no change)")
-    for name in ("modules", "numbers", "smallest", "largest", "mean |l - 1|"):
-        table.add_column(name, justify="right")
+    names = ("module", "side", "modules", "numbers", "smallest", "largest", "mean |l - 1|")
+    kinds = table(*names, left=2, title="What it rescales (1 is no change)")
     for row in result["kinds"]:
-        table.add_row(
-            row["kind"],
+        kinds.add_row(
+            escape(row["kind"]),
             row["side"],
             str(row["modules"]),
             f"{row['numbers']:,}",
@@ -95,11 +101,11 @@ def _print(result: dict[str, Any]) -> None:
             f"{row['max']:.3f}",
             f"{row['mean_change']:.4f}",
         )
-    out.print(table)
+    out.print(kinds)
     if result["largest"]:
-        extremes = Table("module", "index", "scale", title="Largest and smallest scalings")
+        extremes = table("module", "index", "scale", title="Largest and smallest scalings")
         for item in [*result["largest"], *result["smallest"][::-1]]:
-            extremes.add_row(item["module"], str(item["index"]), f"{item['scale']:.4f}")
+            extremes.add_row(escape(item["module"]), str(item["index"]), f"{item['scale']:.4f}")
         out.print(extremes)
     for name, shape in result["modules_to_save"].items():
         out.print(f"trained in full: {name} {tuple(shape)}", markup=False)

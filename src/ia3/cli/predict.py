@@ -13,6 +13,7 @@ import typer
 
 from ia3.cli.common import (
     AdapterArgument,
+    DelimiterOption,
     DtypeOption,
     JsonOption,
     ModelOption,
@@ -21,9 +22,11 @@ from ia3.cli.common import (
     load_bank,
     print_json,
     progress,
+    read,
+    table,
 )
 from ia3.config import adapter_folders
-from ia3.errors import InputError, shown, similar
+from ia3.errors import InputError, brief, shown, similar
 from ia3.folder import AdapterFolder
 
 if TYPE_CHECKING:
@@ -31,7 +34,11 @@ if TYPE_CHECKING:
 
     from ia3.tfew.prediction import Prediction
     from ia3.tfew.recipe import Recipe
-    from ia3.tfew.task import Task
+    from ia3.tfew.task import Row, Task
+
+
+# Characters of a text in a table.
+_TEXT_WIDTH = 60
 
 
 def predict(
@@ -40,11 +47,13 @@ def predict(
     data: str | None = typer.Option(
         None, "--data", "-d", help="Rows to label, instead of TEXT: .csv, .tsv, .jsonl, …", show_default=False
     ),
+    delimiter: str | None = DelimiterOption,
     output: Path | None = typer.Option(
         None,
         "--output",
         "-o",
-        help="Write rows with label and probabilities to a .csv or .jsonl file.",
+        help="Write rows with label and probabilities to a .csv or .jsonl file; a .csv has the delimiter of a .csv that was "
+        "read.",
         show_default=False,
     ),
     adapter_column: str | None = typer.Option(
@@ -72,17 +81,19 @@ def predict(
         raise InputError("Expected --data with --adapter-column, a column of it; found texts.")
     if output is not None and output.suffix.lower() not in (".csv", ".jsonl"):
         raise InputError(f"Expected --output to end in .csv or .jsonl, found {str(output)!r}.")
-    from ia3.tfew.reading import read_rows
+    from ia3.tfew.reading import require_delimited
+    from ia3.tfew.rows import as_rows
 
+    require_delimited(delimiter, data)
     if data is not None and adapter_column is not None:
-        rows = read_rows(data)
+        rows = read(data, delimiter=delimiter)
         names = _adapter_of_each(Path(adapter), rows, adapter_column)
         known = {name: AdapterFolder(Path(adapter, name)) for name in dict.fromkeys(names)}
         tasks = [known[name].required_task() for name in names]
     else:
         names, known = None, {"": AdapterFolder(adapter)}
         task = known[""].required_task()
-        rows = read_rows(data, task.class_names) if data else _text_rows(task, texts or [])
+        rows = read(data, task, delimiter) if data else as_rows(texts, task)
         tasks = [task] * len(rows)
     for number, (task, row) in enumerate(zip(tasks, rows, strict=True), 1):
         task.prompt(row, number)  # before a model is loaded, what cannot be used
@@ -109,7 +120,7 @@ def predict(
             recipe=recipe,
         )
     if output is not None:
-        _write(output, rows, found)
+        _write(output, rows, found, _delimiter_like(data, delimiter))
         out.print(f"{len(rows)} rows written to {output}", markup=False)
     if json_output:
         adapters = [{"adapter": name} for name in names] if names else [{}] * len(found)
@@ -137,7 +148,7 @@ def _recipe_of(folders: Sequence[AdapterFolder]) -> Recipe:
     return first.recipe
 
 
-def _adapter_of_each(folder: Path, rows: list[dict], column: str) -> list[str]:
+def _adapter_of_each(folder: Path, rows: Sequence[Row], column: str) -> list[str]:
     """The adapter that a column names for each row, a subfolder of `folder`."""
     if not folder.is_dir():
         raise InputError(f"Expected a folder of adapters with --adapter-column, found no {str(folder)!r} here.")
@@ -152,21 +163,23 @@ def _adapter_of_each(folder: Path, rows: list[dict], column: str) -> list[str]:
             )
         name = "" if row[column] is None else str(row[column]).strip()
         if name not in there:
-            raise InputError(f"Row {number}: there is no adapter {name!r} in {str(folder)!r}; {similar(name, there)}.")
+            raise InputError(
+                f"Row {number}: there is no adapter {brief(name)} in {str(folder)!r}; {similar(name, there)}."
+            )
         names.append(name)
     return names
 
 
-def _text_rows(task: Task, texts: list[str]) -> list[dict[str, str]]:
-    columns = task.columns
-    if len(columns) != 1:
-        raise InputError(
-            f"Expected a task with one text column for texts on the command line, found {shown(columns)}; use --data."
-        )
-    return [{columns[0]: text} for text in texts]
+def _delimiter_like(data: str | None, delimiter: str | None) -> str:
+    """What separates the columns of a CSV file that is written: what does in the one that was read."""
+    from ia3.tfew.reading import as_delimiter, delimiter_of
+
+    if data is None or Path(data).suffix.lower() != ".csv":
+        return ","
+    return delimiter_of(data) if delimiter is None else as_delimiter(delimiter)
 
 
-def _write(path: Path, rows: list[dict], found: list[Prediction]) -> None:
+def _write(path: Path, rows: Sequence[Row], found: list[Prediction], delimiter: str) -> None:
     from ia3.files import replacing
 
     with replacing(path) as temporary:
@@ -186,7 +199,7 @@ def _write(path: Path, rows: list[dict], found: list[Prediction]) -> None:
         added = ["prediction", *(f"probability_{label}" for label in labels)]
         # All columns of all rows; those of an earlier prediction are replaced.
         names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in added]
-        writer = csv.DictWriter(text, names + added, lineterminator="\n")
+        writer = csv.DictWriter(text, names + added, delimiter=delimiter, lineterminator="\n")
         writer.writeheader()
         for row, item in zip(rows, found, strict=True):
             probabilities = {f"probability_{label}": f"{value:.6f}" for label, value in item.probabilities.items()}
@@ -200,24 +213,29 @@ def _write(path: Path, rows: list[dict], found: list[Prediction]) -> None:
 
 
 def _print_table(
-    out: Console, tasks: list[Task], rows: list[dict], found: list[Prediction], adapters: list[str] | None
+    out: Console, tasks: list[Task], rows: Sequence[Row], found: list[Prediction], adapters: list[str] | None
 ) -> None:
     from rich.markup import escape
-    from rich.table import Table
 
-    # With many labels, or different ones, the best label's probability says enough.
+    # With many labels, or different ones, or ones that leave no room, the best label's probability says enough.
     labels = list(found[0].probabilities)
-    few = len(labels) <= 6 and all(list(item.probabilities) == labels for item in found)
-    table = Table()
-    if adapters is not None:
-        table.add_column("adapter")
-    table.add_column("text", max_width=60, no_wrap=True, overflow="ellipsis")
-    table.add_column("label", style="bold")
-    for name in labels if few else ("probability",):
-        table.add_column(escape(name), justify="right")
+    width = sum(max(len(name), len("100.0%")) + 3 for name in (*labels, max(labels, key=len)))
+    few = len(labels) <= 6 and width + _TEXT_WIDTH // 2 <= out.width
+    few = few and all(list(item.probabilities) == labels for item in found)
+    names = ([] if adapters is None else ["adapter"]) + ["text", "label"]
+    shown_rows = table(*names, *(labels if few else ["probability"]), left=len(names))
+    shown_rows.columns[len(names) - 1].style = "bold"
     for i, (task, row, item) in enumerate(zip(tasks, rows, found, strict=True)):
         values = item.probabilities.values() if few else [item.probabilities[item.best]]
         text = " ".join(str(row.get((task.columns or list(row))[0], "")).split())
         which = [] if adapters is None else [escape(adapters[i])]
-        table.add_row(*which, escape(text), escape(item.label or "—"), *(f"{value:.1%}" for value in values))
-    out.print(table)
+        shown_rows.add_row(
+            *which, escape(_shortened(text)), escape(item.label or "—"), *(f"{value:.1%}" for value in values)
+        )
+    out.print(shown_rows)
+
+
+def _shortened(text: str) -> str:
+    """A long text without its middle: how it begins and how it ends tells it from others."""
+    beginning = _TEXT_WIDTH * 2 // 3
+    return text if len(text) <= _TEXT_WIDTH else f"{text[:beginning]} … {text[beginning + 3 - _TEXT_WIDTH :]}"

@@ -15,12 +15,14 @@ import typer
 from ia3.cli.common import (
     MAX_SEED,
     BaseOption,
+    DelimiterOption,
     DtypeOption,
     JsonOption,
     console,
     print_json,
     progress,
     quiet,
+    read,
 )
 from ia3.cli.results import write_adapter
 from ia3.cli.resume import begin, checkpoint_of, fingerprint, say_interrupted
@@ -43,6 +45,7 @@ def pretrain(
         show_default=False,
     ),
     output: Path = typer.Option(..., "--output", "-o", help="Folder of the adapter.", show_default=False),
+    delimiter: str | None = DelimiterOption,
     model: str = BaseOption,
     dtype: str = DtypeOption,
     steps: int | None = typer.Option(
@@ -76,7 +79,7 @@ def pretrain(
     out = console(json_output)
     if output.is_file():
         raise InputError(f"Expected a folder for --output, found the file {str(output)!r}.")
-    chosen = _read(tasks)
+    chosen = _read(tasks, delimiter)
     from ia3.tfew.pretrain import CAP, PRETRAINING, MixtureTrainer, likelihood_only
     from ia3.tfew.recipe import Recipe
 
@@ -164,9 +167,9 @@ def pretrain(
     )
 
 
-def _read(names: str) -> list[tuple[Task, list[Row]]]:
+def _read(names: str, delimiter: str | None) -> list[tuple[Task, list[Row]]]:
     """Tasks and their training rows."""
-    from ia3.tfew.reading import read_rows
+    from ia3.tfew.reading import require_delimited
     from ia3.tfew.task import Task
 
     paths = [part.strip() for part in names.split(",") if part.strip()]
@@ -176,11 +179,12 @@ def _read(names: str) -> list[tuple[Task, list[Row]]]:
     twice = [task.name for i, task in enumerate(tasks) if task.name in [other.name for other in tasks[:i]]]
     if twice:
         raise InputError(f"Expected tasks with names that differ, found {shown(twice)} twice; change `name:` in one.")
+    require_delimited(delimiter, *(task.train for task in tasks))
     found: list[tuple[Task, list[Row]]] = []
     for path, task in zip(paths, tasks, strict=True):
         if task.train is None:
             raise InputError(f"Expected training rows, found no `train:` in {path}.")
-        found.append((task, [*read_rows(task.train, task.class_names)]))
+        found.append((task, [*read(task.train, task, delimiter)]))
     return found
 
 

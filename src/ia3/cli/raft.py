@@ -14,6 +14,7 @@ import typer
 from ia3.cli.common import (
     MAX_SEED,
     BaseOption,
+    DelimiterOption,
     DtypeOption,
     InitOption,
     JsonOption,
@@ -23,12 +24,13 @@ from ia3.cli.common import (
     progress,
     quiet,
     recipe_for,
+    table,
 )
 from ia3.cli.results import write, write_json
 from ia3.cli.resume import RUN_NAME, fingerprint, require_same
 from ia3.cli.run import cross_validated, train_alone, with_adapters
 from ia3.errors import InputError, shown
-from ia3.folder import SEEN, AdapterFolder
+from ia3.folder import SEEN, AdapterFolder, is_number
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,6 +55,7 @@ def raft(
         help="Folder with TASK/train.csv and TASK/test_unlabeled.csv. \\[default: ought/raft on the hub]",
         show_default=False,
     ),
+    delimiter: str | None = DelimiterOption,
     model: str = BaseOption,
     dtype: str = DtypeOption,
     recipe: str | None = RecipeOption,
@@ -79,7 +82,7 @@ def raft(
     names = RAFT_TASKS if tasks is None else [part.strip() for part in tasks.split(",") if part.strip()]
     if not names or len(set(names)) < len(names):
         raise InputError(f"Expected different tasks with commas between them for --tasks, found {tasks!r}.")
-    chosen = {name: RaftTask.load(name, data) for name in names}
+    chosen = {name: RaftTask.load(name, data, delimiter) for name in names}
     for name, one in chosen.items():
         try:
             fold_of_each(one.task, one.train, folds, seed)
@@ -97,7 +100,7 @@ def raft(
     finished: dict[str, dict[str, Any]] = {}
     if resume:
         finished = {name: _earlier(output / name, settings[name]) for name in names if _is_finished(output / name)}
-        out.print(f"Finished before: {shown(finished, 11)}", markup=False, style="dim")
+        out.print(f"Finished before: {shown(finished, 11, room=400)}", markup=False, style="dim")
     for name in names:  # those of an earlier run too, whose settings --resume would find in place of this run's
         if name not in finished:
             (output / name / RUN_NAME).unlink(missing_ok=True)
@@ -162,7 +165,7 @@ def _earlier(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     except (InputError, KeyError, TypeError) as cause:
         raise error from cause
     # Another command's adapter in the same folder is measured otherwise, and has labelled no test rows.
-    if found.get("command") != _COMMAND or not all(isinstance(number, (int, float)) for number in numbers):
+    if found.get("command") != _COMMAND or not all(map(is_number, numbers)):
         raise error
     return {key: value for key, value in found.items() if key != SEEN}
 
@@ -251,15 +254,14 @@ class _Bench:
 
 
 def _print_table(out: Console, results: Mapping[str, dict[str, Any]], means: Mapping[str, float], folds: int) -> None:
-    from rich.table import Table
-
-    table = Table(title=f"RAFT: macro-F1 on training rows, {folds}-fold cross-validated")
-    for name in ("task", "macro-F1", "majority class", "test rows", "seconds"):
-        table.add_column(name, justify="left" if name == "task" else "right")
+    title = f"RAFT: macro-F1 on training rows, {folds}-fold cross-validated"
+    shown_results = table("task", "macro-F1", "majority class", "test rows", "seconds", title=title)
     for name, its in results.items():
         scores = (its["cross_validation"]["macro_f1"], its["majority"]["macro_f1"])
-        table.add_row(name, *(f"{score:.1%}" for score in scores), str(its["test_rows"]), f"{its['seconds']:.0f}")
+        shown_results.add_row(
+            name, *(f"{score:.1%}" for score in scores), str(its["test_rows"]), f"{its['seconds']:.0f}"
+        )
     rows, seconds = (sum(its[key] for its in results.values()) for key in ("test_rows", "seconds"))
     shown_means = (f"{means[key]:.1%}" for key in ("macro_f1", "majority_macro_f1"))
-    table.add_row("mean (and sums)", *shown_means, str(rows), f"{seconds:.0f}", style="bold")
-    out.print(table)
+    shown_results.add_row("mean (and sums)", *shown_means, str(rows), f"{seconds:.0f}", style="bold")
+    out.print(shown_results)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ia3.cli.common import table
 from ia3.files import replacing
 from ia3.folder import CALIBRATION_NAME, CARD_MARK, CARD_NAME, METRICS_NAME, RECIPE_NAME, SEEN, TASK_NAME, to_json
 
@@ -81,16 +82,12 @@ def write_json(path: Path, value: Any) -> None:
 
 def print_table(out: Console, results: dict[str, Any]) -> None:
     """One adapter's results."""
-    from rich.table import Table
-
     if "trained" in results:
-        table = Table(title=f"{results['test_rows']} test rows")
-        for name in ("", *_METRICS.values()):
-            table.add_column(name, justify="right" if name else "left")
+        scores = table("", *_METRICS.values(), title=f"{results['test_rows']} test rows")
         for key, name in _METHODS.items():
             style = "bold" if key == "trained" else None
-            table.add_row(name, *(f"{results[key][metric]:.1%}" for metric in _METRICS), style=style)
-        out.print(table)
+            scores.add_row(name, *(f"{results[key][metric]:.1%}" for metric in _METRICS), style=style)
+        out.print(scores)
     if "cross_validation" in results:
         scores, calibration = results["cross_validation"], results["calibration"]
         out.print(
@@ -112,25 +109,21 @@ def print_fleet_table(out: Console, members: Mapping[str, dict[str, Any]], seeds
         seeds: names of members that differ in the seed alone, by what they share.
     """
     from rich.markup import escape
-    from rich.table import Table
 
     measured = {name: results for name, results in members.items() if "trained" in results}
     if measured:
-        table = Table(title="Accuracy (macro-F1) on test rows")
-        table.add_column("", overflow="fold")
-        for name in ("rows", *_METHODS.values()):
-            table.add_column(name, justify="right")
+        scores = table("", "rows", *_METHODS.values(), title="Accuracy (macro-F1) on test rows")
         for name, results in measured.items():
-            table.add_row(escape(name), str(results["test_rows"]), *_cells([results]))
+            scores.add_row(escape(name), str(results["test_rows"]), *_cells([results]))
         for shared, names in seeds.items():
             some = [measured[name] for name in names if name in measured]
             if len(some) > 1:
-                table.add_row(escape(f"{shared} median (IQR)".strip()), "", *_cells(some), style="bold")
+                scores.add_row(escape(f"{shared} median (IQR)".strip()), "", *_cells(some), style="bold")
         groups = [[measured[name] for name in names if name in measured] for names in seeds.values()]
         groups = [some for some in groups if some]
         if len(groups) > 1:
-            table.add_row("mean of all", "", *_means(groups), style="bold")
-        out.print(table)
+            scores.add_row("mean of all", "", *_means(groups), style="bold")
+        out.print(scores)
     first = next(iter(members.values()))
     out.print(
         f"{first['steps']} steps of {len(members)} adapters in {first['train_seconds']:.0f} s; "

@@ -13,6 +13,7 @@ import typer
 
 from ia3.cli.results import write_json
 from ia3.errors import InputError, shown
+from ia3.files import read_json
 
 # Settings that a resumed run must share with the one that was interrupted.
 RUN_NAME = "run.json"
@@ -52,10 +53,8 @@ def checkpoint_of(checkpoints: Path, settings: dict[str, Any], parts: str) -> st
 def require_same(path: Path, settings: dict[str, Any], parts: str = "") -> None:
     """Refuse to go on with a run whose stored settings are others (`InputError`); arguments as of `checkpoint_of`."""
     try:
-        earlier = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(earlier, dict):
-            raise ValueError(f"found a {type(earlier).__name__}")
-    except (OSError, ValueError) as error:
+        earlier = read_json(path)
+    except InputError as error:
         raise InputError(
             f"Expected the interrupted run's settings in {str(path)!r}; start anew without --resume."
         ) from error

@@ -65,7 +65,7 @@ class Run:
         model: the base model's name.
         jobs: the adapters.
         recipe: how all of them are trained.
-        examples_per_label: how many were drawn.
+        examples_per_label: how many were asked for.
         folder: where results go.
         folds: cross-validate on the examples in so many parts, and calibrate by them; 0: do not.
         all_templates: measure with each of a task's templates, not with the first alone.
@@ -75,7 +75,7 @@ class Run:
     model: str
     jobs: Sequence[Job]
     recipe: Recipe
-    examples_per_label: int
+    examples_per_label: int | None
     folder: Path
     folds: int = 0
     all_templates: bool = False

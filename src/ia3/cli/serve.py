@@ -59,6 +59,12 @@ def serve(
     max_text_tokens: int | None = typer.Option(
         None, min=1, help="Tokens of a prompt, at most. \\[default: as many as the model takes]", show_default=False
     ),
+    max_text_characters: int | None = typer.Option(
+        None,
+        min=1,
+        help="Characters of a prompt, at most, before it is tokenized. \\[default: 16 a token that it may have, or 10000]",
+        show_default=False,
+    ),
     max_new_tokens: int = typer.Option(_DEFAULTS.new_tokens, min=1, help="Tokens to generate for a prompt, at most."),
     max_body: int = typer.Option(_DEFAULTS.body_bytes, min=1, help="Bytes of a request, at most."),
     max_upload: int = typer.Option(_DEFAULTS.upload_bytes, min=1, help="Bytes of an uploaded adapter, at most."),
@@ -116,7 +122,16 @@ def serve(
         from ia3.serve.local import LocalEngine
 
         runs = LocalEngine(recorded, store.kinds(recorded), name, store.labels, memory, max_batch, dtype=dtype)
-    limits = Limits(max_body, max_upload, max_texts, max_text_tokens, max_new_tokens, queue, deadline)
+    limits = Limits(
+        body_bytes=max_body,
+        upload_bytes=max_upload,
+        texts=max_texts,
+        text_tokens=max_text_tokens,
+        text_characters=max_text_characters,
+        new_tokens=max_new_tokens,
+        queue=queue,
+        deadline=deadline,
+    )
     run(Server(runs, store, limits, token, {host}, log_texts), host, port)
 
 

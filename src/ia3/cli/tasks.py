@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ia3.cli.common import JsonOption, console, print_json
+from ia3.cli.common import DelimiterOption, JsonOption, console, print_json, read, table
 from ia3.errors import InputError
 
 if TYPE_CHECKING:
@@ -29,16 +29,13 @@ def tasks(context: typer.Context, json_output: bool = JsonOption) -> None:
         print_json(found)
         return
     from rich.markup import escape
-    from rich.table import Table
 
     out = console()
-    table = Table()
-    for name in ("name", "answers", "templates", "training rows"):
-        table.add_column(name, justify="right" if name == "templates" else "left", overflow="fold")
+    listed = table("name", "answers", "training rows", "templates", left=3)
     for item in found:
         answers = item["answers"] if item["labels"] is None else f"{len(item['labels'])}, {item['answers']}"
-        table.add_row(item["name"], answers, str(item["templates"]), escape(item["train"] or "your own copy (--data)"))
-    out.print(table)
+        listed.add_row(item["name"], answers, escape(item["train"] or "your own copy (--data)"), str(item["templates"]))
+    out.print(listed)
     out.print("ia3 tasks show NAME prints one; ia3 train --task NAME trains on it.")
 
 
@@ -52,18 +49,20 @@ def show(
         help="Rows to take an example from: .csv, .jsonl, … \\[default: the task's made-up row]",
         show_default=False,
     ),
+    delimiter: str | None = DelimiterOption,
     row: int = typer.Option(1, min=1, help="Which row of --data, counted from 1."),
     json_output: bool = JsonOption,
 ) -> None:
     """Print a task, and an example row in the words of each of its templates. Nothing is downloaded without --data."""
-    from ia3.tfew.reading import read_rows
+    from ia3.tfew.reading import require_delimited
     from ia3.tfew.task import Task
 
     wanted = Task.load(task)
+    require_delimited(delimiter, data)
     if data is None:
         example = wanted.example
     else:
-        rows = read_rows(data, wanted.class_names)
+        rows = read(data, wanted, delimiter)
         if row > len(rows):
             raise InputError(f"Expected a --row of {data!r}, which has {len(rows)} rows; found {row}.")
         example = rows[row - 1]

@@ -17,6 +17,7 @@ from ia3.cli.common import (
     MAX_SEED,
     BaseOption,
     ChoicesOption,
+    DelimiterOption,
     DtypeOption,
     ExamplesOption,
     InitOption,
@@ -32,11 +33,12 @@ from ia3.cli.common import (
     parse_choices,
     print_json,
     quiet,
+    read,
     recipe_for,
 )
 from ia3.cli.results import print_fleet_table, print_table, summary, write_json
 from ia3.cli.run import Job, Run, run_jobs
-from ia3.errors import InputError, shown
+from ia3.errors import InputError, brief, shown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -71,9 +73,10 @@ def train(
         None, "--tasks", help="Several, an adapter for each: rte,cb,a.yaml. All train at once.", show_default=False
     ),
     test_data: str | None = TestDataOption,
+    delimiter: str | None = DelimiterOption,
     template: str | None = TemplateOption,
     choices: str | None = ChoicesOption,
-    examples_per_label: int = ExamplesOption,
+    examples_per_label: int | None = ExamplesOption,
     test_rows: int = TestRowsOption,
     recipe: str | None = RecipeOption,
     steps: int | None = StepsOption,
@@ -141,9 +144,9 @@ def train(
     all_seeds = [seed or 0] if seeds is None else numbers("--seeds", seeds, int)
     rates = [None] if learning_rates is None else numbers("--learning-rates", learning_rates, float)
     if tasks is None:
-        sources = [source_of(task, data, test_data, label_column, text_column, choices, template)]
+        sources = [source_of(task, data, test_data, label_column, text_column, choices, template, delimiter)]
     else:
-        sources = _sources(tasks)
+        sources = _sources(tasks, delimiter)
     fleet = not (tasks is None and seeds is None and learning_rates is None)
     folder = output or folder_of("adapters", "fleet" if tasks is not None else sources[0].task.name)
 
@@ -214,7 +217,9 @@ def folder_of(root: str, name: str) -> Path:
         InputError: a name that leads elsewhere.
     """
     if not _names_a_folder(name):
-        raise InputError(f"Expected a task's name that can name a folder, found {name!r}; change it, or give --output.")
+        raise InputError(
+            f"Expected a task's name that can name a folder, found {brief(name)}; change it, or give --output."
+        )
     return Path(root, name)
 
 
@@ -251,18 +256,22 @@ class Source:
         return [self.task.fingerprint(row, number) for number, row in enumerate(self.rows, 1)]
 
 
-def _sources(files: str) -> list[Source]:
+def _sources(files: str, delimiter: str | None) -> list[Source]:
     """Several tasks, which name folders and therefore differ in their names."""
     paths = [part.strip() for part in files.split(",") if part.strip()]
     if not paths:
         raise InputError(f"Expected tasks with commas between them for --tasks, found {files!r}.")
-    sources = [source_of(path) for path in paths]
+    sources = [source_of(path, delimiter=delimiter) for path in paths]
     names = [source.task.name for source in sources]
     for path, name in zip(paths, names, strict=True):
         if names.count(name) > 1:
-            raise InputError(f"Expected tasks with names that differ, found {name!r} twice; change `name:` in {path}.")
+            raise InputError(
+                f"Expected tasks with names that differ, found {brief(name)} twice; change `name:` in {path}."
+            )
         if not _names_a_folder(name) or name in _TAKEN:
-            raise InputError(f"Expected a task's name that can name a folder, found {name!r}; change it in {path}.")
+            raise InputError(
+                f"Expected a task's name that can name a folder, found {brief(name)}; change it in {path}."
+            )
     return sources
 
 
@@ -274,16 +283,17 @@ def source_of(
     text_column: str | None = None,
     choices: str | None = None,
     template: str | None = None,
+    delimiter: str | None = None,
 ) -> Source:
     """The task and rows that options of these names describe; the embedded ones without any."""
-    from ia3.tfew.reading import read_rows
+    from ia3.tfew.reading import name_of, require_delimited
     from ia3.tfew.task import Task
 
     given = parse_choices(choices)
     if task is None and data is not None:
-        rows = read_rows(data)
-        name = Path(data).stem.replace("_", "-") or "task"
-        description = Task.infer(rows, label_column, text_column, given, template, name)
+        require_delimited(delimiter, data, test_data)
+        rows = read(data, delimiter=delimiter)
+        description = Task.infer(rows, label_column, text_column, given, template, name_of(data))
     else:
         if task is None:
             description = Task.embedded(EMBEDDED_TASK)
@@ -303,9 +313,10 @@ def source_of(
             raise InputError(
                 f"Expected training rows: neither --data nor a `train:` in {task if isinstance(task, str) else description.name}."
             )
-        rows = read_rows(source, description.class_names)
+        require_delimited(delimiter, source, test_data or (description.test if data is None else None))
+        rows = read(source, description, delimiter)
     source = test_data or (description.test if data is None else None)
-    test = None if source is None else list(read_rows(source, description.class_names))
+    test = None if source is None else list(read(source, description, delimiter))
     return Source(description, list(rows), test)
 
 
@@ -326,12 +337,14 @@ class Draw:
     repeated: int = 0
 
 
-def drawn(source: Source, per_label: int, test_rows: int, seed: int, seen: Callable[[Row], bool] | None = None) -> Draw:
+def drawn(
+    source: Source, per_label: int | None, test_rows: int, seed: int, seen: Callable[[Row], bool] | None = None
+) -> Draw:
     """Training examples and test rows.
 
     Args:
         source: what to draw from.
-        per_label: how many examples of each label; 0: all rows.
+        per_label: how many examples of each label; None: the usual number, as far as there are; 0: all rows.
         test_rows: at most so many; 0: all.
         seed: decides the draw.
         seen: what an adapter that is trained already has learned from: these rows are its examples, each once, where
@@ -345,7 +358,7 @@ def drawn(source: Source, per_label: int, test_rows: int, seed: int, seen: Calla
     if learned:
         examples = list(learned.values())
     else:
-        examples = few_shot(source.rows, source.task, per_label, seed) if per_label else list(source.rows)
+        examples = list(source.rows) if per_label == 0 else few_shot(source.rows, source.task, per_label, seed)
     known = {source.task.fingerprint(row) for row in examples}
 
     def is_known(row: Row, key: str) -> bool:

@@ -50,8 +50,8 @@ class GenerateJob:
         adapter: as of `ScoreJob`.
         prompt: token ids, one at least; with `max_tokens` within the engine's context length.
         max_tokens: how many tokens to generate at most, 1 at least.
-        temperature: of sampling; 0: the most probable token.
-        top_p: sample among the most probable tokens whose probabilities reach this sum; 1: among all.
+        temperature: of sampling; 0: the most probable token; else large enough to divide by.
+        top_p: sample among the most probable tokens whose probabilities reach this sum, above 0; 1: among all.
         stop: texts that end the generation; the text ends before them.
         seed: makes sampling repeatable; None: it is not.
     """
@@ -147,7 +147,7 @@ class Engine(Protocol):
         Args:
             key: letters, digits and `._-/@`.
             folder: with adapter_config.json and adapter_model.safetensors.
-            check: read it now, and raise; False: it may be read when it is first asked for.
+            check: read all of it now; False: what says whether it fits, and its numbers when it is first asked for.
 
         Raises:
             InputError: it is no adapter, or does not fit the model.

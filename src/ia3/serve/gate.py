@@ -7,13 +7,16 @@ import contextlib
 import hmac
 import json
 import logging
+import sys
 import time
 import traceback
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ia3.serve.limits import Limits, Problem, left
@@ -24,6 +27,15 @@ logger = logging.getLogger(__name__)
 # Without a token: nothing about adapters, nothing that takes work.
 _OPEN = {"/", "/health", "/ready", "/docs", "/openapi.json"}
 _OPEN_BELOW = "/static-offline-docs/"
+
+# The path of uploads, which may be longer than other bodies.
+UPLOADS = "/v1/adapters"
+
+# Headers that decide something, and so stand once.
+_SINGLE = {
+    b"authorization", b"content-encoding", b"content-length", b"content-type", b"expect", b"host", b"origin",
+    b"transfer-encoding",
+}  # fmt: skip
 
 # Others than these are one in `/metrics`: anybody can make up more.
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
@@ -119,6 +131,12 @@ class Gate:
             )
 
     def _check(self, scope: Any) -> None:
+        counts = Counter(name for name, _ in scope["headers"])
+        twice = sorted(name.decode("latin-1") for name in _SINGLE if counts[name] > 1)
+        if twice:  # whoever reads them later may take another one than is checked here
+            raise Problem(
+                400, f"Expected one header {twice[0]!r}, found {counts[twice[0].encode()]}.", "duplicate_header"
+            )
         headers = dict(scope["headers"])
         path = scope["path"]
         if self._token is None:
@@ -144,7 +162,7 @@ class Gate:
     def _reading(self, scope: Any, receive: Callable) -> Callable:
         """`receive`, until the body is too large or too late."""
         headers = dict(scope["headers"])
-        upload = headers.get(b"content-type", b"").lower().startswith(b"multipart/")
+        upload = scope["path"] == UPLOADS and headers.get(b"content-type", b"").lower().startswith(b"multipart/")
         most = self._limits.upload_bytes + (1 << 16) if upload else self._limits.body_bytes
         declared = headers.get(b"content-length", b"0")
         read, ended = 0, False
@@ -238,6 +256,16 @@ def impatient(seconds: float) -> type[H11Protocol]:
                 self.transport.close()
             else:
                 self._timer = self.loop.call_later(seconds, self._look, self.cycle if waiting else self)
+
+        def send_400_response(self, msg: str) -> None:
+            """What is no HTTP, or has a header twice that says how long the body is."""
+            error = sys.exc_info()[1]
+            problem = Problem(400, f"Expected a request as HTTP has it: {error or msg}"[:200], "invalid")
+            body = json.dumps(problem.body()).encode()
+            head = [(b"content-type", b"application/json"), (b"connection", b"close")]
+            for event in (h11.Response(status_code=400, headers=head), h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+            self.transport.close()
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._timer.cancel()

@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicLayer
 from ia3.errors import InputError, reason
 from ia3.rows import BASE
 from ia3.serve.engine import AdapterFailed, GenerateJob, Piece
+from ia3.serve.limits import turn_of
 from ia3.tfew.questions import padding_id
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class Text:
         tell: takes its pieces, or why there are no more; called on the thread that decodes.
         cancelled: nobody waits for it any more; set on any thread.
         sizes: of the prompt, and of what is read with it, see `batches_of_sizes`.
+        turn: when it begins, see `turn_of`.
         tokens: how many it comes to at most, with its prompt.
     """
 
@@ -58,6 +60,7 @@ class Text:
         self.tell = tell
         self.cancelled = False
         self.sizes = len(job.prompt), 0
+        self.turn = turn_of(tokens=len(job.prompt))
         self.tokens = len(job.prompt) + job.max_tokens
         self._count = 0
         self._stream: DecodeStream | None = None
@@ -112,7 +115,7 @@ class Text:
         if self.job.top_p < 1:
             ordered, index = probabilities.sort(descending=True)
             # A token counts while those before it have not reached the sum: the first always does.
-            ordered[ordered.cumsum(0) - ordered >= max(self.job.top_p, 1e-9)] = 0
+            ordered[ordered.cumsum(0) - ordered >= self.job.top_p] = 0
             return int(index[torch.multinomial(ordered, 1, generator=self._chance)])
         return int(torch.multinomial(probabilities, 1, generator=self._chance))
 
@@ -320,7 +323,7 @@ class Decoder:
 
     def _usable(self, texts: Iterable[Text]) -> list[Text]:
         """Those whose adapter can be used; the others are told that it cannot."""
-        bank = self._model.routing.bank
+        bank = self._model.ia3_routing.bank
         assert bank is not None  # the engine has made one
         failures = {adapter: adapter_failure(bank, adapter) for adapter in {text.job.adapter for text in texts}}
         usable = []

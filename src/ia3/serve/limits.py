@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 # The client has left: nobody reads this status, but logs and metrics (nginx' number for it).
 CLIENT_GONE = 499
 
+# About as long as a small model takes to read them on a processor; and a turn's longest wait.
+_SECONDS_A_CHARACTER, _SECONDS_A_TOKEN, _LONGEST_WAIT = 0.00025, 0.001, 10.0
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -20,6 +23,8 @@ class Limits:
         upload_bytes: of an uploaded adapter, all files together.
         texts: texts, rows or prompts of a request.
         text_tokens: tokens of a prompt; None: as many as the model takes.
+        text_characters: characters of a prompt, before it is tokenized; None: as many as `text_tokens` or the model's
+            context can be (`most_characters`).
         new_tokens: tokens that a request may generate, a prompt.
         queue: texts accepted and not yet answered; further requests get 429.
         deadline: seconds from a request's head to its answer; then 504.
@@ -34,6 +39,7 @@ class Limits:
     queue: int = 1024
     deadline: float = 60.0
     uploads: int = 4
+    text_characters: int | None = None
 
 
 class Problem(Exception):
@@ -89,6 +95,14 @@ class Queue:
             yield
         finally:
             self.length -= more
+
+
+def turn_of(characters: int = 0, tokens: int = 0) -> float:
+    """When the turn of work that is asked for now comes (a time of `time.monotonic`).
+
+    Work for shorter texts that comes within this time goes first; however long a text is, its turn comes.
+    """
+    return time.monotonic() + min(characters * _SECONDS_A_CHARACTER + tokens * _SECONDS_A_TOKEN, _LONGEST_WAIT)
 
 
 def left(deadline: float) -> float:

@@ -7,11 +7,12 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from heapq import nsmallest
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ia3.errors import InputError, reason
 from ia3.serve.engine import GenerateJob, Piece, ScoreJob, normalized
+from ia3.serve.limits import turn_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,6 +63,7 @@ class _Asked:
 
         self.call, self.index, self.job = call, index, job
         self.sizes = sizes_of(job.question)
+        self.turn = turn_of(tokens=sum(self.sizes))
 
     @property
     def cancelled(self) -> bool:
@@ -183,13 +185,14 @@ class LocalEngine:
     async def add(self, key: str, folder: str, check: bool) -> None:
         def read() -> None:
             try:
-                self._bank_of().load(folder, key)
+                bank = self._bank_of()
+                bank.load(folder, key) if check else bank.link(folder, key)
             except InputError:
                 raise
             except Exception as error:  # a file that may not be read, JSON that is too deep
                 raise InputError(f"This adapter cannot be read: {reason(error)}.") from error
 
-        await self._order(read if check else lambda: self._bank_of().link(folder, key))
+        await self._order(read)
 
     async def keep(self, keys: Sequence[str], change: Callable[[], None]) -> None:
         def changed() -> None:
@@ -321,11 +324,12 @@ class LocalEngine:
         return self._out_of(self._texts, texts)
 
     def _first(self, queue: deque[_Waiting], most: int) -> list[_Waiting]:
-        """What has waited longest, and others of similar length, in their order."""
+        """What comes next (see `turn_of`), and others of similar length, in their order."""
         from ia3.tfew.choices import batches_of_sizes
 
         with self._changed:
-            waiting = list(islice((one for one in queue if not one.cancelled), _LOOK_AHEAD * self._batch))
+            left = (one for one in queue if not one.cancelled)
+            waiting = nsmallest(_LOOK_AHEAD * self._batch, left, key=lambda one: one.turn)
         if not waiting or most < 1:
             return []
         groups = batches_of_sizes([one.sizes for one in waiting], self._batch_tokens)

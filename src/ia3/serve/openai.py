@@ -7,7 +7,7 @@ import contextlib
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 from fastapi import Request, Response
@@ -81,7 +81,7 @@ async def _generated(
     request: Request,
     server: Server,
     body: CompletionBody | ChatBody,
-    prompts_of: Callable[[], list[list[int]]],
+    prompts_of: Callable[[], Coroutine[Any, Any, list[list[int]]]],
     wanted: int | None,
     form: _Completions,
 ) -> Response:
@@ -96,7 +96,7 @@ async def _generated(
     with contextlib.ExitStack() as entered:
         entered.enter_context(server.queue.room(len(body.prompts) if isinstance(body, CompletionBody) else 1))
         entered.enter_context(server.store.using(adapter))
-        prompts = await server.settle(request, server.blocking(prompts_of))
+        prompts = await server.settle(request, prompts_of())
         jobs = server.jobs(body, adapter, prompts, wanted)
         pieces = server.generate(jobs)
         # What is wrong is found out before the first piece, when a status can still be given.

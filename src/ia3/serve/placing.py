@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ia3.checkpoint import PREFIX, check_tensors
 from ia3.errors import InputError, shown
-from ia3.folder import AdapterFolder, Tensors
+from ia3.folder import AdapterFolder
+from ia3.tensors import PREFIX, Tensors, check_tensors
 
 _SUFFIX = ".ia3_l"
 
@@ -49,7 +49,7 @@ class Scales:
 
 
 def read_vectors(folder: str | os.PathLike, name: str) -> Tensors:
-    """The vectors of an adapter's folder by the path of the module in the base model, in float32.
+    """The vectors of an adapter's folder by the path of the module in the base model, as the file has them.
 
     Args:
         folder: in PEFT's format or ours, with safetensors.
@@ -68,7 +68,7 @@ def read_vectors(folder: str | os.PathLike, name: str) -> Tensors:
         )
     if not tensors:
         raise InputError(f"Adapter {name!r} holds no vectors, expected at least one; save it again.")
-    return {key.removeprefix(PREFIX).removesuffix(_SUFFIX): value.float() for key, value in tensors.items()}
+    return {key.removeprefix(PREFIX).removesuffix(_SUFFIX): value for key, value in tensors.items()}
 
 
 def place(
@@ -77,7 +77,7 @@ def place(
     name: str,
     elsewhere: Callable[[str], bool] = lambda path: False,
 ) -> dict[str, Scales]:
-    """Each layer's share of an adapter.
+    """Each layer's share of an adapter, in float32.
 
     Args:
         vectors: (1, in) for an input, (out, 1) for an output, by the module's path as the engine names it.
@@ -86,7 +86,7 @@ def place(
         elsewhere: whether a path that is no layer here is another worker's.
 
     Raises:
-        InputError: a vector is for no layer, of the wrong shape or not finite; it rescales the input of a part of a
+        InputError: a vector is for no layer, of the wrong shape or type, or not finite in float32; it rescales the input of a part of a
             fused layer, or an output whose bias is added elsewhere, or whose features are in another order.
     """
     sites = {part: (path, number) for path, layer in layers.items() for number, part in enumerate(layer.parts)}
@@ -98,11 +98,13 @@ def place(
             f"of lora_target_modules, where that is set). Is it for another base model?"
         )
     here = {path: vector for path, vector in vectors.items() if path in sites}
-    shapes = {}
+    expected = {}
     for path, vector in here.items():
         layer, number = layers[sites[path][0]], sites[path][1]
-        shapes[path] = (1, layer.inputs) if _on_input(vector) else (layer.widths[number], 1)
-    check_tensors(shapes, here, name)
+        shape = (1, layer.inputs) if _on_input(vector) else (layer.widths[number], 1)
+        expected[path] = torch.empty(shape, dtype=torch.float32, device="meta")
+    check_tensors(expected, here, name)
+    here = {path: vector.float() for path, vector in here.items()}
     placed: dict[str, Scales] = {}
     for path, vector in here.items():
         owner, number = sites[path]

@@ -77,11 +77,15 @@ class StreamOptions(Body):
     include_obfuscation: bool = False
 
 
+# Each is looked for at every token.
+_Stop = Annotated[str, Field(max_length=1000)]
+
+
 class _Generation(Body):
     model: str = Field(description="An adapter's name, or the base model's.")
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, ge=0, le=1)
-    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=4)] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stream: bool = False
     stream_options: StreamOptions | None = None

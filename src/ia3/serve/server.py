@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import Request
@@ -18,15 +17,29 @@ from ia3.serve.gate import described, unexpected
 from ia3.serve.limits import CLIENT_GONE, Limits, Problem, Queue, left
 from ia3.serve.metrics import Metrics
 from ia3.serve.schemas import ChatBody, ClassifyBody, CompletionBody
-from ia3.serve.store import Adapter, Conflict, NotStored, Store, UnknownAdapter
+from ia3.serve.store import Adapter, Conflict, NotStored, Settings, Store, UnknownAdapter, UnusableAdapter
+from ia3.serve.worker import Worker
+from ia3.tfew.fitting import most_characters
+from ia3.tfew.rows import as_rows
+from ia3.tfew.sandbox import MOST_CHARACTERS, TooLong, bounded
 
 if TYPE_CHECKING:
     from ia3.tfew.prediction import Prediction
     from ia3.tfew.questions import Question
+    from ia3.tfew.task import Row, Task
 
 logger = logging.getLogger(__name__)
 
 OPENAI = ("/v1/completions", "/v1/chat/completions")
+
+# Less is the most probable token, as in other servers.
+_LEAST_TEMPERATURE, _LEAST_TOP_P = 1e-5, 1e-9
+
+# Characters of what a client is told is wrong, which may repeat what it said.
+_MOST_SAID = 1000
+
+# Rows of a request whose texts have so many characters are rendered and tokenized in one turn.
+_TOGETHER = 20_000
 
 _Result = TypeVar("_Result")
 
@@ -70,7 +83,7 @@ class Server:
         engine.observe, engine.on_end = self.metrics.batch, self.fail
         self.on_failure: Callable[[BaseException], None] = lambda error: None
         self.started = self.closing = self.failed = False
-        self._encoder = ThreadPoolExecutor(1, "ia3-tokens")  # tokenizers are not for several threads at once
+        self._worker = Worker(lambda check: bounded(self._most_characters(), check))
 
     @property
     def ready(self) -> bool:
@@ -91,7 +104,7 @@ class Server:
 
     async def stop(self) -> None:
         """When no request is left."""
-        self._encoder.shutdown(wait=False, cancel_futures=True)
+        self._worker.stop()
         await self.engine.stop()
 
     def require_started(self) -> None:
@@ -99,9 +112,16 @@ class Server:
         if not self.started:
             raise Problem(503, "The model is still being loaded; try again soon.", "not_ready", {"Retry-After": "2"})
 
-    async def blocking(self, function: Callable[..., _Result], *args: Any) -> _Result:
-        """Call what reads files or tokenizes on a thread of its own."""
-        return await asyncio.get_running_loop().run_in_executor(self._encoder, function, *args)
+    async def blocking(self, function: Callable[..., _Result], *args: Any, characters: int = 0) -> _Result:
+        """Call what reads files, or renders or tokenizes so many characters, on a thread of its own."""
+        return await self._worker.call(characters, function, *args)
+
+    def _most_characters(self) -> int | None:
+        """Of a prompt, where that is the server's to say: longer ones are refused. None: the task's recipe says what is
+        done about prompts that are longer than the context."""
+        if self.limits.text_characters is not None:
+            return self.limits.text_characters
+        return None if self.limits.text_tokens is None else most_characters(self.limits.text_tokens)
 
     async def settle(self, request: Request, work: Coroutine[Any, Any, _Result]) -> _Result:
         """The result of a coroutine, which is cancelled at the request's deadline or when its client leaves."""
@@ -148,29 +168,35 @@ class Server:
 
     async def classify(self, body: ClassifyBody, adapter: Adapter) -> dict[str, Any]:
         """The response to `/v1/classify`."""
-        jobs, labels, temperature = await self.blocking(self._questions, body, adapter)
+        settings = await self.blocking(adapter.settings)
+        rows = _rows(body, settings.task, adapter.name)
+        jobs: list[ScoreJob] = []
+        labels: list[list[str]] = []
+        key = None if body.without_adapter else adapter.key
+        # Others' texts have their turns in between.
+        for indices, characters in _groups(rows):
+            found = await self.blocking(self._questions, settings, rows, indices, key, characters=characters)
+            jobs += found[0]
+            labels += found[1]
         scores = await self.engine.score(jobs)
+        temperature = 1.0 if body.without_adapter else settings.temperature
         return await self.blocking(self._predictions, body, adapter, jobs, labels, temperature, scores)
 
-    def _questions(self, body: ClassifyBody, adapter: Adapter) -> tuple[list[ScoreJob], list[list[str]], float]:
-        settings = adapter.settings()
+    def _questions(
+        self, settings: Settings, rows: Sequence[Row], indices: Sequence[int], key: str | None
+    ) -> tuple[list[ScoreJob], list[list[str]]]:
+        """Jobs and labels of some rows."""
+        from ia3.tfew.prediction import numbered
+
         task, recipe = settings.task, settings.recipe
-        if task is None:
-            raise InputError(f"Adapter {adapter.name!r} has no task.yaml, so that it has no labels; use completions.")
-        rows: list[dict[str, Any]] = list(body.rows or [])
-        if body.texts is not None:
-            if len(task.columns) != 1:
-                raise InputError(
-                    f"Expected rows with {task.columns} for adapter {adapter.name!r}, found texts: its task has not one column."
-                )
-            rows = [{task.columns[0]: text} for text in body.texts]
-        questions: list[Question] = self.engine.questions(task, rows, recipe)
-        for number, question in enumerate(questions, 1):
-            self.check_tokens(len(question.prompt), f"prompts (row {number})")
-        key = None if body.without_adapter else adapter.key
-        temperature = 1.0 if body.without_adapter else settings.temperature
-        labels = [list(task.answers(row, number)) for number, row in enumerate(rows, 1)]
-        return [ScoreJob(key, question, recipe.length_normalization) for question in questions], labels, temperature
+        assert task is not None  # or there are no rows
+        some = [rows[index] for index in indices]
+        with numbered(indices):
+            questions: list[Question] = self.engine.questions(task, some, recipe)
+            labels = [list(task.answers(row, number)) for number, row in enumerate(some, 1)]
+        for index, question in zip(indices, questions, strict=True):
+            self.check_tokens(len(question.prompt), f"prompts (row {index + 1})")
+        return [ScoreJob(key, question, recipe.length_normalization) for question in questions], labels
 
     def _predictions(
         self,
@@ -197,25 +223,32 @@ class Server:
 
     # Generation.
 
-    def completion_prompts(self, body: CompletionBody) -> list[list[int]]:
-        """Token ids of each prompt. Blocks."""
+    async def completion_prompts(self, body: CompletionBody) -> list[list[int]]:
+        """Token ids of each prompt."""
+        return [await self.blocking(self._tokens, prompt, characters=len(prompt)) for prompt in body.prompts]
+
+    def _tokens(self, prompt: str | list[int]) -> list[int]:
         from ia3.tfew.questions import unclosed
 
-        tokenizer, found = self.engine.tokenizer, []
-        for prompt in body.prompts:
-            if isinstance(prompt, str):
-                ids = unclosed(tokenizer, list(tokenizer(prompt)["input_ids"]), prompt)  # type: ignore[arg-type]
-            else:
-                ids = prompt
-                if max(ids) >= len(tokenizer):
-                    raise InputError(f"Expected token ids below {len(tokenizer)}, found {max(ids)}.")
-            if not ids:
-                raise InputError("Expected a prompt with at least one token, found an empty one.")
-            found.append(ids)
-        return found
+        tokenizer = self.engine.tokenizer
+        if isinstance(prompt, str):
+            self._check_characters(len(prompt))
+            ids = unclosed(tokenizer, list(tokenizer(prompt)["input_ids"]), prompt)  # type: ignore[arg-type]
+        else:
+            ids = prompt
+            if max(ids) >= len(tokenizer):
+                raise InputError(f"Expected token ids below {len(tokenizer)}, found {max(ids)}.")
+        if not ids:
+            raise InputError("Expected a prompt with at least one token, found an empty one.")
+        return ids
 
-    def chat_prompt(self, body: ChatBody) -> list[list[int]]:
-        """Token ids of a conversation, by the model's chat template. Blocks."""
+    async def chat_prompt(self, body: ChatBody) -> list[list[int]]:
+        """Token ids of a conversation, by the model's chat template."""
+        characters = sum(len(message.text) for message in body.messages)
+        self._check_characters(characters)
+        return [await self.blocking(self._chat_tokens, body, characters=characters)]
+
+    def _chat_tokens(self, body: ChatBody) -> list[int]:
         import jinja2
 
         tokenizer = self.engine.tokenizer
@@ -229,7 +262,16 @@ class Server:
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except jinja2.TemplateError as error:
             raise InputError(f"The model's chat template takes no such conversation: {error}") from error
-        return [list(tokenizer(text, add_special_tokens=False)["input_ids"])]  # type: ignore[arg-type]
+        self._check_characters(len(text))
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+
+    def _check_characters(self, characters: int) -> None:
+        """Raises `Problem` (422) for a prompt that is too long to be tokenized."""
+        most, context = self._most_characters(), self.engine.context_length
+        if most is None:
+            most = MOST_CHARACTERS if context is None else most_characters(context)
+        if characters > most:
+            raise Problem(422, f"Expected prompts of at most {most} characters, found {characters}.", "too_long")
 
     def jobs(
         self, body: CompletionBody | ChatBody, adapter: Adapter | None, prompts: list[list[int]], wanted: int | None
@@ -254,8 +296,9 @@ class Server:
                     adapter=None if adapter is None else adapter.key,
                     prompt=prompt,
                     max_tokens=wanted or min(most, room),
-                    temperature=body.temperature,
-                    top_p=body.top_p,
+                    # Below these there is one token left, and numbers that are none.
+                    temperature=body.temperature if body.temperature >= _LEAST_TEMPERATURE else 0.0,
+                    top_p=max(body.top_p, _LEAST_TOP_P),
                     stop=body.stops,
                     seed=body.seed,
                 )
@@ -292,6 +335,28 @@ class Server:
             await asyncio.gather(*tasks, return_exceptions=True)
 
 
+def _rows(body: ClassifyBody, task: Task | None, name: str) -> list[Row]:
+    """The rows that a task is asked about. Raises `InputError`."""
+    if task is None:
+        raise InputError(f"Adapter {name!r} has no task.yaml, so that it has no labels; use completions.")
+    return as_rows(body.rows if body.texts is None else body.texts, task)
+
+
+def _groups(rows: Sequence[Row]) -> Iterator[tuple[list[int], int]]:
+    """Indices of rows for one turn each, and the characters of their texts."""
+    group: list[int] = []
+    characters = 0
+    for index, row in enumerate(rows):
+        its = sum(len(value) for value in row.values() if isinstance(value, str))
+        if group and characters + its > _TOGETHER:
+            yield group, characters
+            group, characters = [], 0
+        group.append(index)
+        characters += its
+    if group:
+        yield group, characters
+
+
 def problem_of(error: Exception, path: str) -> Problem | None:
     """What a client is told about an error; None: it is not the client's."""
     openai = path in OPENAI
@@ -307,8 +372,10 @@ def problem_of(error: Exception, path: str) -> Problem | None:
         return Problem(500, "This adapter cannot be used; see the server's log.", "adapter_failed")
     if isinstance(error, NotStored):
         return Problem(507, str(error), "not_stored")
+    if isinstance(error, UnusableAdapter):
+        return Problem(400 if openai else 422, str(error), "adapter_unusable")
     if isinstance(error, InputError):
-        return Problem(400 if openai else 422, str(error), "invalid")
+        return Problem(400 if openai else 422, str(error), "too_long" if isinstance(error, TooLong) else "invalid")
     if isinstance(error, HTTPException):
         return Problem(error.status_code, str(error.detail), None, dict(error.headers or {}))
     return None
@@ -322,5 +389,5 @@ def told(server: Server, scope: Any, error: Exception) -> Problem:
     if problem is None:
         scope["note"] |= described(error)
         problem = unexpected(scope["identity"])
-    problem.message = server.store.public(problem.message)
+    problem.message = server.store.public(problem.message)[:_MOST_SAID]
     return problem

@@ -35,6 +35,15 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}(/[A-Za-z0-9][A-Za-z0-9._-]{0
 # Finding close names takes too long among thousands.
 _NEAR = 100
 
+# Names of an adapter's files. What has one of them in its own name is not found again, or hides another adapter's file.
+_FILES = {CONFIG_NAME, WEIGHTS_NAME, TASK_NAME, RECIPE_NAME, CALIBRATION_NAME}
+
+# So many adapters that cannot be served are named in the log, a line each.
+_MOST_LOGGED = 50
+
+# Characters of a reason.
+_MOST_REASON = 400
+
 # In a folder that came over HTTP, and may be replaced and deleted over HTTP.
 _UPLOADED = ".uploaded"
 
@@ -44,6 +53,10 @@ _COMING, _GOING = ".upload-", ".deleted-"
 
 class UnknownAdapter(InputError):
     """No adapter of that name is served."""
+
+
+class UnusableAdapter(InputError):
+    """An adapter of that name is there, and cannot be served with this base model."""
 
 
 class Conflict(InputError):
@@ -157,6 +170,7 @@ class Store:
         self._engine: Engine | None = None
         self._adapters: dict[str, Adapter] = {}
         self._names: list[str] = []  # sorted, made anew when adapters have come or gone
+        self._unusable: dict[str, str] = {}  # name → why, in words for clients
         self._removed: set[str] = set()  # whose folders are there, and not to be served
         self._changing = asyncio.Lock()
         self._version = 0
@@ -184,11 +198,15 @@ class Store:
         return None
 
     async def open(self, engine: Engine) -> None:
-        """Give the engine, which has started, what was found."""
+        """Give the engine, which has started, what was found. The log names what cannot be served."""
         async with self._changing:
             self._engine = engine
             for name, (folder, stamp) in self._found.items():
-                await self._serve(name, folder, stamp, check=False)
+                try:
+                    await self._serve(name, folder, stamp, check=False)
+                except InputError as error:
+                    self._refuse(name, error)
+            self._log_unusable()
 
     @property
     def names(self) -> list[str]:
@@ -209,7 +227,9 @@ class Store:
         return len(self._adapters)
 
     def get(self, name: str) -> Adapter:
-        """Raises `UnknownAdapter`, with names that come close."""
+        """Raises `UnknownAdapter`, with names that come close, or `UnusableAdapter`, with the reason."""
+        if name in self._unusable:
+            raise UnusableAdapter(self._unusable[name])
         if name not in self._adapters:
             raise UnknownAdapter(f"There is no adapter {name[:100]!r}; {self.close_to(name)}.")
         return self._adapters[name]
@@ -245,6 +265,7 @@ class Store:
             found = await asyncio.to_thread(self._scan)
             done: dict[str, list[str]] = {"added": [], "changed": [], "removed": [], "failed": []}
             self._removed &= found.keys()
+            self._unusable = {}
             wanted = {name: place for name, place in found.items() if name not in self._removed}
             stamps = dict(found.values())
             for name, adapter in self._adapters.items():
@@ -262,9 +283,13 @@ class Store:
                 try:
                     await self._serve(name, folder, stamp, check=name in before)
                     done["changed" if name in before else "added"].append(name)
-                except InputError as error:  # what was served of that name goes on
-                    logger.warning("Adapter %r is not reloaded: %s", name, error)
+                except InputError as error:
+                    if name in before:  # it goes on as it was
+                        logger.warning("Adapter %r is not reloaded: %s", name, error)
+                    else:
+                        self._refuse(name, error)
                     done["failed"].append(name)
+            self._log_unusable()
             for name in before.keys() - wanted.keys():
                 self._retire(self._adapters.pop(name))
                 self._names = []
@@ -358,20 +383,41 @@ class Store:
             NotStored: its files cannot be deleted.
         """
         async with self._changing:
-            adapter = self.get(name)
-            is_last = len(self._in(adapter.folder)) == 1
-            if is_last and os.path.isfile(os.path.join(adapter.folder, _UPLOADED)):
+            adapter = None if name in self._unusable else self.get(name)
+            folder = self._folder(name) if adapter is None else adapter.folder
+            has_others = any(each is not adapter for each in self._in(folder))
+            if not has_others and os.path.isfile(os.path.join(folder, _UPLOADED)):
                 with _storing():
                     going = tempfile.mkdtemp(prefix=_GOING, dir=self.root)
-                    await self._take_away(adapter.folder, lambda: os.rename(adapter.folder, going))
+                    await self._take_away(folder, lambda: os.rename(folder, going))
                 await asyncio.to_thread(shutil.rmtree, going, True)
-            elif adapter.folder == self._folder(name):
+            elif folder == self._folder(name):
                 self._removed.add(name)
-            del self._adapters[name]
-            self._names = []
-            self._retire(adapter)
+            self._unusable.pop(name, None)
+            if adapter is not None:
+                del self._adapters[name]
+                self._names = []
+                self._retire(adapter)
 
     # Under the lock.
+
+    def _refuse(self, name: str, error: InputError) -> None:
+        """Note why an adapter is not served, in words for clients: without folders, keys and banks."""
+        why = re.sub(rf"Adapter '{re.escape(name)}@\d+' (cannot be loaded: )?", "", str(error))
+        why = why.replace(" than the bank at ", " than this server's adapters at ").removesuffix(" Use another bank.")
+        base = self._engine_of().name
+        with contextlib.suppress(InputError, RecursionError, OSError):
+            own = Path(IA3Config.from_pretrained(self._folder(name)).base_model_name_or_path or base).name
+            if own != Path(base).name:
+                why = f"it was made for {own!r}; {why}"
+        why = self.public(why.replace(self._folder(name) + os.sep, ""))
+        self._unusable[name] = f"Adapter {name!r} cannot be served with {base!r}: {why}"[:_MOST_REASON]
+
+    def _log_unusable(self) -> None:
+        for name, why in list(self._unusable.items())[:_MOST_LOGGED]:
+            logger.warning("not served", extra={"fields": {"adapter": name, "reason": why}})
+        if len(self._unusable) > _MOST_LOGGED:
+            logger.warning("not served", extra={"fields": {"more": len(self._unusable) - _MOST_LOGGED}})
 
     def _require_free(self, name: str, folder: str) -> None:
         """Raise `Conflict` unless nothing, or what is in that folder, goes by a name."""
@@ -407,6 +453,7 @@ class Store:
         return adapter
 
     def _replace(self, adapter: Adapter) -> None:
+        self._unusable.pop(adapter.name, None)
         former = self._adapters.get(adapter.name)
         self._adapters[adapter.name] = adapter
         self._names = []
@@ -432,6 +479,8 @@ class Store:
         return os.path.join(self.root, *name.split("/"))
 
     def _checked(self, name: str) -> str:
+        if _FILES & set(str(name).split("/")):
+            raise InputError(f"Expected an adapter's name that is none of its files', found {name[:200]!r}.")
         if not isinstance(name, str) or not NAME.fullmatch(name) or len(name) > 200:
             raise InputError(
                 f"Expected an adapter's name of letters, digits, '.', '_' and '-' that begins with a letter or digit, found "
@@ -447,7 +496,9 @@ class Store:
             return {}
         found, skipped = {}, []
         for name, folder in adapter_folders(self.root).items():
-            usable = NAME.fullmatch(name) and len(name) <= 200 and name != self._base
+            usable = (
+                NAME.fullmatch(name) and len(name) <= 200 and name != self._base and not _FILES & set(name.split("/"))
+            )
             stamp = _stamp(folder) if usable else None  # no links, and no pickles
             if stamp is not None:
                 found[name] = (folder, stamp)

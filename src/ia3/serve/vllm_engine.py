@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, 
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ia3.errors import InputError, reason
+from ia3.files import reading
 from ia3.serve.engine import AdapterFailed, GenerateJob, Piece, ScoreJob, normalized
 
 if TYPE_CHECKING:
@@ -106,8 +107,9 @@ class VllmEngine:
         path = find_base(self._source)[1]
         fixed = {"enable_lora": True, "max_lora_rank": 1, "additional_config": {ONLY: True}}
         try:
-            config = AutoConfig.from_pretrained(path)
-            self.tokenizer = AutoTokenizer.from_pretrained(path)
+            with reading(path, "a model and its tokenizer"):
+                config = AutoConfig.from_pretrained(path)
+                self.tokenizer = AutoTokenizer.from_pretrained(path)
             with torch.device("meta"):  # its shape says how questions are to be asked
                 self._shape = AutoModelForCausalLM.from_config(config)
             dtype = str(config.dtype or "auto").removeprefix("torch.")  # vLLM's "auto" rounds float32 down

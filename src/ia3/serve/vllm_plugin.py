@@ -11,7 +11,6 @@ Nothing is imported from vLLM before vLLM asks for the plugin (`register`, entry
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ import torch
 
 from ia3.config import CONFIG_NAME, PeftType
 from ia3.errors import InputError, reason, shown
-from ia3.files import current
+from ia3.files import current, parse_json
 from ia3.serve.placing import Layer, Scales, place, read_vectors
 
 if TYPE_CHECKING:
@@ -104,15 +103,12 @@ def is_ia3(folder: str | os.PathLike) -> bool:
     Raises:
         InputError: its config is no JSON.
     """
+    path = os.path.join(folder, CONFIG_NAME)
     try:
-        with open(current(folder) / CONFIG_NAME, encoding="utf-8") as file:
-            config = json.load(file)
+        data = (current(folder) / CONFIG_NAME).read_bytes()
     except OSError:
         return False
-    except ValueError as error:
-        raise InputError(
-            f"Expected JSON in {os.path.join(folder, CONFIG_NAME)}, found something else: {error}"
-        ) from error
+    config = parse_json(data, path)
     return isinstance(config, dict) and config.get("peft_type") == PeftType.IA3
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ia3.tfew.prompts import read_prompts
     from ia3.tfew.reading import read_rows
     from ia3.tfew.recipe import EarlyStopping, Recipe
+    from ia3.tfew.rows import as_rows
     from ia3.tfew.task import Task, few_shot
     from ia3.tfew.trainer import TFewTrainer
 
@@ -29,6 +30,7 @@ _HOMES = {
     "Recipe": "recipe",
     "TFewTrainer": "trainer",
     "Task": "task",
+    "as_rows": "rows",
     "cross_validate": "calibration",
     "draw_shots": "icl",
     "few_shot": "task",
@@ -51,6 +53,7 @@ __all__ = [
     "Recipe",
     "TFewTrainer",
     "Task",
+    "as_rows",
     "cross_validate",
     "draw_shots",
     "few_shot",

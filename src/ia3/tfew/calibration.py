@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ia3.errors import InputError, problems, shown
+from ia3.errors import InputError, excerpt, problems, shown
+from ia3.files import parse_json, reading
+from ia3.tfew.rows import as_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from ia3.model import IA3Model
     from ia3.tfew.prediction import Prediction
     from ia3.tfew.recipe import Recipe
-    from ia3.tfew.task import Row, Task
+    from ia3.tfew.task import Task
 
 # Where the best temperature is looked for: an adapter that knows its examples by heart is sure of everything.
 _LOWEST, _HIGHEST = 0.05, 20.0
@@ -92,12 +94,13 @@ class Calibration(BaseModel):
     @classmethod
     def from_json(cls, data: bytes, path: str | os.PathLike) -> Calibration:
         """The one in what was read from `path`. Raises `InputError` for a damaged file."""
-        try:
-            return cls.model_validate(json.loads(data))
-        except ValidationError as error:
-            raise InputError(f"Cannot use {path}: {problems(error, 'calibration')}; calibrate anew.") from error
-        except ValueError as error:
-            raise InputError(f"Expected JSON in {path}: {error}; calibrate anew.") from error
+        advice = "calibrate anew"
+        with reading(path, "a calibration", advice):
+            try:
+                return cls.model_validate(parse_json(data, path, advice))
+            except ValidationError as error:
+                where = excerpt(os.fspath(path))
+                raise InputError(f"Cannot use {where}: {problems(error, 'calibration')}; {advice}.") from error
 
     def to_json(self) -> str:
         """What `from_json` reads."""
@@ -124,7 +127,7 @@ def _calibration_error(scores: Sequence[Mapping[str, float]], labels: Sequence[s
     return float(sum(gaps))
 
 
-def fold_of_each(task: Task, rows: Sequence[Row], folds: int, seed: int = 0) -> list[int]:
+def fold_of_each(task: Task, rows: Any, folds: int, seed: int = 0) -> list[int]:
     """The fold that `cross_validate` puts each labelled row into, from 0; nothing is trained or loaded for it.
 
     Folds are stratified, where a label has as many rows as there are folds. Rows in the same words share one: an adapter
@@ -135,6 +138,7 @@ def fold_of_each(task: Task, rows: Sequence[Row], folds: int, seed: int = 0) -> 
     """
     from sklearn.model_selection import KFold, StratifiedKFold
 
+    rows = as_rows(rows, task)
     words = [task.fingerprint(row, number) for number, row in enumerate(rows, 1)]
     found = [task.label(row, number) for number, row in enumerate(rows, 1)]
     label_of = dict(zip(words, found, strict=True))
@@ -165,7 +169,7 @@ def cross_validate(
     model: IA3Model,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
-    rows: Sequence[Row],
+    rows: Any,
     recipe: Recipe,
     folds: int = 5,
     seed: int = 0,
@@ -182,7 +186,7 @@ def cross_validate(
             ones active.
         tokenizer: the model's.
         task: says what the rows mean.
-        rows: N labelled rows.
+        rows: N labelled rows, as `as_rows` takes them.
         recipe: how to train.
         folds: how many parts.
         seed: decides the parts, and each fold's order.
@@ -203,6 +207,7 @@ def cross_validate(
     from ia3.tfew.prediction import predict
     from ia3.tfew.questions import base_of
 
+    rows = as_rows(rows, task)
     each = fold_of_each(task, rows, folds, seed)
     free = (name for name in (f"fold{number}" for number in itertools.count()) if name not in model.peft_config)
     names = list(itertools.islice(free, folds))

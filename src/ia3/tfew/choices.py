@@ -23,7 +23,8 @@ import torch
 from torch import nn
 
 from ia3.errors import InputError
-from ia3.tfew.questions import Question, base_of, encode, padding_id, unwrapped
+from ia3.targets import inside_wrappers
+from ia3.tfew.questions import Question, base_of, encode, padding_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -212,7 +213,7 @@ def _logits(model: nn.Module, batch: Batch) -> torch.Tensor:
     if "decoder_input_ids" in batch:
         from ia3.tfew import seq2seq
 
-        return seq2seq.logits(model, unwrapped(model), base, batch)
+        return seq2seq.logits(model, inside_wrappers(model), base, batch)
     known = inspect.signature(base.forward).parameters
     names = ("input_ids", "attention_mask", "position_ids", "past_key_values")
     inputs = {key: batch[key] for key in names if key in batch}
@@ -354,7 +355,7 @@ def score_questions(
 
     base = base_of(model)
     if adapter_names is not None:
-        check: Callable | None = getattr(unwrapped(model), "check_adapter_names", None)
+        check: Callable | None = getattr(inside_wrappers(model), "check_adapter_names", None)
         if check is None:
             raise InputError(f"Expected an IA3Model, whose adapters adapter_names are, found a {type(base).__name__}.")
         check(adapter_names)  # before the first batch, and with the numbers of the prompts

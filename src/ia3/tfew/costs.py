@@ -17,7 +17,8 @@ from ia3.tfew.choices import Batch, evaluating, row_length, to_device, token_log
 from ia3.tfew.losses import tfew_loss
 from ia3.tfew.prediction import Prediction, predict
 from ia3.tfew.questions import Question, base_of, padding_id
-from ia3.tfew.task import Row, Task
+from ia3.tfew.rows import as_rows
+from ia3.tfew.task import Task
 from ia3.tfew.trainer import training_examples
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def measure(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
-    rows: Sequence[Row],
+    rows: Any,
     prefix: Prefix | None = None,
     on_progress: Callable[[list[int]], None] | None = None,
     recipe: Recipe | None = None,
@@ -120,6 +121,7 @@ def measure(
     Args:
         model, tokenizer, task, rows, prefix, on_progress, recipe: see `predict`; at least one row.
     """
+    rows = as_rows(rows, task)
     longest = max(rows, key=lambda row: len(task.prompt(row)))
     predict(model, tokenizer, task, [longest], recipe=recipe, prefix=prefix)  # decides how rows are laid out
     started = time.perf_counter()
@@ -158,9 +160,7 @@ def examples_seen(rows: int, recipe: Recipe, steps: int) -> int:
     return epochs * rows + min(more * recipe.batch_size, rows)
 
 
-def example_flops(
-    model: IA3Model, tokenizer: PreTrainedTokenizerBase, task: Task, rows: Sequence[Row], recipe: Recipe
-) -> float:
+def example_flops(model: IA3Model, tokenizer: PreTrainedTokenizerBase, task: Task, rows: Any, recipe: Recipe) -> float:
     """FLOPs of training the active adapter on an example once: forward and backward in up to four steps, as a mean.
 
     They are counted apart from training, because counting takes other kernels, which round otherwise. Nothing is

@@ -15,7 +15,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSample
 from transformers import TrainingArguments
 
 from ia3.errors import InputError, shown
-from ia3.model import IA3Model
+from ia3.model import IA3Model, find_adapted
 from ia3.tfew.questions import Question
 from ia3.tfew.recipe import Recipe
 from ia3.tfew.trainer import (
@@ -29,7 +29,7 @@ from ia3.tfew.trainer import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ia3.tfew.task import Row, Task
+    from ia3.tfew.task import Task
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Member:
     Attributes:
         name: the adapter's name in the model.
         task: says what the rows mean.
-        rows: labelled rows to learn from, a list of dictionaries or a `datasets.Dataset`.
+        rows: labelled rows to learn from: a list of dictionaries, a DataFrame, a `datasets.Dataset` (see `as_rows`).
         seed: decides the order of the rows and the draw of templates, as the arguments' seed does for an adapter that
             is trained alone.
         learning_rate: the highest; None: the arguments'.
@@ -48,10 +48,10 @@ class Member:
 
     name: str
     task: Task
-    rows: Sequence[Row]
+    rows: Any
     seed: int = 0
     learning_rate: float | None = None
-    eval_rows: Sequence[Row] | None = None
+    eval_rows: Any = None
 
 
 class FleetTrainer(TFewTrainer):
@@ -94,6 +94,9 @@ class FleetTrainer(TFewTrainer):
     ) -> None:
         members, recipe = list(members), recipe or Recipe()
         _check(model, args, members, kwargs)
+        if len(members) == 1:
+            self.task = members[0].task
+            kwargs.setdefault("compute_metrics", metrics_of(self.task))
         self.members = {member.name: member for member in members}
         # One that is active has all rows without being named, also in a model that cannot tell rows apart.
         self._alone = len(members) == 1 and model.active_adapters == [members[0].name]
@@ -132,7 +135,7 @@ class FleetTrainer(TFewTrainer):
         self._count_anew()
         return super().train(*args, **kwargs)
 
-    def _learned(self) -> dict[str, tuple[Task, Sequence[Row]]]:
+    def _learned(self) -> dict[str, tuple[Task, Any]]:
         return {name: (member.task, member.rows) for name, member in self.members.items()}
 
     def steps_of(self, name: str) -> int:
@@ -251,7 +254,7 @@ def _batches(examples: list[Example], args: TrainingArguments, seed: int) -> lis
 
 
 def _check(model: Any, args: TrainingArguments, members: Sequence[Member], kwargs: Mapping[str, Any]) -> None:
-    if not isinstance(model, IA3Model):
+    if find_adapted(model) is None:
         raise InputError(f"Expected an IA3Model with the members' adapters, found a {type(model).__name__}.")
     names = [member.name for member in members]
     twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
@@ -262,9 +265,9 @@ def _check(model: Any, args: TrainingArguments, members: Sequence[Member], kwarg
             else "Expected at least one member, found none; for example [Member('default', task, rows)]."
         )
     model.require_adapters(names)
-    if model.routing.merged:
+    if model.ia3_routing.merged:
         raise InputError(
-            f"Expected adapters that are not merged, found {shown(model.routing.merged)}; call unmerge_adapter() first."
+            f"Expected adapters that are not merged, found {shown(model.ia3_routing.merged)}; call unmerge_adapter() first."
         )
     for member in members:
         rate = member.learning_rate
@@ -273,12 +276,12 @@ def _check(model: Any, args: TrainingArguments, members: Sequence[Member], kwarg
     # What would make a member's training another one than alone, or nothing at all.
     strategy = getattr(args, "train_sampling_strategy", "random")
     seedable = getattr(args.accelerator_config, "use_seedable_sampler", True)
-    alone = (args.world_size, max(1, args.n_gpu)) == (1, 1) and not args.deepspeed and not args.fsdp
+    alone = args.world_size == 1 and not args.deepspeed and not args.fsdp
     requirements = {
         f"max_steps above 0, found {args.max_steps}; members' epochs differ in length": args.max_steps > 0,
         f"gradient_accumulation_steps of 1, found {args.gradient_accumulation_steps}; batches go through the model in "
         f"parts anyway, so make them larger (per_device_train_batch_size)": args.gradient_accumulation_steps == 1,
-        f"one process with one device, found {args.world_size} with {args.n_gpu}, or DeepSpeed or FSDP": alone,
+        f"one process, found {args.world_size}, or DeepSpeed or FSDP": alone,
         f"train_sampling_strategy 'random' with use_seedable_sampler, found {str(strategy)!r} and {seedable}": seedable
         and strategy == "random",
         "no `optimizers`, found some; a fleet makes its own of the arguments' `optim`": "optimizers" not in kwargs,

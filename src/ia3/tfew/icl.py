@@ -7,21 +7,23 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ia3.config import TaskType
-from ia3.errors import InputError
+from ia3.errors import InputError, brief
 from ia3.pretrained import task_type
+from ia3.targets import inside_wrappers
 from ia3.tfew.beginning import Layout, is_exact_behind, packed_behind, read, room_behind, shared
 from ia3.tfew.choices import Batch, base_dtype, batches, evaluating, pass_tokens, plain_rows, row_length
 from ia3.tfew.layouts import Verdicts, collate, judged, size_of
 from ia3.tfew.prediction import Prediction, predict
-from ia3.tfew.questions import Question, base_of, encode, model_max_length, unclosed, unwrapped
+from ia3.tfew.questions import Question, base_of, encode, model_max_length, unclosed
 from ia3.tfew.recipe import Recipe
+from ia3.tfew.rows import as_rows
 from ia3.tfew.task import Row, Task
 
 if TYPE_CHECKING:
@@ -67,7 +69,7 @@ class Prefix:
         self.text, self.separator, self._tokenizer, self._model = text, separator, tokenizer, base
         self.tokens: list[int] = unclosed(tokenizer, list(tokenizer(text)["input_ids"]), text)  # type: ignore[arg-type]
         if not self.tokens:
-            raise InputError(f"Expected a prefix with at least one token, found {text!r}.")
+            raise InputError(f"Expected a prefix with at least one token, found {brief(text)}.")
         limit = model_max_length(model)
         if limit is not None and len(self.tokens) >= limit:
             raise InputError(
@@ -173,8 +175,8 @@ class Prefix:
 
 def _in_effect(model: nn.Module) -> list[tuple[nn.Parameter, int]]:
     """The parameters of the active adapters, and which version of their numbers they hold."""
-    adapted = unwrapped(model)
-    routing = getattr(adapted, "routing", None)
+    adapted = inside_wrappers(model)
+    routing = getattr(adapted, "ia3_routing", None)
     names = routing.active if routing is not None and routing.enabled else ()
     parameters = [parameter for name in names for parameter in adapted.adapter_parameters(name)]  # type: ignore[operator]
     return [(one, 0 if one.is_inference() else one._version) for one in parameters]
@@ -184,11 +186,11 @@ def _same(before: list[tuple[nn.Parameter, int]], now: list[tuple[nn.Parameter, 
     return len(before) == len(now) and all(a is b and v == w for (a, v), (b, w) in zip(before, now, strict=True))
 
 
-def draw_shots(rows: Sequence[Row], task: Task, count: int, seed: int = 0, balanced: bool = True) -> list[Row]:
+def draw_shots(rows: Any, task: Task, count: int, seed: int = 0, balanced: bool = True) -> list[Row]:
     """A random draw of labelled rows to show in context, in random order.
 
     Args:
-        rows: to draw from.
+        rows: to draw from, as `as_rows` takes them.
         task: knows their labels.
         count: how many.
         seed: decides the draw and the order. A larger draw of the same seed holds the smaller ones.
@@ -197,10 +199,11 @@ def draw_shots(rows: Sequence[Row], task: Task, count: int, seed: int = 0, balan
     Raises:
         InputError: there are fewer rows, or a label is not known.
     """
+    rows = as_rows(rows, task)
     if count < 1 or count > len(rows):
         raise InputError(f"Expected between 1 and {len(rows)} shots, as many as there are rows, found {count}.")
     chance = random.Random(seed)
-    drawn = chance.sample(list(rows), len(rows))
+    drawn = chance.sample(rows, len(rows))
     if balanced:
         seen: Counter[str] = Counter()
         turns = []
@@ -214,13 +217,13 @@ def draw_shots(rows: Sequence[Row], task: Task, count: int, seed: int = 0, balan
     return drawn
 
 
-def shots_text(task: Task, shots: Iterable[Row], template: int = 0) -> str:
+def shots_text(task: Task, shots: Any, template: int = 0) -> str:
     """Shots as the model reads them: each one's prompt with the right answer, blank lines between."""
     return SEPARATOR.join(
         task.prompt(row, template=template)
         + task.separator
         + task.answers(row, template=template)[task.label(row, template=template)]
-        for row in shots
+        for row in as_rows(shots, task)
     )
 
 
@@ -228,15 +231,15 @@ def fitting(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
-    shots: Sequence[Row],
-    rows: Iterable[Row],
+    shots: Any,
+    rows: Any,
     template: int = 0,
 ) -> int:
     """How many of the shots, counted from the first, fit into the model's context with the longest of the rows."""
-    limit = model_max_length(model)
+    limit, shots = model_max_length(model), as_rows(shots, task)
     if limit is None:
         return len(shots)
-    rows = list(rows)
+    rows = as_rows(rows, task)
     prompts = [SEPARATOR + task.prompt(row, template=template) for row in rows]
     answers = [[task.separator + text for text in task.answers(row, template=template).values()] for row in rows]
     questions = encode(tokenizer, prompts, answers, continuing=True)
@@ -251,8 +254,8 @@ def shots_prefix(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
-    shots: Sequence[Row],
-    rows: Iterable[Row],
+    shots: Any,
+    rows: Any,
     template: int = 0,
 ) -> Prefix:
     """Shots, read by the model, to stand before the prompts of rows.
@@ -260,6 +263,7 @@ def shots_prefix(
     Raises:
         InputError: with the longest of the rows they do not fit into the model's context; see `Task.prompt`.
     """
+    shots = as_rows(shots, task)
     count = fitting(model, tokenizer, task, shots, rows, template)
     if count < len(shots):
         raise InputError(
@@ -273,8 +277,8 @@ def predict_in_context(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
-    rows: Iterable[Row],
-    shots: Sequence[Row],
+    rows: Any,
+    shots: Any,
     on_progress: Callable[[list[int]], None] | None = None,
     template: int = 0,
     recipe: Recipe | None = None,
@@ -285,8 +289,8 @@ def predict_in_context(
         model: a causal language model or an encoder-decoder, adapted or not.
         tokenizer: its tokenizer.
         task: says what rows and shots mean.
-        rows: to label.
-        shots: the labelled examples, in the order in which they are shown; at least one.
+        rows: to label, as `predict` takes them.
+        shots: the labelled examples, rows too, in the order in which they are shown; at least one.
         on_progress: called with the indices of the rows that each batch finished.
         template: the index of the task's template that shots and prompts are worded in.
         recipe: see `predict`.
@@ -294,7 +298,7 @@ def predict_in_context(
     Raises:
         InputError: see `shots_prefix`; or there are no shots.
     """
-    rows = list(rows)
+    rows = as_rows(rows, task)
     prefix = shots_prefix(model, tokenizer, task, shots, rows, template)
     return predict(
         model,

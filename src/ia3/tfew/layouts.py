@@ -20,6 +20,7 @@ from torch import nn
 from ia3.config import TaskType
 from ia3.errors import reason
 from ia3.pretrained import task_type
+from ia3.targets import inside_wrappers
 from ia3.tfew.choices import (
     Batch,
     base_dtype,
@@ -32,7 +33,7 @@ from ia3.tfew.choices import (
     token_log_probs,
     tree_of,
 )
-from ia3.tfew.questions import Question, base_of, model_max_length, unwrapped
+from ia3.tfew.questions import Question, base_of, model_max_length
 
 logger = logging.getLogger(__name__)
 
@@ -213,7 +214,7 @@ def _packs(model: nn.Module, questions: Sequence[Question], packed: _Layout, pla
         return False
     verdicts = verdicts_of(model, "packed")
     # Processes that share a model are not tried equally often, and must not wait for each other.
-    trial = _Trial(unwrapped(model), packed, plain, verdicts, encoder)
+    trial = _Trial(inside_wrappers(model), packed, plain, verdicts, encoder)
     return judged(verdicts, questions, lambda one: size_of(one, encoder), model_max_length(model), trial)
 
 

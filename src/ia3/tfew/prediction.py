@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from ia3.errors import InputError
 from ia3.tfew.choices import score_questions
 from ia3.tfew.recipe import Recipe
-from ia3.tfew.task import Row, Task
+from ia3.tfew.rows import as_row, items_of
+from ia3.tfew.task import Task
 
 if TYPE_CHECKING:
     from torch import nn
@@ -55,7 +56,7 @@ def predict(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     task: Task | Sequence[Task],
-    rows: Iterable[Row],
+    rows: Any,
     on_progress: Callable[[list[int]], None] | None = None,
     adapter_names: Sequence[str] | None = None,
     temperature: float | Sequence[float] = 1.0,
@@ -72,7 +73,7 @@ def predict(
         model: a language model, adapted or not.
         tokenizer: its tokenizer.
         task: says what the rows mean; or a task for each row. Labels of rows are not read.
-        rows: column → value.
+        rows: a DataFrame, a `datasets.Dataset`, dictionaries, one dictionary, or texts; see `as_rows`.
         on_progress: called with the indices of the rows that each batch finished.
         adapter_names: for each row the adapter that answers it; None: the active ones.
         temperature: divides the scores, so that probabilities are calibrated (see `Calibration`); or one for each row.
@@ -85,12 +86,13 @@ def predict(
         InputError: see `Task.questions` and `score_choices`; not as many tasks or temperatures as rows; or a
             temperature or threshold out of range.
     """
-    rows, recipe = list(rows), recipe or Recipe()
-    tasks = [task] * len(rows) if isinstance(task, Task) else list(task)
-    temperatures = [temperature] * len(rows) if isinstance(temperature, (int, float)) else list(temperature)
+    items, recipe = items_of(rows, task if isinstance(task, Task) else None), recipe or Recipe()
+    tasks = [task] * len(items) if isinstance(task, Task) else list(task)
+    temperatures = [temperature] * len(items) if isinstance(temperature, (int, float)) else list(temperature)
     for name, values in {"task": tasks, "temperature": temperatures}.items():
-        if len(values) != len(rows):
-            raise InputError(f"Expected a {name} for each of the {len(rows)} rows, found {len(values)}.")
+        if len(values) != len(items):
+            raise InputError(f"Expected a {name} for each of the {len(items)} rows, found {len(values)}.")
+    rows = [as_row(item, one, number) for number, (item, one) in enumerate(zip(items, tasks, strict=True), 1)]
     for one in temperatures:
         if not (math.isfinite(one) and one > 0):
             raise InputError(f"Expected a temperature above 0, found {one}.")
@@ -103,7 +105,7 @@ def predict(
     for indices in by_task.values():
         one = tasks[indices[0]]
         mine = [rows[index] for index in indices]
-        with _numbered(indices):
+        with numbered(indices):
             asked = one.questions(tokenizer, mine, False, model, template, recipe.long_prompts, prefix)
         for index, row, question in zip(indices, mine, asked, strict=True):
             found[index] = (question, list(one.answers(row, index + 1, template)))
@@ -125,10 +127,10 @@ def predict(
 
 
 @contextmanager
-def _numbered(indices: Sequence[int]) -> Iterator[None]:
+def numbered(indices: Sequence[int]) -> Iterator[None]:
     """Errors about one of some rows, picked by index, have its number among all rows."""
     try:
         yield
     except InputError as error:
         text = re.sub(r"\(row (\d+)\)", lambda found: f"(row {indices[int(found[1]) - 1] + 1})", str(error))
-        raise InputError(text) from error
+        raise type(error)(text) from error

@@ -6,7 +6,7 @@ import functools
 import logging
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from ia3.pretrained import task_type
 from ia3.tfew import fitting
 from ia3.tfew.questions import Question, base_of
 from ia3.tfew.recipe import Recipe
+from ia3.tfew.rows import as_rows
 from ia3.tfew.trainer import Example, TFewTrainer
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Mixture(Dataset):
     whenever it is asked for, and whatever the order in which tasks are given. Rows become token ids when drawn.
 
     Args:
-        tasks: with their labelled rows.
+        tasks: with their labelled rows, as `as_rows` takes them.
         tokenizer: the model's.
         model: whose family the questions are for.
         recipe: which templates are drawn, and what to do about long prompts.
@@ -70,7 +71,7 @@ class Mixture(Dataset):
 
     def __init__(
         self,
-        tasks: Sequence[tuple[Task, Sequence[Row]]],
+        tasks: Sequence[tuple[Task, Any]],
         tokenizer: PreTrainedTokenizerBase,
         model: nn.Module,
         recipe: Recipe,
@@ -86,12 +87,14 @@ class Mixture(Dataset):
         if cap < 1:
             raise InputError(f"Expected a cap of at least 1 row, found {cap}.")
         self.tokenizer, self.model, self.recipe, self.seed = tokenizer, model, recipe, seed
-        self.tasks = sorted(tasks, key=lambda pair: pair[0].name)
-        for task, rows in self.tasks:
+        self.tasks: list[tuple[Task, list[Row]]] = []
+        for task, given in sorted(tasks, key=lambda pair: pair[0].name):
             with _named(task):
-                if not len(rows):
+                rows = as_rows(given, task)
+                if not rows:
                     raise InputError("expected labelled rows, found none.")
                 task.check(rows)
+            self.tasks.append((task, rows))
         sizes = np.array([min(len(rows), cap) for _, rows in self.tasks], dtype=float)
         self._shares = sizes / sizes.sum()
         # Whose turn it is (draws,), and how often it had been before (draws,).
@@ -178,7 +181,7 @@ class MixtureTrainer(TFewTrainer):
         model: an `IA3Model` around a causal language model or an encoder-decoder.
         args: `recipe.training_arguments(…)`, or any `TrainingArguments` with `max_steps`.
         processing_class: the model's tokenizer.
-        tasks: what to draw from, with labelled rows, lists of dictionaries or `datasets.Dataset`s.
+        tasks: what to draw from, with labelled rows: lists of dictionaries, DataFrames, `datasets.Dataset`s.
         recipe: its templates, and what it does about long prompts; None: `PRETRAINING`.
         cap: more rows than this do not make a task more frequent.
         **kwargs: the other arguments of `transformers.Trainer`.
@@ -193,7 +196,7 @@ class MixtureTrainer(TFewTrainer):
         model: nn.Module,
         args: TrainingArguments,
         processing_class: PreTrainedTokenizerBase,
-        tasks: Sequence[tuple[Task, Sequence[Mapping[str, Any]]]],
+        tasks: Sequence[tuple[Task, Any]],
         recipe: Recipe | None = None,
         cap: int = CAP,
         **kwargs: Any,
@@ -206,7 +209,7 @@ class MixtureTrainer(TFewTrainer):
             )
         if args.max_steps < 1:
             raise InputError(f"Expected max_steps above 0, found {args.max_steps}; a mixture has no epochs.")
-        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         seed = args.seed if args.data_seed is None else args.data_seed
         self.mixture = Mixture(tasks, processing_class, model, recipe, args.max_steps * batch, cap, seed)
         self._set_up(model, args, processing_class, self.mixture, None, recipe, [None], **kwargs)
@@ -215,7 +218,7 @@ class MixtureTrainer(TFewTrainer):
         model = self._adapted()
         if model is not None:
             for name in self.trained_adapters:
-                model.folders.pop(name, None)  # no one task stands beside them
+                model.adapter_folders.pop(name, None)  # no one task stands beside them
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
         return SequentialSampler(self.mixture)  # what is drawn is in a random order already

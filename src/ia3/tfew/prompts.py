@@ -13,7 +13,7 @@ import jinja2.nodes
 from pydantic import ValidationError
 
 from ia3.errors import InputError, problems, shown
-from ia3.tfew.task import NOTHING, Task, read_yaml
+from ia3.tfew.task import MOST_TEMPLATES, NOTHING, Task, read_yaml
 from ia3.tfew.template import BAR, Template, parse
 
 logger = logging.getLogger(__name__)
@@ -42,6 +42,8 @@ def task_of(values: Mapping[str, Any], path: Path, names: Sequence[str] | None =
     entries = values.get("templates")
     if not isinstance(entries, Mapping) or not all(isinstance(entry, Mapping) for entry in entries.values()):
         raise InputError(f"Expected a collection of prompts in {path}, a mapping `templates`; found none.")
+    if len(entries) > MOST_TEMPLATES:
+        raise InputError(f"Expected at most {MOST_TEMPLATES} templates in {path}, found {len(entries)}.")
     by_name = {str(entry.get("name") or key): entry for key, entry in entries.items()}
     unknown = [name for name in names or () if name not in by_name]
     if unknown:

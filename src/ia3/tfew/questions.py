@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ia3.config import TaskType
-from ia3.errors import InputError
+from ia3.errors import InputError, brief
 from ia3.pretrained import task_type
+from ia3.targets import inside_wrappers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,6 +79,7 @@ def encode(
         InputError: lengths differ, a prompt or choice is empty, or a choice alone is too long; a classifier's choices are
             not the same for all prompts, or not as many as its labels.
     """
+    prompts, choices = prompts if isinstance(prompts, str) else list(prompts), list(choices)
     if isinstance(prompts, str) or len(prompts) != len(choices):
         raise InputError(
             f"Expected a list of prompts and as many lists of choices, found {len(prompts)} and {len(choices)}."
@@ -91,13 +93,15 @@ def encode(
         encoded = tokenizer(list(prompts))["input_ids"] if prompts else []
     for i, texts in enumerate(choices):
         if isinstance(texts, str) or not len(texts):
-            raise InputError(f"Expected a list of answer choices for prompt {i}, found {texts!r}.")
+            raise InputError(f"Expected a list of answer choices for prompt {i}, found {brief(texts)}.")
     if family == TaskType.SEQ_CLS:
         from ia3.tfew.classifier import check_choices
 
         check_choices(base_of(model), choices)  # type: ignore[arg-type]
-    cache: dict[str, list[int]] = {}
     special = {token for token in tokenizer.all_special_ids if token != tokenizer.unk_token_id}
+    # A classifier's answers are its labels.
+    different = dict.fromkeys(text for texts in choices for text in texts) if family != TaskType.SEQ_CLS else {}
+    cache = dict(zip(different, _answers(tokenizer, list(different), family, special), strict=True))
     questions, shortened = [], 0
     for i, (prompt, texts) in enumerate(zip(encoded, choices, strict=True)):
         prompt = list(prompt)  # type: ignore[arg-type]
@@ -107,13 +111,13 @@ def encode(
             first, last = int(prompt[:1] == [tokenizer.bos_token_id]), 0
         else:
             first, last = _marks(special, prompt)
-        for text in texts if family != TaskType.SEQ_CLS else ():  # whose answers are labels
-            if text not in cache:
-                cache[text] = _answer(tokenizer, text, family, special)
-            if not cache[text]:
-                raise InputError(f"Expected answer choices with at least one token, found {text!r} for prompt {i}.")
+        for text in texts:
+            if text in cache and not cache[text]:
+                raise InputError(
+                    f"Expected answer choices with at least one token, found {brief(text)} for prompt {i}."
+                )
         if len(prompt) <= (0 if family == TaskType.CAUSAL_LM else first + last):
-            raise InputError(f"Expected a prompt with at least one token, found {prompts[i]!r} (prompt {i}).")
+            raise InputError(f"Expected a prompt with at least one token, found {brief(prompts[i])} (prompt {i}).")
         answers = [[index] for index in range(len(texts))] if family == TaskType.SEQ_CLS else [cache[t] for t in texts]
         if max_length is not None:
             longest = max(map(len, answers))
@@ -144,12 +148,14 @@ def _marks(special: Container[int], tokens: Sequence[int]) -> tuple[int, int]:
     return first, last
 
 
-def _answer(tokenizer: PreTrainedTokenizerBase, text: str, family: TaskType, special: Container[int]) -> list[int]:
-    """The tokens of an answer choice; none where it holds nothing."""
-    if family == TaskType.CAUSAL_LM:
-        return continuation(tokenizer, text)
-    tokens: list[int] = tokenizer(text_target=text.lstrip(" "))["input_ids"]  # type: ignore[assignment]
-    return tokens if len(tokens) > sum(_marks(special, tokens)) else []
+def _answers(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], family: TaskType, special: Container[int]
+) -> list[list[int]]:
+    """The tokens of answer choices; none where one holds nothing."""
+    if family == TaskType.CAUSAL_LM or not texts:
+        return continuations(tokenizer, texts)
+    encoded: Any = tokenizer(text_target=[text.lstrip(" ") for text in texts])["input_ids"]
+    return [tokens if len(tokens) > sum(_marks(special, tokens)) else [] for tokens in encoded]
 
 
 def unclosed(tokenizer: PreTrainedTokenizerBase, tokens: list[int], text: str) -> list[int]:
@@ -160,13 +166,24 @@ def unclosed(tokenizer: PreTrainedTokenizerBase, tokens: list[int], text: str) -
 
 def continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The tokens of a text that continues another one."""
-    alone: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
-    if not text[:1].isspace():
-        return alone
+    return continuations(tokenizer, [text])[0]
+
+
+def continuations(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """The tokens of texts, each of which continues another one."""
+    if not texts:
+        return []
+    found: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
+    spaced = [i for i, text in enumerate(texts) if text[:1].isspace()]
+    if not spaced:
+        return found
     # SentencePiece puts a space of its own in front of every text: behind a word the given white space is enough.
     word: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
-    both: list[int] = tokenizer("a" + text, add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
-    return both[len(word) :] if word and both[: len(word)] == word else alone
+    behind: Any = tokenizer(["a" + texts[i] for i in spaced], add_special_tokens=False)["input_ids"]
+    for i, both in zip(spaced, behind, strict=True):
+        if word and both[: len(word)] == word:
+            found[i] = both[len(word) :]
+    return found
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -188,10 +205,5 @@ def model_max_length(model: nn.Module) -> int | None:
 
 def base_of(model: nn.Module) -> nn.Module:
     """The transformers model inside a wrapper for parallel training and inside an adapted model."""
-    model = unwrapped(model)
+    model = inside_wrappers(model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside a wrapper for parallel training."""
-    return model.module if isinstance(getattr(model, "module", None), nn.Module) else model  # type: ignore[return-value]

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ia3.errors import InputError, shown, similar
+from ia3.errors import InputError, brief, shown, similar
 from ia3.files import replacing
 from ia3.tfew.reading import read_rows
 from ia3.tfew.task import Row, Task
@@ -51,13 +51,14 @@ class RaftTask:
     test: list[Row]
 
     @classmethod
-    def load(cls, name: str, data: str | os.PathLike | None = None) -> RaftTask:
+    def load(cls, name: str, data: str | os.PathLike | None = None, delimiter: str | None = None) -> RaftTask:
         """Read a task's rows.
 
         Args:
             name: one of `RAFT_TASKS`.
             data: a folder with NAME/train.csv and NAME/test_unlabeled.csv, such as the `data` folder of the hub's
                 `ought/raft`; None: the hub's.
+            delimiter: of these files, as of `read_rows`.
 
         Raises:
             InputError: no such task or file, a column that is missing, a label that the task does not know, or test rows
@@ -69,7 +70,8 @@ class RaftTask:
             raise InputError(f"Expected a folder with RAFT's data, found no {os.fspath(data)!r}.")
         source = _HUB if data is None else os.fspath(data)
         task = Task.embedded(name)
-        train, test = (read_rows(f"{source}/{name}/{file}") for file in ("train.csv", "test_unlabeled.csv"))
+        files = (f"{source}/{name}/{file}" for file in ("train.csv", "test_unlabeled.csv"))
+        train, test = (read_rows(file, delimiter=delimiter) for file in files)
         for what, rows, labelled in (("training", train, True), ("test", test, False)):
             try:
                 task.check(rows, labelled)
@@ -86,7 +88,7 @@ def _check_ids(name: str, rows: Sequence[Row]) -> None:
             raise InputError(f"RAFT's {name}, test rows: expected a column {_ID!r}, found {shown(row, 20)}.")
         value = str(row[_ID]).strip()
         if not value or value in seen:
-            found = f"{value!r} twice" if value else "an empty one"
+            found = f"{brief(value)} twice" if value else "an empty one"
             raise InputError(f"RAFT's {name}, test rows: expected IDs that differ, found {found} (row {number}).")
         seen.add(value)
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ia3.errors import InputError, problems, similar
-from ia3.files import read_fields, replacing
+from ia3.errors import InputError, brief, excerpt, problems, similar
+from ia3.files import read_fields, reading, replacing
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -91,7 +91,7 @@ class Recipe(BaseModel):
         for field, known in {"optimizer": OPTIMIZERS, "schedule": SCHEDULES}.items():
             found = getattr(self, field)
             if found not in known:
-                raise ValueError(f"expected {field} of {', '.join(known)}, found {found!r}")
+                raise ValueError(f"expected {field} of {', '.join(known)}, found {brief(found)}")
         return self
 
     @classmethod
@@ -115,11 +115,11 @@ class Recipe(BaseModel):
         if text in PRESETS:
             return PRESETS[text]()
         path = Path(text)
-        if not path.is_file():
+        if not os.path.isfile(path):
             if path.suffix.lower() in (".yaml", ".yml"):
-                raise InputError(f"Expected a recipe's file, found no {text!r}.")
+                raise InputError(f"Expected a recipe's file, found no {brief(text)}.")
             raise InputError(
-                f"Expected a recipe of {', '.join(PRESETS)} or a YAML file, found {text!r}; {similar(text, PRESETS)}."
+                f"Expected a recipe of {', '.join(PRESETS)} or a YAML file, found {brief(text)}; {similar(text, PRESETS)}."
             )
         return cls.from_file(path)
 
@@ -132,10 +132,11 @@ class Recipe(BaseModel):
     @classmethod
     def create(cls, values: Mapping[str, Any], where: str = "the recipe") -> Recipe:
         """A recipe of fields; what is wrong with them is said in one line (`InputError`)."""
-        try:
-            return cls.model_validate(dict(values))
-        except ValidationError as error:
-            raise InputError(f"Cannot use {where}: {problems(error, 'recipe')}.") from error
+        with reading(where, "a recipe", "correct it"):
+            try:
+                return cls.model_validate(dict(values))
+            except ValidationError as error:
+                raise InputError(f"Cannot use {excerpt(where)}: {problems(error, 'recipe')}.") from error
 
     def changed(self, **changes: Any) -> Recipe:
         """The recipe with other values for the fields that are not None."""

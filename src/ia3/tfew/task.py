@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import os
 import random
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,9 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ia3.errors import InputError, problems, shown, similar
-from ia3.files import read_fields, replacing
-from ia3.tfew.fitting import answer_lengths, prompt_sizes, shortened
+from ia3.errors import InputError, brief, excerpt, problems, shown, similar
+from ia3.files import read_fields, reading, replacing
+from ia3.tfew.fitting import answer_lengths, fitted, prompt_sizes
+from ia3.tfew.reading import as_delimiter, require_delimited
+from ia3.tfew.rows import as_row, as_rows
 from ia3.tfew.template import (
     Choices,
     Row,
@@ -41,18 +44,26 @@ if TYPE_CHECKING:
     from ia3.tfew.icl import Prefix
     from ia3.tfew.questions import Question
 
+logger = logging.getLogger(__name__)
+
 # How YAML says that there is no value.
 NOTHING = ("", "~", "null")
 
+# Training examples of each label when no number is asked for.
+_USUAL_EXAMPLES = 16
+
 # With more labels than this, a made template and an error message do not list them.
 _MOST_LISTED = 10
+
+# Of a task: templates, and characters of all of them together.
+MOST_TEMPLATES, _MOST_WORDS = 256, 200_000
 
 
 def read_yaml(path: Path, data: bytes | None = None) -> dict[str, Any]:
     """The fields in a YAML file, in which everything is text: `yes` and `1` are words and labels here, not true and a
     number, and tags mean nothing. `data` is what was read from it already."""
-    if data is None and not path.is_file():
-        raise InputError(f"Expected a task file, found no {str(path)!r}.")
+    if data is None and not os.path.isfile(path):
+        raise InputError(f"Expected a task file, found no {brief(str(path))}.")
     return read_fields(path, _Loader, "template and choices", data)
 
 
@@ -71,7 +82,7 @@ def _label(value: Any, where: str = "") -> str:
 
 def _several(found: Any, where: str) -> str:
     return (
-        f"Expected one label, found {found!r}{where}: tasks with several labels a row are not supported; make a "
+        f"Expected one label, found {brief(found)}{where}: tasks with several labels a row are not supported; make a "
         f"yes/no task of each label."
     )
 
@@ -101,6 +112,7 @@ class Task(BaseModel):
             longest of a row.
         class_names: read class labels of hub data sets by their names, else as numbers.
         train, test: where labelled rows are, as `read_rows` takes them.
+        delimiter: what separates columns in those of them that are `.csv` or `.tsv` files; None: what they show.
         description: a sentence for people.
         example: a row for people.
     """
@@ -111,6 +123,7 @@ class Task(BaseModel):
     description: str | None = None
     train: str | None = None
     test: str | None = None
+    delimiter: str | None = None
     label_column: str = "label"
     choices: Choices | None = None
     aliases: dict[str, str] = {}
@@ -129,6 +142,14 @@ class Task(BaseModel):
                 raise ValueError("expected template or templates, one of the two, found both")
             values = {**values, "templates": [values["template"]]}
             del values["template"]
+        if isinstance(values, Mapping) and isinstance(values.get("templates"), Sequence):
+            # Each is compiled, which takes longer than reading it.
+            length = sum(len(str(template)) for template in values["templates"])
+            if len(values["templates"]) > MOST_TEMPLATES or length > _MOST_WORDS:
+                raise ValueError(
+                    f"expected at most {MOST_TEMPLATES} templates of {_MOST_WORDS} characters together, found "
+                    f"{len(values['templates'])} of {length}"
+                )
         return values
 
     @field_validator("choices", mode="before")
@@ -141,6 +162,16 @@ class Task(BaseModel):
     def _aliases_are_text(cls, value: Any) -> Any:
         return {as_text(a): as_text(b) for a, b in value.items()} if isinstance(value, Mapping) else value
 
+    @field_validator("delimiter")
+    @classmethod
+    def _delimiter_is_a_character(cls, value: str | None) -> str | None:
+        return None if value is None else as_delimiter(value)
+
+    @model_validator(mode="after")
+    def _delimiter_is_of_files(self) -> Task:
+        require_delimited(self.delimiter, self.train, self.test)
+        return self
+
     @model_validator(mode="after")
     def _fits_together(self) -> Task:
         known: list[str] | str | None = None
@@ -152,13 +183,14 @@ class Task(BaseModel):
             # Where answers differ from row to row, so does their number: any labels fit.
             labels = sorted(own) if isinstance(own, dict) else "places"
             if known is not None and labels != known:
-                raise ValueError(f"expected the same labels in all templates, found {known} and {labels}")
+                theirs, mine = (shown(each) if isinstance(each, list) else each for each in (known, labels))
+                raise ValueError(f"expected the same labels in all templates, found {theirs} and {mine}")
             known = labels
         columns = sorted({column for template in self.templates for column in template.columns})
         for column in self.truncate:
             if column not in columns:
                 raise ValueError(
-                    f"expected columns of the templates to truncate, found {column!r}; {similar(column, columns)}"
+                    f"expected columns of the templates to truncate, found {brief(column)}; {similar(column, columns)}"
                 )
         for number, template in enumerate(self.templates, 1):
             named = {*template.columns, *columns_of(self._choices_of(number - 1))}
@@ -169,9 +201,12 @@ class Task(BaseModel):
                     f"away, found it in {which}; take it out, or say which column holds the label (label_column)"
                 )
         if isinstance(known, list):
+            all_labels = set(known)
             for alias, label in self.aliases.items():
-                if label not in known or alias in known:
-                    raise ValueError(f"expected aliases of the labels {known}, found {alias!r} for {label!r}")
+                if label not in all_labels or alias in all_labels:
+                    raise ValueError(
+                        f"expected aliases of the labels {brief(known)}, found {brief(alias)} for {brief(label)}"
+                    )
         return self
 
     @classmethod
@@ -184,9 +219,9 @@ class Task(BaseModel):
         text = os.fspath(name)
         if text in embedded_tasks():
             return cls.embedded(text)
-        if not Path(text).suffix and not Path(text).exists():
+        if not Path(text).suffix and not os.path.exists(text):
             raise InputError(
-                f"Expected a task's file or a built-in task, found {text!r}; {similar(text, embedded_tasks())}; see ia3 "
+                f"Expected a task's file or a built-in task, found {brief(text)}; {similar(text, embedded_tasks())}; see ia3 "
                 f"tasks."
             )
         return cls.from_file(text)
@@ -215,17 +250,18 @@ class Task(BaseModel):
         }
         for name in ("train", "test"):
             source = values.get(name)
-            if isinstance(source, str) and source and (path.parent / source).exists():
+            if isinstance(source, str) and source and os.path.exists(path.parent / source):
                 values[name] = str((path.parent / source).resolve())
         return cls.create(values, where=str(path))
 
     @classmethod
     def create(cls, values: Mapping[str, Any], where: str = "the task") -> Task:
         """A task of fields; what is wrong with them is said in one line (`InputError`)."""
-        try:
-            return cls.model_validate(dict(values))
-        except ValidationError as error:
-            raise InputError(f"Cannot use {where}: {problems(error, 'task')}.") from error
+        with reading(where, "a task", "correct it"):
+            try:
+                return cls.model_validate(dict(values))
+            except ValidationError as error:
+                raise InputError(f"Cannot use {excerpt(where)}: {problems(error, 'task')}.") from error
 
     @classmethod
     def embedded(cls, name: str) -> Task:
@@ -237,7 +273,7 @@ class Task(BaseModel):
     @classmethod
     def infer(
         cls,
-        rows: Sequence[Row],
+        rows: Any,
         label_column: str | None = None,
         text_column: str | None = None,
         choices: Mapping[str, str] | None = None,
@@ -247,7 +283,7 @@ class Task(BaseModel):
         """A task made from labelled rows: what is not given is taken from column names and labels.
 
         Args:
-            rows: at least one.
+            rows: at least one, as `as_rows` takes them.
             label_column: None: "label".
             text_column: None: "text", or the only column beside the label. Not needed with a template.
             choices: None: every label, as it is written, with spaces for underscores.
@@ -257,9 +293,15 @@ class Task(BaseModel):
         Raises:
             InputError: a column is missing, or there is one label only.
         """
+        rows = as_rows(rows)
         if not rows:
             raise InputError("Expected labelled rows, found none.")
         columns = list(rows[0])
+        if template is None and len(columns) < 2:
+            raise InputError(
+                f"Expected a column for the text and one for the label, found {shown(columns)}; in a file, another "
+                f"character may separate them (--delimiter)."
+            )
         label_column = _choose(label_column, columns, "label", "label-column", [])
         if choices is None:
             found = {number: row.get(label_column) for number, row in enumerate(rows, 1)}
@@ -320,7 +362,7 @@ class Task(BaseModel):
         """The prompt of a row.
 
         Args:
-            row: column → value.
+            row: column → value; or a text, where the task reads one column.
             number: the row's place in its file, for an error message.
             template: the index of one of `templates`.
 
@@ -328,6 +370,7 @@ class Task(BaseModel):
             InputError: the template names a column that is not there, or all that it names are empty.
         """
         where, names = at_row(number), self.templates[template].columns
+        row = as_row(row, self, number)
         require(row, names, number)
         if names and all(is_missing(row[name]) for name in names):
             raise InputError(f"Expected some text in {shown(names)}, found it empty{where}; fill or drop the row.")
@@ -351,6 +394,7 @@ class Task(BaseModel):
     def fingerprint(self, row: Row, number: int | None = None) -> str:
         """What stands for all that a model reads of a row, in the first template's words; arguments and errors as of
         `prompt` and `answers`. Rows of one fingerprint are one and the same to it, whatever their labels."""
+        row = as_row(row, self, number)
         read = [self.prompt(row, number), *self.answers(row, number).values()]
         return hashlib.sha256(json.dumps(read).encode()).hexdigest()[:16]
 
@@ -360,6 +404,7 @@ class Task(BaseModel):
         Raises:
             InputError: a text is empty, or two are the same.
         """
+        row = as_row(row, self, number)
         return answers_of(self._choices_of(template), self._read_of(row, template), number)
 
     def label(self, row: Row, number: int | None = None, template: int = 0) -> str:
@@ -368,13 +413,13 @@ class Task(BaseModel):
         Raises:
             InputError: the column is missing, the label is not known, or there are several.
         """
-        where = at_row(number)
+        where, row = at_row(number), as_row(row, self, number)
         answers = self.answers(row, number, template)
         if self.templates[template].says_answer:
             text = self.templates[template].right_answer(row, number, answers.values())
             found = {answer: label for label, answer in answers.items()}
             if text not in found:
-                raise InputError(f"Expected a right answer of {shown(found, 20)}, found {text!r}{where}.")
+                raise InputError(f"Expected a right answer of {shown(found, 20)}, found {brief(text)}{where}.")
             return found[text]
         if self.label_column not in row:
             raise InputError(f"Expected a label column {self.label_column!r}, found the columns {shown(row, 20)}.")
@@ -385,13 +430,15 @@ class Task(BaseModel):
             if len(several) > 1 and all(self.aliases.get(part, part) in answers for part in several):
                 raise InputError(_several(label, where))
             hint = f"{similar(label, answers)}" if len(answers) > _MOST_LISTED else f"there are {shown(answers, 20)}"
-            raise _UnknownLabel(f"Expected a known label in {self.label_column!r}, found {label!r}{where}; {hint}.")
+            raise _UnknownLabel(
+                f"Expected a known label in {self.label_column!r}, found {brief(label)}{where}; {hint}."
+            )
         return label
 
-    def check(self, rows: Iterable[Row], labelled: bool = True) -> None:
+    def check(self, rows: Any, labelled: bool = True) -> None:
         """Raise what `prompt`, `answers` and `label` would raise for the first row, in the file's order, that cannot be
         used, in the words of any template; and name all labels of the rows that the task does not know."""
-        rows = list(rows)
+        rows = as_rows(rows, self)
         for number, row in enumerate(rows, 1):
             for template in range(len(self.templates)):
                 self.prompt(row, number, template)
@@ -415,7 +462,7 @@ class Task(BaseModel):
     def questions(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        rows: Iterable[Row],
+        rows: Any,
         labelled: bool = True,
         model: nn.Module | None = None,
         template: int = 0,
@@ -426,7 +473,7 @@ class Task(BaseModel):
 
         Args:
             tokenizer: the model's.
-            rows: column → value.
+            rows: as `as_rows` takes them.
             labelled: take each row's label, too.
             model: whose family the questions are for (None: a decoder-only one), and whose positions prompts have
                 to fit.
@@ -442,18 +489,19 @@ class Task(BaseModel):
         from ia3.pretrained import task_type
         from ia3.tfew.questions import base_of, encode, model_max_length
 
-        rows = list(rows)
+        rows = as_rows(rows, self)
         answers = [self.answers(row, number, template) for number, row in enumerate(rows, 1)]
         family = TaskType.CAUSAL_LM if model is None else task_type(base_of(model))
         # A classifier reads no answers, so it need not tell them apart.
         lengths = [] if family == TaskType.SEQ_CLS else answer_lengths(tokenizer, answers, self.separator)
         limit = prefix.room if prefix is not None else None if model is None else model_max_length(model)
-        prompts = [self.prompt(row, number, template) for number, row in enumerate(rows, 1)]
-        if limit is not None and prompts:
+        if limit is None:
+            prompts = [self.prompt(row, number, template) for number, row in enumerate(rows, 1)]
+        else:
             # An encoder has its positions for the prompt alone.
             rooms = [limit - n for n in lengths] if family == TaskType.CAUSAL_LM else [limit] * len(rows)
             sizes = functools.partial(prompt_sizes, tokenizer, prefix, family)
-            prompts = shortened(self, sizes, rows, prompts, rooms, template, long_prompts)
+            prompts = fitted(self, sizes, rows, rooms, template, long_prompts)
         labels = None
         if labelled:
             names = [self.label(row, number, template) for number, row in enumerate(rows, 1)]
@@ -481,25 +529,37 @@ class Task(BaseModel):
         }
 
 
-def few_shot(rows: Sequence[Row], task: Task, per_label: int, seed: int = 0) -> list[Row]:
+def few_shot(rows: Any, task: Task, per_label: int | None = None, seed: int = 0) -> list[Row]:
     """A random draw of equally many rows for each label, in random order.
+
+    Args:
+        rows: to draw from, as `as_rows` takes them.
+        task: knows their labels.
+        per_label: how many of each; None: 16, or as many as a label has.
+        seed: decides the draw.
 
     Raises:
         InputError: a label has fewer rows than asked for.
     """
-    chance = random.Random(seed)
+    if per_label is not None and per_label < 1:
+        raise InputError(f"Expected at least one training example for each label (per_label), found {per_label}.")
+    rows, chance, wanted = as_rows(rows, task), random.Random(seed), per_label or _USUAL_EXAMPLES
     found = [task.label(row, number) for number, row in enumerate(rows, 1)]
     # By label in alphabetical order, so that the draw does not depend on how a task lists them.
     by_label: dict[str, list[Row]] = {label: [] for label in sorted({*(task.labels or ()), *found})}
     for label, row in zip(found, rows, strict=True):
         by_label[label].append(row)
-    scarce = {label: len(found) for label, found in by_label.items() if len(found) < per_label}
+    scarce = {label: len(its) for label, its in by_label.items() if len(its) < wanted}
     if scarce:
-        counts = ", ".join(f"{label!r}: {count}" for label, count in list(scarce.items())[:5])
-        raise InputError(
-            f"Expected {per_label} training examples for each label, found fewer for {counts}; ask for fewer."
-        )
-    chosen = [row for found in by_label.values() for row in chance.sample(found, per_label)]
+        fewest = min(scarce, key=scarce.__getitem__)
+        which = f"{len(scarce)} of {len(by_label)} labels, the fewest for {brief(fewest, 80)}: {scarce[fewest]}"
+        if per_label is not None:
+            raise InputError(
+                f"Expected {per_label} training examples for each label (--examples-per-label, per_label), found fewer for "
+                f"{which}; ask for fewer, or leave the number out to take what there is."
+            )
+        logger.warning("Fewer than %d training examples for %s; all of these are taken.", wanted, which)
+    chosen = [row for its in by_label.values() for row in chance.sample(its, min(wanted, len(its)))]
     chance.shuffle(chosen)
     return chosen
 
@@ -508,10 +568,11 @@ class _Loader(yaml.BaseLoader):
     """YAML in which every value is text, nothing a number, and a key stands once."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [key.value for key, _ in node.value]
-        twice = [key for key in keys if keys.count(key) > 1]
-        if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} stands twice", node.start_mark)
+        seen: set[str] = set()
+        for key in (key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+            seen.add(key)
         return super().construct_mapping(node, deep)
 
 

@@ -8,12 +8,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jinja2
-import jinja2.meta
 import jinja2.nodes
-import jinja2.sandbox
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
-from ia3.errors import InputError, reason, shown
+from ia3.errors import InputError, brief, reason, shown
+from ia3.tfew import sandbox
 
 Row = Mapping[str, Any]
 
@@ -23,41 +22,32 @@ Choices = dict[str, str] | str
 # Between a prompt and its answer, and between answer choices, in published prompt collections.
 BAR = "|||"
 
+# Of a task's answers, so many may be templates: each is compiled.
+_MOST_ANSWERS = 256
+
 # What a template sees beside columns: the row by column, and the row's answer texts.
 _GIVEN = {"row", "answer_choices"}
 
 
-class _Environment(jinja2.sandbox.SandboxedEnvironment):
-    """Templates come from files of others, so they are rendered in a sandbox; a missing column is an error."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(undefined=jinja2.StrictUndefined, **kwargs)
-        self.globals["zip"] = zip  # published templates use it
-
-
-_ENVIRONMENT = _Environment()
+_ENVIRONMENT = sandbox.Environment()
 # Where a row's answers are wanted, a list is one.
-_LISTS = _Environment(finalize=lambda value: BAR.join(map(str, value)) if isinstance(value, (list, _List)) else value)
+_LISTS = sandbox.Environment(lambda value: BAR.join(map(str, value)) if isinstance(value, (list, _List)) else value)
 
 
 def parse(source: str) -> jinja2.nodes.Template:
     """A template as a tree; `ValueError` says what is wrong with it."""
-    try:
-        _compiled(source)  # finds filters that do not exist, too
-        return _ENVIRONMENT.parse(source)
-    except jinja2.TemplateError as error:
-        raise ValueError(f"expected a Jinja template, found an error in it: {reason(error)}") from error
+    _compiled(source)  # finds filters that do not exist, too
+    return sandbox.parse(source)
 
 
 @functools.lru_cache(maxsize=1024)
-def _compiled(source: str, environment: _Environment = _ENVIRONMENT) -> jinja2.Template:
-    return environment.from_string(source)
+def _compiled(source: str, environment: sandbox.Environment = _ENVIRONMENT) -> jinja2.Template:
+    return environment.compiled(sandbox.parse(source))
 
 
 @functools.lru_cache(maxsize=1024)
 def _compiled_prompt(source: str) -> jinja2.Template:
-    code = _ENVIRONMENT.compile(_prompt_tree(source))
-    return jinja2.Template.from_code(_ENVIRONMENT, code, _ENVIRONMENT.make_globals(None))
+    return _ENVIRONMENT.compiled(_prompt_tree(source))
 
 
 def _prompt_tree(source: str) -> jinja2.nodes.Template:
@@ -90,14 +80,16 @@ def _says_answer(source: str) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def _sees_answers(source: str) -> bool:
-    return "answer_choices" in jinja2.meta.find_undeclared_variables(_prompt_tree(source))
+    return "answer_choices" in sandbox.names_in(_prompt_tree(source))
 
 
 @functools.lru_cache(maxsize=1024)
 def _columns(source: str) -> tuple[str, ...]:
     """The columns that a template names in front of `|||`, by themselves or as `row["…"]`, in alphabetical order."""
+    if not has_jinja(source):
+        return ()
     tree = _prompt_tree(source)
-    names = jinja2.meta.find_undeclared_variables(tree) - _GIVEN
+    names = sandbox.names_in(tree) - _GIVEN
     for node in tree.find_all((jinja2.nodes.Getitem, jinja2.nodes.Getattr)):
         if isinstance(node.node, jinja2.nodes.Name) and node.node.name == "row":
             name = node.attr if isinstance(node, jinja2.nodes.Getattr) else getattr(node.arg, "value", None)
@@ -148,12 +140,15 @@ def choices_as_text(value: Any) -> Any:
         _require_texts(value.values())
         texts = {as_text(label): as_text(answer) for label, answer in value.items()}
         if len(texts) < len(value) or len(texts) < 2:
-            raise ValueError(f"expected at least two labels that differ as text, found {list(value)}")
+            raise ValueError(f"expected at least two labels that differ as text, found {brief(list(value))}")
         answers = list(texts.values())
         if not all(answers) or len(set(answers)) < len(answers):
-            raise ValueError(f"expected answer texts that differ and are not empty, found {answers}")
-        for answer in answers:
-            parse(answer)
+            raise ValueError(f"expected answer texts that differ and are not empty, found {brief(answers)}")
+        templates = list(filter(has_jinja, answers))
+        if len(templates) > _MOST_ANSWERS:
+            raise ValueError(f"expected at most {_MOST_ANSWERS} answers that are templates, found {len(templates)}")
+        for template in templates:
+            parse(template)
         return texts
     if isinstance(value, str):
         parse(value)
@@ -167,7 +162,7 @@ def _require_texts(values: Iterable[Any]) -> None:
         if value is None or isinstance(value, (Mapping, list, tuple, set)):
             raise ValueError(
                 f"expected choices as `label: text`, a line for each and without dashes, or as a list of labels, found "
-                f"{value!r} as a text"
+                f"{brief(value)} as a text"
             )
 
 
@@ -183,21 +178,32 @@ def answers_of(choices: Choices, row: Row, number: int | None = None) -> dict[st
         return choices
     require(row, columns_of(choices), number)
     if isinstance(choices, dict):
-        texts = [_render(_compiled(source), row, number).strip() for source in choices.values()]
+        texts, most = [], sandbox.most_characters()
+        for source in choices.values():
+            with sandbox.bounded(most - sum(map(len, texts))):  # of all together
+                texts.append(_render(_compiled(source), row, number).strip())
     else:
-        texts = [part.strip() for part in _render(_compiled(choices, _LISTS), row, number).split(BAR)]
+        texts = [part.strip() for part in _render(_compiled(choices, _LISTS), row, number, _LISTS).split(BAR)]
     if len(texts) < 2 or not all(texts) or len(set(texts)) < len(texts):
         raise InputError(
-            f"Expected at least two answer texts that differ, found {texts}{at_row(number)}; correct the row."
+            f"Expected at least two answer texts that differ, found {brief(texts)}{at_row(number)}; correct the row."
         )
     labels = choices if isinstance(choices, dict) else map(str, range(len(texts)))
     return dict(zip(labels, texts, strict=True))
 
 
-def _render(template: jinja2.Template, row: Row, number: int | None, **seen: Any) -> str:
+def _render(
+    template: jinja2.Template,
+    row: Row,
+    number: int | None,
+    environment: sandbox.Environment = _ENVIRONMENT,
+    **seen: Any,
+) -> str:
     values = {name: _cell(value) for name, value in row.items()}
     try:
-        return template.render({**values, "row": values, **seen})
+        return environment.rendered(template, {**values, "row": values, **seen})
+    except sandbox.TooLong as error:
+        raise sandbox.TooLong(f"{error}{at_row(number)}; shorten the row or the template.") from None
     except Exception as error:  # a template can do anything wrong that a program can
         raise InputError(
             f"Cannot render the template{at_row(number)}: {reason(error)}; the columns are {shown(row, 20)}."

@@ -23,6 +23,7 @@ from ia3.tfew.layouts import collate, try_packing
 from ia3.tfew.losses import tfew_loss
 from ia3.tfew.questions import Question, base_of, padding_id
 from ia3.tfew.recipe import EarlyStopping, Recipe
+from ia3.tfew.rows import as_rows
 from ia3.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -54,14 +55,15 @@ class TFewTrainer(Trainer):
     """Trains the active adapter on a task with T-Few's three losses; a classifier with cross-entropy alone.
 
     `evaluate()` measures the loss and the task's metrics, in the words of its first template; checkpoints hold the
-    adapter and the state of training, and `train(resume_from_checkpoint=…)` goes on from one.
+    adapter and the state of training, and `train(resume_from_checkpoint=…)` goes on from one. A process trains on one
+    device, the first that it sees (`CUDA_VISIBLE_DEVICES`); several devices take several processes (`torchrun`).
 
     Args:
         model: an `IA3Model` around a causal language model, an encoder-decoder, or a classifier of the task's labels.
         args: `recipe.training_arguments(…)`, or any `TrainingArguments`, which say all about steps and optimizer.
         processing_class: the model's tokenizer.
         task: says what the rows mean.
-        train_dataset: labelled rows, a list of dictionaries or a `datasets.Dataset`.
+        train_dataset: labelled rows: a list of dictionaries, a DataFrame, a `datasets.Dataset` (see `as_rows`).
         eval_dataset: the same, for `evaluate()`.
         recipe: its loss (a classifier's is cross-entropy always), its templates, its early stopping and what it does
             about long prompts; None: the paper's.
@@ -74,24 +76,28 @@ class TFewTrainer(Trainer):
     # `compute_loss` returns a mean over the batch, whatever arguments the wrapped model takes.
     loss_is_scaled_for_ga = False
 
+    task: Task | None = None
+    """What its rows mean; None for a trainer of several tasks."""
+
     def __init__(
         self,
         model: nn.Module,
         args: TrainingArguments,
         processing_class: PreTrainedTokenizerBase,
         task: Task,
-        train_dataset: Sequence[Mapping[str, Any]],
-        eval_dataset: Sequence[Mapping[str, Any]] | None = None,
+        train_dataset: Any,
+        eval_dataset: Any = None,
         recipe: Recipe | None = None,
         **kwargs: Any,
     ) -> None:
         recipe = recipe or Recipe()
+        self.task = task
         seed = args.seed if args.data_seed is None else args.data_seed
         examples = training_examples(task, processing_class, train_dataset, model, recipe, seed)
         held_out = None
         if eval_dataset is not None:
             held_out = evaluation_examples(task, processing_class, eval_dataset, model, recipe)
-            kwargs.setdefault("compute_metrics", metrics_of(task))
+        kwargs.setdefault("compute_metrics", metrics_of(task))
         self._task, self._rows = task, train_dataset
         self._set_up(model, args, processing_class, examples, held_out, recipe, [None], **kwargs)
 
@@ -114,6 +120,9 @@ class TFewTrainer(Trainer):
             self._loss_weights |= {"likelihood_weight": 1.0, **others}
         self.stopping = StopAtFloor(recipe.early_stopping, learners)
         self._average: MovingAverage | None = None
+        # `Trainer` would spread one process over all the devices it sees (`nn.DataParallel`) and copy the model to each
+        # of them in every step. This is how it keeps a model on one device that is split over several.
+        args._n_gpu = min(args.n_gpu, 1)
         super().__init__(
             model,
             args,
@@ -125,9 +134,7 @@ class TFewTrainer(Trainer):
         )
         self.add_callback(self.stopping)
         # Several processes have to pass through the model, forward and backward, equally often: each once a batch.
-        self._one_process = (self.args.world_size, max(1, self.args.n_gpu)) == (1, 1) and not (
-            self.is_deepspeed_enabled or self.is_fsdp_enabled
-        )
+        self._one_process = self.args.world_size == 1 and not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The arguments' optimizer; with the recipe's `ema_decay` it averages what it trains."""
@@ -149,6 +156,26 @@ class TFewTrainer(Trainer):
             self._average.use()
         return output
 
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As `transformers.Trainer.evaluate`; `eval_dataset` may be labelled rows, as the trainer takes them."""
+        return super().evaluate(self._asked(eval_dataset), *args, **kwargs)
+
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """As `transformers.Trainer.predict`; `test_dataset` may be labelled rows, as the trainer takes them."""
+        return super().predict(self._asked(test_dataset), *args, **kwargs)
+
+    def _asked(self, dataset: Any) -> Any:
+        """Labelled rows as examples of the trainer's one task; a name, examples or None as they are."""
+        if dataset is None or isinstance(dataset, str):
+            return dataset
+        if isinstance(dataset, list) and dataset and isinstance(dataset[0], Example):
+            return dataset
+        if self.task is None:
+            raise InputError("Expected rows of one task, found a trainer of several; give each member its eval_rows.")
+        tokenizer: Any = self.processing_class
+        adapter = self.stopping.learners[0]
+        return evaluation_examples(self.task, tokenizer, dataset, self.model, self.recipe, adapter)  # type: ignore[arg-type]
+
     def _learned(self) -> dict[str, tuple[Task, Sequence[Mapping[str, Any]]]]:
         """The task and the training rows of each adapter that is trained on one."""
         return dict.fromkeys(self.trained_adapters, (self._task, self._rows))
@@ -158,8 +185,8 @@ class TFewTrainer(Trainer):
         model = self._adapted()
         if model is not None:
             for name, (task, rows) in self._learned().items():
-                before = model.folders.get(name)
-                model.folders[name] = AdapterFolder.describing(task, self.recipe, rows, before)
+                before = model.adapter_folders.get(name)
+                model.adapter_folders[name] = AdapterFolder.describing(task, self.recipe, rows, before)
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_checkpoint(*args, **kwargs)
@@ -365,7 +392,7 @@ class StopAtFloor(TrainerCallback, ExportableState):
 def training_examples(
     task: Task,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Any,
     model: nn.Module,
     recipe: Recipe,
     seed: int,
@@ -376,7 +403,7 @@ def training_examples(
     Args:
         task: says what the rows mean.
         tokenizer: the model's.
-        rows: column → value.
+        rows: as `as_rows` takes them.
         model: prompts are shortened to what it has positions for.
         recipe: says which templates are drawn.
         seed: decides the draw.
@@ -385,6 +412,7 @@ def training_examples(
     Raises:
         InputError: rows do not fit the task (see `Task.questions`), or show one label only.
     """
+    rows = as_rows(rows, task)
     task.check(rows)
     labels = list(dict.fromkeys(task.label(row, number) for number, row in enumerate(rows, 1)))
     if len(labels) < 2:
@@ -406,12 +434,15 @@ def training_examples(
 def evaluation_examples(
     task: Task,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Any,
     model: nn.Module,
     recipe: Recipe,
     adapter: str | None = None,
 ) -> list[Example]:
     """Labelled rows in the words of the task's first template; arguments and errors as of `training_examples`."""
+    rows = as_rows(rows, task)
+    if not rows:
+        raise InputError("Expected labelled rows to measure on, found none.")
     questions = task.questions(tokenizer, rows, model=model, long_prompts=recipe.long_prompts)
     return [Example((replace(question, adapter=adapter),)) for question in questions]
 

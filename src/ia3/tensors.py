@@ -1,0 +1,129 @@
+"""The tensors of a checkpoint: read from any file, and checked against what a model holds."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import warnings
+import zipfile
+from collections.abc import Mapping
+
+import torch
+
+from ia3.errors import InputError, brief, shown
+from ia3.files import reading
+
+PREFIX = "base_model.model."
+
+Tensors = dict[str, torch.Tensor]
+
+# What a checkpoint may hold for a parameter of any of these types; of another type it is cast to.
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def read_tensors(file: str) -> tuple[Tensors, dict[str, str]]:
+    """The tensors of a safetensors file, or of one that `torch.save` wrote, by name; and the former's header entries.
+
+    Raises:
+        InputError: the file is cut short, or holds more than tensors that it has all numbers of. Nothing in it is run.
+    """
+    if not file.endswith(".safetensors"):
+        return _read_torch_weights(file), {}
+    from safetensors import safe_open
+
+    with reading(file, "a whole safetensors file"), safe_open(file, framework="pt") as opened:
+        return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+
+
+def _read_torch_weights(file: str) -> Tensors:
+    expected = "a flat dictionary of tensors and nothing that runs code"
+    with reading(file, expected, "is it cut short? Save it as safetensors"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what torch says of an odd pickle; the error is enough
+        # torch also reads what others have compressed, and a small file then fills the memory.
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(file):
+                    raise ValueError("it is compressed")
+        try:
+            tensors = torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:  # whose text says how to read it unsafely
+            raise ValueError("it is damaged or holds something else") from error
+        if not isinstance(tensors, dict) or not all(isinstance(key, str) for key in tensors):
+            raise TypeError("it holds something else")
+        for key, value in tensors.items():
+            if not isinstance(value, torch.Tensor) or not _is_plain(value):
+                raise TypeError(f"{brief(key)} is no tensor with all its numbers in the file")
+        return dict(tensors)
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has a number in memory for each element; an expanded one claims any number of them."""
+    return (
+        (tensor.layout, tensor.device.type) == (torch.strided, "cpu")
+        and not (tensor.is_nested or tensor.is_quantized)
+        and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    )
+
+
+def check_tensors(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], adapter_name: str) -> None:
+    """Raise `InputError` unless `found` fits.
+
+    Args:
+        expected: by name, of the shape and type that the model holds; no matter with which values, or none.
+        found: has to have exactly these names and shapes, and values that are finite in these types.
+        adapter_name: for the message.
+    """
+    missing, surplus = sorted(set(expected) - set(found)), sorted(set(found) - set(expected), key=str)
+    if missing or surplus:
+        raise InputError(
+            f"Adapter {brief(adapter_name)} does not fit this model: expected {len(expected)} tensors, found "
+            f"{len(found)}; missing: {shown(missing, 3)}; surplus: {shown(surplus, 3)}. Is it for another base model?"
+        )
+    wrong = [
+        f"{key} is {brief(tuple(found[key].shape))}, expected {tuple(value.shape)}"
+        for key, value in expected.items()
+        if found[key].shape != value.shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise InputError(
+            f"Adapter {brief(adapter_name)} has other shapes than this model: {'; '.join(wrong[:3])}{more}. Is it for "
+            f"another base model?"
+        )
+    problem = wrong_values(found, {key: value.dtype for key, value in expected.items()})
+    if problem:
+        raise InputError(f"Adapter {brief(adapter_name)} holds {problem}; train it again.")
+
+
+def check_vector(name: str, tensor: torch.Tensor) -> None:
+    """Raise `InputError` unless all numbers of a tensor, one at least, lie along one of its dimensions."""
+    if not tensor.numel() or max(tensor.shape, default=0) != tensor.numel():
+        raise InputError(f"Expected a vector, found {brief(name)} of shape {brief(tuple(tensor.shape))}.")
+
+
+def wrong_values(found: Mapping[str, torch.Tensor], held: Mapping[str, torch.dtype]) -> str | None:
+    """What is wrong with tensors' values, for an error message; None when they can be used.
+
+    Args:
+        found: as a file has them.
+        held: the type that each will be held in. A value that is finite in the file can be infinite in it.
+    """
+    foreign = {key: value.dtype for key, value in found.items() if value.dtype != held[key]}
+    foreign = {key: dtype for key, dtype in foreign.items() if not {dtype, held[key]} <= set(_FLOATS)}
+    if foreign:
+        key = next(iter(foreign))
+        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        return f"{foreign[key]} in {brief(key)}{more} where {held[key]} is expected"
+    infinite = [key for key, value in found.items() if not _is_finite(value.to(held[key]))]
+    in_file = [key for key in infinite if not _is_finite(found[key])]
+    if in_file:
+        return f"NaN or infinite values in {shown(in_file, 3)}"
+    if infinite:
+        return f"values in {shown(infinite, 3)} that are infinite in {held[infinite[0]]}, which they are held in"
+    return None
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    if tensor.is_floating_point() and tensor.dtype not in _FLOATS:  # 8-bit floats know no `isfinite`
+        tensor = tensor.float()
+    return bool(torch.isfinite(tensor).all())

@@ -1,0 +1,195 @@
+"""What people see: tables on a narrow screen lose nothing, and standard error holds the command's own lines alone."""
+
+import csv
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from rich.console import Console
+
+import words
+from ia3.bench import report
+from ia3.cli import common, compare, main, raft, results
+from ia3.cli.predict import _shortened
+from ia3.tfew.task import embedded_tasks
+
+LABELS = {"pos": "sadness or something very much like it", "neg": "happiness that nothing could ever disturb"}
+
+
+def write_csv(path, rows, delimiter=","):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a tiny model, rows with long labels, and an adapter that has learned them."""
+    folder = tmp_path_factory.mktemp("screen")
+    words.save_model(folder / "model")
+    rows = [{**row, "label": LABELS[row["label"]]} for row in words.different(60)]
+    write_csv(folder / "train.csv", rows)
+    write_csv(folder / "test.csv", rows[:6])
+    choices = ",".join(f"{label}={text}" for label, text in zip(LABELS.values(), ("good", "bad"), strict=True))
+    arguments = ["--data", folder / "train.csv", "--output", folder / "adapter", "--steps", 2, "--choices", choices]
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--model", str(folder / "model"), *map(str, arguments)])
+    assert not ended.value.code
+    return folder
+
+
+@pytest.fixture
+def narrow(ia3, monkeypatch):
+    """Runs the command line on a screen of 80 characters; standard output."""
+
+    def run(*arguments):
+        monkeypatch.setenv("COLUMNS", "80")
+        code, out, err = ia3(*arguments)
+        assert code == 0, err
+        return out
+
+    return run
+
+
+@pytest.fixture
+def screen():
+    """A console of 80 characters, which writes to its `file`."""
+    return Console(file=io.StringIO(), width=80, highlight=False)
+
+
+def cells(text):
+    """The text of each column of the tables in it, lines joined."""
+    lines = [re.split("[│┃]", line)[1:-1] for line in text.splitlines() if line[:1] in ("│", "┃")]
+    return ["".join(line[i].strip() for line in lines if i < len(line)) for i in range(max(map(len, lines)))]
+
+
+def require_whole(text, names):
+    """Nothing is cut, and the first columns have all names."""
+    assert "…" not in text
+    found = " ".join(cells(text)[:2]).replace(" ", "")
+    for name in names:
+        assert name.replace(" ", "") in found, name
+
+
+def test_inspect_shows_whole_modules(place, narrow):
+    out = narrow("inspect", place / "adapter")
+    require_whole(
+        out, ["model.layers.*.mlp.down_proj", "model.layers.*.self_attn.k_proj", "model.layers.*.self_attn.v_proj"]
+    )
+
+
+def test_evaluate_shows_whole_labels(place, narrow):
+    require_whole(narrow("evaluate", place / "adapter", "--data", place / "test.csv"), LABELS.values())
+
+
+def test_predict_shows_whole_labels_and_texts(place, narrow):
+    text = "the tea was lovely and the soup was stale"
+    out = narrow("predict", place / "adapter", text)
+    assert "probability" in out  # labels this long leave no room for a column each
+    require_whole(out, [text, next(label for label in LABELS.values() if label.split()[0] in out)])
+
+
+def test_a_long_text_keeps_its_ends():
+    text = f"begin {'tea ' * 40}end"
+    short = _shortened(text)
+    assert len(short) <= 60 and short.startswith("begin tea") and short.endswith("tea end") and " … " in short
+    assert _shortened(text[:60]) == text[:60]
+
+
+def test_tasks_shows_whole_names(narrow):
+    require_whole(narrow("tasks"), embedded_tasks())
+
+
+def test_train_shows_whole_names_of_many_adapters(screen):
+    names = [f"a-task-with-a-name-of-some-length/seed-{seed}-lr-0.001" for seed in range(2)]
+    scores = {"accuracy": 0.512, "macro_f1": 0.345}
+    measured = {"test_rows": 200, "zero_shot": scores, "trained": scores, "majority": scores}
+    more = {"steps": 1, "train_seconds": 1.0, "trainable_parameters": 160, "adapter_bytes": 900}
+    results.print_fleet_table(screen, {name: {**measured, **more} for name in names}, {"a-task/lr-0.001": names})
+    require_whole(screen.file.getvalue(), [*names, "a-task/lr-0.001 median (IQR)"])
+
+
+def test_progress_shows_whole_names(screen):
+    with common.progress(screen) as bars:
+        bars.add_task("Zero-shot a-task-with-a-name/seed-0-lr-0.001, template 2", total=3, note="accuracy 88.9%")
+    assert "…" not in screen.file.getvalue() and re.sub(r"\s", "", screen.file.getvalue()).count("Zero-shot") == 1
+
+
+def test_compare_shows_whole_numbers(screen):
+    numbers = dict.fromkeys(
+        ("inference_flops", "inference_flops_uncached", "inference_flops_estimate", "training_flops"), 1.25e12
+    )
+    sizes = {"kv_cache_bytes": 123456, "disk_bytes": 240000, "training_flops_estimate": None}
+    row = {"accuracy": 0.512, "macro_f1": 0.345, "seconds": 0.123, **numbers, **sizes}
+    compare.print_comparison(screen, [{**row, "method": name} for name in ("zero-shot", "8-shot", "16-shot", "t-few")])
+    lines = screen.file.getvalue().splitlines()
+    assert "…" not in screen.file.getvalue() and sum("51.2%" in line for line in lines) == 1
+    assert [line.count("1.2e12") for line in lines if "training FLOPs" in line] == [4]
+
+
+def test_raft_shows_whole_names(screen):
+    scores = {"accuracy": 0.5, "macro_f1": 0.5}
+    its = {"cross_validation": scores, "majority": scores, "test_rows": 5000, "seconds": 123.4}
+    names = ("neurips_impact_statement_risks", "systematic_review_inclusion")
+    raft._print_table(screen, dict.fromkeys(names, its), {"macro_f1": 0.5, "majority_macro_f1": 0.4}, 5)
+    require_whole(screen.file.getvalue(), names)
+
+
+def test_bench_shows_whole_jobs(screen):
+    title = "train on 32 examples for 40 steps of 8, evaluate 200 rows, 2 choices"
+    ratio = {"median": 2.4, "quartiles": (2.3, 2.5), "memory": 3.1}
+    pairs = {f"{name}/ours": ratio for name in report.COLUMNS if name not in ("ours", "floor")} | {"ours/floor": ratio}
+    row = {"title": title, "columns": {"ours": {"median": 100.0, "peak_mb": 900}}, "ratios": pairs}
+    screen.print(report.table({"rows": {"train-2": row}}))
+    require_whole(screen.file.getvalue(), [title])
+
+
+def run(*arguments, **more):
+    """The command as a program of its own: its lines on standard error."""
+    script = "from ia3.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "80", **more},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr.splitlines()
+
+
+class TestStandardError:
+    """In programs of their own: what other libraries say, they say when they are loaded."""
+
+    def test_of_train_has_its_notices_once(self, place, tmp_path):
+        rows = words.rows(60)
+        data = write_csv(tmp_path / "rows.csv", [row for row in rows if row["label"] == "pos"] + rows[1:11:2], ";")
+        lines = run("train", "-m", place / "model", "-d", data, "--steps", 2, "--seeds", "0,1", "-o", tmp_path / "out")
+        assert lines == [
+            f"ia3: Columns of {str(data)!r} are separated by ';' (--delimiter).",
+            "ia3: Fewer than 16 training examples for 1 of 2 labels, the fewest for 'neg': 5; all of these are taken.",
+        ]
+
+    def test_of_predict_is_empty(self, place, tmp_path):
+        data = tmp_path / "rows.parquet"
+        pd.DataFrame(words.rows(4)).to_parquet(data)
+        assert run("predict", place / "adapter", "-d", data, "-o", tmp_path / "out.csv", HF_HOME=str(tmp_path)) == []
+        assert len((tmp_path / "out.csv").read_text().splitlines()) == 5
+
+
+def test_our_own_warnings_are_lines_too(place, ia3, tmp_path):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    for file in Path(place, "adapter").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "something_newer": 1}))
+    code, _, err = ia3("inspect", folder)
+    assert code == 0 and err == "ia3: Ignoring keys of a newer or another config: 'something_newer'.\n"
