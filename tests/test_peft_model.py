@@ -527,6 +527,17 @@ def test_a_card_names_no_base_model_that_is_not_known(tmp_path):
     assert (tmp_path / "other" / "README.md").exists()
 
 
+def test_a_card_of_ones_own_is_completed_when_asked_and_keeps_its_text(tmp_path):
+    model, card = small(), tmp_path / "README.md"
+    card.write_text("mine")
+    model.save_pretrained(tmp_path)
+    assert card.read_text() == "mine"
+    for _ in range(2):
+        model.create_or_update_model_card(tmp_path)
+        assert "library_name: peft" in card.read_text() and card.read_text().endswith("mine")
+        assert card.read_text().count("- ia3") == 1
+
+
 # All of PEFT's names.
 
 

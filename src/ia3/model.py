@@ -16,7 +16,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from ia3 import checkpoint, quantized
 from ia3.architectures import READS_WEIGHTS, row_axis
-from ia3.cards import write_model_card
+from ia3.cards import update_model_card, write_model_card
 from ia3.config import IA3Config, PeftType
 from ia3.errors import InputError, shown, similar
 from ia3.files import hub_arguments, upload
@@ -624,11 +624,11 @@ class IA3Model(nn.Module):
         for name in names:
             folder = save_directory if name == "default" else os.path.join(save_directory, name)
             checkpoint.save_adapter(self, folder, name, safe_serialization, state_dict, save_embedding_layers)
-        self.create_or_update_model_card(save_directory)
+        write_model_card(self, save_directory)
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike) -> None:
-        """Write a `README.md` that says what the adapter is, unless the folder has one."""
-        write_model_card(self, output_dir)
+        """Write a `README.md` that says what the adapter is, or complete the head of the folder's own."""
+        update_model_card(self, output_dir)
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None, **kwargs: Any) -> str:
         """Upload the adapters to a hub repository, which is made when it is not there. Returns the commit's address.

@@ -118,7 +118,7 @@ class PeftModel(nn.Module):
 
     @property
     def __class__(self) -> type:  # type: ignore[override]
-        return _appearance(type(self), "peft" in sys.modules)
+        return _appearance(type(self), sys.modules.get("peft") is not None)
 
     @__class__.setter
     def __class__(self, value: type) -> None:  # FSDP2 gives what it shards a class derived from its own
