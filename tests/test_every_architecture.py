@@ -97,7 +97,7 @@ def test_each_row_of_a_batch_has_its_own_adapter_or_the_model_refuses(adapted):
 def test_vectors_on_outputs_alone_are_those_on_inputs_or_refused(adapted):
     model, answer = adapted.model, adapted.answer
     modules = base_modules(model.model)
-    inputs = [Site(path, True) for path, layer in model.layers.items() if layer.feedforward["one"]]
+    inputs = [Site(path, True) for path, layer in model.ia3_layers.items() if layer.feedforward["one"]]
     try:
         model.add_adapter("outputs", ia3.IA3Config(feedforward_modules=[]))
     except ia3.InputError as error:
@@ -105,7 +105,7 @@ def test_vectors_on_outputs_alone_are_those_on_inputs_or_refused(adapted):
         assert None in output_sites(modules, inputs).values()
         return
     moved = {site.path: path for path, site in output_sites(modules, inputs).items()}
-    for path, layer in model.layers.items():
+    for path, layer in model.ia3_layers.items():
         if "outputs" in layer.ia3_l:
             vector, source = layer.ia3_l["outputs"].detach(), model.ia3_layers[moved.get(path, path)].ia3_l["one"]
             mask = layer.masks.get("outputs", torch.ones_like(vector, dtype=torch.bool))
