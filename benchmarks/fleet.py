@@ -24,7 +24,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from ia3.pretrained import EMBEDDED_MODEL, find_base
+from ia3.adapter.pretrained import EMBEDDED_MODEL, find_base
 
 COMMAND = [sys.executable, "-c", "from ia3.cli import main; main()", "train", "--json"]
 

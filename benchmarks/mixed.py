@@ -114,7 +114,7 @@ def batch_part(repeats: int) -> dict:
 
 def adapterhub_part(python: str, repeats: int) -> dict:
     """AdapterHub's BatchSplit, in its own environment."""
-    from ia3.pretrained import find_base
+    from ia3.adapter.pretrained import find_base
 
     script = Path(__file__).with_name("adapterhub_batchsplit.py")
     command = [python, str(script), find_base("smollm2")[1], str(ROWS), str(TOKENS), str(NEW), str(repeats)]

@@ -64,16 +64,15 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, set_seed
 
-from ia3 import IA3Config, IA3Model, load_base
-from ia3.pretrained import DTYPES
-from ia3.tfew import TFewTrainer
-from ia3.tfew.icl import draw_shots, fitting, predict_in_context
-from ia3.tfew.prediction import Prediction, predict
-from ia3.tfew.questions import Question
-from ia3.tfew.reading import read_rows
-from ia3.tfew.recipe import Recipe
-from ia3.tfew.task import Row, Task, few_shot
-from ia3.tfew.trainer import Example
+from ia3 import IA3Config, IA3Model, TFewTrainer, load_base
+from ia3.adapter.pretrained import DTYPES
+from ia3.evaluation.icl import draw_shots, fitting, predict_in_context
+from ia3.evaluation.prediction import Prediction, predict
+from ia3.scoring.questions import Question
+from ia3.task.reading import read_rows
+from ia3.task.task import Row, Task, few_shot
+from ia3.training.recipe import Recipe
+from ia3.training.trainer import Example
 
 # The folders of the paper's few-shot files.
 FEW_SHOT = {"rte": "rte", "cb": "cb", "copa": "copa", "sst2": "sst2", "anli_r1": "anli-r1", "wsc": "wsc"}

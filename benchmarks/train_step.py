@@ -36,14 +36,14 @@ import torch
 import transformers
 from torch.nn import functional as F
 
-from ia3 import IA3Config, IA3Model, load_base
+from ia3 import IA3Config, IA3Model, Task, load_base
 from ia3.bench.peers import padded_log_probs
-from ia3.tfew import Task, seq2seq
-from ia3.tfew.beginning import common_tokens, parts, training_parts
-from ia3.tfew.choices import Batch, batches, normalized_scores, token_log_probs
-from ia3.tfew.layouts import collate
-from ia3.tfew.losses import tfew_loss
-from ia3.tfew.questions import Question, encode
+from ia3.scoring import seq2seq
+from ia3.scoring.beginning import common_tokens, parts, training_parts
+from ia3.scoring.choices import Batch, batches, normalized_scores, token_log_probs
+from ia3.scoring.layouts import collate
+from ia3.scoring.questions import Question, encode
+from ia3.training.losses import tfew_loss
 
 T5 = {"d_model": 512, "d_ff": 2048, "num_layers": 6, "num_heads": 8, "vocab_size": 32128, "decoder_start_token_id": 0}
 PLAIN = {2: ["great", "not great"], 6: ["joy", "anger", "sadness", "fear", "surprise", "no emotion"]}

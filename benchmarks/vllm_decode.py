@@ -42,7 +42,7 @@ def write_adapters(folder: Path, count: int) -> str:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from ia3.pretrained import find_base
+    from ia3.adapter.pretrained import find_base
 
     base = find_base("smollm2")[1]
     torch.manual_seed(0)

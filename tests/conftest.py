@@ -1,4 +1,4 @@
-"""Shared fixtures. Test files everywhere under `tests/` may `import tiny`: pytest puts this folder on the path."""
+"""Shared fixtures. Test files everywhere under `tests/` may take what `tests/support` has: `from support import tiny`."""
 
 import gc
 import os
@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-import tiny
+from support import tiny
 
 # No time limit for an example, and the same examples in every run.
 settings.register_profile("ia3", deadline=None, derandomize=True, database=None)

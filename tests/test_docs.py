@@ -5,7 +5,6 @@ import re
 import runpy
 import shlex
 import subprocess
-from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -13,12 +12,11 @@ import torch
 import transformers
 
 import ia3
-import tiny
-import words
+from ia3 import Task
 from ia3.cli import main
-from ia3.tfew import Task
+from support import tiny, words
+from support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(?:<!-- (\w+): ([\w.-]+) -->\n)?```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 

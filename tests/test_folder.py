@@ -13,15 +13,14 @@ import safetensors.torch
 import torch
 
 import ia3
-import tiny
-import words
-from ia3 import IA3Config, InputError, PeftModel, files
-from ia3.checkpoint import save_adapter
-from ia3.config import adapter_folders
+from ia3 import IA3Config, InputError, PeftModel, Recipe, Task, files
+from ia3.adapter.checkpoint import save_adapter
+from ia3.adapter.config import adapter_folders
+from ia3.evaluation.calibration import Calibration
 from ia3.files import PENDING, TEMPORARY, is_unused, new_folder, replacing, replacing_adapter
 from ia3.folder import OWN_NAMES, AdapterFolder
-from ia3.tfew import Recipe, Task
-from ia3.tfew.calibration import Calibration
+from support import tiny, words
+from support.paths import TESTS
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TASK = Task.create(
@@ -76,13 +75,12 @@ def one_line(error) -> str:
 def killed(tmp_path_factory):
     """What `killed.py` says of each case."""
     place = tmp_path_factory.mktemp("killed")
-    here = Path(__file__).parent
     done = subprocess.run(
-        [sys.executable, here / "killed.py", place],
+        [sys.executable, "-m", "support.killed", place],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=here,
+        cwd=TESTS,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]

@@ -20,16 +20,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ia3
-import tiny
-from ia3 import IA3Config, InputError
+from ia3 import IA3Config, InputError, Task
+from ia3.adapter.convert import convert
 from ia3.bank import AdapterBank
 from ia3.cli import main
-from ia3.cli.results import read_metrics, seen_by
-from ia3.convert import convert
-from ia3.tfew import Task
-from ia3.tfew.calibration import Calibration
-from ia3.tfew.reading import read_rows
-from ia3.tfew.recipe import Recipe
+from ia3.folder import AdapterFolder
+from ia3.task.reading import read_rows
+from ia3.training.recipe import Recipe
+from support import tiny
 
 # Of a message.
 LONGEST = 1000
@@ -219,14 +217,14 @@ def use_recipe(folder: Path, base: Any) -> None:
 
 
 def use_calibration(folder: Path, base: Any) -> None:
-    found = Calibration.beside(folder)
+    found = AdapterFolder(folder).calibration
     assert found is not None and found.temperature > 0
 
 
 def use_metrics(folder: Path, base: Any) -> None:
-    found = read_metrics(folder)
+    found = AdapterFolder(folder).metrics
     float(found.get("train_seconds") or 0)
-    seen_by(str(folder))
+    AdapterFolder(folder).seen()
 
 
 def use_rows(name: str) -> Callable[[Path, Any], None]:

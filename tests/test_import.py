@@ -64,16 +64,10 @@ def test_peft_names_that_mean_the_same():
     assert ia3.PeftConfig is ia3.IA3Config
 
 
-@pytest.mark.parametrize("name", ia3.tfew.__all__)
-def test_every_name_of_the_recipe_loads_and_is_listed(name):
-    assert getattr(ia3.tfew, name).__name__ == name
-    assert name in dir(ia3.tfew)
-
-
 def test_tasks_are_read_without_torch(tmp_path):
     (tmp_path / "rows.csv").write_text("text,label\na,x\nb,y\n")
     code = f"""
-from ia3.tfew import Recipe, Task, few_shot, read_rows
+from ia3 import Recipe, Task, few_shot, read_rows
 rows = read_rows({str(tmp_path / "rows.csv")!r})
 assert len(few_shot(rows, Task.infer(rows), 1)) == 2 and Recipe.small() and Task.load("rte")
 import sys
@@ -87,7 +81,7 @@ def test_answering_loads_no_trainer():
     code = """
 import sys
 from ia3 import AdapterBank, IA3Model, load_base
-from ia3.tfew import Calibration, Prefix, predict, predict_in_context, score_choices
+from ia3 import Calibration, Prefix, predict, predict_in_context, score_choices
 import ia3.serve.app, ia3.serve.local
 print([name for name in ("transformers.trainer", "peft") if name in sys.modules])
 """

@@ -9,10 +9,9 @@ import pytest
 import torch
 import transformers
 
-from ia3 import load_base
-from ia3 import pretrained as module
+from ia3 import Task, load_base, predict, read_rows, score_choices
+from ia3.adapter import pretrained as module
 from ia3.cli import main
-from ia3.tfew import Task, predict, read_rows, score_choices
 
 pytestmark = [
     pytest.mark.slow,

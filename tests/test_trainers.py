@@ -15,8 +15,7 @@ from huggingface_hub import ModelCard
 
 import ia3
 import ia3.trainer
-import tiny
-import words
+from support import tiny, words
 
 try:
     import peft

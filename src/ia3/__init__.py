@@ -1,4 +1,4 @@
-"""(IA)³: adapt a pretrained transformer to a task from a few dozen labelled examples (arXiv:2205.05638).
+"""(IA)³: make a classifier out of a pretrained transformer and a few dozen labelled examples (arXiv:2205.05638).
 
 Names are loaded when they are first used, so that `import ia3` does not wait for torch.
 """
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from ia3.auto import (
+    from ia3.adapter.auto import (
         AutoPeftModel,
         AutoPeftModelForCausalLM,
         AutoPeftModelForFeatureExtraction,
@@ -18,14 +18,12 @@ if TYPE_CHECKING:
         AutoPeftModelForSequenceClassification,
         AutoPeftModelForTokenClassification,
     )
-    from ia3.bank import AdapterBank
-    from ia3.checkpoint import load_peft_weights
-    from ia3.config import IA3Config, PeftType, TaskType
-    from ia3.config import IA3Config as PeftConfig
-    from ia3.errors import InputError
-    from ia3.layers import IA3Layer
-    from ia3.model import IA3Model
-    from ia3.peft import (
+    from ia3.adapter.checkpoint import load_peft_weights
+    from ia3.adapter.config import IA3Config, PeftType, TaskType
+    from ia3.adapter.config import IA3Config as PeftConfig
+    from ia3.adapter.layer import IA3Layer
+    from ia3.adapter.model import IA3Model
+    from ia3.adapter.peft import (
         NoMatchingPeftModuleError,
         PeftError,
         PeftModel,
@@ -46,12 +44,27 @@ if TYPE_CHECKING:
         prepare_model_for_kbit_training,
         set_base_model_state_dict,
     )
-    from ia3.pretrained import load_base
-    from ia3.rules import Rule, WeightRule, register_rule
-    from ia3.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
+    from ia3.adapter.pretrained import load_base
+    from ia3.adapter.rules import Rule, WeightRule, register_rule
+    from ia3.adapter.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
+    from ia3.bank import AdapterBank
+    from ia3.errors import InputError
+    from ia3.evaluation.calibration import Calibration, cross_validate
+    from ia3.evaluation.icl import Prefix, draw_shots, predict_in_context
+    from ia3.evaluation.prediction import Prediction, predict
+    from ia3.folder import AdapterFolder
+    from ia3.scoring.choices import pack, score_choices
+    from ia3.task.prompts import read_prompts
+    from ia3.task.reading import read_rows
+    from ia3.task.rows import as_rows
+    from ia3.task.task import Task, few_shot
+    from ia3.training.fleet import FleetTrainer, Member
+    from ia3.training.losses import tfew_loss
+    from ia3.training.recipe import EarlyStopping, Recipe
+    from ia3.training.trainer import TFewTrainer
 
 _NAMES = {
-    "auto": (
+    "adapter.auto": (
         "AutoPeftModel",
         "AutoPeftModelForCausalLM",
         "AutoPeftModelForFeatureExtraction",
@@ -60,13 +73,11 @@ _NAMES = {
         "AutoPeftModelForSequenceClassification",
         "AutoPeftModelForTokenClassification",
     ),
-    "bank": ("AdapterBank",),
-    "checkpoint": ("load_peft_weights",),
-    "config": ("IA3Config", "PeftType", "TaskType"),
-    "errors": ("InputError",),
-    "layers": ("IA3Layer",),
-    "model": ("IA3Model",),
-    "peft": (
+    "adapter.checkpoint": ("load_peft_weights",),
+    "adapter.config": ("IA3Config", "PeftType", "TaskType"),
+    "adapter.layer": ("IA3Layer",),
+    "adapter.model": ("IA3Model",),
+    "adapter.peft": (
         "NoMatchingPeftModuleError",
         "PeftError",
         "PeftModel",
@@ -87,14 +98,30 @@ _NAMES = {
         "prepare_model_for_kbit_training",
         "set_base_model_state_dict",
     ),
-    "pretrained": ("load_base",),
-    "rules": ("Rule", "WeightRule", "register_rule"),
-    "state_dict": ("get_peft_model_state_dict", "set_peft_model_state_dict"),
+    "adapter.pretrained": ("load_base",),
+    "adapter.rules": ("Rule", "WeightRule", "register_rule"),
+    "adapter.state_dict": ("get_peft_model_state_dict", "set_peft_model_state_dict"),
+    "bank": ("AdapterBank",),
+    "errors": ("InputError",),
+    "evaluation.calibration": ("Calibration", "cross_validate"),
+    "evaluation.icl": ("Prefix", "draw_shots", "predict_in_context"),
+    "evaluation.prediction": ("Prediction", "predict"),
+    "folder": ("AdapterFolder",),
+    "scoring.choices": ("pack", "score_choices"),
+    "task.prompts": ("read_prompts",),
+    "task.reading": ("read_rows",),
+    "task.rows": ("as_rows",),
+    "task.task": ("Task", "few_shot"),
+    "training.fleet": ("FleetTrainer", "Member"),
+    "training.losses": ("tfew_loss",),
+    "training.recipe": ("EarlyStopping", "Recipe"),
+    "training.trainer": ("TFewTrainer",),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
     "AdapterBank",
+    "AdapterFolder",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",
@@ -102,10 +129,14 @@ __all__ = [
     "AutoPeftModelForSeq2SeqLM",
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
+    "Calibration",
+    "EarlyStopping",
+    "FleetTrainer",
     "IA3Config",
     "IA3Layer",
     "IA3Model",
     "InputError",
+    "Member",
     "NoMatchingPeftModuleError",
     "PeftConfig",
     "PeftError",
@@ -118,10 +149,19 @@ __all__ = [
     "PeftModelForTokenClassification",
     "PeftType",
     "PeftWarning",
+    "Prediction",
+    "Prefix",
+    "Recipe",
     "Rule",
+    "TFewTrainer",
+    "Task",
     "TaskType",
     "WeightRule",
+    "as_rows",
     "cast_mixed_precision_params",
+    "cross_validate",
+    "draw_shots",
+    "few_shot",
     "get_base_model_state_dict",
     "get_layer_status",
     "get_model_status",
@@ -131,22 +171,27 @@ __all__ = [
     "inject_adapter_in_model",
     "load_base",
     "load_peft_weights",
+    "pack",
+    "predict",
+    "predict_in_context",
     "prepare_model_for_kbit_training",
+    "read_prompts",
+    "read_rows",
     "register_rule",
+    "score_choices",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
+    "tfew_loss",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name == "PeftConfig":  # there is one kind of config here
-        return import_module("ia3.config").IA3Config
+        return import_module("ia3.adapter.config").IA3Config
     if name in _HOMES:
         return getattr(import_module(f"ia3.{_HOMES[name]}"), name)
-    if name == "tfew":
-        return import_module("ia3.tfew")
     raise AttributeError(f"module 'ia3' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__, "tfew"])
+    return sorted([*globals(), *__all__])

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ia3.config import IA3Config
+from ia3.adapter.config import IA3Config
 from ia3.errors import InputError, excerpt, shown
 from ia3.files import (
     CONFIG_NAME,
@@ -32,9 +32,9 @@ from ia3.files import (
 if TYPE_CHECKING:
     import torch
 
-    from ia3.tfew.calibration import Calibration
-    from ia3.tfew.recipe import Recipe
-    from ia3.tfew.task import Row, Task
+    from ia3.evaluation.calibration import Calibration
+    from ia3.task.task import Row, Task
+    from ia3.training.recipe import Recipe
 
 TASK_NAME = "task.yaml"
 RECIPE_NAME = "recipe.yaml"
@@ -191,7 +191,7 @@ class AdapterFolder:
     @functools.cached_property
     def task(self) -> Task | None:
         """What the adapter was trained on; None where the folder does not say. Raises `InputError` for a damaged file."""
-        from ia3.tfew.task import Task
+        from ia3.task.task import Task
 
         data = self.text(TASK_NAME)
         return None if data is None else Task.from_file(self._named(TASK_NAME), data)
@@ -215,7 +215,7 @@ class AdapterFolder:
     @functools.cached_property
     def recipe(self) -> Recipe:
         """How the adapter was trained; the paper's where the folder does not say."""
-        from ia3.tfew.recipe import Recipe
+        from ia3.training.recipe import Recipe
 
         data = self.text(RECIPE_NAME)
         return Recipe() if data is None else Recipe.from_file(self._named(RECIPE_NAME), data)
@@ -223,7 +223,7 @@ class AdapterFolder:
     @functools.cached_property
     def calibration(self) -> Calibration | None:
         """What makes its probabilities mean what they say; None where it is not calibrated."""
-        from ia3.tfew.calibration import Calibration
+        from ia3.evaluation.calibration import Calibration
 
         data = self.text(CALIBRATION_NAME)
         return None if data is None else Calibration.from_json(data, self._named(CALIBRATION_NAME))
@@ -273,7 +273,7 @@ class AdapterFolder:
                 this object was made.
         """
         file = self.vectors_file(pickled)
-        from ia3.tensors import read_tensors
+        from ia3.adapter.tensors import read_tensors
 
         tensors, header = read_tensors(file)
         self.require_unchanged()

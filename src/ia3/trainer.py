@@ -17,7 +17,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils.generic import can_return_loss, find_labels
 
-from ia3.model import IA3Model, find_adapted
+from ia3.adapter.model import IA3Model, find_adapted
 
 
 class _ForAdapters(transformers.Trainer):

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-import tiny
+from ia3 import tfew_loss
 from ia3.bench import suite as running
 from ia3.bench.floor import Floor, needed, shared_beginning
 from ia3.bench.jobs import Phase, Row, suite, task_of
@@ -20,7 +20,7 @@ from ia3.bench.peers import Authors, Column, Peft, mean_scores, padded_log_probs
 from ia3.bench.report import notes, summary
 from ia3.bench.worker import Memory
 from ia3.cli import main
-from ia3.tfew import tfew_loss
+from support import tiny
 
 REVIEWS = [
     "This tea is lovely and fresh; I will buy it again.",

@@ -14,10 +14,9 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-import tiny
-import words
+from ia3 import Task, predict, read_rows
 from ia3.cli import main
-from ia3.tfew import Task, predict, read_rows
+from support import tiny, words
 
 TEMPLATE = "review : {{ text }} answer :"
 CHOICES = "pos=good,neg=not good"
@@ -167,7 +166,7 @@ class TestTrain:
         assert "train_rows" not in train("--json", data=data, test_data=test)[1]
 
     def test_interrupted_and_resumed_ends_as_uninterrupted(self, train, tmp_path, monkeypatch):
-        from ia3.tfew import TFewTrainer
+        from ia3 import TFewTrainer
 
         assert train(steps=8, output=tmp_path / "whole")[0] == 0
         step = TFewTrainer.training_step
@@ -284,7 +283,7 @@ class TestTrain:
         assert code == 2 and "at least two labels in column 'label', found 'pos'" in err
 
     def test_interrupted_before_a_checkpoint_says_so(self, train, tmp_path, monkeypatch):
-        from ia3.tfew import TFewTrainer
+        from ia3 import TFewTrainer
 
         def interrupted(self, *args, **kwargs):
             raise KeyboardInterrupt
@@ -295,11 +294,11 @@ class TestTrain:
         assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
     def test_interrupted_after_training_leaves_the_earlier_adapter_whole(self, train, tmp_path, monkeypatch):
-        import ia3.tfew
+        import ia3.evaluation.prediction
 
         assert train()[0] == 0
         before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-        calls, real = [], ia3.tfew.predict
+        calls, real = [], ia3.evaluation.prediction.predict
 
         def interrupted(*args, **kwargs):
             calls.append(1)
@@ -307,12 +306,12 @@ class TestTrain:
                 raise KeyboardInterrupt
             return real(*args, **kwargs)
 
-        monkeypatch.setattr(ia3.tfew, "predict", interrupted)
+        monkeypatch.setattr(ia3.evaluation.prediction, "predict", interrupted)
         assert train(choices="pos=bad,neg=good")[0] == 130
         assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()} == before
 
     def test_other_rows_are_not_resumed_on(self, train, place, tmp_path, monkeypatch):
-        from ia3.tfew import TFewTrainer
+        from ia3 import TFewTrainer
 
         step = TFewTrainer.training_step
 
@@ -464,9 +463,9 @@ class TestAdapterFolders:
     def test_on_the_hub_is_used_with_its_recipe_and_its_temperature(self, ia3, adapter, monkeypatch):
         import huggingface_hub
 
+        from ia3 import Recipe
+        from ia3.evaluation.calibration import Calibration
         from ia3.folder import AdapterFolder
-        from ia3.tfew import Recipe
-        from ia3.tfew.calibration import Calibration
 
         quality = dict.fromkeys(("log_loss", "log_loss_before", "calibration_error", "calibration_error_before"), 0.1)
         Recipe(length_normalization=0.0).save(adapter / "recipe.yaml")

@@ -6,11 +6,10 @@ import pytest
 import transformers
 from test_cli import CHOICES, TEMPLATE, write_csv
 
-import tiny
-import words
+from ia3 import Task, few_shot
 from ia3.cli import compare, main
-from ia3.tfew import Task, few_shot
-from ia3.tfew.icl import draw_shots, shots_text
+from ia3.evaluation.icl import draw_shots, shots_text
+from support import tiny, words
 
 KEYS = {
     "method",
@@ -160,7 +159,7 @@ def test_costs_are_of_the_examples_that_training_sees(run, place):
 def test_shots_are_read_without_counting_when_they_are_timed(run, monkeypatch):
     from torch.utils._python_dispatch import _get_current_dispatch_mode as mode
 
-    from ia3.tfew import icl
+    from ia3.evaluation import icl
 
     read, modes = icl.Prefix._read, []
     monkeypatch.setattr(icl.Prefix, "_read", lambda self, model: modes.append(mode()) or read(self, model))
@@ -171,7 +170,7 @@ def test_shots_are_read_without_counting_when_they_are_timed(run, monkeypatch):
 
 def test_an_adapters_training_rows_are_shown_and_are_no_test_rows(run, ia3, place, tmp_path, monkeypatch):
     """They are those of another seed than compare's."""
-    from ia3.tfew import icl
+    from ia3.evaluation import icl
 
     rows = words.different(60)
     data = write_csv(tmp_path / "rows.csv", rows)

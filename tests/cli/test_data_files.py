@@ -5,10 +5,9 @@ import json
 
 import pytest
 
-import words
-from ia3 import InputError
-from ia3.tfew import Task
-from ia3.tfew.raft import RaftTask
+from ia3 import InputError, Task
+from ia3.task.raft import RaftTask
+from support import words
 
 CHOICES = "pos=good,neg=bad"
 

@@ -2,16 +2,14 @@
 
 import importlib.util
 import json
-import os
 from pathlib import Path
 
 import pytest
 
-import tiny
-import words
-from ia3 import IA3Config, IA3Model, load_base
+from ia3 import IA3Config, IA3Model, Task, load_base, predict, read_rows
 from ia3.cli import main
-from ia3.tfew import Task, predict, read_rows
+from support import tiny, words
+from support.paths import DATA as SHARED
 
 FAMILIES = ("t5", "bert")
 TEMPLATE = "review : {{ text }}"
@@ -149,7 +147,7 @@ def test_an_encoders_adapter_without_its_task(ia3, tmp_path):
 
 
 INTENTS = ["card_arrival", "exchange_rate", "lost_or_stolen_card", "top_up_failed", "change_pin"]
-DATA = Path(os.environ.get("IA3_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"), "banking77")
+DATA = SHARED / "banking77"
 
 
 @pytest.mark.slow

@@ -8,11 +8,11 @@ import shutil
 import pytest
 import torch
 
-import words
+from ia3 import Task
 from ia3.cli import main
+from ia3.evaluation.calibration import Calibration
 from ia3.folder import AdapterFolder
-from ia3.tfew import Task
-from ia3.tfew.calibration import Calibration
+from support import words
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import tiny
-import words
-from ia3.tfew import Recipe, Task
-from ia3.tfew.pretrain import MixtureTrainer
+from ia3 import Recipe, Task
+from ia3.training.pretrain import MixtureTrainer
+from support import tiny, words
 
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "metrics.json", "recipe.yaml"]
 

@@ -14,11 +14,10 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-import tiny
-import words
+from ia3 import FleetTrainer, Task
 from ia3.cli import main
-from ia3.tfew import FleetTrainer, Task
-from ia3.tfew.raft import RAFT_TASKS, RaftTask, write_predictions
+from ia3.task.raft import RAFT_TASKS, RaftTask, write_predictions
+from support import tiny, words
 
 FILES = [
     "README.md",
@@ -236,7 +235,7 @@ def test_finished_tasks_are_not_repeated(raft, place, finished, tmp_path, monkey
 
 
 def test_one_that_is_done_anew_is_unfinished_until_it_is_done(raft, finished, tmp_path, monkeypatch):
-    import ia3.tfew
+    import ia3.evaluation.prediction
 
     shutil.copytree(finished[0], tmp_path / "out")
 
@@ -249,7 +248,7 @@ def test_one_that_is_done_anew_is_unfinished_until_it_is_done(raft, finished, tm
     code, _, err = raft("--resume", tasks="overruling")
     assert code == 2 and "predictions.csv of a finished task" in err and err.count("\n") == 1
     predictions.write_bytes(text)
-    monkeypatch.setattr(ia3.tfew, "predict", interrupted)
+    monkeypatch.setattr(ia3.evaluation.prediction, "predict", interrupted)
     assert (tmp_path / "out" / "overruling" / "run.json").exists()
     assert raft(tasks="overruling")[0] == 130
     assert not (tmp_path / "out" / "overruling" / "run.json").exists()
@@ -257,17 +256,17 @@ def test_one_that_is_done_anew_is_unfinished_until_it_is_done(raft, finished, tm
 
 def test_results_of_an_earlier_run_do_not_hinder_resuming(raft, finished, tmp_path, monkeypatch):
     """A run with other settings in a finished folder, interrupted in its first task, goes on with the second too."""
-    import ia3.tfew
+    import ia3.evaluation.prediction
 
     shutil.copytree(finished[0], tmp_path / "out")
-    real = ia3.tfew.predict
+    real = ia3.evaluation.prediction.predict
 
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ia3.tfew, "predict", interrupted)
+    monkeypatch.setattr(ia3.evaluation.prediction, "predict", interrupted)
     assert raft(seed=1)[0] == 130
-    monkeypatch.setattr(ia3.tfew, "predict", real)
+    monkeypatch.setattr(ia3.evaluation.prediction, "predict", real)
     code, out, err = raft("--resume", "--json", seed=1)
     assert code == 0, err
     assert {its["seed"] for its in json.loads(out)["tasks"].values()} == {1}

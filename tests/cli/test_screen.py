@@ -13,11 +13,11 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-import words
 from ia3.bench import report
 from ia3.cli import common, compare, main, raft, results
 from ia3.cli.predict import _shortened
-from ia3.tfew.task import embedded_tasks
+from ia3.task.task import embedded_tasks
+from support import words
 
 LABELS = {"pos": "sadness or something very much like it", "neg": "happiness that nothing could ever disturb"}
 

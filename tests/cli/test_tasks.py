@@ -4,9 +4,8 @@ import json
 
 import pytest
 
-import tiny
-import words
-from ia3.tfew.task import embedded_tasks
+from ia3.task.task import embedded_tasks
+from support import tiny, words
 
 
 def test_the_list(ia3):

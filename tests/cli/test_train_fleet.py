@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import words
-from ia3.tfew import Task, TFewTrainer
+from ia3 import Task, TFewTrainer
+from support import words
 
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "metrics.json", "recipe.yaml", "task.yaml"]
 
@@ -83,15 +83,15 @@ def test_each_seed_is_the_plain_runs(train, ia3, tmp_path):
 
 
 def test_the_product_of_tasks_seeds_and_learning_rates(train, ia3, place, tmp_path, monkeypatch):
-    import ia3.tfew
+    import ia3.evaluation.prediction
 
-    asked, real = [], ia3.tfew.predict
+    asked, real = [], ia3.evaluation.prediction.predict
 
     def counted(model, tokenizer, tasks, rows, on_progress=None, adapter_names=None, **kwargs):
         asked.append((len(rows), adapter_names and len(set(adapter_names))))
         return real(model, tokenizer, tasks, rows, on_progress, adapter_names, **kwargs)
 
-    monkeypatch.setattr(ia3.tfew, "predict", counted)
+    monkeypatch.setattr(ia3.evaluation.prediction, "predict", counted)
     code, out, err = train("--json", tasks=both(place), seeds="0,1", learning_rates="3e-3,0.05")
     assert code == 0, err
     found = json.loads(out)

@@ -4,10 +4,9 @@ import shutil
 
 import pytest
 
-import tiny
-import words
 from ia3 import IA3Config, get_peft_model, load_base
-from serving import CHAT, Running, save_adapter
+from support import tiny, words
+from support.serving import CHAT, Running, save_adapter
 
 
 @pytest.fixture(scope="session")

@@ -9,11 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-import words
-from ia3 import IA3Model, load_base
+from ia3 import IA3Model, Recipe, Task, load_base, predict
 from ia3.serve import limits
 from ia3.serve.limits import Limits
-from ia3.tfew import Recipe, Task, predict
+from support import words
 
 TEXTS = [row["text"] for row in words.rows(12)] + ["awful", "what a perfect cake , it was lovely and fresh today"]
 
@@ -469,7 +468,7 @@ def test_health_while_the_model_is_loaded(made, start, monkeypatch):
         go.wait(60)
         return load(*args)
 
-    monkeypatch.setattr("ia3.pretrained.load_base", slowly)
+    monkeypatch.setattr("ia3.adapter.pretrained.load_base", slowly)
     server = start(made, wait=False)
     try:
         server.until(lambda: _answers(server))

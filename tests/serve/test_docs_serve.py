@@ -6,15 +6,15 @@ import shlex
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from ia3 import IA3Config, get_peft_model, load_base
 from ia3.serve.limits import Limits
-from serving import save_adapter
+from support.paths import ROOT
+from support.serving import save_adapter
 
-PAGE = (Path(__file__).parents[2] / "docs" / "serve.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8")
 BLOCKS = dict(re.findall(r"<!-- example: ([\w.-]+) -->\n```\w+\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL))
 
 
@@ -81,7 +81,7 @@ def test_commands_and_files_name_options_that_there_are(capsys, monkeypatch):
     assert unit["Environment"] == f"IA3_CACHE=/var/cache/{unit['CacheDirectory']}"
     seconds = re.search(r"--stop-timeout (\d+)", PAGE)
     assert seconds and int(seconds[1]) == int(unit["TimeoutStopSec"]) > Limits().deadline + 5
-    extras = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    extras = (ROOT / "pyproject.toml").read_text()
     assert "\nserve = [" in extras and "[serve]" in BLOCKS["Dockerfile"]
 
 

@@ -7,12 +7,11 @@ import torch
 import transformers
 from tokenizers import decoders
 
-import tiny
-import words
 from ia3 import AdapterBank, IA3Config, IA3Model, get_peft_model, get_peft_model_state_dict
-from ia3.rows import BASE
+from ia3.adapter.rows import BASE
 from ia3.serve.engine import AdapterFailed, GenerateJob
 from ia3.serve.generation import Decoder, Text
+from support import tiny, words
 
 # Their caches are keys and values by column, or a window of them, or a state.
 MODELS = {

@@ -74,7 +74,7 @@ def test_several_prompts_and_tokens(client, greedy):
 
 
 def load_base_ids(text):
-    import words
+    from support import words
 
     return [words.VOCABULARY.index(word) for word in text.split()]
 

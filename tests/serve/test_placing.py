@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import tiny
 from ia3 import IA3Config, get_peft_model
 from ia3.errors import InputError
-from ia3.serve.placing import Layer, place, read_vectors
+from ia3.vllm.placing import Layer, place, read_vectors
+from support import tiny
 
 QKV = Layer(("attn.q_proj", "attn.k_proj", "attn.v_proj"), (8, 4, 4), 6)
 DOWN = Layer(("mlp.down_proj",), (6,), 10)

@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
 
-import tiny
 from ia3 import IA3Config, get_peft_model, load_base
 from ia3.errors import InputError
 from ia3.files import PENDING
@@ -21,7 +20,8 @@ from ia3.serve import store
 from ia3.serve.limits import Limits
 from ia3.serve.store import Store
 from ia3.serve.uploads import check
-from serving import Running
+from support import tiny
+from support.serving import Running
 
 WEIGHTS = "adapter_model.safetensors"
 

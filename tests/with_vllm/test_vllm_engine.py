@@ -13,16 +13,15 @@ import pytest
 import torch
 import transformers
 
-import tiny
-import words
 from ia3 import IA3Config, get_peft_model
 from ia3.errors import InputError
+from ia3.scoring.choices import score_questions
+from ia3.scoring.questions import Question
 from ia3.serve.engine import AdapterFailed, GenerateJob, ScoreJob
-from ia3.serve.vllm_engine import VllmEngine, _together
-from ia3.tfew.choices import score_questions
-from ia3.tfew.questions import Question
-from ia3.tfew.recipe import Recipe
-from ia3.tfew.task import Task
+from ia3.task.task import Task
+from ia3.training.recipe import Recipe
+from ia3.vllm.engine import VllmEngine, _together
+from support import tiny, words
 
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here; docs/vllm.md has its environment"

@@ -18,12 +18,12 @@ import safetensors.torch
 import torch
 import transformers
 
-import tiny
 from ia3 import IA3Config, get_peft_model
 from ia3.errors import InputError
-from ia3.serve import vllm_plugin
-from ia3.serve.placing import Scales
-from ia3.serve.vllm_plugin import Rescaling, Routing
+from ia3.vllm import plugin as vllm_plugin
+from ia3.vllm.placing import Scales
+from ia3.vllm.plugin import Rescaling, Routing
+from support import tiny
 
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here; docs/vllm.md has its environment"
@@ -515,7 +515,7 @@ def test_ranks_get_their_share_of_a_vector(kind, ranks, only):
 @needs_vllm
 @pytest.mark.slow
 def test_smollm2_says_what_peft_says(tmp_path):
-    from ia3.pretrained import find_base
+    from ia3.adapter.pretrained import find_base
 
     base = Path(find_base("smollm2")[1])
     save_adapters(base, tmp_path)

@@ -22,15 +22,14 @@ import pytest
 import torch
 import transformers
 
-import tiny
-import words
-from ia3 import IA3Config, PeftModel, get_peft_model
-from ia3.tfew import Task, predict
+from ia3 import IA3Config, PeftModel, Task, get_peft_model, predict
+from support import tiny, words
+from support.paths import ROOT
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here; docs/vllm.md has its environment"
 )
-PAGE = (Path(__file__).parent.parent.parent / "docs" / "vllm.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "vllm.md").read_text(encoding="utf-8")
 EXAMPLES = dict(re.findall(r"<!-- example: ([\w-]+) -->\n```\w+\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL))
 SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
 WEIGHTS = "adapter_model.safetensors"

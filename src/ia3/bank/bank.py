@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ia3.adapter.config import CONFIG_NAME, IA3Config, adapter_folders
+from ia3.adapter.rows import BASE
+from ia3.adapter.targets import Target, resolve
 from ia3.bank.homes import Folder, Home, Record, RowFile, SpillFile, open_archive, write_archive
 from ia3.bank.layout import DTYPES, Layout, resolve_entries
 from ia3.bank.residency import Residency
-from ia3.config import CONFIG_NAME, IA3Config, adapter_folders
 from ia3.errors import InputError, brief, shown, similar
 from ia3.files import current, locate
 from ia3.folder import AdapterFolder
-from ia3.rows import BASE
-from ia3.targets import Target, resolve
 
 if TYPE_CHECKING:
-    from ia3.model import IA3Model
+    from ia3.adapter.model import IA3Model
 
 _RESERVED = (BASE, "__metadata__")  # the latter is no name in a safetensors file
 

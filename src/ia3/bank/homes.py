@@ -13,8 +13,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from ia3.adapter.config import IA3Config
 from ia3.bank.layout import DTYPES, Layout, file_stamp, memory, tensor_header
-from ia3.config import IA3Config
 from ia3.errors import InputError
 from ia3.files import reading, replacing
 from ia3.folder import AdapterFolder

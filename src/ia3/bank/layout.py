@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from ia3.config import CONFIG_NAME, IA3Config
+from ia3.adapter.config import CONFIG_NAME, IA3Config
+from ia3.adapter.rules import find_rule
+from ia3.adapter.targets import Target, base_modules, matches
+from ia3.adapter.tensors import PREFIX, Tensors, check_tensors
 from ia3.errors import InputError, brief, excerpt, shown
 from ia3.files import current, read_whole, reading
 from ia3.folder import WEIGHTS_NAME, AdapterFolder
-from ia3.rules import find_rule
-from ia3.targets import Target, base_modules, matches
-from ia3.tensors import PREFIX, Tensors, check_tensors
 
 if TYPE_CHECKING:
-    from ia3.model import IA3Model
+    from ia3.adapter.model import IA3Model
 
 T = TypeVar("T")
 

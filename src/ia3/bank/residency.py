@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from ia3.adapter.rows import BASE
 from ia3.errors import InputError, reason
-from ia3.rows import BASE
 
 
 class Residency:

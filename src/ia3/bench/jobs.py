@@ -108,7 +108,7 @@ def cut(reviews: Sequence[str], count: int, words: int) -> list[str]:
 
 def task_of(count: int, intents: bool = False) -> dict[str, Any]:
     """The fields of a task with so many labels: words for a few; for many, or when asked for, intents of banking_77."""
-    from ia3.tfew import Task
+    from ia3.task.task import Task
 
     few = _FEW.get(count) if not intents else None
     texts = few or [*Task.embedded("banking_77").answers({"Query": ""}).values()][:count]
@@ -122,7 +122,7 @@ def asked(reviews: Sequence[str], count: int, rows: int, intents: bool = False) 
 
     With intents rows are short queries, otherwise reviews.
     """
-    from ia3.tfew import Task
+    from ia3.task.task import Task
 
     task = Task.create(task_of(count, intents))
     texts = task.labels or []

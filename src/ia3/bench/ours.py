@@ -20,19 +20,21 @@ class Ours(WithVectors):
 
     def import_libraries(self) -> None:
         super().import_libraries()
-        from ia3 import AdapterBank
-        from ia3.tfew import TFewTrainer, predict
+        from ia3.bank import AdapterBank
+        from ia3.evaluation.prediction import predict
+        from ia3.training.trainer import TFewTrainer
 
         assert AdapterBank and TFewTrainer and predict
 
     def load(self) -> tuple[Any, Any]:
-        from ia3 import load_base
+        from ia3.adapter.pretrained import load_base
 
         model, tokenizer = load_base(self.folder, dtype=self.dtype)
         return model.requires_grad_(False), tokenizer
 
     def adapt(self, model: nn.Module) -> Any:
-        from ia3 import IA3Config, get_peft_model
+        from ia3.adapter.config import IA3Config
+        from ia3.adapter.peft import get_peft_model
 
         config = IA3Config(task_type="CAUSAL_LM", target_modules=[*ADAPTED], feedforward_modules=[*FEEDFORWARD])  # type: ignore[arg-type]
         return get_peft_model(model, config)
@@ -47,7 +49,10 @@ class Ours(WithVectors):
         return super().prepare(job)
 
     def train(self, job: dict[str, Any]) -> Callable[[], Result]:
-        from ia3.tfew import Recipe, Task, TFewTrainer, predict
+        from ia3.evaluation.prediction import predict
+        from ia3.task.task import Task
+        from ia3.training.recipe import Recipe
+        from ia3.training.trainer import TFewTrainer
 
         task = Task.create(job["task"])
         rows, tested = job["points"][0]["rows"], job["tested"]["rows"]
@@ -71,14 +76,15 @@ class Ours(WithVectors):
         return run
 
     def scores(self, model: nn.Module, texts: tuple[Sequence[str], Sequence[str], Sequence[int]]) -> list[float]:
-        from ia3.tfew import score_choices
+        from ia3.scoring.choices import score_choices
 
         prompts, choices, _ = texts
         found = score_choices(model, self.tokenizer, prompts, [choices] * len(prompts))
         return [score for row in found for score in row.tolist()]
 
     def hold(self, model: Any, count: int) -> None:
-        from ia3 import AdapterBank, get_peft_model_state_dict
+        from ia3.adapter.state_dict import get_peft_model_state_dict
+        from ia3.bank import AdapterBank
 
         if model.adapter_bank is None:
             self.bank = AdapterBank(model)

@@ -247,9 +247,9 @@ def plan(
         resume: rows that the file has are not done again.
 
     Raises:
-        InputError: this is not Linux; or see `begin`, `interpreters` and `ia3.pretrained.find_base`.
+        InputError: this is not Linux; or see `begin`, `interpreters` and `ia3.adapter.pretrained.find_base`.
     """
-    from ia3.pretrained import find_base
+    from ia3.adapter.pretrained import find_base
 
     if not Path("/proc/self/status").is_file():
         raise InputError(
@@ -301,7 +301,8 @@ def run(plan: Plan, on_step: Callable[[int, int, str], None] = lambda done, tota
 
 def _reviews() -> list[str]:
     """Texts of the embedded task's training rows."""
-    from ia3.tfew import Task, read_rows
+    from ia3.task.reading import read_rows
+    from ia3.task.task import Task
 
     task = Task.embedded("food-reviews")
     assert task.train is not None

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ia3.config import CONFIG_NAME, IA3Config, TaskType
+from ia3.adapter.config import CONFIG_NAME, IA3Config, TaskType
+from ia3.adapter.pretrained import DTYPES, EMBEDDED_MODEL
 from ia3.errors import InputError, shown
-from ia3.pretrained import DTYPES, EMBEDDED_MODEL
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from rich.table import Table
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ia3.adapter.model import IA3Model
     from ia3.folder import AdapterFolder
-    from ia3.model import IA3Model
-    from ia3.tfew.recipe import Recipe
-    from ia3.tfew.task import Task
+    from ia3.task.task import Task
+    from ia3.training.recipe import Recipe
 
 # From so many parameters on, the paper's recipe is the default.
 _LARGE = 1_000_000_000
@@ -171,7 +171,7 @@ def read(source: str, task: Task | None = None, delimiter: str | None = None) ->
         task: how its class labels are read, and which delimiter its own files have.
         delimiter: --delimiter; it holds for sources that have one, and `require_delimited` says whether there are any.
     """
-    from ia3.tfew.reading import is_delimited, read_rows
+    from ia3.task.reading import is_delimited, read_rows
 
     if task is None:
         return read_rows(source, delimiter=delimiter if is_delimited(source) else None)
@@ -191,7 +191,7 @@ def load_adapted(
         dtype: of its weights, as `load_base` takes it.
     """
     base, tokenizer = load_base_of(folder, model, dtype)
-    from ia3.model import IA3Model
+    from ia3.adapter.model import IA3Model
 
     return IA3Model.from_pretrained(base, folder), tokenizer
 
@@ -214,8 +214,8 @@ def load_bank(
         dtype: of its weights, as `load_base` takes it.
     """
     base, tokenizer = _load_base([*folders.values()], model, dtype)
+    from ia3.adapter.model import IA3Model
     from ia3.bank import AdapterBank
-    from ia3.model import IA3Model
 
     adapted = IA3Model(base, {}).eval()
     bank = AdapterBank(adapted, next(iter(folders.values())).config)
@@ -241,7 +241,7 @@ def _load_base(
                 f"give --model if they are the same."
             )
     quiet()
-    from ia3.pretrained import load_base
+    from ia3.adapter.pretrained import load_base
 
     labels = None
     if first.config.task_type == TaskType.SEQ_CLS and first.task is not None:
@@ -251,8 +251,8 @@ def _load_base(
 
 def recipe_for(model: str, recipe: str | None, **changes: Any) -> Recipe:
     """The recipe that is asked for, else the one for a model of that size, with some fields changed."""
-    from ia3.pretrained import parameter_count
-    from ia3.tfew.recipe import Recipe
+    from ia3.adapter.pretrained import parameter_count
+    from ia3.training.recipe import Recipe
 
     if recipe is None:
         quiet()

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ia3.adapter.config import TaskType
+from ia3.adapter.pretrained import EMBEDDED_MODEL
 from ia3.cli.common import (
     MAX_SEED,
     ChoicesOption,
@@ -36,21 +38,19 @@ from ia3.cli.common import (
 from ia3.cli.results import write_json
 from ia3.cli.run import train_alone, with_adapters
 from ia3.cli.train import drawn, folder_of, numbers, say_seen, source_of
-from ia3.config import TaskType
 from ia3.errors import InputError
 from ia3.files import replacing
 from ia3.folder import RECIPE_NAME, WEIGHTS_NAME, AdapterFolder
-from ia3.pretrained import EMBEDDED_MODEL
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ia3.model import IA3Model
-    from ia3.tfew.costs import Measured
-    from ia3.tfew.recipe import Recipe
-    from ia3.tfew.task import Row, Task
+    from ia3.adapter.model import IA3Model
+    from ia3.evaluation.costs import Measured
+    from ia3.task.task import Row, Task
+    from ia3.training.recipe import Recipe
 
 # Shots when none are asked for, as far as the rows and the model's context allow.
 _USUAL_SHOTS = (8, 16)
@@ -144,7 +144,7 @@ def compare(
 
     quiet()
     with out.status("Loading the model …"):
-        from ia3.pretrained import load_base
+        from ia3.adapter.pretrained import load_base
 
         if trained is None:
             base, tokenizer = load_base(model or EMBEDDED_MODEL, source.task.labels, dtype)
@@ -212,7 +212,7 @@ class Comparison:
     recipe: Recipe
 
     def __post_init__(self) -> None:
-        from ia3.tfew.costs import cache_bytes_per_token, count_parameters
+        from ia3.evaluation.costs import cache_bytes_per_token, count_parameters
 
         self.labels = [self.task.label(row) for row in self.test]
         self.parameters = count_parameters(self.base)
@@ -224,7 +224,7 @@ class Comparison:
         Raises:
             InputError: numbers were asked for, and one does not fit into the model's context.
         """
-        from ia3.tfew.icl import draw_shots, fitting
+        from ia3.evaluation.icl import draw_shots, fitting
 
         if not self.reads_examples:
             if counts:
@@ -252,8 +252,8 @@ class Comparison:
 
     def in_context(self, bars: Progress, count: int, shots: Sequence[Row]) -> dict[str, Any]:
         """The model with shots before each prompt."""
-        from ia3.tfew.costs import count_flops
-        from ia3.tfew.icl import Prefix, shots_text
+        from ia3.evaluation.costs import count_flops
+        from ia3.evaluation.icl import Prefix, shots_text
 
         text = shots_text(self.task, shots)
         started = time.perf_counter()
@@ -274,7 +274,7 @@ class Comparison:
 
     def t_few(self, bars: Progress, trained: AdapterFolder | None) -> dict[str, Any]:
         """The model with an adapter: a trained one, or one that is trained now."""
-        from ia3 import IA3Model
+        from ia3.adapter.model import IA3Model
 
         if trained is not None:
             model = IA3Model.from_pretrained(self.base, trained)
@@ -284,7 +284,7 @@ class Comparison:
         return self._row(_T_FEW, self._measure(bars, _T_FEW, model), **costs)
 
     def _train(self, bars: Progress) -> tuple[Any, dict[str, Any]]:
-        from ia3.checkpoint import save_adapter
+        from ia3.adapter.checkpoint import save_adapter
 
         recipe = self.recipe
         model = with_adapters(self.base, ["default"], recipe.init)
@@ -322,8 +322,8 @@ class Comparison:
 
     def _training_flops(self, model: IA3Model, recipe: Recipe, examples: int, steps: int) -> dict[str, float]:
         """What so many steps on so many examples take: counted, and by the paper's estimate."""
-        from ia3.tfew.choices import row_length
-        from ia3.tfew.costs import estimated_flops, example_flops, examples_seen
+        from ia3.evaluation.costs import estimated_flops, example_flops, examples_seen
+        from ia3.scoring.choices import row_length
 
         seen = examples_seen(examples, recipe, steps)
         questions = self.task.questions(self.tokenizer, self.examples, model=self.base)
@@ -334,7 +334,7 @@ class Comparison:
         }
 
     def _measure(self, bars: Progress, title: str, model: Any, prefix: Any = None) -> Measured:
-        from ia3.tfew.costs import measure
+        from ia3.evaluation.costs import measure
 
         bar = bars.add_task(title, total=len(self.test), note="")
         measured = measure(
@@ -355,7 +355,7 @@ class Comparison:
     @property
     def reads_examples(self) -> bool:
         """Whether the model can have examples in context; a classifier cannot."""
-        from ia3.pretrained import task_type
+        from ia3.adapter.pretrained import task_type
 
         return task_type(self.base) != TaskType.SEQ_CLS
 
@@ -364,7 +364,7 @@ class Comparison:
         return bool(self.base.config.is_encoder_decoder)
 
     def _row(self, method: str, measured: Measured, **more: Any) -> dict[str, Any]:
-        from ia3.tfew.costs import estimated_flops
+        from ia3.evaluation.costs import estimated_flops
 
         return {
             "method": method,

@@ -23,7 +23,7 @@ def convert(
     """Convert an (IA)³ checkpoint of T-Few's authors, AdapterHub or PEFT's pickled format; what has no equal is refused."""
     out = console(json_output)
     with out.status("Converting …"):
-        from ia3 import convert as conversion
+        from ia3.adapter import convert as conversion
 
         converted = conversion.convert(source, output, base)
     config = converted.config.to_dict()

@@ -46,8 +46,8 @@ def evaluate(
     """Measure a trained adapter on labelled rows: accuracy, macro-F1, each label's precision and recall, and how well
     its probabilities are calibrated."""
     from ia3.errors import InputError
-    from ia3.tfew.calibration import Calibration
-    from ia3.tfew.reading import require_delimited
+    from ia3.evaluation.calibration import Calibration
+    from ia3.task.reading import require_delimited
 
     out = console(json_output)
     folder = AdapterFolder(adapter)
@@ -71,7 +71,7 @@ def evaluate(
         out.print(text, style="yellow", markup=False, soft_wrap=True)
     with out.status("Loading …"):
         adapted, tokenizer = load_adapted(folder, model, dtype)
-        from ia3.tfew.prediction import predict as predict_rows
+        from ia3.evaluation.prediction import predict as predict_rows
     with progress(out) as bars:
         bar = bars.add_task("Evaluating", total=len(rows), note="")
         found = predict_rows(adapted, tokenizer, task, rows, lambda done: bars.advance(bar, len(done)), recipe=recipe)

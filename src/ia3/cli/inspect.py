@@ -22,7 +22,7 @@ def inspect(
     config = AdapterFolder(adapter).config  # before torch is imported, what cannot be used
     import torch
 
-    from ia3.tensors import PREFIX, check_vector, wrong_values
+    from ia3.adapter.tensors import PREFIX, check_vector, wrong_values
 
     folder, tensors, _ = AdapterFolder.whole(adapter)
     config = folder.config

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from ia3.adapter.config import adapter_folders
 from ia3.cli.common import (
     AdapterArgument,
     DelimiterOption,
@@ -25,16 +26,15 @@ from ia3.cli.common import (
     read,
     table,
 )
-from ia3.config import adapter_folders
 from ia3.errors import InputError, brief, shown, similar
 from ia3.folder import AdapterFolder
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ia3.tfew.prediction import Prediction
-    from ia3.tfew.recipe import Recipe
-    from ia3.tfew.task import Row, Task
+    from ia3.evaluation.prediction import Prediction
+    from ia3.task.task import Row, Task
+    from ia3.training.recipe import Recipe
 
 
 # Characters of a text in a table.
@@ -81,8 +81,8 @@ def predict(
         raise InputError("Expected --data with --adapter-column, a column of it; found texts.")
     if output is not None and output.suffix.lower() not in (".csv", ".jsonl"):
         raise InputError(f"Expected --output to end in .csv or .jsonl, found {str(output)!r}.")
-    from ia3.tfew.reading import require_delimited
-    from ia3.tfew.rows import as_rows
+    from ia3.task.reading import require_delimited
+    from ia3.task.rows import as_rows
 
     require_delimited(delimiter, data)
     if data is not None and adapter_column is not None:
@@ -105,7 +105,7 @@ def predict(
             adapted, tokenizer = load_adapted(known[""], model, dtype)
         else:
             adapted, tokenizer = load_bank(known, model, dtype)
-        from ia3.tfew.prediction import predict as predict_rows
+        from ia3.evaluation.prediction import predict as predict_rows
     with progress(out) as bars:
         bar = bars.add_task("Predicting", total=len(rows), note="")
         found = predict_rows(
@@ -172,7 +172,7 @@ def _adapter_of_each(folder: Path, rows: Sequence[Row], column: str) -> list[str
 
 def _delimiter_like(data: str | None, delimiter: str | None) -> str:
     """What separates the columns of a CSV file that is written: what does in the one that was read."""
-    from ia3.tfew.reading import as_delimiter, delimiter_of
+    from ia3.task.reading import as_delimiter, delimiter_of
 
     if data is None or Path(data).suffix.lower() != ".csv":
         return ","

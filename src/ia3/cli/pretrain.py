@@ -33,8 +33,8 @@ from ia3.folder import CARD_MARK
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from ia3.tfew.recipe import Recipe
-    from ia3.tfew.task import Row, Task
+    from ia3.task.task import Row, Task
+    from ia3.training.recipe import Recipe
 
 
 def pretrain(
@@ -80,8 +80,8 @@ def pretrain(
     if output.is_file():
         raise InputError(f"Expected a folder for --output, found the file {str(output)!r}.")
     chosen = _read(tasks, delimiter)
-    from ia3.tfew.pretrain import CAP, PRETRAINING, MixtureTrainer, likelihood_only
-    from ia3.tfew.recipe import Recipe
+    from ia3.training.pretrain import CAP, PRETRAINING, MixtureTrainer, likelihood_only
+    from ia3.training.recipe import Recipe
 
     plan = likelihood_only(PRETRAINING if recipe is None else Recipe.load(recipe)).changed(steps=steps)
     cap = cap or CAP
@@ -103,7 +103,7 @@ def pretrain(
     with out.status("Loading the model …"):
         from transformers import set_seed
 
-        from ia3.pretrained import load_base
+        from ia3.adapter.pretrained import load_base
 
         base, tokenizer = load_base(model, [], dtype)
         network = with_adapters(base, ["default"], plan.init)
@@ -169,8 +169,8 @@ def pretrain(
 
 def _read(names: str, delimiter: str | None) -> list[tuple[Task, list[Row]]]:
     """Tasks and their training rows."""
-    from ia3.tfew.reading import require_delimited
-    from ia3.tfew.task import Task
+    from ia3.task.reading import require_delimited
+    from ia3.task.task import Task
 
     paths = [part.strip() for part in names.split(",") if part.strip()]
     if not paths:

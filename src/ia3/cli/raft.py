@@ -35,9 +35,9 @@ from ia3.folder import SEEN, AdapterFolder, is_number
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ia3.model import IA3Model
-    from ia3.tfew.raft import RaftTask
-    from ia3.tfew.recipe import Recipe
+    from ia3.adapter.model import IA3Model
+    from ia3.task.raft import RaftTask
+    from ia3.training.recipe import Recipe
 
 _ADAPTER = "default"
 
@@ -76,8 +76,8 @@ def raft(
     out = console(json_output)
     if output.is_file():
         raise InputError(f"Expected a folder for --output, found the file {str(output)!r}.")
-    from ia3.tfew.calibration import fold_of_each
-    from ia3.tfew.raft import RAFT_TASKS, TRAIN_ROWS, RaftTask
+    from ia3.evaluation.calibration import fold_of_each
+    from ia3.task.raft import RAFT_TASKS, TRAIN_ROWS, RaftTask
 
     names = RAFT_TASKS if tasks is None else [part.strip() for part in tasks.split(",") if part.strip()]
     if not names or len(set(names)) < len(names):
@@ -152,7 +152,7 @@ def _is_finished(folder: Path) -> bool:
 
 def _earlier(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """A finished task's results, when its settings are the same."""
-    from ia3.tfew.raft import PREDICTIONS_NAME
+    from ia3.task.raft import PREDICTIONS_NAME
 
     require_same(folder / RUN_NAME, dict(settings))
     if not (folder / PREDICTIONS_NAME).is_file():
@@ -183,8 +183,8 @@ class _Bench:
         """Cross-validate, train, predict, save; returns the results."""
         from transformers import set_seed
 
-        from ia3.tfew import predict
-        from ia3.tfew.raft import PREDICTIONS_NAME, write_predictions
+        from ia3.evaluation.prediction import predict
+        from ia3.task.raft import PREDICTIONS_NAME, write_predictions
 
         task, recipe = one.task, self.recipe
         started = time.perf_counter()
@@ -241,8 +241,8 @@ class _Bench:
 
     def _adapted(self, labels: list[str] | None) -> IA3Model:
         """The base model with an adapter that has learned nothing."""
-        from ia3.config import TaskType
-        from ia3.pretrained import load_base, task_type
+        from ia3.adapter.config import TaskType
+        from ia3.adapter.pretrained import load_base, task_type
 
         if self.base is None or task_type(self.base) == TaskType.SEQ_CLS:
             self.base, self.tokenizer = load_base(self.name, labels, self.dtype)

@@ -16,10 +16,10 @@ from ia3.folder import CALIBRATION_NAME, CARD_MARK, CARD_NAME, METRICS_NAME, REC
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ia3.model import IA3Model
-    from ia3.tfew.calibration import Calibration
-    from ia3.tfew.recipe import Recipe
-    from ia3.tfew.task import Row, Task, Template
+    from ia3.adapter.model import IA3Model
+    from ia3.evaluation.calibration import Calibration
+    from ia3.task.task import Row, Task, Template
+    from ia3.training.recipe import Recipe
 
 _METHODS = {"zero_shot": "zero-shot", "trained": "trained", "majority": "majority class"}
 _METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
@@ -61,7 +61,7 @@ def write_adapter(
 ) -> dict[str, Any]:
     """Save an adapter with its recipe, its metrics, a model card that is made of them and other files, in whole or not
     at all; returns the metrics with the adapter's size."""
-    from ia3.checkpoint import save_adapter
+    from ia3.adapter.checkpoint import save_adapter
 
     measured = dict(results)
 

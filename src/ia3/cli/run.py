@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from rich.progress import Progress
     from transformers import PreTrainedModel
 
-    from ia3.model import IA3Model
-    from ia3.tfew.calibration import Calibration
-    from ia3.tfew.fleet import FleetTrainer
-    from ia3.tfew.recipe import Recipe
-    from ia3.tfew.task import Row, Task
+    from ia3.adapter.model import IA3Model
+    from ia3.evaluation.calibration import Calibration
+    from ia3.task.task import Row, Task
+    from ia3.training.fleet import FleetTrainer
+    from ia3.training.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,8 @@ def run_jobs(out: Console, run: Run, checkpoint: str | None) -> dict[str, dict[s
     with out.status("Loading the model …"):
         from transformers import set_seed
 
-        from ia3 import load_base
-        from ia3.tfew import FleetTrainer, Member
+        from ia3.adapter.pretrained import load_base
+        from ia3.training.fleet import FleetTrainer, Member
 
         base, tokenizer = load_base(run.model, jobs[0].task.labels, run.dtype)
         # Names in the model may hold neither the dots nor the slashes that names of folders may.
@@ -271,7 +271,7 @@ def cross_validated(
         model, tokenizer, task, rows, recipe, folds, seed: as of `cross_validate`.
         folder: its `output_dir`.
     """
-    from ia3.tfew.calibration import Calibration, cross_validate
+    from ia3.evaluation.calibration import Calibration, cross_validate
 
     bar = bars.add_task(title, total=recipe.steps, note="")
     labels = [task.label(row) for row in rows]
@@ -318,7 +318,7 @@ def train_alone(
     """
     from transformers import set_seed
 
-    from ia3.tfew import FleetTrainer, Member
+    from ia3.training.fleet import FleetTrainer, Member
 
     [adapter] = model.active_adapters
     arguments = recipe.training_arguments(folder, seed=seed, save_strategy="no", disable_tqdm=True)
@@ -340,8 +340,9 @@ def with_adapters(base: PreTrainedModel, adapters: Sequence[str], init: str | No
         adapters: their names.
         init: an adapter that all start from; None: ones.
     """
-    from ia3 import IA3Config, IA3Model
-    from ia3.pretrained import task_type
+    from ia3.adapter.config import IA3Config
+    from ia3.adapter.model import IA3Model
+    from ia3.adapter.pretrained import task_type
 
     if init is None:
         config = {"task_type": task_type(base), "base_model_name_or_path": base.name_or_path}
@@ -402,7 +403,7 @@ def _predicted(
     adapters: Sequence[str] | None = None,
 ) -> dict[str, list[str]]:
     """The label of each row, by the title of its bar; rows of all titles share batches."""
-    from ia3.tfew import predict
+    from ia3.evaluation.prediction import predict
 
     titles = [title for title, pairs in asked.items() for _ in pairs]
     pairs = [pair for some in asked.values() for pair in some]

@@ -10,9 +10,9 @@ from typing import Any
 
 import typer
 
+from ia3.adapter.pretrained import DTYPES
 from ia3.cli.common import BaseOption, DtypeOption
 from ia3.errors import InputError, reason, shown
-from ia3.pretrained import DTYPES
 from ia3.serve.limits import Limits
 
 _DEFAULTS = Limits()
@@ -103,7 +103,7 @@ def serve(
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise InputError(f"Serving needs the package {error.name!r}; install it: pip install 'ia3[serve]'") from error
-    from ia3.pretrained import find_base
+    from ia3.adapter.pretrained import find_base
     from ia3.serve.engine import Engine
     from ia3.serve.run import run
     from ia3.serve.server import Server
@@ -114,7 +114,7 @@ def serve(
     store = Store(adapters or Path("adapters"), max_adapters, name)
     runs: Engine
     if engine == EngineKind.VLLM:
-        from ia3.serve.vllm_engine import VllmEngine
+        from ia3.vllm.engine import VllmEngine
 
         settings: dict[str, Any] = {} if dtype == "auto" else {"dtype": dtype}
         runs = VllmEngine(recorded, name, adapters=max_adapters, max_num_seqs=max_batch, **settings)

@@ -12,7 +12,7 @@ from ia3.errors import InputError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ia3.tfew.task import Row, Task
+    from ia3.task.task import Row, Task
 
 app = typer.Typer(help="List the built-in tasks, or show one: ia3 tasks show rte", no_args_is_help=False)
 
@@ -22,7 +22,7 @@ def tasks(context: typer.Context, json_output: bool = JsonOption) -> None:
     """List the built-in tasks, or show one: ia3 tasks show rte"""
     if context.invoked_subcommand is not None:
         return
-    from ia3.tfew.task import Task, embedded_tasks
+    from ia3.task.task import Task, embedded_tasks
 
     found = [_summary(Task.embedded(name)) for name in embedded_tasks()]
     if json_output:
@@ -54,8 +54,8 @@ def show(
     json_output: bool = JsonOption,
 ) -> None:
     """Print a task, and an example row in the words of each of its templates. Nothing is downloaded without --data."""
-    from ia3.tfew.reading import require_delimited
-    from ia3.tfew.task import Task
+    from ia3.task.reading import require_delimited
+    from ia3.task.task import Task
 
     wanted = Task.load(task)
     require_delimited(delimiter, data)
@@ -74,7 +74,7 @@ def show(
 
 
 def _summary(task: Task) -> dict[str, Any]:
-    from ia3.tfew.template import has_jinja
+    from ia3.task.template import has_jinja
 
     choices = [task.choices if template.choices is None else template.choices for template in task.templates]
     if isinstance(choices[0], str):

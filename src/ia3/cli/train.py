@@ -43,7 +43,7 @@ from ia3.errors import InputError, brief, shown
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ia3.tfew.task import Row, Task
+    from ia3.task.task import Row, Task
 
 EMBEDDED_TASK = "food-reviews"
 
@@ -168,7 +168,7 @@ def train(
         if path.is_file():
             raise InputError(f"Expected a folder for --output, found the file {str(path)!r}.")
     if folds:
-        from ia3.tfew.calibration import fold_of_each
+        from ia3.evaluation.calibration import fold_of_each
 
         for job in jobs:
             try:
@@ -286,8 +286,8 @@ def source_of(
     delimiter: str | None = None,
 ) -> Source:
     """The task and rows that options of these names describe; the embedded ones without any."""
-    from ia3.tfew.reading import name_of, require_delimited
-    from ia3.tfew.task import Task
+    from ia3.task.reading import name_of, require_delimited
+    from ia3.task.task import Task
 
     given = parse_choices(choices)
     if task is None and data is not None:
@@ -350,7 +350,7 @@ def drawn(
         seen: what an adapter that is trained already has learned from: these rows are its examples, each once, where
             the source has any of them, and no test rows where none are given.
     """
-    from ia3.tfew.task import few_shot
+    from ia3.task.task import few_shot
 
     learned: dict[str, Row] = {}
     if seen is not None:

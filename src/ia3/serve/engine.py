@@ -18,9 +18,9 @@ from ia3.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ia3.tfew.questions import Question
-    from ia3.tfew.recipe import Recipe
-    from ia3.tfew.task import Row, Task
+    from ia3.scoring.questions import Question
+    from ia3.task.task import Row, Task
+    from ia3.training.recipe import Recipe
 
 
 class AdapterFailed(InputError):

@@ -13,17 +13,17 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from ia3.adapter.rows import BASE
 from ia3.errors import InputError, reason
-from ia3.rows import BASE
+from ia3.scoring.questions import padding_id
 from ia3.serve.engine import AdapterFailed, GenerateJob, Piece
 from ia3.serve.limits import turn_of
-from ia3.tfew.questions import padding_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from ia3.adapter.model import IA3Model
     from ia3.bank import AdapterBank
-    from ia3.model import IA3Model
 
 # Texts that come to no more tokens than these go on together, whatever their lengths.
 _SHORT = 256

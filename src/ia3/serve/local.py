@@ -17,13 +17,13 @@ from ia3.serve.limits import turn_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from ia3.adapter.config import IA3Config
+    from ia3.adapter.model import IA3Model
     from ia3.bank import AdapterBank
-    from ia3.config import IA3Config
-    from ia3.model import IA3Model
+    from ia3.scoring.questions import Question
     from ia3.serve.generation import Decoder, Text
-    from ia3.tfew.questions import Question
-    from ia3.tfew.recipe import Recipe
-    from ia3.tfew.task import Row, Task
+    from ia3.task.task import Row, Task
+    from ia3.training.recipe import Recipe
 
 _Result = TypeVar("_Result")
 
@@ -59,7 +59,7 @@ class _Asked:
     """A job that waits for its batch."""
 
     def __init__(self, call: _Call, index: int, job: ScoreJob) -> None:
-        from ia3.tfew.choices import sizes_of
+        from ia3.scoring.choices import sizes_of
 
         self.call, self.index, self.job = call, index, job
         self.sizes = sizes_of(job.question)
@@ -250,14 +250,14 @@ class LocalEngine:
     # On the thread.
 
     def _load(self) -> None:
+        from ia3.adapter.config import IA3Config
+        from ia3.adapter.model import IA3Model
+        from ia3.adapter.pretrained import load_base, task_type
+        from ia3.adapter.rows import BASE
         from ia3.bank import AdapterBank
-        from ia3.config import IA3Config
-        from ia3.model import IA3Model
-        from ia3.pretrained import load_base, task_type
-        from ia3.rows import BASE
+        from ia3.scoring.choices import score_questions
+        from ia3.scoring.questions import Question, model_max_length
         from ia3.serve.generation import Decoder
-        from ia3.tfew.choices import score_questions
-        from ia3.tfew.questions import Question, model_max_length
 
         base, self.tokenizer = load_base(self._source, self._labels(), self._dtype)
         family = task_type(base)
@@ -325,7 +325,7 @@ class LocalEngine:
 
     def _first(self, queue: deque[_Waiting], most: int) -> list[_Waiting]:
         """What comes next (see `turn_of`), and others of similar length, in their order."""
-        from ia3.tfew.choices import batches_of_sizes
+        from ia3.scoring.choices import batches_of_sizes
 
         with self._changed:
             left = (one for one in queue if not one.cancelled)
@@ -359,8 +359,8 @@ class LocalEngine:
                 batch[0].call.fail(adapter_failure(self._bank_of(), batch[0].job.adapter) or error)
 
     def _score(self, batch: list[_Asked]) -> None:
-        from ia3.rows import BASE
-        from ia3.tfew.choices import score_questions
+        from ia3.adapter.rows import BASE
+        from ia3.scoring.choices import score_questions
 
         questions = [asked.job.question for asked in batch]
         names = [asked.job.adapter or BASE for asked in batch]

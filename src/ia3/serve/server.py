@@ -12,6 +12,7 @@ from fastapi import Request
 from starlette.exceptions import HTTPException
 
 from ia3.errors import InputError
+from ia3.scoring.fitting import most_characters
 from ia3.serve.engine import AdapterFailed, Engine, GenerateJob, Piece, ScoreJob
 from ia3.serve.gate import described, unexpected
 from ia3.serve.limits import CLIENT_GONE, Limits, Problem, Queue, left
@@ -19,14 +20,13 @@ from ia3.serve.metrics import Metrics
 from ia3.serve.schemas import ChatBody, ClassifyBody, CompletionBody
 from ia3.serve.store import Adapter, Conflict, NotStored, Settings, Store, UnknownAdapter, UnusableAdapter
 from ia3.serve.worker import Worker
-from ia3.tfew.fitting import most_characters
-from ia3.tfew.rows import as_rows
-from ia3.tfew.sandbox import MOST_CHARACTERS, TooLong, bounded
+from ia3.task.rows import as_rows
+from ia3.task.sandbox import MOST_CHARACTERS, TooLong, bounded
 
 if TYPE_CHECKING:
-    from ia3.tfew.prediction import Prediction
-    from ia3.tfew.questions import Question
-    from ia3.tfew.task import Row, Task
+    from ia3.evaluation.prediction import Prediction
+    from ia3.scoring.questions import Question
+    from ia3.task.task import Row, Task
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +186,7 @@ class Server:
         self, settings: Settings, rows: Sequence[Row], indices: Sequence[int], key: str | None
     ) -> tuple[list[ScoreJob], list[list[str]]]:
         """Jobs and labels of some rows."""
-        from ia3.tfew.prediction import numbered
+        from ia3.evaluation.prediction import numbered
 
         task, recipe = settings.task, settings.recipe
         assert task is not None  # or there are no rows
@@ -207,7 +207,7 @@ class Server:
         temperature: float,
         scores: Sequence[list[float]],
     ) -> dict[str, Any]:
-        from ia3.tfew.prediction import Prediction
+        from ia3.evaluation.prediction import Prediction
 
         found: list[Prediction] = []
         for job, names, values in zip(jobs, labels, scores, strict=True):
@@ -228,7 +228,7 @@ class Server:
         return [await self.blocking(self._tokens, prompt, characters=len(prompt)) for prompt in body.prompts]
 
     def _tokens(self, prompt: str | list[int]) -> list[int]:
-        from ia3.tfew.questions import unclosed
+        from ia3.scoring.questions import unclosed
 
         tokenizer = self.engine.tokenizer
         if isinstance(prompt, str):

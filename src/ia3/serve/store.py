@@ -18,15 +18,15 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ia3.config import CONFIG_NAME, IA3Config, adapter_folders
+from ia3.adapter.config import CONFIG_NAME, IA3Config, adapter_folders
 from ia3.errors import InputError, reason, shown, similar
 from ia3.files import current, take_over
 from ia3.folder import CALIBRATION_NAME, OWN_NAMES, RECIPE_NAME, TASK_NAME, WEIGHTS_NAME, AdapterFolder
 
 if TYPE_CHECKING:
     from ia3.serve.engine import Engine
-    from ia3.tfew.recipe import Recipe
-    from ia3.tfew.task import Task
+    from ia3.task.task import Task
+    from ia3.training.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 

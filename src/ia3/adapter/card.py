@@ -1,0 +1,85 @@
+"""The model card that goes with saved adapters."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ia3.files import replacing
+from ia3.folder import CARD_MARK, CARD_NAME
+
+if TYPE_CHECKING:
+    from ia3.adapter.model import IA3Model
+
+_MODEL_CARD = """---
+{base}library_name: peft
+tags:
+{tags}
+---
+
+{mark}
+
+# (IA)³ adapter{of_base}
+
+{numbers} learned numbers that rescale keys, values and feed-forward activations ([arXiv:2205.05638]({paper})).
+
+```python
+from ia3.adapter.peft import PeftModel
+
+model = PeftModel.from_pretrained(base, "path/to/this/folder")
+```
+"""
+
+
+def write_model_card(model: IA3Model, folder: str | os.PathLike) -> None:
+    """Write a `README.md` that says what the first adapter is, unless the folder has one."""
+    card = Path(folder, CARD_NAME)
+    if card.exists():
+        return
+    with replacing(card) as path:
+        path.write_text(model_card(model, next(iter(model.peft_config))), encoding="utf-8")
+
+
+def update_model_card(model: IA3Model, folder: str | os.PathLike) -> None:
+    """Let a folder's `README.md`, such as one that a trainer wrote, say in its head that this is an adapter, and of what."""
+    from huggingface_hub import metadata_load, metadata_save
+
+    path = Path(folder, CARD_NAME)
+    if not path.exists():
+        write_model_card(model, folder)
+        return
+    head = metadata_load(path) or {}
+    base, tags = _base_name(model, next(iter(model.peft_config))), head.get("tags") or []
+    tags = [tags] if isinstance(tags, str) else tags
+    head |= {"library_name": "peft", "tags": list(dict.fromkeys([*tags, *_tags(base)]))}
+    head |= {"base_model": base} if base else {}
+    with replacing(path) as new:
+        shutil.copyfile(path, new)
+        metadata_save(new, head)
+
+
+def model_card(model: IA3Model, name: str) -> str:
+    """The card of an adapter of a model."""
+    return card_of(_base_name(model, name), sum(parameter.numel() for parameter in model.adapter_parameters(name)))
+
+
+def card_of(base: str | None, numbers: int) -> str:
+    """The card of an adapter of so many numbers."""
+    return _MODEL_CARD.format(
+        base=f"base_model: {base}\n" if base else "",
+        tags="\n".join(f'- "{tag}"' if ":" in tag else f"- {tag}" for tag in _tags(base)),
+        of_base=f" for {base}" if base else "",
+        numbers=f"{numbers:,}",
+        paper="https://arxiv.org/abs/2205.05638",
+        mark=CARD_MARK,
+    )
+
+
+def _base_name(model: IA3Model, name: str) -> str | None:
+    return model.peft_config[name].base_model_name_or_path or getattr(model.model, "name_or_path", None) or None
+
+
+def _tags(base: str | None) -> list[str]:
+    return ["ia3", *([f"base_model:adapter:{base}"] if base else [])]

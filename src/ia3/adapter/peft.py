@@ -1,0 +1,657 @@
+"""The names that a PEFT script expects: `PeftModel`, a façade around an `IA3Model`, and the functions beside it.
+
+As in PEFT there are two objects: `peft_model.base_model` is the `IA3Model`, `peft_model.base_model.model` the model of
+transformers. Parameters and states have PEFT's names (`base_model.model.<path>.ia3_l.<adapter>`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import os
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+from torch._dynamo.eval_frame import skip_code
+from torch.nn.modules.module import _IncompatibleKeys
+
+from ia3.adapter import quantized
+from ia3.adapter.config import IA3Config, TaskType
+from ia3.adapter.layer import IA3Layer, TrainedModule
+from ia3.adapter.model import IA3Model, count_parameters, find_adapted, look_through
+from ia3.adapter.state_dict import PREFIX, clean_name
+from ia3.adapter.targets import TASK_HEADS, base_modules, matches
+from ia3.errors import InputError, shown
+
+# What PEFT raises and warns of has these names there.
+PeftError = NoMatchingPeftModuleError = InputError
+PeftWarning = UserWarning
+
+
+def _of_base(name: str) -> Any:
+    """A method or property of `IA3Model` as one of the façade."""
+    original = inspect.getattr_static(IA3Model, name)
+    if isinstance(original, property):
+        return property(lambda self: getattr(self.base_model, name), doc=original.__doc__)
+
+    @functools.wraps(original)
+    def method(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.base_model, name)(*args, **kwargs)
+
+    return method
+
+
+class PeftModel(nn.Module):
+    """A pretrained model with (IA)³ adapters in it, as PEFT's scripts know it.
+
+    ```python
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained("…"), IA3Config(task_type="CAUSAL_LM"))
+    model.base_model  # the IA3Model, which adds, switches, composes and merges adapters
+    model.base_model.model  # the model of transformers
+    ```
+
+    Whatever it does not define is the `IA3Model`'s, and what that does not define the base model's.
+
+    Args:
+        model: the base model; adapted in place.
+        peft_config: the first adapter's config.
+        adapter_name: its name.
+        autocast_adapter_dtype: float32 vectors; False: of their layers' dtype.
+        low_cpu_mem_usage: create vectors without memory, to be filled by a checkpoint.
+
+    Raises:
+        InputError: the config fits no module of the model; see `resolve_targets`.
+    """
+
+    # To transformers.Trainer: a quantized base can be trained, for adapters are.
+    _hf_peft_config_loaded = True
+
+    base_model: IA3Model
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: IA3Config,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ) -> None:
+        super().__init__()
+        if not isinstance(peft_config, IA3Config):
+            raise InputError(f"Expected an IA3Config, found a {type(peft_config).__name__}.")
+        self._ia3_take(IA3Model(model, peft_config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype))
+
+    def _ia3_take(self, adapted: IA3Model) -> None:
+        self.base_model = adapted
+        self.peft_type = adapted.peft_type
+        if any(getattr(module, "gradient_checkpointing", False) for module in adapted.model.modules()):
+            self.prepare_model_for_gradient_checkpointing(adapted.model)
+        self.train(adapted.training)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: IA3Config | None = None,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """Put a saved adapter into a base model; the class is the one for the adapter's task.
+
+        Args and errors: see `IA3Model.from_pretrained`.
+        """
+        adapted = IA3Model.from_pretrained(model, model_id, adapter_name, is_trainable, config, **kwargs)
+        chosen = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(adapted.peft_config[adapter_name].task_type or "", cls)
+        peft_model = chosen.__new__(chosen)
+        nn.Module.__init__(peft_model)
+        peft_model._ia3_take(adapted)
+        return peft_model
+
+    # As one of PEFT's own models, to whoever asks by `isinstance`: trainers of transformers and TRL, and accelerate.
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        return _appearance(type(self), sys.modules.get("peft") is not None)
+
+    @__class__.setter
+    def __class__(self, value: type) -> None:  # FSDP2 gives what it shards a class derived from its own
+        object.__dict__["__class__"].__set__(self, value)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return (_blank, (type(self),), *super().__reduce_ex__(protocol)[2:])  # type: ignore[misc]
+
+    # Of the IA3Model, and found in this class too.
+
+    active_adapter = _of_base("active_adapter")
+    active_adapters = _of_base("active_adapters")
+    add_adapter = _of_base("add_adapter")
+    set_adapter = _of_base("set_adapter")
+    delete_adapter = _of_base("delete_adapter")
+    disable_adapter = _of_base("disable_adapter")
+    set_requires_grad = _of_base("set_requires_grad")
+    save_pretrained = _of_base("save_pretrained")
+    push_to_hub = _of_base("push_to_hub")
+    create_or_update_model_card = _of_base("create_or_update_model_card")
+    print_trainable_parameters = _of_base("print_trainable_parameters")
+    get_nb_trainable_parameters = _of_base("get_nb_trainable_parameters")
+    supports_lora_conversion = _of_base("supports_lora_conversion")
+    get_base_model = _of_base("get_base_model")
+    generate = _of_base("generate")
+
+    @property
+    def peft_config(self) -> dict[str, IA3Config]:
+        """Adapter name → config."""
+        return self.base_model.peft_config
+
+    @functools.wraps(IA3Model.load_adapter)
+    def load_adapter(self, *args: Any, **kwargs: Any) -> _IncompatibleKeys:
+        result = self.base_model.load_adapter(*args, **kwargs)
+        self.training = self.base_model.training
+        return result
+
+    @property
+    def active_peft_config(self) -> IA3Config:
+        """The config of the active adapter; of several the first one's."""
+        return self.peft_config[self.active_adapters[0]]
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether an adapter is active and not switched off."""
+        return self.base_model.ia3_routing.enabled and bool(self.active_adapters)
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """The modules that any adapter trains in full; None when there are none."""
+        return {name for config in self.peft_config.values() for name in config.modules_to_save or ()} or None
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype | None:
+        """The base model's dtype."""
+        return getattr(self.get_base_model(), "dtype", None)
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """To transformers.Trainer: whether the base model's loss takes `num_items_in_batch`."""
+        base = self.get_base_model()
+        own = getattr(base, "accepts_loss_kwargs", None)
+        kinds = (parameter.kind for parameter in inspect.signature(base.forward).parameters.values())
+        return inspect.Parameter.VAR_KEYWORD in kinds if own is None else own
+
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
+        """Let the input embeddings' output require gradients, without which checkpointed layers have none."""
+        if not any(getattr(model, name, False) for name in ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized")):
+            _require_input_gradients(model)
+        return model
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """The state of each layer with adapters; see `TunerLayerStatus`."""
+        return get_layer_status(self)
+
+    def get_model_status(self) -> TunerModelStatus:
+        """The state of all adapters; see `TunerModelStatus`."""
+        return get_model_status(self)
+
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The base model's forward pass. Args and errors: see `IA3Model.forward`."""
+        return self.base_model(*args, adapter_names=adapter_names, **kwargs)
+
+    skip_code(forward.__code__)  # see IA3Model.forward
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+        return look_through(self, super().__getattr__("base_model"), name)
+
+
+@functools.cache
+def _appearance(own: type, peft_is_loaded: bool) -> type:
+    """What a model says its class is: one of ours, and PEFT's of the same name, or without PEFT transformers'."""
+    if peft_is_loaded:
+        theirs = getattr(sys.modules["peft"], own.__name__, None)
+    else:
+        from transformers import PreTrainedModel as theirs
+    return own if theirs is None else type(own.__name__, (own, theirs), {"__module__": own.__module__})
+
+
+def _blank(own: type[PeftModel]) -> PeftModel:
+    """An object for `copy` and `pickle` to fill."""
+    return own.__new__(own)
+
+
+def _forward(*names: str) -> Any:
+    """A forward pass whose positional arguments are PEFT's, whatever order the base model has them in."""
+
+    def forward(self: PeftModel, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        if len(args) > len(names):
+            raise TypeError(
+                f"Expected at most {len(names)} positional arguments ({', '.join(names)}), found {len(args)}."
+            )
+        if kwargs.pop("task_ids", None) is not None:
+            raise InputError(
+                "Expected no task_ids, which are for Poly and prompt learning; rows' adapters are adapter_names."
+            )
+        return self.base_model(**dict(zip(names, args, strict=False)), adapter_names=adapter_names, **kwargs)
+
+    skip_code(forward.__code__)
+    forward.__doc__ = PeftModel.forward.__doc__
+    kinds = inspect.Parameter
+    # What Trainer keeps of a data set's columns, where it does not look into the base model.
+    also = [name for name in ("token_type_ids", "position_ids", "input_features", "pixel_values") if name not in names]
+    forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            kinds("self", kinds.POSITIONAL_OR_KEYWORD),
+            *(kinds(name, kinds.POSITIONAL_OR_KEYWORD, default=None) for name in names),
+            *(kinds(name, kinds.KEYWORD_ONLY, default=None) for name in [*also, "adapter_names"]),
+            kinds("kwargs", kinds.VAR_KEYWORD),
+        ]
+    )
+    return forward
+
+
+_INPUTS = ("input_ids", "attention_mask", "inputs_embeds")
+_OUTPUTS = ("output_attentions", "output_hidden_states", "return_dict", "task_ids")
+_DECODER = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds")
+
+
+class PeftModelForCausalLM(PeftModel):
+    """A `PeftModel` around a causal language model."""
+
+    forward = _forward(*_INPUTS, "labels", *_OUTPUTS)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's."""
+        return self.get_base_model().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[operator]
+
+
+class PeftModelForSeq2SeqLM(PeftModel):
+    """A `PeftModel` around an encoder-decoder."""
+
+    forward = _forward(*_INPUTS, *_DECODER, "labels", *_OUTPUTS)
+    prepare_inputs_for_generation = PeftModelForCausalLM.prepare_inputs_for_generation
+
+
+class _WithHead(PeftModel):
+    task: ClassVar[TaskType]
+
+    @functools.wraps(IA3Model.add_adapter)
+    def add_adapter(self, adapter_name: str, peft_config: IA3Config, *args: Any, **kwargs: Any) -> None:
+        if isinstance(peft_config, IA3Config):  # each adapter has a head, whatever its config says of a task
+            heads = TASK_HEADS[self.task]
+            peft_config.modules_to_save = list(dict.fromkeys([*(peft_config.modules_to_save or []), *heads]))
+        self.base_model.add_adapter(adapter_name, peft_config, *args, **kwargs)
+
+
+class PeftModelForSequenceClassification(_WithHead):
+    """A `PeftModel` around a model with a classification head, which is trained in full."""
+
+    task = TaskType.SEQ_CLS
+
+    forward = _forward(*_INPUTS, "labels", *_OUTPUTS)
+
+
+class PeftModelForTokenClassification(_WithHead):
+    """A `PeftModel` around a model that classifies tokens by a head, which is trained in full."""
+
+    task = TaskType.TOKEN_CLS
+
+    forward = _forward(*_INPUTS, "labels", *_OUTPUTS)
+
+
+class PeftModelForQuestionAnswering(_WithHead):
+    """A `PeftModel` around a model that finds answers in a text by a head, which is trained in full."""
+
+    task = TaskType.QUESTION_ANS
+
+    forward = _forward(
+        *_INPUTS[:2], "token_type_ids", "position_ids", "inputs_embeds", "start_positions", "end_positions", *_OUTPUTS
+    )
+
+
+class PeftModelForFeatureExtraction(PeftModel):
+    """A `PeftModel` around a model that gives hidden states."""
+
+    forward = _forward(*_INPUTS, *_OUTPUTS)
+
+
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
+    TaskType.CAUSAL_LM: PeftModelForCausalLM,
+    TaskType.SEQ_2_SEQ_LM: PeftModelForSeq2SeqLM,
+    TaskType.SEQ_CLS: PeftModelForSequenceClassification,
+    TaskType.TOKEN_CLS: PeftModelForTokenClassification,
+    TaskType.QUESTION_ANS: PeftModelForQuestionAnswering,
+    TaskType.FEATURE_EXTRACTION: PeftModelForFeatureExtraction,
+}
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: IA3Config,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> PeftModel:
+    """The model with a new (IA)³ adapter in it; the class is the one for the config's task.
+
+    A model that has an adapter of this name already, as when a notebook's cell runs again, gets a new one in its place,
+    with a warning.
+
+    Args:
+        model: the base model; adapted in place.
+        peft_config: the adapter's config. It learns the base model's name.
+        adapter_name: its name.
+        mixed: for PEFT's models with adapters of several methods; True is an error.
+        autocast_adapter_dtype: float32 vectors; False: of their layers' dtype.
+        revision: the base model's revision, written into the config.
+        low_cpu_mem_usage: create vectors without memory, to be filled by a checkpoint.
+
+    Raises:
+        InputError: see `IA3Model`.
+    """
+    if mixed:
+        raise InputError("Expected mixed=False: (IA)³ is not among the methods that PEFT mixes in one model.")
+    if not isinstance(peft_config, IA3Config):
+        raise InputError(f"Expected an IA3Config, found a {type(peft_config).__name__}.")
+    adapted = find_adapted(model)
+    base = model if adapted is None else adapted.model
+    name = getattr(base, "name_or_path", None)
+    peft_config.base_model_name_or_path = (
+        name if isinstance(name, str) and name else peft_config.base_model_name_or_path
+    )
+    peft_config.revision = revision or peft_config.revision
+    if any(isinstance(module, IA3Layer) for module in base.modules()):
+        warnings.warn(
+            f"The model has (IA)³ adapters already; an adapter {adapter_name!r} among them is replaced. To begin with the "
+            f"plain model, call .unload() first.",
+            stacklevel=2,
+        )
+        IA3Model(base, {})._ia3_replace_earlier(adapter_name)
+    chosen = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(peft_config.task_type or "", PeftModel)
+    return chosen(base, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+
+
+def get_peft_config(config_dict: Mapping[str, Any]) -> IA3Config:
+    """The config of a dictionary with a `peft_type`. Raises `InputError` when that is another method's, or missing."""
+    if "peft_type" not in config_dict:
+        raise InputError(f"Expected a peft_type in the config, found {', '.join(config_dict) or 'nothing'}.")
+    return IA3Config.from_peft_type(**config_dict)
+
+
+def inject_adapter_in_model(
+    peft_config: IA3Config,
+    model: nn.Module,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+) -> nn.Module:
+    """Put an adapter into a model and return that model, not a `PeftModel` around it.
+
+    Args:
+        peft_config: the adapter's.
+        model: adapted in place.
+        adapter_name: the adapter's name.
+        low_cpu_mem_usage: create vectors without memory, to be filled by a checkpoint.
+        state_dict: an adapter's tensors. The modules that they are for are the targets, whatever the config says;
+            their values are not loaded: `set_peft_model_state_dict` does that.
+
+    Raises:
+        InputError: see `IA3Model`.
+    """
+    if state_dict is not None:
+        peft_config = _targets_of(state_dict, peft_config, model)
+    adapted = IA3Model(model, peft_config, adapter_name, low_cpu_mem_usage)
+    model.peft_config = {**getattr(model, "peft_config", {}), **adapted.peft_config}  # type: ignore[assignment]
+    return model
+
+
+def _targets_of(state_dict: Mapping[str, torch.Tensor], config: IA3Config, model: nn.Module) -> IA3Config:
+    """The config with the modules that an adapter's tensors are for as its targets, on their sides."""
+    paths = {}
+    for key, value in state_dict.items():
+        path, marker, _ = clean_name(key).removeprefix(PREFIX).rpartition(".ia3_l")
+        if marker:
+            paths[path] = value
+    modules = base_modules(model)
+    missing = sorted(set(paths) - set(modules))
+    if missing or not paths:
+        raise InputError(
+            f"Expected a state_dict with an ia3_l for modules of the model, found {shown(missing, 3) if missing else 'none'}."
+        )
+    # A vector on the input side of a Linear is a row (1, in), on the output side a column (out, 1); of other shapes the
+    # config has to say it.
+    sides = {path: value.shape[0] == 1 for path, value in paths.items() if value.dim() == 2 and value.numel() > 1}
+    second = {path for path in paths if sides.get(path, matches(path, config.feedforward_modules or ()))}
+    return dataclasses.replace(config, target_modules=set(paths), feedforward_modules=second)
+
+
+def get_base_model_state_dict(model: PeftModel | IA3Model) -> dict[str, torch.Tensor]:
+    """The base model's state by the names that it has without adapters."""
+    return dict(_base_state(model).values())
+
+
+def set_base_model_state_dict(
+    model: PeftModel | IA3Model, state_dict: Mapping[str, torch.Tensor], strict: bool = True
+) -> _IncompatibleKeys:
+    """Load a state by the names that the base model has without adapters.
+
+    Returns:
+        Missing and unexpected keys.
+
+    Raises:
+        RuntimeError: `strict`, and there are some; as `torch.nn.Module.load_state_dict` does.
+    """
+    names = {name: inner for inner, (name, _) in _base_state(model).items()}
+    missing = [name for name in names if name not in state_dict]
+    unexpected = [name for name in state_dict if name not in names]
+    if strict and (missing or unexpected):
+        raise RuntimeError(f"Error(s) in loading state_dict: missing {shown(missing)}; unexpected {shown(unexpected)}.")
+    own = {names[name]: value for name, value in state_dict.items() if name in names}
+    model.get_base_model().load_state_dict(own, strict=False)
+    return _IncompatibleKeys(missing, unexpected)
+
+
+def _base_state(model: PeftModel | IA3Model) -> dict[str, tuple[str, torch.Tensor]]:
+    """The base model's state: name now → name without adapters, and value."""
+    found = {}
+    for key, value in model.get_base_model().state_dict().items():
+        parts = key.split(".")
+        if "ia3_l" not in parts and "modules_to_save" not in parts:
+            found[key] = (".".join(part for part in parts if part not in ("base_layer", "original_module")), value)
+    return found
+
+
+def prepare_model_for_kbit_training(
+    model: nn.Module,
+    use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+    auto_clear_cache: bool = True,
+) -> nn.Module:
+    """Make a quantized transformers model ready for training adapters in it, in place.
+
+    All parameters are frozen, and those of 16 bits become float32 where bitsandbytes quantized the others, or none are
+    quantized. Quantized models get gradient checkpointing.
+
+    Args:
+        model: the base model.
+        use_gradient_checkpointing: checkpoint the layers of a quantized model.
+        gradient_checkpointing_kwargs: as of transformers' `gradient_checkpointing_enable`.
+        auto_clear_cache: give the accelerator's cached memory free after the parameters have become float32.
+    """
+    settings = dict(gradient_checkpointing_kwargs or {})
+    method: Any = getattr(model, "quantization_method", None)
+    packed = getattr(method, "value", method) in ("gptq", "aqlm", "eetq", "hqq", "torchao") or getattr(
+        model, "hqq_quantized", False
+    )
+    bits = getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False)
+    model.requires_grad_(False)
+    if not packed:
+        for parameter in model.parameters():
+            if parameter.dtype in (torch.float16, torch.bfloat16) and type(parameter).__name__ != "Params4bit":
+                parameter.data = parameter.data.float()
+        if auto_clear_cache and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    if (packed or bits) and use_gradient_checkpointing:
+        if settings.get("use_reentrant", True):
+            _require_input_gradients(model)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)  # type: ignore[operator]
+    return model
+
+
+def _require_input_gradients(model: nn.Module) -> None:
+    """Let the output of the input embeddings require gradients."""
+    if hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads()  # type: ignore[operator]
+    elif hasattr(model, "get_input_embeddings"):
+        embeddings: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+        embeddings.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
+
+
+def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
+    """Frozen parameters become `dtype`, trainable ones float32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
+
+
+# What state a model's adapters are in.
+
+_Irregular = Literal["irregular"]
+
+
+@dataclasses.dataclass
+class TunerLayerStatus:
+    """The state of one layer with adapters.
+
+    Attributes:
+        name: its path in the `IA3Model`.
+        module_type: its kind, such as "Linear".
+        enabled: adapters are not switched off.
+        active_adapters: the adapters in effect, in this layer or others.
+        merged_adapters: those of this layer that are multiplied into the weights.
+        requires_grad: adapter → whether its parameters here are trainable.
+        available_adapters: the adapters that have parameters here.
+        devices: adapter → types of devices where these are.
+        quantization_backend: what quantized the base layer; None: nothing.
+    """
+
+    name: str
+    module_type: str
+    enabled: bool
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    requires_grad: dict[str, bool | _Irregular]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+    quantization_backend: str | None = None
+
+
+@dataclasses.dataclass
+class TunerModelStatus:
+    """The state of all adapters of a model; "irregular" where layers differ.
+
+    Attributes:
+        base_model_type: the base model's class.
+        adapter_model_type: "IA3Model"; "None" for adapters injected into a model.
+        peft_types: adapter → method.
+        trainable_params, total_params: numbers of parameters.
+        num_adapter_layers: how many layers have adapters, or are trained in full.
+        enabled, active_adapters, merged_adapters, requires_grad, available_adapters, devices, quantization_backend:
+            as of `TunerLayerStatus`, for all layers.
+    """
+
+    base_model_type: str
+    adapter_model_type: str
+    peft_types: dict[str, str]
+    trainable_params: int
+    total_params: int
+    num_adapter_layers: int
+    enabled: bool | _Irregular
+    active_adapters: list[str] | _Irregular
+    merged_adapters: list[str] | _Irregular
+    requires_grad: dict[str, bool | _Irregular]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+    quantization_backend: str | None
+
+
+def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
+    """The state of each layer with adapters.
+
+    Args:
+        model: a `PeftModel`, an `IA3Model`, or a model with an adapter injected into it.
+
+    Raises:
+        InputError: there are no such layers.
+    """
+    found = []
+    for name, module in (find_adapted(model) or model).named_modules():
+        if isinstance(module, (IA3Layer, TrainedModule)):
+            routing = module.routing
+            held = module.ia3_l if isinstance(module, IA3Layer) else module.modules_to_save
+            parameters = {
+                adapter: [part] if isinstance(part, nn.Parameter) else list(part.parameters())
+                for adapter, part in held.items()
+            }
+            rescaled = isinstance(module, IA3Layer)
+            found.append(
+                TunerLayerStatus(
+                    name=name,
+                    module_type=type(module.base_layer).__name__ if rescaled else "ModulesToSaveWrapper",
+                    enabled=routing.enabled,
+                    active_adapters=list(routing.active),
+                    merged_adapters=[adapter for adapter in routing.merged if adapter in held],
+                    requires_grad={
+                        adapter: _one([p.requires_grad for p in own]) for adapter, own in parameters.items()
+                    },
+                    available_adapters=sorted(held),
+                    devices={adapter: sorted({p.device.type for p in own}) for adapter, own in parameters.items()},
+                    quantization_backend=quantized.library(module.base_layer) if rescaled else None,
+                )
+            )
+    if not found:
+        raise InputError("No adapter layers found in the model; expected one with adapters in it (get_peft_model).")
+    return found
+
+
+def get_model_status(model: nn.Module) -> TunerModelStatus:
+    """The state of all adapters of a model. Args and errors: see `get_layer_status`."""
+    layers = get_layer_status(model)
+    adapted = find_adapted(model)
+    trainable, total = count_parameters(model)
+    names = sorted({name for layer in layers for name in layer.available_adapters})
+    merged = sorted({name for layer in layers for name in layer.merged_adapters})
+    partly = any(set(layer.available_adapters) & set(merged) - set(layer.merged_adapters) for layer in layers)
+    return TunerModelStatus(
+        base_model_type=type(model if adapted is None else adapted.model).__name__,
+        adapter_model_type="None" if adapted is None else type(adapted).__name__,
+        peft_types={}
+        if adapted is None
+        else {name: config.peft_type.name for name, config in adapted.peft_config.items()},  # type: ignore[union-attr]
+        trainable_params=trainable,
+        total_params=total,
+        num_adapter_layers=len(layers),
+        enabled=_one([layer.enabled for layer in layers]),
+        active_adapters=_one([layer.active_adapters for layer in layers]),
+        merged_adapters="irregular" if partly else merged,
+        requires_grad={
+            name: _one([layer.requires_grad[name] for layer in layers if name in layer.requires_grad]) for name in names
+        },
+        available_adapters=names,
+        devices={name: sorted({one for layer in layers for one in layer.devices.get(name, ())}) for name in names},
+        quantization_backend=_one([layer.quantization_backend for layer in layers]),
+    )
+
+
+def _one(values: Sequence[Any]) -> Any:
+    """The value that all have; "irregular" when they differ."""
+    return values[0] if all(value == values[0] for value in values) else "irregular"

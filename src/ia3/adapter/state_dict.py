@@ -1,0 +1,231 @@
+"""An adapter's tensors in a model, by their names in a checkpoint: `get_peft_model_state_dict` and its counterpart."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
+
+from ia3.adapter.layer import IA3Layer, TrainedModule
+from ia3.adapter.pretrained import find_base
+from ia3.adapter.targets import base_modules, inside_wrappers, unwrapped, wrappers
+from ia3.adapter.tensors import PREFIX, Tensors, check_tensors
+from ia3.errors import InputError, reason, shown
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: bool | Literal["auto"] = "auto",
+) -> Tensors:
+    """One adapter's tensors by their names in a checkpoint.
+
+    Args:
+        model: a `PeftModel`, an `IA3Model`, or a model with an adapter injected into it, whose names have no prefix;
+            compiled or wrapped for parallel training or not.
+        state_dict: the model's state, when it has been gathered already (by FSDP, DeepSpeed, …). Names may be those
+            of the wrapped model.
+        adapter_name: which adapter.
+        unwrap_compiled: of no consequence here: names are always those of the model that is not compiled.
+        save_embedding_layers: the model's input and output embeddings too. "auto": when its vocabulary has another
+            size than the base model on disk, or on the hub, with a warning.
+
+    Raises:
+        InputError: there is no such adapter, or `state_dict` lacks a tensor of it.
+    """
+    base, outer = _base_of(model)
+    state = None if state_dict is None else _State(state_dict)
+    tensors = {}
+    for path, layer in _layers(base):
+        if adapter_name in layer.ia3_l:
+            values = None if state is None else state[f"{path}.ia3_l.{adapter_name}"]
+            # The effective vector: what a fused projection's mask holds at one is one in the file.
+            tensors[f"{outer}{path}.ia3_l"] = layer.vector(adapter_name, values).detach()
+    for path, module in _trained(base):
+        if adapter_name in module.modules_to_save:
+            for key, value in module.modules_to_save[adapter_name].state_dict().items():
+                name = f"{path}.modules_to_save.{adapter_name}.{key}"
+                tensors[f"{outer}{path}.{clean_name(key)}"] = value if state is None else state[name]
+    if not tensors:
+        raise InputError(f"Adapter {adapter_name!r} does not exist in this {type(model).__name__}.")
+    if save_embedding_layers == "auto":
+        save_embedding_layers = _vocabulary_was_resized(base)
+    if save_embedding_layers:
+        for path, embedding in _embeddings(base).items():
+            for key, value in embedding.state_dict().items():
+                name = f"{outer}{path}.{key}"
+                if name not in tensors:  # an adapter's own copy (modules_to_save) comes first
+                    tensors[name] = value if state is None else state[f"{path}.{key}"]
+    return tensors
+
+
+def set_peft_model_state_dict(
+    model: nn.Module,
+    peft_model_state_dict: Mapping[str, torch.Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+) -> _IncompatibleKeys:
+    """Fill an adapter of the model from a checkpoint's tensors. All are checked first, so that none or all are set.
+
+    Args:
+        model: as of `get_peft_model_state_dict`.
+        peft_model_state_dict: as `get_peft_model_state_dict` returns it. Embeddings among its tensors go into the base model.
+        adapter_name: which adapter.
+        ignore_mismatched_sizes: leave out the tensors that have another shape than in the model, with a warning.
+        low_cpu_mem_usage: of no consequence here: vectors without memory are filled in any case.
+
+    Returns:
+        Missing and unexpected keys, as PEFT does; there are none, or an error is raised.
+
+    Raises:
+        InputError: no such adapter, or tensors are missing, surplus, of another shape, no floating-point numbers, or not
+            finite in the type that the model holds them in.
+    """
+    base, outer = _base_of(model)
+    found = {_with_prefix(clean_name(key), outer): value for key, value in peft_model_state_dict.items()}
+    own = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    embeddings = {
+        f"{outer}{path}.{key}": value
+        for path, embedding in _embeddings(base).items()
+        for key, value in embedding.state_dict().items()
+    }
+    _check_vocabulary(
+        {key: value for key, value in embeddings.items() if key not in own}, found, ignore_mismatched_sizes
+    )
+    expected = {key: value for key, value in (embeddings | own).items() if key in own or key in found}
+    if ignore_mismatched_sizes:
+        other = [key for key, value in expected.items() if key in found and found[key].shape != value.shape]
+        if other:
+            warnings.warn(f"Left out, for their shape is another than in the model: {shown(other, 3)}.", stacklevel=2)
+        expected, found = ({key: each[key] for key in each if key not in other} for each in (expected, found))
+    check_tensors(expected, found, adapter_name)
+    with torch.no_grad():
+        for path, layer in _layers(base):
+            if adapter_name in layer.ia3_l and f"{outer}{path}.ia3_l" in found:
+                layer.fill(adapter_name, found[f"{outer}{path}.ia3_l"])
+        for path, module in _trained(base):
+            if adapter_name in module.modules_to_save:
+                _fill(module.modules_to_save[adapter_name], f"{outer}{path}.", found)
+        for path, embedding in _embeddings(base).items():
+            if not any(key.startswith(f"{outer}{path}.") for key in own):
+                _fill(embedding, f"{outer}{path}.", found)
+    for routing in {layer.routing for _, layer in _layers(base)}:
+        routing.refresh()
+        routing.sync_weights()
+    return _IncompatibleKeys([], [])
+
+
+def _fill(module: nn.Module, prefix: str, tensors: Tensors) -> None:
+    """Copy what a checkpoint has for a module into its parameters and buffers."""
+    for key, value in module.state_dict(keep_vars=True).items():
+        if f"{prefix}{clean_name(key)}" in tensors:
+            value.copy_(tensors[f"{prefix}{clean_name(key)}"])
+
+
+# Names: a model's own, those inside wrappers, and a checkpoint's.
+
+_WRAPPERS = {"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"}
+
+
+def clean_name(name: str) -> str:
+    """A parameter's or module's name without what FSDP, torch.compile and checkpointing put into it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _with_prefix(name: str, prefix: str) -> str:
+    """A checkpoint's name for a model whose names have a prefix, or have none."""
+    return prefix + name.removeprefix(PREFIX)
+
+
+class _State:
+    """A gathered state by the paths of the base model, whatever wrappers the model had around it."""
+
+    def __init__(self, state: Mapping[str, torch.Tensor]) -> None:
+        self.state = {clean_name(key): value for key, value in state.items()}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        for prefix in (PREFIX, "model.", "", f"module.{PREFIX}", "module.model.", "module."):
+            if prefix + name in self.state:
+                return self.state[prefix + name]
+        raise InputError(f"The state_dict has no {name!r}; expected the state of the whole model, with its adapters.")
+
+
+def _base_of(model: nn.Module) -> tuple[nn.Module, str]:
+    """The base model, and the prefix of its names in a checkpoint."""
+    from ia3.adapter.model import find_adapted
+
+    adapted = find_adapted(model)
+    return (inside_wrappers(model), "") if adapted is None else (adapted.model, PREFIX)
+
+
+def _layers(base: nn.Module) -> list[tuple[str, IA3Layer]]:
+    """The rescaled layers, by their path in the base model without wrappers' parts."""
+    return [(clean_name(path), layer) for path, layer in wrappers(base)[0].items()]
+
+
+def _trained(base: nn.Module) -> list[tuple[str, TrainedModule]]:
+    """The modules trained in full, in the same way."""
+    return [(clean_name(path), module) for path, module in wrappers(base)[1].items()]
+
+
+# Embeddings, which go with an adapter when the vocabulary has grown for it.
+
+
+def _embeddings(base: nn.Module) -> dict[str, nn.Module]:
+    """The input and output embeddings of a transformers model by their path."""
+    found = []
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            found.append(getattr(base, getter)())
+        except (AttributeError, NotImplementedError):  # no transformers model, or one without such a thing
+            continue
+    modules = [unwrapped(module) for module in found if isinstance(module, nn.Module)]
+    return {
+        clean_name(path): module for path, module in base_modules(base).items() if any(module is one for one in modules)
+    }
+
+
+def _vocabulary_was_resized(base: nn.Module) -> bool:
+    """Whether the model embeds another number of tokens than the one it was loaded from; if so, say what follows."""
+    config, name = getattr(base, "config", None), getattr(base, "name_or_path", "")
+    size = vocabulary_size(config)
+    if not size or not name:
+        return False
+    try:
+        original = vocabulary_size(type(config).from_pretrained(find_base(name)[1]))  # type: ignore[union-attr]
+    except Exception as error:  # moved, deleted, or no network: whatever it is, one cannot tell
+        warnings.warn(
+            f"Cannot read the config of the base model {name!r} ({reason(error)}): its vocabulary is taken to be as it was, "
+            f"and embeddings are not saved. If it was resized, give save_embedding_layers=True.",
+            stacklevel=4,
+        )
+        return False
+    if original in (None, size):
+        return False
+    warnings.warn(
+        f"The vocabulary was resized from {original} to {size}: the adapter is saved with its embeddings.", stacklevel=4
+    )
+    return True
+
+
+def vocabulary_size(config: Any) -> int | None:
+    """How many tokens a model of this config embeds; None when it does not say."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "vocab_size", None)
+
+
+def _check_vocabulary(embeddings: Tensors, found: Tensors, ignored: bool) -> None:
+    """Raise when a checkpoint brings embeddings of another size than the base model's."""
+    for key, value in embeddings.items():
+        if not ignored and key in found and len(found[key]) != len(value):
+            raise InputError(
+                f"The adapter was saved with embeddings of {len(found[key])} tokens, the base model has {len(value)}; call "
+                f"base.resize_token_embeddings({len(found[key])}) first, as for training."
+            )

@@ -1,0 +1,345 @@
+"""Which modules of a model an adapter rescales, and on which side: `resolve_targets`."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ia3.adapter.architectures import Site, candidates, default_sites, feedforward_sites, output_sites
+from ia3.adapter.config import IA3Config
+from ia3.adapter.layer import IA3Layer, TrainedModule
+from ia3.adapter.routing import Routing
+from ia3.adapter.rules import find_rule, rule_types
+from ia3.errors import InputError, brief, reason, shown
+
+# Names of the heads that adapters for a task train in full; a model has at most one of them.
+_CLASSIFICATION = ("classifier", "score")
+TASK_HEADS = {"SEQ_CLS": _CLASSIFICATION, "TOKEN_CLS": _CLASSIFICATION, "QUESTION_ANS": ("qa_outputs",)}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A module to rescale.
+
+    Attributes:
+        path: its dotted path in the base model.
+        module: the module itself, without any wrapper of ours.
+        feedforward: whether its input is rescaled, not its output.
+        rescaled: for a fused projection, a boolean mask of the features that are; None when all are.
+    """
+
+    path: str
+    module: nn.Module
+    feedforward: bool
+    rescaled: torch.Tensor | None = None
+
+
+def walk(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The model's modules, adapters' wrappers in place of what they wrap, by their path in the base model."""
+    found: list[tuple[str, nn.Module]] = []
+
+    def visit(prefix: str, module: nn.Module) -> None:
+        for name, child in unwrapped(module)._modules.items():  # a module at two places twice
+            if child is not None:
+                found.append((prefix + name, child))
+                visit(f"{prefix}{name}.", child)
+
+    visit("", model)
+    return found
+
+
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The base model's modules by their path, as if no adapter were there."""
+    return {path: unwrapped(module) for path, module in walk(model)}
+
+
+def wrappers(model: nn.Module) -> tuple[dict[str, IA3Layer], dict[str, TrainedModule]]:
+    """What adapters put around modules, each once, by the path in the base model (the first of several)."""
+    layers: dict[IA3Layer, str] = {}
+    trained: dict[TrainedModule, str] = {}
+    for path, module in walk(model):
+        if isinstance(module, IA3Layer):
+            layers.setdefault(module, path)
+        elif isinstance(module, TrainedModule):
+            trained.setdefault(module, path)
+    return {path: layer for layer, path in layers.items()}, {path: module for module, path in trained.items()}
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """A module without the wrapper that an adapter put around it."""
+    if isinstance(module, IA3Layer):
+        return module.base_layer
+    return module.original_module if isinstance(module, TrainedModule) else module
+
+
+def inside_wrappers(model: nn.Module) -> nn.Module:
+    """The model inside what compiles it or trains it in parallel (`torch.compile`, DDP, FSDP)."""
+    while True:
+        parts = [model._modules.get(name) for name in ("_orig_mod", "module", "_fsdp_wrapped_module")]
+        inner = next((part for part in parts if part is not None), None)
+        if inner is None:
+            return model
+        model = inner
+
+
+def matches(path: str, pattern: Iterable[str] | str) -> bool:
+    """Whether a module path is meant: by regular expression (a string), or by whole trailing components (a list)."""
+    if isinstance(pattern, str):
+        try:
+            return re.fullmatch(pattern, path) is not None
+        except Exception as error:  # a repetition that is too large, or too many parentheses, fail in their own ways
+            raise InputError(
+                f"Expected a regular expression, found {brief(pattern)}: {reason(error)}; for one name, use a list."
+            ) from error
+    return f".{path}".endswith(tuple(f".{entry}" for entry in pattern))
+
+
+def resolve_targets(model: nn.Module, config: IA3Config, key_value_only: bool | None = None) -> list[Target]:
+    """The modules that a config names in a model, in the model's order.
+
+    The config is completed: what it left open (`target_modules`, `feedforward_modules`) is filled with names that
+    PEFT reads in the same way, `fan_in_fan_out` is corrected, with a warning, when it contradicts the layers.
+
+    Args:
+        model: the base model, adapted already or not.
+        config: see `IA3Config`.
+        key_value_only: rescale only the key and value part of fused projections. None: exactly when the config
+            leaves the choice of modules to the architecture.
+
+    Raises:
+        InputError: no module matches, a module's type cannot be rescaled, or the architecture is not known.
+    """
+    modules = base_modules(model)
+    base_config = getattr(model, "config", None)
+    config.chosen_by_architecture |= config.target_modules is None
+    if key_value_only is None:
+        key_value_only = config.chosen_by_architecture
+    kept = config.modules_to_save or []
+    leave_out = config.exclude_modules
+    excluded = {path for path in modules if (leave_out and matches(path, leave_out)) or (kept and _inside(path, kept))}
+
+    masks: dict[str, torch.Tensor | None] = {}
+    sites = default_sites(modules, base_config) if config.target_modules is None or key_value_only else []
+    if config.feedforward_modules is not None:
+        sites = _moved_to_outputs(sites, modules, config, excluded)
+    if key_value_only:
+        masks = {site.path: site.rescaled for site in sites}
+    if config.target_modules is None:
+        paths = [site.path for site in sites]
+    elif _is_all_linear(config):
+        paths = _all_linear(model, modules, config)
+    else:
+        paths = [path for path in modules if matches(path, config.target_modules)]
+    model_type = getattr(base_config, "model_type", None)
+    asked = config.target_modules if config.target_modules is not None else f"the keys and values of {model_type}"
+    chosen = [path for path in paths if path not in excluded]
+    if not chosen:
+        what = "exclude_modules leaves none of the" if paths else "No module matches the"
+        raise InputError(
+            f"{what} target_modules {brief(sorted(asked) if isinstance(asked, set) else asked)}"
+            + (f" (exclude_modules {brief(config.exclude_modules)})" if paths else "")
+            + f"; modules that can be rescaled: {candidates(modules)}."
+        )
+    if config.feedforward_modules is None:
+        expected = {site.path for site in (sites or feedforward_sites(modules, base_config)) if site.feedforward}
+        feedforward = [path for path in chosen if path in expected]
+    else:
+        feedforward = [path for path in chosen if matches(path, config.feedforward_modules)]
+    targets = [Target(path, modules[path], path in feedforward, masks.get(path)) for path in chosen]
+    for target in targets:
+        _check(target)
+    _complete(config, chosen, feedforward, modules)
+    return targets
+
+
+def _moved_to_outputs(
+    sites: list[Site], modules: dict[str, nn.Module], config: IA3Config, excluded: set[str]
+) -> list[Site]:
+    """The architecture's sites, with those inputs that `feedforward_modules` leaves out exchanged for outputs.
+
+    In a gated feed-forward, rescaling the output of the projection beside the gate is the same function (PEFT's choice
+    for mT5). Where there is none, a config that leaves the modules to the architecture is refused.
+    """
+    named = config.feedforward_modules or ()
+    by_default = config.target_modules is None
+    patterns = [named] if isinstance(named, str) else [[name] for name in named]
+    unused = [pattern for pattern in patterns if not any(matches(site.path, pattern) for site in sites)]
+    if unused and by_default:
+        paths = {site.path for site in sites}
+        raise InputError(
+            f"feedforward_modules names {shown([p if isinstance(p, str) else p[0] for p in unused])}, but the default "
+            f"targets are {shown(sorted(shortest_names(paths, set(modules) - paths)), 12)}; name target_modules too."
+        )
+    inputs = [
+        site for site in sites if site.feedforward and site.path not in excluded and not matches(site.path, named)
+    ]
+    outputs = output_sites(modules, inputs)
+    stuck = [path for path, site in outputs.items() if site is None]
+    if stuck and by_default:
+        raise InputError(
+            f"feedforward_modules leaves out {stuck[0]!r}, and rescaling no module's output is the same as rescaling its "
+            f"input; leave feedforward_modules open, or exclude {stuck[0].rpartition('.')[2]!r} for keys and values only."
+        )
+    order = {path: i for i, path in enumerate(modules)}
+    return sorted((outputs.get(site.path) or site for site in sites), key=lambda site: order[site.path])
+
+
+def resolve(model: nn.Module, config: IA3Config, key_value_only: bool | None = None) -> tuple[list[Target], list[str]]:
+    """What an adapter of this config rescales in a model, and the paths of modules that it trains in full.
+
+    Args and errors: see `resolve_targets`; the config's `modules_to_save` get the head of its task.
+    """
+    heads = TASK_HEADS.get(config.task_type or "", ())
+    config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *heads])) or None
+    targets = resolve_targets(model, config, key_value_only)
+    kept = _trained_in_full(model, config.modules_to_save or [])
+    _check_nesting(model, [target.path for target in targets], kept)
+    return targets, kept
+
+
+def _trained_in_full(model: nn.Module, names: list[str]) -> list[str]:
+    """The paths of the modules that `modules_to_save` names; heads of a task may be missing."""
+    modules = base_modules(model)
+    chosen = [path for path in modules if matches(path, names)]
+    unknown = [
+        name
+        for name in names
+        if not any(name in heads for heads in TASK_HEADS.values()) and not any(matches(path, [name]) for path in chosen)
+    ]
+    if unknown:
+        raise InputError(
+            f"No module is named {shown(unknown)}, as modules_to_save asks; the model's parts are "
+            f"{shown([name for name, _ in model.named_children()], 12)}."
+        )
+    kept = [path for path in chosen if not any(path.startswith(f"{other}.") for other in chosen)]
+    for path in kept:
+        check_callable(path, modules[path])
+    return kept
+
+
+def _check_nesting(model: nn.Module, targets: list[str], kept: list[str]) -> None:
+    """Refuse an adapter on a part of a module that an adapter trains in full, or the reverse: copies would differ."""
+    layers, trained = wrappers(model)
+    outer = {*kept, *trained}
+    nested = [(a, b) for a in sorted(outer) for b in sorted(outer) if a.startswith(f"{b}.")]
+    if nested:
+        a, b = nested[0]
+        raise InputError(f"Cannot train {a!r} in full beside {b!r}, which it is a part of (modules_to_save).")
+    inner = {*targets, *layers}
+    nested = [(a, b) for a in sorted(inner) for b in sorted(outer) if f"{a}.".startswith(f"{b}.")]
+    if nested:
+        a, b = nested[0]
+        raise InputError(f"Cannot rescale {a!r} while an adapter trains {b!r} in full (modules_to_save); exclude one.")
+
+
+def _check(target: Target) -> None:
+    """Raise unless the target's type has a rule that fits its side."""
+    rule = find_rule(target.module)
+    if rule is None:
+        raise InputError(
+            f"Cannot rescale {target.path!r}, a {type(target.module).__name__}; there are rules for "
+            f"{shown(rule_types(), 99, room=400)}. Narrow target_modules, exclude it, or add a rule (ia3.register_rule)."
+        )
+    try:
+        rule.shape(target.module, target.feedforward)
+    except InputError as error:
+        raise InputError(f"Cannot rescale {target.path!r}: {error}") from error
+
+
+def check_callable(path: str, module: nn.Module) -> None:
+    """Raise for a container that only holds others, as `ModuleList`: an adapter's copy could not stand for it."""
+    if type(module).forward is nn.Module.forward and hasattr(type(module), "__getitem__"):
+        inner = [f"{path}.{name}" for name, _ in module.named_children()]
+        around = path.rpartition(".")[0]
+        raise InputError(
+            f"modules_to_save names {path!r}, a {type(module).__name__}, which only holds others; name "
+            + (f"what it holds ({shown(inner, 2)})" if inner else f"the module around it, {around!r}")
+            + " instead."
+        )
+
+
+def check_copies(model: nn.Module, routing: Routing, names: Iterable[str]) -> None:
+    """Raise when two of the adapters train the same module of the model in full: only one copy can act."""
+    names = list(dict.fromkeys(names))
+    for module in routing.trained if len(names) > 1 else ():
+        owners = [name for name in names if name in module.modules_to_save]
+        if len(owners) > 1:
+            path = next(path for path, other in wrappers(model)[1].items() if other is module)
+            raise InputError(
+                f"Adapters {shown(owners)} each train their own {path!r} (modules_to_save), and one alone can act; use "
+                f"one of them, or give rows an adapter each (adapter_names)."
+            )
+
+
+def shortest_names(paths: Iterable[str], others: Iterable[str]) -> set[str]:
+    """The shortest trailing components that name the paths and none of the others."""
+    others = list(others)
+    names: set[str] = set()
+    for path in paths:
+        parts = path.split(".")
+        for length in range(1, len(parts) + 1):
+            name = ".".join(parts[-length:])
+            if name in names or not any(matches(other, [name]) for other in others):
+                names.add(name)
+                break
+    return names
+
+
+def _is_all_linear(config: IA3Config) -> bool:
+    return isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+
+
+def _all_linear(model: nn.Module, modules: dict[str, nn.Module], config: IA3Config) -> list[str]:
+    """Every Linear and Conv1D but the output layer and the head that the task trains in full."""
+    get_output: Callable = getattr(model, "get_output_embeddings", lambda: None)
+    output = get_output()
+    output = None if output is None else unwrapped(output)
+    heads = TASK_HEADS.get(config.task_type or "", ())
+    return [
+        path
+        for path, module in modules.items()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not output and not _inside(path, heads)
+    ]
+
+
+def _inside(path: str, names: Iterable[str]) -> bool:
+    """Whether a path is one of the named modules or lies in one."""
+    names = list(names)
+    parts = path.split(".")
+    return any(matches(".".join(parts[: i + 1]), names) for i in range(len(parts)))
+
+
+def _complete(config: IA3Config, chosen: list[str], feedforward: list[str], modules: dict[str, nn.Module]) -> None:
+    """Write into the config what was resolved, in names that resolve to the same again."""
+    if config.target_modules is None or _is_all_linear(config):
+        # As two lists of names, so that one is a subset of the other, as PEFT demands.
+        config.feedforward_modules = shortest_names(feedforward, set(modules) - set(feedforward))
+        first = shortest_names(set(chosen) - set(feedforward), set(modules) - set(chosen))
+        config.target_modules = first | config.feedforward_modules
+    elif config.feedforward_modules is None:
+        others = set(chosen) - set(feedforward)
+        if isinstance(config.target_modules, str):
+            config.feedforward_modules = shortest_names(feedforward, others)
+        else:
+            second = {name for name in config.target_modules if not any(matches(path, [name]) for path in others)}
+            if not all(matches(path, second) for path in feedforward):
+                second |= shortest_names(feedforward, set(modules) - set(feedforward))
+            config.feedforward_modules = {name for name in second if any(matches(path, [name]) for path in feedforward)}
+            config.target_modules = set(config.target_modules) | config.feedforward_modules
+    transposed = {
+        isinstance(modules[path], Conv1D) for path in chosen if isinstance(modules[path], (nn.Linear, Conv1D))
+    }
+    if transposed and config.fan_in_fan_out not in transposed:
+        kind = "Conv1D" if True in transposed else "torch.nn.Linear"
+        warnings.warn(
+            f"fan_in_fan_out is set to {config.fan_in_fan_out} but the target module is `{kind}`. "
+            f"Setting fan_in_fan_out to {not config.fan_in_fan_out}.",
+            stacklevel=3,
+        )
+        config.fan_in_fan_out = not config.fan_in_fan_out

@@ -1,0 +1,1 @@
+"""Prediction, calibration, in-context learning and costs."""

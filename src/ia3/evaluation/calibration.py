@@ -1,0 +1,262 @@
+"""Probabilities that mean what they say: `cross_validate`, `Calibration`."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ia3.errors import InputError, excerpt, problems, shown
+from ia3.files import parse_json, reading
+from ia3.task.rows import as_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ia3.adapter.model import IA3Model
+    from ia3.evaluation.prediction import Prediction
+    from ia3.task.task import Task
+    from ia3.training.recipe import Recipe
+
+# Where the best temperature is looked for: an adapter that knows its examples by heart is sure of everything.
+_LOWEST, _HIGHEST = 0.05, 20.0
+
+# Bins of the expected calibration error, as in Guo et al. 2017.
+_BINS = 15
+
+
+class Calibration(BaseModel):
+    """A temperature that turns scores into probabilities, and how good these are (Guo et al. 2017, arXiv:1706.04599).
+
+    p = softmax(scores / temperature). One number does not change which answer is best.
+
+    Attributes:
+        temperature: above 1 where the adapter is too sure of itself.
+        rows: the labelled rows that it was fitted on, none of which the adapter had learned.
+        log_loss, log_loss_before: mean of -log p(right label) in nats, with the temperature and with 1.
+        calibration_error, calibration_error_before: the expected calibration error of the best label's probability, in
+            15 bins, from 0 to 1.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    temperature: float = Field(gt=0, allow_inf_nan=False)
+    rows: int = Field(ge=1)
+    log_loss: float
+    log_loss_before: float
+    calibration_error: float
+    calibration_error_before: float
+
+    @classmethod
+    def fit(cls, predictions: Sequence[Prediction], labels: Sequence[str]) -> Calibration:
+        """The temperature that gives the right labels of N rows the lowest log-loss.
+
+        Args:
+            predictions: of rows that the adapter has not learned.
+            labels: the right ones.
+
+        Raises:
+            InputError: no rows, or not as many labels.
+        """
+        from scipy.optimize import minimize_scalar
+
+        scores = [prediction.scores for prediction in predictions]
+        if not scores or len(scores) != len(labels):
+            raise InputError(f"Expected predictions and as many labels, found {len(scores)} and {len(labels)}.")
+
+        def log_loss(log_temperature: float) -> float:
+            return _log_loss(scores, labels, float(np.exp(log_temperature)))
+
+        found = minimize_scalar(log_loss, bounds=(np.log(_LOWEST), np.log(_HIGHEST)), method="bounded")
+        temperature = float(np.exp(found.x))
+        if log_loss(0.0) <= found.fun:
+            temperature = 1.0
+        before = {f"{name}_before": value for name, value in cls.quality(predictions, labels, 1.0).items()}
+        return cls(temperature=temperature, rows=len(labels), **cls.quality(predictions, labels, temperature), **before)
+
+    @staticmethod
+    def quality(predictions: Sequence[Prediction], labels: Sequence[str], temperature: float) -> dict[str, float]:
+        """`log_loss` and `calibration_error` of predictions with some temperature."""
+        scores = [prediction.scores for prediction in predictions]
+        return {
+            "log_loss": _log_loss(scores, labels, temperature),
+            "calibration_error": _calibration_error(scores, labels, temperature),
+        }
+
+    @classmethod
+    def from_json(cls, data: bytes, path: str | os.PathLike) -> Calibration:
+        """The one in what was read from `path`. Raises `InputError` for a damaged file."""
+        advice = "calibrate anew"
+        with reading(path, "a calibration", advice):
+            try:
+                return cls.model_validate(parse_json(data, path, advice))
+            except ValidationError as error:
+                where = excerpt(os.fspath(path))
+                raise InputError(f"Cannot use {where}: {problems(error, 'calibration')}; {advice}.") from error
+
+    def to_json(self) -> str:
+        """What `from_json` reads."""
+        return json.dumps(self.model_dump(), indent=2) + "\n"
+
+
+def _log_loss(scores: Sequence[Mapping[str, float]], labels: Sequence[str], temperature: float) -> float:
+    losses = []
+    for row, label in zip(scores, labels, strict=True):
+        values = np.array(sorted(row.values())) / temperature
+        losses.append(np.logaddexp.reduce(values) - row[label] / temperature)
+    return float(np.mean(losses))
+
+
+def _calibration_error(scores: Sequence[Mapping[str, float]], labels: Sequence[str], temperature: float) -> float:
+    """Σ over bins of |accuracy - mean probability| · share of the rows."""
+    from ia3.evaluation.prediction import Prediction
+
+    found = [Prediction.of(row, temperature) for row in scores]
+    sure = np.array([item.probabilities[item.best] for item in found])
+    right = np.array([item.best == label for item, label in zip(found, labels, strict=True)], dtype=float)
+    bins = np.minimum((sure * _BINS).astype(int), _BINS - 1)
+    gaps = [abs(right[bins == b].mean() - sure[bins == b].mean()) * (bins == b).mean() for b in np.unique(bins)]
+    return float(sum(gaps))
+
+
+def fold_of_each(task: Task, rows: Any, folds: int, seed: int = 0) -> list[int]:
+    """The fold that `cross_validate` puts each labelled row into, from 0; nothing is trained or loaded for it.
+
+    Folds are stratified, where a label has as many rows as there are folds. Rows in the same words share one: an adapter
+    that has seen one of them has seen them all.
+
+    Raises:
+        InputError: more folds than rows in different words, fewer than two, or a fold whose other rows show one label only.
+    """
+    from sklearn.model_selection import KFold, StratifiedKFold
+
+    rows = as_rows(rows, task)
+    words = [task.fingerprint(row, number) for number, row in enumerate(rows, 1)]
+    found = [task.label(row, number) for number, row in enumerate(rows, 1)]
+    label_of = dict(zip(words, found, strict=True))
+    if not 2 <= folds <= len(label_of):
+        raise InputError(
+            f"Expected from 2 folds to as many as there are different rows ({len(label_of)}), found {folds}."
+        )
+    labels = list(label_of.values())
+    # Where all labels have fewer rows than there are folds, there is nothing to balance.
+    kind = StratifiedKFold if max(Counter(labels).values()) >= folds else KFold
+    with warnings.catch_warnings():  # a label with fewer rows than folds is missing in some: that is all right
+        warnings.simplefilter("ignore", UserWarning)
+        parts = kind(folds, shuffle=True, random_state=seed).split(labels, labels)
+        different = list(label_of)
+        fold_of = {different[i]: number for number, (_, held_out) in enumerate(parts) for i in held_out}
+    each = [fold_of[key] for key in words]
+    for number in range(folds):
+        left = {label for label, fold in zip(found, each, strict=True) if fold != number}
+        if len(left) < 2:
+            raise InputError(
+                f"Expected rows of at least two labels beside each of {folds} folds, to train on, found only {shown(left)} "
+                f"beside one of them; give more rows of each label."
+            )
+    return each
+
+
+def cross_validate(
+    model: IA3Model,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    rows: Any,
+    recipe: Recipe,
+    folds: int = 5,
+    seed: int = 0,
+    output_dir: str | os.PathLike = "cross-validation",
+    on_step: Callable[[int, int], None] | None = None,
+) -> list[Prediction]:
+    """Predictions for labelled rows by adapters that have not seen them: each fold's by one trained on the others.
+
+    What folds are, `fold_of_each` says. The adapters are trained all at once, each as a run alone would, and removed at
+    the end.
+
+    Args:
+        model: gets an adapter for each fold, for the time; its own stay as they are, trainable ones trainable and active
+            ones active.
+        tokenizer: the model's.
+        task: says what the rows mean.
+        rows: N labelled rows, as `as_rows` takes them.
+        recipe: how to train.
+        folds: how many parts.
+        seed: decides the parts, and each fold's order.
+        output_dir: the folder that the trainer names; nothing is written to it.
+        on_step: called with the steps done and the steps there are at most.
+
+    Returns:
+        A prediction for each row, in the rows' order.
+
+    Raises:
+        InputError: see `fold_of_each`.
+    """
+    from transformers import TrainerCallback
+
+    from ia3.adapter.config import IA3Config
+    from ia3.adapter.pretrained import task_type
+    from ia3.evaluation.prediction import predict
+    from ia3.scoring.questions import base_of
+    from ia3.training.fleet import FleetTrainer, Member
+
+    rows = as_rows(rows, task)
+    each = fold_of_each(task, rows, folds, seed)
+    free = (name for name in (f"fold{number}" for number in itertools.count()) if name not in model.peft_config)
+    names = list(itertools.islice(free, folds))
+    by_fold = [names[fold] for fold in each]
+    added: list[str] = []
+    with _kept_as_it_is(model):
+        try:
+            for name in names:
+                if recipe.init is None:
+                    model.add_adapter(name, IA3Config(task_type=task_type(base_of(model))))
+                else:
+                    model.load_adapter(recipe.init, name, is_trainable=True)
+                added.append(name)
+            members = [
+                Member(name, task, [row for row, its in zip(rows, by_fold, strict=True) if its != name], seed)
+                for name in names
+            ]
+            arguments = recipe.training_arguments(output_dir, seed=seed, save_strategy="no", disable_tqdm=True)
+            trainer = FleetTrainer(model, arguments, tokenizer, members, recipe)
+            trainer.silence()
+
+            class Steps(TrainerCallback):
+                def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                    if on_step is not None:
+                        on_step(state.global_step, state.max_steps)
+
+            trainer.add_callback(Steps())
+            trainer.train()
+            return predict(model, tokenizer, task, rows, adapter_names=by_fold, recipe=recipe)
+        finally:
+            for name in added:
+                model.delete_adapter(name)
+
+
+@contextmanager
+def _kept_as_it_is(model: IA3Model) -> Iterator[None]:
+    """Within `with`, adapters may come and go; afterwards those of before are active, trainable or frozen as they were."""
+    active, modes = model.active_adapters, [(module, module.training) for module in model.modules()]
+    trainable = {
+        name: [(parameter, parameter.requires_grad) for parameter in model.adapter_parameters(name)]
+        for name in model.peft_config
+    }
+    try:
+        yield
+    finally:
+        model.set_adapter(active)
+        for module, mode in modes:
+            module.training = mode
+        for name, parameters in trainable.items():
+            model.set_requires_grad(name, any(learns for _, learns in parameters))  # so that the model knows, too
+            for parameter, learns in parameters:
+                parameter.requires_grad_(learns)

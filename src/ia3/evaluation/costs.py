@@ -1,0 +1,199 @@
+"""What a method costs, as in the paper's comparison with in-context learning (Liu et al. 2022, section 4.2)."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from ia3.evaluation.prediction import Prediction, predict
+from ia3.scoring.beginning import parts, training_parts
+from ia3.scoring.choices import Batch, evaluating, row_length, to_device, token_log_probs
+from ia3.scoring.questions import Question, base_of, padding_id
+from ia3.task.rows import as_rows
+from ia3.task.task import Task
+from ia3.training.losses import tfew_loss
+from ia3.training.trainer import training_examples
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from ia3.adapter.model import IA3Model
+    from ia3.evaluation.icl import Prefix
+    from ia3.training.recipe import Recipe
+
+# FLOPs are counted in so many batches of all lengths, after the clock was stopped: counting takes time of its own.
+_COUNTED_BATCHES = 4
+
+# Steps of training that are counted; the others are taken to be like them.
+_COUNTED_STEPS = 4
+
+
+def count_flops() -> FlopCounterMode:
+    """Counts the floating-point operations of matrix products within `with`; then ask `get_total_flops()`.
+
+    A product of (m, k) and (k, n) has 2·m·k·n of them. Attention counts in full, masked places too. PyTorch's counter
+    does not know the fused attention of CPUs, so that its formula is added here.
+    """
+
+    def forward(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    def backward(grad: Any, query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        return sdpa_backward_flop_count(grad, query, key, value)
+
+    fused = torch.ops.aten
+    formulas = {
+        fused._scaled_dot_product_flash_attention_for_cpu: forward,
+        fused._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+    return FlopCounterMode(display=False, custom_mapping=formulas)
+
+
+def estimated_flops(parameters: int, tokens: float, encoder_decoder: bool = False, training: bool = False) -> float:
+    """The paper's estimate for N parameters: 2·N a token in a decoder; N in an encoder-decoder, each of whose tokens goes
+    through one half; three times that to train (Kaplan et al. 2020)."""
+    return (1 if encoder_decoder else 2) * parameters * tokens * (3 if training else 1)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """N of the estimate: all parameters of the base model, embeddings too."""
+    return sum(parameter.numel() for name, parameter in base_of(model).named_parameters() if "ia3_l" not in name)
+
+
+def cache_bytes_per_token(model: nn.Module) -> int:
+    """Bytes of keys and values that a model keeps for each token; 0 for one that keeps none.
+
+    2 · layers · key-value heads · head width · bytes of a number. In an encoder-decoder these are the decoder's, for its
+    own tokens and for those of the encoder, which it attends to as well.
+    """
+    base = base_of(model)
+    both = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
+    ids = torch.zeros((1, 4), dtype=torch.long, device=next(model.parameters()).device)
+    inputs = {"input_ids": ids, **({"decoder_input_ids": ids} if both else {})}
+    with evaluating(model), torch.no_grad():
+        cache = getattr(base(**inputs, use_cache=True, return_dict=True), "past_key_values", None)
+    parts = [cache.self_attention_cache, cache.cross_attention_cache] if both and cache is not None else [cache]
+    layers = [layer for part in parts for layer in getattr(part, "layers", [])]
+    tensors = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
+    return sum(one.nbytes for one in tensors if one is not None) // (ids.numel() * len(inputs))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Predictions for rows, and what one of them costs.
+
+    Attributes:
+        predictions: one a row.
+        flops: operations an example; with a prefix, what is done anew for each example.
+        tokens: an example's, a mean; the prefix's too.
+        seconds: wall time of scoring an example, in batches.
+    """
+
+    predictions: list[Prediction]
+    flops: float
+    tokens: float
+    seconds: float
+
+
+def measure(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    rows: Any,
+    prefix: Prefix | None = None,
+    on_progress: Callable[[list[int]], None] | None = None,
+    recipe: Recipe | None = None,
+) -> Measured:
+    """Predict rows' labels, and measure.
+
+    FLOPs are counted in the batches of prediction, padding in them too: in up to four of different lengths, and the others
+    are taken to have as many for each place in their rows. What rows share and the model reads once is counted in full,
+    and each of them has a part of it.
+
+    Args:
+        model, tokenizer, task, rows, prefix, on_progress, recipe: see `predict`; at least one row.
+    """
+    rows = as_rows(rows, task)
+    longest = max(rows, key=lambda row: len(task.prompt(row)))
+    predict(model, tokenizer, task, [longest], recipe=recipe, prefix=prefix)  # decides how rows are laid out
+    started = time.perf_counter()
+    predictions = predict(model, tokenizer, task, rows, on_progress, recipe=recipe, prefix=prefix)
+    seconds = time.perf_counter() - started
+
+    questions: Sequence[Question] = task.questions(tokenizer, rows, labelled=False, model=model, prefix=prefix)
+    device, pad = next(model.parameters()).device, padding_id(tokenizer)
+    with evaluating(model), torch.inference_mode():
+        divided = parts if prefix is None else prefix.parts
+        places = [_places(batch) for _, batch in divided(model, questions, pad)]
+        count = min(len(places), _COUNTED_BATCHES)
+        counted = [(2 * i + 1) * len(places) // (2 * count) for i in range(count)]
+        in_rows = 0
+        with count_flops() as counter:
+            for number, (_, batch) in enumerate(divided(model, questions, pad)):
+                if number in counted:
+                    before = counter.get_total_flops()
+                    token_log_probs(model, to_device(batch, device))
+                    in_rows += counter.get_total_flops() - before
+    once = counter.get_total_flops() - in_rows
+    flops = once + in_rows * sum(places) / sum(places[number] for number in counted)
+    behind = len(prefix.tokens) if prefix is not None and prefix.is_cached else 0
+    tokens = behind + statistics.mean(map(row_length, questions))
+    return Measured(predictions, flops / len(rows), tokens, seconds / len(rows))
+
+
+def _places(batch: Batch) -> int:
+    """How many tokens a batch's rows have room for."""
+    return sum(batch[name].numel() for name in ("input_ids", "decoder_input_ids") if name in batch)
+
+
+def examples_seen(rows: int, recipe: Recipe, steps: int) -> int:
+    """How many examples so many steps go through, each as often as it comes: an epoch's last batch holds what is left."""
+    epochs, more = divmod(steps, math.ceil(rows / recipe.batch_size))
+    return epochs * rows + min(more * recipe.batch_size, rows)
+
+
+def example_flops(model: IA3Model, tokenizer: PreTrainedTokenizerBase, task: Task, rows: Any, recipe: Recipe) -> float:
+    """FLOPs of training the active adapter on an example once: forward and backward in up to four steps, as a mean.
+
+    They are counted apart from training, because counting takes other kernels, which round otherwise. Nothing is
+    trained, and no gradient is left.
+
+    Args:
+        model, tokenizer, task, rows, recipe: as of `TFewTrainer`.
+    """
+    examples = training_examples(task, tokenizer, rows, model, recipe, seed=0)
+    size, count = recipe.batch_size, min(_COUNTED_STEPS, max(len(examples) // recipe.batch_size, 1))
+    steps = [[one.drawn(step) for one in examples[step * size : (step + 1) * size]] for step in range(count)]
+    device, pad = next(model.parameters()).device, padding_id(tokenizer)
+    frozen = [
+        parameter for parameter in model.adapter_parameters(model.active_adapters[0]) if not parameter.requires_grad
+    ]
+    for parameter in frozen:
+        parameter.requires_grad_()
+    try:
+        with evaluating(model):  # afterwards, modes are as they were
+            model.train()  # what rows may share depends on it
+            for questions in steps:  # whether packing and sharing are exact is tried once, and not each step
+                for _ in training_parts(model, questions, pad):
+                    pass
+            with count_flops() as counter:
+                for questions in steps:
+                    for _, batch in training_parts(model, questions, pad):
+                        batch = to_device(batch, device)
+                        loss = tfew_loss(
+                            token_log_probs(model, batch), batch["mask"], batch["label"], **recipe.loss_weights
+                        )
+                        loss.total.backward()
+        return counter.get_total_flops() / sum(map(len, steps))
+    finally:
+        model.zero_grad()
+        for parameter in frozen:
+            parameter.requires_grad_(False)

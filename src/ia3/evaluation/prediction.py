@@ -1,0 +1,136 @@
+"""Labels and probabilities for rows: `predict`."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from ia3.errors import InputError
+from ia3.scoring.choices import score_questions
+from ia3.task.rows import as_row, items_of
+from ia3.task.task import Task
+from ia3.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from ia3.evaluation.icl import Prefix
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A row's label, and the probability of each label.
+
+    Attributes:
+        label: the most probable one; None: its probability is below the threshold that was asked for.
+        probabilities: label → probability; they add up to 1.
+        scores: label → length-normalized log-probability of its answer text, of which probabilities are made.
+    """
+
+    label: str | None
+    probabilities: dict[str, float]
+    scores: dict[str, float] = field(repr=False)
+
+    @property
+    def best(self) -> str:
+        """The most probable label; of equally probable ones the first by the alphabet."""
+        return min(self.probabilities, key=lambda label: (-self.probabilities[label], label))
+
+    @classmethod
+    def of(cls, scores: Mapping[str, float], temperature: float = 1.0, abstain_below: float = 0.0) -> Prediction:
+        """The softmax of the scores, divided by a temperature. No result depends on the order of the labels."""
+        highest = max(scores.values())
+        powers = {label: math.exp((score - highest) / temperature) for label, score in scores.items()}
+        total = math.fsum(powers.values())  # exact, so the same in any order
+        probabilities = {label: power / total for label, power in powers.items()}
+        found = cls(None, probabilities, dict(scores))
+        return replace(found, label=found.best) if probabilities[found.best] >= abstain_below else found
+
+
+def predict(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task | Sequence[Task],
+    rows: Any,
+    on_progress: Callable[[list[int]], None] | None = None,
+    adapter_names: Sequence[str] | None = None,
+    temperature: float | Sequence[float] = 1.0,
+    abstain_below: float = 0.0,
+    template: int = 0,
+    recipe: Recipe | None = None,
+    prefix: Prefix | None = None,
+) -> list[Prediction]:
+    """The label whose answer text has the best length-normalized log-probability, for each row.
+
+    Probabilities are the softmax of these scores, the distribution that the length-normalized loss trains.
+
+    Args:
+        model: a language model, adapted or not.
+        tokenizer: its tokenizer.
+        task: says what the rows mean; or a task for each row. Labels of rows are not read.
+        rows: a DataFrame, a `datasets.Dataset`, dictionaries, one dictionary, or texts; see `as_rows`.
+        on_progress: called with the indices of the rows that each batch finished.
+        adapter_names: for each row the adapter that answers it; None: the active ones.
+        temperature: divides the scores, so that probabilities are calibrated (see `Calibration`); or one for each row.
+        abstain_below: give no label where the best one's probability is lower.
+        template: the index of the task's template to ask with.
+        recipe: its length normalization, and what it does about long prompts; None: the paper's.
+        prefix: a text that stands before each row's prompt, such as examples in context (see `predict_in_context`).
+
+    Raises:
+        InputError: see `Task.questions` and `score_choices`; not as many tasks or temperatures as rows; or a
+            temperature or threshold out of range.
+    """
+    items, recipe = items_of(rows, task if isinstance(task, Task) else None), recipe or Recipe()
+    tasks = [task] * len(items) if isinstance(task, Task) else list(task)
+    temperatures = [temperature] * len(items) if isinstance(temperature, (int, float)) else list(temperature)
+    for name, values in {"task": tasks, "temperature": temperatures}.items():
+        if len(values) != len(items):
+            raise InputError(f"Expected a {name} for each of the {len(items)} rows, found {len(values)}.")
+    rows = [as_row(item, one, number) for number, (item, one) in enumerate(zip(items, tasks, strict=True), 1)]
+    for one in temperatures:
+        if not (math.isfinite(one) and one > 0):
+            raise InputError(f"Expected a temperature above 0, found {one}.")
+    if not 0 <= abstain_below <= 1:
+        raise InputError(f"Expected a threshold (abstain_below) from 0 to 1, found {abstain_below}.")
+    by_task: dict[int, list[int]] = {}
+    for index, one in enumerate(tasks):
+        by_task.setdefault(id(one), []).append(index)
+    found: list[Any] = [None] * len(rows)
+    for indices in by_task.values():
+        one = tasks[indices[0]]
+        mine = [rows[index] for index in indices]
+        with numbered(indices):
+            asked = one.questions(tokenizer, mine, False, model, template, recipe.long_prompts, prefix)
+        for index, row, question in zip(indices, mine, asked, strict=True):
+            found[index] = (question, list(one.answers(row, index + 1, template)))
+    questions = [question for question, _ in found]
+    answers = [labels for _, labels in found]
+    scores = score_questions(
+        model,
+        tokenizer,
+        questions,
+        length_normalization=recipe.length_normalization,
+        on_progress=on_progress,
+        adapter_names=adapter_names,
+        prefix=prefix,
+    )
+    return [
+        Prediction.of(dict(zip(labels, row.tolist(), strict=True)), one, abstain_below)
+        for labels, row, one in zip(answers, scores, temperatures, strict=True)
+    ]
+
+
+@contextmanager
+def numbered(indices: Sequence[int]) -> Iterator[None]:
+    """Errors about one of some rows, picked by index, have its number among all rows."""
+    try:
+        yield
+    except InputError as error:
+        text = re.sub(r"\(row (\d+)\)", lambda found: f"(row {indices[int(found[1]) - 1] + 1})", str(error))
+        raise type(error)(text) from error

@@ -1,0 +1,368 @@
+"""A beginning that many prompts share, such as an instruction: a decoder reads it once, and each row attends to it.
+
+`parts` finds beginnings among questions by itself, where it pays and is exact, in scoring and in training: the gradient
+goes through the keys and values of the beginning as through any other activation.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from ia3.adapter.config import TaskType
+from ia3.adapter.pretrained import task_type
+from ia3.errors import reason
+from ia3.scoring.choices import (
+    PASS_TOKENS,
+    Batch,
+    base_dtype,
+    batches,
+    batches_of_sizes,
+    evaluating,
+    pack,
+    pass_tokens,
+    plain_rows,
+    row_length,
+    sizes_of,
+)
+from ia3.scoring.layouts import (
+    ROUNDING,
+    Size,
+    collate,
+    deviation,
+    judged,
+    scores_of,
+    size_of,
+    telling,
+    try_packing,
+    verdicts_of,
+)
+from ia3.scoring.questions import Question, base_of, model_max_length
+
+logger = logging.getLogger(__name__)
+
+# Keys and values of so many tokens may be side by side in one layer, the beginning's counted in each row.
+_CACHED_TOKENS = 32768
+
+# Prompts that agree in fewer tokens than these are not looked at.
+_LEAST = 8
+
+# So many rows' tokens have to be saved, for to try whether a model is exact takes a few whole rows. Whether it has been
+# tried before is not asked: what is shared must not depend on the past, or a resumed run would round otherwise.
+_LEAST_ROWS = 4
+
+Layout = Callable[[nn.Module, Sequence[Question], int], Batch]
+
+
+class SharedLayer(DynamicLayer):
+    """A layer's keys and values (1, heads, S, width) of a beginning, which each row of a batch has before its own.
+
+    What a batch adds is handed back and not kept, so that one cache serves every batch, and memory holds one layer's
+    expanded keys and values at a time.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        super().__init__()
+        self.keys: torch.Tensor = keys
+        self.values: torch.Tensor = values
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The beginning's keys and values before these, in each row."""
+        rows = key_states.shape[0]
+        keys, values = (shared.expand(rows, -1, -1, -1) for shared in (self.keys, self.values))
+        return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
+
+
+def read(
+    model: nn.Module, tokens: Sequence[int], adapter: str | None = None, before: DynamicCache | None = None
+) -> DynamicCache | None:
+    """The keys and values of tokens, as a cache of `SharedLayer`s, with a graph where gradients are enabled.
+
+    Args:
+        model: a causal language model, adapted or not, in the mode that rows will be asked in.
+        tokens: S of them.
+        adapter: as of `Question`.
+        before: those of the first of the tokens, which are not read again; None: all are read.
+
+    Returns:
+        None for a model that keeps no keys and values, or something else.
+    """
+    base = base_of(model)
+    known = inspect.signature(base.forward).parameters
+    if "past_key_values" not in known:
+        return None
+    cache = DynamicCache()
+    for number, layer in enumerate([] if before is None else before.layers):
+        cache.update(layer.keys, layer.values, number)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+    if adapter is not None:
+        options["adapter_names"] = [adapter]
+    ids = torch.tensor([list(tokens)[cache.get_seq_length() :]], device=next(model.parameters()).device)
+    try:
+        model(input_ids=ids, past_key_values=cache, use_cache=True, return_dict=True, **options)
+        whole = bool(cache.layers) and all(
+            type(layer) is DynamicLayer and layer.get_seq_length() == len(tokens) for layer in cache.layers
+        )
+    except Exception as error:  # a model with another kind of cache says so in its own way
+        logger.info("%s: its cache is of another kind (%s).", type(base).__name__, reason(error))
+        whole = False
+    if not whole:
+        return None
+    cache.layers = [SharedLayer(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[union-attr]
+    return cache
+
+
+def packed_behind(cache: DynamicCache, questions: Sequence[Question], pad_token_id: int, dtype: torch.dtype) -> Batch:
+    """A packed row for each question, which goes on from S tokens: `attention_mask` (B, 1, L, S + L), positions from S on."""
+    before = cache.get_seq_length()
+    batch = pack(questions, pad_token_id, dtype)
+    mask = batch["attention_mask"]
+    return {
+        **batch,
+        "attention_mask": torch.cat([torch.zeros((*mask.shape[:3], before), dtype=dtype), mask], dim=-1),
+        "position_ids": batch["position_ids"] + before,
+        "past_key_values": cache,
+    }
+
+
+def room_behind(before: int, longest: int, batch_tokens: int) -> int:
+    """Tokens for a batch of rows that go on from so many: rows are short and what they attend to is long, and so bounded."""
+    return min(batch_tokens, max(_CACHED_TOKENS * longest // (before + longest), 1))
+
+
+def is_exact_behind(
+    model: nn.Module, layout: Layout, tokens: Sequence[int], question: Question, pad_token_id: int
+) -> bool | None:
+    """Whether a layout of rows that go on from tokens is exact for a question behind them; None: its scores are no numbers.
+
+    One or two choices are scored in whole rows, without the cache, and as many behind the end of the prompt alone; that is
+    about what reading the tokens costs a few times.
+    """
+    ends = telling(question)
+    # A row beside it is padded as far as any that is no harder: its prompt is moved away from the tokens, and a window that
+    # is counted over the row's places sees fewer of them. The shortest choice has least to hide that behind.
+    asked = [question, replace(question, prompt=question.prompt[-1:])]
+    moved = sorted({ends[-1], min(range(len(question.choices)), key=lambda choice: len(question.choices[choice]))})
+    rows, choices = [0] * len(ends) + [1] * len(moved), ends + moved
+    whole = [
+        replace(asked[row], prompt=[*tokens, *asked[row].prompt], choices=[question.choices[choice]])
+        for row, choice in zip(rows, choices, strict=True)
+    ]
+    base = base_of(model)
+    with evaluating(model), torch.no_grad():
+        expected = scores_of(model, plain_rows(whole, pad_token_id))[:, 0]
+        if not torch.isfinite(expected).all():
+            return None
+        difference, why = deviation(model, lambda: layout(model, asked, pad_token_id), expected, (rows, choices))
+    rounding = torch.finfo(base_dtype(base)).eps * max(float(expected.abs().max()), 1.0)
+    if difference <= max(ROUNDING, 4 * rounding):
+        return True
+    logger.info("%s: no %s rows behind a beginning (%s).", type(base).__name__, layout.__name__.strip("_"), why)
+    return False
+
+
+class Beginning:
+    """The beginning of some questions' prompts, read by the model as it is now.
+
+    Args:
+        model: a causal language model, adapted or not.
+        tokens: S of them, with which each of the prompts begins, and after which it goes on.
+        adapter: whose keys and values; as of `Question`.
+        before: as of `read`.
+
+    Attributes:
+        cache: its keys and values; None when the model keeps none.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokens: Sequence[int],
+        adapter: str | None = None,
+        before: DynamicCache | None = None,
+    ) -> None:
+        self.tokens = list(tokens)
+        self.cache = read(model, tokens, adapter, before)
+        self._dtype = base_dtype(base_of(model))
+        self._attached: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def behind(self, questions: Sequence[Question]) -> list[Question]:
+        """The questions without it."""
+        return [replace(question, prompt=question.prompt[len(self.tokens) :]) for question in questions]
+
+    def packed(self, model: nn.Module, questions: Sequence[Question], pad_token_id: int = 0) -> Batch:
+        """A batch of questions of `behind`."""
+        assert self.cache is not None
+        return packed_behind(self.cache, questions, pad_token_id, self._dtype)
+
+    def room(self, questions: Sequence[Question], batch_tokens: int) -> int:
+        """Tokens for a batch of questions of `behind`."""
+        return room_behind(len(self.tokens), max(map(row_length, questions)), batch_tokens)
+
+    def detach(self) -> None:
+        """Let backward passes through rows end here; `backward` goes on for all of them at once."""
+        self._attached = [(layer.keys, layer.values) for layer in self._layers]
+        for layer in self._layers:
+            layer.keys, layer.values = (
+                one.detach().requires_grad_(one.requires_grad) for one in (layer.keys, layer.values)
+            )
+
+    def backward(self) -> None:
+        """What rows that were asked since `detach` have to say about the beginning, to the parameters that read it."""
+        pairs = [
+            (read, leaf.grad)
+            for attached, layer in zip(self._attached, self._layers, strict=True)
+            for read, leaf in zip(attached, (layer.keys, layer.values), strict=True)
+            if leaf.grad is not None
+        ]
+        self._attached = []
+        if pairs:
+            torch.autograd.backward([read for read, _ in pairs], [gradient for _, gradient in pairs])
+
+    @property
+    def _layers(self) -> list[SharedLayer]:
+        return [] if self.cache is None else self.cache.layers  # type: ignore[return-value]
+
+
+def beginnings(
+    model: nn.Module, questions: Sequence[Question], pad_token_id: int = 0
+) -> Iterator[tuple[list[int], Beginning | None]]:
+    """Questions, as indices, that share a beginning, and the beginning; last those without one.
+
+    A beginning is read when its turn comes, so that whoever lets go of one has no more than one in memory.
+    """
+    may_share, rest = _may_share(model), []
+    for indices in _alike(questions):
+        beginning = shared(model, [questions[i] for i in indices], pad_token_id) if may_share else None
+        if beginning is None:
+            rest += indices
+        else:
+            yield indices, beginning
+        del beginning
+    if rest:
+        yield sorted(rest), None
+
+
+def parts(
+    model: nn.Module, questions: Sequence[Question], pad_token_id: int = 0, batch_tokens: int | None = None
+) -> Iterator[tuple[list[int], Batch]]:
+    """The questions in batches for this model: indices, and the batch. What prompts share is read once."""
+    batch_tokens = batch_tokens or pass_tokens(model)
+    for indices, beginning in beginnings(model, questions, pad_token_id):
+        some = [questions[i] for i in indices]
+        if beginning is None:
+            try_packing(model, some, pad_token_id)
+            for group in batches(some, batch_tokens):
+                yield [indices[i] for i in group], collate(model, [some[i] for i in group], pad_token_id)
+            continue
+        some = beginning.behind(some)
+        for group in batches(some, beginning.room(some, batch_tokens)):
+            yield [indices[i] for i in group], beginning.packed(model, [some[i] for i in group], pad_token_id)
+
+
+def training_parts(
+    model: nn.Module, questions: Sequence[Question], pad_token_id: int = 0
+) -> Iterator[tuple[list[int], Batch]]:
+    """As `parts`, for a backward pass behind each of them, before the next is asked for.
+
+    So memory holds the activations of one part. The last one comes first, as in a backward pass through the sum of all:
+    gradients add up in the same order.
+    """
+    tokens = pass_tokens(model)
+    for indices, beginning in beginnings(model, questions, pad_token_id):
+        some = [questions[i] for i in indices]
+        if beginning is None:
+            try_packing(model, some, pad_token_id)
+            for group in reversed(list(_training_batches(some, tokens))):
+                yield [indices[i] for i in group], collate(model, [some[i] for i in group], pad_token_id)
+            continue
+        some = beginning.behind(some)
+        beginning.detach()
+        for group in reversed(list(_training_batches(some, beginning.room(some, tokens)))):
+            yield [indices[i] for i in group], beginning.packed(model, [some[i] for i in group], pad_token_id)
+        beginning.backward()
+
+
+def _training_batches(questions: Sequence[Question], tokens: int) -> Iterator[list[int]]:
+    """As `batches`; a place that something is predicted at counts as a token more, for its logits are kept as well."""
+    sizes = [(prompt, 2 * tree + 1) for prompt, tree in map(sizes_of, questions)]
+    return batches_of_sizes(sizes, tokens)
+
+
+def _may_share(model: nn.Module) -> bool:
+    """Whether rows may attend to keys and values that another pass computed."""
+    base = base_of(model)
+    if task_type(base) != TaskType.CAUSAL_LM:
+        return False
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return False  # processes have to pass through the model equally often
+    if not (model.training and torch.is_grad_enabled()):
+        return True
+    # Layers that are computed again keep no cache; and rows that share a beginning would share what is dropped of it.
+    config = getattr(base, "config", None)
+    dropped = any("drop" in key and isinstance(value, float) and value > 0 for key, value in vars(config).items())
+    return not dropped and not any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
+
+
+def _alike(questions: Sequence[Question]) -> list[list[int]]:
+    """Indices of questions whose prompts begin alike, for one adapter."""
+    found: dict[tuple, list[int]] = {}
+    for index, question in enumerate(questions):
+        found.setdefault((question.adapter, *question.prompt[:_LEAST]), []).append(index)
+    return list(found.values())
+
+
+def common_tokens(prompts: Sequence[list[int]]) -> int:
+    """With how many equal tokens all prompts begin; one of each is left to go on with."""
+    first, last = min(prompts), max(prompts)  # no two of them differ sooner
+    size = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    return min(size, min(map(len, prompts)) - 1)
+
+
+def shared(
+    model: nn.Module, questions: Sequence[Question], pad_token_id: int, before: DynamicCache | None = None
+) -> Beginning | None:
+    """What questions that begin alike share, read, where that saves more than it costs and is exact; else None.
+
+    Args:
+        model: a causal language model, adapted or not.
+        questions: for one adapter.
+        pad_token_id: fills unused places.
+        before: keys and values that there are already, of tokens with which all prompts begin.
+    """
+    prompts = [question.prompt for question in questions]
+    size = common_tokens(prompts)
+    read_for_it = size - (0 if before is None else before.get_seq_length())
+    saved = read_for_it * (len(questions) - 1)
+    if read_for_it < _LEAST or saved < 2 * PASS_TOKENS:
+        return None
+    if saved < _LEAST_ROWS * max(map(row_length, questions)):
+        return None
+    verdicts = verdicts_of(model, "behind a beginning")
+
+    def sizes(question: Question) -> Size:
+        return size, *size_of(question)
+
+    if any(verdicts.of(sizes(question)) is False for question in questions):
+        return None
+    beginning = Beginning(model, prompts[0][:size], questions[0].adapter, before)
+    if beginning.cache is None:
+        verdicts.add(tuple(0 for _ in sizes(questions[0])), False)
+        return None
+
+    def is_exact(question: Question) -> bool | None:
+        [behind] = beginning.behind([question])
+        return is_exact_behind(model, beginning.packed, beginning.tokens, behind, pad_token_id)
+
+    return beginning if judged(verdicts, questions, sizes, model_max_length(model), is_exact) else None

@@ -1,0 +1,252 @@
+"""Which rows a model scores rightly: packed ones where a trial shows that they are exact for it, else plain ones.
+
+Packing is wrong for some models: positions built from a 2-D mask, recurrent layers, windows counted over the row, or not
+at all. So each model is tried on the questions at hand, once for sizes of them that no earlier trial covers.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from operator import le
+from typing import Any
+
+import torch
+from torch import nn
+
+from ia3.adapter.config import TaskType
+from ia3.adapter.pretrained import task_type
+from ia3.adapter.targets import inside_wrappers
+from ia3.errors import reason
+from ia3.scoring.choices import (
+    Batch,
+    base_dtype,
+    evaluating,
+    normalized_scores,
+    pack,
+    plain_rows,
+    text_length,
+    to_device,
+    token_log_probs,
+    tree_of,
+)
+from ia3.scoring.questions import Question, base_of, model_max_length
+
+logger = logging.getLogger(__name__)
+
+# The mask of a packed row grows with the square of its length; this one has 256 MB in float32.
+_LONGEST_PACKED = 8192
+
+# So far may float32 scores differ: rounding came to at most 6e-6 in SmolLM2-135M, while windows that are counted over a
+# row's places have changed a tiny model's choices by 1e-3, but those that a trial looks at by as little as 5e-5.
+ROUNDING = 3e-5
+
+Size = tuple[int, ...]
+"""How hard a question is for a layout; none that is smaller in no number is easier than another."""
+
+
+def size_of(question: Question, encoder: bool = False) -> Size:
+    """Tokens of the prompt, of the tree, and of the longest choice, and how many places the tree moves a token by.
+
+    Args:
+        question: any.
+        encoder: one reads the prompt, apart from the choices.
+    """
+    tree = tree_of(question)
+    moved = max(node - depth for node, depth in enumerate(tree.depths))
+    longest = max(map(len, question.choices))
+    return (0 if encoder else len(question.prompt)), len(tree.tokens) - 1, longest, moved
+
+
+@dataclass
+class Verdicts:
+    """For which sizes of a question a layout was tried on a model, and found exact or not."""
+
+    exact: list[Size] = field(default_factory=list)
+    wrong: list[Size] = field(default_factory=list)
+
+    def of(self, size: Size) -> bool | None:
+        """Whether the layout is exact for a question of this size; None: no trial says so."""
+        if any(all(map(le, tried, size)) for tried in self.wrong):
+            return False
+        return True if any(all(map(le, size, tried)) for tried in self.exact) else None
+
+    def add(self, size: Size, exact: bool) -> None:
+        """What a trial found."""
+        (self.exact if exact else self.wrong).append(size)
+
+
+_verdicts: weakref.WeakKeyDictionary[nn.Module, dict[tuple, Verdicts]] = weakref.WeakKeyDictionary()
+
+
+def verdicts_of(model: nn.Module, layout: str) -> Verdicts:
+    """What is known of a layout, by its name, for a model as it computes now."""
+    base = base_of(model)
+    attention = getattr(getattr(base, "config", None), "_attn_implementation", None)
+    return _verdicts.setdefault(base, {}).setdefault((layout, attention, base_dtype(base)), Verdicts())
+
+
+def judged(
+    verdicts: Verdicts,
+    questions: Sequence[Question],
+    size: Callable[[Question], Size],
+    limit: int | None,
+    is_exact: Callable[[Question], bool | None],
+) -> bool:
+    """Whether a layout is exact for all questions, by trials of what no earlier trial says anything about.
+
+    Tried is the longest prompt with the largest tree and the longest choice, none of which need be one question's; and
+    question by question, the longest first, where that is not exact or longer than `limit` tokens.
+
+    Args:
+        verdicts: what is known; trials add to it.
+        questions: at hand.
+        size: as of `size_of`.
+        limit: how many tokens the model has positions for.
+        is_exact: makes a trial; None: it says nothing, for the scores are no numbers, as whoever asks for them will see.
+    """
+
+    def tried(question: Question) -> bool | None:
+        found = is_exact(question)
+        if found is not None:
+            verdicts.add(size(question), found)
+        return found
+
+    known = [verdicts.of(size(question)) for question in questions]
+    if False in known:
+        return False
+    left = [question for question, exact in zip(questions, known, strict=True) if exact is None]
+    if len(left) > 1:
+        hardest = _hardest(left)
+        # One place is for the padding that a trial may add.
+        if verdicts.of(size(hardest)) is None and (limit is None or text_length(hardest) < limit):
+            tried(hardest)
+    for question in sorted(left, key=text_length, reverse=True):
+        exact = verdicts.of(size(question))
+        if exact is False or (exact is None and tried(question) is False):
+            return False
+    return True
+
+
+def _hardest(questions: Sequence[Question]) -> Question:
+    """No easier than any of them: a union of trees moves each of their tokens at least as far."""
+    longest = max(questions, key=lambda one: len(one.prompt))
+    sizes = [size_of(question)[1:] for question in questions]
+    chosen = {max(range(len(questions)), key=lambda i: sizes[i][which]) for which in range(len(sizes[0]))}
+    choices = sorted({tuple(choice) for index in chosen for choice in questions[index].choices})
+    return replace(longest, choices=[*map(list, choices)], label=None, order=None)
+
+
+def telling(question: Question) -> list[int]:
+    """The choices that say whether a layout is exact: the one that ends last, which packing moves farthest, and the
+    longest one, which sees most."""
+    longest = max(range(len(question.choices)), key=lambda i: len(question.choices[i]))
+    return sorted({tree_of(question).farthest, longest})
+
+
+def scores_of(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Length-normalized scores (B, C) of a batch."""
+    batch = to_device(batch, next(model.parameters()).device)
+    return normalized_scores(token_log_probs(model, batch), batch["mask"])
+
+
+def deviation(
+    model: nn.Module, batch: Callable[[], Batch], expected: torch.Tensor, where: Any = ...
+) -> tuple[float, str]:
+    """How far some scores of a batch are from those expected, and that in words; infinitely where the model takes no such
+    batch, which it says in its own way."""
+    try:
+        difference = float((scores_of(model, batch())[where] - expected).abs().max())
+        return difference, f"scores differ by {difference:.2g}"
+    except Exception as error:
+        return math.inf, reason(error)
+
+
+def collate(model: nn.Module, questions: Sequence[Question], pad_token_id: int = 0) -> Batch:
+    """The questions as a batch for this model: packed where that is exact, else plain rows; a classifier's prompts."""
+    if task_type(base_of(model)) == TaskType.SEQ_CLS:
+        from ia3.scoring.classifier import rows
+
+        return rows(base_of(model), questions, pad_token_id)
+    packed, plain = _layouts(model, questions, pad_token_id)
+    return (packed if _packs(model, questions, packed, plain) else plain)(questions)
+
+
+def try_packing(model: nn.Module, questions: Sequence[Question], pad_token_id: int = 0) -> None:
+    """Find out once whether packing is exact for all of these, so that no batch of them has to."""
+    if questions and task_type(base_of(model)) != TaskType.SEQ_CLS:
+        _packs(model, questions, *_layouts(model, questions, pad_token_id))
+
+
+_Layout = Callable[[Sequence[Question]], Batch]
+
+
+def _layouts(model: nn.Module, questions: Sequence[Question], pad_token_id: int) -> tuple[_Layout, _Layout]:
+    """How questions become rows for a generating model: packed and plain."""
+    base = base_of(model)
+    dtype = base_dtype(base)
+    if task_type(base) == TaskType.SEQ_2_SEQ_LM:
+        from ia3.scoring import seq2seq
+
+        start = seq2seq.start_token(base, questions[0])
+        return (
+            lambda some: seq2seq.pack(some, start, pad_token_id, dtype),
+            lambda some: seq2seq.plain_rows(some, start, pad_token_id),
+        )
+    return lambda some: pack(some, pad_token_id, dtype), lambda some: plain_rows(some, pad_token_id)
+
+
+def _packs(model: nn.Module, questions: Sequence[Question], packed: _Layout, plain: _Layout) -> bool:
+    """Whether the packed layout is exact for all questions."""
+    base = base_of(model)
+    encoder = task_type(base) == TaskType.SEQ_2_SEQ_LM
+    if (
+        encoder
+        and model.training
+        and any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
+    ):
+        return False  # layers that are computed again would not find the positions that are handed in
+    sizes = [size_of(question, encoder) for question in questions]
+    if any(prompt + tree > _LONGEST_PACKED for prompt, tree, *_ in sizes):
+        return False
+    verdicts = verdicts_of(model, "packed")
+    # Processes that share a model are not tried equally often, and must not wait for each other.
+    trial = _Trial(inside_wrappers(model), packed, plain, verdicts, encoder)
+    return judged(verdicts, questions, lambda one: size_of(one, encoder), model_max_length(model), trial)
+
+
+@dataclass
+class _Trial:
+    """Whether a model scores a question packed as it does in plain rows."""
+
+    model: nn.Module
+    packed: _Layout
+    plain: _Layout
+    verdicts: Verdicts
+    encoder: bool
+
+    def __call__(self, question: Question) -> bool | None:
+        model, plain = self.model, self.plain
+        # Two short rows show whether padding on the left is exact too, and how much rounding does to plain rows alone.
+        short = [replace(question, prompt=question.prompt[-size:], choices=question.choices[:4]) for size in (2, 8)]
+        ends = telling(question)
+        with evaluating(model), torch.no_grad():
+            right = scores_of(model, plain(short))
+            noise = max(float((scores_of(model, plain([q])) - right[i]).abs().max()) for i, q in enumerate(short))
+            far = scores_of(model, plain([replace(question, choices=[question.choices[end] for end in ends])]))[0]
+            if not torch.isfinite(right).all() or not torch.isfinite(far).all():
+                return None
+            allowed = max(ROUNDING, 4 * noise, torch.finfo(base_dtype(base_of(model))).eps * float(right.abs().max()))
+            difference, why = deviation(model, lambda: self.packed(short), right)
+            if not difference <= allowed:  # so is every longer row
+                self.verdicts.add(size_of(short[1], self.encoder), False)
+            else:
+                difference, why = deviation(model, lambda: self.packed([question]), far, (0, ends))
+        if difference <= allowed:
+            return True
+        name = type(base_of(model)).__name__
+        logger.info("%s: one row for each choice, because packing is not exact (%s).", name, why)
+        return False

@@ -1,0 +1,107 @@
+"""RAFT (Alex et al. 2021, arXiv:2109.14076): its eleven tasks, their rows, and predictions as its leaderboard takes them."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ia3.errors import InputError, brief, shown, similar
+from ia3.files import replacing
+from ia3.task.reading import read_rows
+from ia3.task.task import Row, Task
+
+RAFT_TASKS = (
+    "ade_corpus_v2",
+    "banking_77",
+    "neurips_impact_statement_risks",
+    "one_stop_english",
+    "overruling",
+    "semiconductor_org_types",
+    "systematic_review_inclusion",
+    "tai_safety_research",
+    "terms_of_service",
+    "tweet_eval_hate",
+    "twitter_complaints",
+)
+
+# What every task has to train on.
+TRAIN_ROWS = 50
+
+PREDICTIONS_NAME = "predictions.csv"
+
+_HUB = "hf://datasets/ought/raft/data"
+_ID = "ID"
+
+
+@dataclass(frozen=True)
+class RaftTask:
+    """A task of the benchmark.
+
+    Attributes:
+        task: what its rows mean.
+        train: labelled rows.
+        test: rows to predict, with a column `ID`; their labels are not public.
+    """
+
+    task: Task
+    train: list[Row]
+    test: list[Row]
+
+    @classmethod
+    def load(cls, name: str, data: str | os.PathLike | None = None, delimiter: str | None = None) -> RaftTask:
+        """Read a task's rows.
+
+        Args:
+            name: one of `RAFT_TASKS`.
+            data: a folder with NAME/train.csv and NAME/test_unlabeled.csv, such as the `data` folder of the hub's
+                `ought/raft`; None: the hub's.
+            delimiter: of these files, as of `read_rows`.
+
+        Raises:
+            InputError: no such task or file, a column that is missing, a label that the task does not know, or test rows
+                whose IDs are missing or the same.
+        """
+        if name not in RAFT_TASKS:
+            raise InputError(f"Expected a task of RAFT, found {name!r}; {similar(name, RAFT_TASKS)}.")
+        if data is not None and not Path(data).is_dir():
+            raise InputError(f"Expected a folder with RAFT's data, found no {os.fspath(data)!r}.")
+        source = _HUB if data is None else os.fspath(data)
+        task = Task.embedded(name)
+        files = (f"{source}/{name}/{file}" for file in ("train.csv", "test_unlabeled.csv"))
+        train, test = (read_rows(file, delimiter=delimiter) for file in files)
+        for what, rows, labelled in (("training", train, True), ("test", test, False)):
+            try:
+                task.check(rows, labelled)
+            except InputError as error:
+                raise InputError(f"RAFT's {name}, {what} rows: {error}") from error
+        _check_ids(name, test)
+        return cls(task, list(train), list(test))
+
+
+def _check_ids(name: str, rows: Sequence[Row]) -> None:
+    seen: set[str] = set()
+    for number, row in enumerate(rows, 1):
+        if _ID not in row:
+            raise InputError(f"RAFT's {name}, test rows: expected a column {_ID!r}, found {shown(row, 20)}.")
+        value = str(row[_ID]).strip()
+        if not value or value in seen:
+            found = f"{brief(value)} twice" if value else "an empty one"
+            raise InputError(f"RAFT's {name}, test rows: expected IDs that differ, found {found} (row {number}).")
+        seen.add(value)
+
+
+def write_predictions(path: str | os.PathLike, rows: Iterable[Row], labels: Iterable[str]) -> None:
+    """Write a submission's file for a task, in whole or not at all: columns `ID` and `Label`, a line for each test row.
+
+    Args:
+        path: the leaderboard wants it to be TASK/predictions.csv.
+        rows: the test rows, with a column `ID`.
+        labels: the class name of each.
+    """
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([_ID, "Label"])
+        writer.writerows([str(row[_ID]).strip(), label] for row, label in zip(rows, labels, strict=True))

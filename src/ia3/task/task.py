@@ -1,0 +1,614 @@
+"""What a task is: a template that turns a row into a prompt, an answer text for each label, a metric."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import random
+import re
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ia3.errors import InputError, brief, excerpt, problems, shown, similar
+from ia3.files import read_fields, reading, replacing
+from ia3.scoring.fitting import answer_lengths, fitted, prompt_sizes
+from ia3.task.reading import as_delimiter, require_delimited
+from ia3.task.rows import as_row, as_rows
+from ia3.task.template import (
+    Choices,
+    Row,
+    Template,
+    answers_of,
+    as_text,
+    at_row,
+    choices_as_text,
+    columns_of,
+    is_missing,
+    quoted,
+    require,
+    verbatim,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from ia3.evaluation.icl import Prefix
+    from ia3.scoring.questions import Question
+
+logger = logging.getLogger(__name__)
+
+# How YAML says that there is no value.
+NOTHING = ("", "~", "null")
+
+# Training examples of each label when no number is asked for.
+_USUAL_EXAMPLES = 16
+
+# With more labels than this, a made template and an error message do not list them.
+_MOST_LISTED = 10
+
+# Of a task: templates, and characters of all of them together.
+MOST_TEMPLATES, _MOST_WORDS = 256, 200_000
+
+
+def read_yaml(path: Path, data: bytes | None = None) -> dict[str, Any]:
+    """The fields in a YAML file, in which everything is text: `yes` and `1` are words and labels here, not true and a
+    number, and tags mean nothing. `data` is what was read from it already."""
+    if data is None and not os.path.isfile(path):
+        raise InputError(f"Expected a task file, found no {brief(str(path))}.")
+    return read_fields(path, _Loader, "template and choices", data)
+
+
+class _UnknownLabel(InputError):
+    """A label that is none of the task's."""
+
+
+def _label(value: Any, where: str = "") -> str:
+    """A label as text; more than one is refused, and none: as text it would be the class "None" or "nan"."""
+    if isinstance(value, (list, tuple, set, dict)):
+        raise InputError(_several(value, where))
+    if value is None or value != value:  # NaN differs from itself
+        raise InputError(f"Expected a label, found none{where}; fill or drop the row.")
+    return as_text(value)
+
+
+def _several(found: Any, where: str) -> str:
+    return (
+        f"Expected one label, found {brief(found)}{where}: tasks with several labels a row are not supported; make a "
+        f"yes/no task of each label."
+    )
+
+
+def embedded_tasks() -> list[str]:
+    """The names of the tasks that come with the package, in alphabetical order."""
+    files = (resources.files("ia3.task") / "tasks").iterdir()
+    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
+
+
+class Task(BaseModel):
+    """A classification task in words.
+
+    Attributes:
+        name: for folders and tables.
+        templates: ways to put it into words, one at least; a text is a prompt. `template` instead gives a single one.
+        label_column: the column that holds the label.
+        choices: label → answer text; or a list of labels that are their own answer texts. Labels are compared as text,
+            and their order has no meaning. A text can be a Jinja template, when answers stand in columns:
+            `{{ choice1 }}`. A single text instead is a Jinja template that gives a row's answers with `|||` between
+            them, as many as the row has, or a list of them: `{{ endings }}`; their labels are their places, "0", "1", ….
+            None: every template has its own.
+        aliases: what labels are called in other copies of the data → label.
+        separator: stands between prompt and answer text.
+        metric: the task's headline number.
+        truncate: columns to shorten, the first one first, when a prompt is longer than the model's context; none: the
+            longest of a row.
+        class_names: read class labels of hub data sets by their names, else as numbers.
+        train, test: where labelled rows are, as `read_rows` takes them.
+        delimiter: what separates columns in those of them that are `.csv` or `.tsv` files; None: what they show.
+        description: a sentence for people.
+        example: a row for people.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = "task"
+    description: str | None = None
+    train: str | None = None
+    test: str | None = None
+    delimiter: str | None = None
+    label_column: str = "label"
+    choices: Choices | None = None
+    aliases: dict[str, str] = {}
+    separator: str = " "
+    metric: Literal["accuracy", "macro_f1"] = "accuracy"
+    truncate: list[str] = []
+    class_names: bool = True
+    templates: list[Template] = Field(min_length=1)
+    example: dict[str, Any] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_template(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and "template" in values:
+            if "templates" in values:
+                raise ValueError("expected template or templates, one of the two, found both")
+            values = {**values, "templates": [values["template"]]}
+            del values["template"]
+        if isinstance(values, Mapping) and isinstance(values.get("templates"), Sequence):
+            # Each is compiled, which takes longer than reading it.
+            length = sum(len(str(template)) for template in values["templates"])
+            if len(values["templates"]) > MOST_TEMPLATES or length > _MOST_WORDS:
+                raise ValueError(
+                    f"expected at most {MOST_TEMPLATES} templates of {_MOST_WORDS} characters together, found "
+                    f"{len(values['templates'])} of {length}"
+                )
+        return values
+
+    @field_validator("choices", mode="before")
+    @classmethod
+    def _choices_are_text(cls, value: Any) -> Any:
+        return choices_as_text(value)
+
+    @field_validator("aliases", mode="before")
+    @classmethod
+    def _aliases_are_text(cls, value: Any) -> Any:
+        return {as_text(a): as_text(b) for a, b in value.items()} if isinstance(value, Mapping) else value
+
+    @field_validator("delimiter")
+    @classmethod
+    def _delimiter_is_a_character(cls, value: str | None) -> str | None:
+        return None if value is None else as_delimiter(value)
+
+    @model_validator(mode="after")
+    def _delimiter_is_of_files(self) -> Task:
+        require_delimited(self.delimiter, self.train, self.test)
+        return self
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Task:
+        known: list[str] | str | None = None
+        for template in self.templates:
+            own = self.choices if template.choices is None else template.choices
+            if own is None:
+                which = repr(template.name) if template.name else f"template {self.templates.index(template) + 1}"
+                raise ValueError(f"expected choices, or each template's own, found none for {which}")
+            # Where answers differ from row to row, so does their number: any labels fit.
+            labels = sorted(own) if isinstance(own, dict) else "places"
+            if known is not None and labels != known:
+                theirs, mine = (shown(each) if isinstance(each, list) else each for each in (known, labels))
+                raise ValueError(f"expected the same labels in all templates, found {theirs} and {mine}")
+            known = labels
+        columns = sorted({column for template in self.templates for column in template.columns})
+        for column in self.truncate:
+            if column not in columns:
+                raise ValueError(
+                    f"expected columns of the templates to truncate, found {brief(column)}; {similar(column, columns)}"
+                )
+        for number, template in enumerate(self.templates, 1):
+            named = {*template.columns, *columns_of(self._choices_of(number - 1))}
+            if self.label_column in named and not template.says_answer:
+                which = repr(template.name) if template.name else f"template {number}"
+                raise ValueError(
+                    f"expected prompts and choices without the label column {self.label_column!r}, which gives the answer "
+                    f"away, found it in {which}; take it out, or say which column holds the label (label_column)"
+                )
+        if isinstance(known, list):
+            all_labels = set(known)
+            for alias, label in self.aliases.items():
+                if label not in all_labels or alias in all_labels:
+                    raise ValueError(
+                        f"expected aliases of the labels {brief(known)}, found {brief(alias)} for {brief(label)}"
+                    )
+        return self
+
+    @classmethod
+    def load(cls, name: str | os.PathLike) -> Task:
+        """A task that comes with the package, by its name, or one from a YAML file.
+
+        Raises:
+            InputError: neither; or see `from_file`.
+        """
+        text = os.fspath(name)
+        if text in embedded_tasks():
+            return cls.embedded(text)
+        if not Path(text).suffix and not os.path.exists(text):
+            raise InputError(
+                f"Expected a task's file or a built-in task, found {brief(text)}; {similar(text, embedded_tasks())}; see ia3 "
+                f"tasks."
+            )
+        return cls.from_file(text)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike, data: bytes | None = None) -> Task:
+        """Read a task from YAML, or a published collection of prompts (see `read_prompts`).
+
+        Paths in a task are relative to its folder.
+
+        Args:
+            path: the file.
+            data: what was read from it already; None: read it.
+
+        Raises:
+            InputError: no such file, no YAML, or a field that is missing, unknown or of the wrong kind.
+        """
+        path = Path(path)
+        values = read_yaml(path, data)
+        if isinstance(values.get("templates"), dict):
+            from ia3.task.prompts import task_of
+
+            return task_of(values, path)
+        values = {
+            key: value for key, value in values.items() if value not in NOTHING or (key, value) == ("separator", "")
+        }
+        for name in ("train", "test"):
+            source = values.get(name)
+            if isinstance(source, str) and source and os.path.exists(path.parent / source):
+                values[name] = str((path.parent / source).resolve())
+        return cls.create(values, where=str(path))
+
+    @classmethod
+    def create(cls, values: Mapping[str, Any], where: str = "the task") -> Task:
+        """A task of fields; what is wrong with them is said in one line (`InputError`)."""
+        with reading(where, "a task", "correct it"):
+            try:
+                return cls.model_validate(dict(values))
+            except ValidationError as error:
+                raise InputError(f"Cannot use {excerpt(where)}: {problems(error, 'task')}.") from error
+
+    @classmethod
+    def embedded(cls, name: str) -> Task:
+        """A task that comes with the package."""
+        file = resources.files("ia3.task") / "tasks" / f"{name}.yaml"
+        with resources.as_file(file) as path:
+            return cls.from_file(path)
+
+    @classmethod
+    def infer(
+        cls,
+        rows: Any,
+        label_column: str | None = None,
+        text_column: str | None = None,
+        choices: Mapping[str, str] | None = None,
+        template: str | None = None,
+        name: str = "task",
+    ) -> Task:
+        """A task made from labelled rows: what is not given is taken from column names and labels.
+
+        Args:
+            rows: at least one, as `as_rows` takes them.
+            label_column: None: "label".
+            text_column: None: "text", or the only column beside the label. Not needed with a template.
+            choices: None: every label, as it is written, with spaces for underscores.
+            template: None: the text, a question that lists the labels, "Answer:".
+            name: the task's name.
+
+        Raises:
+            InputError: a column is missing, or there is one label only.
+        """
+        rows = as_rows(rows)
+        if not rows:
+            raise InputError("Expected labelled rows, found none.")
+        columns = list(rows[0])
+        if template is None and len(columns) < 2:
+            raise InputError(
+                f"Expected a column for the text and one for the label, found {shown(columns)}; in a file, another "
+                f"character may separate them (--delimiter)."
+            )
+        label_column = _choose(label_column, columns, "label", "label-column", [])
+        if choices is None:
+            found = {number: row.get(label_column) for number, row in enumerate(rows, 1)}
+            labels = sorted({_label(value) for value in found.values() if not is_missing(value)})
+            for number, value in found.items():
+                if str(value).strip().lower() == "nan":  # what is missing, as pandas writes it
+                    raise InputError(
+                        f"Expected a label in column {label_column!r}, found {str(value)!r}{at_row(number)}; fill or drop "
+                        f"the row, or name the labels (choices)."
+                    )
+            if len(labels) < 2:
+                raise InputError(
+                    f"Expected at least two labels in column {label_column!r}, found {shown(labels)}; there is nothing "
+                    f"to tell apart."
+                )
+            choices = {label: verbatim(label.replace("_", " ").strip()) for label in labels}
+        if template is None:
+            text_column = _choose(text_column, columns, "text", "text-column", [label_column])
+            if text_column == label_column:
+                raise InputError(
+                    f"Expected two columns for text and label, found {label_column!r} for both (--text-column)."
+                )
+            answers = [choices[label] for label in sorted(choices)]
+            template = _made_template(text_column, label_column, answers)
+        return cls.create({"name": name, "template": template, "label_column": label_column, "choices": dict(choices)})
+
+    def to_yaml(self) -> str:
+        """What `from_file` reads."""
+        values = self.model_dump(exclude_defaults=True) | {"name": self.name}
+        if self.templates == [Template(prompt=self.templates[0].prompt)]:
+            del values["templates"]
+            values["template"] = self.templates[0].prompt
+        return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the task as YAML, in whole or not at all."""
+        with replacing(path) as temporary:
+            temporary.write_text(self.to_yaml(), encoding="utf-8")
+
+    @functools.cached_property
+    def labels(self) -> list[str] | None:
+        """The labels; None where each row has answers of its own, whose labels are their places."""
+        own = self._choices_of(0)
+        return None if isinstance(own, str) else list(own)
+
+    @functools.cached_property
+    def columns(self) -> list[str]:
+        """The columns that prompts and answers need, in alphabetical order."""
+        own = (self._choices_of(template) for template in range(len(self.templates)))
+        prompts = (template.columns for template in self.templates)
+        return sorted({name for names in (*prompts, *map(columns_of, own)) for name in names})
+
+    def _choices_of(self, template: int) -> dict[str, str] | str:
+        own = self.templates[template].choices
+        return self.choices if own is None else own  # type: ignore[return-value]
+
+    def prompt(self, row: Row, number: int | None = None, template: int = 0) -> str:
+        """The prompt of a row.
+
+        Args:
+            row: column → value; or a text, where the task reads one column.
+            number: the row's place in its file, for an error message.
+            template: the index of one of `templates`.
+
+        Raises:
+            InputError: the template names a column that is not there, or all that it names are empty.
+        """
+        where, names = at_row(number), self.templates[template].columns
+        row = as_row(row, self, number)
+        require(row, names, number)
+        if names and all(is_missing(row[name]) for name in names):
+            raise InputError(f"Expected some text in {shown(names)}, found it empty{where}; fill or drop the row.")
+        text = self.filled(row, number, template)
+        if not text:
+            raise InputError(f"The template gives an empty prompt{where}; fill or drop the row.")
+        return text
+
+    def filled(self, row: Row, number: int | None = None, template: int = 0) -> str:
+        """What the template makes of a row, which `prompt` checks; arguments as of it."""
+        words = self.templates[template]
+        answers = self.answers(row, number, template).values() if words.sees_answers else ()
+        return words.fill(self._read_of(row, template), number, answers)
+
+    def _read_of(self, row: Row, template: int) -> Row:
+        """A row without its label, which a template that goes through the whole row would give away."""
+        if self.label_column not in row or self.templates[template].says_answer:
+            return row
+        return {name: value for name, value in row.items() if name != self.label_column}
+
+    def fingerprint(self, row: Row, number: int | None = None) -> str:
+        """What stands for all that a model reads of a row, in the first template's words; arguments and errors as of
+        `prompt` and `answers`. Rows of one fingerprint are one and the same to it, whatever their labels."""
+        row = as_row(row, self, number)
+        read = [self.prompt(row, number), *self.answers(row, number).values()]
+        return hashlib.sha256(json.dumps(read).encode()).hexdigest()[:16]
+
+    def answers(self, row: Row, number: int | None = None, template: int = 0) -> dict[str, str]:
+        """Label → answer text, for a row; arguments and errors as of `prompt`.
+
+        Raises:
+            InputError: a text is empty, or two are the same.
+        """
+        row = as_row(row, self, number)
+        return answers_of(self._choices_of(template), self._read_of(row, template), number)
+
+    def label(self, row: Row, number: int | None = None, template: int = 0) -> str:
+        """A row's label.
+
+        Raises:
+            InputError: the column is missing, the label is not known, or there are several.
+        """
+        where, row = at_row(number), as_row(row, self, number)
+        answers = self.answers(row, number, template)
+        if self.templates[template].says_answer:
+            text = self.templates[template].right_answer(row, number, answers.values())
+            found = {answer: label for label, answer in answers.items()}
+            if text not in found:
+                raise InputError(f"Expected a right answer of {shown(found, 20)}, found {brief(text)}{where}.")
+            return found[text]
+        if self.label_column not in row:
+            raise InputError(f"Expected a label column {self.label_column!r}, found the columns {shown(row, 20)}.")
+        label = _label(row[self.label_column], where)
+        label = self.aliases.get(label, label)
+        if label not in answers:
+            several = [part.strip() for part in re.split(r"[,;|/]", label)]
+            if len(several) > 1 and all(self.aliases.get(part, part) in answers for part in several):
+                raise InputError(_several(label, where))
+            hint = f"{similar(label, answers)}" if len(answers) > _MOST_LISTED else f"there are {shown(answers, 20)}"
+            raise _UnknownLabel(
+                f"Expected a known label in {self.label_column!r}, found {brief(label)}{where}; {hint}."
+            )
+        return label
+
+    def check(self, rows: Any, labelled: bool = True) -> None:
+        """Raise what `prompt`, `answers` and `label` would raise for the first row, in the file's order, that cannot be
+        used, in the words of any template; and name all labels of the rows that the task does not know."""
+        rows = as_rows(rows, self)
+        for number, row in enumerate(rows, 1):
+            for template in range(len(self.templates)):
+                self.prompt(row, number, template)
+                self.answers(row, number, template)
+                if labelled:
+                    self._check_label(rows, number, template)
+
+    def _check_label(self, rows: Sequence[Row], number: int, template: int) -> None:
+        try:
+            self.label(rows[number - 1], number, template)
+        except _UnknownLabel as error:
+            if self.labels is None:
+                raise
+            values = (row.get(self.label_column) for row in rows)
+            found = dict.fromkeys(as_text(value) for value in values if not is_missing(value))
+            unknown = [label for label in found if self.aliases.get(label, label) not in self.labels]
+            if len(unknown) < 2:
+                raise
+            raise InputError(f"{error} Unknown in all rows together: {shown(unknown, 20)}.") from error
+
+    def questions(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Any,
+        labelled: bool = True,
+        model: nn.Module | None = None,
+        template: int = 0,
+        long_prompts: Literal["truncate", "refuse"] = "truncate",
+        prefix: Prefix | None = None,
+    ) -> list[Question]:
+        """The rows as prompts and choices of token ids.
+
+        Args:
+            tokenizer: the model's.
+            rows: as `as_rows` takes them.
+            labelled: take each row's label, too.
+            model: whose family the questions are for (None: a decoder-only one), and whose positions prompts have
+                to fit.
+            template: the index of one of `templates`.
+            long_prompts: "truncate" cuts the end off a column (see `truncate`), "refuse" does not.
+            prefix: a text that stands before each prompt.
+
+        Raises:
+            InputError: see `prompt`, `answers`, `label`; two answers are the same to the tokenizer; or a prompt is too
+                long.
+        """
+        from ia3.adapter.config import TaskType
+        from ia3.adapter.pretrained import task_type
+        from ia3.scoring.questions import base_of, encode, model_max_length
+
+        rows = as_rows(rows, self)
+        answers = [self.answers(row, number, template) for number, row in enumerate(rows, 1)]
+        family = TaskType.CAUSAL_LM if model is None else task_type(base_of(model))
+        # A classifier reads no answers, so it need not tell them apart.
+        lengths = [] if family == TaskType.SEQ_CLS else answer_lengths(tokenizer, answers, self.separator)
+        limit = prefix.room if prefix is not None else None if model is None else model_max_length(model)
+        if limit is None:
+            prompts = [self.prompt(row, number, template) for number, row in enumerate(rows, 1)]
+        else:
+            # An encoder has its positions for the prompt alone.
+            rooms = [limit - n for n in lengths] if family == TaskType.CAUSAL_LM else [limit] * len(rows)
+            sizes = functools.partial(prompt_sizes, tokenizer, prefix, family)
+            prompts = fitted(self, sizes, rows, rooms, template, long_prompts)
+        labels = None
+        if labelled:
+            names = [self.label(row, number, template) for number, row in enumerate(rows, 1)]
+            labels = [list(its).index(name) for its, name in zip(answers, names, strict=True)]
+        texts = [[self.separator + text for text in its.values()] for its in answers]
+        if prefix is not None:
+            return prefix.encode(prompts, texts, labels)
+        questions = encode(tokenizer, prompts, texts, labels, model=model)
+        if model is not None and family == TaskType.SEQ_CLS:
+            from ia3.scoring.classifier import by_name
+
+            return [
+                by_name(base_of(model), question, list(its)) for question, its in zip(questions, answers, strict=True)
+            ]
+        return questions
+
+    def metrics(self, labels: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
+        """Accuracy, and F1 averaged over the labels that occur: both between 0 and 1."""
+        from sklearn.metrics import accuracy_score, f1_score
+
+        f1 = f1_score(labels, predictions, average="macro", zero_division=0)  # type: ignore[arg-type]
+        return {
+            "accuracy": float(accuracy_score(labels, predictions)),
+            "macro_f1": float(f1),
+        }
+
+
+def few_shot(rows: Any, task: Task, per_label: int | None = None, seed: int = 0) -> list[Row]:
+    """A random draw of equally many rows for each label, in random order.
+
+    Args:
+        rows: to draw from, as `as_rows` takes them.
+        task: knows their labels.
+        per_label: how many of each; None: 16, or as many as a label has.
+        seed: decides the draw.
+
+    Raises:
+        InputError: a label has fewer rows than asked for.
+    """
+    if per_label is not None and per_label < 1:
+        raise InputError(f"Expected at least one training example for each label (per_label), found {per_label}.")
+    rows, chance, wanted = as_rows(rows, task), random.Random(seed), per_label or _USUAL_EXAMPLES
+    found = [task.label(row, number) for number, row in enumerate(rows, 1)]
+    # By label in alphabetical order, so that the draw does not depend on how a task lists them.
+    by_label: dict[str, list[Row]] = {label: [] for label in sorted({*(task.labels or ()), *found})}
+    for label, row in zip(found, rows, strict=True):
+        by_label[label].append(row)
+    scarce = {label: len(its) for label, its in by_label.items() if len(its) < wanted}
+    if scarce:
+        fewest = min(scarce, key=scarce.__getitem__)
+        which = f"{len(scarce)} of {len(by_label)} labels, the fewest for {brief(fewest, 80)}: {scarce[fewest]}"
+        if per_label is not None:
+            raise InputError(
+                f"Expected {per_label} training examples for each label (--examples-per-label, per_label), found fewer for "
+                f"{which}; ask for fewer, or leave the number out to take what there is."
+            )
+        logger.warning("Fewer than %d training examples for %s; all of these are taken.", wanted, which)
+    chosen = [row for its in by_label.values() for row in chance.sample(its, min(wanted, len(its)))]
+    chance.shuffle(chosen)
+    return chosen
+
+
+class _Loader(yaml.BaseLoader):
+    """YAML in which every value is text, nothing a number, and a key stands once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[str] = set()
+        for key in (key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML in which text of several lines stays readable."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def _choose(asked: str | None, columns: list[str], usual: str, option: str, taken: list[str]) -> str:
+    if asked is None:
+        rest = [column for column in columns if column not in taken]
+        asked = usual if usual in rest else rest[0] if len(rest) == 1 else None
+        if asked is None:
+            raise InputError(
+                f"Expected to be told the {option.replace('-', ' ')} (--{option}): the columns are {shown(rest, 20)}."
+            )
+    elif asked not in columns:
+        raise InputError(f"Expected a column {asked!r} (--{option}), found the columns {shown(columns, 20)}.")
+    return asked
+
+
+def _made_template(text_column: str, label_column: str, answers: list[str]) -> str:
+    text = f"{{{{ {text_column} }}}}"
+    try:
+        plain = Template(prompt=text).columns == (text_column,)
+    except ValidationError:
+        plain = False
+    if not plain:
+        text = f"{{{{ row[{quoted(text_column)}] }}}}"
+    if len(answers) > _MOST_LISTED:
+        return f"{text}\n\n{verbatim(label_column.replace('_', ' ').capitalize())}:"
+    what = verbatim(label_column.replace("_", " "))
+    return f"{text}\n\nQuestion: What is the {what}, {', '.join(answers[:-1])} or {answers[-1]}?\nAnswer:"

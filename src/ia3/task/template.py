@@ -1,0 +1,367 @@
+"""One way to put a task into words: a Jinja template that turns a row into a prompt, and answer texts."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jinja2
+import jinja2.nodes
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+
+from ia3.errors import InputError, brief, reason, shown
+from ia3.task import sandbox
+
+Row = Mapping[str, Any]
+
+Choices = dict[str, str] | str
+"""Label → answer text, each a Jinja template; or a Jinja template of a row's answer texts, whose labels are places."""
+
+# Between a prompt and its answer, and between answer choices, in published prompt collections.
+BAR = "|||"
+
+# Of a task's answers, so many may be templates: each is compiled.
+_MOST_ANSWERS = 256
+
+# What a template sees beside columns: the row by column, and the row's answer texts.
+_GIVEN = {"row", "answer_choices"}
+
+
+_ENVIRONMENT = sandbox.Environment()
+# Where a row's answers are wanted, a list is one.
+_LISTS = sandbox.Environment(lambda value: BAR.join(map(str, value)) if isinstance(value, (list, _List)) else value)
+
+
+def parse(source: str) -> jinja2.nodes.Template:
+    """A template as a tree; `ValueError` says what is wrong with it."""
+    _compiled(source)  # finds filters that do not exist, too
+    return sandbox.parse(source)
+
+
+@functools.lru_cache(maxsize=1024)
+def _compiled(source: str, environment: sandbox.Environment = _ENVIRONMENT) -> jinja2.Template:
+    return environment.compiled(sandbox.parse(source))
+
+
+@functools.lru_cache(maxsize=1024)
+def _compiled_prompt(source: str) -> jinja2.Template:
+    return _ENVIRONMENT.compiled(_prompt_tree(source))
+
+
+def _prompt_tree(source: str) -> jinja2.nodes.Template:
+    tree = parse(source)
+    _cut_at_bar(tree)
+    return tree
+
+
+def _cut_at_bar(node: jinja2.nodes.Node) -> bool:
+    """Take out what a template says behind `|||`, also where both stand inside a condition; whether there was any."""
+    found = False
+    for _, value in node.iter_fields():
+        children = value if isinstance(value, list) else [value]
+        for i, child in enumerate(children):
+            if isinstance(child, jinja2.nodes.TemplateData) and BAR in child.data:
+                child.data = child.data.partition(BAR)[0]
+                del children[i + 1 :]
+                found = True
+            elif isinstance(child, jinja2.nodes.Node) and _cut_at_bar(child):
+                found = True
+                if isinstance(child, jinja2.nodes.Output):
+                    del children[i + 1 :]
+    return found
+
+
+@functools.lru_cache(maxsize=1024)
+def _says_answer(source: str) -> bool:
+    return BAR in source and _cut_at_bar(parse(source))
+
+
+@functools.lru_cache(maxsize=1024)
+def _sees_answers(source: str) -> bool:
+    return "answer_choices" in sandbox.names_in(_prompt_tree(source))
+
+
+@functools.lru_cache(maxsize=1024)
+def _columns(source: str) -> tuple[str, ...]:
+    """The columns that a template names in front of `|||`, by themselves or as `row["…"]`, in alphabetical order."""
+    if not has_jinja(source):
+        return ()
+    tree = _prompt_tree(source)
+    names = sandbox.names_in(tree) - _GIVEN
+    for node in tree.find_all((jinja2.nodes.Getitem, jinja2.nodes.Getattr)):
+        if isinstance(node.node, jinja2.nodes.Name) and node.node.name == "row":
+            name = node.attr if isinstance(node, jinja2.nodes.Getattr) else getattr(node.arg, "value", None)
+            names |= {name} if isinstance(name, str) else set()
+    return tuple(sorted(names))
+
+
+def has_jinja(source: str) -> bool:
+    """Whether a template is more than plain text."""
+    return any(mark in source for mark in ("{{", "{%", "{#"))
+
+
+def verbatim(text: str) -> str:
+    """A template that gives the text, whatever it holds."""
+    return f"{{{{ {quoted(text)} }}}}" if has_jinja(text) or BAR in text else text
+
+
+def quoted(text: str) -> str:
+    """A text as it is written in a template's expression, without what means something outside of it."""
+    return repr(text).replace("|", "\\x7c")
+
+
+def as_text(value: Any) -> str:
+    """A label as text. YAML reads `yes` as true; whole numbers may come as floats."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value).strip()
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a cell is empty."""
+    return value is None or value != value or not str(value).strip()  # NaN differs from itself
+
+
+def at_row(number: int | None) -> str:
+    """The row's number, for an error message."""
+    return "" if number is None else f" (row {number})"
+
+
+def choices_as_text(value: Any) -> Any:
+    """Choices as written in a file: labels and texts as text, a list as its own answers."""
+    if isinstance(value, (list, tuple)):
+        _require_texts(value)
+        value = {label: label for label in value}
+    if isinstance(value, Mapping):
+        _require_texts(value.values())
+        texts = {as_text(label): as_text(answer) for label, answer in value.items()}
+        if len(texts) < len(value) or len(texts) < 2:
+            raise ValueError(f"expected at least two labels that differ as text, found {brief(list(value))}")
+        answers = list(texts.values())
+        if not all(answers) or len(set(answers)) < len(answers):
+            raise ValueError(f"expected answer texts that differ and are not empty, found {brief(answers)}")
+        templates = list(filter(has_jinja, answers))
+        if len(templates) > _MOST_ANSWERS:
+            raise ValueError(f"expected at most {_MOST_ANSWERS} answers that are templates, found {len(templates)}")
+        for template in templates:
+            parse(template)
+        return texts
+    if isinstance(value, str):
+        parse(value)
+        if not has_jinja(value):  # the same answers for every row
+            return choices_as_text({str(place): part for place, part in enumerate(value.split(BAR))})
+    return value
+
+
+def _require_texts(values: Iterable[Any]) -> None:
+    for value in values:
+        if value is None or isinstance(value, (Mapping, list, tuple, set)):
+            raise ValueError(
+                f"expected choices as `label: text`, a line for each and without dashes, or as a list of labels, found "
+                f"{brief(value)} as a text"
+            )
+
+
+def columns_of(choices: Choices) -> set[str]:
+    """The columns that answer texts name."""
+    sources = choices.values() if isinstance(choices, dict) else [choices]
+    return {name for source in sources for name in _columns(source)}
+
+
+def answers_of(choices: Choices, row: Row, number: int | None = None) -> dict[str, str]:
+    """Label → answer text, for a row; `InputError` says which row has none, or two that are the same."""
+    if isinstance(choices, dict) and not any(map(has_jinja, choices.values())):
+        return choices
+    require(row, columns_of(choices), number)
+    if isinstance(choices, dict):
+        texts, most = [], sandbox.most_characters()
+        for source in choices.values():
+            with sandbox.bounded(most - sum(map(len, texts))):  # of all together
+                texts.append(_render(_compiled(source), row, number).strip())
+    else:
+        texts = [part.strip() for part in _render(_compiled(choices, _LISTS), row, number, _LISTS).split(BAR)]
+    if len(texts) < 2 or not all(texts) or len(set(texts)) < len(texts):
+        raise InputError(
+            f"Expected at least two answer texts that differ, found {brief(texts)}{at_row(number)}; correct the row."
+        )
+    labels = choices if isinstance(choices, dict) else map(str, range(len(texts)))
+    return dict(zip(labels, texts, strict=True))
+
+
+def _render(
+    template: jinja2.Template,
+    row: Row,
+    number: int | None,
+    environment: sandbox.Environment = _ENVIRONMENT,
+    **seen: Any,
+) -> str:
+    values = {name: _cell(value) for name, value in row.items()}
+    try:
+        return environment.rendered(template, {**values, "row": values, **seen})
+    except sandbox.TooLong as error:
+        raise sandbox.TooLong(f"{error}{at_row(number)}; shorten the row or the template.") from None
+    except Exception as error:  # a template can do anything wrong that a program can
+        raise InputError(
+            f"Cannot render the template{at_row(number)}: {reason(error)}; the columns are {shown(row, 20)}."
+        ) from error
+
+
+def require(row: Row, names: Iterable[str], number: int | None = None) -> None:
+    """Raise `InputError` when a template names a column that is not there."""
+    missing = sorted(name for name in names if name not in row)
+    if missing:
+        raise InputError(
+            f"The template names {shown(missing)}, but the columns are {shown(row, 20)}{at_row(number)}; correct the "
+            f"template."
+        )
+
+
+def items_of(value: Any) -> list[Any] | None:
+    """The items of a cell that is a list, or, in a file that has only text, a list as JSON; else None."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):  # a text that begins with a bracket
+            return None
+    return value if isinstance(value, list) else None
+
+
+class _List(str):
+    """A list that a cell of a file holds as JSON: templates go through its items, and print it as it is written."""
+
+    items: list[Any]
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        return iter(self.items)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.items[index]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+
+def _cell(value: Any) -> Any:
+    """A cell as templates see it."""
+    if isinstance(value, str) and (items := items_of(value)) is not None:
+        value = _List(value)
+        value.items = items
+    return "" if value is None else value
+
+
+class _Digits(str):
+    """Digits of a file that has no numbers, only text: they index, compare, subtract and count as both."""
+
+    __slots__ = ()
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return int(str(self)) == other if isinstance(other, int) else str.__eq__(self, other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __bool__(self) -> bool:
+        return bool(int(str(self)))
+
+    def __index__(self) -> int:
+        return int(str(self))
+
+    def __sub__(self, other: int) -> int:
+        return int(str(self)) - int(other)
+
+    def __rsub__(self, other: int) -> int:
+        return int(other) - int(str(self))
+
+
+def _numbered(row: Row) -> Row:
+    """The row with numbers where files have digits: published templates use labels as positions."""
+    return {key: _Digits(v.strip()) if isinstance(v, str) and v.strip().isdecimal() else v for key, v in row.items()}
+
+
+class Template(BaseModel):
+    """One way to put a task into words.
+
+    Attributes:
+        name: for tables; may be empty.
+        prompt: a Jinja template. It sees a row's columns by name, and the whole row as `row`, for names that are no
+            identifiers: `{{ row["Review Text"] }}`; and the answer texts as a list, `answer_choices`. What stands behind
+            `|||` is the right answer's text, as in `target`.
+        choices: answer texts in this template's own words, in the forms of `Task.choices`; None: the task's.
+        target: a Jinja template of the right answer's text that sees a row and its `answer_choices`; None: the row's
+            label says it.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = ""
+    prompt: str
+    choices: Choices | None = None
+    target: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = {"prompt": value}
+        if isinstance(value, Mapping) and BAR in str(value.get("prompt", "")):
+            parts = str(value["prompt"]).split(BAR)
+            try:
+                for part in parts:
+                    parse(part)
+            except ValueError:  # it stands inside a condition, or inside a text
+                return value
+            if len(parts) > 2 or value.get("target") is not None:
+                raise ValueError(f"expected one answer behind {BAR}, found several")
+            value = {**value, "prompt": parts[0], "target": parts[1].strip()}
+        return value
+
+    @field_validator("choices", mode="before")
+    @classmethod
+    def _choices_are_text(cls, value: Any) -> Any:
+        return choices_as_text(value)
+
+    @field_validator("prompt", "target")
+    @classmethod
+    def _parses(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse(value)
+        return value
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that the prompt names, in alphabetical order."""
+        return _columns(self.prompt)
+
+    @property
+    def sees_answers(self) -> bool:
+        """Whether the prompt names `answer_choices`."""
+        return _sees_answers(self.prompt)
+
+    @property
+    def says_answer(self) -> bool:
+        """Whether the template, and not a label, says which answer is right."""
+        return self.target is not None or _says_answer(self.prompt)
+
+    def fill(self, row: Row, number: int | None = None, answers: Iterable[str] = ()) -> str:
+        """The prompt of a row, which may be empty, without white space at its end.
+
+        Args:
+            row: column → value.
+            number: the row's place in its file, for an error message.
+            answers: the row's answer texts, if the template sees them.
+
+        Raises:
+            InputError: the template cannot be rendered.
+        """
+        return _render(_compiled_prompt(self.prompt), row, number, answer_choices=list(answers)).rstrip()
+
+    def right_answer(self, row: Row, number: int | None, answers: Iterable[str]) -> str:
+        """The right answer's text, where the template says it; arguments and errors as of `fill`."""
+        whole = self.prompt if self.target is None else self.target
+        text = _render(_compiled(whole), _numbered(row), number, answer_choices=list(answers))
+        return (text.rpartition(BAR)[2] if self.target is None else text).strip()

@@ -1,0 +1,1 @@
+"""Recipe, losses and trainers of adapters; `trainer.py` is where to begin."""

@@ -1,0 +1,81 @@
+"""T-Few's loss: likelihood, unlikelihood, and length-normalized cross-entropy (Liu et al. 2022, section 3.2)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from ia3.errors import InputError
+from ia3.scoring.choices import normalized_scores
+
+# Keeps -log(1 - p) and its gradient finite where a wrong token has become certain.
+_EPSILON = 1e-3
+
+
+class TFewLoss(NamedTuple):
+    """The three terms, each a mean over the questions of a batch, and their weighted sum `total`."""
+
+    total: torch.Tensor
+    likelihood: torch.Tensor
+    unlikelihood: torch.Tensor
+    length_normalized: torch.Tensor
+
+
+def tfew_loss(
+    log_probs: torch.Tensor,
+    mask: torch.Tensor,
+    labels: torch.Tensor,
+    likelihood_weight: float = 1.0,
+    unlikelihood_weight: float = 1.0,
+    length_normalized_weight: float = 1.0,
+    length_normalization: float = 1.0,
+) -> TFewLoss:
+    """L = a L_LM + b L_UL + c L_LN for B questions of at most C choices of at most T tokens.
+
+    With y the right choice, ŷ⁽ⁿ⁾ the wrong ones, β the length-normalized log-probability:
+
+    - likelihood, L_LM = -1/T Σ_t log p(y_t | x, y_<t)
+    - unlikelihood, L_UL = -Σ_n Σ_t log(1 - p(ŷ⁽ⁿ⁾_t | x, ŷ⁽ⁿ⁾_<t)) / Σ_n T⁽ⁿ⁾; p is taken times 1 - 0.001
+    - length-normalized, L_LN = -log(exp β(x, y) / (exp β(x, y) + Σ_n exp β(x, ŷ⁽ⁿ⁾)))
+
+    Args:
+        log_probs: (B, C, T), the log-probability of each choice token.
+        mask: (B, C, T), whether there is such a token.
+        labels: (B,), the index of the right choice.
+        likelihood_weight: a, 1 in the paper.
+        unlikelihood_weight: b, 1 in the paper.
+        length_normalized_weight: c, 1 in the paper.
+        length_normalization: the power of T in β.
+
+    Raises:
+        InputError: shapes do not fit, or a label is no choice of its question.
+    """
+    if log_probs.dim() != 3 or mask.shape != log_probs.shape or labels.shape != log_probs.shape[:1]:
+        raise InputError(
+            f"Expected log_probs and mask (B, C, T) and labels (B,), found {tuple(log_probs.shape)}, "
+            f"{tuple(mask.shape)} and {tuple(labels.shape)}."
+        )
+    exists = mask.any(-1)
+    if labels.min() < 0 or labels.max() >= mask.shape[1] or not exists.gather(1, labels[:, None]).all():
+        raise InputError(f"Expected labels that are choices of their questions, found {labels.tolist()}.")
+    log_probs = log_probs.masked_fill(~mask, 0)
+    length = mask.sum(-1)
+    right = F.one_hot(labels, mask.shape[1]).bool()
+
+    mean = log_probs.sum(-1) / length.clamp(min=1)
+    likelihood = -mean[right].mean()
+
+    wrong = mask & ~right[..., None]
+    surprise = -torch.log1p(-(1 - _EPSILON) * log_probs.exp()).masked_fill(~wrong, 0)
+    unlikelihood = (surprise.sum((1, 2)) / wrong.sum((1, 2)).clamp(min=1)).mean()
+
+    scores = normalized_scores(log_probs, mask, length_normalization)
+    length_normalized = F.cross_entropy(scores, labels)
+    total = (
+        likelihood_weight * likelihood
+        + unlikelihood_weight * unlikelihood
+        + length_normalized_weight * length_normalized
+    )
+    return TFewLoss(total, likelihood, unlikelihood, length_normalized)

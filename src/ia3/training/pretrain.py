@@ -1,0 +1,240 @@
+"""Vectors from a mixture of tasks, for training to start from: `MixtureTrainer`."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import nn
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import TrainingArguments
+
+from ia3.adapter.config import TaskType
+from ia3.adapter.pretrained import task_type
+from ia3.errors import InputError, shown
+from ia3.scoring import fitting
+from ia3.scoring.questions import Question, base_of
+from ia3.task.rows import as_rows
+from ia3.training.recipe import Recipe
+from ia3.training.trainer import Example, TFewTrainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ia3.task.task import Row, Task
+
+logger = logging.getLogger(__name__)
+
+# How the paper's vectors were pre-trained (Liu et al. 2022, section 3.4).
+PRETRAINING = Recipe(name="pretraining", steps=100_000, batch_size=16, unlikelihood=0, length_normalized=0)
+
+# More rows than this do not make a task more frequent (Sanh et al. 2021, arXiv:2110.08207, section 4).
+CAP = 500_000
+
+# Questions kept as token ids, some 4 kB each.
+_KEPT = 16_384
+
+
+def likelihood_only(recipe: Recipe) -> Recipe:
+    """The recipe with L_LM as its loss, and all its steps: a mixture has no floor to stop at."""
+    only = {"likelihood": 1.0, "unlikelihood": 0.0, "length_normalized": 0.0, "early_stopping": None}
+    return Recipe.create({**recipe.model_dump(), **only})
+
+
+class Mixture(Dataset):
+    """Draws from several tasks: of each, one row in the words of one template, with its right answer alone.
+
+    A draw is of task t with probability min(rows of t, cap) / Σ over tasks of the same. A task's rows come in a random
+    order, another one each time that all have been seen. Templates are drawn from evenly. The i-th draw is the same
+    whenever it is asked for, and whatever the order in which tasks are given. Rows become token ids when drawn.
+
+    Args:
+        tasks: with their labelled rows, as `as_rows` takes them.
+        tokenizer: the model's.
+        model: whose family the questions are for.
+        recipe: which templates are drawn, and what to do about long prompts.
+        draws: how many.
+        cap: see above.
+        seed: decides the draws.
+
+    Raises:
+        InputError: no tasks, one without rows, two of a name, a cap below 1, or a row that does not fit its task; and
+            when drawn, a prompt that is too long.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[tuple[Task, Any]],
+        tokenizer: PreTrainedTokenizerBase,
+        model: nn.Module,
+        recipe: Recipe,
+        draws: int,
+        cap: int = CAP,
+        seed: int = 0,
+    ) -> None:
+        names = [task.name for task, _ in tasks]
+        twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+        if twice or not names:
+            found = f"{shown(twice)} twice; change `name:` in one" if twice else "none"
+            raise InputError(f"Expected tasks with names that differ, one at least, found {found}.")
+        if cap < 1:
+            raise InputError(f"Expected a cap of at least 1 row, found {cap}.")
+        self.tokenizer, self.model, self.recipe, self.seed = tokenizer, model, recipe, seed
+        self.tasks: list[tuple[Task, list[Row]]] = []
+        for task, given in sorted(tasks, key=lambda pair: pair[0].name):
+            with _named(task):
+                rows = as_rows(given, task)
+                if not rows:
+                    raise InputError("expected labelled rows, found none.")
+                task.check(rows)
+            self.tasks.append((task, rows))
+        sizes = np.array([min(len(rows), cap) for _, rows in self.tasks], dtype=float)
+        self._shares = sizes / sizes.sum()
+        # Whose turn it is (draws,), and how often it had been before (draws,).
+        self._turns = np.random.default_rng(seed).choice(len(sizes), size=draws, p=self._shares)
+        self._before = np.zeros(draws, dtype=np.int64)
+        for index in range(len(sizes)):
+            mine = self._turns == index
+            self._before[mine] = np.arange(mine.sum())
+        self._order = functools.lru_cache(maxsize=2 * len(sizes))(self._shuffled)
+        self._question = functools.lru_cache(maxsize=_KEPT)(self._encoded)
+        self._cut: set[tuple[int, int, int]] = set()
+        for index, (task, _) in enumerate(self.tasks):  # answers that a tokenizer cannot tell apart show at once
+            for template in range(len(task.templates)):
+                self._question(index, 0, template)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The probability of each task, by its name."""
+        return dict(zip((task.name for task, _ in self.tasks), self._shares.tolist(), strict=True))
+
+    @property
+    def drawn(self) -> dict[str, int]:
+        """How many of the draws are of each task, by its name."""
+        counts = Counter(self._turns.tolist())
+        return {task.name: counts[index] for index, (task, _) in enumerate(self.tasks)}
+
+    @property
+    def cut(self) -> int:
+        """How many rows, in the words of a template each, have been shortened to the model's context."""
+        return len(self._cut)
+
+    def draw(self, index: int) -> tuple[int, int, int]:
+        """A draw as indices: of the task, of its row, and of its template."""
+        which = int(self._turns[index])
+        task, rows = self.tasks[which]
+        epoch, place = divmod(int(self._before[index]), len(rows))
+        template = 0
+        if self.recipe.templates == "random":
+            template = random.Random(f"{self.seed} {index}").randrange(len(task.templates))
+        return which, int(self._order(which, epoch)[place]), template
+
+    def __len__(self) -> int:
+        return len(self._turns)
+
+    def __getitem__(self, index: int) -> Example:
+        return Example((self._question(*self.draw(index)),))
+
+    def _shuffled(self, which: int, epoch: int) -> np.ndarray:
+        task, rows = self.tasks[which]
+        return np.random.default_rng([self.seed, epoch, *task.name.encode()]).permutation(len(rows))
+
+    def _encoded(self, which: int, row: int, template: int) -> Question:
+        task, rows = self.tasks[which]
+
+        def note(record: logging.LogRecord) -> bool:  # that a prompt is cut; said once, of all
+            self._cut.add((which, row, template))
+            return False
+
+        fitting.logger.addFilter(note)
+        try:
+            [question] = task.questions(
+                self.tokenizer,
+                [rows[row]],
+                model=self.model,
+                template=template,
+                long_prompts=self.recipe.long_prompts,
+            )
+        except InputError as error:
+            where = str(error).replace("(row 1)", f"(row {row + 1})")
+            raise InputError(f"Task {task.name!r}: {where}") from error
+        finally:
+            fitting.logger.removeFilter(note)
+        return replace(question, choices=[question.choices[question.label]], label=0, order=None)  # type: ignore[index]
+
+
+class MixtureTrainer(TFewTrainer):
+    """Trains the active adapter on a `Mixture` of tasks with the likelihood term alone (Liu et al. 2022, section 3.4).
+
+    L_LM = -(1/T) Σ_t log p(y_t | x, y_<t), T the tokens of the right answer, a mean over the batch.
+
+    Logs and checkpoints are as in `TFewTrainer`; to the arguments, the whole training is one epoch.
+
+    Args:
+        model: an `IA3Model` around a causal language model or an encoder-decoder.
+        args: `recipe.training_arguments(…)`, or any `TrainingArguments` with `max_steps`.
+        processing_class: the model's tokenizer.
+        tasks: what to draw from, with labelled rows: lists of dictionaries, DataFrames, `datasets.Dataset`s.
+        recipe: its templates, and what it does about long prompts; None: `PRETRAINING`.
+        cap: more rows than this do not make a task more frequent.
+        **kwargs: the other arguments of `transformers.Trainer`.
+
+    Raises:
+        InputError: see `Mixture`; a model with a classification head, whose answers are one task's labels; or arguments
+            without `max_steps`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        processing_class: PreTrainedTokenizerBase,
+        tasks: Sequence[tuple[Task, Any]],
+        recipe: Recipe | None = None,
+        cap: int = CAP,
+        **kwargs: Any,
+    ) -> None:
+        recipe = likelihood_only(recipe or PRETRAINING)
+        if task_type(base_of(model)) == TaskType.SEQ_CLS:
+            raise InputError(
+                "Expected a language model for a mixture of tasks, found one with a classification head, which knows the "
+                "labels of one task only; train it on that."
+            )
+        if args.max_steps < 1:
+            raise InputError(f"Expected max_steps above 0, found {args.max_steps}; a mixture has no epochs.")
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        seed = args.seed if args.data_seed is None else args.data_seed
+        self.mixture = Mixture(tasks, processing_class, model, recipe, args.max_steps * batch, cap, seed)
+        self._set_up(model, args, processing_class, self.mixture, None, recipe, [None], **kwargs)
+
+    def _describe(self) -> None:
+        model = self._adapted()
+        if model is not None:
+            for name in self.trained_adapters:
+                model.adapter_folders.pop(name, None)  # no one task stands beside them
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
+        return SequentialSampler(self.mixture)  # what is drawn is in a random order already
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `transformers.Trainer.train`."""
+        result = super().train(*args, **kwargs)
+        if self.mixture.cut:
+            logger.warning("%d prompts were longer than the model's context, and cut.", self.mixture.cut)
+        return result
+
+
+@contextmanager
+def _named(task: Task) -> Iterator[None]:
+    """Errors that say whose they are."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"Task {task.name!r}: {error}") from error

@@ -1,0 +1,1 @@
+"""(IA)³ adapters in vLLM: the plugin, and the engine behind `ia3 serve --engine vllm`."""

@@ -1,0 +1,296 @@
+"""A vLLM engine behind the HTTP service: `VllmEngine`, which `ia3 serve --engine vllm` starts."""
+
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import re
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ia3.errors import InputError, reason
+from ia3.files import reading
+from ia3.serve.engine import AdapterFailed, GenerateJob, Piece, ScoreJob, normalized
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ia3.scoring.questions import Question
+    from ia3.task.task import Row, Task
+    from ia3.training.recipe import Recipe
+
+_Result = TypeVar("_Result")
+
+# So often is vLLM asked whether its processes are still there.
+_WATCH_SECONDS = 1.0
+
+# Of so many tokens can one request ask the log-probabilities.
+_TOKENS_ASKED = 128
+
+# What vLLM's processes put around an error on its way here.
+_WRAPPED = re.compile(
+    r"^Call to add_lora method failed: (?:Worker failed with error '(?=.*', please check))?(.*?)(?:', please check.*)?$"
+)
+
+
+class VllmEngine:
+    """See `Engine`. vLLM batches, caches prefixes, and loads and evicts adapters; the plugin makes it take (IA)³.
+
+    A question is a request for each inner node of the tree of its choices: what stands before, one token, and the
+    log-probabilities there of the tokens that follow. They share the prompt by prefix caching; choices of one token
+    each are one request. (Log-probabilities of a prompt, the other way, would read each prompt anew for each choice.)
+    What is observed is vLLM's steps: how many prompts and texts got a token, and how many different adapters the requests
+    have that are under way.
+
+    Args:
+        model: the base's name, a decoder-only model.
+        name: as it is served; None: `model`.
+        slots: different adapters in a step at most.
+        adapters: how many there are at most. All that have been asked for stay in memory: vLLM would end when it had to
+            read one again and could not.
+        **settings: others of vLLM's `AsyncEngineArgs`, such as `dtype`, `max_model_len`, `tensor_parallel_size`.
+    """
+
+    def __init__(
+        self, model: str, name: str | None = None, slots: int = 16, adapters: int = 20_000, **settings: Any
+    ) -> None:
+        self.name, self._source = name or model, model
+        self.tokenizer: PreTrainedTokenizerBase
+        self.context_length: int | None = None
+        self.generates = True
+        self.observe: Callable[[str, int, int], None] = lambda kind, rows, adapters: None
+        self.on_end: Callable[[BaseException], None] = lambda error: None
+        self._most = 2 * adapters + slots  # one that is replaced is there twice, as long as requests use it
+        self._settings = {"max_loras": slots, "max_cpu_loras": self._most, **settings}
+        self._engine: Any = None
+        self._shape: PreTrainedModel
+        self._adapters: dict[str, Any] = {}  # key → vLLM's request for it
+        self._loading: dict[str, asyncio.Future[None]] = {}
+        self._under_way: Counter[str | None] = Counter()  # vLLM's requests by their adapter's key
+        self._hits = self._misses = 0
+        self._watching: asyncio.Future[None] | None = None
+        self._ids, self._requests = itertools.count(1), itertools.count()
+
+    async def start(self) -> None:
+        self._engine = await asyncio.get_running_loop().run_in_executor(None, self._load)
+        self._watching = asyncio.ensure_future(self._watch())
+
+    async def _watch(self) -> None:
+        """Tell when vLLM's processes have ended: it says so to requests only."""
+        while not self._engine.errored:
+            await asyncio.sleep(_WATCH_SECONDS)
+        self.on_end(self._engine.dead_error)
+
+    def _load(self) -> Any:
+        try:
+            import vllm  # noqa: F401
+            from vllm.engine.arg_utils import AsyncEngineArgs
+            from vllm.v1.engine.async_llm import AsyncLLM
+        except ImportError as error:
+            raise InputError(
+                f"--engine vllm needs vLLM, which cannot be imported here ({reason(error)}); docs/vllm.md says how to "
+                f"install it."
+            ) from error
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+        from ia3.adapter.pretrained import find_base
+        from ia3.vllm.plugin import ONLY, unsupported
+
+        problem = unsupported()
+        if problem is not None:
+            raise InputError(problem)
+        path = find_base(self._source)[1]
+        fixed = {"enable_lora": True, "max_lora_rank": 1, "additional_config": {ONLY: True}}
+        try:
+            with reading(path, "a model and its tokenizer"):
+                config = AutoConfig.from_pretrained(path)
+                self.tokenizer = AutoTokenizer.from_pretrained(path)
+            with torch.device("meta"):  # its shape says how questions are to be asked
+                self._shape = AutoModelForCausalLM.from_config(config)
+            dtype = str(config.dtype or "auto").removeprefix("torch.")  # vLLM's "auto" rounds float32 down
+            arguments = AsyncEngineArgs(model=path, **{"dtype": dtype, **fixed, **self._settings})
+            engine = AsyncLLM.from_engine_args(arguments, stat_loggers=[lambda *_: _stat_logger(self._stepped)])
+        except (ValueError, OSError, TypeError) as error:
+            raise InputError(f"vLLM cannot serve {self.name!r} so: {reason(error)}") from error
+        self.context_length = engine.model_config.max_model_len
+        self._shape.config.max_position_embeddings = self.context_length
+        return engine
+
+    async def stop(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            await asyncio.get_running_loop().run_in_executor(None, engine.shutdown)
+            engine.shutdown = lambda: None  # called once more when it goes, which fails at the interpreter's end
+
+    def questions(self, task: Task, rows: Sequence[Row], recipe: Recipe) -> list[Question]:
+        return task.questions(self.tokenizer, rows, False, self._shape, 0, recipe.long_prompts)
+
+    async def score(self, jobs: Sequence[ScoreJob]) -> list[list[float]]:
+        return await _together([self._score(job) for job in jobs])
+
+    async def _score(self, job: ScoreJob) -> list[float]:
+        from ia3.scoring.choices import tree_of
+
+        question, adapter = job.question, await self._request(job.adapter)
+        tree = tree_of(question)
+        follow: dict[int, set[int]] = {}
+        for choice, path in zip(question.choices, tree.paths, strict=True):
+            for node, token in zip(path, choice, strict=True):
+                follow.setdefault(node, set()).add(token)
+
+        def text(node: int) -> list[int]:
+            tokens: list[int] = []
+            while node > 0:
+                tokens.append(tree.tokens[node])
+                node = tree.parents[node]
+            return [*question.prompt, *reversed(tokens)]
+
+        # The prompt first, so that the others find it in the cache.
+        found = {0: await self._next(text(0), follow.pop(0), adapter)}
+        others = await _together([self._next(text(node), tokens, adapter) for node, tokens in follow.items()])
+        found.update(zip(follow, others, strict=True))
+        return [
+            normalized(
+                sum(found[node][token] for node, token in zip(path, choice, strict=True)),
+                len(choice),
+                job.length_normalization,
+            )
+            for choice, path in zip(question.choices, tree.paths, strict=True)
+        ]
+
+    async def _next(self, text: list[int], tokens: set[int], adapter: Any) -> dict[int, float]:
+        """The log-probabilities of these tokens behind a text."""
+        from vllm import SamplingParams
+
+        asked, found = sorted(tokens), {}
+        for first in range(0, len(asked), _TOKENS_ASKED):
+            some = asked[first : first + _TOKENS_ASKED]
+            sampling = SamplingParams(max_tokens=1, temperature=0, logprob_token_ids=some, detokenize=False)
+            async for output in self._generate(text, sampling, adapter):
+                for entry in output.outputs[0].logprobs or ():
+                    found.update({token: entry[token].logprob for token in some})
+        if len(found) < len(asked) or not all(value <= 0 for value in found.values()):  # NaN is not
+            raise InputError("The model gives scores that are not numbers; is the adapter or the base broken?")
+        return found
+
+    async def _generate(self, text: Sequence[int], sampling: Any, adapter: Any) -> AsyncGenerator[Any, None]:
+        key = None if adapter is None else adapter.lora_name
+        self._under_way[key] += 1
+        made = self._engine.generate(
+            {"prompt_token_ids": list(text)}, sampling, f"ia3-{next(self._requests)}", lora_request=adapter
+        )
+        try:
+            async with contextlib.aclosing(made) as outputs:  # vLLM gives up what is closed
+                async for output in outputs:
+                    yield output
+        finally:
+            self._under_way[key] -= 1
+            self._under_way = +self._under_way
+
+    def _stepped(self, tokens: int) -> None:
+        self.observe("step", tokens, min(tokens, max(1, len(self._under_way))))
+
+    async def generate(self, job: GenerateJob) -> AsyncIterator[Piece]:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        sampling = SamplingParams(
+            max_tokens=job.max_tokens,
+            temperature=job.temperature,
+            top_p=job.top_p,
+            stop=list(job.stop) or None,
+            seed=job.seed,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        adapter, count = await self._request(job.adapter), 0
+        async with contextlib.aclosing(self._generate(job.prompt, sampling, adapter)) as outputs:
+            async for output in outputs:
+                (part,) = output.outputs
+                count += len(part.token_ids)
+                if part.finish_reason not in (None, "stop", "length"):
+                    raise InputError(f"The generation ended by {part.finish_reason!r}; is the model or adapter broken?")
+                yield Piece(part.text, count, part.finish_reason)
+
+    async def add(self, key: str, folder: str, check: bool) -> None:
+        from vllm.lora.request import LoRARequest
+
+        if len(self._adapters) >= self._most:
+            raise InputError(f"Expected at most {self._most} adapters at a time, found one more; allow more of them.")
+        self._adapters[key] = LoRARequest(key, next(self._ids), folder)
+        if check:
+            try:
+                await self._request(key)
+            except AdapterFailed as error:  # which is about a job
+                del self._adapters[key]
+                raise InputError(str(error)) from error
+
+    async def _request(self, key: str | None) -> Any:
+        """vLLM's request for an adapter, which it has read once: what it refuses then would end it later."""
+        if key is None:
+            return None
+        if key not in self._adapters:
+            raise AdapterFailed(f"Adapter {key!r} is not known; add it first.")
+        known = self._loading.get(key)
+        self._hits += known is not None and known.done()
+        if known is None:
+            self._misses += 1
+            self._loading[key] = asyncio.ensure_future(self._engine.add_lora(self._adapters[key]))
+        try:
+            await asyncio.shield(self._loading[key])
+        except Exception as error:
+            self._loading.pop(key, None)
+            raise AdapterFailed(_WRAPPED.sub(r"\1", reason(error))) from error
+        return self._adapters[key]
+
+    async def keep(self, keys: Sequence[str], change: Callable[[], None]) -> None:
+        for key in keys:
+            with contextlib.suppress(AdapterFailed):  # what cannot be read now never could
+                await self._request(key)
+        await asyncio.get_running_loop().run_in_executor(None, change)
+
+    async def drop(self, key: str) -> None:
+        request = self._adapters.pop(key)
+        if self._loading.pop(key, None) is not None:
+            await self._engine.remove_lora(request.lora_int_id)
+
+    def statistics(self) -> dict[str, Any]:
+        resident = sum(each.done() for each in self._loading.values())
+        return {"resident": resident, "hits": self._hits, "misses": self._misses, "evictions": 0}
+
+
+def _stat_logger(stepped: Callable[[int], None]) -> Any:
+    """What vLLM tells of its steps: how many tokens one has generated, one for each request that is past its prompt."""
+    from vllm.v1.metrics.loggers import StatLoggerBase
+
+    class StatLogger(StatLoggerBase):
+        def __init__(self) -> None:
+            pass
+
+        def log_engine_initialized(self) -> None:
+            pass
+
+        def record(self, scheduler_stats: Any, iteration_stats: Any, *_: Any, **__: Any) -> None:
+            if iteration_stats is not None and iteration_stats.num_generation_tokens:
+                stepped(iteration_stats.num_generation_tokens)
+
+    return StatLogger()
+
+
+async def _together(parts: Sequence[Coroutine[Any, Any, _Result]]) -> list[_Result]:
+    """The results of all; when one fails, or nobody waits any more, the others are cancelled."""
+    tasks = [asyncio.ensure_future(part) for part in parts]
+    try:
+        return list(await asyncio.gather(*tasks))
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise

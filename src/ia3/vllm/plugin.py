@@ -1,0 +1,422 @@
+"""The vLLM plugin: (IA)³ adapters wherever vLLM takes LoRA adapters. Every touch on vLLM's internals is in this file.
+
+vLLM keeps what differs between adapters in slots, knows the slot of each token of a step, and puts a wrapper around each
+linear layer. Here the wrappers get a table more for each side that is rescaled, a row a slot and a last row of ones:
+`tokens × width` factors are one gather from it. The rest (loading, eviction, scheduling, prefix caching) is vLLM's.
+
+Nothing is imported from vLLM before vLLM asks for the plugin (`register`, entry point `vllm.general_plugins`).
+"""
+
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ia3.adapter.config import CONFIG_NAME, PeftType
+from ia3.errors import InputError, reason, shown
+from ia3.files import current, parse_json
+from ia3.vllm.placing import Layer, Scales, place, read_vectors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SUPPORTED = "0.32"
+"""The versions of vLLM that are supported: this one and its patch releases."""
+
+ONLY = "ia3_only"
+"""The key of vLLM's `additional_config` that makes an engine serve (IA)³ adapters only."""
+
+# Architectures whose fused query-key-value projection vLLM has in the base model's order.
+_PLAIN_ORDER = ("phi3",)
+
+_logger = logging.getLogger("vllm.ia3")  # below vLLM's own, so that its handlers and level hold
+
+
+def register() -> None:
+    """Let vLLM take (IA)³ adapters. In a version that is not supported, warn once and refuse such adapters."""
+    problem = unsupported()
+    if problem is None:
+        _install()
+    else:
+        _logger.warning("%s Everything else works as without it.", problem)
+        _refuse(problem)
+
+
+def unsupported() -> str | None:
+    """Why (IA)³ adapters cannot be served by the vLLM that is installed; None when they can."""
+    import vllm
+
+    if ".".join(vllm.__version__.split(".")[:2]) != SUPPORTED:
+        return (
+            f"ia3 serves (IA)³ adapters in vLLM {SUPPORTED}.*, found {vllm.__version__}: they are refused. Install "
+            f"vllm=={SUPPORTED}.*, or the ia3 that supports this version."
+        )
+    try:
+        missing = _missing()
+    except (ImportError, AttributeError) as error:
+        missing = [reason(error)]
+    if missing:
+        return (
+            f"ia3 needs {shown(missing, 9)} inside vLLM, which {vllm.__version__} does not have: (IA)³ adapters are "
+            f"refused. Install an unchanged vllm=={SUPPORTED}.*."
+        )
+    return None
+
+
+def _missing() -> list[str]:
+    """The names that this plugin builds on and vLLM does not have."""
+    from vllm.lora import model_manager, utils, worker_manager
+    from vllm.lora.layers import LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA
+    from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+    from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
+
+    linear = ("create_lora_weights", "reset_lora", "set_mapping", "apply", "_apply_lora_to_output")
+    manager = (
+        "activate_adapter",
+        "_add_adapter",
+        "_create_lora_modules",
+        "_init_punica_wrapper",
+        "_set_adapter_mapping",
+        "lora_slots",
+    )
+    needed = {
+        utils: ("_all_lora_classes", "from_layer", "get_adapter_absolute_path"),
+        worker_manager.WorkerLoRAManager: ("_load_adapter",),
+        worker_manager.LRUCacheWorkerLoRAManager: ("_manager_cls",),
+        model_manager.LRUCacheLoRAModelManager: manager,
+        BaseLinearLayerWithLoRA: linear,
+        LogitsProcessorWithLoRA: ("create_lora_weights",),
+        VocabParallelEmbeddingWithLoRA: ("create_lora_weights",),
+        PunicaWrapperBase: ("token_lora_indices",),
+    }
+    return [f"{owner.__name__}.{name}" for owner, names in needed.items() for name in names if not hasattr(owner, name)]
+
+
+def is_ia3(folder: str | os.PathLike) -> bool:
+    """Whether a folder is an (IA)³ adapter's; False also when there is no adapter at all.
+
+    Raises:
+        InputError: its config is no JSON.
+    """
+    path = os.path.join(folder, CONFIG_NAME)
+    try:
+        data = (current(folder) / CONFIG_NAME).read_bytes()
+    except OSError:
+        return False
+    config = parse_json(data, path)
+    return isinstance(config, dict) and config.get("peft_type") == PeftType.IA3
+
+
+def _refuse(problem: str) -> None:
+    """Say why an (IA)³ adapter is refused, where vLLM would stumble over its config."""
+    try:
+        from vllm.lora.worker_manager import WorkerLoRAManager
+
+        stock = WorkerLoRAManager._load_adapter
+    except (ImportError, AttributeError):
+        return
+
+    def load(self: Any, lora_request: Any) -> Any:
+        if os.path.isdir(lora_request.lora_path) and is_ia3(lora_request.lora_path):
+            raise InputError(problem)
+        return stock(self, lora_request)
+
+    WorkerLoRAManager._load_adapter = load
+
+
+class Routing:
+    """Which row of the layers' tables each token of a step takes.
+
+    On a CPU nothing is compiled and a step's adapters are known, so what no token of it needs is left out. Elsewhere
+    the forward pass may be traced once for all steps: the two flags stay as they are.
+
+    Attributes:
+        rows: (tokens,) the row of each; past the step's end the last one, which holds ones.
+        rescales: whether any token of the step has an (IA)³ adapter.
+        lora: whether any has a LoRA adapter.
+    """
+
+    def __init__(self, tokens: int, slots: int, device: torch.device | str, only: bool) -> None:
+        self.identity = slots
+        self.rows = torch.full((tokens,), slots, dtype=torch.long, device=device)
+        self.rescales, self.lora = True, not only
+        self.by_step = self.rows.device.type == "cpu"
+
+    def update(self, slots: torch.Tensor, rescales: bool, lora: bool) -> None:
+        """Take over the slot of each token of the next step, negative for those without an adapter."""
+        count = len(slots)
+        self.rows[:count] = torch.where(slots < 0, self.identity, slots)
+        self.rows[count:] = self.identity
+        if self.by_step:
+            self.rescales, self.lora = rescales, lora
+
+
+class Rescaling:
+    """Mixed into vLLM's wrappers of linear layers: rescales the input before and the output after.
+
+    Attributes:
+        input_scales: (slots + 1, inputs of this rank) in float32, the last row ones; on a CPU None until a vector comes.
+        output_scales: (slots + 1, outputs of this rank), likewise.
+        span: the outputs that any vector changes.
+    """
+
+    routing: Routing
+    device: torch.device
+    output_slices: tuple[int, ...]
+    tp_size: int
+    n_slices: int
+    base_layer: Any
+    slice_lora_a: Callable
+    slice_lora_b: Callable
+
+    def create_lora_weights(self, max_loras: int, lora_config: Any, model_config: Any = None) -> None:
+        super().create_lora_weights(*_spare(self.device, max_loras), lora_config, model_config)  # type: ignore[misc]
+        self.slots = max_loras
+        self.input_scales: torch.Tensor | None = None
+        self.output_scales: torch.Tensor | None = None
+        self.span = slice(0, 0)
+        if self.device.type != "cpu":
+            self.input_scales = self._table(self._local_inputs())
+            self.output_scales = self._table(sum(self.output_slices))
+            self.span = slice(0, sum(self.output_slices))
+
+    def _table(self, width: int) -> torch.Tensor:
+        with torch.inference_mode(False):  # the first vector may come within a step, the next one outside
+            return torch.ones(self.slots + 1, width, device=self.device)
+
+    def _local_inputs(self) -> int:
+        return getattr(self.base_layer, "input_size_per_partition", self.base_layer.input_size)
+
+    def set_mapping(self, punica_wrapper: Any) -> None:
+        super().set_mapping(punica_wrapper)  # type: ignore[misc]
+        self.routing = punica_wrapper.ia3
+
+    def reset_lora(self, index: int) -> None:
+        super().reset_lora(index)  # type: ignore[misc]
+        for table in (self.input_scales, self.output_scales):
+            if table is not None:
+                table[index] = 1
+
+    def set_scales(self, index: int, scales: Scales) -> None:
+        """Fill a slot, which holds ones, with this rank's share of an adapter's vectors for this layer."""
+        if scales.inputs is not None:
+            if self.input_scales is None:
+                self.input_scales = self._table(self._local_inputs())
+            self.input_scales[index] = self.sliced_inputs(scales.inputs)
+        if any(part is not None for part in scales.outputs):
+            row = self.sliced_outputs(scales.outputs)
+            if self.output_scales is None:
+                self.output_scales = self._table(len(row))
+            self.output_scales[index] = row
+            if self.device.type == "cpu":
+                changed = torch.nonzero(row != 1).flatten().tolist() or [0]
+                seen = [changed[0], changed[-1] + 1]
+                if self.span.stop:
+                    seen += [self.span.start, self.span.stop]
+                self.span = slice(min(seen), max(seen))
+
+    # A vector has the shape of a LoRA matrix of rank 1, so vLLM's own slicing of those among tensor-parallel ranks
+    # is the slicing of the projections that it belongs to, with keys and values that several ranks share.
+
+    def sliced_inputs(self, vector: torch.Tensor) -> torch.Tensor:
+        """This rank's share of (1, inputs), flat."""
+        return (self.slice_lora_a(vector) if self.tp_size > 1 else vector).flatten()
+
+    def sliced_outputs(self, parts: list[torch.Tensor | None]) -> torch.Tensor:
+        """This rank's share of the parts' (width, 1), flat, with ones for parts that have no vector."""
+        if self.n_slices == 1:
+            (vector,) = parts
+            return (self.slice_lora_b(vector) if self.tp_size > 1 else vector).flatten()  # type: ignore[union-attr]
+        if len(parts) == 1:  # stored as one, several here
+            parts = list(parts[0].split(list(self.base_layer.output_sizes)))  # type: ignore[union-attr]
+        shares = self.slice_lora_b(parts) if self.tp_size > 1 else parts
+        return torch.cat(
+            [
+                torch.ones(width) if share is None else share.flatten()
+                for share, width in zip(shares, self.output_slices, strict=True)
+            ]
+        )
+
+    def apply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if not self.routing.rescales:
+            return super().apply(x, bias)  # type: ignore[misc]
+        if self.input_scales is not None:
+            x = self._factors(self.input_scales, x).mul_(x).to(x.dtype)
+        output = super().apply(x, bias)  # type: ignore[misc]
+        if self.output_scales is not None:
+            span = self.span
+            output[..., span].mul_(self._factors(self.output_scales[:, span], output))
+        return output
+
+    def _factors(self, table: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """Each token's row, in the shape of the activations (…, tokens, width) that they are for."""
+        if like.dim() == 2:
+            return table.index_select(0, self.routing.rows[: like.shape[0]])
+        shape = like.shape[:-1]
+        return table.index_select(0, self.routing.rows[: shape.numel()]).view(*shape, -1)
+
+    def _apply_lora_to_output(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        if not self.routing.lora:
+            return output
+        return super()._apply_lora_to_output(x, output)  # type: ignore[misc]
+
+
+def _spare(device: torch.device, slots: int) -> tuple[int]:
+    """How many slots of LoRA matrices to make. vLLM's code for CPUs takes index -1, no adapter, for the last one: there
+    it gets one more, which stays zero."""
+    return (slots + 1 if device.type == "cpu" else slots,)
+
+
+def _install() -> None:
+    """Put this plugin's classes where vLLM looks for its own. Doing it again changes nothing."""
+    from vllm import envs
+    from vllm.exceptions import LoRAAdapterNotFoundError
+    from vllm.lora import utils, worker_manager
+    from vllm.lora.layers import LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA
+    from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.model_manager import LRUCacheLoRAModelManager
+    from vllm.model_executor.layers.linear import QKVParallelLinear
+    from vllm.model_executor.models.utils import PPMissingLayer
+
+    if any(issubclass(each, Rescaling) for each in utils._all_lora_classes):
+        return
+
+    class IA3Adapter(LoRAModel):
+        """An adapter as vLLM's caches hold it."""
+
+        def __init__(self, number: int, placed: dict[str, Scales]) -> None:
+            super().__init__(number, 1, {})
+            self.placed = placed
+
+    class Manager(LRUCacheLoRAModelManager):
+        """Knows, beside LoRA adapters, (IA)³ adapters and the layers that they rescale."""
+
+        def __init__(self, *args: Any, lora_config: Any, vllm_config: Any, **kwargs: Any) -> None:
+            extra = vllm_config.additional_config
+            only = extra.get(ONLY, False) if isinstance(extra, dict) else False
+            if not isinstance(only, bool):
+                raise InputError(f"Expected true or false for {ONLY} in additional_config, found {only!r}.")
+            self.ia3_only = only
+            if only:
+                lora_config.max_lora_rank = 1  # the matrices are not used: as small as can be
+            super().__init__(*args, lora_config=lora_config, vllm_config=vllm_config, **kwargs)
+
+        def _init_punica_wrapper(self, max_num_batched_tokens: int, vllm_config: Any) -> None:
+            super()._init_punica_wrapper(max_num_batched_tokens, vllm_config)
+            for wrapper in self.punica_wrapper_mapping.values():
+                if not hasattr(wrapper, "ia3"):
+                    tokens = len(wrapper._token_lora_indices)
+                    wrapper.ia3 = Routing(tokens, self.lora_slots, self.device, self.ia3_only)
+
+        def _create_lora_modules(self) -> None:
+            if self.ia3_only:  # embeddings and the output layer have nothing to rescale
+                left_out = getattr(self.model, "embedding_modules", None) or {}
+                self.supported_lora_modules = [name for name in self.supported_lora_modules if name not in left_out]
+            super()._create_lora_modules()
+
+        def ia3_layers(self) -> dict[str, Layer]:
+            """The layers that can be rescaled, in their whole width."""
+            kind = getattr(self.model.config.get_text_config(), "model_type", None)
+            found = {}
+            for path, module in self.modules.items():
+                if not isinstance(module, Rescaling):
+                    continue
+                base = module.base_layer
+                parts = tuple(self.packed_modules.get(path, [path]))
+                fused = isinstance(base, QKVParallelLinear)
+                widths = [base.output_size]
+                if fused:
+                    keys = base.total_num_kv_heads * base.head_size
+                    widths = [base.total_num_heads * base.head_size, keys, keys]
+                elif len(parts) > 1:
+                    widths = base.output_sizes
+                if len(parts) == 1:
+                    widths = [sum(widths)]
+                elif len(parts) != len(widths):
+                    continue  # a part of several slices: whatever is for it is refused
+                order = fused and len(parts) == 1 and kind not in _PLAIN_ORDER
+                found[path] = Layer(
+                    parts, tuple(widths), base.input_size, bool(base.bias is not None and base.skip_bias_add), order
+                )
+            return found
+
+        def ia3_place(self, vectors: dict[str, torch.Tensor], name: str) -> dict[str, Scales]:
+            """Each layer's share of an adapter's vectors, which are by the module's path in the base model."""
+            mapper = getattr(self.model, "hf_to_vllm_mapper", None)
+            if mapper is not None:
+                rename = mapper.get_rename_mapper()._map_name
+                vectors = {rename(path) or path: vector for path, vector in vectors.items()}
+            missing = [f"{path}." for path, module in self.model.named_modules() if isinstance(module, PPMissingLayer)]
+            return place(vectors, self.ia3_layers(), name, lambda path: path.startswith(tuple(missing)))
+
+        def _add_adapter(self, lora: LoRAModel) -> None:
+            if isinstance(lora, IA3Adapter):  # there are no matrices to merge
+                self._registered_adapters[lora.id] = lora
+            else:
+                super()._add_adapter(lora)
+
+        def activate_adapter(self, lora_id: int) -> bool:
+            activated = super().activate_adapter(lora_id)  # it resets the slot of each layer
+            adapter = self._registered_adapters[lora_id]
+            if activated and isinstance(adapter, IA3Adapter):
+                slot = self.lora_index_to_id.index(lora_id)
+                for path, scales in adapter.placed.items():
+                    self.modules[path].set_scales(slot, scales)
+            return activated
+
+        def _set_adapter_mapping(self, mapping: Any) -> None:
+            super()._set_adapter_mapping(mapping)
+            found = [self._registered_adapters.cache.get(number) for number in set(mapping.index_mapping) if number > 0]
+            rescales = any(isinstance(adapter, IA3Adapter) for adapter in found)
+            lora = any(not isinstance(adapter, IA3Adapter) for adapter in found) and not self.ia3_only
+            for wrapper in self.punica_wrapper_mapping.values():
+                if wrapper.indices_len[0] is not None:
+                    wrapper.ia3.update(wrapper.token_lora_indices, rescales, lora)
+
+    def mended(stock: Callable) -> Callable:
+        def create_lora_weights(self: Any, max_loras: int, lora_config: Any, model_config: Any = None) -> None:
+            device = self.base_layer.weight.device if isinstance(self, VocabParallelEmbeddingWithLoRA) else self.device
+            stock(self, *_spare(device, max_loras), lora_config, model_config)
+
+        return create_lora_weights
+
+    stock_load = worker_manager.WorkerLoRAManager._load_adapter
+
+    def load_adapter(self: Any, lora_request: Any) -> LoRAModel:
+        folder = utils.get_adapter_absolute_path(lora_request.lora_path)
+        manager, name = self._adapter_manager, lora_request.lora_name
+        if not is_ia3(folder):
+            if not (current(folder) / CONFIG_NAME).is_file():
+                raise LoRAAdapterNotFoundError(name, lora_request.lora_path)
+            if manager.ia3_only:
+                raise InputError(
+                    f"Adapter {name!r} is no (IA)³ adapter, and this engine was started for those only ({ONLY}); start "
+                    f"it without, to serve LoRA adapters too."
+                )
+            return stock_load(self, lora_request)
+        if self.lora_config.fully_sharded_loras:
+            raise InputError(
+                f"Adapter {name!r} is an (IA)³ adapter, expected an engine without fully_sharded_loras; turn that off."
+            )
+        if envs.VLLM_LORA_ENABLE_DUAL_STREAM:
+            raise InputError(
+                f"Adapter {name!r} is an (IA)³ adapter, expected an engine without VLLM_LORA_ENABLE_DUAL_STREAM; unset "
+                f"that variable."
+            )
+        return IA3Adapter(lora_request.lora_int_id, manager.ia3_place(read_vectors(folder, name), name))
+
+    # Attributes of classes, where vLLM looks at each use; names of its modules are copied all over it.
+    utils._all_lora_classes = tuple(
+        type(each.__name__, (Rescaling, each), {}) if issubclass(each, BaseLinearLayerWithLoRA) else each
+        for each in utils._all_lora_classes
+    )
+    worker_manager.LRUCacheWorkerLoRAManager._manager_cls = Manager
+    worker_manager.WorkerLoRAManager._load_adapter = load_adapter
+    for each in (LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA):
+        each.create_lora_weights = mended(each.create_lora_weights)

@@ -1,0 +1,418 @@
+"""Under torch.compile: no graph break, no recompilation when adapters switch, and the results of eager execution.
+
+The compiler stops before it would write machine code.
+"""
+
+import copy
+import threading
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import ia3
+from ia3 import IA3Config
+from support import tiny
+
+ARCHITECTURES = {
+    "llama": ["k_proj", "v_proj", "down_proj"],
+    "gpt2": ["c_attn", "mlp.c_proj"],
+    "bert": ["key", "value", "output.dense"],
+    "t5": ["k", "v", "wo"],
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(model: nn.Module, backend="aot_eager"):
+    """`eager` is enough, and faster, where nothing is trained: breaks and recompilations are seen before a backend."""
+    return torch.compile(model, backend=backend, fullgraph=True)
+
+
+def inputs(arch: str, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Without labels, whose loss transformers itself cannot always compile whole."""
+    made = {key: value for key, value in tiny.batch(arch, seed=seed).items() if key != "labels"}
+    if arch == "t5":
+        made["decoder_input_ids"] = tiny.batch(arch, seed=seed)["labels"]
+    if arch != "bert":
+        made["use_cache"] = False
+    return made
+
+
+ONE_LAYER = {
+    "llama": {"num_hidden_layers": 1},
+    "gpt2": {"n_layer": 1},
+    "t5": {"num_layers": 1},
+    "bert": {"num_hidden_layers": 1},
+}
+
+
+def small(arch: str):
+    """`adapted` with one layer, whose graph is traced in half the time."""
+    return adapted(arch, base=tiny.build(arch, **ONE_LAYER[arch]))
+
+
+def adapted(arch: str, **fields):
+    """Adapters `one` (active), `two` and `three`, of the same modules."""
+    model = tiny.adapt(arch, ia3, adapter="one", **fields)
+    for seed, name in enumerate(("two", "three"), start=2):
+        add(model, arch, name, seed)
+    return model
+
+
+def add(model, arch: str, name: str, seed: int) -> None:
+    targets, feedforward = tiny.TARGETS[arch]
+    config = IA3Config(task_type=tiny.TASKS[arch], target_modules=targets, feedforward_modules=feedforward)
+    model.add_adapter(name, config)
+    tiny.randomize(model, seed, name)
+
+
+class Network(nn.Module):
+    """Attention and a feed-forward alone, traced in a fraction of a Llama's time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(8, 8) for _ in range(3))
+        self.up_proj, self.down_proj = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x):
+        x = x + torch.softmax(self.q_proj(x) @ self.k_proj(x).mT, -1) @ self.v_proj(x)
+        return x + self.down_proj(torch.relu(self.up_proj(x)))
+
+
+X = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))
+
+
+def network(**others: dict):
+    """A network with adapters `one` (active), `two` and `three`; `others` have their own fields of the config."""
+    fields = {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+    configs = {name: IA3Config(**others.get(name, fields)) for name in ("one", "two", "three")}
+    model = ia3.IA3Model(Network(), configs).eval()
+    for seed, name in enumerate(configs, start=1):
+        tiny.randomize(model, seed, name)
+    return model
+
+
+def gradients(model, adapter: str) -> dict[str, torch.Tensor]:
+    found = {name: parameter.grad for name, parameter in tiny.adapter_parameters(model, adapter).items()}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_whole_models_compile_without_a_break(arch):
+    """Bert with its classification head, which is trained in full."""
+    model = small(arch) if arch in ("bert", "t5") else adapted(arch)
+    run = compiled(model)
+    for name in ("one", "two"):
+        model.set_adapter(name)
+        expected = model(**inputs(arch)).logits
+        expected.square().sum().backward()
+        wanted = gradients(model, name)
+        found = run(**inputs(arch)).logits
+        assert tiny.relative_error(found, expected) <= 1e-5
+        found.square().sum().backward()
+        grads = gradients(model, name)
+        assert len(grads) >= len(wanted) >= 4
+        for key, gradient in grads.items():
+            assert tiny.relative_error(gradient, wanted[key]) <= 1e-4, key
+            assert gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "bert"])
+def test_switching_adapters_of_one_shape_does_not_recompile(arch, tmp_path):
+    model = small(arch)
+    model.save_pretrained(tmp_path, selected_adapters=["three"])
+    model.delete_adapter("three")
+    model.requires_grad_(False)  # gradients are a property of compiled code
+    run = compiled(model, "eager")
+    seen = [run(**inputs(arch)).logits]
+
+    def check(name: str) -> None:
+        model.set_adapter(name, inference_mode=True)
+        found = run(**inputs(arch)).logits
+        assert tiny.relative_error(found, model(**inputs(arch)).logits) <= 1e-5
+        assert all(not torch.equal(found, other) for other in seen)
+        seen.append(found)
+
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        check("two")
+        model.load_adapter(tmp_path / "three", "three")
+        check("three")
+        model.delete_adapter("two")
+        seen.clear()
+        check("one")
+        check("three")
+
+
+def test_switching_trainable_adapters_does_not_recompile():
+    model = small("llama")
+    run = compiled(model)
+    run(**inputs("llama")).logits.sum().backward()
+    model.zero_grad()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for name in ("two", "three", "one"):
+            model.set_adapter(name)
+            run(**inputs("llama")).logits.square().sum().backward()
+            found = gradients(model, name)
+            model(**inputs("llama")).logits.square().sum().backward()
+            for key, gradient in gradients(model, name).items():
+                assert tiny.relative_error(found[key], gradient) <= 1e-4
+            assert all(p.grad is None for p in model.parameters())
+
+
+def test_training_steps_do_not_recompile_and_are_eager_steps():
+    results = []
+    for wrap in (lambda model: model, compiled):
+        model = small("llama")
+        run = wrap(model)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+        for step in range(3):
+            with torch._dynamo.config.patch(error_on_recompile=step > 0):
+                run(**inputs("llama", seed=step)).logits.square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(tiny.adapter_parameters(model, "one"))
+    for key, parameter in results[0].items():
+        assert not torch.equal(parameter, tiny.adapter_parameters(small("llama"), "one")[key])
+        torch.testing.assert_close(results[1][key], parameter, rtol=1e-4, atol=1e-5)
+
+
+def test_switching_off_merging_and_composing_while_compiled():
+    """Whatever changes, the answer is that of eager execution."""
+    model = network()
+    base = Network()(X)
+    run = compiled(model, "eager")
+    with torch.no_grad():
+
+        def check(is_base: bool = False) -> torch.Tensor:
+            found = run(X)
+            assert tiny.relative_error(found, model(X)) <= 1e-5
+            assert (tiny.relative_error(found, base.detach()) <= 1e-5) is is_base
+            return found
+
+        first = check()
+        with model.disable_adapter():
+            check(True)
+        assert torch.equal(check(), first)
+        model.disable_adapter_layers()
+        check(True)
+        model.enable_adapter_layers()
+        assert torch.equal(check(), first)
+        model.merge_adapter()
+        assert tiny.relative_error(check(), first) <= 1e-5
+        with model.disable_adapter():
+            check(True)
+        model.unmerge_adapter()
+        assert torch.equal(check(), first)
+        model.set_adapter(["one", "two"])
+        assert tiny.relative_error(check(), first) > 0.01
+        model.set_adapter("one")
+        model.model.down_proj.ia3_l["one"].zero_()  # new values in the same vector
+        assert tiny.relative_error(check(), first) > 0.01
+        model.add_weighted_adapter(["two", "three"], [0.5, 0.5], "sum")
+        model.set_adapter("sum")
+        check()
+        with pytest.warns(UserWarning, match="was active"):
+            model.delete_adapter("sum")
+        check()
+        for name in list(model.peft_config)[:0:-1]:
+            model.delete_adapter(name)
+        model.unload()
+        check(True)
+
+
+def test_an_adapter_of_other_modules_is_right_too():
+    model = network(two={"target_modules": ["q_proj", "up_proj"], "feedforward_modules": ["up_proj"]})
+    run = compiled(model, "eager")
+    for name in ("one", "two", ["two", "one"], "one"):
+        model.set_adapter(name)
+        assert tiny.relative_error(run(X), model(X)) <= 1e-5
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: model.double()], ids=["copied", "converted"])
+def test_compiled_after_being_changed_whole(copied):
+    """The vectors that compiled code finds are those of this model, not of the one before."""
+    model = copied(network())
+    x = X.to(next(model.parameters()).dtype)
+    run = compiled(model, "eager")
+    for name in ("one", "two"):
+        model.set_adapter(name)
+        expected = model(x)
+        assert tiny.relative_error(run(x), expected) <= 1e-5
+    with torch.no_grad():
+        for parameter in tiny.adapter_parameters(model, "two").values():
+            parameter.mul_(2)
+    assert tiny.relative_error(run(x), expected) > 0.01
+    assert tiny.relative_error(run(x), model(x)) <= 1e-5
+
+
+def mixtral():
+    made = transformers.MixtralConfig(
+        vocab_size=tiny.VOCAB,
+        hidden_size=16,
+        intermediate_size=12,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=3,
+        num_experts_per_tok=2,
+    )
+    torch.manual_seed(0)
+    base = transformers.MixtralForCausalLM._from_config(made, experts_implementation="batched_mm").eval()
+    fields = {"target_modules": ["k_proj", "v_proj", "experts"], "feedforward_modules": ["experts"]}
+    model = ia3.get_peft_model(base, IA3Config(**fields), adapter_name="one").eval()
+    for seed, name in enumerate(("two", "three"), start=2):
+        model.add_adapter(name, IA3Config(**fields))
+        tiny.randomize(model, seed, name)
+    tiny.randomize(model, 1, "one")
+    return model
+
+
+def test_mixtral_compiles_without_a_break():
+    model = mixtral()
+    run = compiled(model, "eager")
+    expected = model(**inputs("llama")).logits
+    assert tiny.relative_error(run(**inputs("llama")).logits, expected) <= 1e-5
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        model.set_adapter("two")
+        found = run(**inputs("llama")).logits
+    assert tiny.relative_error(found, expected) > 0.01
+    assert tiny.relative_error(found, model(**inputs("llama")).logits) <= 1e-5
+
+
+@pytest.mark.parametrize("targets", [["attn"], ["attn", "out_proj"]], ids=["alone", "with its output projection"])
+@pytest.mark.parametrize("widths", [{}, {"kdim": 5, "vdim": 7}], ids=["packed", "own widths"])
+def test_an_attention_compiles_without_a_break(widths, targets):
+    class Holder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn = nn.MultiheadAttention(8, 2, batch_first=True, **widths)
+
+        def forward(self, q, k, v):
+            return self.attn(q, k, v, need_weights=False)[0]
+
+    torch.manual_seed(0)
+    fields = {"target_modules": targets, "feedforward_modules": []}
+    model = ia3.get_peft_model(Holder(), IA3Config(**fields), adapter_name="one")
+    model.add_adapter("two", IA3Config(**fields))
+    for seed, name in enumerate(("one", "two"), start=1):
+        tiny.randomize(model, seed, name)
+    q, k, v = torch.randn(2, 3, 8), torch.randn(2, 4, widths.get("kdim", 8)), torch.randn(2, 4, widths.get("vdim", 8))
+    run = compiled(model)
+    for name in ("one", "two"):
+        model.set_adapter(name)
+        with torch._dynamo.config.patch(error_on_recompile=targets == ["attn"]):
+            found = run(q, k, v)
+        found.square().sum().backward()
+        grads = gradients(model, name)
+        expected = model(q, k, v)
+        expected.square().sum().backward()
+        assert tiny.relative_error(found, expected) <= 1e-5
+        for key, gradient in gradients(model, name).items():
+            assert tiny.relative_error(grads[key], gradient) <= 1e-4
+
+
+# Batches whose rows have an adapter each.
+
+BASE = "__base__"
+MIXES = (
+    ("one", "two", BASE),
+    ("three", BASE, "one"),
+    ("two", "two", "two"),
+    ("one", "three", "one"),
+    (BASE, BASE, BASE),
+)
+
+
+@pytest.mark.parametrize("arch", ["llama", "t5"])
+def test_new_mixes_of_adapters_do_not_recompile(arch):
+    """Also when what is compiled first has no names; and going back to none does not either."""
+    # Gradients are a property of compiled code.
+    model = small(arch).requires_grad_(False)
+    run = compiled(model, "eager")
+    batch = inputs(arch)
+    seen = [run(**batch).logits]
+    found = run(**batch, adapter_names=MIXES[0]).logits
+    assert tiny.relative_error(found, model(**batch, adapter_names=MIXES[0]).logits) <= 1e-5
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for names in MIXES:
+            found = run(**batch, adapter_names=names).logits
+            assert tiny.relative_error(found, model(**batch, adapter_names=names).logits) <= 1e-5
+            assert all(not torch.equal(found, other) for other in seen)
+            seen.append(found)
+            assert torch.equal(run(**batch).logits, seen[0])
+        model.set_adapter("two", inference_mode=True)
+        assert torch.equal(run(**batch, adapter_names=MIXES[1]).logits, seen[2])
+        assert torch.equal(run(**batch).logits, seen[3])
+        other = threading.Thread(target=lambda: seen.append(run(**batch, adapter_names=MIXES[0]).logits))
+        other.start()  # a thread that has had no rows yet
+        other.join()
+        assert torch.equal(seen[-1], seen[1])
+    with pytest.raises(ia3.InputError, match="Row 1"):
+        run(**batch, adapter_names=["one", "nobody", "one"])
+    assert torch.equal(run(**batch).logits, seen[3])
+
+
+def test_training_on_mixes_does_not_recompile():
+    model = small("llama")
+    model.set_requires_grad(["one", "two", "three"])
+    run = compiled(model)
+    run(**inputs("llama"), adapter_names=MIXES[0]).logits.sum().backward()
+    model.zero_grad()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for names in MIXES[:4]:
+            grads = []
+            for each in (run, model):
+                each(**inputs("llama"), adapter_names=names).logits.square().sum().backward()
+                grads.append({path: p.grad for path, p in model.named_parameters() if ".ia3_l." in path})
+                model.zero_grad()
+            for path, found in grads[0].items():
+                assert (found is not None) is (path.rpartition(".")[2] in names)
+                assert found is None or tiny.relative_error(found, grads[1][path]) <= 1e-4
+
+
+@pytest.mark.parametrize("kind", ["heads", "experts"])
+def test_what_goes_adapter_by_adapter_does_so_between_compiled_parts(kind):
+    model, arch = (small("bert"), "bert") if kind == "heads" else (mixtral(), "llama")
+    model.requires_grad_(False)
+    run = torch.compile(model, backend="eager")
+    batch = inputs(arch)
+    run(**batch, adapter_names=MIXES[0])
+    plain = run(**batch).logits
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for names in MIXES:
+            found = run(**batch, adapter_names=names).logits
+            assert tiny.relative_error(found, model(**batch, adapter_names=names).logits) <= 1e-5
+        assert torch.equal(run(**batch).logits, plain)
+
+
+def test_an_adapted_model_in_a_compiled_function():
+    """Whole when all rows have one adapter; with names there is a break around the model."""
+    model, batch = small("llama").requires_grad_(False), inputs("llama")
+
+    def answer(names=None):
+        return model(**batch, adapter_names=names).logits * 2
+
+    whole, broken = (torch.compile(answer, backend="aot_eager", fullgraph=full) for full in (True, False))
+    assert tiny.relative_error(whole(), answer()) <= 1e-5
+    for names in (None, *MIXES[:2], None):
+        assert tiny.relative_error(broken(names), answer(names)) <= 1e-5
+    assert model.ia3_routing.rows is None
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_adapted_model_is_exported(strict):
+    model, batch = small("llama"), inputs("llama")
+    with torch.no_grad():
+        expected = model(**batch).logits
+        model(**batch, adapter_names=MIXES[0])
+        exported = torch.export.export(model, (), batch, strict=strict).module()
+        assert tiny.relative_error(exported(**batch).logits, expected) <= 1e-6

@@ -1,0 +1,125 @@
+"""What `load_base` makes of a checkpoint of each family."""
+
+import pytest
+import torch
+import transformers
+
+from ia3 import InputError, load_base
+from ia3.adapter.pretrained import find_base, task_type
+from support import tiny, words
+
+LABELS = ["pos", "neg", "none", "other"]
+
+
+@pytest.fixture
+def save(tmp_path):
+    """Writes a tiny checkpoint of an architecture, by the class that is named, and its tokenizer."""
+
+    def write(name, kind, **changes):
+        config = tiny.config(name, vocab_size=len(words.VOCABULARY))
+        for key, value in changes.items():
+            setattr(config, key, value)
+        getattr(transformers, kind)(config).save_pretrained(tmp_path / "model")
+        words.closing().save_pretrained(tmp_path / "model")
+        return tmp_path / "model"
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "name, kind, expected",
+    [
+        ("gpt2", "GPT2LMHeadModel", "CAUSAL_LM"),
+        ("gpt2", "GPT2Model", "CAUSAL_LM"),
+        ("llama", "LlamaForCausalLM", "CAUSAL_LM"),
+        ("llama", "LlamaForSequenceClassification", "SEQ_CLS"),
+        ("t5", "T5ForConditionalGeneration", "SEQ_2_SEQ_LM"),
+        ("bart", "BartModel", "SEQ_2_SEQ_LM"),
+        ("bart", "BartForSequenceClassification", "SEQ_CLS"),
+        ("bert", "BertModel", "SEQ_CLS"),
+        ("bert", "BertForMaskedLM", "SEQ_CLS"),
+        ("bert", "BertForSequenceClassification", "SEQ_CLS"),
+        ("bert", "BertLMHeadModel", "CAUSAL_LM"),
+    ],
+)
+def test_the_config_says_what_a_model_is(save, name, kind, expected):
+    model, tokenizer = load_base(str(save(name, kind)), LABELS)
+    assert task_type(model) == expected and not model.training
+    assert isinstance(tokenizer.pad_token_id, int)
+    if expected == "SEQ_CLS":
+        assert model.config.num_labels == 4 and model.config.id2label == dict(enumerate(sorted(LABELS)))
+        assert model.config.label2id["none"] == 1 and model.config.pad_token_id is not None
+
+
+def test_a_new_head_is_the_same_every_time_and_a_trained_one_is_kept(save):
+    path = str(save("bert", "BertModel"))
+    state = torch.random.get_rng_state()
+    first, _ = load_base(path, LABELS)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.manual_seed(5)
+    second, _ = load_base(path, LABELS)
+    assert tiny.same_bits(second.state_dict(), first.state_dict()) and first.classifier.weight.abs().max() > 0
+    first.classifier.weight.data += 1
+    first.save_pretrained(path)
+    assert torch.equal(load_base(path, LABELS)[0].classifier.weight, first.classifier.weight)
+    assert load_base(path, LABELS[:2])[0].classifier.weight.shape == (2, tiny.HIDDEN)
+
+
+def test_an_encoder_without_labels(save):
+    path = str(save("bert", "BertForMaskedLM"))
+    with pytest.raises(InputError, match=r"Expected labels for '.*', an encoder \('BertForMaskedLM'\)"):
+        load_base(path)
+
+
+def test_a_damaged_model_is_named_for_what_it_is(save):
+    path = save("t5", "T5ForConditionalGeneration")
+    (path / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(InputError, match="as an encoder-decoder"):
+        load_base(str(path))
+
+
+def test_a_trained_head_keeps_its_order(save, tmp_path):
+    model, tokenizer = load_base(str(save("bert", "BertModel")), LABELS)
+    order = [LABELS[1], LABELS[3], LABELS[0], LABELS[2]]
+    model.config.id2label = dict(enumerate(order))
+    model.config.label2id = {label: i for i, label in enumerate(order)}
+    model.save_pretrained(tmp_path / "trained")
+    tokenizer.save_pretrained(tmp_path / "trained")
+    again, _ = load_base(str(tmp_path / "trained"), LABELS)
+    assert list(again.config.id2label.values()) == order
+    assert torch.equal(again.classifier.weight, model.classifier.weight)
+
+
+@pytest.mark.parametrize(
+    "dtype, found", [("auto", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)]
+)
+def test_weights_have_the_dtype_that_is_asked_for(save, dtype, found):
+    model, _ = load_base(str(save("llama", "LlamaForCausalLM")), dtype=dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {found}
+
+
+def test_a_dtype_that_there_is_not():
+    with pytest.raises(InputError, match=r"Expected a dtype of 'auto', .*found 'bf16'; close to it: 'bfloat16'"):
+        load_base(dtype="bf16")
+
+
+class TestAModelOfTheHub:
+    def test_is_asked_for_by_its_name(self, monkeypatch):
+        monkeypatch.setattr("ia3.adapter.pretrained.hub_answers", lambda: True)
+        assert find_base("owner/name") == ("owner/name", "owner/name")
+
+    def test_is_read_from_the_cache_without_a_network(self, tmp_path, monkeypatch):
+        folder = tmp_path / "models--owner--name" / "snapshots" / "abc"
+        folder.mkdir(parents=True)
+        (tmp_path / "models--owner--name" / "refs").mkdir()
+        (tmp_path / "models--owner--name" / "refs" / "main").write_text("abc")
+        (folder / "config.json").write_text("{}")
+        monkeypatch.setattr("ia3.adapter.pretrained.hub_answers", lambda: False)
+        assert find_base("owner/name", cache_dir=tmp_path) == ("owner/name", str(folder))
+
+    @pytest.mark.parametrize("name", ["owner/nmae", "no name at all", "a/b/c"])
+    def test_that_is_nowhere_is_one_line(self, name, tmp_path, monkeypatch):
+        monkeypatch.setattr("ia3.adapter.pretrained.hub_answers", lambda: False)
+        with pytest.raises(InputError, match=f"found no {name!r} here, and the hub cannot be reached") as error:
+            load_base(name)
+        assert "\n" not in str(error.value)
