@@ -34,7 +34,8 @@ def adapted(arch: str, base: nn.Module | None = None, **fields):
 def add(model, arch: str, name: str, seed: int, **fields) -> None:
     targets, feedforward = tiny.TARGETS[arch]
     fields = {"task_type": tiny.TASKS[arch], "target_modules": targets, "feedforward_modules": feedforward, **fields}
-    model.add_adapter(name, IA3Config(**fields))
+    # A façade for a task adds its head to each adapter, the model in it does not.
+    (model.base_model if fields["task_type"] is None else model).add_adapter(name, IA3Config(**fields))
     tiny.randomize(model, seed, name)
 
 

@@ -639,7 +639,7 @@ UNUSABLE = {
     _other_modules: "than this server's adapters at",
     _another_base: "it was made for 'wide'; has other shapes than this model",
     _cut_short: "Expected a whole safetensors file",
-    _deep_config: "cannot be read",
+    _deep_config: "nested too deep",
 }
 
 

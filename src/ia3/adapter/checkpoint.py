@@ -114,8 +114,7 @@ def load_adapter(
         InputError: see `AdapterFolder.whole`, `resolve_targets`, `set_peft_model_state_dict`.
     """
     folder, tensors, header = AdapterFolder.whole(path, config=config is None, **where)
-    if config is None:
-        folder.check_base(header)
+    own = config is None
     tensors = {_mapped(key, key_mapping or {}): value for key, value in tensors.items()}
     known = adapter_name in model.peft_config
     if not known:
@@ -133,5 +132,7 @@ def load_adapter(
         if not known:
             model.delete_adapter(adapter_name)
         raise
+    if own:
+        folder.check_base(header)
     model.adapter_folders[adapter_name] = folder
     return result

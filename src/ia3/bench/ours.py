@@ -15,7 +15,6 @@ from ia3.bench.peers import ADAPTED, FEEDFORWARD, Clock, Result, WithVectors, qu
 class Ours(WithVectors):
     """`IA3Model`, `TFewTrainer`, `predict`, `score_choices` and `AdapterBank`."""
 
-    prefix = "model."
     dtype = "float32"
 
     def import_libraries(self) -> None:

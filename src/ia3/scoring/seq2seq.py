@@ -133,7 +133,7 @@ def logits(model: nn.Module, adapted: nn.Module, base: nn.Module, batch: Batch) 
         with handed_in(base, batch["decoder_position_ids"]):
             return model(**inputs, **names, **options).logits
     owners = batch["question"]
-    having: Callable = getattr(adapted, "rows_having", lambda _: nullcontext())
+    having: Callable = getattr(adapted, "adapter_rows", lambda _: nullcontext())
     with having(names.get("adapter_names")):
         encoder: nn.Module = base.get_encoder()  # type: ignore[operator]
         known = encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], return_dict=True)

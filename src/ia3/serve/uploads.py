@@ -75,7 +75,7 @@ def check(folder: Path) -> None:
                 _check_yaml(text, name)
             else:
                 parse_json(text, name, "correct it")
-    config = IA3Config.from_json_file(folder / CONFIG_NAME)
+    config = IA3Config.from_pretrained(folder)
     for field in ("target_modules", "exclude_modules", "feedforward_modules"):
         value = getattr(config, field)
         if isinstance(value, str) and value != "all-linear":
