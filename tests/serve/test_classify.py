@@ -268,7 +268,7 @@ def said_to(server, head: str, body: bytes = b"") -> tuple[int, str]:
 )
 def test_headers_that_decide_something_stand_once(running, headers):
     status, text = said_to(running, CLASSIFY + "".join(f"{header}\r\n" for header in headers), b"{}")
-    assert status in (400, 501) and (status == 400 or "gzip" in str(headers))
+    assert status == 400
     message = json.loads(text.partition("\r\n\r\n")[2])["error"]["message"]
     assert headers[-1].split(":")[0].lower() in message.lower()
 
@@ -293,7 +293,9 @@ def test_a_prompt_is_bounded_before_it_is_tokenized(made, start, monkeypatch):
         server.classify(texts=["tea", " tea" * 300]),
         server.classify(texts=["tea", "tea" + " " * 1000 + "tea"]),
         server.http.post("/v1/completions", json={"model": "tea", "prompt": ["tea", "tea" + " " * 1000]}),
-        server.http.post("/v1/chat/completions", json={"model": "tea", "messages": [{"role": "user", "content": "tea " * 300}]}),
+        server.http.post(
+            "/v1/chat/completions", json={"model": "tea", "messages": [{"role": "user", "content": "tea " * 300}]}
+        ),
     ]
     assert [response.status_code for response in responses] == [422, 422, 400, 400]
     for response in responses:
@@ -417,7 +419,10 @@ def test_short_texts_are_tokenized_between_the_rows_of_long_ones(made, start, mo
 
 
 def test_messages_repeat_little_of_what_they_were_given(running):
-    for body in ({"adapter": "tea", "rows": [{"x" * 100_000: "a", "y" * 100_000: "b"}]}, {"adapter": "tea", "texts": ["a"], "z" * 50_000: 1}):
+    for body in (
+        {"adapter": "tea", "rows": [{"x" * 100_000: "a", "y" * 100_000: "b"}]},
+        {"adapter": "tea", "texts": ["a"], "z" * 50_000: 1},
+    ):
         response = running.http.post("/v1/classify", json=body)
         assert response.status_code == 422 and len(response.text) < 2000
 

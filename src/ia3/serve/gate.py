@@ -134,7 +134,9 @@ class Gate:
         counts = Counter(name for name, _ in scope["headers"])
         twice = sorted(name.decode("latin-1") for name in _SINGLE if counts[name] > 1)
         if twice:  # whoever reads them later may take another one than is checked here
-            raise Problem(400, f"Expected one header {twice[0]!r}, found {counts[twice[0].encode()]}.", "duplicate_header")
+            raise Problem(
+                400, f"Expected one header {twice[0]!r}, found {counts[twice[0].encode()]}.", "duplicate_header"
+            )
         headers = dict(scope["headers"])
         path = scope["path"]
         if self._token is None:

@@ -11,17 +11,9 @@ import yaml
 
 from ia3.config import CONFIG_NAME, IA3Config
 from ia3.errors import InputError, reason, shown
+from ia3.serve.adapter import FILES
 from ia3.tfew import sandbox
 from ia3.tfew.template import has_jinja
-
-FILES = {
-    "adapter_model.safetensors": True,
-    CONFIG_NAME: True,
-    "task.yaml": False,
-    "recipe.yaml": False,
-    "calibration.json": False,
-}
-"""Names of the files of an upload, and whether they have to be there."""
 
 # Of the small ones.
 _MOST_BYTES = 1 << 20

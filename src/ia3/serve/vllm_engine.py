@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ia3.config import IA3Config
 from ia3.errors import InputError, reason
 from ia3.serve.engine import AdapterFailed, GenerateJob, Piece, ScoreJob, normalized
 
@@ -222,6 +223,12 @@ class VllmEngine:
 
         if len(self._adapters) >= self._most:
             raise InputError(f"Expected at most {self._most} adapters at a time, found one more; allow more of them.")
+        try:
+            IA3Config.from_pretrained(folder)  # vLLM would take other adapters when they are asked for
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(f"This adapter's config cannot be read: {reason(error)}.") from error
         self._adapters[key] = LoRARequest(key, next(self._ids), folder)
         if check:
             try:
