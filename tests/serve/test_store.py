@@ -601,6 +601,15 @@ def test_uploads_at_a_time(place, start):
     assert upload(server, "new", files_of(place / "spare")).status_code == 201
 
 
+def test_folders_by_the_names_of_files(place, caplog):
+    """The log names them: as adapters they would hide files, or be hidden."""
+    for name in ("adapter_config.json", "tea/task.json/recipe.yaml"):
+        shutil.copytree(place / "spare", place / "adapters" / name)
+    found = Store(place / "adapters")
+    assert sorted(found._found) == ["cake", "nested/pair", "soup", "tea"]
+    assert "'adapter_config.json', 'tea/task.json/recipe.yaml'" in caplog.text
+
+
 def test_the_root(place):
     with pytest.raises(InputError, match="whose subfolders are the adapters"):
         Store(place / "adapters" / "tea")
