@@ -13,11 +13,11 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from ia3.bench import report
 from ia3.cli import common, compare, main, raft, results
 from ia3.cli.predict import _shortened
 from ia3.task.task import embedded_tasks
 from support import words
+from support.screen import require_whole
 
 LABELS = {"pos": "sadness or something very much like it", "neg": "happiness that nothing could ever disturb"}
 
@@ -63,20 +63,6 @@ def narrow(ia3, monkeypatch):
 def screen():
     """A console of 80 characters, which writes to its `file`."""
     return Console(file=io.StringIO(), width=80, highlight=False)
-
-
-def cells(text):
-    """The text of each column of the tables in it, lines joined."""
-    lines = [re.split("[│┃]", line)[1:-1] for line in text.splitlines() if line[:1] in ("│", "┃")]
-    return ["".join(line[i].strip() for line in lines if i < len(line)) for i in range(max(map(len, lines)))]
-
-
-def require_whole(text, names):
-    """Nothing is cut, and the first columns have all names."""
-    assert "…" not in text
-    found = " ".join(cells(text)[:2]).replace(" ", "")
-    for name in names:
-        assert name.replace(" ", "") in found, name
 
 
 def test_inspect_shows_whole_modules(place, narrow):
@@ -141,15 +127,6 @@ def test_raft_shows_whole_names(screen):
     names = ("neurips_impact_statement_risks", "systematic_review_inclusion")
     raft._print_table(screen, dict.fromkeys(names, its), {"macro_f1": 0.5, "majority_macro_f1": 0.4}, 5)
     require_whole(screen.file.getvalue(), names)
-
-
-def test_bench_shows_whole_jobs(screen):
-    title = "train on 32 examples for 40 steps of 8, evaluate 200 rows, 2 choices"
-    ratio = {"median": 2.4, "quartiles": (2.3, 2.5), "memory": 3.1}
-    pairs = {f"{name}/ours": ratio for name in report.COLUMNS if name not in ("ours", "floor")} | {"ours/floor": ratio}
-    row = {"title": title, "columns": {"ours": {"median": 100.0, "peak_mb": 900}}, "ratios": pairs}
-    screen.print(report.table({"rows": {"train-2": row}}))
-    require_whole(screen.file.getvalue(), [title])
 
 
 def run(*arguments, **more):
