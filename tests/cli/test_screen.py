@@ -1,6 +1,5 @@
 """What people see: tables on a narrow screen lose nothing, and standard error holds the command's own lines alone."""
 
-import csv
 import io
 import json
 import os
@@ -22,22 +21,14 @@ from support.screen import require_whole
 LABELS = {"pos": "sadness or something very much like it", "neg": "happiness that nothing could ever disturb"}
 
 
-def write_csv(path, rows, delimiter=","):
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], delimiter=delimiter)
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with a tiny model, rows with long labels, and an adapter that has learned them."""
     folder = tmp_path_factory.mktemp("screen")
     words.save_model(folder / "model")
     rows = [{**row, "label": LABELS[row["label"]]} for row in words.different(60)]
-    write_csv(folder / "train.csv", rows)
-    write_csv(folder / "test.csv", rows[:6])
+    words.write_csv(folder / "train.csv", rows)
+    words.write_csv(folder / "test.csv", rows[:6])
     choices = ",".join(f"{label}={text}" for label, text in zip(LABELS.values(), ("good", "bad"), strict=True))
     arguments = ["--data", folder / "train.csv", "--output", folder / "adapter", "--steps", 2, "--choices", choices]
     with pytest.raises(SystemExit) as ended:
@@ -147,7 +138,9 @@ class TestStandardError:
 
     def test_of_train_has_its_notices_once(self, place, tmp_path):
         rows = words.rows(60)
-        data = write_csv(tmp_path / "rows.csv", [row for row in rows if row["label"] == "pos"] + rows[1:11:2], ";")
+        data = words.write_csv(
+            tmp_path / "rows.csv", [row for row in rows if row["label"] == "pos"] + rows[1:11:2], ";"
+        )
         lines = run("train", "-m", place / "model", "-d", data, "--steps", 2, "--seeds", "0,1", "-o", tmp_path / "out")
         assert lines == [
             f"ia3: Columns of {str(data)!r} are separated by ';' (--delimiter).",
