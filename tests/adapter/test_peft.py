@@ -503,6 +503,44 @@ def test_states_of_wrapped_models_have_plain_names(wrap):
     assert all(torch.equal(again[name], plain[name] * 2) for name in plain)
 
 
+@pytest.fixture
+def one_process(tmp_path):
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def sharded(model: nn.Module) -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    return model
+
+
+def sharded_by_fsdp1(model: nn.Module) -> nn.Module:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("wrap", [nn.parallel.DistributedDataParallel, sharded, sharded_by_fsdp1])
+def test_models_of_several_processes_have_plain_names(wrap, one_process, tmp_path):
+    x = torch.randn(3, 4)
+    plain = small()
+    expected, names = plain(x), list(ia3.get_peft_model_state_dict(plain))
+    model = wrap(small())
+    torch.testing.assert_close(model(x), expected)
+    model(x).sum().backward()
+    assert list(ia3.get_peft_model_state_dict(model)) == names
+    assert list(ia3.get_peft_model_state_dict(model, state_dict=model.state_dict())) == names
+    if wrap is sharded:
+        assert isinstance(model, ia3.PeftModel) and isinstance(model, peft.PeftModel)
+        assert not issubclass(type(model), peft.PeftModel)
+
+
 def test_names_of_fsdp_and_checkpointing_are_taken_away():
     model = small()
     state = {

@@ -121,7 +121,12 @@ class PeftModel(nn.Module):
         return _appearance(type(self), sys.modules.get("peft") is not None)
 
     @__class__.setter
-    def __class__(self, value: type) -> None:  # FSDP2 gives what it shards a class derived from its own
+    def __class__(self, value: type) -> None:
+        # FSDP2 derives a class of what it was told. It has to be of the real one: PEFT's methods are not ours.
+        told, own = self.__class__, type(self)
+        if told is not own and told in value.__bases__:
+            bases = tuple(own if base is told else base for base in value.__bases__)
+            value = type(value.__name__, bases, dict(value.__dict__))
         object.__dict__["__class__"].__set__(self, value)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -217,7 +222,10 @@ class PeftModel(nn.Module):
 def _appearance(own: type, peft_is_loaded: bool) -> type:
     """What a model says its class is: one of ours, and PEFT's of the same name, or without PEFT transformers'."""
     if peft_is_loaded:
-        theirs = getattr(sys.modules["peft"], own.__name__, None)
+        # A class that is derived from one of ours, as FSDP2's, is as that one.
+        theirs = next(
+            (found for one in own.__mro__ if (found := getattr(sys.modules["peft"], one.__name__, None))), None
+        )
     else:
         from transformers import PreTrainedModel as theirs
     return own if theirs is None else type(own.__name__, (own, theirs), {"__module__": own.__module__})
