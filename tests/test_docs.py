@@ -38,7 +38,7 @@ def test_every_block_is_named_once_and_run_here_or_by_ci():
     assert None not in names and len(set(names)) == len(names)
     assert set(blocks("command")) == set(re.findall(r"\$\(readme (\w+)\)", (ROOT / ".ci" / "run").read_text()))
     assert set(blocks("example")) == {
-        "train", "template", "python", "peft", "modules", "rule", "several", "mixed", "bank", "auto", "convert",
+        "train", "template", "classifier", "classifier-frame", "python", "peft", "modules", "rule", "several", "mixed", "bank", "auto", "convert",
         "families", "task.yaml", "task", "task-python", "pairs.yaml", "cause.yaml", "endings.yaml", "tasks",
         "prompts-python", "fleet", "fleet-python", "compare", "compare-python",
         "pretrain", "pretrain-python", "raft", "mine.yaml", "recipe", "recipe-python", "benchmarks",
@@ -239,6 +239,29 @@ def test_pretraining_in_python(place, monkeypatch, capsys):
     exec(compile(code.replace("steps=1000", "steps=2"), "pretrain-python", "exec"), {})
     assert "{'tickets': 0.5, 'urgency': 0.5}" in capsys.readouterr().out
     assert (place / "adapters" / "start-python" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["classifier", "classifier-frame"])
+def test_a_classifier_in_python(name, place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    code = blocks("example")[name]
+    assert name != "classifier" or (code.index("FewShotClassifier()") and len(code.strip().splitlines()) == 5)
+    code = code.replace("FewShotClassifier(", 'FewShotClassifier(model="model", recipe="quick.yaml", ', 1)
+    code = code.replace("Recipe.small()", "Recipe(steps=2)")
+    rows = words.rows(32)
+    scope = {"texts": [row["text"] for row in rows], "labels": [row["label"] for row in rows]}
+    exec(compile(code, name, "exec"), scope)
+    expected = {
+        "classifier": r"\['(pos|neg)'\]",
+        "classifier-frame": r"(?s)\[.*\['billing' 'technical'\] \[\[0\..*\]\]",
+    }
+    assert re.fullmatch(expected[name], capsys.readouterr().out.strip())
+    assert (place / "adapters" / "tickets" / "task.yaml").is_file()
+
+
+def test_the_page_to_read_first_is_as_long_as_said():
+    found = re.search(r"in (\d+) lines of plain torch", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert int(found[1]) == len((ROOT / "examples" / "reference.py").read_text(encoding="utf-8").splitlines())
 
 
 @pytest.mark.slow
