@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ia3.adapter.config import CONFIG_NAME, IA3Config, adapter_folders
+from ia3.adapter.stored import CALIBRATION_NAME, OWN_NAMES, RECIPE_NAME, TASK_NAME
 from ia3.errors import InputError, reason, shown, similar
-from ia3.files import current, take_over
-from ia3.folder import CALIBRATION_NAME, OWN_NAMES, RECIPE_NAME, TASK_NAME, WEIGHTS_NAME, AdapterFolder
+from ia3.files import WEIGHTS_NAME, current, take_over
+from ia3.folder import AdapterFolder
 
 if TYPE_CHECKING:
     from ia3.serve.engine import Engine

@@ -9,9 +9,9 @@ import jinja2.nodes as nodes
 import yaml
 
 from ia3.adapter.config import CONFIG_NAME, IA3Config
+from ia3.adapter.stored import CALIBRATION_NAME, RECIPE_NAME, TASK_NAME
 from ia3.errors import InputError, shown
-from ia3.files import parse_json, reading
-from ia3.folder import CALIBRATION_NAME, RECIPE_NAME, TASK_NAME, WEIGHTS_NAME
+from ia3.files import WEIGHTS_NAME, parse_json, reading
 from ia3.task import sandbox
 from ia3.task.template import has_jinja
 
