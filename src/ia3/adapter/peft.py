@@ -21,9 +21,12 @@ from torch._dynamo.eval_frame import skip_code
 from torch.nn.modules.module import _IncompatibleKeys
 
 from ia3.adapter import quantized
+from ia3.adapter.adapted import find_adapted, look_through
 from ia3.adapter.config import IA3Config, TaskType
-from ia3.adapter.layer import IA3Layer, TrainedModule
-from ia3.adapter.model import IA3Model, count_parameters, find_adapted, look_through
+from ia3.adapter.layer import IA3Layer
+from ia3.adapter.merging import discard
+from ia3.adapter.model import IA3Model, count_parameters
+from ia3.adapter.routing import Member
 from ia3.adapter.state_dict import PREFIX, clean_name
 from ia3.adapter.targets import TASK_HEADS, base_modules, matches
 from ia3.errors import InputError, shown
@@ -65,7 +68,7 @@ class PeftModel(nn.Module):
         low_cpu_mem_usage: create vectors without memory, to be filled by a checkpoint.
 
     Raises:
-        InputError: the config fits no module of the model; see `resolve_targets`.
+        InputError: the config fits no module of the model; see `resolve`.
     """
 
     # To transformers.Trainer: a quantized base can be trained, for adapters are.
@@ -376,7 +379,7 @@ def get_peft_model(
             f"plain model, call .unload() first.",
             stacklevel=2,
         )
-        IA3Model(base, {})._ia3_replace_earlier(adapter_name)
+        discard(base, adapter_name)
     chosen = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(peft_config.task_type or "", PeftModel)
     return chosen(base, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
 
@@ -595,13 +598,9 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     """
     found = []
     for name, module in (find_adapted(model) or model).named_modules():
-        if isinstance(module, (IA3Layer, TrainedModule)):
-            routing = module.routing
-            held = module.ia3_l if isinstance(module, IA3Layer) else module.modules_to_save
-            parameters = {
-                adapter: [part] if isinstance(part, nn.Parameter) else list(part.parameters())
-                for adapter, part in held.items()
-            }
+        if isinstance(module, Member):
+            routing, held = module.routing, module.held
+            parameters = {adapter: list(module.parameters_of(adapter)) for adapter in held}
             rescaled = isinstance(module, IA3Layer)
             found.append(
                 TunerLayerStatus(
