@@ -32,7 +32,7 @@ class Adapted(nn.Module):
     Args, attributes and errors: see `IA3Model`.
     """
 
-    # A name of ours that PEFT does not have says "adapter" or "ia3", so that it hides none of the base model's.
+    # Names of ours that PEFT lacks contain "adapter" or "ia3", so that they hide none of the base model's.
 
     peft_type = PeftType.IA3
     prefix = "ia3_"

@@ -94,6 +94,7 @@ class IA3Layer(Member):
         self.weights_read = weights_read or rule.axis is None
         self.row_axis = row_axis
         self._originals: dict[str, Any] = {}
+        self.register_load_state_dict_pre_hook(_require_unmerged)
 
     def add(
         self,
@@ -140,6 +141,34 @@ class IA3Layer(Member):
         """An adapter's effective vector, in its stored shape; of other `values` than the parameter's when given."""
         held = self.held[name]
         return (held if values is None else replace(held, value=values)).effective()
+
+    # What PEFT's layers say of themselves.
+
+    adapter_layer_names = ("ia3_l",)
+
+    def get_base_layer(self) -> nn.Module:
+        """The module that is rescaled."""
+        return self.base_layer
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapters in effect, in this layer or others."""
+        return list(self.routing.active)
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """Those of this layer that are multiplied into its weight."""
+        return [name for name in self.routing.merged if name in self.held]
+
+    @property
+    def merged(self) -> bool:
+        """Whether there are any."""
+        return bool(self.merged_adapters)
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether adapters are switched off."""
+        return not self.routing.enabled
 
     # Its weights with vectors multiplied in.
 
@@ -221,6 +250,11 @@ class IA3Layer(Member):
                 )
             return self._rescaled(factors)[0].get(name, base._parameters[name])
         return getattr(base, name)
+
+
+def _require_unmerged(layer: IA3Layer, *_: Any) -> None:
+    if layer._originals:  # which would come back when it is unmerged, whatever is loaded
+        raise InputError("Expected a model without merged adapters to load a state into; call unmerge_adapter() first.")
 
 
 def _is_finite(value: Any) -> bool:
