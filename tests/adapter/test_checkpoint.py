@@ -21,7 +21,7 @@ from safetensors import safe_open
 
 import ia3
 from ia3 import IA3Config, IA3Layer, InputError, PeftModel, get_peft_model
-from ia3.adapter.layer import TrainedModule
+from ia3.adapter.trained import TrainedModule
 from ia3.files import replacing
 from ia3.folder import AdapterFolder
 from support import tiny

@@ -320,6 +320,47 @@ def test_an_attention_compiles_without_a_break(widths, targets):
             assert tiny.relative_error(grads[key], gradient) <= 1e-4
 
 
+@pytest.fixture
+def one_process():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch.distributed", "ignore::FutureWarning:torch.distributed")
+@pytest.mark.parametrize("whole", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("kind", ["FSDP", "FSDP2"])
+def test_sharded_blocks_learn_as_plain_ones(kind, whole, one_process):
+    """Sharding puts other tensors in the vectors' place, for the time of a pass and for good."""
+
+    def build():
+        fields = {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+        model = ia3.IA3Model(nn.Sequential(Network(), Network()), IA3Config(**fields))
+        tiny.randomize(model, 1, "default")
+        return model
+
+    def learn(model) -> list[torch.Tensor]:
+        model(X).square().sum().backward()
+        found = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+        return [grad.full_tensor() if hasattr(grad, "full_tensor") else grad for grad in found]
+
+    expected = learn(build())
+    model = build()
+    for i, block in enumerate(model.model):
+        if whole:
+            block.compile(backend="aot_eager")
+        if kind == "FSDP2":
+            torch.distributed.fsdp.fully_shard(block, mesh=one_process)
+        else:
+            model.model[i] = torch.distributed.fsdp.FullyShardedDataParallel(
+                block, use_orig_params=True, device_id=torch.device("cpu")
+            )
+    found = learn(model)
+    assert len(found) == len(expected) == 4
+    for one, other in zip(found, expected, strict=True):
+        assert tiny.relative_error(one.flatten(), other.flatten()) <= 1e-5
+
+
 # Batches whose rows have an adapter each.
 
 BASE = "__base__"

@@ -11,7 +11,7 @@ import transformers
 
 import ia3
 from ia3 import IA3Config, IA3Layer, IA3Model, InputError, PeftModel, get_peft_model
-from ia3.adapter.layer import TrainedModule
+from ia3.adapter.trained import TrainedModule
 from support import tiny
 
 pytestmark = [
