@@ -7,7 +7,8 @@ from pathlib import Path
 
 import typer
 
-from ia3.cli.common import BaseOption, JsonOption, console, print_json, progress
+from ia3.cli.bars import Bar, Bars
+from ia3.cli.common import BaseOption, JsonOption, console, print_json
 
 
 def bench(
@@ -46,11 +47,14 @@ def bench(
     rows = chosen(only, whole)
     planned = plan(Settings(model, repeats, threads, whole), rows, output / JSON_NAME, adapterhub, resume)
     try:
-        with progress(out) as bars:
-            bar = bars.add_task("Measuring", total=None, note="")
+        with Bars(out) as bars:
+            stages: list[Bar] = []
 
             def on_step(done: int, total: int, note: str) -> None:
-                bars.update(bar, completed=done, total=total, note=note)
+                if not stages:
+                    stages.append(bars.stage("Measuring", total))
+                stages[0].reach(done)
+                stages[0].note(note)
 
             result = run(planned, on_step)
     except KeyboardInterrupt:
