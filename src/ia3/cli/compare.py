@@ -152,8 +152,7 @@ def compare(
             soft_wrap=True,
         )
     with Bars(out) as bars:
-        comparison.progress = bars
-        rows = comparison.run(drawn_shots)
+        rows = comparison.run(drawn_shots, bars)
     comparison.save(folder, rows)
     if json_output:
         print_json({"rows": rows})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +49,6 @@ class Comparison:
         recipe: how T-Few trains, and by which all methods' answers are scored.
         seed: decides shots and the order of training.
         adapter: a trained one to measure in place of training one; None: train one.
-        progress: told how it gets on.
     """
 
     base: PreTrainedModel
@@ -60,9 +59,9 @@ class Comparison:
     recipe: Recipe
     seed: int = 0
     adapter: StoredAdapter | None = None
-    progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
+        self._progress = Progress()
         self.labels = [self.task.label(row) for row in self.test]
         self.parameters = costs.count_parameters(self.base)
         self.cache_bytes = costs.cache_bytes_per_token(self.base)
@@ -93,12 +92,14 @@ class Comparison:
                 )
         return found
 
-    def run(self, shots: Mapping[int, Sequence[Row]]) -> list[dict[str, Any]]:
+    def run(self, shots: Mapping[int, Sequence[Row]], progress: Progress | None = None) -> list[dict[str, Any]]:
         """The numbers of each method.
 
         Args:
             shots: examples in context by their number; see `shots`.
+            progress: told how it gets on.
         """
+        self._progress = progress or Progress()
         rows = [self.zero_shot()]
         rows += [self.in_context(some) for some in shots.values()]
         return [*rows, self.t_few()]
@@ -141,7 +142,7 @@ class Comparison:
         model = with_adapters(self.base, ["default"], recipe.init)
         with tempfile.TemporaryDirectory() as scratch:
             trainer, _, seconds = train_alone(
-                self.progress, "training", model, self.tokenizer, self.task, self.examples, recipe, self.seed, scratch
+                self._progress, "training", model, self.tokenizer, self.task, self.examples, recipe, self.seed, scratch
             )
             save_adapter(model, scratch)
             size = Path(scratch, WEIGHTS_NAME).stat().st_size
@@ -182,7 +183,7 @@ class Comparison:
         }
 
     def _measure(self, title: str, model: Any, prefix: Any = None) -> costs.Measured:
-        stage = self.progress.stage(title, len(self.test))
+        stage = self._progress.stage(title, len(self.test))
         measured = costs.measure(
             model,
             self.tokenizer,
