@@ -1,5 +1,7 @@
 """Templates, labels, files: what a task makes of rows, and what it says about rows that it cannot use."""
 
+import bisect
+import itertools
 import json
 from collections import Counter
 
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import normalizers
 
 from ia3 import IA3Config, IA3Model, InputError, Prefix, Task, few_shot, predict, read_rows
+from ia3.scoring.fitting import _longest
 from support import tiny, words
 
 TEMPLATE = "review : {{ text }} answer :"
@@ -395,6 +398,37 @@ class TestLongPrompts:
         with pytest.raises(InputError, match=r"at most 10 tokens, found 13 \(row 2\)"):
             task.questions(words.tokenizer(), rows, model=short, long_prompts="refuse")
 
+    @given(dense=st.lists(st.integers(0, 9), max_size=300), room=st.integers(0, 400), most=st.integers(0, 400))
+    def test_the_longest_beginning(self, dense, room, most):
+        """Whatever the places of the tokens are; `dense` has the characters in front of each."""
+        ends = [0, *itertools.accumulate(dense)]
+        fits = [length for length in range(most + 1) if bisect.bisect_right(ends, length) <= room]
+        found = _longest(most, room, lambda length: bisect.bisect_right(ends, length))
+        assert found == (max(fits) if fits else None)
+
+    @pytest.mark.parametrize("characters", [1, 4, 7, 120])
+    def test_few_texts_are_tokenized(self, characters):
+        asked = []
+
+        def tokens(length):
+            asked.append(length)
+            return 20 + length // characters
+
+        assert _longest(900_000, 1020, tokens) == 1001 * characters - 1
+        assert len(asked) <= 20 and sum(asked) < 12 * 1000 * characters + 100_000
+
+    def test_what_has_too_many_characters_is_not_tokenized(self, short, caplog):
+        """It counts as too long."""
+        task = Task(template="{{ text }} answer :", choices=CHOICES)
+        row = {"text": "tea" + " " * 20_000 + "soup"}
+        with pytest.raises(InputError, match=r"at most 10 tokens, found one of more than 10000 characters \(row 1\)"):
+            task.questions(words.tokenizer(), [row], False, short, 0, "refuse")
+        (question,) = task.questions(words.tokenizer(), [row], False, short)
+        assert words.tokenizer().decode(question.prompt) == "tea answer :" and "cut off" in caplog.text
+        whole = Task(template="{{ text[-4:] }} answer :", choices=CHOICES)
+        (question,) = whole.questions(words.tokenizer(), [row], False, short)
+        assert words.tokenizer().decode(question.prompt) == "soup answer :", "what counts is the prompt"
+
     @given(sizes=st.lists(st.integers(0, 30), min_size=2, max_size=2), order=st.permutations(["a", "b"]))
     def test_what_fits_is_used_up(self, short, sizes, order):
         task = Task(template="review {{ a }} : {{ b }} answer", choices=CHOICES, truncate=order)
@@ -438,6 +472,15 @@ class TestInfer:
         task = Task.infer([{"review": "a", "kind": "b_c"}, {"review": "d", "kind": "a"}], label_column="kind")
         assert task.choices == {"a": "a", "b_c": "b c"}
         assert task.prompt({"review": "Tea!"}) == "Tea!\n\nQuestion: What is the kind, a or b c?\nAnswer:"
+
+    def test_from_several_columns(self):
+        rows = [{"the_first": "a", "2nd": "b", "label": "x"}, {"the_first": "c", "2nd": "d", "label": "y"}]
+        task = Task.infer(rows, text_column=["the_first", "2nd"])
+        assert task.prompt(rows[0]) == "the first: a\n2nd: b\n\nQuestion: What is the label, x or y?\nAnswer:"
+        with pytest.raises(InputError, match="Expected a column 'third'"):
+            Task.infer(rows, text_column=["the_first", "third"])
+        with pytest.raises(InputError, match="found 'label' for both"):
+            Task.infer(rows, text_column=["the_first", "label"])
 
     @pytest.mark.parametrize("column", ["Review Text", "row", "None", "self", "if", "a'b", "a|||b", "über", "1st"])
     def test_any_column_name_can_be_the_text(self, column):

@@ -7,7 +7,7 @@ import os
 from typing import Any, ClassVar
 
 from ia3.adapter.config import IA3Config, TaskType
-from ia3.adapter.peft import PeftModel
+from ia3.adapter.peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 from ia3.adapter.pretrained import find_base
 from ia3.adapter.stored import StoredAdapter
 from ia3.errors import InputError, brief, reason, shown
@@ -71,7 +71,8 @@ class AutoPeftModel:
                 f"{reason(error)}"
             ) from error
         cls._fit_tokenizer(model, pretrained_model_name_or_path, place)
-        return PeftModel.from_pretrained(model, folder, adapter_name, is_trainable, given)
+        chosen = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(cls.task_type or "", PeftModel)
+        return chosen.from_pretrained(model, folder, adapter_name, is_trainable, given)
 
     @classmethod
     def _base_class(cls, config: IA3Config) -> Any:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ia3.adapter.config import CONFIG_NAME, TaskType
+from ia3.adapter.config import CONFIG_NAME, IA3Config, TaskType
 from ia3.adapter.pretrained import DTYPES, EMBEDDED_MODEL
 from ia3.errors import InputError, shown
 
@@ -204,12 +204,15 @@ def _load_base(
 
 
 def recipe_for(model: str, recipe: str | None, **changes: Any) -> Recipe:
-    """As `ia3.evaluation.experiment.recipe_for`, without what libraries say while a model's size is found out."""
-    from ia3.evaluation.experiment import recipe_for
+    """The recipe that is asked for, else the one for a model of that size, with some fields changed."""
+    from ia3.training.recipe import Recipe
 
     if recipe is None:
         quiet()
-    return recipe_for(model, recipe, **changes)
+    chosen = (Recipe.for_model(model) if recipe is None else Recipe.load(recipe)).changed(**changes)
+    if chosen.init is not None:
+        IA3Config.from_pretrained(chosen.init)  # now, and not when the model has been loaded
+    return chosen
 
 
 def require_folder(path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ia3.adapter.config import IA3Config
-from ia3.adapter.pretrained import EMBEDDED_MODEL, parameter_count
+from ia3.adapter.pretrained import EMBEDDED_MODEL
 from ia3.errors import InputError, brief, shown
 from ia3.evaluation.checkpoints import checkpoint_of, settings_of
 from ia3.evaluation.drawing import Draw, Source, drawn, read
@@ -23,9 +23,6 @@ from ia3.task.task import Row, Task
 from ia3.training.recipe import Recipe
 
 T = TypeVar("T")
-
-# From so many parameters on, the paper's recipe is the default.
-_LARGE = 1_000_000_000
 
 # What a task cannot be named when its adapter's folder stands beside these.
 TAKEN = ("checkpoints", "metrics.json")
@@ -189,7 +186,7 @@ class Experiment:
     @functools.cached_property
     def chosen_recipe(self) -> Recipe:
         """How all adapters are trained."""
-        return recipe_for(self.model) if self.recipe is None else self.recipe
+        return Recipe.for_model(self.model) if self.recipe is None else self.recipe
 
     def settings(self) -> dict[str, Any]:
         """All that decides the result."""
@@ -223,6 +220,8 @@ class Experiment:
         files = [str(path) for path in self.folders if path.is_file()]
         if files:
             raise InputError(f"Expected a folder for the results, found the file {files[0]!r}.")
+        if self.chosen_recipe.init is not None:
+            IA3Config.from_pretrained(self.chosen_recipe.init)
         if self.folds:
             from ia3.evaluation.calibration import fold_of_each
 
@@ -279,16 +278,6 @@ def source_of(task: Task, rows: Any = None, test: Any = None) -> Source:
         if test is None and task.test is not None:
             test = read(task.test, task)
     return Source(task, as_rows(rows, task), None if test is None else as_rows(test, task))
-
-
-def recipe_for(model: str, recipe: str | None = None, **changes: Any) -> Recipe:
-    """The recipe that is asked for, else the one for a model of that size, with some fields changed."""
-    if recipe is None:
-        recipe = "small" if parameter_count(model) < _LARGE else "paper"
-    chosen = Recipe.load(recipe).changed(**changes)
-    if chosen.init is not None:
-        IA3Config.from_pretrained(chosen.init)  # now, and not when the model has been loaded
-    return chosen
 
 
 def names_a_folder(name: str) -> bool:

@@ -98,13 +98,18 @@ def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: one that `huggingface_hub.hf_hub_download` does not take.
     """
+    if not kwargs:
+        return {}
     from huggingface_hub import hf_hub_download
 
     known = {"subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download"}
     known |= {*inspect.signature(hf_hub_download).parameters} - {"repo_id", "filename"}
     unknown = [name for name in kwargs if name not in known]
     if unknown:
-        raise InputError(f"Unknown arguments {shown(unknown)}; expected those of huggingface_hub.hf_hub_download.")
+        raise InputError(
+            f"Unknown arguments {shown(unknown)}; expected what the documentation of this function names, or what "
+            f"huggingface_hub.hf_hub_download takes (revision, token, cache_dir, …)."
+        )
     return {name: value for name, value in kwargs.items() if value is not None}
 
 
@@ -125,6 +130,10 @@ def upload(
     """
     from huggingface_hub import HfApi
 
+    known = inspect.signature(HfApi.upload_folder).parameters
+    unknown = [name for name in kwargs if name not in known and "kwargs" not in known]
+    if unknown:  # before a repository is made
+        raise InputError(f"Unknown arguments {shown(unknown)}; expected those of huggingface_hub.upload_folder.")
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     with tempfile.TemporaryDirectory() as folder:
