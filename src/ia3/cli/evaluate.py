@@ -46,7 +46,7 @@ def evaluate(
     from ia3.errors import InputError
     from ia3.evaluation.calibration import Calibration
     from ia3.evaluation.drawing import read
-    from ia3.evaluation.results import majority, majority_metrics
+    from ia3.evaluation.results import majority, report
     from ia3.task.reading import require_delimited
 
     out = console(json_output)
@@ -80,24 +80,9 @@ def evaluate(
         fitted = Calibration.fit([found[number] for number in unseen], [labels[number] for number in unseen])
         folder.calibrate(fitted)
 
-    import numpy as np
-    from sklearn.metrics import precision_recall_fscore_support
-
-    predictions = [item.best for item in found]
-    names = task.labels or sorted({*labels, *predictions})
-    measured = np.array(precision_recall_fscore_support(labels, predictions, labels=names, zero_division=0))  # type: ignore[arg-type]
-    result = {
-        **task.metrics(labels, predictions),
-        "majority": majority_metrics(task, labels),
-        "rows": len(rows),
-        "temperature": temperature,
-        **Calibration.quality(found, labels, temperature),
-        **({} if fitted is None else {"calibration": fitted.model_dump()}),
-        "labels": {
-            name: {"precision": float(p), "recall": float(r), "f1": float(f), "rows": int(n)}
-            for name, p, r, f, n in zip(names, *measured.tolist(), strict=True)
-        },
-    }
+    measured = report(task, found, labels, temperature)
+    per_label = measured.pop("labels")
+    result = {**measured, **({} if fitted is None else {"calibration": fitted.model_dump()}), "labels": per_label}
     if json_output:
         print_json(result)
         return

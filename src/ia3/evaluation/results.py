@@ -16,6 +16,7 @@ from ia3.files import to_json
 if TYPE_CHECKING:
     from ia3.adapter.model import IA3Model
     from ia3.evaluation.calibration import Calibration
+    from ia3.evaluation.prediction import Prediction
     from ia3.task.task import Row, Task, Template
     from ia3.training.recipe import Recipe
 
@@ -36,6 +37,29 @@ def majority_metrics(task: Task, labels: Sequence[str]) -> dict[str, float]:
 def median_metrics(some: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Each metric's median over templates, the paper's way to measure (Liu et al. 2022, section 3.1)."""
     return {metric: statistics.median(scores[metric] for scores in some) for metric in some[0]}
+
+
+def report(task: Task, predictions: Sequence[Prediction], labels: Sequence[str], temperature: float) -> dict[str, Any]:
+    """How good predictions of labelled rows are: metrics, probabilities' quality, and each label's precision and recall."""
+    import numpy as np
+    from sklearn.metrics import precision_recall_fscore_support
+
+    from ia3.evaluation.calibration import Calibration
+
+    found = [prediction.best for prediction in predictions]
+    names = task.labels or sorted({*labels, *found})
+    measured = np.array(precision_recall_fscore_support(labels, found, labels=names, zero_division=0))  # type: ignore[arg-type]
+    return {
+        **task.metrics(labels, found),
+        "majority": majority_metrics(task, labels),
+        "rows": len(labels),
+        "temperature": temperature,
+        **Calibration.quality(predictions, labels, temperature),
+        "labels": {
+            name: {"precision": float(p), "recall": float(r), "f1": float(f), "rows": int(n)}
+            for name, p, r, f, n in zip(names, *measured.tolist(), strict=True)
+        },
+    }
 
 
 def summary(members: Mapping[str, dict[str, Any]], seeds: Mapping[str, Sequence[str]]) -> dict[str, Any]:
