@@ -41,7 +41,7 @@ def test_every_block_is_named_once_and_run_here_or_by_ci():
         "train", "template", "classifier", "classifier-frame", "python", "peft", "modules", "rule", "several", "mixed", "bank", "auto", "convert",
         "families", "task.yaml", "task", "task-python", "pairs.yaml", "cause.yaml", "endings.yaml", "tasks",
         "prompts-python", "fleet", "fleet-python", "compare", "compare-python",
-        "pretrain", "pretrain-python", "raft", "mine.yaml", "recipe", "recipe-python", "benchmarks",
+        "pretrain", "pretrain-python", "raft", "mine.yaml", "recipe", "recipe-python", "experiment-python", "benchmarks",
         # Those of docs/serve.md run in serve/test_docs_serve.py.
         "serve", "serve-classify", "serve-completions", "serve-openai", "serve-adapters", "serve-operation",
         "ia3.service", "Dockerfile",
@@ -222,6 +222,16 @@ def test_a_recipe_in_python(place, monkeypatch, capsys):
     code = blocks("example")["recipe-python"]
     exec(compile(code.replace("steps=40", "steps=2"), "recipe-python", "exec"), {})
     assert "Prediction(label=" in capsys.readouterr().out
+
+
+def test_an_experiment_in_python(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    code = blocks("example")["experiment-python"]
+    scope: dict = {}
+    exec(compile(code.replace("steps=40", "steps=2"), "experiment-python", "exec"), scope)
+    assert capsys.readouterr().out.count("accuracy") == 3
+    its = ia3.AdapterFolder("adapters/tried")
+    assert its.calibration is not None and its.metrics["trained"] == scope["outcome"].results["trained"]
 
 
 def test_an_encoder_in_python(place, monkeypatch, capsys):

@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from ia3.cli import common, compare, main, raft, results
+from ia3.cli import compare, main, raft, results
+from ia3.cli.bars import Bars
 from ia3.cli.predict import _shortened
 from ia3.task.task import embedded_tasks
 from support import words
@@ -95,8 +96,8 @@ def test_train_shows_whole_names_of_many_adapters(screen):
 
 
 def test_progress_shows_whole_names(screen):
-    with common.progress(screen) as bars:
-        bars.add_task("Zero-shot a-task-with-a-name/seed-0-lr-0.001, template 2", total=3, note="accuracy 88.9%")
+    with Bars(screen) as bars:
+        bars.stage("Zero-shot a-task-with-a-name/seed-0-lr-0.001, template 2", 3).note("accuracy 88.9%")
     assert "…" not in screen.file.getvalue() and re.sub(r"\s", "", screen.file.getvalue()).count("Zero-shot") == 1
 
 
