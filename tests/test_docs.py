@@ -27,11 +27,6 @@ def blocks(kind: str) -> dict[str, str]:
     return {name: code for marked, name, _, code in found if marked == kind}
 
 
-def test_nothing_is_left_to_fill_in():
-    for page in PAGES:
-        assert not re.search(r"^[A-Z]+_TABLE$", page.read_text(encoding="utf-8"), re.MULTILINE), page
-
-
 def test_every_block_is_named_once_and_run_here_or_by_ci():
     found = [match.groups() for page in PAGES for match in BLOCK.finditer(page.read_text(encoding="utf-8"))]
     names = [name for _, name, _, _ in found]
@@ -42,10 +37,10 @@ def test_every_block_is_named_once_and_run_here_or_by_ci():
         "families", "task.yaml", "task", "task-python", "pairs.yaml", "cause.yaml", "endings.yaml", "tasks",
         "prompts-python", "fleet", "fleet-python", "compare", "compare-python",
         "pretrain", "pretrain-python", "raft", "mine.yaml", "recipe", "recipe-python", "experiment-python", "benchmarks",
-        # Those of docs/serve.md run in serve/test_docs_serve.py.
+        # Those of docs/serve.md run in serve/test_docs.py.
         "serve", "serve-classify", "serve-completions", "serve-openai", "serve-adapters", "serve-operation",
         "ia3.service", "Dockerfile",
-        "vllm-serve", "vllm-requests", "vllm-python", "vllm-classify",  # run by tests/with_vllm/test_vllm_server.py
+        "vllm-serve", "vllm-requests", "vllm-python", "vllm-classify",  # run by tests/with_vllm/test_server.py
     }  # fmt: skip
 
 
