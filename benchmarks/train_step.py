@@ -34,10 +34,10 @@ import peft
 import psutil
 import torch
 import transformers
+from jobs.peers import padded_log_probs
 from torch.nn import functional as F
 
 from ia3 import IA3Config, IA3Model, Task, load_base
-from ia3.bench.peers import padded_log_probs
 from ia3.scoring import seq2seq
 from ia3.scoring.beginning import common_tokens, parts, training_parts
 from ia3.scoring.choices import Batch, batches, normalized_scores, token_log_probs

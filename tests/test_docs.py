@@ -12,6 +12,7 @@ import torch
 import transformers
 
 import ia3
+from benchmarks.__main__ import main as benchmarks
 from ia3 import Task
 from ia3.cli import main
 from support import tiny, words
@@ -40,7 +41,7 @@ def test_every_block_is_named_once_and_run_here_or_by_ci():
         "train", "template", "classifier", "classifier-frame", "python", "peft", "modules", "rule", "several", "mixed", "bank", "auto", "convert",
         "families", "task.yaml", "task", "task-python", "pairs.yaml", "cause.yaml", "endings.yaml", "tasks",
         "prompts-python", "fleet", "fleet-python", "compare", "compare-python",
-        "pretrain", "pretrain-python", "raft", "mine.yaml", "recipe", "recipe-python", "bench",
+        "pretrain", "pretrain-python", "raft", "mine.yaml", "recipe", "recipe-python", "benchmarks",
         # Those of docs/serve.md run in serve/test_docs_serve.py.
         "serve", "serve-classify", "serve-completions", "serve-openai", "serve-adapters", "serve-operation",
         "ia3.service", "Dockerfile",
@@ -95,7 +96,7 @@ def place(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "name", ["train", "template", "convert", "task", "fleet", "tasks", "compare", "pretrain", "raft", "recipe", "bench"]
+    "name", ["train", "template", "convert", "task", "fleet", "tasks", "compare", "pretrain", "raft", "recipe"]
 )
 def test_commands(name, place, monkeypatch, capsys):
     monkeypatch.chdir(place)
@@ -107,8 +108,6 @@ def test_commands(name, place, monkeypatch, capsys):
             arguments += ["--model", "model"]
         elif arguments[0] in ("train", "pretrain", "compare"):  # the tiny model learns in a moment
             arguments += ["--model", "model", "--steps", "2"]
-        if arguments[0] == "bench":
-            arguments += ["--model", "model", "--only", "help", "--repeats", "1"]
         if arguments[0] == "raft":
             arguments += ["--model", "model", "--recipe", "quick.yaml"]
         with pytest.raises(SystemExit) as ended:
@@ -123,6 +122,17 @@ def test_commands(name, place, monkeypatch, capsys):
         assert lines[0] == "ID,Label" and lines[-1].startswith("59,") and len(lines) == 11
     if name == "task":
         assert json.loads((place / "adapters" / "tickets" / "metrics.json").read_text())["task"] == "tickets"
+
+
+def test_the_benchmarks_command(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    for command in blocks("example")["benchmarks"].splitlines():
+        program, _, arguments = command.partition("python -m benchmarks ")
+        assert not program
+        with pytest.raises(SystemExit) as ended:
+            benchmarks(shlex.split(f"{arguments} --model model --only help --repeats 1"))
+        assert not ended.value.code, capsys.readouterr().err
+    assert (place / "bench" / "bench.json").is_file()
 
 
 @pytest.mark.parametrize(

@@ -44,11 +44,12 @@ print(sorted(IA3Config.from_pretrained({str(tmp_path)!r}).target_modules))
     assert run(code) == "['k', 'v', 'wo']"
 
 
-def test_the_package_never_imports_peft():
+def test_every_name_loads_without_peft():
+    """transformers imports it where it is installed; here nothing can."""
     code = (
-        "import sys; sys.modules['peft'] = None; import ia3; print(len([getattr(ia3, name) for name in ia3.__all__]))"
+        "import sys; sys.modules['peft'] = None; import ia3; [getattr(ia3, name) for name in ia3.__all__]; print('all')"
     )
-    assert run(code) == str(len(ia3.__all__))
+    assert run(code) == "all"
 
 
 @pytest.mark.parametrize("name", ia3.__all__)

@@ -22,8 +22,9 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from ia3.adapter.pretrained import EMBEDDED_MODEL
+from ia3.adapter.stored import METRICS_NAME, to_json
 from ia3.errors import InputError, brief, shown
-from ia3.folder import METRICS_NAME, AdapterFolder, to_json
+from ia3.folder import AdapterFolder
 from ia3.task.rows import as_row, items_of
 from ia3.task.task import Task
 from ia3.task.template import Row, as_text, at_row, is_missing

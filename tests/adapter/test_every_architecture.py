@@ -4,12 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_architectures import NOTHING, REFUSED, TEXT, _quiet, built  # noqa: F401
 
 import ia3
 from ia3.adapter.architectures import Site, output_sites
 from ia3.adapter.targets import base_modules
 from support import zoo
+from support.zoo import NOTHING, REFUSED, TEXT, built
+
+pytestmark = pytest.mark.usefixtures("quiet")
 
 # Voxtral hears before it reads.
 ADAPTED = [name for name in TEXT if name not in {*NOTHING, *REFUSED, "voxtral_realtime"}]

@@ -18,9 +18,9 @@ from ia3.errors import InputError
 from ia3.scoring.choices import score_questions
 from ia3.scoring.questions import Question
 from ia3.serve.engine import AdapterFailed, GenerateJob, ScoreJob
+from ia3.serve.vllm import VllmEngine, _together
 from ia3.task.task import Task
 from ia3.training.recipe import Recipe
-from ia3.vllm.engine import VllmEngine, _together
 from support import tiny, words
 
 needs_vllm = pytest.mark.skipif(

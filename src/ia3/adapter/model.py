@@ -22,6 +22,7 @@ from ia3.adapter.layer import IA3Layer, TrainedModule
 from ia3.adapter.mixing import check_generation, check_media
 from ia3.adapter.routing import Routing
 from ia3.adapter.rows import BASE, Rows, SameRows, row_count, uncompiled
+from ia3.adapter.stored import StoredAdapter
 from ia3.adapter.targets import (
     Target,
     base_modules,
@@ -37,7 +38,6 @@ from ia3.files import hub_arguments, upload
 
 if TYPE_CHECKING:
     from ia3.bank import AdapterBank
-    from ia3.folder import AdapterFolder
 
 
 class IA3Model(nn.Module):
@@ -100,7 +100,7 @@ class IA3Model(nn.Module):
         """Take a base model over: what adapters add within is kept, and all else frozen, unless something fails."""
         self.model = model
         self.peft_config: dict[str, IA3Config] = {}
-        self.adapter_folders: dict[str, AdapterFolder] = {}  # what belongs beside each adapter on disk
+        self.adapter_folders: dict[str, StoredAdapter] = {}  # what belongs beside each adapter on disk
         self._ia3_trainable: set[str] = set()  # the adapters to freeze when others become active
         quantized.release_dequantized(model)
         quantized.keep_plain_layout(model)

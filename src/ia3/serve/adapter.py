@@ -10,9 +10,10 @@ import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ia3.adapter.config import CONFIG_NAME
+from ia3.adapter.stored import CALIBRATION_NAME, RECIPE_NAME, TASK_NAME
 from ia3.errors import InputError, reason
-from ia3.files import current
-from ia3.folder import CALIBRATION_NAME, RECIPE_NAME, TASK_NAME, WEIGHTS_NAME, AdapterFolder
+from ia3.files import WEIGHTS_NAME, current
+from ia3.folder import AdapterFolder
 
 if TYPE_CHECKING:
     from ia3.task.task import Task

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ia3.adapter.config import CONFIG_NAME, IA3Config, adapter_folders
+from ia3.adapter.stored import OWN_NAMES
 from ia3.errors import InputError, shown, similar
-from ia3.files import current, take_over
-from ia3.folder import OWN_NAMES
-from ia3.serve.adapter import FILES, WEIGHTS_NAME, Adapter, read_settings, stamp_of
+from ia3.files import WEIGHTS_NAME, current, take_over
+from ia3.serve.adapter import FILES, Adapter, read_settings, stamp_of
 
 if TYPE_CHECKING:
     from ia3.serve.engine import Engine

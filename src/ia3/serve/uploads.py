@@ -10,8 +10,7 @@ import yaml
 
 from ia3.adapter.config import IA3Config
 from ia3.errors import InputError, shown
-from ia3.files import parse_json, reading
-from ia3.folder import WEIGHTS_NAME
+from ia3.files import WEIGHTS_NAME, parse_json, reading
 from ia3.serve.adapter import FILES
 from ia3.task import sandbox
 from ia3.task.template import has_jinja

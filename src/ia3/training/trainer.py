@@ -16,13 +16,13 @@ from transformers.trainer_callback import ExportableState
 from ia3.adapter.config import TaskType
 from ia3.adapter.pretrained import task_type
 from ia3.errors import InputError, shown
-from ia3.folder import AdapterFolder
 from ia3.scoring.beginning import parts, training_parts
 from ia3.scoring.choices import Batch, normalized_scores, to_device, token_log_probs
 from ia3.scoring.layouts import collate, try_packing
 from ia3.scoring.questions import Question, base_of, padding_id
 from ia3.task.rows import as_rows
 from ia3.trainer import Trainer
+from ia3.training.described import described
 from ia3.training.losses import tfew_loss
 from ia3.training.recipe import EarlyStopping, Recipe
 
@@ -186,7 +186,7 @@ class TFewTrainer(Trainer):
         if model is not None:
             for name, (task, rows) in self._learned().items():
                 before = model.adapter_folders.get(name)
-                model.adapter_folders[name] = AdapterFolder.describing(task, self.recipe, rows, before)
+                model.adapter_folders[name] = described(task, self.recipe, rows, before)
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_checkpoint(*args, **kwargs)
