@@ -171,7 +171,7 @@ def _cut(
     names = [name for name in task.templates[template].columns if name in row and not is_missing(row[name])]
     names.sort(key=lambda name: -len(str(row[name])))
     names = [name for name in task.truncate if name in names] or names[:1]
-    shorter = dict(row)
+    wording, shorter = task.wording(row, number, template), dict(row)
     for name in names:
         items = items_of(row[name])
         whole = str(row[name]) if items is None else items  # a list loses items, and stays one
@@ -180,7 +180,7 @@ def _cut(
             shorter[name] = whole[:length]
             try:
                 with sandbox.bounded(most_characters(room)):
-                    return task.filled(shorter, number, template)
+                    return wording.filled(shorter)
             except sandbox.TooLong:
                 return None
 
