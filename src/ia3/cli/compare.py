@@ -253,7 +253,8 @@ class Comparison:
     def in_context(self, bars: Progress, count: int, shots: Sequence[Row]) -> dict[str, Any]:
         """The model with shots before each prompt."""
         from ia3.evaluation.costs import count_flops
-        from ia3.evaluation.icl import Prefix, shots_text
+        from ia3.evaluation.icl import shots_text
+        from ia3.scoring.prefix import Prefix
 
         text = shots_text(self.task, shots)
         started = time.perf_counter()
@@ -323,10 +324,11 @@ class Comparison:
     def _training_flops(self, model: IA3Model, recipe: Recipe, examples: int, steps: int) -> dict[str, float]:
         """What so many steps on so many examples take: counted, and by the paper's estimate."""
         from ia3.evaluation.costs import estimated_flops, example_flops, examples_seen
-        from ia3.scoring.choices import row_length
+        from ia3.scoring.question import row_length
+        from ia3.scoring.scorer import Scorer
 
         seen = examples_seen(examples, recipe, steps)
-        questions = self.task.questions(self.tokenizer, self.examples, model=self.base)
+        questions = Scorer(self.base, self.tokenizer).questions(self.task.wordings(self.examples))
         tokens = seen * sum(map(row_length, questions)) / len(questions)
         return {
             "training_flops": seen * example_flops(model, self.tokenizer, self.task, self.examples, recipe),

@@ -10,16 +10,15 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ia3.errors import InputError, brief, excerpt, problems, shown, similar
 from ia3.files import read_fields, reading, replacing
-from ia3.scoring.fitting import answer_lengths, fitted, prompt_sizes
 from ia3.task.reading import as_delimiter, require_delimited
-from ia3.task.rows import as_row, as_rows
+from ia3.task.rows import as_rows
 from ia3.task.template import (
     Choices,
     Row,
@@ -33,13 +32,6 @@ from ia3.task.template import (
     verbatim,
 )
 from ia3.task.wording import Wording
-
-if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedTokenizerBase
-
-    from ia3.evaluation.icl import Prefix
-    from ia3.scoring.questions import Question
 
 logger = logging.getLogger(__name__)
 
@@ -426,65 +418,6 @@ class Task(BaseModel):
             if len(unknown) < 2:
                 raise
             raise InputError(f"{error} Unknown in all rows together: {shown(unknown, 20)}.") from error
-
-    def questions(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        rows: Any,
-        labelled: bool = True,
-        model: nn.Module | None = None,
-        template: int = 0,
-        long_prompts: Literal["truncate", "refuse"] = "truncate",
-        prefix: Prefix | None = None,
-    ) -> list[Question]:
-        """The rows as prompts and choices of token ids.
-
-        Args:
-            tokenizer: the model's.
-            rows: as `as_rows` takes them.
-            labelled: take each row's label, too.
-            model: whose family the questions are for (None: a decoder-only one), and whose positions prompts have
-                to fit.
-            template: the index of one of `templates`.
-            long_prompts: "truncate" cuts the end off a column (see `truncate`), "refuse" does not.
-            prefix: a text that stands before each prompt.
-
-        Raises:
-            InputError: see `prompt`, `answers`, `label`; two answers are the same to the tokenizer; or a prompt is too
-                long.
-        """
-        from ia3.adapter.config import TaskType
-        from ia3.adapter.pretrained import task_type
-        from ia3.scoring.questions import base_of, encode, model_max_length
-
-        rows = as_rows(rows, self)
-        answers = [self.answers(row, number, template) for number, row in enumerate(rows, 1)]
-        family = TaskType.CAUSAL_LM if model is None else task_type(base_of(model))
-        # A classifier reads no answers, so it need not tell them apart.
-        lengths = [] if family == TaskType.SEQ_CLS else answer_lengths(tokenizer, answers, self.separator)
-        limit = prefix.room if prefix is not None else None if model is None else model_max_length(model)
-        if limit is None:
-            prompts = [self.prompt(row, number, template) for number, row in enumerate(rows, 1)]
-        else:
-            # An encoder has its positions for the prompt alone.
-            rooms = [limit - n for n in lengths] if family == TaskType.CAUSAL_LM else [limit] * len(rows)
-            sizes = functools.partial(prompt_sizes, tokenizer, prefix, family)
-            prompts = fitted(self, sizes, rows, rooms, template, long_prompts)
-        labels = None
-        if labelled:
-            names = [self.label(row, number, template) for number, row in enumerate(rows, 1)]
-            labels = [list(its).index(name) for its, name in zip(answers, names, strict=True)]
-        texts = [[self.separator + text for text in its.values()] for its in answers]
-        if prefix is not None:
-            return prefix.encode(prompts, texts, labels)
-        questions = encode(tokenizer, prompts, texts, labels, model=model)
-        if model is not None and family == TaskType.SEQ_CLS:
-            from ia3.scoring.classifier import by_name
-
-            return [
-                by_name(base_of(model), question, list(its)) for question, its in zip(questions, answers, strict=True)
-            ]
-        return questions
 
     def metrics(self, labels: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
         """Accuracy, and F1 averaged over the labels that occur: both between 0 and 1."""
