@@ -34,10 +34,10 @@ import peft
 import psutil
 import torch
 import transformers
+from jobs.peers import padded_log_probs
 from torch.nn import functional as F
 
 from ia3 import IA3Config, IA3Model, Scorer, Task, load_base
-from ia3.bench.peers import padded_log_probs
 from ia3.scoring.batch import Batch, groups, normalized_scores, prompts_of
 from ia3.scoring.beginning import common_tokens
 from ia3.scoring.decoder import Decoder

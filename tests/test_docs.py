@@ -12,6 +12,7 @@ import torch
 import transformers
 
 import ia3
+from benchmarks.__main__ import main as benchmarks
 from ia3 import Task
 from ia3.cli import main
 from support import tiny, words
@@ -37,10 +38,10 @@ def test_every_block_is_named_once_and_run_here_or_by_ci():
     assert None not in names and len(set(names)) == len(names)
     assert set(blocks("command")) == set(re.findall(r"\$\(readme (\w+)\)", (ROOT / ".ci" / "run").read_text()))
     assert set(blocks("example")) == {
-        "train", "template", "python", "peft", "modules", "rule", "several", "mixed", "bank", "auto", "convert",
+        "train", "template", "classifier", "classifier-frame", "python", "peft", "modules", "rule", "several", "mixed", "bank", "auto", "convert",
         "families", "task.yaml", "task", "task-python", "pairs.yaml", "cause.yaml", "endings.yaml", "tasks",
         "prompts-python", "fleet", "fleet-python", "compare", "compare-python",
-        "pretrain", "pretrain-python", "raft", "mine.yaml", "recipe", "recipe-python", "bench",
+        "pretrain", "pretrain-python", "raft", "mine.yaml", "recipe", "recipe-python", "benchmarks",
         # Those of docs/serve.md run in serve/test_docs_serve.py.
         "serve", "serve-classify", "serve-completions", "serve-openai", "serve-adapters", "serve-operation",
         "ia3.service", "Dockerfile",
@@ -95,7 +96,7 @@ def place(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "name", ["train", "template", "convert", "task", "fleet", "tasks", "compare", "pretrain", "raft", "recipe", "bench"]
+    "name", ["train", "template", "convert", "task", "fleet", "tasks", "compare", "pretrain", "raft", "recipe"]
 )
 def test_commands(name, place, monkeypatch, capsys):
     monkeypatch.chdir(place)
@@ -107,8 +108,6 @@ def test_commands(name, place, monkeypatch, capsys):
             arguments += ["--model", "model"]
         elif arguments[0] in ("train", "pretrain", "compare"):  # the tiny model learns in a moment
             arguments += ["--model", "model", "--steps", "2"]
-        if arguments[0] == "bench":
-            arguments += ["--model", "model", "--only", "help", "--repeats", "1"]
         if arguments[0] == "raft":
             arguments += ["--model", "model", "--recipe", "quick.yaml"]
         with pytest.raises(SystemExit) as ended:
@@ -123,6 +122,17 @@ def test_commands(name, place, monkeypatch, capsys):
         assert lines[0] == "ID,Label" and lines[-1].startswith("59,") and len(lines) == 11
     if name == "task":
         assert json.loads((place / "adapters" / "tickets" / "metrics.json").read_text())["task"] == "tickets"
+
+
+def test_the_benchmarks_command(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    for command in blocks("example")["benchmarks"].splitlines():
+        program, _, arguments = command.partition("python -m benchmarks ")
+        assert not program
+        with pytest.raises(SystemExit) as ended:
+            benchmarks(shlex.split(f"{arguments} --model model --only help --repeats 1"))
+        assert not ended.value.code, capsys.readouterr().err
+    assert (place / "bench" / "bench.json").is_file()
 
 
 @pytest.mark.parametrize(
@@ -229,6 +239,29 @@ def test_pretraining_in_python(place, monkeypatch, capsys):
     exec(compile(code.replace("steps=1000", "steps=2"), "pretrain-python", "exec"), {})
     assert "{'tickets': 0.5, 'urgency': 0.5}" in capsys.readouterr().out
     assert (place / "adapters" / "start-python" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["classifier", "classifier-frame"])
+def test_a_classifier_in_python(name, place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    code = blocks("example")[name]
+    assert name != "classifier" or (code.index("FewShotClassifier()") and len(code.strip().splitlines()) == 5)
+    code = code.replace("FewShotClassifier(", 'FewShotClassifier(model="model", recipe="quick.yaml", ', 1)
+    code = code.replace("Recipe.small()", "Recipe(steps=2)")
+    rows = words.rows(32)
+    scope = {"texts": [row["text"] for row in rows], "labels": [row["label"] for row in rows]}
+    exec(compile(code, name, "exec"), scope)
+    expected = {
+        "classifier": r"\['(pos|neg)'\]",
+        "classifier-frame": r"(?s)\[.*\['billing' 'technical'\] \[\[0\..*\]\]",
+    }
+    assert re.fullmatch(expected[name], capsys.readouterr().out.strip())
+    assert (place / "adapters" / "tickets" / "task.yaml").is_file()
+
+
+def test_the_page_to_read_first_is_as_long_as_said():
+    found = re.search(r"in (\d+) lines of plain torch", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert int(found[1]) == len((ROOT / "examples" / "reference.py").read_text(encoding="utf-8").splitlines())
 
 
 @pytest.mark.slow

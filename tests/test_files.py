@@ -8,9 +8,11 @@ import yaml
 from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
 from ia3 import InputError
+from ia3.adapter.stored import CALIBRATION_NAME
 from ia3.evaluation.calibration import Calibration
-from ia3.files import _reach_hub, hub_answers, locate, locate_beside, parse_json, read_fields, read_json, reading
-from ia3.folder import CALIBRATION_NAME, AdapterFolder
+from ia3.files import hub_answers, locate, locate_beside, parse_json, read_fields, read_json, reading
+from ia3.files.hub import _reach_hub
+from ia3.folder import AdapterFolder
 
 CALIBRATION = Calibration(
     temperature=2.0, rows=8, log_loss=0.5, log_loss_before=0.7, calibration_error=0.1, calibration_error_before=0.2

@@ -13,12 +13,14 @@ import safetensors.torch
 import torch
 
 import ia3
-from ia3 import IA3Config, InputError, PeftModel, Recipe, Task, files
+from ia3 import IA3Config, InputError, PeftModel, Recipe, Task
 from ia3.adapter.checkpoint import save_adapter
 from ia3.adapter.config import adapter_folders
+from ia3.adapter.stored import OWN_NAMES
 from ia3.evaluation.calibration import Calibration
-from ia3.files import PENDING, TEMPORARY, is_unused, new_folder, replacing, replacing_adapter
-from ia3.folder import OWN_NAMES, AdapterFolder
+from ia3.files import PENDING, TEMPORARY, atomic, hub, is_unused, new_folder, replacing, replacing_adapter
+from ia3.folder import AdapterFolder
+from ia3.training.described import described
 from support import tiny, words
 from support.paths import TESTS
 
@@ -50,7 +52,7 @@ def adapted(seed: int = 1, targets=("k_proj", "v_proj", "down_proj"), task: str 
     )
     if task is not None:
         its = TASK.model_copy(update={"name": task})
-        model.adapter_folders["default"] = AdapterFolder.describing(its, RECIPE, words.rows(4, seed=seed), None)
+        model.adapter_folders["default"] = described(its, RECIPE, words.rows(4, seed=seed), None)
     return model
 
 
@@ -230,11 +232,11 @@ def test_vectors_of_another_save_than_the_rest_are_refused(tmp_path):
 
 
 def test_a_folder_that_another_process_holds(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_PATIENCE", 0.05)
+    monkeypatch.setattr(atomic, "_PATIENCE", 0.05)
     adapted(1).save_pretrained(tmp_path)
     before = contents(tmp_path)
     handle = os.open(tmp_path, os.O_RDONLY)
-    assert files._lock(handle)
+    assert atomic._lock(handle)
     with pytest.raises(InputError, match="another process holds its lock") as error:
         adapted(2).save_pretrained(tmp_path)
     one_line(error)
@@ -258,8 +260,8 @@ def test_what_a_writer_is_at_is_left_to_it(tmp_path):
 
 
 def test_without_locks_only_what_is_old_is_taken_for_abandoned(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_lock", lambda handle: None)
-    for name, age in (("old", 2 * files._ABANDONED), ("recent", 0)):
+    monkeypatch.setattr(atomic, "_lock", lambda handle: None)
+    for name, age in (("old", 2 * atomic._ABANDONED), ("recent", 0)):
         path = tmp_path / f"{TEMPORARY}save.{name}"
         path.mkdir()
         os.utime(path, (path.stat().st_atime - age, path.stat().st_mtime - age))
@@ -455,7 +457,7 @@ class TestLoadedAndSaved:
 
         asked: list[str] = []
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-        monkeypatch.setattr(files, "hub_answers", lambda: True)
+        monkeypatch.setattr(hub, "hub_answers", lambda: True)
         model = PeftModel.from_pretrained(tiny.build("llama"), "owner/name")
         assert asked == [CONFIG, WEIGHTS]
         for name in ("one", "two"):
@@ -468,14 +470,14 @@ class TestLoadedAndSaved:
         import huggingface_hub
 
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, name, **kwargs: str(saved / name))
-        monkeypatch.setattr(files, "hub_answers", lambda: True)
+        monkeypatch.setattr(hub, "hub_answers", lambda: True)
         model = PeftModel.from_pretrained(tiny.build("llama"), "owner/name")
 
         def fail(*args, **kwargs):
             raise TimeoutError
 
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
-        AdapterFolder.describing(TASK, RECIPE, words.rows(4), model.adapter_folders["default"])
+        described(TASK, RECIPE, words.rows(4), model.adapter_folders["default"])
         with pytest.warns(UserWarning, match="Saved without task, recipe and calibration: .*TimeoutError"):
             model.save_pretrained(tmp_path / "again")
         assert (tmp_path / "again" / WEIGHTS).exists()

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from ia3 import Task, load_base, predict, read_rows, score_choices
+from ia3 import FewShotClassifier, Recipe, Task, load_base, predict, read_rows, score_choices
 from ia3.adapter import pretrained as module
 from ia3.cli import main
 
@@ -87,3 +87,15 @@ def test_the_embedded_rows_fit_their_task():
         rows = read_rows(source)
         assert len(rows) == count
         assert {task.label(row) for row in rows} == {"great", "other"} and all(task.prompt(row) for row in rows)
+
+
+def test_the_classifier_takes_it_by_default():
+    texts = [
+        "Half of the cans were dented.",
+        "Crisp, fresh, gone in a day.",
+        "Stale, and far too sweet.",
+        "My dog loves them.",
+    ]
+    labels = ["bad", "good", "bad", "good"]
+    classifier = FewShotClassifier(recipe=Recipe.small().changed(steps=20)).fit(texts, labels)
+    assert classifier.score(texts, labels) == 1

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from ia3.adapter.rules import Rule, WeightRule, register_rule
     from ia3.adapter.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
     from ia3.bank import AdapterBank
+    from ia3.classifier import FewShotClassifier
     from ia3.errors import InputError
     from ia3.evaluation.calibration import Calibration, cross_validate
     from ia3.evaluation.icl import draw_shots, predict_in_context
@@ -104,6 +105,7 @@ _NAMES = {
     "adapter.rules": ("Rule", "WeightRule", "register_rule"),
     "adapter.state_dict": ("get_peft_model_state_dict", "set_peft_model_state_dict"),
     "bank": ("AdapterBank",),
+    "classifier": ("FewShotClassifier",),
     "errors": ("InputError",),
     "evaluation.calibration": ("Calibration", "cross_validate"),
     "evaluation.icl": ("draw_shots", "predict_in_context"),
@@ -135,6 +137,7 @@ __all__ = [
     "AutoPeftModelForTokenClassification",
     "Calibration",
     "EarlyStopping",
+    "FewShotClassifier",
     "FleetTrainer",
     "IA3Config",
     "IA3Layer",

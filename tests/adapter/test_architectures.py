@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -21,24 +20,12 @@ from transformers.pytorch_utils import Conv1D
 from ia3.adapter.architectures import Site, default_sites, feedforward_sites
 from ia3.errors import InputError
 from support import zoo
+from support.zoo import NOTHING, REFUSED, TEXT, built
 
-TEXT = zoo.model_types("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS")
+pytestmark = pytest.mark.usefixtures("quiet")
+
 OTHERS = sorted({*zoo.model_types(*zoo.REGISTRY)} - {*TEXT})
 
-# Text types that cannot have vectors by default, and what the error says.
-REFUSED = {
-    "deepseek_v4": "one projection makes its keys and its values",
-    "reformer": "one projection makes its queries and its keys",
-    "zaya": "mixed with its queries",
-    "ibert": "return a scale",
-}
-NOTHING = {
-    "falcon_mamba": "no attention",
-    "fnet": "no attention",
-    "mamba": "no attention",
-    "mamba2": "no attention",
-    "rwkv": "no attention",
-}
 
 # Vision and speech types without attention: convolutions, poolings, recurrences; SwiftFormer's has no values.
 _NO_ATTENTION = """
@@ -50,32 +37,12 @@ _NO_ATTENTION = """
 NO_ATTENTION = _NO_ATTENTION.split()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quiet() -> Iterator[None]:
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    yield
-    transformers.logging.set_verbosity(level)
-
-
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     return {path: module for path, module in model.named_modules() if path}
 
 
 def sites_of(model: nn.Module) -> list[Site]:
     return default_sites(modules_of(model), model.config)
-
-
-def built(model_type: str, auto_class: str | None = None, meta: bool = True) -> PreTrainedModel:
-    """A tiny model, or the test is skipped with the reason why there is none."""
-    try:
-        return zoo.build(model_type, auto_class, meta=meta)
-    except ImportError as error:
-        pytest.skip(f"needs a library: {str(error).strip().splitlines()[0][:90]}")
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        if model_type in TEXT and not model_type.startswith("gemma4"):
-            raise
-        pytest.skip(f"no tiny config: {str(error).splitlines()[0][:90]}")
 
 
 # --- Feed-forwards, by width --------------------------------------------------------------------------------------

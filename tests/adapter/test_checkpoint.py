@@ -670,7 +670,7 @@ def test_a_missing_folder_is_named(where, llama, tmp_path, monkeypatch):
 @pytest.mark.parametrize("reason", [TimeoutError(), OSError("first line\nsecond line"), RuntimeError("")])
 @pytest.mark.parametrize("answers", [True, False])
 def test_whatever_the_hub_says_is_one_line(reason, answers, llama, monkeypatch):
-    monkeypatch.setattr("ia3.files.hub_answers", lambda: answers)
+    monkeypatch.setattr("ia3.files.hub.hub_answers", lambda: answers)
 
     def fail(*args, **kwargs):
         raise reason
@@ -690,7 +690,7 @@ def test_the_hub_is_asked_for_the_two_files(llama, tmp_path, monkeypatch):
         return str(tmp_path / filename)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    monkeypatch.setattr("ia3.files.hub_answers", lambda: True)
+    monkeypatch.setattr("ia3.files.hub.hub_answers", lambda: True)
     model = PeftModel.from_pretrained(llama, "owner/name", subfolder="task", revision="abc", token="secret")
     assert torch.equal(tiny.logits(model, "llama"), tiny.logits(expected, "llama"))
     where = {"subfolder": "task", "revision": "abc", "token": "secret"}

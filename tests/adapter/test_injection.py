@@ -85,8 +85,9 @@ def test_an_injected_adapter_knows_its_config_and_a_second_one_joins_it():
     for name in ("one", "two"):
         tensors = ia3.get_peft_model_state_dict(model, adapter_name=name)
         assert len(tensors) == 3 * tiny.LAYERS
-    with pytest.raises(InputError, match="'two'"):
+    with pytest.warns(UserWarning, match="adapter 'two' is replaced"):
         injected("llama", ia3, "two", base=model)
+    assert list(model.peft_config) == ["one", "two"]
 
 
 def test_vectors_of_an_injected_adapter_can_wait_for_their_values():

@@ -181,7 +181,7 @@ def test_a_cell_that_runs_again_gives_a_new_adapter_with_a_warning(what):
     with torch.no_grad():
         model.get_parameter("base_model.model.0.ia3_l.default").fill_(3.0)
     model.merge_adapter()
-    with pytest.warns(UserWarning, match="has .* adapters already"):
+    with pytest.warns(UserWarning, match="adapter 'default' is replaced"):
         again = ia3.get_peft_model(transformer if what == "the base" else model, config())
     assert torch.equal(again(x), base()(x)), "the new vector is one, and nothing of the old is left"
     assert [name for name, _ in again.named_parameters()] == [name for name, _ in model.named_parameters()]
@@ -194,6 +194,152 @@ def test_a_cell_with_other_modules_leaves_none_of_the_first():
     with pytest.warns(UserWarning):
         again = ia3.get_peft_model(transformer, ia3.IA3Config(target_modules=["1"], feedforward_modules=[]))
     assert set(again.base_model.ia3_layers) == {"1"}
+
+
+def test_a_cell_with_a_mistake_leaves_the_first_model(tmp_path):
+    transformer = base()
+    model = ia3.get_peft_model(transformer, config())
+    with torch.no_grad():
+        model.get_parameter("base_model.model.0.ia3_l.default").fill_(3.0)
+    expected = model(torch.ones(1, 4))
+    wrong = ia3.IA3Config(target_modules=["k_porj"], feedforward_modules=[])
+    for call in (
+        lambda: ia3.get_peft_model(transformer, wrong),
+        lambda: ia3.inject_adapter_in_model(wrong, transformer),
+        lambda: ia3.PeftModel.from_pretrained(transformer, tmp_path / "nothing"),
+    ):
+        with pytest.raises(InputError):
+            call()
+        assert torch.equal(model(torch.ones(1, 4)), expected) and model.get_nb_trainable_parameters()[0] == 4
+
+
+@BOTH
+@pytest.mark.filterwarnings("ignore")
+def test_loading_runs_again(library, tmp_path):
+    model = small(library)
+    with torch.no_grad():
+        model.get_parameter("base_model.model.0.ia3_l.default").fill_(3.0)
+    model.save_pretrained(tmp_path)
+    transformer = base()
+    for _ in range(2):
+        again = library.PeftModel.from_pretrained(transformer, tmp_path)
+        torch.testing.assert_close(again(torch.ones(1, 4)), model(torch.ones(1, 4)))
+    if library is ia3:  # PEFT leaves ones
+        other = ia3.PeftModel.from_pretrained(again, tmp_path, adapter_name="b")
+        torch.testing.assert_close(other(torch.ones(1, 4)), model(torch.ones(1, 4)))
+
+
+@BOTH
+def test_the_base_model_keeps_its_mode(library):
+    transformer = tiny.build("t5").eval()
+    model = library.get_peft_model(transformer, library.IA3Config(target_modules=["k"], feedforward_modules=[]))
+    assert model.training and not transformer.training
+
+
+@BOTH
+@pytest.mark.parametrize("name", ["SequenceClassification", "TokenClassification"])
+def test_a_class_for_a_task_trains_the_head_whatever_the_config_says(library, name):
+    fields = {"target_modules": ["key"], "feedforward_modules": []}
+    model = getattr(library, f"PeftModelFor{name}")(tiny.build("bert"), library.IA3Config(**fields))
+    assert model.get_parameter("base_model.model.classifier.modules_to_save.default.weight").requires_grad
+
+
+@BOTH
+@pytest.mark.filterwarnings("ignore")
+def test_generation_settings_of_the_facade_hold(library):
+    from transformers import GenerationConfig
+
+    model = tiny.adapt("llama", library)
+    model.generation_config = GenerationConfig(max_new_tokens=3, min_new_tokens=3, pad_token_id=0)
+    assert model.generate(input_ids=torch.tensor([[3, 4]])).shape == (1, 5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("how", ["trained", "rescaled"])
+def test_folders_that_peft_writes_with_embeddings_load(how, tmp_path):
+    fields = {"target_modules": ["k_proj"], "feedforward_modules": []}
+    if how == "trained":
+        fields["modules_to_save"] = ["embed_tokens", "lm_head"]
+    else:
+        fields["target_modules"] = ["k_proj", "lm_head"]
+    model = peft.get_peft_model(resized(tmp_path / "base").eval(), peft.IA3Config(**fields))
+    tiny.randomize(model)
+    model.save_pretrained(tmp_path / "adapter")
+    batch = {"input_ids": torch.tensor([[3, tiny.VOCAB + 1]])}
+    again_base = resized(tmp_path / "base")
+    if how == "rescaled":
+        nn.init.zeros_(again_base.get_output_embeddings().weight)  # it comes from the folder
+    again = ia3.PeftModel.from_pretrained(again_base, tmp_path / "adapter")
+    assert tiny.relative_error(again(**batch).logits, model(**batch).logits) < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_embeddings_at_several_places_are_written_once(tmp_path):
+    tiny.build("t5").save_pretrained(tmp_path / "base")
+    import transformers
+
+    t5 = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "base")
+    t5.resize_token_embeddings(tiny.VOCAB + 3, mean_resizing=False)
+    ours, theirs = (
+        library.get_peft_model_state_dict(tiny.adapt("t5", library, base=copy.deepcopy(t5))) for library in (ia3, peft)
+    )
+    assert set(ours) == set(theirs)
+
+
+@BOTH
+def test_what_layers_say_of_themselves_is_pefts(library):
+    model = tiny.adapt("llama", library)
+    layer = model.get_submodule("base_model.model.model.layers.0.self_attn.k_proj")
+    assert isinstance(layer.get_base_layer(), nn.Linear) and "ia3_l" in layer.adapter_layer_names
+    assert (layer.merged, layer.merged_adapters, layer.active_adapters, layer.disable_adapters) == (
+        False,
+        [],
+        ["default"],
+        False,
+    )
+    model.merge_adapter()
+    assert layer.merged and layer.merged_adapters == ["default"]
+    assert set(model.base_model.targeted_module_names) == set(tiny.adapt("llama", ia3).base_model.ia3_layers)
+
+
+def test_a_state_is_not_loaded_over_merged_weights():
+    model = small()
+    state = model.state_dict()
+    model.merge_adapter()
+    with pytest.raises(InputError, match="unmerge_adapter"):
+        model.load_state_dict(state)
+
+
+def test_infinite_buffers_of_trained_modules_come_back(tmp_path):
+    class Masked(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 4)
+            self.register_buffer("mask", torch.full((2,), -torch.inf))
+
+    fields = {"target_modules": ["0"], "feedforward_modules": [], "modules_to_save": ["1"]}
+    ia3.get_peft_model(nn.Sequential(nn.Linear(4, 4), Masked()), ia3.IA3Config(**fields)).save_pretrained(tmp_path)
+    ia3.PeftModel.from_pretrained(nn.Sequential(nn.Linear(4, 4), Masked()), tmp_path)
+
+
+def test_arguments_of_scripts_are_taken_or_refused(tmp_path):
+    model = small()
+    with pytest.warns(UserWarning, match="save_function"):
+        model.save_pretrained(tmp_path, save_function=torch.save)
+    model.save_pretrained(tmp_path, selected_adapters="default")
+    with pytest.warns(UserWarning, match="torch_device"):
+        model.load_adapter(tmp_path, "b", False, "cpu")
+    ia3.PeftModel.from_pretrained(base(), tmp_path, use_safetensors=True)
+    with pytest.raises(InputError, match="nonsense"):
+        ia3.IA3Config.from_pretrained(tmp_path, nonsense=1)
+    with pytest.raises(InputError, match="tags"):
+        model.push_to_hub("me/x", tags=["a"])
+    with pytest.raises(InputError, match="not a file"):
+        config().save_pretrained(tmp_path / "adapter_config.json")
+    config().save_pretrained(tmp_path, auto_mapping_dict={"base_model_class": "A", "parent_library": "b"})
+    assert ia3.IA3Config.from_pretrained(tmp_path).auto_mapping["base_model_class"] == "A"
+    assert f"{config(task_type='CAUSAL_LM').task_type}" == "CAUSAL_LM"
+    with pytest.warns(UserWarning, match="names the base model 'elsewhere'"):
+        ia3.get_peft_model(base(), config(base_model_name_or_path="elsewhere"))
 
 
 # Counting and state.
@@ -328,7 +474,7 @@ def test_what_is_not_honoured_is_refused(tmp_path):
         model.save_pretrained(tmp_path, path_initial_model_for_weight_conversion="x")
     with pytest.raises(InputError, match="mixed=False"):
         ia3.get_peft_model(base(), config(), mixed=True)
-    with pytest.warns(UserWarning, match="'torch_dtype': of no effect"):
+    with pytest.warns(UserWarning, match="'torch_dtype': ignored"):
         ia3.PeftModel.from_pretrained(base(), tmp_path, torch_dtype=torch.float16)
     assert set(model.peft_config) == {"default"}
 
@@ -503,6 +649,44 @@ def test_states_of_wrapped_models_have_plain_names(wrap):
     assert all(torch.equal(again[name], plain[name] * 2) for name in plain)
 
 
+@pytest.fixture
+def one_process(tmp_path):
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def sharded(model: nn.Module) -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    return model
+
+
+def sharded_by_fsdp1(model: nn.Module) -> nn.Module:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("wrap", [nn.parallel.DistributedDataParallel, sharded, sharded_by_fsdp1])
+def test_models_of_several_processes_have_plain_names(wrap, one_process, tmp_path):
+    x = torch.randn(3, 4)
+    plain = small()
+    expected, names = plain(x), list(ia3.get_peft_model_state_dict(plain))
+    model = wrap(small())
+    torch.testing.assert_close(model(x), expected)
+    model(x).sum().backward()
+    assert list(ia3.get_peft_model_state_dict(model)) == names
+    assert list(ia3.get_peft_model_state_dict(model, state_dict=model.state_dict())) == names
+    if wrap is sharded:
+        assert isinstance(model, ia3.PeftModel) and isinstance(model, peft.PeftModel)
+        assert not issubclass(type(model), peft.PeftModel)
+
+
 def test_names_of_fsdp_and_checkpointing_are_taken_away():
     model = small()
     state = {
@@ -558,6 +742,9 @@ def missing_names() -> set[str]:
         fields = {field.name for field in dataclasses.fields(ours)} if dataclasses.is_dataclass(ours) else set()
         inherited = public(peft.PeftModel) if name.startswith("PeftModelFor") else public(nn.Module)
         found |= {f"{name}.{member}" for member in public(theirs) - public(ours) - fields - inherited}
+    ours, theirs = small(), small(peft)  # what they set on objects
+    for name, pair in {"PeftModel": (ours, theirs), "IA3Model": (ours.base_model, theirs.base_model)}.items():
+        found |= {f"{name}.{member}" for member in public(pair[1]) if not hasattr(pair[0], member)}
     return found
 
 

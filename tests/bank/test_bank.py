@@ -265,7 +265,7 @@ def test_hub_ids(model, tmp_path, monkeypatch):
         return str(tmp_path / "cache" / filename)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    monkeypatch.setattr("ia3.files.hub_answers", lambda: True)
+    monkeypatch.setattr("ia3.files.hub.hub_answers", lambda: True)
     assert bank.load("owner/name", revision="main") == "owner/name"
     assert asked == [("owner/name", file, None, {"revision": "main"}) for file in (WEIGHTS, CONFIG)]
     bank.add("other", tensors(bank))

@@ -5,11 +5,11 @@ import threading
 
 import pytest
 import torch
-from test_mixed import BASE, adapted, add, inputs
 
 import ia3
 from ia3 import AdapterBank, IA3Config, InputError, get_peft_model_state_dict
 from support import tiny
+from support.mixed import BASE, adapted, add, inputs
 
 
 def banked(arch: str = "llama", **options):

@@ -1,6 +1,5 @@
 """The command line end to end, on a tiny model: what it writes, prints, and says about bad input."""
 
-import csv
 import json
 import os
 import shutil
@@ -18,16 +17,7 @@ from ia3 import Task, predict, read_rows
 from ia3.cli import main
 from support import tiny, words
 
-TEMPLATE = "review : {{ text }} answer :"
 CHOICES = "pos=good,neg=not good"
-
-
-def write_csv(path, rows):
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +25,8 @@ def place(tmp_path_factory):
     """A folder with a tiny model, its tokenizer, rows, and an adapter trained on them."""
     folder = tmp_path_factory.mktemp("place")
     words.save_model(folder / "model")
-    write_csv(folder / "train.csv", words.rows(60))
-    write_csv(folder / "test.csv", words.rows(30, seed=1))
+    words.write_csv(folder / "train.csv", words.rows(60))
+    words.write_csv(folder / "test.csv", words.rows(30, seed=1))
     arguments = [
         "train",
         "--model",
@@ -46,7 +36,7 @@ def place(tmp_path_factory):
         "--test-data",
         folder / "test.csv",
     ]
-    arguments += ["--template", TEMPLATE, "--choices", CHOICES, "--steps", "8", "--output", folder / "adapter"]
+    arguments += ["--template", words.TEMPLATE, "--choices", CHOICES, "--steps", "8", "--output", folder / "adapter"]
     with pytest.raises(SystemExit) as ended:
         main([str(argument) for argument in arguments])
     assert not ended.value.code
@@ -62,7 +52,7 @@ def train(ia3, place, tmp_path):
             "model": place / "model",
             "data": place / "train.csv",
             "test_data": place / "test.csv",
-            "template": TEMPLATE,
+            "template": words.TEMPLATE,
             "choices": CHOICES,
             "steps": 4,
             "output": tmp_path / "out",
@@ -92,7 +82,7 @@ class TestTrain:
         assert metrics["adapter_bytes"] == (place / "adapter" / "adapter_model.safetensors").stat().st_size
         assert metrics["train_seconds"] > 0 and metrics["steps"] == 8 and metrics["train_examples"] == 32
         assert f"{metrics['trained']['accuracy']:.1%}" in (place / "adapter" / "README.md").read_text()
-        assert Task.from_file(place / "adapter" / "task.yaml").templates[0].prompt == TEMPLATE
+        assert Task.from_file(place / "adapter" / "task.yaml").templates[0].prompt == words.TEMPLATE
         assert json.loads((place / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
             place / "model"
         )
@@ -108,7 +98,7 @@ class TestTrain:
     def test_prints_a_table_or_json(self, train):
         code, out, _ = train()
         assert code == 0
-        for text in ("zero-shot", "trained", "majority class", "macro-F1", "160 trained", TEMPLATE):
+        for text in ("zero-shot", "trained", "majority class", "macro-F1", "160 trained", words.TEMPLATE):
             assert text in out
         code, out, err = train("--json")
         assert json.loads(out)["trained"]["accuracy"] >= 0
@@ -138,9 +128,9 @@ class TestTrain:
         assert "Question: What is the label, neg or pos?" in (tmp_path / "out" / "task.yaml").read_text()
 
     def test_from_a_task_file_with_the_rest_as_test_rows(self, ia3, place, tmp_path):
-        task = Task(template=TEMPLATE, choices={"pos": "good", "neg": "bad"}, name="teas", train="train.csv")
+        task = Task(template=words.TEMPLATE, choices={"pos": "good", "neg": "bad"}, name="teas", train="train.csv")
         task.save(tmp_path / "task.yaml")
-        write_csv(tmp_path / "train.csv", words.different(60))
+        words.write_csv(tmp_path / "train.csv", words.different(60))
         code, out, err = ia3(
             "train",
             "-m",
@@ -159,7 +149,7 @@ class TestTrain:
     def test_given_test_rows_in_the_words_of_examples_stay_and_are_counted(self, train, tmp_path):
         examples = words.different(32)
         rows = [*examples[:3], {"text": "the tea was fresh", "label": "pos"}]
-        data, test = (write_csv(tmp_path / name, some) for name, some in (("a.csv", examples), ("b.csv", rows)))
+        data, test = (words.write_csv(tmp_path / name, some) for name, some in (("a.csv", examples), ("b.csv", rows)))
         code, out, _ = train(data=data, test_data=test)
         assert code == 0 and "3 test rows are in the very words of training examples." in out and "4 test rows" in out
         assert len(json.loads((tmp_path / "out" / "metrics.json").read_text())["train_rows"]) == 32
@@ -267,7 +257,7 @@ class TestTrain:
         ],
     )
     def test_bad_test_rows_are_found_before_training(self, train, tmp_path, rows, message):
-        code, _, err = train(test_data=write_csv(tmp_path / "bad.csv", rows))
+        code, _, err = train(test_data=words.write_csv(tmp_path / "bad.csv", rows))
         assert code == 2 and message in err and not (tmp_path / "out").exists()
 
     def test_a_base_model_cut_short(self, train, place, tmp_path):
@@ -278,7 +268,7 @@ class TestTrain:
         assert code == 2 and "Cannot load" in err and err.count("\n") == 1
 
     def test_one_class_only(self, train, tmp_path):
-        path = write_csv(tmp_path / "one.csv", [{"text": f"tea {i}", "label": "pos"} for i in range(40)])
+        path = words.write_csv(tmp_path / "one.csv", [{"text": f"tea {i}", "label": "pos"} for i in range(40)])
         code, _, err = train(data=path, choices=None)
         assert code == 2 and "at least two labels in column 'label', found 'pos'" in err
 
@@ -320,24 +310,24 @@ class TestTrain:
                 raise KeyboardInterrupt
             return step(self, *args, **kwargs)
 
-        data = write_csv(tmp_path / "rows.csv", words.rows(60, seed=1))
+        data = words.write_csv(tmp_path / "rows.csv", words.rows(60, seed=1))
         monkeypatch.setattr(TFewTrainer, "training_step", interrupted)
         assert train(data=data)[0] == 130
-        write_csv(data, words.rows(60, seed=2))
+        words.write_csv(data, words.rows(60, seed=2))
         code, _, err = train("--resume", data=data)
         assert code == 2 and "'examples'" in err
 
     def test_row_numbers_in_errors_are_the_files(self, train, tmp_path):
         rows = words.rows(60)
         rows[30]["text"] = ""
-        code, _, err = train(data=write_csv(tmp_path / "rows.csv", rows))
+        code, _, err = train(data=words.write_csv(tmp_path / "rows.csv", rows))
         assert code == 2 and "(row 31)" in err
 
     def test_a_full_disk_leaves_the_earlier_adapter(self, train, place, tmp_path):
         """A real limit on the size of files, in a process of its own."""
         assert train()[0] == 0
         before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-        arguments = ["train", "--model", place / "model", "--data", place / "train.csv", "--template", TEMPLATE]
+        arguments = ["train", "--model", place / "model", "--data", place / "train.csv", "--template", words.TEMPLATE]
         arguments += ["--choices", CHOICES, "--seed", 5, "--steps", 4, "--output", tmp_path / "out"]
         script = (
             "import resource, sys; from ia3.cli import main\n"

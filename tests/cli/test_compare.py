@@ -4,13 +4,13 @@ import json
 
 import pytest
 import transformers
-from test_cli import CHOICES, TEMPLATE, write_csv
 
 from ia3 import Task, few_shot
 from ia3.cli import compare, main
 from ia3.evaluation.icl import draw_shots, shots_text
 from support import tiny, words
 
+CHOICES = "pos=good,neg=not good"
 KEYS = {
     "method",
     "accuracy",
@@ -36,8 +36,8 @@ def place(tmp_path_factory):
     for name in ("llama", "gpt2", "t5", "bert"):
         tiny.build(name, vocab_size=len(words.VOCABULARY)).save_pretrained(folder / name)
         words.tokenizer().save_pretrained(folder / name)
-    write_csv(folder / "train.csv", words.rows(40))
-    write_csv(folder / "test.csv", words.rows(30, seed=1))
+    words.write_csv(folder / "train.csv", words.rows(40))
+    words.write_csv(folder / "test.csv", words.rows(30, seed=1))
     return folder
 
 
@@ -50,7 +50,7 @@ def run(ia3, place, tmp_path):
             "model": place / "llama",
             "data": place / "train.csv",
             "test_data": place / "test.csv",
-            "template": TEMPLATE,
+            "template": words.TEMPLATE,
             "choices": CHOICES,
             "shots": "2,4",
             "steps": 3,
@@ -75,7 +75,7 @@ def test_json_has_a_row_for_each_method(run, place, tmp_path):
     zero, two, four, trained = rows.values()
     # Keys and values of 2 layers, 2 heads of 8 numbers in float32, for every token.
     token = 2 * 2 * 2 * 8 * 4
-    prompt = len(TEMPLATE.replace("{{ text }}", "the tea was lovely today").split())
+    prompt = len(words.TEMPLATE.replace("{{ text }}", "the tea was lovely today").split())
     assert zero["tokens"] == trained["tokens"] == prompt + 1  # and "not" of "not good"
     assert zero["kv_cache_bytes"] == trained["kv_cache_bytes"] == token * (prompt + 1)
     parameters = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_pretrained(place / "llama").parameters())
@@ -87,7 +87,7 @@ def test_json_has_a_row_for_each_method(run, place, tmp_path):
     assert trained["training_flops_estimate"] == 3 * 3 * 8 * zero["inference_flops_estimate"]
     assert trained["disk_bytes"] > 2 * (16 + 16 + 48) * 4 and trained["examples"] == 32
     # Shots come from the rows that T-Few learns from.
-    task = Task(template=TEMPLATE, choices={"pos": "good", "neg": "not good"})
+    task = Task(template=words.TEMPLATE, choices={"pos": "good", "neg": "not good"})
     train = [dict(row) for row in words.rows(40)]
     examples = few_shot(train, task, 16, 5)
     for row, count in ((two, 2), (four, 4)):
@@ -106,7 +106,7 @@ def test_json_has_a_row_for_each_method(run, place, tmp_path):
 
 def test_table_with_an_adapter_that_is_trained_already(run, ia3, place, tmp_path):
     shared = {"model": place / "llama", "data": place / "train.csv", "test_data": place / "test.csv"}
-    shared |= {"template": TEMPLATE, "choices": CHOICES}
+    shared |= {"template": words.TEMPLATE, "choices": CHOICES}
     code, _, err = ia3("train", **shared, steps=3, output=tmp_path / "adapter")
     assert code == 0, err
     code, out, err = run("--json", output=tmp_path / "new")
@@ -173,8 +173,8 @@ def test_an_adapters_training_rows_are_shown_and_are_no_test_rows(run, ia3, plac
     from ia3.evaluation import icl
 
     rows = words.different(60)
-    data = write_csv(tmp_path / "rows.csv", rows)
-    shared = {"model": place / "llama", "data": data, "template": TEMPLATE, "choices": CHOICES}
+    data = words.write_csv(tmp_path / "rows.csv", rows)
+    shared = {"model": place / "llama", "data": data, "template": words.TEMPLATE, "choices": CHOICES}
     assert ia3("train", **shared, steps=1, output=tmp_path / "adapter", seed=7)[0] == 0
     options = {"data": data, "test_data": None, "adapter": tmp_path / "adapter", "seed": 0}
     options |= dict.fromkeys(("steps", "template", "choices"))
@@ -182,7 +182,7 @@ def test_an_adapters_training_rows_are_shown_and_are_no_test_rows(run, ia3, plac
     monkeypatch.setattr(icl, "draw_shots", lambda *a: shown.extend(found := draw(*a)) or found)
     code, out, err = run("--json", **options)
     assert code == 0, err
-    task = Task(template=TEMPLATE, choices={"pos": "good", "neg": "not good"})
+    task = Task(template=words.TEMPLATE, choices={"pos": "good", "neg": "not good"})
     seen = {row["text"] for row in few_shot(rows, task, 16, 7)}
     assert len(shown) == 2 + 4 and {row["text"] for row in shown} <= seen
     saved = json.loads((tmp_path / "out" / "compare.json").read_text())

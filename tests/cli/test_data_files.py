@@ -12,22 +12,13 @@ from support import words
 CHOICES = "pos=good,neg=bad"
 
 
-def write(path, rows, delimiter):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], delimiter=delimiter)
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with a tiny model, rows whose delimiter no file shows by itself, and a task that knows it."""
     folder = tmp_path_factory.mktemp("files")
     words.save_model(folder / "model")
-    write(folder / "train.csv", words.different(60), "^")
-    write(folder / "test.csv", words.different(8, seed=1), "^")
+    words.write_csv(folder / "train.csv", words.different(60), "^")
+    words.write_csv(folder / "test.csv", words.different(8, seed=1), "^")
     fields = {"template": "{{ text }} answer :", "choices": {"pos": "good", "neg": "bad"}}
     files = {name: str(folder / f"{name}.csv") for name in ("train", "test")}
     Task.create({**fields, "name": "plain", **files}).save(folder / "plain.yaml")
@@ -62,7 +53,7 @@ class TestDelimiter:
         out = run("train", "--json", delimiter="^", output=tmp_path / "out", **options)
         assert json.loads(out)["train_examples"] == 32 and json.loads(out)["test_rows"] == 8
         assert "found 'text^label'; in a file" in run("train", code=2, output=tmp_path / "no", **options)
-        write(tmp_path / "train.csv", words.different(40), ";")
+        words.write_csv(tmp_path / "train.csv", words.different(40), ";")
         options["data"] = tmp_path / "train.csv"
         assert "separated by" not in run(
             "train", delimiter=";", output=tmp_path / "two", **{**options, "test_data": None}
@@ -80,7 +71,7 @@ class TestDelimiter:
     def test_of_evaluate(self, run, place, adapter):
         assert json.loads(run("evaluate", adapter, "--json"))["rows"] == 8  # the task's own
         assert json.loads(run("evaluate", adapter, "--json", data=place / "test.csv"))["rows"] == 8
-        write(adapter.parent / "other.csv", words.different(4), "^")
+        words.write_csv(adapter.parent / "other.csv", words.different(4), "^")
         assert (
             json.loads(run("evaluate", adapter, "--json", data=adapter.parent / "other.csv", delimiter="^"))["rows"]
             == 4
@@ -107,7 +98,7 @@ class TestDelimiter:
     )
     def test_of_predict_is_that_of_what_it_writes(self, run, adapter, tmp_path, name, delimiter, given, written):
         rows = [{"text": "the tea, was lovely", "more": "0,5"}, {"text": "soup; and ^ cake", "more": "1"}]
-        data = write(tmp_path / name, rows, delimiter)
+        data = words.write_csv(tmp_path / name, rows, delimiter)
         for source, output in ((data, tmp_path / "a.csv"), (tmp_path / "a.csv", tmp_path / "b.csv")):
             run("predict", adapter, data=source, output=output, delimiter=given)
         with (tmp_path / "a.csv").open(newline="") as file:
@@ -119,8 +110,8 @@ class TestDelimiter:
     def test_of_raft(self, run, tmp_path):
         labels = ("overruling", "not overruling")
         rows = [{"Sentence": f"so it is {i}", "ID": str(i), "Label": labels[i % 2]} for i in range(50)]
-        write(tmp_path / "overruling" / "train.csv", rows, "^")
-        write(tmp_path / "overruling" / "test_unlabeled.csv", [{"Sentence": "no", "ID": "50"}], "^")
+        words.write_csv(tmp_path / "overruling" / "train.csv", rows, "^")
+        words.write_csv(tmp_path / "overruling" / "test_unlabeled.csv", [{"Sentence": "no", "ID": "50"}], "^")
         assert len(RaftTask.load("overruling", tmp_path, "^").train) == 50
         with pytest.raises(InputError, match="RAFT's overruling, training rows"):
             RaftTask.load("overruling", tmp_path)
@@ -158,7 +149,7 @@ class TestExamples:
         """20 rows of one label, and 4 of the other."""
         rows = words.different(60)
         few = [row for row in rows if row["label"] == "neg"][:4]
-        return write(tmp_path / "scarce.csv", [row for row in rows if row["label"] == "pos"][:20] + few, ",")
+        return words.write_csv(tmp_path / "scarce.csv", [row for row in rows if row["label"] == "pos"][:20] + few, ",")
 
     def test_as_many_as_there_are_unless_a_number_is_asked_for(self, ia3, place, scarce, tmp_path):
         options = {"model": place / "model", "data": scarce, "choices": CHOICES, "steps": 1}
@@ -185,7 +176,7 @@ class TestExamples:
 @pytest.mark.parametrize("file", ["emotion.train.csv", "emotion/train.csv", "emotion_train.csv"])
 def test_an_adapter_is_named_after_its_file_without_the_split(run, place, tmp_path, monkeypatch, file):
     monkeypatch.chdir(tmp_path)
-    write(tmp_path / file, words.different(40), ",")
+    words.write_csv(tmp_path / file, words.different(40), ",")
     out = run("train", "--json", data=file, choices=CHOICES, examples_per_label=4)
     assert json.loads(out)["task"] == "emotion"
     assert Task.from_file(tmp_path / "adapters" / "emotion" / "task.yaml").name == "emotion"

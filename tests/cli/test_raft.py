@@ -45,19 +45,11 @@ def rows(task: Task, count: int, first: int = 0, labelled: bool = True) -> list[
     return made
 
 
-def write_csv(path, some):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(some[0]))
-        writer.writeheader()
-        writer.writerows(some)
-
-
 def write_task(folder, name, train=50, test=12, unlabelled=None):
     task = Task.embedded(name)
-    write_csv(folder / name / "train.csv", rows(task, train))
+    words.write_csv(folder / name / "train.csv", rows(task, train))
     test_rows = rows(task, test, first=train, labelled=False)
-    write_csv(folder / name / "test_unlabeled.csv", [row | (unlabelled or {}) for row in test_rows])
+    words.write_csv(folder / name / "test_unlabeled.csv", [row | (unlabelled or {}) for row in test_rows])
 
 
 @pytest.fixture(scope="module")
@@ -383,7 +375,7 @@ def without(name):
 def test_bad_files(raft, tmp_path, file, change, message):
     write_task(tmp_path / "data", "overruling")
     path = tmp_path / "data" / "overruling" / file
-    write_csv(path, [change(row) for row in csv.DictReader(path.open())])
+    words.write_csv(path, [change(row) for row in csv.DictReader(path.open())])
     code, _, err = raft(tasks="overruling", data=tmp_path / "data")
     assert code == 2 and message in err and err.count("\n") == 1
     path.unlink()

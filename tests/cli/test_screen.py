@@ -1,6 +1,5 @@
 """What people see: tables on a narrow screen lose nothing, and standard error holds the command's own lines alone."""
 
-import csv
 import io
 import json
 import os
@@ -13,21 +12,13 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from ia3.bench import report
 from ia3.cli import common, compare, main, raft, results
 from ia3.cli.predict import _shortened
 from ia3.task.task import embedded_tasks
 from support import words
+from support.screen import require_whole
 
 LABELS = {"pos": "sadness or something very much like it", "neg": "happiness that nothing could ever disturb"}
-
-
-def write_csv(path, rows, delimiter=","):
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], delimiter=delimiter)
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +27,8 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("screen")
     words.save_model(folder / "model")
     rows = [{**row, "label": LABELS[row["label"]]} for row in words.different(60)]
-    write_csv(folder / "train.csv", rows)
-    write_csv(folder / "test.csv", rows[:6])
+    words.write_csv(folder / "train.csv", rows)
+    words.write_csv(folder / "test.csv", rows[:6])
     choices = ",".join(f"{label}={text}" for label, text in zip(LABELS.values(), ("good", "bad"), strict=True))
     arguments = ["--data", folder / "train.csv", "--output", folder / "adapter", "--steps", 2, "--choices", choices]
     with pytest.raises(SystemExit) as ended:
@@ -63,20 +54,6 @@ def narrow(ia3, monkeypatch):
 def screen():
     """A console of 80 characters, which writes to its `file`."""
     return Console(file=io.StringIO(), width=80, highlight=False)
-
-
-def cells(text):
-    """The text of each column of the tables in it, lines joined."""
-    lines = [re.split("[│┃]", line)[1:-1] for line in text.splitlines() if line[:1] in ("│", "┃")]
-    return ["".join(line[i].strip() for line in lines if i < len(line)) for i in range(max(map(len, lines)))]
-
-
-def require_whole(text, names):
-    """Nothing is cut, and the first columns have all names."""
-    assert "…" not in text
-    found = " ".join(cells(text)[:2]).replace(" ", "")
-    for name in names:
-        assert name.replace(" ", "") in found, name
 
 
 def test_inspect_shows_whole_modules(place, narrow):
@@ -143,15 +120,6 @@ def test_raft_shows_whole_names(screen):
     require_whole(screen.file.getvalue(), names)
 
 
-def test_bench_shows_whole_jobs(screen):
-    title = "train on 32 examples for 40 steps of 8, evaluate 200 rows, 2 choices"
-    ratio = {"median": 2.4, "quartiles": (2.3, 2.5), "memory": 3.1}
-    pairs = {f"{name}/ours": ratio for name in report.COLUMNS if name not in ("ours", "floor")} | {"ours/floor": ratio}
-    row = {"title": title, "columns": {"ours": {"median": 100.0, "peak_mb": 900}}, "ratios": pairs}
-    screen.print(report.table({"rows": {"train-2": row}}))
-    require_whole(screen.file.getvalue(), [title])
-
-
 def run(*arguments, **more):
     """The command as a program of its own: its lines on standard error."""
     script = "from ia3.cli import main; main()"
@@ -170,7 +138,9 @@ class TestStandardError:
 
     def test_of_train_has_its_notices_once(self, place, tmp_path):
         rows = words.rows(60)
-        data = write_csv(tmp_path / "rows.csv", [row for row in rows if row["label"] == "pos"] + rows[1:11:2], ";")
+        data = words.write_csv(
+            tmp_path / "rows.csv", [row for row in rows if row["label"] == "pos"] + rows[1:11:2], ";"
+        )
         lines = run("train", "-m", place / "model", "-d", data, "--steps", 2, "--seeds", "0,1", "-o", tmp_path / "out")
         assert lines == [
             f"ia3: Columns of {str(data)!r} are separated by ';' (--delimiter).",

@@ -1,5 +1,7 @@
 """Prompts that the model has no positions for."""
 
+import bisect
+import itertools
 import json
 
 import pytest
@@ -7,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ia3 import InputError, Prefix, Task
+from ia3.scoring.fitting import _longest
 from support import tiny, words
 from support.asked import scorer
 
@@ -53,6 +56,40 @@ def test_refused(short):
     rows = [{"text": "tea", "label": "pos"}, {"text": "tea " * 9, "label": "pos"}]
     with pytest.raises(InputError, match=r"at most 10 tokens, found 13 \(row 2\)"):
         scorer(short).questions(task.wordings(rows), long_prompts="refuse")
+
+
+@given(dense=st.lists(st.integers(0, 9), max_size=300), room=st.integers(0, 400), most=st.integers(0, 400))
+def test_the_longest_beginning(dense, room, most):
+    """Whatever the places of the tokens are; `dense` has the characters in front of each."""
+    ends = [0, *itertools.accumulate(dense)]
+    fits = [length for length in range(most + 1) if bisect.bisect_right(ends, length) <= room]
+    found = _longest(most, room, lambda length: bisect.bisect_right(ends, length))
+    assert found == (max(fits) if fits else None)
+
+
+@pytest.mark.parametrize("characters", [1, 4, 7, 120])
+def test_few_texts_are_tokenized(characters):
+    asked = []
+
+    def tokens(length):
+        asked.append(length)
+        return 20 + length // characters
+
+    assert _longest(900_000, 1020, tokens) == 1001 * characters - 1
+    assert len(asked) <= 20 and sum(asked) < 12 * 1000 * characters + 100_000
+
+
+def test_what_has_too_many_characters_is_not_tokenized(short, caplog):
+    """It counts as too long."""
+    task = Task(template="{{ text }} answer :", choices=CHOICES)
+    row = {"text": "tea" + " " * 20_000 + "soup"}
+    with pytest.raises(InputError, match=r"at most 10 tokens, found one of more than 10000 characters \(row 1\)"):
+        scorer(short).questions(task.wordings([row]), False, "refuse")
+    (question,) = scorer(short).questions(task.wordings([row]), False)
+    assert words.tokenizer().decode(question.prompt) == "tea answer :" and "cut off" in caplog.text
+    whole = Task(template="{{ text[-4:] }} answer :", choices=CHOICES)
+    (question,) = scorer(short).questions(whole.wordings([row]), False)
+    assert words.tokenizer().decode(question.prompt) == "soup answer :", "what counts is the prompt"
 
 
 @given(sizes=st.lists(st.integers(0, 30), min_size=2, max_size=2), order=st.permutations(["a", "b"]))

@@ -227,6 +227,39 @@ def test_neutral_settings_are_taken(client):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "given, same",
+    [
+        ({"temperature": 1e-50}, {"temperature": 0}),
+        ({"temperature": 5e-324, "top_p": 0.5}, {"temperature": 0}),
+        ({"temperature": 9e-6}, {"temperature": 0}),
+        ({"temperature": -0.0}, {"temperature": 0}),
+        ({"temperature": 2, "top_p": 0}, {"temperature": 0}),
+        ({"temperature": 2, "top_p": 1e-300}, {"temperature": 0}),
+        ({"temperature": 1e-4}, {"temperature": 0}),
+        ({"seed": -(2**63)}, {"seed": 0}),
+        ({"stop": ["", "x" * 1000]}, {"stop": None}),
+    ],
+)
+def test_sampling_at_the_edges(running, given, same):
+    body = {"model": "tea", "prompt": "the tea was", "max_tokens": 9, "seed": 1}
+    found = [running.http.post("/v1/completions", json={**body, **fields}) for fields in (given, same)]
+    assert [response.status_code for response in found] == [200, 200], found[0].text
+    assert found[0].json()["choices"] == found[1].json()["choices"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"temperature": -1e-9}, {"temperature": 2.1}, {"temperature": "1e999"}, {"top_p": 1.01}, {"top_p": -1e-300},
+        {"seed": 2**63}, {"seed": 0.5}, {"stop": "x" * 1001}, {"stop": ["a"] * 5}, {"max_tokens": 10**30},
+    ],
+)  # fmt: skip
+def test_sampling_beyond_them(running, fields):
+    body = {"model": "tea", "prompt": "the tea was", **fields}
+    assert running.http.post("/v1/completions", json=body).status_code == 400
+
+
 def test_a_token_as_api_key(made, start):
     server = start(made, token="right-token")
     right = openai.OpenAI(base_url=f"{server.url}/v1", api_key="right-token", max_retries=0)

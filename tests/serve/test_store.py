@@ -339,12 +339,17 @@ LAUGHS = "a: &a [x, x]\nb: &b [*a, *a]\nchoices: *b\n"
         {"task.yaml": b"template: '{{ text }}'\nchoices: " + b"[" * 100_000 + b"\n"},
         {"task.yaml": LAUGHS.encode()},
         {"task.yaml": b"!!python/object/apply:os.system [touch /tmp/ia3-evil]\n"},
+        {"task.yaml": b"template: '{{ " + b"not " * 300 + b"text }}'\nchoices: [a, b]\n"},
+        {"task.yaml": b"template: '{{ text" + b"|trim" * 250 + b" }}'\nchoices: [a, b]\n"},
+        {"task.yaml": b"template: '{{ text" + b".a" * 5000 + b" }}'\nchoices: [a, b]\n"},
+        {"task.yaml": b"template: '" + b"{% if text %}" * 101 + b"x" + b"{% endif %}" * 101 + b"'\nchoices: [a, b]\n"},
+        {"task.yaml": b"template: '{{ text }}'\nchoices:\n" + b"".join(b"  l%d: a%d\n" % (i, i) for i in range(20_000))},
         {"recipe.yaml": b"length_normalization: .nan\n"},
         {"recipe.yaml": b"surplus: 1\n"},
         {"calibration.json": b'{"temperature": 0}'},
         {"calibration.json": b"{" * 100_000},
     ],
-    ids=range(42),
+    ids=range(47),
 )  # fmt: skip
 def test_files_that_are_not_let_in(guarded, files):
     place, server = guarded
@@ -366,6 +371,17 @@ def test_templates_of_uploads_may_do_what_is_harmless(place):
         (folder / name).write_bytes(data)
     (folder / "task.yaml").write_text(json.dumps({"template": template, "choices": {"a": "good", "b": "{{ title }}"}}))
     check(folder)
+
+
+def test_an_uploaded_template_repeats_no_more_than_fits(place, start):
+    """However often it names its column: nothing longer is made, and what fits of it is asked."""
+    server = start(place)
+    template = "{{ text" + " ~ text" * 249 + " }}"
+    task = json.dumps({"template": template, "choices": {"a": "good", "b": "bad"}}).encode()
+    assert upload(server, "new", files_of(place / "spare", **{"task.yaml": task})).status_code == 201
+    response = server.classify("new", ["tea " * 25_000])
+    assert response.status_code == 422 and "longer than 10000000 characters" in response.json()["error"]["message"]
+    assert server.classify("new", ["tea "]).status_code == 200
 
 
 def test_forms_that_are_none(place, start):
@@ -592,6 +608,15 @@ def test_uploads_at_a_time(place, start):
         assert "1 uploads" in response.json()["error"]["message"]
         server.until(lambda: server.server.uploads.length == 0, 20)
     assert upload(server, "new", files_of(place / "spare")).status_code == 201
+
+
+def test_folders_by_the_names_of_files(place, caplog):
+    """The log names them: as adapters they would hide files, or be hidden."""
+    for name in ("adapter_config.json", "tea/task.json/recipe.yaml"):
+        shutil.copytree(place / "spare", place / "adapters" / name)
+    found = Store(place / "adapters")
+    assert sorted(found._found) == ["cake", "nested/pair", "soup", "tea"]
+    assert "'adapter_config.json', 'tea/task.json/recipe.yaml'" in caplog.text
 
 
 def test_the_root(place):

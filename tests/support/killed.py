@@ -23,9 +23,10 @@ import ia3
 from ia3 import AdapterBank, IA3Config, InputError, PeftModel, Recipe, Task
 from ia3.adapter import convert
 from ia3.evaluation.calibration import Calibration
-from ia3.files import TEMPORARY, new_folder
-from ia3.folder import CONFIG_NAME, TORCH_WEIGHTS_NAME, WEIGHTS_NAME, AdapterFolder
+from ia3.files import CONFIG_NAME, TEMPORARY, TORCH_WEIGHTS_NAME, WEIGHTS_NAME, new_folder
+from ia3.folder import AdapterFolder
 from ia3.serve.store import _exchange
+from ia3.training.described import described
 from support import tiny
 
 QUALITY = dict.fromkeys(("log_loss", "log_loss_before", "calibration_error", "calibration_error_before"), 0.1)
@@ -80,7 +81,7 @@ def adapted(seed: int, targets: list[str], feedforward: list[str], name: str, **
     """A model whose adapter has been trained on a task of that name."""
     model = tiny.adapt("llama", ia3, seed=seed, target_modules=targets, feedforward_modules=feedforward)
     task = Task.create({"name": name, "template": "{{ text }}", "choices": ["a", "b"]})
-    found = AdapterFolder.describing(task, Recipe.small(), [{"text": name, "label": "a"}], None)
+    found = described(task, Recipe.small(), [{"text": name, "label": "a"}], None)
     found._texts.update({key: value.to_json().encode() for key, value in beside.items()})
     model.adapter_folders["default"] = found
     return model
@@ -106,7 +107,7 @@ def adapter(place: Path) -> Any:
     folder = place / "out"
     if not (folder.exists() and AdapterFolder(folder).text(CONFIG_NAME)):
         return None
-    loaded = PeftModel.from_pretrained(tiny.build("llama"), folder)
+    loaded = PeftModel.from_pretrained(tiny.build("llama"), AdapterFolder(folder))
     found = loaded.adapter_folders["default"]
     return [
         found.config.to_json(),

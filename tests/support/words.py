@@ -1,5 +1,6 @@
 """A tokenizer of whole words for tiny models, and a toy task that a tiny model can learn."""
 
+import csv
 import random
 
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -41,6 +42,7 @@ OTHER = [
     "pos",
     "neg",
 ]
+TEMPLATE, CHOICES = "review : {{ text }} answer :", {"pos": "good", "neg": "not good"}
 SPECIAL = ["<pad>", "</s>", "<unk>"]
 VOCABULARY = [*SPECIAL, *GOOD, *BAD, *OTHER]
 
@@ -87,3 +89,13 @@ def save_model(folder) -> None:
     """A tiny causal language model that knows these words, with its tokenizer, as the command line loads one."""
     tiny.build("llama", vocab_size=len(VOCABULARY)).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
+
+
+def write_csv(path, rows, delimiter=","):
+    """A file of rows, whose path it returns; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(rows)
+    return path

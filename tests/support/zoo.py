@@ -10,6 +10,7 @@ import inspect
 import re
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import nn
@@ -300,3 +301,33 @@ def inputs(model: nn.Module, rows: int = 2, length: int = 12, seed: int = 0) -> 
 
 def _pair(size: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+TEXT = model_types("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS")
+
+# Text types that cannot have vectors by default, and what the error says.
+REFUSED = {
+    "deepseek_v4": "one projection makes its keys and its values",
+    "reformer": "one projection makes its queries and its keys",
+    "zaya": "mixed with its queries",
+    "ibert": "return a scale",
+}
+NOTHING = {
+    "falcon_mamba": "no attention",
+    "fnet": "no attention",
+    "mamba": "no attention",
+    "mamba2": "no attention",
+    "rwkv": "no attention",
+}
+
+
+def built(model_type: str, auto_class: str | None = None, meta: bool = True) -> transformers.PreTrainedModel:
+    """A tiny model, or the test is skipped with the reason why there is none."""
+    try:
+        return build(model_type, auto_class, meta=meta)
+    except ImportError as error:
+        pytest.skip(f"needs a library: {str(error).strip().splitlines()[0][:90]}")
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if model_type in TEXT and not model_type.startswith("gemma4"):
+            raise
+        pytest.skip(f"no tiny config: {str(error).splitlines()[0][:90]}")

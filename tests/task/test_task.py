@@ -366,6 +366,15 @@ class TestInfer:
         assert task.choices == {"a": "a", "b_c": "b c"}
         assert task.prompt({"review": "Tea!"}) == "Tea!\n\nQuestion: What is the kind, a or b c?\nAnswer:"
 
+    def test_from_several_columns(self):
+        rows = [{"the_first": "a", "2nd": "b", "label": "x"}, {"the_first": "c", "2nd": "d", "label": "y"}]
+        task = Task.infer(rows, text_column=["the_first", "2nd"])
+        assert task.prompt(rows[0]) == "the first: a\n2nd: b\n\nQuestion: What is the label, x or y?\nAnswer:"
+        with pytest.raises(InputError, match="Expected a column 'third'"):
+            Task.infer(rows, text_column=["the_first", "third"])
+        with pytest.raises(InputError, match="found 'label' for both"):
+            Task.infer(rows, text_column=["the_first", "label"])
+
     @pytest.mark.parametrize("column", ["Review Text", "row", "None", "self", "if", "a'b", "a|||b", "über", "1st"])
     def test_any_column_name_can_be_the_text(self, column):
         task = Task.infer([{column: "a", "label": "x{%"}, {column: "b", "label": "{{y"}])

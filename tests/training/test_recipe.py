@@ -39,6 +39,15 @@ class TestRecipe:
         assert set(Recipe().loss_weights.values()) == {1.0}
         assert Recipe.load("small") == Recipe.small() and Recipe.small().early_stopping is not None
 
+    def test_a_models_size_decides(self, tmp_path):
+        config = tiny.config("llama", vocab_size=1000)
+        config.save_pretrained(tmp_path)  # no weights are needed
+        assert Recipe.for_model(str(tmp_path)) == Recipe.small()
+        config.hidden_size, config.num_hidden_layers, config.vocab_size = 4096, 8, 128_000
+        config.intermediate_size = 8192
+        config.save_pretrained(tmp_path)
+        assert Recipe.for_model(str(tmp_path)) == Recipe.paper()
+
     def test_round_trip(self, tmp_path):
         recipe = Recipe.small().changed(steps=7, init="somewhere", unlikelihood=0.5)
         recipe.save(tmp_path / "recipe.yaml")

@@ -3,25 +3,16 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
-from ia3 import IA3Config, IA3Model, InputError, Recipe, Task, TFewTrainer, predict
+from ia3 import IA3Model, InputError, Recipe, predict
 from ia3.trainer import Trainer, last_checkpoint
 from support import tiny, words
-
-TASK = Task(template="review : {{ text }} answer :", choices={"pos": "good", "neg": "not good"})
-
-
-def trainer(folder, steps=12, rows=None, seed=0, **kwargs):
-    torch.manual_seed(0)
-    model = IA3Model(tiny.build("llama"), IA3Config(task_type="CAUSAL_LM"))
-    options = {"seed": seed, "save_strategy": "no", "disable_tqdm": True, **kwargs.pop("args", {})}
-    arguments = Recipe(steps=steps).training_arguments(folder, **options)
-    return TFewTrainer(model, arguments, words.tokenizer(), TASK, words.rows(32) if rows is None else rows, **kwargs)
+from support.paths import TESTS
+from support.training import TASK, trainer
 
 
 def test_loss_falls_and_only_vectors_change(tmp_path):
@@ -219,9 +210,9 @@ class TestTrainer:
 _TWO = """
 import sys
 import torch
-sys.path[:0] = {paths!r}
-from test_trainer import TASK, trainer
+sys.path.insert(0, {tests!r})
 from support import words
+from support.training import trainer
 torch.set_num_threads(1)
 rows = words.rows(32)
 for number, row in enumerate(rows):
@@ -236,9 +227,8 @@ torch.save(vectors, {folder!r} + f"/{{run.args.process_index}}.pt")
 @pytest.mark.slow
 def test_two_processes_pass_through_the_model_equally_often(tmp_path):
     """Rows of very different lengths, which one process would divide into several passes."""
-    here = Path(__file__).parent
     script = tmp_path / "two.py"
-    script.write_text(_TWO.format(paths=[str(here), str(here.parent)], folder=str(tmp_path)))
+    script.write_text(_TWO.format(tests=str(TESTS), folder=str(tmp_path)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]

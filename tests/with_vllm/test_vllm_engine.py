@@ -17,9 +17,9 @@ from ia3 import IA3Config, Scorer, get_peft_model
 from ia3.errors import InputError
 from ia3.scoring.question import Question
 from ia3.serve.engine import AdapterFailed, GenerateJob, ScoreJob
+from ia3.serve.vllm import VllmEngine, _together
 from ia3.task.task import Task
 from ia3.training.recipe import Recipe
-from ia3.vllm.engine import VllmEngine, _together
 from support import tiny, words
 
 needs_vllm = pytest.mark.skipif(

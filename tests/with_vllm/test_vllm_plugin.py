@@ -1,6 +1,5 @@
 """(IA)³ adapters in vLLM. What runs vLLM itself needs the environment of docs/vllm.md, and is skipped elsewhere."""
 
-import functools
 import importlib.util
 import json
 import os
@@ -12,18 +11,17 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from unittest import mock
 
-import peft
 import pytest
 import safetensors.torch
 import torch
-import transformers
 
-from ia3 import IA3Config, get_peft_model
 from ia3.errors import InputError
 from ia3.vllm import plugin as vllm_plugin
 from ia3.vllm.placing import Scales
 from ia3.vllm.plugin import Rescaling, Routing
 from support import tiny
+from support.engines import KINDS, Place, check, random_prompts, save_adapters, start
+from support.paths import TESTS
 
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here; docs/vllm.md has its environment"
@@ -205,61 +203,6 @@ def test_a_damaged_config_is_refused(tmp_path):
 # With vLLM.
 
 SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
-NEW = 12
-KINDS = ("peft", "ours", "wide", "lora", "lora2")
-
-
-def save_adapters(base: Path, folder: Path) -> None:
-    """Adapters in the format of both libraries, one that rescales every kind of layer, and two LoRA adapters."""
-    names = ["q_proj", "o_proj", "up_proj", "down_proj"]
-    down = {"feedforward_modules": ["down_proj"]}
-    configs = {
-        "peft": peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], **down),
-        "ours": IA3Config(task_type="CAUSAL_LM"),
-        "wide": peft.IA3Config(target_modules=names, feedforward_modules=["o_proj"]),
-        "lora": peft.LoraConfig(r=4, target_modules=["k_proj", "v_proj", "down_proj"]),
-        "lora2": peft.LoraConfig(r=8, target_modules=["q_proj", "gate_proj", "down_proj"]),
-    }
-    for number, (name, config) in enumerate(configs.items()):
-        model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-        model = (get_peft_model if name == "ours" else peft.get_peft_model)(model, config)
-        torch.manual_seed(number)
-        with torch.no_grad():
-            for path, parameter in model.named_parameters():
-                if "ia3_l" in path:
-                    parameter.copy_(1 + 0.6 * torch.randn_like(parameter))
-                elif "lora_" in path:
-                    parameter.copy_(0.15 * torch.randn_like(parameter))
-        model.save_pretrained(folder / name)
-
-
-class Place:
-    """A base model, adapters, and what PEFT generates with them."""
-
-    def __init__(self, base: Path, folder: Path) -> None:
-        self.base, self.folder = base, folder
-        self.numbers: dict[str, int] = {}
-
-    def request(self, name: str | None):
-        from vllm.lora.request import LoRARequest
-
-        if name is None:
-            return None
-        return LoRARequest(name, self.numbers.setdefault(name, len(self.numbers) + 1), str(self.folder / name))
-
-    @functools.cache  # noqa: B019
-    def model(self, name: str | None):
-        model = transformers.AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
-        return (model if name is None else peft.PeftModel.from_pretrained(model, self.folder / name)).eval()
-
-    def greedy(self, name: str | None, prompt: list[int], count: int = NEW) -> list[int]:
-        ids = torch.tensor([prompt])
-        settings = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "eos_token_id": None}
-        return (
-            self.model(name)
-            .generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)[0, len(prompt) :]
-            .tolist()
-        )
 
 
 @pytest.fixture(scope="module")
@@ -268,13 +211,6 @@ def place(tmp_path_factory) -> Place:
     tiny.build("llama", **SIZES).save_pretrained(folder / "base")
     save_adapters(folder / "base", folder)
     return Place(folder / "base", folder)
-
-
-def start(base: Path, **settings):
-    from vllm import LLM
-
-    defaults = {"enforce_eager": True, "dtype": "float32", "max_model_len": 128, "block_size": 32, "max_num_seqs": 8}
-    return LLM(str(base), skip_tokenizer_init=True, enable_lora=True, **{**defaults, **settings})
 
 
 @pytest.fixture(scope="module")
@@ -287,27 +223,6 @@ def mixed(place):
 def only(place):
     """An engine for (IA)³ adapters only."""
     return start(place.base, max_loras=4, additional_config={"ia3_only": True})
-
-
-def generate(llm, place: Place, names: list[str | None], prompts: list[list[int]], count: int = NEW):
-    from vllm import SamplingParams
-
-    sampling = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
-    asked = [{"prompt_token_ids": prompt} for prompt in prompts]
-    return llm.generate(asked, sampling, lora_request=[place.request(name) for name in names], use_tqdm=False)
-
-
-def check(llm, place: Place, names: list[str | None], prompts: list[list[int]], count: int = NEW):
-    found = generate(llm, place, names, prompts, count)
-    for name, prompt, output in zip(names, prompts, found, strict=True):
-        assert list(output.outputs[0].token_ids) == place.greedy(name, prompt, count), (name, prompt)
-    return found
-
-
-def random_prompts(count: int, seed: int = 0, vocabulary: int = tiny.VOCAB) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(3, 12, (count,), generator=generator).tolist()
-    return [torch.randint(3, vocabulary, (length,), generator=generator).tolist() for length in lengths]
 
 
 def test_the_adapters_of_the_test_differ(place):
@@ -529,15 +444,15 @@ def test_smollm2_says_what_peft_says(tmp_path):
 
 TWO_RANKS = """
 import sys
-sys.path[:0] = sys.argv[1:3]
+sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-import test_vllm_plugin as tests
-folder = Path(sys.argv[3])
-place = tests.Place(folder / "base", folder)
+from support import engines
+folder = Path(sys.argv[2])
+place = engines.Place(folder / "base", folder)
 settings = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-llm = tests.start(place.base, max_lora_rank=8, max_loras=2, **settings)
+llm = engines.start(place.base, max_lora_rank=8, max_loras=2, **settings)
 names = [None, "peft", "ours", "lora", "wide", None, "peft"]
-tests.check(llm, place, names, tests.random_prompts(len(names)))
+engines.check(llm, place, names, engines.random_prompts(len(names)))
 print("the same")
 """
 
@@ -545,9 +460,8 @@ print("the same")
 @needs_vllm
 @pytest.mark.slow
 def test_two_ranks_say_what_peft_says(place):
-    here = Path(__file__).parent
     done = subprocess.run(
-        [sys.executable, "-c", TWO_RANKS, str(here), str(here.parent), str(place.folder)],
+        [sys.executable, "-c", TWO_RANKS, str(TESTS), str(place.folder)],
         env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
         capture_output=True,
         text=True,

@@ -7,11 +7,11 @@ import os
 from typing import Any, ClassVar
 
 from ia3.adapter.config import IA3Config, TaskType
-from ia3.adapter.peft import PeftModel
+from ia3.adapter.peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 from ia3.adapter.pretrained import find_base
+from ia3.adapter.stored import StoredAdapter
 from ia3.errors import InputError, brief, reason, shown
 from ia3.files import locate, reading
-from ia3.folder import AdapterFolder
 
 _HUB = ("subfolder", "token", "cache_dir", "local_files_only", "force_download")
 
@@ -53,7 +53,7 @@ class AutoPeftModel:
                 cannot be loaded; or the adapter does not fit the base model.
         """
         place = {name: kwargs[name] for name in _HUB if name in kwargs} | {"revision": revision}
-        folder = AdapterFolder(pretrained_model_name_or_path, **place)
+        folder = StoredAdapter(pretrained_model_name_or_path, **place)
         given, config = config, config or folder.config
         if not config.base_model_name_or_path:
             raise InputError(
@@ -71,7 +71,8 @@ class AutoPeftModel:
                 f"{reason(error)}"
             ) from error
         cls._fit_tokenizer(model, pretrained_model_name_or_path, place)
-        return PeftModel.from_pretrained(model, folder, adapter_name, is_trainable, given)
+        chosen = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(cls.task_type or "", PeftModel)
+        return chosen.from_pretrained(model, folder, adapter_name, is_trainable, given)
 
     @classmethod
     def _base_class(cls, config: IA3Config) -> Any:

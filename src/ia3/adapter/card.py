@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ia3.adapter.stored import CARD_MARK, CARD_NAME
 from ia3.files import replacing
-from ia3.folder import CARD_MARK, CARD_NAME
 
 if TYPE_CHECKING:
     from ia3.adapter.model import IA3Model

@@ -15,9 +15,9 @@ from torch.nn.modules.module import _IncompatibleKeys
 from ia3.adapter.card import model_card
 from ia3.adapter.config import IA3Config
 from ia3.adapter.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
+from ia3.adapter.stored import CARD_NAME, KEY_VALUE_ONLY, StoredAdapter
 from ia3.adapter.tensors import PREFIX, Tensors
 from ia3.files import hub_arguments
-from ia3.folder import CARD_NAME, KEY_VALUE_ONLY, AdapterFolder
 
 if TYPE_CHECKING:
     from ia3.adapter.model import IA3Model
@@ -39,9 +39,9 @@ def load_peft_weights(
         **hub_kwargs: `subfolder`, and the hub's `revision`, `token`, `cache_dir`, ….
 
     Raises:
-        InputError: see `AdapterFolder.vectors`.
+        InputError: see `StoredAdapter.vectors`.
     """
-    _, tensors, _ = AdapterFolder.whole(model_id, config=False, **hub_arguments(hub_kwargs))
+    _, tensors, _ = StoredAdapter.whole(model_id, config=False, **hub_arguments(hub_kwargs))
     return {_mapped(key, key_mapping or {}): value.to(device or "cpu") for key, value in tensors.items()}
 
 
@@ -63,7 +63,7 @@ def save_adapter(
     save_embedding_layers: bool | Literal["auto"] = "auto",
     beside: Callable[[int], Mapping[str, bytes]] | None = None,
 ) -> None:
-    """Write one adapter into a folder, with what the model knows to belong beside it; see `AdapterFolder.write`.
+    """Write one adapter into a folder, with what the model knows to belong beside it; see `StoredAdapter.write`.
 
     Args:
         model: has the adapter.
@@ -71,7 +71,7 @@ def save_adapter(
         adapter_name: which.
         safe_serialization: as safetensors; False: `torch.save`.
         state_dict: the model's state, when it has been gathered already.
-        beside: other files than those that the model knows of, as of `AdapterFolder.write`.
+        beside: other files than those that the model knows of, as of `StoredAdapter.write`.
     """
     base = model.model
     config = dataclasses.replace(model.peft_config[adapter_name], inference_mode=True)
@@ -86,7 +86,7 @@ def save_adapter(
             texts[CARD_NAME] = model_card(model, adapter_name).encode()
         if adapter_name in model.adapter_folders:
             texts |= model.adapter_folders[adapter_name].beside(tensors)
-    AdapterFolder.write(folder, config, tensors, beside or texts, safe_serialization, key_value_only)
+    StoredAdapter.write(folder, config, tensors, beside or texts, safe_serialization, key_value_only)
 
 
 def load_adapter(
@@ -111,9 +111,9 @@ def load_adapter(
         See `set_peft_model_state_dict`.
 
     Raises:
-        InputError: see `AdapterFolder.whole`, `resolve_targets`, `set_peft_model_state_dict`.
+        InputError: see `StoredAdapter.whole`, `resolve_targets`, `set_peft_model_state_dict`.
     """
-    folder, tensors, header = AdapterFolder.whole(path, config=config is None, **where)
+    folder, tensors, header = StoredAdapter.whole(path, config=config is None, **where)
     own = config is None
     tensors = {_mapped(key, key_mapping or {}): value for key, value in tensors.items()}
     known = adapter_name in model.peft_config

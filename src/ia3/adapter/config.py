@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from dataclasses import InitVar, asdict, dataclass, fields
+from dataclasses import InitVar, asdict, dataclass, fields, replace
 from enum import Enum
 from typing import Any
 
 from ia3.errors import InputError, brief, excerpt, shown
-from ia3.files import CONFIG_NAME, PENDING, TEMPORARY, locate, parse_json, reading, replacing, upload
+from ia3.files import CONFIG_NAME, PENDING, TEMPORARY, hub_arguments, locate, parse_json, reading, replacing, upload
 
 # Keys that PEFT writes beside its fields: provenance and settings of a run, nothing that changes an output.
 _PROVENANCE_KEYS = {"peft_version", "runtime_config"}
@@ -48,6 +48,9 @@ class PeftType(str, Enum):
 
     IA3 = "IA3"
 
+    def __str__(self) -> str:
+        return self.value
+
 
 class TaskType(str, Enum):
     """What the adapted model is for; SEQ_CLS, TOKEN_CLS and QUESTION_ANS train the head as well."""
@@ -58,6 +61,9 @@ class TaskType(str, Enum):
     TOKEN_CLS = "TOKEN_CLS"
     QUESTION_ANS = "QUESTION_ANS"
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+    def __str__(self) -> str:
+        return self.value
 
 
 @dataclass
@@ -209,10 +215,24 @@ class IA3Config:
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike, subfolder: str | None = None, **hub_kwargs: Any) -> IA3Config:
         """Read `adapter_config.json` from a folder or a hub repository (`revision`, `token`, … as of the hub)."""
-        return cls.from_dict(cls.from_json_file(locate(path, CONFIG_NAME, subfolder=subfolder, **hub_kwargs)))
+        place = hub_arguments(hub_kwargs)
+        return cls.from_dict(cls.from_json_file(locate(path, CONFIG_NAME, subfolder=subfolder, **place)))
 
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write `adapter_config.json` into a folder, which is made when it is not there."""
+    def save_pretrained(self, folder: str | os.PathLike, auto_mapping_dict: dict[str, str] | None = None) -> None:
+        """Write `adapter_config.json` into a folder, which is made when it is not there.
+
+        Args:
+            folder: where.
+            auto_mapping_dict: written as `auto_mapping`; None: the config's own.
+
+        Raises:
+            InputError: the path is a file.
+        """
+        if os.path.isfile(folder):
+            raise InputError(f"Provided path ({brief(str(folder))}) should be a directory, not a file.")
+        if auto_mapping_dict is not None:
+            replace(self, auto_mapping=auto_mapping_dict).save_pretrained(folder)
+            return
         with replacing(os.path.join(folder, CONFIG_NAME)) as path:
             path.write_text(self.to_json(), encoding="utf-8")
 

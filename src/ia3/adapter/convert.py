@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from ia3.adapter.card import card_of
 from ia3.adapter.config import CONFIG_NAME, IA3Config, TaskType
+from ia3.adapter.stored import CARD_NAME, StoredAdapter
 from ia3.adapter.tensors import PREFIX, Tensors, check_vector, read_tensors, wrong_values
 from ia3.errors import InputError, brief, shown
-from ia3.files import has_unfinished, is_unused, locate, read_json, reading
-from ia3.folder import CARD_NAME, TORCH_WEIGHTS_NAME, WEIGHTS_NAME, AdapterFolder
+from ia3.files import TORCH_WEIGHTS_NAME, WEIGHTS_NAME, has_unfinished, is_unused, locate, read_json, reading
 
 if TYPE_CHECKING:
     import torch
@@ -86,14 +86,14 @@ def convert(
         raise used
     numbers = sum(tensor.numel() for tensor in converted.tensors.values())
     card = card_of(converted.config.base_model_name_or_path, numbers)
-    AdapterFolder.write(output, converted.config, converted.tensors, {CARD_NAME: card.encode()})
+    StoredAdapter.write(output, converted.config, converted.tensors, {CARD_NAME: card.encode()})
     return converted
 
 
 def _is_in(output: Path, converted: Conversion) -> bool:
     """Whether a folder holds a converted adapter already."""
     try:
-        folder, tensors, _ = AdapterFolder.whole(output)
+        folder, tensors, _ = StoredAdapter.whole(output)
     except InputError:
         return False
     return folder.config.to_dict() == converted.config.to_dict() and (

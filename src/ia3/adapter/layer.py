@@ -59,6 +59,7 @@ class IA3Layer(nn.Module):
         self.routing = routing
         self.slot = routing.join(self)
         self._originals: dict[str, Any] = {}
+        self.register_load_state_dict_pre_hook(_require_unmerged)
         self.register_load_state_dict_post_hook(_look_up_again)
         self.train(base_layer.training)
 
@@ -92,6 +93,34 @@ class IA3Layer(nn.Module):
         if rescaled is not None:
             self.masks[name] = rescaled.view(shape)
         self.ia3_l[name] = nn.Parameter(vector)
+
+    # What PEFT's layers say of themselves.
+
+    adapter_layer_names = ("ia3_l",)
+
+    def get_base_layer(self) -> nn.Module:
+        """The module that is rescaled."""
+        return self.base_layer
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapters in effect, in this layer or others."""
+        return list(self.routing.active)
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """Those of this layer that are multiplied into its weight."""
+        return [name for name in self.routing.merged if name in self.ia3_l]
+
+    @property
+    def merged(self) -> bool:
+        """Whether there are any."""
+        return bool(self.merged_adapters)
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether adapters are switched off."""
+        return not self.routing.enabled
 
     @property
     def vector_device(self) -> torch.device:
@@ -246,6 +275,11 @@ class IA3Layer(nn.Module):
                 )
             return self._rescaled(_sides(self._acting()))[0].get(name, base._parameters[name])
         return getattr(base, name)
+
+
+def _require_unmerged(layer: IA3Layer, *_: Any) -> None:
+    if layer._originals:  # which would come back when it is unmerged, whatever is loaded
+        raise InputError("Expected a model without merged adapters to load a state into; call unmerge_adapter() first.")
 
 
 def _look_up_again(layer: IA3Layer, _: Any) -> None:

@@ -22,6 +22,7 @@ from ia3.adapter.layer import IA3Layer, TrainedModule
 from ia3.adapter.mixing import check_generation, check_media
 from ia3.adapter.routing import Routing
 from ia3.adapter.rows import BASE, Rows, SameRows, row_count, uncompiled
+from ia3.adapter.stored import StoredAdapter
 from ia3.adapter.targets import (
     Target,
     base_modules,
@@ -37,7 +38,6 @@ from ia3.files import hub_arguments, upload
 
 if TYPE_CHECKING:
     from ia3.bank import AdapterBank
-    from ia3.folder import AdapterFolder
 
 
 class IA3Model(nn.Module):
@@ -59,13 +59,13 @@ class IA3Model(nn.Module):
     Attributes:
         model: the base model, with adapters in it.
         peft_config: adapter name → `IA3Config`.
-        folders: adapter name → what belongs beside it in a folder (task, recipe, …), where that is known.
+        adapter_folders: adapter name → what belongs beside it in a folder (task, recipe, …), where that is known.
 
     Raises:
         InputError: the config fits no module of the model; see `resolve_targets`.
     """
 
-    # A name of ours that PEFT does not have says "adapter" or "ia3", so that it hides none of the base model's.
+    # Names of ours that PEFT lacks contain "adapter" or "ia3", so that they hide none of the base model's.
 
     peft_type = PeftType.IA3
     prefix = "ia3_"
@@ -100,7 +100,7 @@ class IA3Model(nn.Module):
         """Take a base model over: what adapters add within is kept, and all else frozen, unless something fails."""
         self.model = model
         self.peft_config: dict[str, IA3Config] = {}
-        self.adapter_folders: dict[str, AdapterFolder] = {}  # what belongs beside each adapter on disk
+        self.adapter_folders: dict[str, StoredAdapter] = {}  # what belongs beside each adapter on disk
         self._ia3_trainable: set[str] = set()  # the adapters to freeze when others become active
         quantized.release_dequantized(model)
         quantized.keep_plain_layout(model)
@@ -594,11 +594,12 @@ class IA3Model(nn.Module):
         self,
         save_directory: str | os.PathLike,
         safe_serialization: bool = True,
-        selected_adapters: Sequence[str] | None = None,
+        selected_adapters: Sequence[str] | str | None = None,
         save_embedding_layers: bool | Literal["auto"] = "auto",
         is_main_process: bool = True,
         *,
         state_dict: Mapping[str, torch.Tensor] | None = None,
+        save_function: Callable | None = None,
     ) -> None:
         """Write adapters, and only they, in PEFT's format. One that is not named "default" gets a subfolder.
 
@@ -609,13 +610,17 @@ class IA3Model(nn.Module):
             save_embedding_layers: see `get_peft_model_state_dict`.
             is_main_process: False writes nothing (in distributed training only one process writes).
             state_dict: the model's state, when it has been gathered already.
+            save_function: accelerate's, which scripts give; ignored, with a warning: a folder is written as a whole.
 
         Raises:
             InputError: an unknown name, or the path is a file.
         """
+        if save_function is not None:
+            warnings.warn("'save_function' is ignored: an adapter's folder is written as a whole.", stacklevel=2)
         if os.path.isfile(save_directory):
             raise InputError(f"Provided path ({save_directory}) should be a directory, not a file.")
-        names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
+        chosen = [selected_adapters] if isinstance(selected_adapters, str) else selected_adapters
+        names = list(self.peft_config if chosen is None else chosen)
         self.require_adapters(names)
         if not names:
             raise InputError("Expected an adapter to save, found none in the model.")
@@ -650,7 +655,10 @@ class IA3Model(nn.Module):
         adapter_name: str = "default",
         is_trainable: bool = False,
         config: IA3Config | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
         **kwargs: Any,
     ) -> IA3Model:
         """Put a saved adapter into a base model.
@@ -661,8 +669,7 @@ class IA3Model(nn.Module):
             adapter_name: the adapter's name in this model.
             is_trainable: go on training it; else it is frozen and the model is put into evaluation mode.
             config: use this one, not the saved one.
-            low_cpu_mem_usage: create vectors without memory before they are filled.
-            **kwargs: see `load_adapter`.
+            autocast_adapter_dtype, ephemeral_gpu_offload, low_cpu_mem_usage, key_mapping, **kwargs: see `load_adapter`.
 
         Raises:
             InputError: no adapter there, another method's, damaged, or for another model; the model stays as it was.
@@ -676,8 +683,10 @@ class IA3Model(nn.Module):
                 adapter_name,
                 is_trainable,
                 config,
-                low_cpu_mem_usage=low_cpu_mem_usage,
-                **_loading_arguments(kwargs),
+                low_cpu_mem_usage,
+                autocast_adapter_dtype,
+                key_mapping,
+                **_loading_arguments(ephemeral_gpu_offload, kwargs),
             )
         adapted.set_adapter(adapter_name, inference_mode=not is_trainable)
         return adapted if is_trainable else adapted.eval()
@@ -687,7 +696,11 @@ class IA3Model(nn.Module):
         model_id: str | os.PathLike,
         adapter_name: str,
         is_trainable: bool = False,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
         **kwargs: Any,
     ) -> _IncompatibleKeys:
         """Load a saved adapter beside the others, not active; or refill the one of that name.
@@ -696,10 +709,13 @@ class IA3Model(nn.Module):
             model_id: a folder or a hub repository.
             adapter_name: the adapter's name in this model.
             is_trainable: make it trainable; else the model is put into evaluation mode.
+            torch_device: ignored, with a warning: vectors lie where their layers do.
+            autocast_adapter_dtype: float32 vectors; False: of their layers' dtype.
+            ephemeral_gpu_offload: for LoRA; True is an error.
             low_cpu_mem_usage: create vectors without memory before they are filled.
-            **kwargs: `autocast_adapter_dtype=False` for vectors of their layers' dtype, `key_mapping` as of
-                `load_peft_weights`, `ignore_mismatched_sizes` as of `set_peft_model_state_dict`, `subfolder`, and the
-                hub's `revision`, `token`, `cache_dir`, ….
+            key_mapping: as of `load_peft_weights`.
+            **kwargs: `ignore_mismatched_sizes` as of `set_peft_model_state_dict`, `subfolder`, and the hub's
+                `revision`, `token`, `cache_dir`, ….
 
         Returns:
             `missing_keys` and `unexpected_keys`, which are empty: an adapter that does not fit is an error.
@@ -708,13 +724,17 @@ class IA3Model(nn.Module):
             InputError: see `from_pretrained`.
         """
         known = adapter_name in self.peft_config
+        where = _loading_arguments(ephemeral_gpu_offload, {"torch_device": torch_device, **kwargs})
         result = checkpoint.load_adapter(
             self,
             model_id,
             adapter_name,
             is_trainable,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-            **_loading_arguments(kwargs),
+            None,
+            low_cpu_mem_usage,
+            autocast_adapter_dtype,
+            key_mapping,
+            **where,
         )
         if not known and is_trainable:
             self.set_requires_grad(adapter_name)
@@ -815,6 +835,16 @@ class IA3Model(nn.Module):
         config = getattr(model, "config", None)
         return config.to_dict() if hasattr(config, "to_dict") else dict(config or {"model_type": "custom"})  # type: ignore[union-attr]
 
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """The paths of the modules that adapters rescale."""
+        return list(self.ia3_layers)
+
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """None: (IA)³ rescales modules."""
+        return []
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """False: an adapter that multiplies is no sum of the weight and a product of low rank."""
         self.require_adapters([adapter_name])
@@ -868,36 +898,29 @@ def look_through(owner: nn.Module, inner: Any, name: str) -> Any:
         raise AttributeError(f"{type(owner).__name__!r} object has no attribute {name!r}{why}") from error
 
 
-# What PEFT takes to place a model on several devices; vectors lie where their layers do, so that here it is of no effect.
+# What PEFT takes to place a model on several devices; vectors lie where their layers do.
 _PLACING = {
-    "device_map",
-    "max_memory",
-    "offload_folder",
-    "offload_dir",
-    "offload_index",
-    "torch_device",
-    "torch_dtype",
-    "dtype",
+    *("device_map", "max_memory", "offload_folder", "offload_dir", "offload_index"),
+    *("torch_device", "torch_dtype", "dtype"),
 }
-_LOADING = {"autocast_adapter_dtype", "key_mapping", "ignore_mismatched_sizes"}
 
 
-def _loading_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def _loading_arguments(ephemeral_gpu_offload: bool, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """What `checkpoint.load_adapter` takes, of a PEFT script's keyword arguments.
 
     Raises:
         InputError: arguments that are not known, or are another method's.
     """
-    given = {name: value for name, value in kwargs.items() if value is not None}
-    if given.pop("ephemeral_gpu_offload", False):
+    if ephemeral_gpu_offload:
         raise InputError("Expected no ephemeral_gpu_offload, which is for LoRA; (IA)³ has nothing to offload.")
+    given = {name: value for name, value in kwargs.items() if value is not None}
+    if given.get("use_safetensors"):  # they come first in any case
+        del given["use_safetensors"]
     placing = [name for name in given if name in _PLACING]
     if placing:
-        warnings.warn(
-            f"{shown(placing)}: of no effect, for an adapter's vectors lie where their layers do.", stacklevel=3
-        )
-    loading = {name: value for name, value in given.items() if name in _LOADING}
-    return loading | hub_arguments({name: given[name] for name in given if name not in {*placing, *loading}})
+        warnings.warn(f"{shown(placing)}: ignored, for an adapter's vectors lie where their layers do.", stacklevel=3)
+    own = {name: given.pop(name) for name in ("ignore_mismatched_sizes",) if name in given}
+    return own | hub_arguments({name: value for name, value in given.items() if name not in placing})
 
 
 def _embeddings_are_one(model: nn.Module) -> bool:

@@ -25,7 +25,7 @@ from ia3.adapter.config import IA3Config, TaskType
 from ia3.adapter.layer import IA3Layer, TrainedModule
 from ia3.adapter.model import IA3Model, count_parameters, find_adapted, look_through
 from ia3.adapter.state_dict import PREFIX, clean_name
-from ia3.adapter.targets import TASK_HEADS, base_modules, matches
+from ia3.adapter.targets import TASK_HEADS, base_modules, matches, resolve
 from ia3.errors import InputError, shown
 
 # What PEFT raises and warns of has these names there.
@@ -71,6 +71,8 @@ class PeftModel(nn.Module):
     # To transformers.Trainer: a quantized base can be trained, for adapters are.
     _hf_peft_config_loaded = True
 
+    special_peft_forward_args = frozenset({"adapter_names"})
+
     base_model: IA3Model
 
     def __init__(
@@ -82,16 +84,21 @@ class PeftModel(nn.Module):
         low_cpu_mem_usage: bool = False,
     ) -> None:
         super().__init__()
+        self._ia3_complete(peft_config)
+        self._ia3_take(IA3Model(model, peft_config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype))
+
+    @classmethod
+    def _ia3_complete(cls, peft_config: IA3Config) -> None:
+        """Add to a config what each adapter of such a model has."""
         if not isinstance(peft_config, IA3Config):
             raise InputError(f"Expected an IA3Config, found a {type(peft_config).__name__}.")
-        self._ia3_take(IA3Model(model, peft_config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype))
 
     def _ia3_take(self, adapted: IA3Model) -> None:
         self.base_model = adapted
         self.peft_type = adapted.peft_type
         if any(getattr(module, "gradient_checkpointing", False) for module in adapted.model.modules()):
             self.prepare_model_for_gradient_checkpointing(adapted.model)
-        self.train(adapted.training)
+        self.training = adapted.training  # of the modules within each keeps its mode
 
     @classmethod
     def from_pretrained(
@@ -101,27 +108,54 @@ class PeftModel(nn.Module):
         adapter_name: str = "default",
         is_trainable: bool = False,
         config: IA3Config | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
         **kwargs: Any,
     ) -> PeftModel:
         """Put a saved adapter into a base model; the class is the one for the adapter's task.
 
+        An adapter of this name that an earlier call put into the model is replaced, with a warning.
+
         Args and errors: see `IA3Model.from_pretrained`.
         """
-        adapted = IA3Model.from_pretrained(model, model_id, adapter_name, is_trainable, config, **kwargs)
+        base = _base_in(model)
+        if _has_adapter(base, adapter_name):
+            place = {name: kwargs[name] for name in ("subfolder", "revision", "token", "cache_dir") if name in kwargs}
+            IA3Config.from_pretrained(model_id, **place)  # before the earlier one goes, what cannot be loaded
+            _replace_earlier(base, adapter_name)
+        adapted = IA3Model.from_pretrained(
+            base,
+            model_id,
+            adapter_name,
+            is_trainable,
+            config,
+            autocast_adapter_dtype,
+            ephemeral_gpu_offload,
+            low_cpu_mem_usage,
+            key_mapping,
+            **kwargs,
+        )
         chosen = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(adapted.peft_config[adapter_name].task_type or "", cls)
         peft_model = chosen.__new__(chosen)
         nn.Module.__init__(peft_model)
         peft_model._ia3_take(adapted)
         return peft_model
 
-    # As one of PEFT's own models, to whoever asks by `isinstance`: trainers of transformers and TRL, and accelerate.
+    # `isinstance(model, peft.PeftModel)` holds, for the trainers of transformers and TRL and for accelerate.
 
     @property
     def __class__(self) -> type:  # type: ignore[override]
         return _appearance(type(self), sys.modules.get("peft") is not None)
 
     @__class__.setter
-    def __class__(self, value: type) -> None:  # FSDP2 gives what it shards a class derived from its own
+    def __class__(self, value: type) -> None:
+        # FSDP2 makes a subclass of `model.__class__`. The real class takes its place, or PEFT's methods would come in.
+        told, own = self.__class__, type(self)
+        if told is not own and told in value.__bases__:
+            bases = tuple(own if base is told else base for base in value.__bases__)
+            value = type(value.__name__, bases, dict(value.__dict__))
         object.__dict__["__class__"].__set__(self, value)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -143,7 +177,6 @@ class PeftModel(nn.Module):
     get_nb_trainable_parameters = _of_base("get_nb_trainable_parameters")
     supports_lora_conversion = _of_base("supports_lora_conversion")
     get_base_model = _of_base("get_base_model")
-    generate = _of_base("generate")
 
     @property
     def peft_config(self) -> dict[str, IA3Config]:
@@ -159,6 +192,8 @@ class PeftModel(nn.Module):
     @property
     def active_peft_config(self) -> IA3Config:
         """The config of the active adapter; of several the first one's."""
+        if not self.active_adapters:
+            raise InputError(f"No adapter is active; there are {shown(self.peft_config, 20)}: call set_adapter.")
         return self.peft_config[self.active_adapters[0]]
 
     @property
@@ -198,6 +233,12 @@ class PeftModel(nn.Module):
         """The state of all adapters; see `TunerModelStatus`."""
         return get_model_status(self)
 
+    @functools.wraps(IA3Model.generate)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        if "generation_config" in self.__dict__:  # set on this object, for the base model
+            self.get_base_model().generation_config = self.__dict__["generation_config"]
+        return self.base_model.generate(*args, **kwargs)
+
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The base model's forward pass. Args and errors: see `IA3Model.forward`."""
         return self.base_model(*args, adapter_names=adapter_names, **kwargs)
@@ -215,9 +256,12 @@ class PeftModel(nn.Module):
 
 @functools.cache
 def _appearance(own: type, peft_is_loaded: bool) -> type:
-    """What a model says its class is: one of ours, and PEFT's of the same name, or without PEFT transformers'."""
+    """The class that `model.__class__` reports: a subclass of ours and of PEFT's of that name; without PEFT, of `PreTrainedModel`."""
     if peft_is_loaded:
-        theirs = getattr(sys.modules["peft"], own.__name__, None)
+        # A class that is derived from one of ours, as FSDP2's, is as that one.
+        theirs = next(
+            (found for one in own.__mro__ if (found := getattr(sys.modules["peft"], one.__name__, None))), None
+        )
     else:
         from transformers import PreTrainedModel as theirs
     return own if theirs is None else type(own.__name__, (own, theirs), {"__module__": own.__module__})
@@ -283,11 +327,15 @@ class PeftModelForSeq2SeqLM(PeftModel):
 class _WithHead(PeftModel):
     task: ClassVar[TaskType]
 
+    @classmethod
+    def _ia3_complete(cls, peft_config: IA3Config) -> None:
+        super()._ia3_complete(peft_config)
+        heads = TASK_HEADS[cls.task]  # whatever the config says of a task
+        peft_config.modules_to_save = list(dict.fromkeys([*(peft_config.modules_to_save or []), *heads]))
+
     @functools.wraps(IA3Model.add_adapter)
     def add_adapter(self, adapter_name: str, peft_config: IA3Config, *args: Any, **kwargs: Any) -> None:
-        if isinstance(peft_config, IA3Config):  # each adapter has a head, whatever its config says of a task
-            heads = TASK_HEADS[self.task]
-            peft_config.modules_to_save = list(dict.fromkeys([*(peft_config.modules_to_save or []), *heads]))
+        self._ia3_complete(peft_config)
         self.base_model.add_adapter(adapter_name, peft_config, *args, **kwargs)
 
 
@@ -363,22 +411,44 @@ def get_peft_model(
         raise InputError("Expected mixed=False: (IA)³ is not among the methods that PEFT mixes in one model.")
     if not isinstance(peft_config, IA3Config):
         raise InputError(f"Expected an IA3Config, found a {type(peft_config).__name__}.")
-    adapted = find_adapted(model)
-    base = model if adapted is None else adapted.model
+    base = _base_in(model)
     name = getattr(base, "name_or_path", None)
-    peft_config.base_model_name_or_path = (
-        name if isinstance(name, str) and name else peft_config.base_model_name_or_path
-    )
-    peft_config.revision = revision or peft_config.revision
-    if any(isinstance(module, IA3Layer) for module in base.modules()):
+    name = name if isinstance(name, str) and name else None
+    if peft_config.base_model_name_or_path not in (None, name):
         warnings.warn(
-            f"The model has (IA)³ adapters already; an adapter {adapter_name!r} among them is replaced. To begin with the "
-            f"plain model, call .unload() first.",
+            f"The config names the base model {peft_config.base_model_name_or_path!r}; from here on it names this one, {name!r}.",
             stacklevel=2,
         )
-        IA3Model(base, {})._ia3_replace_earlier(adapter_name)
+    peft_config.base_model_name_or_path = name
+    peft_config.revision = revision or peft_config.revision
+    if any(isinstance(module, IA3Layer) for module in base.modules()):
+        resolve(base, dataclasses.replace(peft_config))  # before an earlier adapter goes, what cannot be added
+        if _has_adapter(base, adapter_name):
+            _replace_earlier(base, adapter_name)
+        else:
+            warnings.warn(f"{_EARLIER} They stay in it. {_UNLOAD}", stacklevel=2)
     chosen = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(peft_config.task_type or "", PeftModel)
     return chosen(base, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+
+
+_EARLIER = "The model has (IA)³ adapters of an earlier call."
+_UNLOAD = "To begin with the plain model, call .unload() first."
+
+
+def _base_in(model: nn.Module) -> nn.Module:
+    """The base model in an adapted one, or the model itself."""
+    adapted = find_adapted(model)
+    return model if adapted is None else adapted.model
+
+
+def _has_adapter(base: nn.Module, name: str) -> bool:
+    return any(name in module.ia3_l for module in base.modules() if isinstance(module, IA3Layer))
+
+
+def _replace_earlier(base: nn.Module, name: str) -> None:
+    """Take an adapter out that an earlier call put in, with a warning."""
+    warnings.warn(f"{_EARLIER} Its adapter {name!r} is replaced. {_UNLOAD}", stacklevel=3)
+    IA3Model(base, {})._ia3_replace_earlier(name)
 
 
 def get_peft_config(config_dict: Mapping[str, Any]) -> IA3Config:
@@ -410,6 +480,9 @@ def inject_adapter_in_model(
     """
     if state_dict is not None:
         peft_config = _targets_of(state_dict, peft_config, model)
+    if _has_adapter(model, adapter_name):
+        resolve(model, dataclasses.replace(peft_config))
+        _replace_earlier(model, adapter_name)
     adapted = IA3Model(model, peft_config, adapter_name, low_cpu_mem_usage)
     model.peft_config = {**getattr(model, "peft_config", {}), **adapted.peft_config}  # type: ignore[assignment]
     return model

@@ -32,7 +32,7 @@ def get_peft_model_state_dict(
         state_dict: the model's state, when it has been gathered already (by FSDP, DeepSpeed, …). Names may be those
             of the wrapped model.
         adapter_name: which adapter.
-        unwrap_compiled: of no consequence here: names are always those of the model that is not compiled.
+        unwrap_compiled: ignored: names never carry the compiler's part.
         save_embedding_layers: the model's input and output embeddings too. "auto": when its vocabulary has another
             size than the base model on disk, or on the hub, with a warning.
 
@@ -79,7 +79,7 @@ def set_peft_model_state_dict(
         peft_model_state_dict: as `get_peft_model_state_dict` returns it. Embeddings among its tensors go into the base model.
         adapter_name: which adapter.
         ignore_mismatched_sizes: leave out the tensors that have another shape than in the model, with a warning.
-        low_cpu_mem_usage: of no consequence here: vectors without memory are filled in any case.
+        low_cpu_mem_usage: ignored: vectors on the meta device are always filled.
 
     Returns:
         Missing and unexpected keys, as PEFT does; there are none, or an error is raised.
@@ -89,23 +89,30 @@ def set_peft_model_state_dict(
             finite in the type that the model holds them in.
     """
     base, outer = _base_of(model)
-    found = {_with_prefix(clean_name(key), outer): value for key, value in peft_model_state_dict.items()}
+    found, originals = _divided(
+        {_with_prefix(clean_name(key), outer): value for key, value in peft_model_state_dict.items()}
+    )
     own = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     embeddings = {
         f"{outer}{path}.{key}": value
         for path, embedding in _embeddings(base).items()
         for key, value in embedding.state_dict().items()
     }
-    _check_vocabulary(
-        {key: value for key, value in embeddings.items() if key not in own}, found, ignore_mismatched_sizes
-    )
-    expected = {key: value for key, value in (embeddings | own).items() if key in own or key in found}
+    originals |= {key: found.pop(key) for key in list(found) if key in embeddings and key not in own}
+    if not ignore_mismatched_sizes:
+        _check_vocabulary(embeddings, originals)
+    expected = {key: embeddings[key] for key in originals if key in embeddings}
     if ignore_mismatched_sizes:
-        other = [key for key, value in expected.items() if key in found and found[key].shape != value.shape]
+        other = [key for key, value in own.items() if key in found and found[key].shape != value.shape]
+        other += [key for key, value in expected.items() if originals[key].shape != value.shape]
         if other:
             warnings.warn(f"Left out, for their shape is another than in the model: {shown(other, 3)}.", stacklevel=2)
-        expected, found = ({key: each[key] for key in each if key not in other} for each in (expected, found))
-    check_tensors(expected, found, adapter_name)
+        own = {key: value for key, value in own.items() if key not in other}
+        expected = {key: value for key, value in expected.items() if key not in other}
+        found = {key: value for key, value in found.items() if key not in other}
+        originals = {key: value for key, value in originals.items() if key not in other}
+    check_tensors(own, found, adapter_name, _buffers(base, outer, adapter_name))
+    check_tensors(expected, originals, adapter_name)
     with torch.no_grad():
         for path, layer in _layers(base):
             if adapter_name in layer.ia3_l and f"{outer}{path}.ia3_l" in found:
@@ -114,12 +121,36 @@ def set_peft_model_state_dict(
             if adapter_name in module.modules_to_save:
                 _fill(module.modules_to_save[adapter_name], f"{outer}{path}.", found)
         for path, embedding in _embeddings(base).items():
-            if not any(key.startswith(f"{outer}{path}.") for key in own):
-                _fill(embedding, f"{outer}{path}.", found)
+            _fill(embedding, f"{outer}{path}.", originals)
     for routing in {layer.routing for _, layer in _layers(base)}:
         routing.refresh()
         routing.sync_weights()
     return _IncompatibleKeys([], [])
+
+
+def _divided(tensors: Tensors) -> tuple[Tensors, Tensors]:
+    """An adapter's tensors, and the base model's embeddings that PEFT saves under the names of what it put around them.
+
+    A module that an adapter trains in full is then there once more, under `modules_to_save`.
+    """
+    found, originals = {}, {}
+    for key, value in tensors.items():
+        parts = key.split(".")
+        if parts[-2:-1] in (["original_module"], ["base_layer"]):
+            originals[".".join([*parts[:-2], parts[-1]])] = value
+        elif parts[-2:-1] != ["modules_to_save"] or ".".join([*parts[:-2], parts[-1]]) not in tensors:
+            found[key] = value
+    return found, originals
+
+
+def _buffers(base: nn.Module, outer: str, adapter_name: str) -> set[str]:
+    """The names of an adapter's buffers: those of the modules that it trains in full."""
+    return {
+        f"{outer}{path}.{clean_name(key)}"
+        for path, module in _trained(base)
+        if adapter_name in module.modules_to_save
+        for key, _ in module.modules_to_save[adapter_name].named_buffers()
+    }
 
 
 def _fill(module: nn.Module, prefix: str, tensors: Tensors) -> None:
@@ -186,10 +217,12 @@ def _embeddings(base: nn.Module) -> dict[str, nn.Module]:
             found.append(getattr(base, getter)())
         except (AttributeError, NotImplementedError):  # no transformers model, or one without such a thing
             continue
-    modules = [unwrapped(module) for module in found if isinstance(module, nn.Module)]
-    return {
-        clean_name(path): module for path, module in base_modules(base).items() if any(module is one for one in modules)
-    }
+    wanted = [unwrapped(module) for module in found if isinstance(module, nn.Module)]
+    paths: dict[nn.Module, str] = {}  # one module may stand at several
+    for path, module in base_modules(base).items():
+        if any(module is one for one in wanted):
+            paths.setdefault(module, clean_name(path))
+    return {path: module for module, path in paths.items()}
 
 
 def _vocabulary_was_resized(base: nn.Module) -> bool:
@@ -221,10 +254,10 @@ def vocabulary_size(config: Any) -> int | None:
     return getattr(text, "vocab_size", None)
 
 
-def _check_vocabulary(embeddings: Tensors, found: Tensors, ignored: bool) -> None:
+def _check_vocabulary(embeddings: Tensors, found: Tensors) -> None:
     """Raise when a checkpoint brings embeddings of another size than the base model's."""
     for key, value in embeddings.items():
-        if not ignored and key in found and len(found[key]) != len(value):
+        if key in found and len(found[key]) != len(value):
             raise InputError(
                 f"The adapter was saved with embeddings of {len(found[key])} tokens, the base model has {len(value)}; call "
                 f"base.resize_token_embeddings({len(found[key])}) first, as for training."

@@ -183,8 +183,8 @@ def _moved_to_outputs(
     stuck = [path for path, site in outputs.items() if site is None]
     if stuck and by_default:
         raise InputError(
-            f"feedforward_modules leaves out {stuck[0]!r}, and rescaling no module's output is the same as rescaling its "
-            f"input; leave feedforward_modules open, or exclude {stuck[0].rpartition('.')[2]!r} for keys and values only."
+            f"feedforward_modules leaves out {stuck[0]!r}, and there is no module whose output could be rescaled instead to "
+            f"the same effect; leave feedforward_modules open, or exclude {stuck[0].rpartition('.')[2]!r} for keys and values only."
         )
     order = {path: i for i, path in enumerate(modules)}
     return sorted((outputs.get(site.path) or site for site in sites), key=lambda site: order[site.path])

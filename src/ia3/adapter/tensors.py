@@ -6,7 +6,7 @@ import os
 import pickle
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import torch
 
@@ -65,13 +65,19 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     )
 
 
-def check_tensors(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], adapter_name: str) -> None:
+def check_tensors(
+    expected: Mapping[str, torch.Tensor],
+    found: Mapping[str, torch.Tensor],
+    adapter_name: str,
+    buffers: Container[str] = (),
+) -> None:
     """Raise `InputError` unless `found` fits.
 
     Args:
         expected: by name, of the shape and type that the model holds; no matter with which values, or none.
         found: has to have exactly these names and shapes, and values that are finite in these types.
         adapter_name: for the message.
+        buffers: which of them may be infinite, as masks are.
     """
     missing, surplus = sorted(set(expected) - set(found)), sorted(set(found) - set(expected), key=str)
     if missing or surplus:
@@ -90,7 +96,7 @@ def check_tensors(expected: Mapping[str, torch.Tensor], found: Mapping[str, torc
             f"Adapter {brief(adapter_name)} has other shapes than this model: {'; '.join(wrong[:3])}{more}. Is it for "
             f"another base model?"
         )
-    problem = wrong_values(found, {key: value.dtype for key, value in expected.items()})
+    problem = wrong_values(found, {key: value.dtype for key, value in expected.items()}, buffers)
     if problem:
         raise InputError(f"Adapter {brief(adapter_name)} holds {problem}; train it again.")
 
@@ -101,12 +107,15 @@ def check_vector(name: str, tensor: torch.Tensor) -> None:
         raise InputError(f"Expected a vector, found {brief(name)} of shape {brief(tuple(tensor.shape))}.")
 
 
-def wrong_values(found: Mapping[str, torch.Tensor], held: Mapping[str, torch.dtype]) -> str | None:
+def wrong_values(
+    found: Mapping[str, torch.Tensor], held: Mapping[str, torch.dtype], buffers: Container[str] = ()
+) -> str | None:
     """What is wrong with tensors' values, for an error message; None when they can be used.
 
     Args:
         found: as a file has them.
         held: the type that each will be held in. A value that is finite in the file can be infinite in it.
+        buffers: which of them may be infinite.
     """
     foreign = {key: value.dtype for key, value in found.items() if value.dtype != held[key]}
     foreign = {key: dtype for key, dtype in foreign.items() if not {dtype, held[key]} <= set(_FLOATS)}
@@ -114,7 +123,8 @@ def wrong_values(found: Mapping[str, torch.Tensor], held: Mapping[str, torch.dty
         key = next(iter(foreign))
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         return f"{foreign[key]} in {brief(key)}{more} where {held[key]} is expected"
-    infinite = [key for key, value in found.items() if not _is_finite(value.to(held[key]))]
+    learned = {key: value for key, value in found.items() if key not in buffers}
+    infinite = [key for key, value in learned.items() if not _is_finite(value.to(held[key]))]
     in_file = [key for key in infinite if not _is_finite(found[key])]
     if in_file:
         return f"NaN or infinite values in {shown(in_file, 3)}"

@@ -15,13 +15,13 @@ from torch import nn
 
 from ia3.adapter.config import CONFIG_NAME, IA3Config, adapter_folders
 from ia3.adapter.rows import BASE
+from ia3.adapter.stored import StoredAdapter
 from ia3.adapter.targets import Target, resolve
 from ia3.bank.homes import Folder, Home, Record, RowFile, SpillFile, open_archive, write_archive
 from ia3.bank.layout import DTYPES, Layout, resolve_entries
 from ia3.bank.residency import Residency
 from ia3.errors import InputError, brief, shown, similar
 from ia3.files import current, locate
-from ia3.folder import AdapterFolder
 
 if TYPE_CHECKING:
     from ia3.adapter.model import IA3Model
@@ -235,7 +235,7 @@ class AdapterBank:
         folder = os.path.abspath(os.path.join(path, subfolder or ""))
         given = os.path.basename(folder)
         if not os.path.isdir(folder):
-            folder = os.path.dirname(os.path.abspath(AdapterFolder(path, subfolder, **hub_kwargs).vectors_file()))
+            folder = os.path.dirname(os.path.abspath(StoredAdapter(path, subfolder, **hub_kwargs).vectors_file()))
             locate(path, CONFIG_NAME, subfolder=subfolder, **hub_kwargs)  # beside it
             given = f"{path}/{subfolder}" if subfolder else str(path)
         name = given if name is None else name

@@ -14,10 +14,10 @@ from typing import NamedTuple, Protocol
 import torch
 
 from ia3.adapter.config import IA3Config
+from ia3.adapter.stored import StoredAdapter
 from ia3.bank.layout import DTYPES, Layout, file_stamp, memory, tensor_header
 from ia3.errors import InputError
 from ia3.files import reading, replacing
-from ia3.folder import AdapterFolder
 
 _ENTRIES_KEY = "ia3_bank"  # in an archive's header
 _SPILL_NAME = "ia3_bank.spill"
@@ -51,7 +51,7 @@ class Folder:
     def holds(self) -> bool:
         """Whether the file of tensors is the one that was read."""
         try:
-            return file_stamp(os.stat(AdapterFolder(self.path).vectors_file())) == self._stamp
+            return file_stamp(os.stat(StoredAdapter(self.path).vectors_file())) == self._stamp
         except (InputError, OSError):
             return False
 

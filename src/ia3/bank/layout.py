@@ -20,11 +20,11 @@ from torch import nn
 
 from ia3.adapter.config import CONFIG_NAME, IA3Config
 from ia3.adapter.rules import find_rule
+from ia3.adapter.stored import StoredAdapter
 from ia3.adapter.targets import Target, base_modules, matches
 from ia3.adapter.tensors import PREFIX, Tensors, check_tensors
 from ia3.errors import InputError, brief, excerpt, shown
-from ia3.files import current, read_whole, reading
-from ia3.folder import WEIGHTS_NAME, AdapterFolder
+from ia3.files import WEIGHTS_NAME, current, read_whole, reading
 
 if TYPE_CHECKING:
     from ia3.adapter.model import IA3Model
@@ -160,7 +160,7 @@ class Layout:
         """What `use` makes of an adapter's file that is laid out as a row; None when it is not."""
         where = current(folder)
         if not (where / CONFIG_NAME).is_file():
-            _ = AdapterFolder(folder).config  # says what is wrong
+            _ = StoredAdapter(folder).config  # says what is wrong
         self._check_config(where / CONFIG_NAME, name)
         with contextlib.suppress(FileNotFoundError), open(where / WEIGHTS_NAME, "rb") as file:
             status = os.fstat(file.fileno())
@@ -177,7 +177,7 @@ class Layout:
 
         stamp = self._open(folder, name, fill)
         if stamp is None:
-            its = AdapterFolder(folder)
+            its = StoredAdapter(folder)
             stamp = file_stamp(os.stat(its.vectors_file()))
             self.pack(its.vectors()[0], row, name)
         return stamp

@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from ia3 import __version__
-from ia3.cli import bench, compare, convert, evaluate, inspect, merge, predict, pretrain, raft, serve, tasks, train
+from ia3.cli import compare, convert, evaluate, inspect, merge, predict, pretrain, raft, serve, tasks, train
 from ia3.errors import InputError, excerpt, reason
 
 app = typer.Typer(
@@ -33,7 +33,6 @@ app.command("inspect")(inspect.inspect)
 app.command("pretrain")(pretrain.pretrain)
 app.command("raft")(raft.raft)
 app.command("convert")(convert.convert)
-app.command("bench")(bench.bench)
 app.command("serve")(serve.serve)
 app.add_typer(tasks.app, name="tasks")
 

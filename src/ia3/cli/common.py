@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     from ia3.task.task import Task
     from ia3.training.recipe import Recipe
 
-# From so many parameters on, the paper's recipe is the default.
-_LARGE = 1_000_000_000
-
 # Of random generators.
 MAX_SEED = 2**32 - 1
 
@@ -251,13 +248,11 @@ def _load_base(
 
 def recipe_for(model: str, recipe: str | None, **changes: Any) -> Recipe:
     """The recipe that is asked for, else the one for a model of that size, with some fields changed."""
-    from ia3.adapter.pretrained import parameter_count
     from ia3.training.recipe import Recipe
 
     if recipe is None:
         quiet()
-        recipe = "small" if parameter_count(model) < _LARGE else "paper"
-    chosen = Recipe.load(recipe).changed(**changes)
+    chosen = (Recipe.for_model(model) if recipe is None else Recipe.load(recipe)).changed(**changes)
     if chosen.init is not None:
         IA3Config.from_pretrained(chosen.init)  # now, and not when the model has been loaded
     return chosen

@@ -13,6 +13,7 @@ import typer
 
 from ia3.adapter.config import TaskType
 from ia3.adapter.pretrained import EMBEDDED_MODEL
+from ia3.adapter.stored import RECIPE_NAME
 from ia3.cli.common import (
     MAX_SEED,
     ChoicesOption,
@@ -39,8 +40,8 @@ from ia3.cli.results import write_json
 from ia3.cli.run import train_alone, with_adapters
 from ia3.cli.train import drawn, folder_of, numbers, say_seen, source_of
 from ia3.errors import InputError
-from ia3.files import replacing
-from ia3.folder import RECIPE_NAME, WEIGHTS_NAME, AdapterFolder
+from ia3.files import WEIGHTS_NAME, replacing
+from ia3.folder import AdapterFolder
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import typer
 
+from ia3.adapter.stored import TASK_NAME
 from ia3.cli.common import AdapterArgument, JsonOption, ModelOption, console, load_adapted, print_json
 from ia3.errors import InputError
 from ia3.files import new_folder
-from ia3.folder import TASK_NAME, AdapterFolder
+from ia3.folder import AdapterFolder
 
 
 def merge(

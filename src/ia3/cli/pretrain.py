@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ia3.adapter.stored import CARD_MARK
 from ia3.cli.common import (
     MAX_SEED,
     BaseOption,
@@ -28,7 +29,6 @@ from ia3.cli.results import write_adapter
 from ia3.cli.resume import begin, checkpoint_of, fingerprint, say_interrupted
 from ia3.cli.run import with_adapters
 from ia3.errors import InputError, shown
-from ia3.folder import CARD_MARK
 
 if TYPE_CHECKING:
     from rich.progress import Progress

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ia3.adapter.stored import SEEN, is_number
 from ia3.cli.common import (
     MAX_SEED,
     BaseOption,
@@ -30,7 +31,7 @@ from ia3.cli.results import write, write_json
 from ia3.cli.resume import RUN_NAME, fingerprint, require_same
 from ia3.cli.run import cross_validated, train_alone, with_adapters
 from ia3.errors import InputError, shown
-from ia3.folder import SEEN, AdapterFolder, is_number
+from ia3.folder import AdapterFolder
 
 if TYPE_CHECKING:
     from rich.console import Console

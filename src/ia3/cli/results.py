@@ -9,9 +9,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ia3.adapter.stored import (
+    CALIBRATION_NAME,
+    CARD_MARK,
+    CARD_NAME,
+    METRICS_NAME,
+    RECIPE_NAME,
+    SEEN,
+    TASK_NAME,
+    to_json,
+)
 from ia3.cli.common import table
 from ia3.files import replacing
-from ia3.folder import CALIBRATION_NAME, CARD_MARK, CARD_NAME, METRICS_NAME, RECIPE_NAME, SEEN, TASK_NAME, to_json
 
 if TYPE_CHECKING:
     from rich.console import Console

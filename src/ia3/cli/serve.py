@@ -114,7 +114,7 @@ def serve(
     store = Store(adapters or Path("adapters"), max_adapters, name)
     runs: Engine
     if engine == EngineKind.VLLM:
-        from ia3.vllm.engine import VllmEngine
+        from ia3.serve.vllm import VllmEngine
 
         settings: dict[str, Any] = {} if dtype == "auto" else {"dtype": dtype}
         runs = VllmEngine(recorded, name, adapters=max_adapters, max_num_seqs=max_batch, **settings)

@@ -20,11 +20,11 @@ from starlette.requests import ClientDisconnect
 from ia3 import __version__
 from ia3.errors import InputError
 from ia3.serve import openai
+from ia3.serve.adapter import Adapter
 from ia3.serve.gate import Gate
 from ia3.serve.limits import CLIENT_GONE, Problem
 from ia3.serve.schemas import Body, ChatBody, ClassifyBody, CompletionBody, FolderBody, read_body
 from ia3.serve.server import Server, told
-from ia3.serve.store import Adapter
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -153,7 +153,7 @@ def _add_adapters(app: FastAPI, server: Server) -> None:
     async def adapter(name: str) -> Any:
         """An adapter: its columns and labels."""
         server.require_started()
-        return await server.blocking(_described, server.store.get(name))
+        return await asyncio.to_thread(_described, server.store.get(name))
 
     @app.post("/v1/adapters", tags=["adapters"], status_code=201)
     async def admit(request: Request) -> Any:
@@ -164,14 +164,14 @@ def _add_adapters(app: FastAPI, server: Server) -> None:
             body = await read_body(request, FolderBody)
             known = (body.folder if body.name is None else body.name) in server.store
             found = await server.store.admit(body.folder, body.name)
-            return JSONResponse(await server.blocking(_described, found), 200 if known else 201)
+            return JSONResponse(await asyncio.to_thread(_described, found), 200 if known else 201)
         with server.uploads.room(1):
             try:
                 async with request.form(max_files=8, max_fields=8) as form:
                     found, new = await _upload(server, form)
             except HTTPException as error:  # of the form's parser
                 raise InputError(f"Expected multipart/form-data: {error.detail}") from error
-        return JSONResponse(await server.blocking(_described, found), 201 if new else 200)
+        return JSONResponse(await asyncio.to_thread(_described, found), 201 if new else 200)
 
     @app.delete("/v1/adapters/{name:path}", tags=["adapters"])
     async def remove(name: str) -> Any:

@@ -13,12 +13,13 @@ from starlette.exceptions import HTTPException
 
 from ia3.errors import InputError
 from ia3.scoring.fitting import most_characters
+from ia3.serve.adapter import Adapter, Settings
 from ia3.serve.engine import AdapterFailed, Engine, GenerateJob, Piece, ScoreJob
 from ia3.serve.gate import described, unexpected
 from ia3.serve.limits import CLIENT_GONE, Limits, Problem, Queue, left
 from ia3.serve.metrics import Metrics
 from ia3.serve.schemas import ChatBody, ClassifyBody, CompletionBody
-from ia3.serve.store import Adapter, Conflict, NotStored, Settings, Store, UnknownAdapter, UnusableAdapter
+from ia3.serve.store import Conflict, NotStored, Store, UnknownAdapter, UnusableAdapter
 from ia3.serve.worker import Worker
 from ia3.task.rows import as_rows
 from ia3.task.sandbox import MOST_CHARACTERS, TooLong, bounded
@@ -112,7 +113,7 @@ class Server:
             raise Problem(503, "The model is still being loaded; try again soon.", "not_ready", {"Retry-After": "2"})
 
     async def blocking(self, function: Callable[..., _Result], *args: Any, characters: int = 0) -> _Result:
-        """Call what reads files, or renders or tokenizes so many characters, on a thread of its own."""
+        """Call what renders or tokenizes so many characters on the thread that does so."""
         return await self._worker.call(characters, function, *args)
 
     def _most_characters(self) -> int | None:
@@ -167,7 +168,7 @@ class Server:
 
     async def classify(self, body: ClassifyBody, adapter: Adapter) -> dict[str, Any]:
         """The response to `/v1/classify`."""
-        settings = await self.blocking(adapter.settings)
+        settings = await asyncio.to_thread(adapter.settings)
         rows = _rows(body, settings.task, adapter.name)
         jobs: list[ScoreJob] = []
         labels: list[list[str]] = []
@@ -179,7 +180,7 @@ class Server:
             labels += found[1]
         scores = await self.engine.score(jobs)
         temperature = 1.0 if body.without_adapter else settings.temperature
-        return await self.blocking(self._predictions, body, adapter, jobs, labels, temperature, scores)
+        return await asyncio.to_thread(self._predictions, body, adapter, jobs, labels, temperature, scores)
 
     def _questions(
         self, settings: Settings, rows: Sequence[Row], indices: Sequence[int], key: str | None

@@ -10,23 +10,20 @@ import logging
 import os
 import re
 import shutil
-import stat
 import tempfile
-import threading
 import weakref
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 from ia3.adapter.config import CONFIG_NAME, IA3Config, adapter_folders
-from ia3.errors import InputError, reason, shown, similar
-from ia3.files import current, take_over
-from ia3.folder import CALIBRATION_NAME, OWN_NAMES, RECIPE_NAME, TASK_NAME, WEIGHTS_NAME, AdapterFolder
+from ia3.adapter.stored import OWN_NAMES
+from ia3.errors import InputError, shown, similar
+from ia3.files import WEIGHTS_NAME, current, take_over
+from ia3.serve.adapter import FILES, Adapter, read_settings, stamp_of
 
 if TYPE_CHECKING:
     from ia3.serve.engine import Engine
-    from ia3.task.task import Task
-    from ia3.training.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +31,6 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}(/[A-Za-z0-9][A-Za-z0-9._-]{0
 
 # Finding close names takes too long among thousands.
 _NEAR = 100
-
-# Names of an adapter's files. What has one of them in its own name is not found again, or hides another adapter's file.
-_FILES = {CONFIG_NAME, WEIGHTS_NAME, TASK_NAME, RECIPE_NAME, CALIBRATION_NAME}
 
 # So many adapters that cannot be served are named in the log, a line each.
 _MOST_LOGGED = 50
@@ -65,75 +59,6 @@ class Conflict(InputError):
 
 class NotStored(InputError):
     """The adapters' folder takes no files."""
-
-
-class Settings(NamedTuple):
-    """What stands beside an adapter.
-
-    Attributes:
-        task: None: it is for completions only.
-        recipe: the paper's, where there is none.
-        temperature: of its calibration; 1 where there is none.
-        calibrated: whether there is one.
-    """
-
-    task: Task | None
-    recipe: Recipe
-    temperature: float
-    calibrated: bool
-
-
-@dataclasses.dataclass(eq=False)
-class Adapter:
-    """One content of an adapter; when its files are replaced, another one takes its name.
-
-    Attributes:
-        name: what clients call it.
-        key: what the engine calls it.
-        folder: where it is.
-        stamp: changes when its files do.
-        users: requests that are under way with it.
-        retired: it is served no more; the engine forgets it when its last user has gone.
-    """
-
-    name: str
-    key: str
-    folder: str
-    stamp: tuple
-    users: int = 0
-    retired: bool = False
-    _settings: Settings | None = None
-    _lock: Any = dataclasses.field(default_factory=threading.Lock)
-
-    def settings(self) -> Settings:
-        """Read once, on a thread that may block. Raises `InputError` for damaged files."""
-        with self._lock:
-            if self._settings is None:
-                self._settings = read_settings(self.folder)
-            return self._settings
-
-
-def read_settings(folder: str) -> Settings:
-    """The settings in an adapter's folder. Raises `InputError` for files that are damaged or cannot be read."""
-    try:
-        found = AdapterFolder(folder)
-        return Settings(found.task, found.recipe, found.temperature, calibrated=found.calibration is not None)
-    except (OSError, RecursionError) as error:
-        raise InputError(f"The files beside this adapter cannot be read: {reason(error)}.") from error
-
-
-def _stamp(folder: str) -> tuple | None:
-    """Changes when an adapter's files do; None for a folder or files that are links, or without the vectors' file."""
-    if os.path.realpath(folder) != folder:
-        return None
-    found, where = {}, current(folder)
-    for name in (CONFIG_NAME, WEIGHTS_NAME, TASK_NAME, RECIPE_NAME, CALIBRATION_NAME):
-        with contextlib.suppress(OSError):
-            status = os.lstat(where / name)
-            if not stat.S_ISREG(status.st_mode):
-                return None
-            found[name] = status.st_ino, status.st_size, status.st_mtime_ns
-    return tuple(found.items()) if CONFIG_NAME in found and WEIGHTS_NAME in found else None
 
 
 @contextlib.contextmanager
@@ -312,7 +237,7 @@ class Store:
         name = self._checked(folder if name is None else name)
         async with self._changing:
             path = self._folder(folder)
-            stamp = await asyncio.to_thread(_stamp, path)
+            stamp = await asyncio.to_thread(stamp_of, path)
             if stamp is None:
                 raise UnknownAdapter(
                     f"There is no adapter's folder {folder!r} below the adapters' root, with {CONFIG_NAME} and "
@@ -368,7 +293,7 @@ class Store:
                 names = dict.fromkeys([name, *(each.name for each in self._in(final))])
                 with _storing():
                     await self._take_away(final, lambda: _exchange(temporary, final))
-                stamp = _stamp(final) or ()
+                stamp = stamp_of(final) or ()
                 served = [await self._serve(each, final, stamp, check=False) for each in names]
                 self._removed.discard(name)
                 return served[0], new
@@ -479,7 +404,7 @@ class Store:
         return os.path.join(self.root, *name.split("/"))
 
     def _checked(self, name: str) -> str:
-        if _FILES & set(str(name).split("/")):
+        if not FILES.keys().isdisjoint(str(name).split("/")):  # it would not be found again, or hide another one's file
             raise InputError(f"Expected an adapter's name that is none of its files', found {name[:200]!r}.")
         if not isinstance(name, str) or not NAME.fullmatch(name) or len(name) > 200:
             raise InputError(
@@ -496,10 +421,9 @@ class Store:
             return {}
         found, skipped = {}, []
         for name, folder in adapter_folders(self.root).items():
-            usable = (
-                NAME.fullmatch(name) and len(name) <= 200 and name != self._base and not _FILES & set(name.split("/"))
-            )
-            stamp = _stamp(folder) if usable else None  # no links, and no pickles
+            usable = NAME.fullmatch(name) and len(name) <= 200 and name != self._base
+            usable = usable and FILES.keys().isdisjoint(name.split("/"))
+            stamp = stamp_of(folder) if usable else None  # no links, and no pickles
             if stamp is not None:
                 found[name] = (folder, stamp)
             elif not name.startswith("."):

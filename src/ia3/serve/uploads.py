@@ -8,21 +8,12 @@ from pathlib import Path
 import jinja2.nodes as nodes
 import yaml
 
-from ia3.adapter.config import CONFIG_NAME, IA3Config
+from ia3.adapter.config import IA3Config
 from ia3.errors import InputError, shown
-from ia3.files import parse_json, reading
-from ia3.folder import CALIBRATION_NAME, RECIPE_NAME, TASK_NAME, WEIGHTS_NAME
+from ia3.files import WEIGHTS_NAME, parse_json, reading
+from ia3.serve.adapter import FILES
 from ia3.task import sandbox
 from ia3.task.template import has_jinja
-
-FILES = {
-    WEIGHTS_NAME: True,
-    CONFIG_NAME: True,
-    TASK_NAME: False,
-    RECIPE_NAME: False,
-    CALIBRATION_NAME: False,
-}
-"""Names of the files of an upload, and whether they have to be there."""
 
 # Of the small ones.
 _MOST_BYTES = 1 << 20

@@ -1,4 +1,4 @@
-"""The thread that renders, tokenizes and reads files, beside the event loop: `Worker`."""
+"""The thread that renders and tokenizes, beside the event loop: `Worker`."""
 
 from __future__ import annotations
 

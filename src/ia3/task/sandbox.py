@@ -34,8 +34,9 @@ MOST_SOURCE, MOST_PARTS, DEEPEST = 100_000, 2_000, 50
 # Of a text that a template makes or works on, also in between.
 MOST_CHARACTERS = 10_000_000
 
-# Of one rendering: a step is an operation, a turn of a loop, an item or 64 characters that an operation reads.
-MOST_STEPS, _CHARACTERS_A_STEP = 2_000_000, 64
+# Of one rendering: a step is an operation, a turn of a loop, an item or 64 characters that an operation reads, all of which
+# take about as long; a call takes longer.
+MOST_STEPS, _CHARACTERS_A_STEP, _STEPS_A_CALL = 2_000_000, 64, 8
 
 # Of a whole number (3,000 digits); and of what a text is widened by, such as `center` takes, or JSON's indentation.
 _MOST_BITS, _WIDEST, _WIDEST_JSON = 10_000, 10_000, 8
@@ -171,9 +172,9 @@ class _Work:
     def __init__(self, limits: _Limits) -> None:
         self.characters, self._left, self._check = limits.characters, MOST_STEPS, limits.check
 
-    def pay(self, *values: Any) -> None:
-        """For an operation that reads values. Raises `TooMuch`."""
-        self._left -= 1 + sum(map(_steps, values))
+    def pay(self, *values: Any, steps: int = 1) -> None:
+        """For an operation that takes so many steps and reads values. Raises `TooMuch`."""
+        self._left -= steps + sum(map(_steps, values))
         if self._left < 0:
             raise TooMuch(f"it takes more than {MOST_STEPS} steps")
         self._check()
@@ -324,6 +325,7 @@ class Environment(jinja2.sandbox.SandboxedEnvironment):
         method = getattr(function, "__wrapped__", function)  # Jinja wraps `format`
         owner = [method.__self__] if hasattr(method, "__self__") else []
         run = functools.partial(super().call, context, function)
+        _WORK.get().pay(steps=_STEPS_A_CALL)
         return _operate(getattr(method, "__name__", ""), run, owner, args, kwargs)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -264,7 +265,7 @@ class Task(BaseModel):
         cls,
         rows: Any,
         label_column: str | None = None,
-        text_column: str | None = None,
+        text_column: str | Sequence[str] | None = None,
         choices: Mapping[str, str] | None = None,
         template: str | None = None,
         name: str = "task",
@@ -274,9 +275,10 @@ class Task(BaseModel):
         Args:
             rows: at least one, as `as_rows` takes them.
             label_column: None: "label".
-            text_column: None: "text", or the only column beside the label. Not needed with a template.
+            text_column: one, or several, which the prompt names. None: "text", or the only column beside the label. Not
+                needed with a template.
             choices: None: every label, as it is written, with spaces for underscores.
-            template: None: the text, a question that lists the labels, "Answer:".
+            template: None: the text, or each column's name and text, a question that lists the labels, "Answer:".
             name: the task's name.
 
         Raises:
@@ -308,13 +310,14 @@ class Task(BaseModel):
                 )
             choices = {label: verbatim(label.replace("_", " ").strip()) for label in labels}
         if template is None:
-            text_column = _choose(text_column, columns, "text", "text-column", [label_column])
-            if text_column == label_column:
+            asked = [text_column] if text_column is None or isinstance(text_column, str) else list(text_column)
+            texts = [_choose(each, columns, "text", "text-column", [label_column]) for each in asked]
+            if label_column in texts:
                 raise InputError(
                     f"Expected two columns for text and label, found {label_column!r} for both (--text-column)."
                 )
             answers = [choices[label] for label in sorted(choices)]
-            template = _made_template(text_column, label_column, answers)
+            template = _made_template(texts, label_column, answers)
         return cls.create({"name": name, "template": template, "label_column": label_column, "choices": dict(choices)})
 
     def to_yaml(self) -> str:
@@ -501,15 +504,25 @@ def _choose(asked: str | None, columns: list[str], usual: str, option: str, take
     return asked
 
 
-def _made_template(text_column: str, label_column: str, answers: list[str]) -> str:
-    text = f"{{{{ {text_column} }}}}"
-    try:
-        plain = Template(prompt=text).columns == (text_column,)
-    except ValidationError:
-        plain = False
-    if not plain:
-        text = f"{{{{ row[{quoted(text_column)}] }}}}"
+def _made_template(text_columns: Sequence[str], label_column: str, answers: list[str]) -> str:
+    fields = [_field(column) for column in text_columns]
+    if len(fields) > 1:
+        fields = [f"{_in_words(column)}: {field}" for column, field in zip(text_columns, fields, strict=True)]
+    text = "\n".join(fields)
     if len(answers) > _MOST_LISTED:
         return f"{text}\n\n{verbatim(label_column.replace('_', ' ').capitalize())}:"
-    what = verbatim(label_column.replace("_", " "))
-    return f"{text}\n\nQuestion: What is the {what}, {', '.join(answers[:-1])} or {answers[-1]}?\nAnswer:"
+    return f"{text}\n\nQuestion: What is the {_in_words(label_column)}, {', '.join(answers[:-1])} or {answers[-1]}?\nAnswer:"
+
+
+def _field(column: str) -> str:
+    """The template of a column's text."""
+    text = f"{{{{ {column} }}}}"
+    with contextlib.suppress(ValidationError):
+        if Template(prompt=text).columns == (column,):
+            return text
+    return f"{{{{ row[{quoted(column)}] }}}}"
+
+
+def _in_words(column: str) -> str:
+    """A column's name as a template's text."""
+    return verbatim(column.replace("_", " "))

@@ -16,6 +16,9 @@ from ia3.files import read_fields, reading, replacing
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
+# From this many parameters on, a model has the paper's recipe.
+_LARGE = 1_000_000_000
+
 # What transformers knows beside these needs arguments that a recipe has no fields for, or packages of its own.
 OPTIMIZERS = ("adafactor", "adamw_torch", "adamw_torch_fused", "adagrad", "rmsprop", "sgd")
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "constant", "constant_with_warmup", "inverse_sqrt")
@@ -40,7 +43,7 @@ class EarlyStopping(BaseModel):
 
 
 class Recipe(BaseModel):
-    """T-Few's settings, which are the same for every task. Defaults are the paper's (Liu et al. 2022, section 3.3).
+    """T-Few's settings, which are the same for every task. Defaults are the paper's (Liu et al. 2022, section 3.5).
 
     Attributes:
         name: for tables and model cards.
@@ -103,6 +106,13 @@ class Recipe(BaseModel):
     def small(cls) -> Recipe:
         """For models under a billion parameters, which know a few dozen examples by heart after some twenty steps."""
         return cls(name="small", **_SMALL)
+
+    @classmethod
+    def for_model(cls, name: str) -> Recipe:
+        """The preset for a base model of that size. Its config says how large it is; no weights are read."""
+        from ia3.adapter.pretrained import parameter_count
+
+        return cls.small() if parameter_count(name) < _LARGE else cls.paper()
 
     @classmethod
     def load(cls, source: str | os.PathLike) -> Recipe:

@@ -14,11 +14,11 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from ia3.errors import InputError, shown
-from ia3.folder import AdapterFolder
 from ia3.scoring.batch import Batch, normalized_scores, to_device
 from ia3.scoring.question import Question
 from ia3.scoring.scorer import Scorer
 from ia3.trainer import Trainer
+from ia3.training.described import described
 from ia3.training.losses import tfew_loss
 from ia3.training.recipe import EarlyStopping, Recipe
 
@@ -180,7 +180,7 @@ class TFewTrainer(Trainer):
         if model is not None:
             for name, (task, rows) in self._learned().items():
                 before = model.adapter_folders.get(name)
-                model.adapter_folders[name] = AdapterFolder.describing(task, self.recipe, rows, before)
+                model.adapter_folders[name] = described(task, self.recipe, rows, before)
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_checkpoint(*args, **kwargs)

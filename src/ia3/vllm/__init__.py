@@ -1,1 +1,1 @@
-"""(IA)³ adapters in vLLM: the plugin, and the engine behind `ia3 serve --engine vllm`."""
+"""(IA)³ adapters wherever vLLM takes LoRA adapters; `plugin.py` is where to begin. Nothing here serves."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ia3.bench.peers import Clock, Column, Example, Result, tokens_of
+from .peers import Clock, Column, Example, Result, tokens_of
 
 # As large as a batch is useful for.
 _TOKENS = 2048
@@ -124,7 +124,7 @@ class Floor(Column):
 
         from safetensors.torch import load_file, save_file
 
-        from ia3.bench.peers import adapted_modules, size_of
+        from .peers import adapted_modules, size_of
 
         folder = tempfile.TemporaryDirectory()
         file = Path(folder.name, "adapter.safetensors")

@@ -1,4 +1,4 @@
-"""`ia3 bench`: all columns do the same job, and the command writes, goes on, and says what is missing."""
+"""`python -m benchmarks`: all columns do the same job, and the command writes, goes on, and says what is missing."""
 
 import contextlib
 import io
@@ -8,19 +8,21 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.__main__ import main
+from benchmarks.jobs import report
+from benchmarks.jobs import run as running
+from benchmarks.jobs.floor import Floor, needed, shared_beginning
+from benchmarks.jobs.ours import InBfloat16, Ours
+from benchmarks.jobs.peers import Authors, Column, Peft, mean_scores, padded_log_probs, repeated_log_probs, three_losses
+from benchmarks.jobs.rows import Phase, Row, suite, task_of
+from benchmarks.jobs.worker import Memory
 from ia3 import tfew_loss
-from ia3.bench import suite as running
-from ia3.bench.floor import Floor, needed, shared_beginning
-from ia3.bench.jobs import Phase, Row, suite, task_of
-from ia3.bench.ours import InBfloat16, Ours
-from ia3.bench.peers import Authors, Column, Peft, mean_scores, padded_log_probs, repeated_log_probs, three_losses
-from ia3.bench.report import notes, summary
-from ia3.bench.worker import Memory
-from ia3.cli import main
 from support import tiny
+from support.screen import require_whole
 
 REVIEWS = [
     "This tea is lovely and fresh; I will buy it again.",
@@ -179,13 +181,15 @@ def test_samples_are_scaled_and_ratios_are_of_the_same_repeat():
         "peft": [{"setup": 2.0, "train": 2.0}, {"setup": 2.0, "train": 4.0}, {"setup": 3.0, "train": 9.0}],
         "floor": [{"setup": 0.0, "train": 1.0}] * 3,
     }
-    made = summary(row, runs, {"ours": 10.0, "peft": 50.0, "floor": 5.0}, {"ours": [1.0, 2.0], "peft": [1.0, 2.5]}, {})
+    made = report.summary(
+        row, runs, {"ours": 10.0, "peft": 50.0, "floor": 5.0}, {"ours": [1.0, 2.0], "peft": [1.0, 2.5]}, {}
+    )
     assert made["columns"]["ours"]["seconds"] == [11, 21, 31]
     assert made["columns"]["ours"]["phases"]["train"]["median"] == 20
     assert made["ratios"]["peft/ours"]["values"] == [2, 2, 3]
     assert made["ratios"]["peft/ours"]["median"] == 2 and made["ratios"]["peft/ours"]["quartiles"] == [2, 2.5]
     assert made["ratios"]["peft/ours"]["memory"] == 5 and made["ratios"]["ours/floor"]["values"] == [1.1, 2.1, 3.1]
-    said = notes({"rows": {"r": made}, "left_out": {"adapterhub": "not there"}})
+    said = report.notes({"rows": {"r": made}, "left_out": {"adapterhub": "not there"}})
     assert said == [
         "job: all columns measured on 2 of 20 examples, and scaled linearly.",
         "job: results of PEFT + Trainer differ from ours by 0.5.",
@@ -197,10 +201,10 @@ def test_samples_are_scaled_and_ratios_are_of_the_same_repeat():
 def test_numbers_that_cannot_be_compared_are_said(its):
     row = Row("r", "job", "train", ("ours", "peft"), {"train": Phase()})
     runs = {"ours": [{"train": 1.0}], "peft": [{"train": 1.0}]}
-    made = summary(row, runs, {"ours": 1.0, "peft": 1.0}, {"ours": [1.0, 2.0], "peft": its}, {})
+    made = report.summary(row, runs, {"ours": 1.0, "peft": 1.0}, {"ours": [1.0, 2.0], "peft": its}, {})
     assert made["differences"] == {"peft": None} and json.loads(json.dumps(made, allow_nan=False))
     said = "job: results of PEFT + Trainer differ from ours in number or are not finite."
-    assert notes({"rows": {"r": made}, "left_out": {}}) == [said]
+    assert report.notes({"rows": {"r": made}, "left_out": {}}) == [said]
 
 
 class Inside:
@@ -237,7 +241,7 @@ def bench(folder, output, *options):
         contextlib.redirect_stderr(io.StringIO()) as err,
         pytest.raises(SystemExit) as ended,
     ):
-        main(["bench", "--model", folder, "--threads", "1", "--repeats", "2", "--output", str(output), *options])
+        main(["--model", folder, "--threads", "1", "--repeats", "2", "--output", str(output), *options])
     return ended.value.code or 0, out.getvalue(), err.getvalue()
 
 
@@ -320,7 +324,7 @@ def test_a_processor_for_bfloat16_has_a_column_more(inside, folder, tmp_path, mo
 def test_peft_that_is_not_installed_is_left_out(inside, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(running, "_has_peft", lambda: False)
     code, out, _ = bench(folder, tmp_path, "--only", "switch-adapter")
-    assert code == 0 and 'Left out: PEFT + Trainer: not installed: pip install "ia3[bench]".' in out
+    assert code == 0 and "Left out: PEFT + Trainer: not installed: pip install peft." in out
     assert list(json.loads((tmp_path / "bench.json").read_text())["rows"]["switch-adapter"]["columns"]) == ["ours"]
 
 
@@ -388,6 +392,16 @@ def test_a_process_that_fails_says_why(folder):
             worker.ask(None)
     finally:
         worker.close()
+
+
+def test_a_narrow_screen_shows_whole_jobs():
+    screen = Console(file=io.StringIO(), width=80)
+    title = "train on 32 examples for 40 steps of 8, evaluate 200 rows, 2 choices"
+    ratio = {"median": 2.4, "quartiles": (2.3, 2.5), "memory": 3.1}
+    pairs = {f"{name}/ours": ratio for name in report.COLUMNS if name not in ("ours", "floor")} | {"ours/floor": ratio}
+    row = {"title": title, "columns": {"ours": {"median": 100.0, "peak_mb": 900}}, "ratios": pairs}
+    screen.print(report.table({"rows": {"train-2": row}}))
+    require_whole(screen.file.getvalue(), [title])
 
 
 @pytest.mark.slow

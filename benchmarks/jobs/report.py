@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ia3.bench.jobs import COLUMNS, Row
+from .rows import COLUMNS, Row
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

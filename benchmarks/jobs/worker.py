@@ -1,11 +1,12 @@
 """One column's process: loads the model, and does each job in a copy of itself, so that each has a memory of its own.
 
-    python -m ia3.bench.worker COLUMN FOLDER THREADS
+    python -m benchmarks.jobs.worker COLUMN FOLDER THREADS
 
-Speaks in lines of JSON. `{"job": …}` begins a job (see `jobs.Row.job`), `{"run": true}` does it once, `{"end": true}` ends
+Speaks in lines of JSON. `{"job": …}` begins a job (see `rows.Row.job`), `{"run": true}` does it once, `{"end": true}` ends
 it and tells its peak memory. Every line is answered by one; `{"error": …}` also says that the job is over.
 
-A copy counts its peak memory from its own beginning. The model is loaded by one thread: a copy of a process has none of its threads, and those of OpenMP would be missed.
+A copy counts its peak memory from its own beginning. The model is loaded by one thread: a copy of a process has none of
+its threads, and those of OpenMP would be missed.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from pathlib import Path
 from typing import IO, Any
 
 COLUMNS = {
-    "ours": ("ia3.bench.ours", "Ours"),
-    "bfloat16": ("ia3.bench.ours", "InBfloat16"),
-    "peft": ("ia3.bench.peers", "Peft"),
-    "authors": ("ia3.bench.peers", "Authors"),
-    "adapterhub": ("ia3.bench.adapterhub", "AdapterHub"),
-    "floor": ("ia3.bench.floor", "Floor"),
+    "ours": (".ours", "Ours"),
+    "bfloat16": (".ours", "InBfloat16"),
+    "peft": (".peers", "Peft"),
+    "authors": (".peers", "Authors"),
+    "adapterhub": (".adapterhub", "AdapterHub"),
+    "floor": (".floor", "Floor"),
 }
 
 
@@ -65,7 +66,7 @@ def main() -> None:
     import importlib
 
     module, kind = COLUMNS[name]
-    made = getattr(importlib.import_module(module), kind)
+    made = getattr(importlib.import_module(module, __package__), kind)
 
     import torch
     import transformers

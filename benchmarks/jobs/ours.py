@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ia3.bench.peers import ADAPTED, FEEDFORWARD, Clock, Result, WithVectors, quiet_arguments, timed_steps, vector
+from .peers import ADAPTED, FEEDFORWARD, Clock, Result, WithVectors, quiet_arguments, timed_steps, vector
 
 
 class Ours(WithVectors):

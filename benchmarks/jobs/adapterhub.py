@@ -12,7 +12,7 @@ import torch
 from adapters.composition import BatchSplit  # type: ignore[import-not-found]
 from torch import nn
 
-from ia3.bench.peers import Column, vector
+from .peers import Column, vector
 
 
 def _config() -> Any:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ia3.adapter.config import IA3Config
 from ia3.errors import InputError, reason
 from ia3.files import reading
 from ia3.serve.engine import AdapterFailed, GenerateJob, Piece, ScoreJob, normalized
@@ -227,6 +228,7 @@ class VllmEngine:
 
         if len(self._adapters) >= self._most:
             raise InputError(f"Expected at most {self._most} adapters at a time, found one more; allow more of them.")
+        IA3Config.from_pretrained(folder)  # vLLM would take other adapters when they are asked for
         self._adapters[key] = LoRARequest(key, next(self._ids), folder)
         if check:
             try:

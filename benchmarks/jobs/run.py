@@ -18,22 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import ia3
-from ia3.bench.jobs import COLUMNS, Row, suite
-from ia3.bench.report import summary
 from ia3.errors import InputError, brief, shown, similar
 from ia3.files import read_json, replacing
 
+from .report import summary
+from .rows import COLUMNS, Row, suite
+
 JSON_NAME = "bench.json"
 
-# Loads this package where another environment has none of it; `peers` says why that is possible.
-_BOOTSTRAP = """
-import importlib.util, runpy, sys
-root = sys.argv.pop(1)
-spec = importlib.util.spec_from_file_location("ia3", root + "/__init__.py", submodule_search_locations=[root])
-sys.modules["ia3"] = module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-runpy.run_module("ia3.bench.worker", run_name="__main__")
-"""
+_CHECKOUT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -78,12 +71,11 @@ class Worker:
     def __init__(self, column: str, python: str, folder: str, threads: int) -> None:
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the process)
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
-        command = [python, "-m", "ia3.bench.worker"]
         if python != sys.executable:
             environment.pop("PYTHONPATH", None)
-            command = [python, "-c", _BOOTSTRAP, str(Path(ia3.__file__).parent)]
         self.process = subprocess.Popen(
-            [*command, column, folder, str(threads)],
+            [python, "-m", "benchmarks.jobs.worker", column, folder, str(threads)],
+            cwd=_CHECKOUT,  # where `-m` looks, whatever is installed
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,
@@ -152,7 +144,7 @@ def interpreters(adapterhub: str | None) -> tuple[dict[str, str], dict[str, str]
     found, left_out = dict.fromkeys(COLUMNS, sys.executable), {}
     if not _has_peft():
         del found["peft"]
-        left_out["peft"] = 'not installed: pip install "ia3[bench]"'
+        left_out["peft"] = "not installed: pip install peft"
     if not _multiplies_bfloat16():
         del found["bfloat16"]
         left_out["bfloat16"] = "this processor has no instructions for it"
@@ -203,7 +195,9 @@ def begin(settings: Settings, file: Path, resume: bool) -> dict[str, Any]:
     known = read_json(file, "start without --resume")
     before = known.get("settings")
     if not isinstance(before, dict) or not isinstance(known.get("rows"), dict):
-        raise InputError(f"Expected a result of ia3 bench in {file}, found a damaged one; start without --resume.")
+        raise InputError(
+            f"Expected a result of python -m benchmarks in {file}, found a damaged one; start without --resume."
+        )
     for name, value in vars(settings).items():
         if before.get(name) != value:
             raise InputError(

@@ -1,0 +1,1 @@
+"""How fast, beside others: `python -m benchmarks` for whole jobs, and a script for each part of one."""

@@ -1,0 +1,372 @@
+"""An adapter's folder as files: its config, its vectors, and whatever lies beside them, read and written as one."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ia3.adapter.config import IA3Config
+from ia3.errors import InputError, excerpt
+from ia3.files import (
+    CONFIG_NAME,
+    TORCH_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+    current,
+    locate,
+    locate_beside,
+    parse_json,
+    read_whole,
+    replacing_adapter,
+    version,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from typing_extensions import Self
+
+TASK_NAME = "task.yaml"
+RECIPE_NAME = "recipe.yaml"
+CALIBRATION_NAME = "calibration.json"
+METRICS_NAME = "metrics.json"
+CARD_NAME = "README.md"
+
+OWN_NAMES = (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    TORCH_WEIGHTS_NAME,
+    TASK_NAME,
+    RECIPE_NAME,
+    CALIBRATION_NAME,
+    METRICS_NAME,
+)
+"""The files that are replaced together. A model card joins them unless a user wrote it."""
+
+# What lies beside config and vectors, in the order in which it is written.
+_BESIDE = (TASK_NAME, RECIPE_NAME, METRICS_NAME, CALIBRATION_NAME, CARD_NAME)
+
+SEEN = "train_rows"
+"""The key of the training rows' fingerprints in metrics.json."""
+
+# In a model card that we wrote.
+CARD_MARK = "<!-- Written by ia3, which replaces it with the adapter. Delete this line to keep a text of your own. -->"
+
+# In the safetensors header, where PEFT does not look: the adapter rescales only the key and value part of fused
+# projections, so that training goes on as it began; and the base model, all of the config that names and shapes of
+# tensors do not tell from another's.
+KEY_VALUE_ONLY = "ia3_key_value_only"
+_BASE = "ia3_base_model"
+
+# Beyond any count or time of a run, and safe to calculate with.
+_MOST = 10**15
+
+Tensors = dict[str, "torch.Tensor"]
+
+
+class StoredAdapter:
+    """The files of an adapter's folder, here or on the hub; they are read when they are asked for.
+
+        stored = StoredAdapter("adapters/tickets")
+        stored.config, stored.text("task.yaml")
+        tensors, header = stored.vectors()
+
+    A local folder's files are read at once, so that all are of one save, whoever writes to it meanwhile. Whatever takes
+    the path of an adapter's folder takes this object too. What the files beside the vectors mean, `ia3.folder` knows.
+
+    Args:
+        path: the folder or the hub's id.
+        subfolder: in it.
+        **hub_kwargs: `revision`, `token`, … as of the hub.
+    """
+
+    def __init__(self, path: str | os.PathLike, subfolder: str | None = None, **hub_kwargs: Any) -> None:
+        self.path = path
+        self._place = {"subfolder": subfolder, **hub_kwargs}
+        self._digest: str | None = None
+        self._folder = Path(path, subfolder or "")
+        self._on_hub = not self._folder.exists()
+        self._texts: dict[str, bytes | None] = {}
+        self._version: tuple[int, ...] | None = None
+        if not self._on_hub:
+            self._texts, self._version = read_whole(self._folder, self._read_texts)
+
+    def _read_texts(self) -> tuple[dict[str, bytes | None], tuple[int, ...] | None]:
+        where, stamp = version(self._folder)
+        names = (CONFIG_NAME, *_BESIDE)
+        return {name: (where / name).read_bytes() for name in names if (where / name).is_file()}, stamp
+
+    @classmethod
+    def unsaved(cls, texts: Mapping[str, bytes]) -> Self:
+        """What belongs beside an adapter that is in no folder yet: files' contents by their names."""
+        stored = cls.__new__(cls)
+        stored.path, stored._place, stored._folder = "", {}, Path()
+        stored._on_hub, stored._version, stored._digest = False, None, None
+        stored._texts = {**texts}
+        return stored
+
+    @classmethod
+    def whole(
+        cls,
+        path: str | os.PathLike,
+        subfolder: str | None = None,
+        config: bool = True,
+        pickled: bool = True,
+        **hub_kwargs: Any,
+    ) -> tuple[Self, Tensors, dict[str, str]]:
+        """A folder, its tensors and the header's entries, all of one save.
+
+        Args:
+            path: the folder or the hub's id; or an object of this class, which is returned.
+            subfolder: in it.
+            config: its own config is used, so it has to be there.
+            pickled: take tensors that `torch.save` wrote as well.
+            **hub_kwargs: `revision`, `token`, … as of the hub.
+
+        Raises:
+            InputError: see `config` and `vectors`.
+        """
+
+        def read() -> tuple[Any, Tensors, dict[str, str]]:
+            folder = path if isinstance(path, StoredAdapter) else cls(path, subfolder, **hub_kwargs)
+            if config:
+                _ = folder.config
+            tensors, header = folder.vectors(pickled)
+            return folder, tensors, header
+
+        if isinstance(path, StoredAdapter):
+            return read()
+        return read_whole(Path(path, subfolder or ""), read)
+
+    def __fspath__(self) -> str:
+        return os.fspath(self.path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def text(self, name: str) -> bytes | None:
+        """A file's content; None where there is none."""
+        if self._on_hub and name not in self._texts:
+            found = locate_beside(self.path, name, **self._place)
+            self._texts[name] = None if found is None else Path(found).read_bytes()
+        return self._texts.get(name)
+
+    def _named(self, name: str) -> Path:
+        """A file's path, for an error message and for paths relative to it."""
+        return self._folder / name
+
+    @functools.cached_property
+    def config(self) -> IA3Config:
+        """The adapter's config. Raises `InputError` when there is none, or another method's."""
+        data = None if self._on_hub else self._texts.get(CONFIG_NAME)
+        if data is None:
+            return IA3Config.from_pretrained(self.path, **self._place)
+        return IA3Config.from_json(data, self._named(CONFIG_NAME))
+
+    @functools.cached_property
+    def metrics(self) -> dict[str, Any]:
+        """What was measured, and the training rows' fingerprints; nothing where the folder has no metrics.json.
+
+        Raises:
+            InputError: a file that is not of this kind.
+        """
+        data, path = self.text(METRICS_NAME), self._named(METRICS_NAME)
+        if data is None:
+            return {}
+        found = parse_json(data, path, "delete it")
+        fields = found if isinstance(found, dict) else {SEEN: None}
+        seen = fields.get(SEEN, [])
+        numbers = [fields.get(key, 0) for key in ("steps", "train_examples", "train_seconds", "trained_at_once")]
+        if (
+            not isinstance(seen, list)
+            or not all(isinstance(key, str) for key in seen)
+            or not all(map(is_number, numbers))
+        ):
+            raise InputError(f"Expected what ia3 train measured in {excerpt(str(path))}; delete it.")
+        return fields
+
+    def vectors(self, pickled: bool = True) -> tuple[Tensors, dict[str, str]]:
+        """The adapter's tensors by their names in the file, and the safetensors header's entries.
+
+        Args:
+            pickled: take what `torch.save` wrote as well.
+
+        Raises:
+            InputError: the file is missing, cut short or holds more than tensors; or the adapter has been replaced since
+                this object was made.
+        """
+        from ia3.adapter.tensors import read_tensors
+
+        file = self.vectors_file(pickled)
+        tensors, header = read_tensors(file)
+        self.require_unchanged()
+        self._digest = _digest(tensors) if self._on_hub or {CALIBRATION_NAME, METRICS_NAME} & set(self._texts) else None
+        return tensors, header
+
+    def require_unchanged(self) -> None:
+        """Raise `InputError` when another adapter is in the folder than when this object was made."""
+        if not self._on_hub and version(self._folder)[1] != self._version:
+            raise InputError(f"The adapter in {str(self)!r} was replaced while it was being used; run this again.")
+
+    def vectors_file(self, pickled: bool = True) -> str:
+        """The file of an adapter's tensors: safetensors, else `torch.save`'s. Raises `InputError` when there is none."""
+        names = (WEIGHTS_NAME, TORCH_WEIGHTS_NAME) if pickled else (WEIGHTS_NAME,)
+        if not self._on_hub:
+            where = current(self._folder)
+            for name in names:
+                if (where / name).is_file():
+                    return str(where / name)
+            raise InputError(f"Can't find {WEIGHTS_NAME!r} in {str(self)!r}: expected the folder of a saved adapter.")
+        try:
+            return locate(self.path, WEIGHTS_NAME, **self._place)
+        except InputError as missing:
+            for name in names[1:]:
+                with contextlib.suppress(InputError):
+                    return locate(self.path, name, **self._place)
+            raise missing
+
+    def check_base(self, header: Mapping[str, str]) -> None:
+        """Warn of a config from another save than the vectors, by the entries of their header.
+
+        Other modules or sides are an error where tensors are set. For another base model all can fit.
+        """
+        named, saved = self.config.base_model_name_or_path, header.get(_BASE)
+        if named and saved and Path(named).name != Path(saved).name:  # it may have moved
+            warnings.warn(
+                f"{CONFIG_NAME} in {str(self)!r} names the base model {named!r}, but its vectors were saved for {saved!r}: "
+                f"they may be of two adapters.",
+                stacklevel=4,
+            )
+
+    def beside(self, tensors: Tensors) -> dict[str, bytes]:
+        """The files to save beside tensors. Of other vectors than this folder's, nothing that was measured is kept."""
+        try:
+            texts = {name: data for name in _BESIDE if (data := self.text(name)) is not None}
+        except InputError as error:  # vectors that took hours are worth more than what belongs beside them
+            warnings.warn(f"Saved without task, recipe and calibration: {error}", stacklevel=4)
+            return {}
+        measured = measured_in(texts.pop(METRICS_NAME, None))
+        if self._digest is not None and _digest(tensors) != self._digest:
+            measured = {SEEN: measured[SEEN]} if SEEN in measured else {}
+            texts.pop(CALIBRATION_NAME, None)
+            texts.pop(CARD_NAME, None)
+        if CARD_MARK.encode() not in texts.get(CARD_NAME, b""):  # a user's, which stays where it is
+            texts.pop(CARD_NAME, None)
+        return texts | ({METRICS_NAME: to_json(measured).encode()} if measured else {})
+
+    @staticmethod
+    def write(
+        path: str | os.PathLike,
+        config: IA3Config,
+        tensors: Tensors,
+        beside: Mapping[str, bytes] | Callable[[int], Mapping[str, bytes]] | None = None,
+        safe_serialization: bool = True,
+        key_value_only: bool = False,
+    ) -> None:
+        """Write an adapter and all that belongs beside it, in whole or not at all; see `replacing_adapter`.
+
+        What an earlier adapter left there goes. What is not ours stays: a user's README.md or metrics.json, all other
+        files, and where no adapter was yet, a task.yaml and a recipe.yaml.
+
+        Args:
+            path: the folder; made when it is not there.
+            config: the adapter's.
+            tensors: by their names in a checkpoint.
+            beside: the other files by their names; or what makes them of the size of the file of tensors.
+            safe_serialization: as safetensors; False: `torch.save`.
+            key_value_only: note that only the key and value part of fused projections is rescaled.
+        """
+        # Safetensors takes neither views nor one memory under two names.
+        tensors = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
+        metadata = {"format": "pt"}
+        if config.base_model_name_or_path:
+            metadata[_BASE] = config.base_model_name_or_path
+        if key_value_only:
+            metadata[KEY_VALUE_ONLY] = "true"
+        folder = Path(path)
+        with replacing_adapter(folder, OWN_NAMES) as staged:
+            (staged / CONFIG_NAME).write_text(config.to_json(), encoding="utf-8")
+            file = staged / (WEIGHTS_NAME if safe_serialization else TORCH_WEIGHTS_NAME)
+            _write_tensors(tensors, file, metadata, folder)
+            texts = beside(file.stat().st_size) if callable(beside) else beside or {}
+            for name, data in {**_staying(folder), **texts}.items():
+                if name != CARD_NAME or is_ours(folder / CARD_NAME):
+                    (staged / name).write_bytes(data)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of metrics.json is a number such as a run writes there."""
+    return isinstance(value, (int, float)) and 0 <= value <= _MOST
+
+
+def to_json(value: Any) -> str:
+    """A value as we write JSON files."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def is_ours(card: Path) -> bool:
+    """Whether a model card may be replaced: it is not there, or we wrote it."""
+    try:
+        return CARD_MARK.encode() in card.read_bytes()
+    except FileNotFoundError:
+        return True
+
+
+def _staying(folder: Path) -> dict[str, bytes]:
+    """Of the files with our names in a folder, those that no adapter of ours left there."""
+    found = {}
+    if not (folder / CONFIG_NAME).exists():
+        found = {name: (folder / name).read_bytes() for name in (TASK_NAME, RECIPE_NAME) if (folder / name).is_file()}
+    if (folder / METRICS_NAME).is_file():
+        data = (folder / METRICS_NAME).read_bytes()
+        if not measured_in(data):
+            found[METRICS_NAME] = data
+    return found
+
+
+def measured_in(data: bytes | None) -> dict[str, Any]:
+    """What a metrics.json of ours holds; nothing of another, or of none."""
+    try:
+        found = json.loads(data or b"{}")
+    except (ValueError, RecursionError):
+        return {}
+    ours = isinstance(found, dict) and ("adapter_bytes" in found or isinstance(found.get(SEEN), list))
+    return found if ours else {}
+
+
+def _write_tensors(tensors: Tensors, file: Path, metadata: dict[str, str], folder: Path) -> None:
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    if file.name == TORCH_WEIGHTS_NAME:
+        torch.save(tensors, file)
+        return
+    try:
+        save_file(tensors, file, metadata=metadata)
+    except SafetensorError as error:  # its own word for what the operating system refused
+        raise OSError(f"Cannot write {folder / file.name}: {error}") from error
+    # It writes the header's entries in a random order; the same adapter shall be the same bytes.
+    with open(file, "r+b") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+        header["__metadata__"] = metadata
+        opened.seek(8)
+        opened.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
+
+
+def _digest(tensors: Tensors) -> str:
+    """What tells vectors from others, whatever their dtype."""
+    import torch
+
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        values = tensor.detach().cpu().float() if tensor.is_floating_point() else tensor.detach().cpu()
+        found.update(name.encode())
+        found.update(values.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()

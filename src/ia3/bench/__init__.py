@@ -1,7 +1,0 @@
-"""`ia3 bench`: whole jobs, ours beside what others do and beside the least that the hardware has to do.
-
-`jobs` says what the rows of the suite are, `ours`, `peers`, `adapterhub` and `floor` how each column does them, `worker`
-runs one column in processes of its own, `suite` runs all of them in turn, and `report` makes tables and the picture.
-
-Only `peers`, `adapterhub` and `worker` are imported in AdapterHub's own environment; they import nothing else of ia3.
-"""

@@ -1,0 +1,482 @@
+"""A classifier of texts with scikit-learn's interface, the short way in: `FewShotClassifier`."""
+
+from __future__ import annotations
+
+import collections
+import json
+import numbers
+import os
+import random
+import tempfile
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils import check_random_state, column_or_1d
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from ia3.adapter.pretrained import EMBEDDED_MODEL
+from ia3.adapter.stored import METRICS_NAME, to_json
+from ia3.errors import InputError, brief, shown
+from ia3.folder import AdapterFolder
+from ia3.task.rows import as_row, items_of
+from ia3.task.task import Task
+from ia3.task.template import Row, as_text, at_row, is_missing
+from ia3.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ia3.adapter.model import IA3Model
+
+# The key of the labels, with their types, in metrics.json.
+_CLASSES = "classes"
+
+Files = dict[str, bytes]
+"""An adapter's folder in memory: name → content."""
+
+
+class FewShotClassifier(ClassifierMixin, BaseEstimator):
+    """A classifier of texts, trained on a few dozen labelled examples.
+
+        classifier = FewShotClassifier().fit(texts, labels)
+        classifier.predict(["I was charged twice this month"])
+        classifier.save("adapters/tickets")
+
+    It is a scikit-learn estimator: pipelines, cross-validation, grid searches and `joblib.dump` take it. Training makes an
+    (IA)³ adapter and leaves the base model as it is. All classifiers of a process that name the same base model share it,
+    and the one that was used last stays in memory. `joblib.dump` stores the adapter alone; `predict` then loads the base
+    model by its name.
+
+    Rows are texts, or have several columns: a DataFrame, dictionaries, or an array, whose columns are "x0", "x1", ….
+    Labels are texts, integers or booleans.
+
+    Args:
+        model: the base model: a folder, a hub id or "smollm2", as `load_base` takes it.
+        template: the prompt, a Jinja template that names columns; where rows are texts, it names one. None: made from
+            the columns and the labels.
+        choices: label → answer text. None: the labels.
+        task: a `Task`, its file or the name of a built-in one, with templates and choices of its own.
+        recipe: how to train: a `Recipe`, "paper", "small" or a file. None: the one for a model of that size.
+        dtype: of the base model's weights, as `load_base` takes it.
+        random_state: decides in which order training sees the rows.
+        verbose: show progress while training.
+
+    Attributes:
+        classes_: the labels, in the order of `predict_proba`'s columns.
+        task_: what the classifier asks the model, a `Task`.
+        recipe_: how it was trained, a `Recipe`.
+        temperature_: divides the scores; 1 unless a calibrated adapter was loaded.
+        n_features_in_, feature_names_in_: the columns of a DataFrame or an array.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike = EMBEDDED_MODEL,
+        template: str | None = None,
+        choices: Mapping[Any, str] | None = None,
+        task: Task | str | os.PathLike | None = None,
+        recipe: Recipe | str | os.PathLike | None = None,
+        dtype: str = "auto",
+        random_state: int | np.random.RandomState | None = 0,
+        verbose: bool = False,
+    ) -> None:
+        self.model = model
+        self.template = template
+        self.choices = choices
+        self.task = task
+        self.recipe = recipe
+        self.dtype = dtype
+        self.random_state = random_state
+        self.verbose = verbose
+
+    def __sklearn_tags__(self) -> Any:
+        """What scikit-learn may expect."""
+        tags = super().__sklearn_tags__()
+        tags.input_tags.string = tags.input_tags.dict = True
+        tags.input_tags.allow_nan = True  # an empty cell, in a row that has others
+        tags.classifier_tags.poor_score = True  # on numbers, which it reads as text
+        return tags
+
+    def fit(self, X: Any, y: Any) -> FewShotClassifier:
+        """Train on labelled rows, all of them.
+
+        Args:
+            X: N texts or rows.
+            y: their labels. A Series' name stands in the prompt.
+
+        Raises:
+            InputError: a row or label is missing or empty, all labels are one, `choices` or `task` lack one, or a
+                parameter names no model, task or recipe.
+        """
+        if y is None:
+            raise InputError("FewShotClassifier requires y to be passed, but the target y is None.")
+        name, seed = _path("model", self.model), self.random_state
+        check_random_state(seed)
+        if not isinstance(seed, numbers.Integral):
+            seed = check_random_state(seed).randint(2**31)
+        recipe = _loaded("recipe", self.recipe, Recipe, Recipe.load)
+        items = self._items(X, reset=True)
+        values = _label_values(y)
+        if len(items) != len(values):
+            raise InputError(f"Expected a label for each of the {len(items)} rows, found {len(values)}.")
+        task = self._task(items, values, getattr(y, "name", None))
+        rows = [
+            {**as_row(item, task, number), task.label_column: _in_words(value)}
+            for number, (item, value) in enumerate(zip(items, values, strict=True), 1)
+        ]
+        task.check(rows)
+        by_label = _values_by_label(task, rows, values)
+        base = _base(name, self.dtype, [*by_label])
+        recipe = recipe or Recipe.for_model(name)
+        self._files = base.train(task, rows, recipe, int(seed), self.verbose, [*by_label.values()])
+        self._keep(base, task, recipe, 1.0, by_label, object if values.dtype == object else None)
+        return self
+
+    def predict(self, X: Any) -> np.ndarray:
+        """The most probable label of each row, as labels were in `fit`."""
+        best = self.predict_proba(X).argmax(axis=1)
+        return self.classes_[best]
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """The probability of each label (N, labels), in the order of `classes_`.
+
+        Raises:
+            NotFittedError: before `fit`.
+            InputError: a row is empty or lacks a column.
+        """
+        check_is_fitted(self)
+        from ia3.evaluation.prediction import predict
+
+        task = self.task_
+        rows = [as_row(item, task, number) for number, item in enumerate(self._items(X, reset=False), 1)]
+        with self._lent() as (model, tokenizer):
+            found = predict(model, tokenizer, task, rows, temperature=self.temperature_, recipe=self.recipe_)
+        return np.array([[item.probabilities[label] for label in self._labels] for item in found])
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write the adapter's folder, as `ia3 train` does; every command takes it: `ia3 predict FOLDER "some text"`.
+
+        Raises:
+            NotFittedError: before `fit`.
+        """
+        check_is_fitted(self)
+        with self._lent() as (model, _):
+            model.save_pretrained(folder)
+
+    @classmethod
+    def load(
+        cls, folder: str | os.PathLike, model: str | os.PathLike | None = None, dtype: str = "auto"
+    ) -> FewShotClassifier:
+        """The classifier of a folder that `save` or `ia3 train` wrote.
+
+        Args:
+            folder: the adapter's, or its hub id.
+            model: the base model; None: the one that the adapter names.
+            dtype: of its weights.
+
+        Raises:
+            InputError: no adapter there, or one for another model, without a task, or with answers that differ from row
+                to row.
+        """
+        found = AdapterFolder(folder)
+        task = found.required_task()
+        name = found.config.base_model_name_or_path if model is None else model
+        if name is None:
+            raise InputError(f"The adapter in {brief(str(folder))} names no base model; say which: load(…, model=…).")
+        labels = _labels_of(task)
+        values = found.metrics.get(_CLASSES, labels)
+        if not isinstance(values, list) or [*map(_in_words, values)] != labels:
+            raise InputError(
+                f"Expected the labels {shown(labels)} as {_CLASSES!r} in {METRICS_NAME} of {brief(str(folder))}, found "
+                f"{brief(values)}; delete it."
+            )
+        made = cls(name, task=task, recipe=found.recipe, dtype=dtype)
+        base = _base(_path("model", name), dtype, labels)
+        made._files = base.load(found)
+        made._keep(base, task, found.recipe, found.temperature, dict(zip(labels, values, strict=True)))
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the base model."""
+        return {name: value for name, value in super().__getstate__().items() if name != "_base"}  # type: ignore[misc]
+
+    def _keep(
+        self,
+        base: _Base,
+        task: Task,
+        recipe: Recipe,
+        temperature: float,
+        by_label: Mapping[str, Any],
+        dtype: type | None = None,
+    ) -> None:
+        """Become fitted; `by_label` has the task's labels as `predict` returns them."""
+        classes = np.array([*by_label.values()], dtype=dtype)
+        order = classes.argsort()
+        self.classes_, self._labels = classes[order], [[*by_label][i] for i in order]
+        self.task_, self.recipe_, self.temperature_ = task, recipe, temperature
+        self._base, self._name_and_dtype = base, (base.name, self.dtype)
+
+    @contextmanager
+    def _lent(self) -> Iterator[tuple[IA3Model, PreTrainedTokenizerBase]]:
+        """Within `with`, the base model with this adapter in it, and its tokenizer."""
+        if "_base" not in vars(self):
+            self._base = _base(*self._name_and_dtype, self._labels)
+        with self._base.lent(self._files) as model:
+            yield model, self._base.tokenizer
+
+    def _items(self, X: Any, reset: bool) -> list[Any]:
+        """Texts or dictionaries. Without `reset`, a table has to have the columns that it had in `fit`."""
+        if reset:
+            vars(self).pop("n_features_in_", None)  # which scikit-learn leaves there where it finds no columns
+        if hasattr(X, "iloc") and hasattr(X, "columns"):
+            if reset or hasattr(self, "feature_names_in_"):
+                validate_data(self, X, reset=reset, skip_check_array=True)
+        elif _is_array(X):
+            cells: Any = validate_data(self, X, reset=reset, dtype=None, ensure_all_finite="allow-nan")
+            if cells.shape[1] == 1:
+                return ["" if is_missing(cell) else str(cell) for cell in cells[:, 0]]
+            import pandas
+
+            names = getattr(self, "feature_names_in_", [f"x{number}" for number in range(cells.shape[1])])
+            X = pandas.DataFrame(cells, columns=names)
+        items = items_of(X, None if reset else self.task_)
+        if not items:
+            raise InputError("Expected at least one row, found none.")
+        return items
+
+    def _task(self, items: Sequence[Any], values: Sequence[Any], name: Any) -> Task:
+        """The task that the parameters describe, or that is made from rows and labels; `name` is that of the labels."""
+        task = _loaded("task", self.task, Task, Task.load)
+        if task is not None:
+            if self.template is not None or self.choices is not None:
+                raise InputError("Expected a task, or template and choices, found both; a task has its own.")
+            _labels_of(task)
+            return task
+        choices = self.choices
+        if choices is not None:
+            if not isinstance(choices, Mapping):
+                raise InputError(f"Expected choices as a dictionary, label → answer text, found {brief(choices)}.")
+            choices = {_in_words(label): text for label, text in choices.items()}
+        columns = list(dict.fromkeys(str(key) for item in items if isinstance(item, Mapping) for key in item)) or [
+            "text"
+        ]
+        if isinstance(name, str) and name:
+            if name in columns:
+                raise InputError(f"Expected rows without the column of their labels, {brief(name)}; drop it from X.")
+        else:
+            name = "label"
+            while name in columns:
+                name += "_"
+        rows = [{**dict.fromkeys(columns), name: _in_words(value)} for value in values]
+        return Task.infer(rows, name, columns if self.template is None else None, choices, self.template)
+
+
+class _Base:
+    """A base model that classifiers share: it has the adapter of one of them at a time.
+
+    Args:
+        name: finds it again.
+        dtype: of its weights.
+        labels: what an encoder's head tells apart.
+    """
+
+    def __init__(self, name: str, dtype: str, labels: Sequence[str]) -> None:
+        from ia3.adapter.model import IA3Model
+        from ia3.adapter.pretrained import load_base
+
+        base, self.tokenizer = load_base(name, labels, dtype)
+        self.name = str(base.name_or_path)
+        self.model = IA3Model(base, {}).eval()
+        self._files: Files | None = None  # of the adapter that is in the model
+        self._lock = threading.RLock()
+
+    @contextmanager
+    def lent(self, files: Files) -> Iterator[IA3Model]:
+        """Within `with`, the model has the adapter of these files, and nobody else takes it."""
+        with self._lock:
+            if self._files is not files:
+                with tempfile.TemporaryDirectory() as folder:
+                    for name, data in files.items():
+                        Path(folder, name).write_bytes(data)
+                    self._load(folder)
+                self._files = files
+            yield self.model
+
+    def load(self, folder: AdapterFolder) -> Files:
+        """The files of an adapter that fits the model."""
+        with self._lock:
+            self._load(folder)
+            return self._written()
+
+    def train(
+        self, task: Task, rows: Sequence[Row], recipe: Recipe, seed: int, verbose: bool, classes: Sequence[Any]
+    ) -> Files:
+        """Train an adapter, and return its files; `classes` are the task's labels as the user has them."""
+        from ia3.adapter.config import IA3Config
+        from ia3.adapter.pretrained import task_type
+        from ia3.training.trainer import TFewTrainer
+
+        with self._lock, _own_randomness(), tempfile.TemporaryDirectory() as folder:
+            self._remove()
+            if recipe.init is None:
+                kind = task_type(self.model.model)
+                self.model.add_adapter("default", IA3Config(task_type=kind, base_model_name_or_path=self.name))
+            else:
+                self.model.load_adapter(recipe.init, "default", is_trainable=True)
+                self.model.peft_config["default"].base_model_name_or_path = self.name
+            self.model.set_adapter("default")
+            arguments = recipe.training_arguments(folder, seed=seed, save_strategy="no", disable_tqdm=not verbose)
+            trainer = TFewTrainer(self.model, arguments, self.tokenizer, task, rows, recipe=recipe)
+            if not verbose:
+                trainer.silence()
+            trainer.train()
+            self.model.eval()
+            files = self._written()
+            metrics = json.loads(files[METRICS_NAME])
+            metrics[_CLASSES] = [value.item() if isinstance(value, np.generic) else value for value in classes]
+            files[METRICS_NAME] = to_json(metrics).encode()
+        return files
+
+    def _load(self, folder: AdapterFolder | str) -> None:
+        self._remove()
+        self.model.load_adapter(folder, "default")
+        self.model.set_adapter("default", inference_mode=True)
+
+    def _remove(self) -> None:
+        self._files = None
+        for name in list(self.model.peft_config):
+            self.model.delete_adapter(name)
+
+    def _written(self) -> Files:
+        with tempfile.TemporaryDirectory() as folder:
+            self.model.save_pretrained(folder)
+            return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}
+
+
+# Base models that classifiers have, by what tells them apart; the one used last stays when no classifier has it.
+_BASES: weakref.WeakValueDictionary[tuple, _Base] = weakref.WeakValueDictionary()
+_USED_LAST: collections.deque[_Base] = collections.deque(maxlen=1)
+_LOADING = threading.Lock()
+
+
+def _base(name: str, dtype: str, labels: Sequence[str]) -> _Base:
+    """A base model of this name, loaded unless it is in memory."""
+    from ia3.adapter.config import TaskType
+    from ia3.adapter.pretrained import find_base, task_type
+
+    found, source = find_base(name)
+    files = sorted(os.scandir(source), key=lambda file: file.name) if os.path.isdir(source) else []
+    stamp = tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+    # An encoder has a head for its labels; all other models serve any.
+    key = (found, dtype, stamp)
+    with _LOADING:
+        base = _BASES.get(key) or _BASES.get((*key, *sorted(labels)))
+        if base is None:
+            base = _Base(name, dtype, labels)
+            head = sorted(labels) if task_type(base.model.model) == TaskType.SEQ_CLS else ()
+            _BASES[(*key, *head)] = base
+        _USED_LAST.append(base)
+    return base
+
+
+@contextmanager
+def _own_randomness() -> Iterator[None]:
+    """Within `with`, whatever seeds the global generators or draws from them; afterwards they are as before."""
+    import torch
+
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+def _path(parameter: str, value: Any) -> str:
+    if not isinstance(value, (str, os.PathLike)):
+        raise InputError(f"Expected a name or a path as {parameter}, found {brief(value)}.")
+    return str(os.fspath(value))
+
+
+def _loaded(name: str, value: Any, kind: type, load: Callable[[str], Any]) -> Any:
+    """A parameter that is an object of a kind, or a name or path of one; None as it is."""
+    return value if value is None or isinstance(value, kind) else load(_path(name, value))
+
+
+def _is_array(X: Any) -> bool:
+    """Whether X is an array of rows without names, or lists that make one."""
+    if isinstance(X, (list, tuple)):
+        first = next(iter(X), None)
+        return isinstance(first, (list, tuple, np.ndarray)) or (isinstance(first, numbers.Number) and first == first)
+    if isinstance(X, np.ndarray) and X.ndim == 1:
+        return X.dtype.kind not in "OUTS"
+    pandas_or_datasets = hasattr(X, "iloc") or hasattr(X, "features")
+    return (hasattr(X, "shape") or hasattr(X, "__array__")) and not pandas_or_datasets
+
+
+def _label_values(y: Any) -> Any:
+    """One label for each row, of one type, two different ones at least."""
+    if isinstance(y, (list, tuple)) and len({isinstance(value, str) for value in y}) > 1:
+        y = np.array(y, dtype=object)  # numpy would make all of them texts
+    values = column_or_1d(y, warn=True)
+    for number, value in enumerate(values, 1):
+        if is_missing(value):
+            raise InputError(f"Expected a label, found none{at_row(number)}; fill or drop the row.")
+    kinds = sorted({type(value).__name__ for value in values})
+    if len(kinds) > 1:
+        raise InputError(f"Expected labels of one type, found {shown(kinds)}.")
+    check_classification_targets(values)
+    different = np.unique(values)
+    if len(different) < 2:
+        raise InputError(
+            f"Expected labels of at least two classes, found one class, {shown(different.tolist())}; there is nothing to "
+            f"tell apart."
+        )
+    return values
+
+
+def _in_words(label: Any) -> str:
+    """A label as tasks have it."""
+    return as_text(label.item() if isinstance(label, np.generic) else label)
+
+
+def _labels_of(task: Task) -> list[str]:
+    """A task's labels. Raises `InputError` where each row has answers of its own."""
+    if task.labels is None:
+        raise InputError(
+            f"Expected a task with the same labels for all rows, found {brief(task.name)}, whose answers differ from row "
+            f"to row; use TFewTrainer and predict."
+        )
+    return task.labels
+
+
+def _values_by_label(task: Task, rows: Sequence[Row], values: Sequence[Any]) -> dict[str, Any]:
+    """The task's labels as `predict` returns them: as they are in y, and one that y lacks in y's type."""
+    found: dict[str, Any] = {}
+    for number, (row, value) in enumerate(zip(rows, values, strict=True), 1):
+        label = task.label(row, number)
+        if found.setdefault(label, value) != value:
+            raise InputError(
+                f"Expected one name for the label {brief(label)}, found {brief(found[label])} and {brief(value)}"
+                f"{at_row(number)}; use one of them."
+            )
+    kind = type(values[0])
+    for label in _labels_of(task):
+        if label not in found:
+            try:
+                found[label] = kind(label)
+            except ValueError:
+                found[label] = None
+            if found[label] is None or _in_words(found[label]) != label:
+                raise InputError(
+                    f"Expected labels such as {brief(values[0])} in y, found {brief(label)} among the choices."
+                )
+    return {label: found[label] for label in _labels_of(task)}

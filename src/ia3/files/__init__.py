@@ -1,0 +1,44 @@
+"""Files: found here or on the hub, read with whatever they hold, and replaced in whole or not at all."""
+
+from ia3.files.atomic import TEMPORARY, alone, has_unfinished, new_folder, replacing
+from ia3.files.hub import hub_answers, hub_arguments, locate, locate_beside, upload
+from ia3.files.readers import parse_json, read_fields, read_json, reading
+from ia3.files.saves import (
+    CONFIG_NAME,
+    PENDING,
+    TORCH_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+    current,
+    is_unused,
+    read_whole,
+    replacing_adapter,
+    take_over,
+    version,
+)
+
+__all__ = [
+    "CONFIG_NAME",
+    "PENDING",
+    "TEMPORARY",
+    "TORCH_WEIGHTS_NAME",
+    "WEIGHTS_NAME",
+    "alone",
+    "current",
+    "has_unfinished",
+    "hub_answers",
+    "hub_arguments",
+    "is_unused",
+    "locate",
+    "locate_beside",
+    "new_folder",
+    "parse_json",
+    "read_fields",
+    "read_json",
+    "read_whole",
+    "reading",
+    "replacing",
+    "replacing_adapter",
+    "take_over",
+    "upload",
+    "version",
+]

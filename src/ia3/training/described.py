@@ -1,0 +1,34 @@
+"""What a trainer knows of an adapter and its folder has to hold: the task, the recipe, which rows it learned from."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ia3.adapter.stored import METRICS_NAME, RECIPE_NAME, SEEN, TASK_NAME, StoredAdapter, measured_in, to_json
+from ia3.errors import InputError
+
+if TYPE_CHECKING:
+    from ia3.task.task import Task
+    from ia3.training.recipe import Recipe
+
+
+def described(
+    task: Task, recipe: Recipe, rows: Sequence[Mapping[str, Any]], before: StoredAdapter | None = None
+) -> StoredAdapter:
+    """What belongs beside an adapter that is being trained, in no folder yet.
+
+    Args:
+        task: what it is trained on.
+        recipe: how.
+        rows: its training rows.
+        before: what stood beside it until now; of the same task, its training rows count as well.
+    """
+    seen = [task.fingerprint(row) for row in rows]
+    texts = {TASK_NAME: task.to_yaml().encode(), RECIPE_NAME: recipe.to_yaml().encode()}
+    with contextlib.suppress(InputError):  # a hub that does not answer keeps nobody from training
+        if before is not None and before.text(TASK_NAME) == texts[TASK_NAME]:
+            seen = list(dict.fromkeys([*measured_in(before.text(METRICS_NAME)).get(SEEN, []), *seen]))
+    metrics = {"task": task.name, "recipe": recipe.name, "train_examples": len(seen), SEEN: seen}
+    return StoredAdapter.unsaved(texts | {METRICS_NAME: to_json(metrics).encode()})
