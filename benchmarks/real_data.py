@@ -64,11 +64,11 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, set_seed
 
-from ia3 import IA3Config, IA3Model, TFewTrainer, load_base
+from ia3 import IA3Config, IA3Model, Scorer, TFewTrainer, load_base
 from ia3.adapter.pretrained import DTYPES
 from ia3.evaluation.icl import draw_shots, fitting, predict_in_context
 from ia3.evaluation.prediction import Prediction, predict
-from ia3.scoring.questions import Question
+from ia3.scoring.question import Question
 from ia3.task.reading import read_rows
 from ia3.task.task import Row, Task, few_shot
 from ia3.training.recipe import Recipe
@@ -218,9 +218,10 @@ class LikelihoodTrainer(TFewTrainer):
     def __init__(
         self, model: Any, args: Any, processing_class: Any, task: Task, rows: Sequence[Row], **kw: Any
     ) -> None:
-        asked = task.questions(processing_class, rows, model=model)
+        scorer = Scorer(model, processing_class)
+        asked = scorer.questions(task.wordings(rows))
         examples = [Example((Question(q.prompt, [q.choices[q.label or 0]], label=0),)) for q in asked]
-        self._set_up(model, args, processing_class, examples, None, kw.pop("recipe"), [None], **kw)
+        self._set_up(scorer, args, examples, None, kw.pop("recipe"), [None], **kw)
 
 
 def trained(data: Data, seed: int, method: str, steps: int | None, dtype: str) -> dict[str, Any]:

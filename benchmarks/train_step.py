@@ -37,12 +37,12 @@ import transformers
 from jobs.peers import padded_log_probs
 from torch.nn import functional as F
 
-from ia3 import IA3Config, IA3Model, Task, load_base
-from ia3.scoring import seq2seq
-from ia3.scoring.beginning import common_tokens, parts, training_parts
-from ia3.scoring.choices import Batch, batches, normalized_scores, token_log_probs
-from ia3.scoring.layouts import collate
-from ia3.scoring.questions import Question, encode
+from ia3 import IA3Config, IA3Model, Scorer, Task, load_base
+from ia3.scoring.batch import Batch, groups, normalized_scores, prompts_of
+from ia3.scoring.beginning import common_tokens
+from ia3.scoring.decoder import Decoder
+from ia3.scoring.encoder_decoder import decoder_positions
+from ia3.scoring.question import Question
 from ia3.training.losses import tfew_loss
 
 T5 = {"d_model": 512, "d_ff": 2048, "num_layers": 6, "num_heads": 8, "vocab_size": 32128, "decoder_start_token_id": 0}
@@ -60,7 +60,7 @@ def answers(count: int) -> list[str]:
     return PLAIN.get(count, phrases[:count])
 
 
-def questions(tokenizer, count: int, examples: int, score: bool) -> list[Question]:
+def questions(decoder: Decoder, count: int, examples: int, score: bool) -> list[Question]:
     """Prompts: reviews of about 60 tokens; short customer queries when there are many choices; long ones to score."""
     chance = random.Random(0)
     words = [
@@ -91,10 +91,11 @@ def questions(tokenizer, count: int, examples: int, score: bool) -> list[Questio
         " ".join(chance.choices(words, k=length + chance.randrange(length // 3))) + "\nAnswer:" for _ in range(examples)
     ]
     choices = [f" {text}" for text in answers(count)]
-    return encode(tokenizer, prompts, [choices] * examples, [chance.randrange(count) for _ in range(examples)])
+    labels = [chance.randrange(count) for _ in range(examples)]
+    return decoder.ask(prompts, decoder.prompt_tokens(prompts), [choices] * examples, labels)
 
 
-def questions_of(name: str, tokenizer, model: torch.nn.Module, examples: int) -> list[Question]:
+def questions_of(name: str, scorer: Scorer, examples: int) -> list[Question]:
     """An embedded task's questions about rows of 10 to 35 words, drawn from those of its example."""
     chance, task = random.Random(0), Task.embedded(name)
     assert task.example is not None
@@ -104,7 +105,7 @@ def questions_of(name: str, tokenizer, model: torch.nn.Module, examples: int) ->
         {**task.example, **{key: " ".join(chance.choices(words, k=chance.randint(10, 35))) for key in columns}}
         for _ in range(examples)
     ]
-    return task.questions(tokenizer, rows, model=model)
+    return scorer.questions(task.wordings(rows))
 
 
 def for_t5(asked: list[Question]) -> list[Question]:
@@ -116,18 +117,18 @@ def for_t5(asked: list[Question]) -> list[Question]:
     return [Question(closed(q.prompt), [closed(choice) for choice in q.choices], q.label) for q in asked]
 
 
-def our_step(model: IA3Model, asked: list[Question]) -> None:
+def our_step(scorer: Scorer, asked: list[Question]) -> None:
     """A training step as `TFewTrainer` makes it, without the optimizer, which costs nothing."""
-    for group, part in training_parts(model, asked):
-        loss = tfew_loss(token_log_probs(model, part), part["mask"], part["label"]).total
+    for group, part in scorer.training_batches(asked):
+        loss = tfew_loss(scorer.log_probs(part), part["mask"], part["label"]).total
         (loss * len(group) / len(asked)).backward()
 
 
-def our_scores(model: torch.nn.Module, asked: list[Question]) -> None:
+def our_scores(scorer: Scorer, asked: list[Question]) -> None:
     """Scores as `score_choices` computes them."""
     with torch.inference_mode():
-        for _, part in parts(model, asked):
-            normalized_scores(token_log_probs(model, part), part["mask"])
+        for _, part in scorer.batches(asked):
+            normalized_scores(scorer.log_probs(part), part["mask"])
 
 
 def peft_scores(model: torch.nn.Module, asked: list[Question]) -> None:
@@ -155,7 +156,7 @@ def peft_loss(model: torch.nn.Module, asked: list[Question]) -> torch.Tensor:
 
 def peft_t5_loss(model: torch.nn.Module, asked: list[Question]) -> torch.Tensor:
     """T-Few's loss with a decoder row for each choice, before which the encoder's states are repeated."""
-    prompts = seq2seq.prompts(asked, 0)
+    prompts = prompts_of(asked, 0)
     count, longest = len(asked[0].choices), max(len(choice) for q in asked for choice in q.choices)
     rows = [choice + [-100] * (longest - len(choice)) for q in asked for choice in q.choices]
     targets = torch.tensor(rows)
@@ -178,22 +179,22 @@ def shared_tokens(asked: list[Question]) -> int:
     return size if size >= 8 else 0
 
 
-def floor_parts(model: torch.nn.Module, asked: list[Question]) -> list[Batch]:
+def floor_parts(scorer: Scorer, asked: list[Question]) -> list[Batch]:
     """The fewest tokens: what prompts share by itself, and rows without it."""
     before = shared_tokens(asked)
     rows = [replace(question, prompt=question.prompt[before:]) for question in asked]
     alone = [[Question(asked[0].prompt[:before], [[0]], 0)]] if before else []
-    groups = alone + [[rows[i] for i in group] for group in batches(rows)]
-    return [collate(model, group) for group in groups]
+    return [scorer.collate(some) for some in alone + [[rows[i] for i in group] for group in groups(rows)]]
 
 
-def floor_step(model: torch.nn.Module, asked: list[Question]) -> None:
+def floor_step(scorer: Scorer, asked: list[Question]) -> None:
     """Forward and backward to the input embeddings, with no adapter, no loss, no gradient of a weight."""
-    for part in floor_parts(model, asked):
+    model = scorer.model
+    for part in floor_parts(scorer, asked):
         embeddings = model.get_input_embeddings()(part["input_ids"]).detach().requires_grad_()
         if "decoder_input_ids" in part:
             inputs = {key: part[key] for key in ("attention_mask", "decoder_input_ids", "decoder_attention_mask")}
-            with seq2seq.handed_in(model, part["decoder_position_ids"]):
+            with decoder_positions(model, part["decoder_position_ids"]):
                 model(inputs_embeds=embeddings, use_cache=False, **inputs).logits.sum().backward()
             continue
         inputs = {"attention_mask": part["attention_mask"], "position_ids": part["position_ids"]}
@@ -202,12 +203,12 @@ def floor_step(model: torch.nn.Module, asked: list[Question]) -> None:
         ).logits.sum().backward()
 
 
-def floor_scores(model: torch.nn.Module, asked: list[Question]) -> None:
+def floor_scores(scorer: Scorer, asked: list[Question]) -> None:
     """The prompts' forward pass alone, one by one, without padding and with the last position's logits."""
     with torch.inference_mode():
         before = shared_tokens(asked)
         for prompt in [asked[0].prompt[:before]] * bool(before) + [question.prompt[before:] for question in asked]:
-            model(input_ids=torch.tensor([prompt]), logits_to_keep=1, use_cache=False)
+            scorer.model(input_ids=torch.tensor([prompt]), logits_to_keep=1, use_cache=False)
 
 
 def bases(family: str) -> Callable[[], torch.nn.Module]:
@@ -257,8 +258,9 @@ def main() -> None:
         parser.error("--score and --task measure SmolLM2")
     t5 = options.family == "t5"
     base, tokenizer = bases(options.family), load_base()[1]
-    frozen = base().requires_grad_(False)
+    frozen = Scorer(base().requires_grad_(False), tokenizer)
     ours = IA3Model(base(), IA3Config())
+    scorer = Scorer(ours, tokenizer)
     feedforward = "wo" if t5 else "down_proj"
     targets = {"target_modules": [*(("k", "v") if t5 else ("k_proj", "v_proj")), feedforward]}
     theirs = peft.get_peft_model(base(), peft.IA3Config(feedforward_modules=[feedforward], **targets))
@@ -266,12 +268,12 @@ def main() -> None:
     results = []
     for count in [0] if options.task else map(int, options.choices.split(",")):
         if options.task:
-            asked = questions_of(options.task, tokenizer, frozen, options.examples)
+            asked = questions_of(options.task, frozen, options.examples)
         else:
-            asked = questions(tokenizer, count, options.examples, options.score)
+            asked = questions(Decoder(frozen.model, tokenizer), count, options.examples, options.score)
             asked = for_t5(asked) if t5 else asked
         steps = {
-            "ours": lambda asked=asked: our(ours, asked),
+            "ours": lambda asked=asked: our(scorer, asked),
             "PEFT": lambda asked=asked: their(theirs, asked),
             "floor": lambda asked=asked: bare(frozen, asked),
         }

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from ia3 import IA3Config, IA3Model, Recipe, Task, TFewTrainer, predict, score_choices, tfew_loss
-from ia3.scoring.choices import normalized_scores
+from ia3.scoring.batch import normalized_scores
 from support import tiny, words
 from support.paths import ROOT
 

@@ -75,7 +75,7 @@ class Ours(WithVectors):
         return run
 
     def scores(self, model: nn.Module, texts: tuple[Sequence[str], Sequence[str], Sequence[int]]) -> list[float]:
-        from ia3.scoring.choices import score_choices
+        from ia3.scoring.scorer import score_choices
 
         prompts, choices, _ = texts
         found = score_choices(model, self.tokenizer, prompts, [choices] * len(prompts))

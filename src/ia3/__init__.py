@@ -52,10 +52,12 @@ if TYPE_CHECKING:
     from ia3.errors import InputError
     from ia3.evaluation.calibration import Calibration, cross_validate
     from ia3.evaluation.experiment import Experiment
-    from ia3.evaluation.icl import Prefix, draw_shots, predict_in_context
+    from ia3.evaluation.icl import draw_shots, predict_in_context
     from ia3.evaluation.prediction import Prediction, predict
     from ia3.folder import AdapterFolder
-    from ia3.scoring.choices import pack, score_choices
+    from ia3.scoring.decoder import pack
+    from ia3.scoring.prefix import Prefix
+    from ia3.scoring.scorer import Scorer, score_choices
     from ia3.task.prompts import read_prompts
     from ia3.task.reading import read_rows
     from ia3.task.rows import as_rows
@@ -108,10 +110,12 @@ _NAMES = {
     "errors": ("InputError",),
     "evaluation.calibration": ("Calibration", "cross_validate"),
     "evaluation.experiment": ("Experiment",),
-    "evaluation.icl": ("Prefix", "draw_shots", "predict_in_context"),
+    "evaluation.icl": ("draw_shots", "predict_in_context"),
     "evaluation.prediction": ("Prediction", "predict"),
     "folder": ("AdapterFolder",),
-    "scoring.choices": ("pack", "score_choices"),
+    "scoring.decoder": ("pack",),
+    "scoring.prefix": ("Prefix",),
+    "scoring.scorer": ("Scorer", "score_choices"),
     "task.prompts": ("read_prompts",),
     "task.reading": ("read_rows",),
     "task.rows": ("as_rows",),
@@ -159,6 +163,7 @@ __all__ = [
     "Prefix",
     "Recipe",
     "Rule",
+    "Scorer",
     "TFewTrainer",
     "Task",
     "TaskType",

@@ -160,10 +160,10 @@ def test_costs_are_of_the_examples_that_training_sees(run, place):
 def test_shots_are_read_without_counting_when_they_are_timed(run, monkeypatch):
     from torch.utils._python_dispatch import _get_current_dispatch_mode as mode
 
-    from ia3.evaluation import icl
+    from ia3.scoring import prefix
 
-    read, modes = icl.Prefix._read, []
-    monkeypatch.setattr(icl.Prefix, "_read", lambda self, model: modes.append(mode()) or read(self, model))
+    read, modes = prefix.read, []
+    monkeypatch.setattr(prefix, "read", lambda *args: modes.append(mode()) or read(*args))
     code, _, err = run("--json", shots="2")
     assert code == 0, err
     assert modes[0] is None and modes[1] is not None

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ia3 import IA3Config, IA3Model, Recipe, Task, predict
+from ia3 import IA3Config, IA3Model, Prefix, Recipe, Scorer, Task, predict
 from ia3.evaluation.costs import (
     cache_bytes_per_token,
     count_flops,
@@ -13,11 +13,12 @@ from ia3.evaluation.costs import (
     examples_seen,
     measure,
 )
-from ia3.evaluation.icl import Prefix
-from ia3.scoring.choices import batches, pack, pass_tokens, token_log_probs
-from ia3.scoring.questions import Question
+from ia3.scoring.batch import groups, pass_tokens
+from ia3.scoring.decoder import pack
+from ia3.scoring.question import Question
 from ia3.training.fleet import _batches
 from support import tiny, words
+from support.asked import scorer
 
 HEADS, WIDTH, KV = tiny.HEADS, tiny.HIDDEN // tiny.HEADS, 2 * (tiny.HIDDEN // tiny.HEADS)
 
@@ -35,7 +36,7 @@ def test_flops_of_a_forward_pass(llama, attention, mode):
     llama.set_attn_implementation(attention)
     batch = pack([Question([5, 6, 7], [[8, 9], [10]]), Question([5] * 9, [[8], [10]])])
     with mode(), count_flops() as counter:
-        token_log_probs(llama, batch)
+        scorer(llama).log_probs(batch)
     assert counter.get_total_flops() == llama_flops(rows=2, length=10, projected=2)
 
 
@@ -63,9 +64,10 @@ def test_flops_of_many_rows_are_those_of_batches_of_all_lengths(llama):
     # "not" is read, "good" and "bad" are only predicted.
     lengths = [1 + i % 50 + 1 for i in range(200)]
     assert found.tokens == sum(lengths) / 200
-    groups = list(batches(task.questions(tokenizer, rows, labelled=False), pass_tokens(llama)))
-    expected = sum(llama_flops(len(group), max(lengths[i] for i in group), projected=2) for group in groups)
-    assert len(groups) > 4 and found.flops == pytest.approx(expected / 200, rel=0.02)
+    asked = Scorer(llama, tokenizer).questions(task.wordings(rows), labelled=False)
+    batches = list(groups(asked, pass_tokens(llama)))
+    expected = sum(llama_flops(len(group), max(lengths[i] for i in group), projected=2) for group in batches)
+    assert len(batches) > 4 and found.flops == pytest.approx(expected / 200, rel=0.02)
 
 
 def test_answers_are_scored_by_the_recipe(llama):

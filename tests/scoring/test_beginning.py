@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 
 from ia3 import FleetTrainer, IA3Config, IA3Model, Member, Recipe, Task, TFewTrainer
 from ia3.scoring import beginning
-from ia3.scoring.beginning import Beginning, beginnings, parts
-from ia3.scoring.choices import batches, normalized_scores, plain_rows, score_questions, token_log_probs
-from ia3.scoring.questions import Question, base_of, encode
+from ia3.scoring.batch import groups, normalized_scores
+from ia3.scoring.beginning import Beginning
+from ia3.scoring.decoder import plain_rows
+from ia3.scoring.family import base_of
+from ia3.scoring.question import Question
 from ia3.training.losses import tfew_loss
 from support import tiny, words
-from support.asked import LAYOUTS, alone, made
+from support.asked import LAYOUTS, alone, made, scorer
 
 TOKENIZER = words.tokenizer()
 
@@ -38,7 +40,7 @@ def asked(count: int = 8, shared: int = 40, seed: int = 0, adapter: str | None =
 
 def lengths(model, questions) -> list[int]:
     """Of the beginnings, 0 for rows without one."""
-    return [0 if one is None else len(one.tokens) for _, one in beginnings(model, questions)]
+    return [0 if one is None else len(one.tokens) for _, one in beginning.beginnings(scorer(model).family, questions)]
 
 
 @pytest.fixture
@@ -47,7 +49,7 @@ def whole(monkeypatch):
 
     def run(call):
         with monkeypatch.context() as patched:
-            patched.setattr(beginning, "_may_share", lambda _: False)
+            patched.setattr(beginning, "may_share", lambda _: False)
             return call()
 
     return run
@@ -62,11 +64,11 @@ class TestScores:
             if attention is not None:
                 model.set_attn_implementation(attention)
             questions = asked()
-            found = score_questions(model, TOKENIZER, questions, batch_tokens=60)
+            found = scorer(model).score(questions, batch_tokens=60)
             for question, scores in zip(questions, found, strict=True):
                 assert scores.tolist() == pytest.approx(alone(model, question), abs=1e-5)
             # A window that is shorter than the row, ALiBi, recurrence: rows are whole.
-            assert lengths(model, questions) == ([40] if layout == "_packed" else [0])
+            assert lengths(model, questions) == ([40] if layout == "packed" else [0])
 
     @pytest.mark.parametrize("window, seed", [(16, 3), (16, 5), (16, 6), (40, 7)])
     def test_a_window_that_padding_moves_rows_out_of_is_found_out(self, window, seed):
@@ -77,15 +79,15 @@ class TestScores:
         chance = random.Random(seed)
         start = [TOKENIZER.vocab[chance.choice(words.OTHER)] for _ in range(40)]
         rest = [[TOKENIZER.vocab[chance.choice(words.VOCABULARY[3:])] for _ in range(1 + i % 6)] for i in range(12)]
-        choices = encode(TOKENIZER, ["tea"], [[" good", " not good", " not bad today"]])[0].choices
+        choices = scorer(model).encode(["tea"], [[" good", " not good", " not bad today"]])[0].choices
         questions = [Question([*start, *its], choices) for its in rest]
-        for question, scores in zip(questions, score_questions(model, TOKENIZER, questions), strict=True):
+        for question, scores in zip(questions, scorer(model).score(questions), strict=True):
             assert scores.tolist() == pytest.approx(alone(model, question), abs=1e-4)
 
     def test_in_bfloat16_they_differ_by_rounding(self, llama, whole):
         model = llama.bfloat16()
-        found = score_questions(model, TOKENIZER, asked())
-        for one, other in zip(found, whole(lambda: score_questions(model, TOKENIZER, asked())), strict=True):
+        found = scorer(model).score(asked())
+        for one, other in zip(found, whole(lambda: scorer(model).score(asked())), strict=True):
             torch.testing.assert_close(one, other, atol=0.03, rtol=0.01)
         assert lengths(model, asked()) == [40]
 
@@ -100,9 +102,7 @@ class TestScores:
         random.Random(0).shuffle(questions)
         assert lengths(model, questions) == [40, 40, 40, 0]
         done: list[int] = []
-        found = score_questions(
-            model,
-            TOKENIZER,
+        found = scorer(model).score(
             [replace(question, adapter=None) for question in questions],
             on_progress=done.extend,
             adapter_names=[question.adapter for question in questions],
@@ -121,27 +121,27 @@ class TestScores:
         model = IA3Model(llama, IA3Config())
         for seed in (1, 2):
             tiny.randomize(model, seed)
-            question, scores = asked()[0], score_questions(model, TOKENIZER, asked())[0]
+            question, scores = asked()[0], scorer(model).score(asked())[0]
             assert scores.tolist() == pytest.approx(alone(model, question), abs=1e-5)
 
     def test_no_bit_depends_on_the_order_of_labels(self, llama):
         prompts = ["review : the tea was it and is what question " * 4 + word for word in words.GOOD + words.BAD]
         texts = ["good", "not good", "bad", "fine"]
-        given = score_questions(llama, TOKENIZER, encode(TOKENIZER, prompts, [texts] * 8))
-        assert lengths(llama, encode(TOKENIZER, prompts, [texts] * 8))[0] == 40
-        turned = score_questions(llama, TOKENIZER, encode(TOKENIZER, prompts, [texts[::-1]] * 8))
+        given = scorer(llama).score(scorer(llama).encode(prompts, [texts] * 8))
+        assert lengths(llama, scorer(llama).encode(prompts, [texts] * 8))[0] == 40
+        turned = scorer(llama).score(scorer(llama).encode(prompts, [texts[::-1]] * 8))
         assert all(torch.equal(one, other.flip(0)) for one, other in zip(given, turned, strict=True))
 
     def test_a_prompt_that_is_the_beginning_of_all_keeps_a_token(self, llama):
         questions = asked()
         questions[3] = replace(questions[3], prompt=questions[3].prompt[:40])
         assert lengths(llama, questions) == [39]
-        found = score_questions(llama, TOKENIZER, questions)
+        found = scorer(llama).score(questions)
         assert found[3].tolist() == pytest.approx(alone(llama, questions[3]), abs=1e-5)
 
     def test_the_same_prompt_many_times(self, llama):
         questions = asked()[:1] * 8
-        [expected] = {tuple(scores.tolist()) for scores in score_questions(llama, TOKENIZER, questions)}
+        [expected] = {tuple(scores.tolist()) for scores in scorer(llama).score(questions)}
         assert list(expected) == pytest.approx(alone(llama, questions[0]), abs=1e-5)
 
     @pytest.mark.parametrize("changes", [{"count": 2}, {"shared": 7}, {"count": 4, "shared": 30}])
@@ -165,7 +165,7 @@ class TestScores:
         long = asked(16, shared=72)
         assert lengths(model, long) == [0]
         for questions in (wide, long):
-            for question, scores in zip(questions, score_questions(model, TOKENIZER, questions), strict=True):
+            for question, scores in zip(questions, scorer(model).score(questions), strict=True):
                 assert scores.tolist() == pytest.approx(alone(model, question), abs=1e-5)
 
     def test_a_short_choice_far_back_in_the_row_is_tried_too(self):
@@ -178,11 +178,11 @@ class TestScores:
         # The longest choice stands next to the prompt, and only the others are moved out of the window.
         choices = [[3, 7, 8, 9, 10, 11], *([token, 20, 21] for token in range(4, 16))]
         questions = [Question([*range(5, 15), 3 + index % 40, 9], choices) for index in range(40)]
-        found = score_questions(model, TOKENIZER, questions)
+        found = scorer(model).score(questions)
         for question, scores in zip(questions[::8], found[::8], strict=True):
             batch = plain_rows([question])
             with torch.no_grad():
-                expected = normalized_scores(token_log_probs(model, batch), batch["mask"])[0]
+                expected = normalized_scores(scorer(model).log_probs(batch), batch["mask"])[0]
             assert torch.allclose(scores, expected, atol=1e-4)
 
     def test_models_of_other_families_share_nothing(self):
@@ -205,33 +205,33 @@ def test_every_question_is_asked_once_and_whole(sizes):
     questions = [one for shared, count, seed in sizes for one in asked(count, shared, seed)]
     random.Random(0).shuffle(questions)
     seen = []
-    for indices, shared in beginnings(model, questions):
+    for indices, shared in beginning.beginnings(scorer(model).family, questions):
         some = [questions[i] for i in indices]
         behind = some if shared is None else shared.behind(some)
         seen += indices
         for question, rest in zip(some, behind, strict=True):
             assert ([] if shared is None else shared.tokens) + rest.prompt == question.prompt and rest.prompt
     assert sorted(seen) == list(range(len(questions)))
-    assert sorted(i for group, _ in parts(model, questions) for i in group) == sorted(seen)
+    assert sorted(i for group, _ in scorer(model).batches(questions) for i in group) == sorted(seen)
 
 
 def gradients(model: IA3Model, questions: list[Question], detached: bool = False) -> tuple[float, torch.Tensor]:
     """The loss and its gradient for all vectors, by parts of one graph, or of one for each part."""
     total = 0.0
     model.zero_grad()
-    for indices, shared in beginnings(model, questions):
+    for indices, shared in beginning.beginnings(scorer(model).family, questions):
         some = [questions[i] for i in indices]
         if shared is not None and detached:
             some = shared.behind(some)
             shared.detach()
-            groups = ([indices[i] for i in g] for g in batches(some, shared.room(some, 60)))
+            parts = ([indices[i] for i in g] for g in groups(some, shared.room(some, 60)))
             asked_of = dict(zip(indices, some, strict=True))
-            made = [(g, shared.packed(model, [asked_of[i] for i in g])) for g in groups]
+            made = [(g, shared.packed([asked_of[i] for i in g])) for g in parts]
         else:
-            made = [([indices[i] for i in g], batch) for g, batch in parts(model, some, batch_tokens=60)]
+            made = [([indices[i] for i in g], batch) for g, batch in scorer(model).batches(some, 60)]
         losses = []
         for group, batch in made:
-            loss = tfew_loss(token_log_probs(model, batch), batch["mask"], batch["label"]).total * len(group)
+            loss = tfew_loss(scorer(model).log_probs(batch), batch["mask"], batch["label"]).total * len(group)
             if detached:
                 loss.backward()
             losses.append(loss)
@@ -336,7 +336,7 @@ class TestTrainers:
 
 def test_a_beginning_keeps_nothing_of_its_rows(llama):
     questions = asked()
-    shared = Beginning(llama, questions[0].prompt[:40])
+    shared = Beginning(scorer(llama).family, questions[0].prompt[:40])
     with torch.no_grad():
-        token_log_probs(llama, shared.packed(llama, shared.behind(questions)))
+        scorer(llama).log_probs(shared.packed(shared.behind(questions)))
     assert shared.cache is not None and shared.cache.get_seq_length() == 40

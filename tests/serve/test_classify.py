@@ -12,6 +12,7 @@ import pytest
 from ia3 import IA3Model, Recipe, Task, load_base, predict
 from ia3.serve import limits
 from ia3.serve.limits import Limits
+from ia3.task.wording import Wording
 from support import words
 
 TEXTS = [row["text"] for row in words.rows(12)] + ["awful", "what a perfect cake , it was lovely and fresh today"]
@@ -368,15 +369,15 @@ def test_rendering_and_tokenizing_end_with_the_request(made, start, monkeypatch)
     """At its deadline, and when its client leaves: no further row is looked at."""
     server = start(made, limits=Limits(deadline=0.5))
     begun, go, rows = threading.Event(), threading.Event(), []
-    prompt = Task.prompt
+    prompt = Wording.prompt.func
 
-    def slow(self, row, *args):
-        rows.append(row)
+    def slow(self):
+        rows.append(self.row)
         begun.set()
         go.wait(60)
-        return prompt(self, row, *args)
+        return prompt(self)
 
-    monkeypatch.setattr(Task, "prompt", slow)
+    monkeypatch.setattr(Wording, "prompt", property(slow))
     response = server.classify(texts=["tea"] * 50)
     assert response.status_code == 504 and len(rows) == 1
     go.set()
@@ -398,15 +399,15 @@ def test_rendering_and_tokenizing_end_with_the_request(made, start, monkeypatch)
 def test_short_texts_are_tokenized_between_the_rows_of_long_ones(made, start, monkeypatch):
     server = start(made)
     begun, go, order = threading.Event(), threading.Event(), []
-    prompt = Task.prompt
+    prompt = Wording.prompt.func
 
-    def slow(self, row, *args):
+    def slow(self):
         begun.set()
         go.wait(60)
-        order.append(len(row["text"]))
-        return prompt(self, row, *args)
+        order.append(len(self.row["text"]))
+        return prompt(self)
 
-    monkeypatch.setattr(Task, "prompt", slow)
+    monkeypatch.setattr(Wording, "prompt", property(slow))
     with ThreadPoolExecutor(2) as pool:
         long = pool.submit(server.classify, texts=["tea " * 10_000] * 3)
         assert begun.wait(60)

@@ -1,11 +1,14 @@
 """Questions for any causal model, their scores one row at a time, and models whose layouts differ."""
 
+import functools
+
 import torch
 import transformers
 from hypothesis import strategies as st
 
-from ia3.scoring.questions import Question
-from support import tiny
+from ia3 import Scorer
+from ia3.scoring.question import Question
+from support import tiny, words
 
 CAUSAL = ("gpt2", "llama", "opt")
 
@@ -19,6 +22,14 @@ questions = st.lists(
     min_size=1,
     max_size=4,
 )
+
+
+_tokenizer = functools.cache(words.tokenizer)
+
+
+def scorer(model: torch.nn.Module) -> Scorer:
+    """Asks a model; the tokenizer only says which token is padding."""
+    return Scorer(model, _tokenizer())
 
 
 def alone(model: torch.nn.Module, question: Question, power: float = 1.0) -> list[float]:
@@ -53,13 +64,13 @@ _BOTH = ("eager", "sdpa")
 
 # Sizes of each architecture, its attentions, and how rows continue a prefix in it.
 LAYOUTS = {
-    "gpt2": ({}, _BOTH, "_packed"),
-    "llama": ({}, _BOTH, "_packed"),
-    "opt": ({}, _BOTH, "_packed"),
-    "qwen2": ({**COMMON, "use_sliding_window": False}, _BOTH, "_packed"),
-    "gemma": ({**COMMON, "head_dim": 8}, _BOTH, "_packed"),
-    "mistral": ({**COMMON, "sliding_window": 8}, _BOTH, "_plain"),  # a window: the model itself has to make the mask
-    "bloom": (_BLOOM, (None,), "_plain"),
+    "gpt2": ({}, _BOTH, "packed"),
+    "llama": ({}, _BOTH, "packed"),
+    "opt": ({}, _BOTH, "packed"),
+    "qwen2": ({**COMMON, "use_sliding_window": False}, _BOTH, "packed"),
+    "gemma": ({**COMMON, "head_dim": 8}, _BOTH, "packed"),
+    "mistral": ({**COMMON, "sliding_window": 8}, _BOTH, "plain"),  # a window: the model itself has to make the mask
+    "bloom": (_BLOOM, (None,), "plain"),
     "mamba": (_MAMBA, (None,), "whole"),
 }
 

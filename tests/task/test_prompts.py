@@ -4,7 +4,8 @@ import datasets
 import pytest
 
 from ia3 import InputError, Task, read_prompts, read_rows
-from support import words
+from support import tiny, words
+from support.asked import scorer
 
 COLLECTION = """\
 dataset: owner/teas
@@ -110,7 +111,7 @@ def test_prompts_and_answers(path, label):
         ["no", "yes"],
         ["not good", "fine"],
     ]
-    (question,) = task.questions(words.tokenizer(), [row])
+    (question,) = scorer(tiny.build("llama")).questions(task.wordings([row]))
     assert question.choices[question.label] == words.tokenizer()("good" if int(label) else "bad")["input_ids"]
 
 

@@ -18,6 +18,7 @@ from ia3 import (
     InputError,
     Member,
     Recipe,
+    Scorer,
     Task,
     TFewTrainer,
     as_rows,
@@ -95,7 +96,8 @@ class TestForms:
         assert predict(base, tokenizer, TASK, form()) == expected
         assert predict(base, tokenizer, [TASK] * 12, form()) == expected
         assert measure(base, tokenizer, TASK, form()).predictions == expected
-        assert TASK.questions(tokenizer, form()) == TASK.questions(tokenizer, ROWS)
+        scorer = Scorer(base, tokenizer)
+        assert scorer.questions(TASK.wordings(form())) == scorer.questions(TASK.wordings(ROWS))
         shots = draw_shots(ROWS, TASK, 2)
         in_context = predict_in_context(base, tokenizer, TASK, ROWS, shots)
         assert predict_in_context(base, tokenizer, TASK, form(), pd.DataFrame(shots)) == in_context

@@ -1,7 +1,5 @@
 """Templates, labels, files: what a task makes of rows, and what it says about rows that it cannot use."""
 
-import bisect
-import itertools
 import json
 from collections import Counter
 
@@ -12,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import normalizers
 
-from ia3 import IA3Config, IA3Model, InputError, Prefix, Task, few_shot, predict, read_rows
-from ia3.scoring.fitting import _longest
+from ia3 import IA3Config, IA3Model, InputError, Scorer, Task, few_shot, predict, read_rows
 from support import tiny, words
+from support.asked import scorer
 
 TEMPLATE = "review : {{ text }} answer :"
 CHOICES = {"pos": "good", "neg": "not good"}
@@ -71,9 +69,12 @@ class TestTask:
 
     def test_answers_that_a_tokenizer_cannot_tell_apart(self, llama):
         task = Task(template=TEMPLATE, choices={"pos": "heavenly", "neg": "dreadful"})  # both unknown words
-        for use in (task.questions, lambda tokenizer, rows: predict(llama, tokenizer, task, rows)):
+        for use in (
+            lambda rows: scorer(llama).questions(task.wordings(rows)),
+            lambda rows: predict(llama, words.tokenizer(), task, rows),
+        ):
             with pytest.raises(InputError, match="'heavenly' and 'dreadful' are the same"):
-                use(words.tokenizer(), [{"text": "tea", "label": "pos"}])
+                use([{"text": "tea", "label": "pos"}])
 
     @pytest.mark.parametrize("name", ["llama", "t5"])
     def test_answers_without_tokens(self, name):
@@ -81,7 +82,8 @@ class TestTask:
         tokenizer.backend_tokenizer.normalizer = normalizers.Replace("♥", "")
         task = Task(template=TEMPLATE, choices={"pos": "♥", "neg": "bad"})
         with pytest.raises(InputError, match=r"The answer '♥' has no tokens in this model's tokenizer \(row 1\)"):
-            task.questions(tokenizer, [{"text": "tea"}], False, tiny.build(name, vocab_size=len(words.VOCABULARY)))
+            model = tiny.build(name, vocab_size=len(words.VOCABULARY))
+            Scorer(model, tokenizer).questions(task.wordings([{"text": "tea"}]), False)
 
     def test_a_long_label_does_not_crowd_out_the_row(self, task):
         with pytest.raises(
@@ -90,19 +92,23 @@ class TestTask:
             task.label({"text": "tea", "label": "x" * 5000}, 3)
         assert len(str(error.value)) < 350
 
+    def test_a_column_that_no_template_has(self):
+        with pytest.raises(InputError, match="to truncate, found 'txt'; close to it: 'text'"):
+            Task.create({"template": "{{ text }}", "choices": CHOICES, "truncate": ["txt"]})
+
     def test_words_in_yaml_stay_words(self, tmp_path):
         (tmp_path / "task.yaml").write_text("template: '{{ text }}'\nchoices: {yes: on, 1: 2.0}\ntest:\n")
         task = Task.from_file(tmp_path / "task.yaml")
         assert task.choices == {"yes": "on", "1": "2.0"} and task.test is None
 
-    def test_questions(self, task):
+    def test_questions(self, task, llama):
         tokenizer = words.tokenizer()
-        made = task.questions(tokenizer, [{"text": "tea", "label": "neg"}])
+        made = scorer(llama).questions(task.wordings([{"text": "tea", "label": "neg"}]))
         assert made[0].prompt == tokenizer("review : tea answer :")["input_ids"]
         listed = {made[0].listed(i): tokens for i, tokens in enumerate(made[0].choices)}
         assert listed == {0: tokenizer("good")["input_ids"], 1: tokenizer("not good")["input_ids"]}
         assert made[0].listed(made[0].label) == 1
-        assert task.questions(tokenizer, [{"text": "tea"}], labelled=False)[0].label is None
+        assert scorer(llama).questions(task.wordings([{"text": "tea"}]), labelled=False)[0].label is None
 
     @pytest.mark.parametrize(
         "label, found", [(1, "1"), (1.0, "1"), ("1", "1"), (" 1 ", "1"), (True, "true"), ("true", "true")]
@@ -240,7 +246,7 @@ WORDS = st.text("abc {}%#|", min_size=1, max_size=8)
 class TestTemplates:
     """Several ways to ask, and answers in their own words."""
 
-    def test_each_has_its_words(self):
+    def test_each_has_its_words(self, llama):
         own = {"neg": "bad", "pos": "fine"}
         task = Task(templates=[TEMPLATE, {"name": "short", "prompt": "{{ text }} :", "choices": own}], choices=CHOICES)
         row = {"text": "tea", "label": "neg"}
@@ -248,7 +254,7 @@ class TestTemplates:
         assert [task.answers(row, template=i) for i in range(2)] == [CHOICES, own]
         tokenizer = words.tokenizer()
         for i, right in enumerate(("not good", "bad")):
-            (question,) = task.questions(tokenizer, [row], template=i)
+            (question,) = scorer(llama).questions(task.wordings([row], i))
             assert question.choices[question.label] == tokenizer(right)["input_ids"]
         assert task.columns == ["text"]
 
@@ -283,21 +289,21 @@ class TestTemplates:
             task.check([{"premise": "a", "choice1": "b", "label": 0}])
 
     @pytest.mark.parametrize("choices", ['{{ endings | join("|||") }}', "{{ endings }}", '{{ row["endings"] }}'])
-    def test_as_many_answers_as_a_row_has(self, choices):
+    def test_as_many_answers_as_a_row_has(self, choices, llama):
         task = Task(template="{{ text }}", choices=choices)
         tokenizer = words.tokenizer()
         rows = [{"text": "tea", "endings": ["good", "bad", "fine"], "label": "2"}]
         rows.append({"text": "tea", "endings": ["bad", "good"], "label": 0})
         assert task.labels is None
         assert task.answers(rows[0]) == {"0": "good", "1": "bad", "2": "fine"}
-        for question, right in zip(task.questions(tokenizer, rows), ("fine", "bad"), strict=True):
+        for question, right in zip(scorer(llama).questions(task.wordings(rows)), ("fine", "bad"), strict=True):
             assert question.choices[question.label] == tokenizer(right)["input_ids"]
         with pytest.raises(InputError, match=r"found '2' \(row 7\); there are '0', '1'"):
             task.label({**rows[1], "label": 2}, 7)
         with pytest.raises(InputError, match=r"at least two answer texts that differ, found \['bad'\] \(row 2\)"):
             task.check([rows[0], {**rows[1], "endings": ["bad"]}])
         with pytest.raises(InputError, match=r"the same to this model's tokenizer \(row 2\)"):
-            task.questions(tokenizer, [rows[0], {**rows[1], "endings": ["unknown", "words"]}])
+            scorer(llama).questions(task.wordings([rows[0], {**rows[1], "endings": ["unknown", "words"]}]))
 
     @given(items=st.lists(st.text("ab [],\"'%ü", min_size=1).map(str.strip).filter(bool), min_size=2, unique=True))
     def test_a_list_in_a_cell_of_a_file_is_one_in_prompts_and_single_answers(self, items):
@@ -352,119 +358,6 @@ class TestTemplates:
         assert "\n" not in str(error.value)
         with pytest.raises(InputError, match=r"found 'new' \(row 1\).* Unknown in all rows together: 'new', 'l76'"):
             task.check([{"text": "a", "label": "new"}, *rows])
-
-
-class TestLongPrompts:
-    """Prompts that the model has no positions for."""
-
-    @pytest.fixture(scope="class")
-    def short(self):
-        return tiny.build("llama", vocab_size=len(words.VOCABULARY), max_position_embeddings=12)
-
-    def test_a_column_that_no_template_has(self):
-        with pytest.raises(InputError, match="to truncate, found 'txt'; close to it: 'text'"):
-            Task.create({"template": "{{ text }}", "choices": CHOICES, "truncate": ["txt"]})
-
-    @pytest.mark.parametrize(
-        "truncate, kept", [([], "review : tea tea tea tea cake ? answer :"), (["kind"], None), (["kind", "text"], None)]
-    )
-    def test_the_end_of_a_column_is_cut(self, short, truncate, kept, caplog):
-        template = "review : {{ text }} {{ kind }} ? answer :"
-        task = Task(template=template, choices=CHOICES, truncate=truncate)
-        tokenizer = words.tokenizer()
-        row = {"text": "tea " * 20, "kind": "cake", "label": "neg"}
-        if truncate == ["kind"]:
-            with pytest.raises(InputError, match=r"at most 10 tokens, found more \(row 2\) even without 'kind'"):
-                task.questions(tokenizer, [{**row, "text": "tea"}, row], model=short)
-            return
-        short_row = {"text": "tea", "kind": "cake", "label": "pos"}
-        found = task.questions(tokenizer, [short_row, row], model=short)
-        prompt = tokenizer.decode(found[1].prompt)
-        assert len(found[1].prompt) + 2 == 12 and prompt.endswith("? answer :") and prompt.startswith("review : tea")
-        assert kept is None or prompt == kept
-        assert tokenizer.decode(found[0].prompt) == "review : tea cake ? answer :"
-        assert "1 of 2 prompts are longer than the model's context; the end of 'text' is cut off" in caplog.text
-
-    def test_a_list_loses_its_last_items(self, short):
-        task = Task(template="{% for turn in turns %}{{ turn }} , {% endfor %} answer :", choices=CHOICES)
-        turns = ["the tea", "the soup", "not the cake", "a review"]
-        for cell in (turns, json.dumps(turns)):
-            (question,) = task.questions(words.tokenizer(), [{"turns": cell}], labelled=False, model=short)
-            assert words.tokenizer().decode(question.prompt) == "the tea , the soup , answer :"
-
-    def test_refused(self, short):
-        task = Task(template=TEMPLATE, choices=CHOICES)
-        rows = [{"text": "tea", "label": "pos"}, {"text": "tea " * 9, "label": "pos"}]
-        with pytest.raises(InputError, match=r"at most 10 tokens, found 13 \(row 2\)"):
-            task.questions(words.tokenizer(), rows, model=short, long_prompts="refuse")
-
-    @given(dense=st.lists(st.integers(0, 9), max_size=300), room=st.integers(0, 400), most=st.integers(0, 400))
-    def test_the_longest_beginning(self, dense, room, most):
-        """Whatever the places of the tokens are; `dense` has the characters in front of each."""
-        ends = [0, *itertools.accumulate(dense)]
-        fits = [length for length in range(most + 1) if bisect.bisect_right(ends, length) <= room]
-        found = _longest(most, room, lambda length: bisect.bisect_right(ends, length))
-        assert found == (max(fits) if fits else None)
-
-    @pytest.mark.parametrize("characters", [1, 4, 7, 120])
-    def test_few_texts_are_tokenized(self, characters):
-        asked = []
-
-        def tokens(length):
-            asked.append(length)
-            return 20 + length // characters
-
-        assert _longest(900_000, 1020, tokens) == 1001 * characters - 1
-        assert len(asked) <= 20 and sum(asked) < 12 * 1000 * characters + 100_000
-
-    def test_what_has_too_many_characters_is_not_tokenized(self, short, caplog):
-        """It counts as too long."""
-        task = Task(template="{{ text }} answer :", choices=CHOICES)
-        row = {"text": "tea" + " " * 20_000 + "soup"}
-        with pytest.raises(InputError, match=r"at most 10 tokens, found one of more than 10000 characters \(row 1\)"):
-            task.questions(words.tokenizer(), [row], False, short, 0, "refuse")
-        (question,) = task.questions(words.tokenizer(), [row], False, short)
-        assert words.tokenizer().decode(question.prompt) == "tea answer :" and "cut off" in caplog.text
-        whole = Task(template="{{ text[-4:] }} answer :", choices=CHOICES)
-        (question,) = whole.questions(words.tokenizer(), [row], False, short)
-        assert words.tokenizer().decode(question.prompt) == "soup answer :", "what counts is the prompt"
-
-    @given(sizes=st.lists(st.integers(0, 30), min_size=2, max_size=2), order=st.permutations(["a", "b"]))
-    def test_what_fits_is_used_up(self, short, sizes, order):
-        task = Task(template="review {{ a }} : {{ b }} answer", choices=CHOICES, truncate=order)
-        row = {"a": "tea " * sizes[0], "b": "soup " * sizes[1]}
-        if not sum(sizes):
-            return
-        (question,) = task.questions(words.tokenizer(), [row], labelled=False, model=short)
-        assert len(question.prompt) == min(10, 3 + sum(sizes))
-        text = words.tokenizer().decode(question.prompt).split()
-        left = {"a": text.count("tea"), "b": text.count("soup")}
-        # The second column is touched only where the first one has nothing left.
-        first, second = order
-        size = dict(zip("ab", sizes, strict=True))
-        assert left[second] == size[second] or not left[first]
-
-    @pytest.mark.parametrize("name", ["llama", "bart"])
-    @pytest.mark.parametrize("separator", [" , , ", "\n\n"])
-    def test_what_separates_a_prompt_from_a_prefix_takes_room(self, name, separator, caplog):
-        """With the longest text that fits behind a prefix, and one word more."""
-        model = tiny.build(name, vocab_size=len(words.VOCABULARY), max_position_embeddings=24)
-        tokenizer, task = words.tokenizer(), Task(template=TEMPLATE, choices=CHOICES)
-        prefix = Prefix(model, tokenizer, "tea is good", separator)
-        between = len(separator.split())
-        room = 24 - 3 - between - 4 - (2 if name == "llama" else 0)  # but for an encoder, of the answers as well
-        fits, longer = ([{"text": "cake " * count}] for count in (room, room + 1))
-        (asked,) = task.questions(tokenizer, fits, False, model, long_prompts="refuse", prefix=prefix)
-        assert asked.prompt[-4 - room - between :] == tokenizer(separator + task.prompt(fits[0]))["input_ids"]
-        with pytest.raises(InputError, match=r"Expected prompts of at most \d+ tokens, found \d+ \(row 1\)"):
-            task.questions(tokenizer, longer, False, model, long_prompts="refuse", prefix=prefix)
-        (cut,) = task.questions(tokenizer, longer, False, model, prefix=prefix)
-        assert cut == asked and "lose their beginning" not in caplog.text
-
-    def test_answers_without_room_for_a_prompt(self, short):
-        task = Task(template="{{ text }}", choices={"a": "tea " * 12, "b": "tea"})
-        with pytest.raises(InputError, match="Expected choices shorter than 12 tokens"):
-            task.questions(words.tokenizer(), [{"text": "tea"}], labelled=False, model=short)
 
 
 class TestInfer:

@@ -163,7 +163,7 @@ def test_other_adapters_and_the_active_one_stay(tmp_path):
 
 @pytest.mark.parametrize("kind", ["fleet", "alone"])
 def test_parts_of_a_batch_add_up(tmp_path, monkeypatch, kind):
-    from ia3.scoring import beginning
+    from ia3.scoring import scorer
 
     def make():
         return fleet(tmp_path) if kind == "fleet" else alone(tmp_path, members()[1])
@@ -171,7 +171,7 @@ def test_parts_of_a_batch_add_up(tmp_path, monkeypatch, kind):
     whole = make()
     whole.train()
     backward, step = [], transformers.Trainer.training_step
-    monkeypatch.setattr(beginning, "pass_tokens", lambda model: 60)
+    monkeypatch.setattr(scorer, "pass_tokens", lambda model: 60)
     monkeypatch.setattr(transformers.Trainer, "training_step", lambda *args: backward.append(args) or step(*args))
     parts = make()
     parts.train()

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ia3 import IA3Config, IA3Model, InputError, Recipe, Task
+from ia3 import IA3Config, IA3Model, InputError, Recipe, Scorer, Task
 from ia3.trainer import last_checkpoint
 from ia3.training.pretrain import CAP, PRETRAINING, Mixture, MixtureTrainer, likelihood_only
 from ia3.training.trainer import collate_examples
@@ -27,7 +27,7 @@ def mixture(sizes, draws=1000, cap=CAP, seed=0, recipe=PRETRAINING):
         (Task(name=name, templates=TEAS.templates, choices=TEAS.choices), words.rows(size))
         for name, size in sizes.items()
     ]
-    return Mixture(tasks, TOKENIZER, tiny.build("llama"), recipe, draws, cap, seed)
+    return Mixture(tasks, Scorer(tiny.build("llama"), TOKENIZER), recipe, draws, cap, seed)
 
 
 @settings(max_examples=20)
@@ -66,7 +66,9 @@ def test_a_seed_decides_the_draws_and_the_order_of_tasks_does_not():
 
 
 def test_an_example_is_the_row_with_its_right_answer_alone():
-    found = Mixture([(TEAS, words.rows(6)), (SOUPS, words.rows(9))], TOKENIZER, tiny.build("llama"), PRETRAINING, 40)
+    found = Mixture(
+        [(TEAS, words.rows(6)), (SOUPS, words.rows(9))], Scorer(tiny.build("llama"), TOKENIZER), PRETRAINING, 40
+    )
     for i in range(40):
         which, row, template = found.draw(i)
         task, rows = found.tasks[which]
@@ -78,8 +80,8 @@ def test_an_example_is_the_row_with_its_right_answer_alone():
 
 
 def test_rows_become_tokens_when_drawn(monkeypatch):
-    asked, real = [], Task.questions
-    monkeypatch.setattr(Task, "questions", lambda self, *a, **k: asked.append(self.name) or real(self, *a, **k))
+    asked, real = [], Scorer.question
+    monkeypatch.setattr(Scorer, "question", lambda self, w, **k: asked.append(w.task.name) or real(self, w, **k))
     found = mixture({"a": 30, "b": 500}, 100)
     assert asked == ["a", "a", "b", "b"]  # a row in each template: answers are checked at once
     assert found[3].questions is not found[3].questions and found[3] == found[3]
@@ -195,7 +197,7 @@ def test_long_prompts_are_cut_and_counted(tmp_path, caplog):
         "2 prompts were longer than the model's context, and cut."
     ]
     refusing = PRETRAINING.changed(long_prompts="refuse")
-    mixed = Mixture([(SOUPS, rows)], TOKENIZER, model, refusing, 20)
+    mixed = Mixture([(SOUPS, rows)], Scorer(model, TOKENIZER), refusing, 20)
     with pytest.raises(
         InputError, match=r"Task 'soups': Expected prompts of at most \d+ tokens, found 91 \(row [34]\)"
     ):
@@ -219,7 +221,7 @@ def test_long_prompts_are_cut_and_counted(tmp_path, caplog):
 )
 def test_what_cannot_be_drawn_from_is_refused_at_once(tasks, message):
     with pytest.raises(InputError, match=message):
-        Mixture(tasks, TOKENIZER, tiny.build("llama"), PRETRAINING, 10)
+        Mixture(tasks, Scorer(tiny.build("llama"), TOKENIZER), PRETRAINING, 10)
 
 
 def test_other_bad_arguments(tmp_path):

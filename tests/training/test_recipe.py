@@ -7,7 +7,18 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ia3 import EarlyStopping, FleetTrainer, IA3Config, IA3Model, InputError, Member, Recipe, Task, TFewTrainer
+from ia3 import (
+    EarlyStopping,
+    FleetTrainer,
+    IA3Config,
+    IA3Model,
+    InputError,
+    Member,
+    Recipe,
+    Scorer,
+    Task,
+    TFewTrainer,
+)
 from ia3.trainer import last_checkpoint
 from ia3.training.recipe import OPTIMIZERS, SCHEDULES
 from ia3.training.trainer import Example, StopAtFloor, training_examples
@@ -157,7 +168,7 @@ class TestTemplates:
         tokens = words.tokenizer()
         prompts = [{tuple(tokens(SEVERAL.prompt(r, template=t))["input_ids"]) for r in rows} for t in range(3)]
         assert all(seen[True] & some for some in prompts) and seen[True] <= set().union(*prompts)
-        run.evaluate(training_examples(TASK, tokens, rows, run.model, Recipe(), 0))
+        run.evaluate(training_examples(run.scorer, TASK, rows, Recipe(), 0))
         assert seen[False] == prompts[0]
         seen[True].clear()
         lone(tmp_path, Recipe(steps=4, templates="first"), rows=rows, kind=Watched).train()
@@ -166,7 +177,7 @@ class TestTemplates:
     def test_own_words_for_answers(self):
         own = {"prompt": "{{ text }} , is it good ?", "choices": {"neg": "bad", "pos": "fine"}}
         task = Task(templates=[WORDINGS[0], own], choices=CHOICES)
-        example = training_examples(task, words.tokenizer(), words.rows(4), model(), Recipe(), 0)[0]
+        example = training_examples(Scorer(model(), words.tokenizer()), task, words.rows(4), Recipe(), 0)[0]
         listed = [{q.listed(i): choice for i, choice in enumerate(q.choices)} for q in example.questions]
         tokens = words.tokenizer()
         assert listed[0] == {0: tokens("good")["input_ids"], 1: tokens("not good")["input_ids"]}

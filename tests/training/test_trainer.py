@@ -106,9 +106,6 @@ def test_checkpoints_hold_adapters_only(tmp_path):
 
 
 def test_a_wrapper_for_parallel_training_is_seen_through(tmp_path):
-    from ia3.scoring.choices import token_log_probs
-    from ia3.scoring.layouts import collate
-
     class Parallel(torch.nn.Module):  # as DistributedDataParallel looks from outside
         def __init__(self, module):
             super().__init__()
@@ -118,9 +115,10 @@ def test_a_wrapper_for_parallel_training_is_seen_through(tmp_path):
             return self.module(*args, **kwargs)
 
     run = trainer(tmp_path)
-    batch = collate(Parallel(run.model), [example.questions[0] for example in run.train_dataset[:3]])
+    wrapped = run.scorer.through(Parallel(run.model))
+    batch = wrapped.collate([example.questions[0] for example in run.train_dataset[:3]])
     assert "position_ids" in batch
-    assert torch.equal(token_log_probs(Parallel(run.model), batch), token_log_probs(run.model, batch))
+    assert torch.equal(wrapped.log_probs(batch), run.scorer.log_probs(batch))
 
 
 def test_other_devices_in_sight_change_nothing(tmp_path, monkeypatch):

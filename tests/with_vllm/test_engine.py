@@ -13,10 +13,9 @@ import pytest
 import torch
 import transformers
 
-from ia3 import IA3Config, get_peft_model
+from ia3 import IA3Config, Scorer, get_peft_model
 from ia3.errors import InputError
-from ia3.scoring.choices import score_questions
-from ia3.scoring.questions import Question
+from ia3.scoring.question import Question
 from ia3.serve.engine import AdapterFailed, GenerateJob, ScoreJob
 from ia3.serve.vllm import VllmEngine, _together
 from ia3.task.task import Task
@@ -115,7 +114,7 @@ def expected(place, name, question: Question, power: float) -> list[float]:
     model = transformers.AutoModelForCausalLM.from_pretrained(place / "base")
     if name is not None:
         model = peft.PeftModel.from_pretrained(model, place / name)
-    sums = score_questions(model.eval(), words.tokenizer(), [question], 0.0)[0]
+    sums = Scorer(model.eval(), words.tokenizer()).score([question], 0.0)[0]
     return [float(score) / len(choice) ** power for score, choice in zip(sums, question.choices, strict=True)]
 
 
@@ -179,13 +178,13 @@ def test_an_engine_from_start_to_stop(place, tmp_path):
         await leaving.aclose()
 
     async def rows(engine) -> None:
-        task = TASK
-        made = engine.questions(task, words.rows(3), Recipe.small())
+        wordings = TASK.wordings(words.rows(3))
+        made = engine.questions(wordings, Recipe.small())
         model = transformers.AutoModelForCausalLM.from_pretrained(place / "base")
-        assert made == task.questions(words.tokenizer(), words.rows(3), False, model)
+        assert made == Scorer(model, words.tokenizer()).questions(wordings, False)
         assert engine.context_length == 96 and engine.generates
         long = [{"text": "tea " * 200, "label": "pos"}]
-        (cut,) = engine.questions(task, long, Recipe.small())
+        (cut,) = engine.questions(TASK.wordings(long), Recipe.small())
         assert len(cut.prompt) + max(map(len, cut.choices)) <= 96
 
     async def refusals(engine) -> None:

@@ -205,7 +205,7 @@ def cross_validate(
     from ia3.adapter.config import IA3Config
     from ia3.adapter.pretrained import task_type
     from ia3.evaluation.prediction import predict
-    from ia3.scoring.questions import base_of
+    from ia3.scoring.family import base_of
     from ia3.training.fleet import FleetTrainer, Member
 
     rows = as_rows(rows, task)

@@ -19,7 +19,9 @@ from ia3.evaluation import costs, icl
 from ia3.evaluation.progress import Progress
 from ia3.evaluation.running import train_alone, with_adapters
 from ia3.files import WEIGHTS_NAME, replacing, write_json
-from ia3.scoring.choices import row_length
+from ia3.scoring.prefix import Prefix
+from ia3.scoring.question import row_length
+from ia3.scoring.scorer import Scorer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -112,10 +114,10 @@ class Comparison:
         """The model with shots before each prompt."""
         count, text = len(shots), icl.shots_text(self.task, shots)
         started = time.perf_counter()
-        prefix = icl.Prefix(self.base, self.tokenizer, text)
+        prefix = Prefix(self.base, self.tokenizer, text)
         seconds = time.perf_counter() - started
         with costs.count_flops() as counter:  # again, because counting takes time of its own
-            icl.Prefix(self.base, self.tokenizer, text)
+            Prefix(self.base, self.tokenizer, text)
         measured = self._measure(f"{count}-shot", self.base, prefix)
         again = counter.get_total_flops() if prefix.is_cached else 0
         return self._row(
@@ -175,7 +177,7 @@ class Comparison:
     def _training_flops(self, model: IA3Model, recipe: Recipe, examples: int, steps: int) -> dict[str, float]:
         """What so many steps on so many examples take: counted, and by the paper's estimate."""
         seen = costs.examples_seen(examples, recipe, steps)
-        questions = self.task.questions(self.tokenizer, self.examples, model=self.base)
+        questions = Scorer(self.base, self.tokenizer).questions(self.task.wordings(self.examples))
         tokens = seen * sum(map(row_length, questions)) / len(questions)
         return {
             "training_flops": seen * costs.example_flops(model, self.tokenizer, self.task, self.examples, recipe),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +13,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from ia3.evaluation.prediction import Prediction, predict
-from ia3.scoring.beginning import parts, training_parts
-from ia3.scoring.choices import Batch, evaluating, row_length, to_device, token_log_probs
-from ia3.scoring.questions import Question, base_of, padding_id
+from ia3.scoring.batch import Batch, to_device
+from ia3.scoring.family import base_of, evaluating
+from ia3.scoring.prefix import Prefix
+from ia3.scoring.question import row_length
+from ia3.scoring.scorer import Scorer
 from ia3.task.rows import as_rows
 from ia3.task.task import Task
 from ia3.training.losses import tfew_loss
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ia3.adapter.model import IA3Model
-    from ia3.evaluation.icl import Prefix
     from ia3.training.recipe import Recipe
 
 # FLOPs are counted in so many batches of all lengths, after the clock was stopped: counting takes time of its own.
@@ -128,19 +129,18 @@ def measure(
     predictions = predict(model, tokenizer, task, rows, on_progress, recipe=recipe, prefix=prefix)
     seconds = time.perf_counter() - started
 
-    questions: Sequence[Question] = task.questions(tokenizer, rows, labelled=False, model=model, prefix=prefix)
-    device, pad = next(model.parameters()).device, padding_id(tokenizer)
+    scorer, device = Scorer(model, tokenizer), next(model.parameters()).device
+    questions = scorer.questions(task.wordings(rows), labelled=False, prefix=prefix)
     with evaluating(model), torch.inference_mode():
-        divided = parts if prefix is None else prefix.parts
-        places = [_places(batch) for _, batch in divided(model, questions, pad)]
+        places = [_places(batch) for _, batch in scorer.batches(questions, prefix=prefix)]
         count = min(len(places), _COUNTED_BATCHES)
         counted = [(2 * i + 1) * len(places) // (2 * count) for i in range(count)]
         in_rows = 0
         with count_flops() as counter:
-            for number, (_, batch) in enumerate(divided(model, questions, pad)):
+            for number, (_, batch) in enumerate(scorer.batches(questions, prefix=prefix)):
                 if number in counted:
                     before = counter.get_total_flops()
-                    token_log_probs(model, to_device(batch, device))
+                    scorer.log_probs(to_device(batch, device))
                     in_rows += counter.get_total_flops() - before
     once = counter.get_total_flops() - in_rows
     flops = once + in_rows * sum(places) / sum(places[number] for number in counted)
@@ -169,10 +169,11 @@ def example_flops(model: IA3Model, tokenizer: PreTrainedTokenizerBase, task: Tas
     Args:
         model, tokenizer, task, rows, recipe: as of `TFewTrainer`.
     """
-    examples = training_examples(task, tokenizer, rows, model, recipe, seed=0)
+    scorer = Scorer(model, tokenizer)
+    examples = training_examples(scorer, task, rows, recipe, seed=0)
     size, count = recipe.batch_size, min(_COUNTED_STEPS, max(len(examples) // recipe.batch_size, 1))
     steps = [[one.drawn(step) for one in examples[step * size : (step + 1) * size]] for step in range(count)]
-    device, pad = next(model.parameters()).device, padding_id(tokenizer)
+    device = next(model.parameters()).device
     frozen = [
         parameter for parameter in model.adapter_parameters(model.active_adapters[0]) if not parameter.requires_grad
     ]
@@ -182,15 +183,13 @@ def example_flops(model: IA3Model, tokenizer: PreTrainedTokenizerBase, task: Tas
         with evaluating(model):  # afterwards, modes are as they were
             model.train()  # what rows may share depends on it
             for questions in steps:  # whether packing and sharing are exact is tried once, and not each step
-                for _ in training_parts(model, questions, pad):
+                for _ in scorer.training_batches(questions):
                     pass
             with count_flops() as counter:
                 for questions in steps:
-                    for _, batch in training_parts(model, questions, pad):
+                    for _, batch in scorer.training_batches(questions):
                         batch = to_device(batch, device)
-                        loss = tfew_loss(
-                            token_log_probs(model, batch), batch["mask"], batch["label"], **recipe.loss_weights
-                        )
+                        loss = tfew_loss(scorer.log_probs(batch), batch["mask"], batch["label"], **recipe.loss_weights)
                         loss.total.backward()
         return counter.get_total_flops() / sum(map(len, steps))
     finally:

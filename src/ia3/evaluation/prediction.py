@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ia3.errors import InputError
-from ia3.scoring.choices import score_questions
-from ia3.task.rows import as_row, items_of
+from ia3.scoring.prefix import Prefix
+from ia3.scoring.scorer import Scorer
+from ia3.task.rows import items_of
 from ia3.task.task import Task
 from ia3.training.recipe import Recipe
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
-
-    from ia3.evaluation.icl import Prefix
 
 
 @dataclass(frozen=True)
@@ -83,7 +80,7 @@ def predict(
         prefix: a text that stands before each row's prompt, such as examples in context (see `predict_in_context`).
 
     Raises:
-        InputError: see `Task.questions` and `score_choices`; not as many tasks or temperatures as rows; or a
+        InputError: see `Scorer.questions` and `score_choices`; not as many tasks or temperatures as rows; or a
             temperature or threshold out of range.
     """
     items, recipe = items_of(rows, task if isinstance(task, Task) else None), recipe or Recipe()
@@ -92,45 +89,23 @@ def predict(
     for name, values in {"task": tasks, "temperature": temperatures}.items():
         if len(values) != len(items):
             raise InputError(f"Expected a {name} for each of the {len(items)} rows, found {len(values)}.")
-    rows = [as_row(item, one, number) for number, (item, one) in enumerate(zip(items, tasks, strict=True), 1)]
+    wordings = [
+        one.wording(item, number, template) for number, (item, one) in enumerate(zip(items, tasks, strict=True), 1)
+    ]
     for one in temperatures:
         if not (math.isfinite(one) and one > 0):
             raise InputError(f"Expected a temperature above 0, found {one}.")
     if not 0 <= abstain_below <= 1:
         raise InputError(f"Expected a threshold (abstain_below) from 0 to 1, found {abstain_below}.")
-    by_task: dict[int, list[int]] = {}
-    for index, one in enumerate(tasks):
-        by_task.setdefault(id(one), []).append(index)
-    found: list[Any] = [None] * len(rows)
-    for indices in by_task.values():
-        one = tasks[indices[0]]
-        mine = [rows[index] for index in indices]
-        with numbered(indices):
-            asked = one.questions(tokenizer, mine, False, model, template, recipe.long_prompts, prefix)
-        for index, row, question in zip(indices, mine, asked, strict=True):
-            found[index] = (question, list(one.answers(row, index + 1, template)))
-    questions = [question for question, _ in found]
-    answers = [labels for _, labels in found]
-    scores = score_questions(
-        model,
-        tokenizer,
-        questions,
+    scorer = Scorer(model, tokenizer)
+    scores = scorer.score(
+        scorer.questions(wordings, False, recipe.long_prompts, prefix),
         length_normalization=recipe.length_normalization,
         on_progress=on_progress,
         adapter_names=adapter_names,
         prefix=prefix,
     )
     return [
-        Prediction.of(dict(zip(labels, row.tolist(), strict=True)), one, abstain_below)
-        for labels, row, one in zip(answers, scores, temperatures, strict=True)
+        Prediction.of(dict(zip(wording.answers, row.tolist(), strict=True)), one, abstain_below)
+        for wording, row, one in zip(wordings, scores, temperatures, strict=True)
     ]
-
-
-@contextmanager
-def numbered(indices: Sequence[int]) -> Iterator[None]:
-    """Errors about one of some rows, picked by index, have its number among all rows."""
-    try:
-        yield
-    except InputError as error:
-        text = re.sub(r"\(row (\d+)\)", lambda found: f"(row {indices[int(found[1]) - 1] + 1})", str(error))
-        raise type(error)(text) from error

@@ -1,1 +1,1 @@
-"""A model answers questions: what packing, prefixes and families of models are; `choices.py` is where to begin."""
+"""A model answers questions: `scorer.py` is where to begin, `decoder.py` shows what a packed row is."""

@@ -1,6 +1,6 @@
 """A beginning that many prompts share, such as an instruction: a decoder reads it once, and each row attends to it.
 
-`parts` finds beginnings among questions by itself, where it pays and is exact, in scoring and in training: the gradient
+`beginnings` finds them among questions by itself, where it pays and is exact, in scoring and in training: the gradient
 goes through the keys and values of the beginning as through any other activation.
 """
 
@@ -13,39 +13,15 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from ia3.adapter.config import TaskType
-from ia3.adapter.pretrained import task_type
 from ia3.errors import reason
-from ia3.scoring.choices import (
-    PASS_TOKENS,
-    Batch,
-    base_dtype,
-    batches,
-    batches_of_sizes,
-    evaluating,
-    pack,
-    pass_tokens,
-    plain_rows,
-    row_length,
-    sizes_of,
-)
-from ia3.scoring.layouts import (
-    ROUNDING,
-    Size,
-    collate,
-    deviation,
-    judged,
-    scores_of,
-    size_of,
-    telling,
-    try_packing,
-    verdicts_of,
-)
-from ia3.scoring.questions import Question, base_of, model_max_length
+from ia3.scoring.batch import PASS_TOKENS, Batch
+from ia3.scoring.decoder import Decoder
+from ia3.scoring.family import Family, evaluating
+from ia3.scoring.question import Question, row_length
+from ia3.scoring.trials import ROUNDING, Size, deviation, judged, scores_of, size_of, telling, verdicts_of
 
 logger = logging.getLogger(__name__)
 
@@ -55,11 +31,11 @@ _CACHED_TOKENS = 32768
 # Prompts that agree in fewer tokens than these are not looked at.
 _LEAST = 8
 
-# So many rows' tokens have to be saved, for to try whether a model is exact takes a few whole rows. Whether it has been
-# tried before is not asked: what is shared must not depend on the past, or a resumed run would round otherwise.
+# So many rows' tokens have to be saved, because a trial of whether a model is exact takes a few whole rows. Whether it
+# has been tried before is not asked: what is shared must not depend on the past, or a resumed run would round otherwise.
 _LEAST_ROWS = 4
 
-Layout = Callable[[nn.Module, Sequence[Question], int], Batch]
+Layout = Callable[[Sequence[Question]], Batch]
 
 
 class SharedLayer(DynamicLayer):
@@ -85,12 +61,12 @@ class SharedLayer(DynamicLayer):
 
 
 def read(
-    model: nn.Module, tokens: Sequence[int], adapter: str | None = None, before: DynamicCache | None = None
+    family: Decoder, tokens: Sequence[int], adapter: str | None = None, before: DynamicCache | None = None
 ) -> DynamicCache | None:
     """The keys and values of tokens, as a cache of `SharedLayer`s, with a graph where gradients are enabled.
 
     Args:
-        model: a causal language model, adapted or not, in the mode that rows will be asked in.
+        family: a model in the mode that rows will be asked in.
         tokens: S of them.
         adapter: as of `Question`.
         before: those of the first of the tokens, which are not read again; None: all are read.
@@ -98,8 +74,7 @@ def read(
     Returns:
         None for a model that keeps no keys and values, or something else.
     """
-    base = base_of(model)
-    known = inspect.signature(base.forward).parameters
+    known = inspect.signature(family.base.forward).parameters
     if "past_key_values" not in known:
         return None
     cache = DynamicCache()
@@ -108,14 +83,14 @@ def read(
     options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
     if adapter is not None:
         options["adapter_names"] = [adapter]
-    ids = torch.tensor([list(tokens)[cache.get_seq_length() :]], device=next(model.parameters()).device)
+    ids = torch.tensor([list(tokens)[cache.get_seq_length() :]], device=next(family.model.parameters()).device)
     try:
-        model(input_ids=ids, past_key_values=cache, use_cache=True, return_dict=True, **options)
+        family.model(input_ids=ids, past_key_values=cache, use_cache=True, return_dict=True, **options)
         whole = bool(cache.layers) and all(
             type(layer) is DynamicLayer and layer.get_seq_length() == len(tokens) for layer in cache.layers
         )
     except Exception as error:  # a model with another kind of cache says so in its own way
-        logger.info("%s: its cache is of another kind (%s).", type(base).__name__, reason(error))
+        logger.info("%s: its cache is of another kind (%s).", type(family.base).__name__, reason(error))
         whole = False
     if not whole:
         return None
@@ -123,17 +98,25 @@ def read(
     return cache
 
 
-def packed_behind(cache: DynamicCache, questions: Sequence[Question], pad_token_id: int, dtype: torch.dtype) -> Batch:
+def packed_behind(family: Decoder, questions: Sequence[Question], cache: DynamicCache) -> Batch:
     """A packed row for each question, which goes on from S tokens: `attention_mask` (B, 1, L, S + L), positions from S on."""
     before = cache.get_seq_length()
-    batch = pack(questions, pad_token_id, dtype)
+    batch = family.pack(questions)
     mask = batch["attention_mask"]
     return {
         **batch,
-        "attention_mask": torch.cat([torch.zeros((*mask.shape[:3], before), dtype=dtype), mask], dim=-1),
+        "attention_mask": torch.cat([torch.zeros((*mask.shape[:3], before), dtype=mask.dtype), mask], dim=-1),
         "position_ids": batch["position_ids"] + before,
         "past_key_values": cache,
     }
+
+
+def plain_behind(family: Decoder, questions: Sequence[Question], cache: DynamicCache) -> Batch:
+    """A row for each choice, which goes on from S tokens: `attention_mask` (R, S + L)."""
+    batch = family.plain_rows(questions)
+    mask = batch["attention_mask"]
+    before = torch.ones((len(mask), cache.get_seq_length()), dtype=mask.dtype)
+    return {**batch, "attention_mask": torch.cat([before, mask], dim=-1), "past_key_values": cache}
 
 
 def room_behind(before: int, longest: int, batch_tokens: int) -> int:
@@ -141,9 +124,7 @@ def room_behind(before: int, longest: int, batch_tokens: int) -> int:
     return min(batch_tokens, max(_CACHED_TOKENS * longest // (before + longest), 1))
 
 
-def is_exact_behind(
-    model: nn.Module, layout: Layout, tokens: Sequence[int], question: Question, pad_token_id: int
-) -> bool | None:
+def is_exact_behind(family: Decoder, layout: Layout, tokens: Sequence[int], question: Question) -> bool | None:
     """Whether a layout of rows that go on from tokens is exact for a question behind them; None: its scores are no numbers.
 
     One or two choices are scored in whole rows, without the cache, and as many behind the end of the prompt alone; that is
@@ -159,16 +140,15 @@ def is_exact_behind(
         replace(asked[row], prompt=[*tokens, *asked[row].prompt], choices=[question.choices[choice]])
         for row, choice in zip(rows, choices, strict=True)
     ]
-    base = base_of(model)
-    with evaluating(model), torch.no_grad():
-        expected = scores_of(model, plain_rows(whole, pad_token_id))[:, 0]
+    with evaluating(family.model), torch.no_grad():
+        expected = scores_of(family, family.plain_rows(whole))[:, 0]
         if not torch.isfinite(expected).all():
             return None
-        difference, why = deviation(model, lambda: layout(model, asked, pad_token_id), expected, (rows, choices))
-    rounding = torch.finfo(base_dtype(base)).eps * max(float(expected.abs().max()), 1.0)
+        difference, why = deviation(family, lambda: layout(asked), expected, (rows, choices))
+    rounding = torch.finfo(family.dtype).eps * max(float(expected.abs().max()), 1.0)
     if difference <= max(ROUNDING, 4 * rounding):
         return True
-    logger.info("%s: no %s rows behind a beginning (%s).", type(base).__name__, layout.__name__.strip("_"), why)
+    logger.info("%s: rows behind a beginning are not exact in this layout (%s).", type(family.base).__name__, why)
     return False
 
 
@@ -176,7 +156,7 @@ class Beginning:
     """The beginning of some questions' prompts, read by the model as it is now.
 
     Args:
-        model: a causal language model, adapted or not.
+        family: a causal language model, adapted or not.
         tokens: S of them, with which each of the prompts begins, and after which it goes on.
         adapter: whose keys and values; as of `Question`.
         before: as of `read`.
@@ -187,24 +167,23 @@ class Beginning:
 
     def __init__(
         self,
-        model: nn.Module,
+        family: Decoder,
         tokens: Sequence[int],
         adapter: str | None = None,
         before: DynamicCache | None = None,
     ) -> None:
-        self.tokens = list(tokens)
-        self.cache = read(model, tokens, adapter, before)
-        self._dtype = base_dtype(base_of(model))
+        self.tokens, self._family = list(tokens), family
+        self.cache = read(family, tokens, adapter, before)
         self._attached: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def behind(self, questions: Sequence[Question]) -> list[Question]:
         """The questions without it."""
         return [replace(question, prompt=question.prompt[len(self.tokens) :]) for question in questions]
 
-    def packed(self, model: nn.Module, questions: Sequence[Question], pad_token_id: int = 0) -> Batch:
+    def packed(self, questions: Sequence[Question]) -> Batch:
         """A batch of questions of `behind`."""
         assert self.cache is not None
-        return packed_behind(self.cache, questions, pad_token_id, self._dtype)
+        return packed_behind(self._family, questions, self.cache)
 
     def room(self, questions: Sequence[Question], batch_tokens: int) -> int:
         """Tokens for a batch of questions of `behind`."""
@@ -235,16 +214,15 @@ class Beginning:
         return [] if self.cache is None else self.cache.layers  # type: ignore[return-value]
 
 
-def beginnings(
-    model: nn.Module, questions: Sequence[Question], pad_token_id: int = 0
-) -> Iterator[tuple[list[int], Beginning | None]]:
+def beginnings(family: Family, questions: Sequence[Question]) -> Iterator[tuple[list[int], Beginning | None]]:
     """Questions, as indices, that share a beginning, and the beginning; last those without one.
 
     A beginning is read when its turn comes, so that whoever lets go of one has no more than one in memory.
     """
-    may_share, rest = _may_share(model), []
+    rest = []
+    sharing = family if isinstance(family, Decoder) and may_share(family) else None
     for indices in _alike(questions):
-        beginning = shared(model, [questions[i] for i in indices], pad_token_id) if may_share else None
+        beginning = None if sharing is None else shared(sharing, [questions[i] for i in indices])
         if beginning is None:
             rest += indices
         else:
@@ -254,65 +232,16 @@ def beginnings(
         yield sorted(rest), None
 
 
-def parts(
-    model: nn.Module, questions: Sequence[Question], pad_token_id: int = 0, batch_tokens: int | None = None
-) -> Iterator[tuple[list[int], Batch]]:
-    """The questions in batches for this model: indices, and the batch. What prompts share is read once."""
-    batch_tokens = batch_tokens or pass_tokens(model)
-    for indices, beginning in beginnings(model, questions, pad_token_id):
-        some = [questions[i] for i in indices]
-        if beginning is None:
-            try_packing(model, some, pad_token_id)
-            for group in batches(some, batch_tokens):
-                yield [indices[i] for i in group], collate(model, [some[i] for i in group], pad_token_id)
-            continue
-        some = beginning.behind(some)
-        for group in batches(some, beginning.room(some, batch_tokens)):
-            yield [indices[i] for i in group], beginning.packed(model, [some[i] for i in group], pad_token_id)
-
-
-def training_parts(
-    model: nn.Module, questions: Sequence[Question], pad_token_id: int = 0
-) -> Iterator[tuple[list[int], Batch]]:
-    """As `parts`, for a backward pass behind each of them, before the next is asked for.
-
-    So memory holds the activations of one part. The last one comes first, as in a backward pass through the sum of all:
-    gradients add up in the same order.
-    """
-    tokens = pass_tokens(model)
-    for indices, beginning in beginnings(model, questions, pad_token_id):
-        some = [questions[i] for i in indices]
-        if beginning is None:
-            try_packing(model, some, pad_token_id)
-            for group in reversed(list(_training_batches(some, tokens))):
-                yield [indices[i] for i in group], collate(model, [some[i] for i in group], pad_token_id)
-            continue
-        some = beginning.behind(some)
-        beginning.detach()
-        for group in reversed(list(_training_batches(some, beginning.room(some, tokens)))):
-            yield [indices[i] for i in group], beginning.packed(model, [some[i] for i in group], pad_token_id)
-        beginning.backward()
-
-
-def _training_batches(questions: Sequence[Question], tokens: int) -> Iterator[list[int]]:
-    """As `batches`; a place that something is predicted at counts as a token more, for its logits are kept as well."""
-    sizes = [(prompt, 2 * tree + 1) for prompt, tree in map(sizes_of, questions)]
-    return batches_of_sizes(sizes, tokens)
-
-
-def _may_share(model: nn.Module) -> bool:
+def may_share(family: Decoder) -> bool:
     """Whether rows may attend to keys and values that another pass computed."""
-    base = base_of(model)
-    if task_type(base) != TaskType.CAUSAL_LM:
-        return False
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return False  # processes have to pass through the model equally often
-    if not (model.training and torch.is_grad_enabled()):
+    if not (family.model.training and torch.is_grad_enabled()):
         return True
     # Layers that are computed again keep no cache; and rows that share a beginning would share what is dropped of it.
-    config = getattr(base, "config", None)
+    config = getattr(family.base, "config", None)
     dropped = any("drop" in key and isinstance(value, float) and value > 0 for key, value in vars(config).items())
-    return not dropped and not any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
+    return not dropped and not family.recomputes
 
 
 def _alike(questions: Sequence[Question]) -> list[list[int]]:
@@ -330,15 +259,12 @@ def common_tokens(prompts: Sequence[list[int]]) -> int:
     return min(size, min(map(len, prompts)) - 1)
 
 
-def shared(
-    model: nn.Module, questions: Sequence[Question], pad_token_id: int, before: DynamicCache | None = None
-) -> Beginning | None:
+def shared(family: Decoder, questions: Sequence[Question], before: DynamicCache | None = None) -> Beginning | None:
     """What questions that begin alike share, read, where that saves more than it costs and is exact; else None.
 
     Args:
-        model: a causal language model, adapted or not.
+        family: a causal language model, adapted or not.
         questions: for one adapter.
-        pad_token_id: fills unused places.
         before: keys and values that there are already, of tokens with which all prompts begin.
     """
     prompts = [question.prompt for question in questions]
@@ -349,20 +275,20 @@ def shared(
         return None
     if saved < _LEAST_ROWS * max(map(row_length, questions)):
         return None
-    verdicts = verdicts_of(model, "behind a beginning")
+    verdicts = verdicts_of(family, "behind a beginning")
 
     def sizes(question: Question) -> Size:
         return size, *size_of(question)
 
     if any(verdicts.of(sizes(question)) is False for question in questions):
         return None
-    beginning = Beginning(model, prompts[0][:size], questions[0].adapter, before)
+    beginning = Beginning(family, prompts[0][:size], questions[0].adapter, before)
     if beginning.cache is None:
         verdicts.add(tuple(0 for _ in sizes(questions[0])), False)
         return None
 
     def is_exact(question: Question) -> bool | None:
         [behind] = beginning.behind([question])
-        return is_exact_behind(model, beginning.packed, beginning.tokens, behind, pad_token_id)
+        return is_exact_behind(family, beginning.packed, beginning.tokens, behind)
 
-    return beginning if judged(verdicts, questions, sizes, model_max_length(model), is_exact) else None
+    return beginning if judged(verdicts, questions, sizes, family.max_length, is_exact) else None

@@ -1,24 +1,25 @@
-"""Prompts that fit a model's context."""
+"""Prompts that fit a model's context, as tokens."""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ia3.errors import InputError, brief, shown
+from ia3.scoring.tokens import continuations
 from ia3.task import sandbox
-from ia3.task.template import Row, at_row, is_missing, items_of
+from ia3.task.template import at_row, is_missing, items_of
+from ia3.task.wording import Wording
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ia3.adapter.config import TaskType
-    from ia3.evaluation.icl import Prefix
-    from ia3.task.task import Task
-
 logger = logging.getLogger(__name__)
+
+Tokens = list[int]
 
 # A text with more characters for each token than these, and not short, counts as too long: no language has so many.
 _CHARACTERS_A_TOKEN, _FEW_CHARACTERS = 16, 10_000
@@ -30,53 +31,42 @@ _DENSITY = 0.25
 _TOGETHER = 1_000_000
 
 
-def answer_lengths(tokenizer: PreTrainedTokenizerBase, answers: Sequence[dict[str, str]], separator: str) -> list[int]:
+@dataclass(frozen=True)
+class Fitted:
+    """A row's prompt, its tokens, and the column that was cut so that it fits; None: the row is whole."""
+
+    prompt: str
+    tokens: Tokens
+    cut: str | None = None
+
+
+def answer_lengths(tokenizer: PreTrainedTokenizerBase, wordings: Sequence[Wording]) -> list[int]:
     """The number of tokens of each row's longest answer.
 
     Raises:
         InputError: two answers of a row are the same tokens, which nothing can tell apart, or one has none.
     """
-    from ia3.scoring.questions import continuations
-
     lengths: dict[tuple[str, ...], int] = {}
     found = []
-    for number, its in enumerate(answers, 1):
-        texts = tuple(its.values())
+    for wording in wordings:
+        where, separator = at_row(wording.number), wording.task.separator
+        texts = tuple(separator + text for text in wording.answers.values())
         if texts not in lengths:
             sandbox.checkpoint()
             seen: dict[tuple[int, ...], str] = {}
-            encoded = continuations(tokenizer, [separator + text for text in texts])
-            for text, tokens in zip(texts, map(tuple, encoded), strict=True):
+            encoded = continuations(tokenizer, texts)
+            for text, tokens in zip(wording.answers.values(), map(tuple, encoded), strict=True):
                 if not tokens:
-                    raise InputError(
-                        f"The answer {brief(text)} has no tokens in this model's tokenizer{at_row(number)}."
-                    )
+                    raise InputError(f"The answer {brief(text)} has no tokens in this model's tokenizer{where}.")
                 if tokens in seen:
                     raise InputError(
                         f"The answers {brief(seen[tokens], 80)} and {brief(text, 80)} are the same to this model's tokenizer"
-                        f"{at_row(number)}; choose other words."
+                        f"{where}; choose other words."
                     )
                 seen[tokens] = text
             lengths[texts] = max(map(len, seen))
         found.append(lengths[texts])
     return found
-
-
-def prompt_sizes(
-    tokenizer: PreTrainedTokenizerBase, prefix: Prefix | None, family: TaskType, prompts: Sequence[str]
-) -> list[int]:
-    """The number of tokens that each prompt takes of a model's positions; behind a prefix, of those that it leaves."""
-    from ia3.adapter.config import TaskType
-    from ia3.scoring.questions import continuations
-
-    if prefix is None:
-        return [len(ids) for ids in tokenizer(list(prompts))["input_ids"]]  # type: ignore[arg-type]
-    # As `Prefix.encode` asks them: what separates a prompt from the prefix takes positions as well.
-    behind = [prefix.separator + prompt for prompt in prompts]
-    if family == TaskType.CAUSAL_LM:
-        return [len(ids) for ids in continuations(tokenizer, behind)]
-    whole = tokenizer([prefix.text + text for text in behind])["input_ids"]
-    return [len(ids) - len(prefix.tokens) for ids in whole]  # type: ignore[arg-type]
 
 
 def most_characters(tokens: int) -> int:
@@ -85,66 +75,68 @@ def most_characters(tokens: int) -> int:
 
 
 def fitted(
-    task: Task,
-    sizes_of: Callable[[Sequence[str]], list[int]],
-    rows: Sequence[Row],
+    wordings: Sequence[Wording],
+    tokens_of: Callable[[Sequence[str]], list[Tokens]],
     rooms: Sequence[int],
-    template: int,
     long_prompts: str,
-) -> list[str]:
+) -> list[Fitted]:
     """The rows' prompts, those that take more tokens than there is room for with a column cut short.
 
     Args:
-        task: has the words.
-        sizes_of: prompts' numbers of tokens.
-        rows: column → value.
+        wordings: the rows.
+        tokens_of: prompts' tokens.
         rooms: tokens of each prompt, at most.
-        template: the index of one of the task's.
         long_prompts: "truncate", or "refuse" to cut.
 
     Raises:
         InputError: a row cannot be used, or is too long.
     """
-    prompts = [_prompt(task, row, i + 1, room, template) for i, (row, room) in enumerate(zip(rows, rooms, strict=True))]
-    sizes = _sizes(sizes_of, prompts)
-    columns = []
-    for i, (row, size, room) in enumerate(zip(rows, sizes, rooms, strict=True)):
-        if size <= room or room < 1:  # `encode` knows what to say of answers that leave no room
+    prompts = [_prompt(wording, room) for wording, room in zip(wordings, rooms, strict=True)]
+    found = []
+    tokens = _tokens(tokens_of, prompts)
+    for wording, prompt, its, room in zip(wordings, prompts, tokens, rooms, strict=True):
+        # `Family.ask` knows what to say of answers that leave no room.
+        if prompt is not None and its is not None and (len(its) <= room or room < 1):
+            found.append(Fitted(prompt, its))
             continue
         if long_prompts == "refuse":
-            found = size if prompts[i] is not None else f"one of more than {most_characters(room)} characters"
+            size = f"one of more than {most_characters(room)} characters" if its is None else len(its)
             raise InputError(
-                f"Expected prompts of at most {room} tokens, found {found} (row {i + 1}); shorten the row, or let the "
-                f"recipe truncate (long_prompts)."
+                f"Expected prompts of at most {room} tokens, found {size}{at_row(wording.number)}; shorten the row, or let "
+                f"the recipe truncate (long_prompts)."
             )
-        prompts[i], column = _cut(task, sizes_of, row, i + 1, room, template)
-        columns.append(column)
-    if columns:
+        found.append(_cut(wording, tokens_of, room))
+    return found
+
+
+def warn_of_cuts(columns: Sequence[str | None]) -> None:
+    """Say how many prompts were cut: for each the column, or None."""
+    cut = [column for column in columns if column is not None]
+    if cut:
         logger.warning(
             "%d of %d prompts are longer than the model's context; the end of %s is cut off in them.",
+            len(cut),
             len(columns),
-            len(prompts),
-            shown(dict.fromkeys(columns)),
+            shown(dict.fromkeys(cut)),
         )
-    return prompts  # type: ignore[return-value]
 
 
-def _prompt(task: Task, row: Row, number: int, room: int, template: int) -> str | None:
+def _prompt(wording: Wording, room: int) -> str | None:
     """A row's prompt; None when it has too many characters to fit."""
     most = most_characters(room)
     allowed = sandbox.most_characters()
     try:
         with sandbox.bounded(most):
-            return task.prompt(row, number, template)
+            return wording.prompt
     except sandbox.TooLong:
         if allowed < most:  # by whoever asks
             raise
         return None
 
 
-def _sizes(sizes_of: Callable[[Sequence[str]], list[int]], prompts: Sequence[str | None]) -> list[float]:
-    """The number of tokens of each prompt, of not too many at a time; infinite where there is none."""
-    sizes: list[float] = [math.inf] * len(prompts)
+def _tokens(tokens_of: Callable[[Sequence[str]], list[Tokens]], prompts: Sequence[str | None]) -> list[Tokens | None]:
+    """The tokens of each prompt, of not too many at a time; None where there is none."""
+    tokens: list[Tokens | None] = [None] * len(prompts)
     group: list[int] = []
     together = 0
     for i, prompt in enumerate(prompts):
@@ -153,25 +145,18 @@ def _sizes(sizes_of: Callable[[Sequence[str]], list[int]], prompts: Sequence[str
             together += len(prompt)
         if group and (i == len(prompts) - 1 or together > _TOGETHER):
             sandbox.checkpoint()
-            for j, size in zip(group, sizes_of([prompts[j] or "" for j in group]), strict=True):
-                sizes[j] = size
+            for j, its in zip(group, tokens_of([prompts[j] or "" for j in group]), strict=True):
+                tokens[j] = its
             group, together = [], 0
-    return sizes
+    return tokens
 
 
-def _cut(
-    task: Task,
-    sizes_of: Callable[[Sequence[str]], list[int]],
-    row: Row,
-    number: int,
-    room: int,
-    template: int,
-) -> tuple[str, str]:
+def _cut(wording: Wording, tokens_of: Callable[[Sequence[str]], list[Tokens]], room: int) -> Fitted:
     """A prompt of at most `room` tokens, and the column that was cut last."""
-    names = [name for name in task.templates[template].columns if name in row and not is_missing(row[name])]
+    row, shorter = wording.row, dict(wording.row)
+    names = [name for name in wording.template.columns if name in row and not is_missing(row[name])]
     names.sort(key=lambda name: -len(str(row[name])))
-    names = [name for name in task.truncate if name in names] or names[:1]
-    shorter = dict(row)
+    names = [name for name in wording.task.truncate if name in names] or names[:1]
     for name in names:
         items = items_of(row[name])
         whole = str(row[name]) if items is None else items  # a list loses items, and stays one
@@ -180,21 +165,22 @@ def _cut(
             shorter[name] = whole[:length]
             try:
                 with sandbox.bounded(most_characters(room)):
-                    return task.filled(shorter, number, template)
+                    return wording.filled(shorter)
             except sandbox.TooLong:
                 return None
 
-        def tokens(length: int, prompt: Callable[[int], str | None] = prompt) -> float:
-            return _sizes(sizes_of, [prompt(length)])[0]
+        def size(length: int, prompt: Callable[[int], str | None] = prompt) -> float:
+            [tokens] = _tokens(tokens_of, [prompt(length)])
+            return math.inf if tokens is None else len(tokens)
 
         # A column that cannot make room alone is left out for the next one.
-        length = _longest(len(whole), room, tokens)
+        length = _longest(len(whole), room, size)
         text = None if length is None else prompt(length)
         if text is not None:
-            return text, name
+            return Fitted(text, tokens_of([text])[0], name)
         shorter[name] = whole[:0]
     raise InputError(
-        f"Expected a prompt of at most {room} tokens, found more (row {number}) even without {shown(names)}; use a "
+        f"Expected a prompt of at most {room} tokens, found more{at_row(wording.number)} even without {shown(names)}; use a "
         f"shorter template, or name more columns to truncate."
     )
 

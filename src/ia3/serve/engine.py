@@ -18,8 +18,8 @@ from ia3.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ia3.scoring.questions import Question
-    from ia3.task.task import Row, Task
+    from ia3.scoring.question import Question
+    from ia3.task.wording import Wording
     from ia3.training.recipe import Recipe
 
 
@@ -81,7 +81,7 @@ class Piece:
 
 
 def normalized(log_probability: float, tokens: int, power: float) -> float:
-    """Σ_t log p(y_t | x, y_<t) / T^power, as `score_questions` has it: 0 where T^power is more than a float can be."""
+    """Σ_t log p(y_t | x, y_<t) / T^power, as `Scorer.score` has it: 0 where T^power is more than a float can be."""
     return log_probability * tokens**-power
 
 
@@ -115,8 +115,8 @@ class Engine(Protocol):
     async def stop(self) -> None:
         """Let go of the model. Called once, when no job is left; perhaps while `start` is under way."""
 
-    def questions(self, task: Task, rows: Sequence[Row], recipe: Recipe) -> list[Question]:
-        """Rows as questions that fit the model, by the task's first template. Blocks: called on a thread of its own.
+    def questions(self, wordings: Sequence[Wording], recipe: Recipe) -> list[Question]:
+        """Rows in words as questions that fit the model. Blocks: called on a thread of its own.
 
         Raises:
             InputError: a row cannot be used.

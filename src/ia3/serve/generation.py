@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer
 from ia3.adapter.rows import BASE
 from ia3.bank import AdapterBank
 from ia3.errors import InputError, reason
-from ia3.scoring.questions import padding_id
+from ia3.scoring.tokens import padding_id
 from ia3.serve.engine import AdapterFailed, GenerateJob, Piece
 from ia3.serve.limits import turn_of
 
@@ -50,7 +50,7 @@ class Text:
         job: what is wanted.
         tell: takes its pieces, or why there are no more; called on the thread that decodes.
         cancelled: nobody waits for it any more; set on any thread.
-        sizes: of the prompt, and of what is read with it, see `batches_of_sizes`.
+        sizes: of the prompt, and of what is read with it, see `groups_of_sizes`.
         turn: when it begins, see `turn_of`.
         tokens: how many it comes to at most, with its prompt.
     """

@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from ia3.adapter.config import IA3Config
     from ia3.adapter.model import IA3Model
     from ia3.bank import AdapterBank
-    from ia3.scoring.questions import Question
+    from ia3.scoring.question import Question
+    from ia3.scoring.scorer import Scorer
     from ia3.serve.generation import Decoder, Text
-    from ia3.task.task import Row, Task
+    from ia3.task.wording import Wording
     from ia3.training.recipe import Recipe
 
 _Result = TypeVar("_Result")
@@ -30,7 +31,7 @@ _Result = TypeVar("_Result")
 # From so many candidates for each row of a batch, those of similar length are chosen.
 _LOOK_AHEAD = 2
 
-# A prompt of so many tokens is tried at the start, so that the first request does not wait for it (`layouts.collate`).
+# A prompt of so many tokens is tried at the start, so that the first request does not wait for it (see `trials`).
 _TRIED_TOKENS = 256
 
 
@@ -59,7 +60,7 @@ class _Asked:
     """A job that waits for its batch."""
 
     def __init__(self, call: _Call, index: int, job: ScoreJob) -> None:
-        from ia3.scoring.choices import sizes_of
+        from ia3.scoring.question import sizes_of
 
         self.call, self.index, self.job = call, index, job
         self.sizes = sizes_of(job.question)
@@ -113,6 +114,7 @@ class LocalEngine:
         self._kinds, self._labels, self._memory = list(kinds), labels, memory
         self._batch, self._batch_tokens, self._cache_tokens = batch, batch_tokens, cache_tokens
         self._model: IA3Model
+        self._scorer: Scorer
         self._bank: AdapterBank | None = None
         self._decoder: Decoder | None = None
         self._thread: threading.Thread | None = None
@@ -144,8 +146,8 @@ class LocalEngine:
         if self._bank is not None:
             self._bank.close()
 
-    def questions(self, task: Task, rows: Sequence[Row], recipe: Recipe) -> list[Question]:
-        return task.questions(self.tokenizer, rows, False, self._model, 0, recipe.long_prompts)
+    def questions(self, wordings: Sequence[Wording], recipe: Recipe) -> list[Question]:
+        return self._scorer.questions(wordings, False, recipe.long_prompts)
 
     async def score(self, jobs: Sequence[ScoreJob]) -> list[list[float]]:
         if not jobs:
@@ -255,13 +257,14 @@ class LocalEngine:
         from ia3.adapter.pretrained import load_base, task_type
         from ia3.adapter.rows import BASE
         from ia3.bank import AdapterBank
-        from ia3.scoring.choices import score_questions
-        from ia3.scoring.questions import Question, model_max_length
+        from ia3.scoring.question import Question
+        from ia3.scoring.scorer import Scorer
         from ia3.serve.generation import Decoder
 
         base, self.tokenizer = load_base(self._source, self._labels(), self._dtype)
         family = task_type(base)
         self._model = IA3Model(base, {}).eval()
+        self._scorer = Scorer(self._model, self.tokenizer)
         kinds = [*self._kinds, IA3Config(task_type=family)]
         for number, kind in enumerate(kinds):
             try:
@@ -272,13 +275,13 @@ class LocalEngine:
                     raise
         capacity = self._bank_of().statistics.capacity
         self._batch = self._batch if capacity is None else min(self._batch, capacity)
-        self.context_length = model_max_length(base)
+        self.context_length = self._scorer.max_length
         self.generates = family == "CAUSAL_LM" and hasattr(self.tokenizer, "backend_tokenizer")
         if self.generates:
             self._decoder = Decoder(self._model, self.tokenizer, self.observe)
             size = min(_TRIED_TOKENS, (self.context_length or _TRIED_TOKENS) - 2)
             trial = Question([i % len(self.tokenizer) for i in range(size)], [[0, 1], [1, 0]])
-            score_questions(self._model, self.tokenizer, [trial], adapter_names=[BASE])
+            self._scorer.score([trial], adapter_names=[BASE])
 
     def _bank_of(self) -> AdapterBank:
         assert self._bank is not None  # orders come after `start`
@@ -325,14 +328,14 @@ class LocalEngine:
 
     def _first(self, queue: deque[_Waiting], most: int) -> list[_Waiting]:
         """What comes next (see `turn_of`), and others of similar length, in their order."""
-        from ia3.scoring.choices import batches_of_sizes
+        from ia3.scoring.batch import groups_of_sizes
 
         with self._changed:
             left = (one for one in queue if not one.cancelled)
             waiting = nsmallest(_LOOK_AHEAD * self._batch, left, key=lambda one: one.turn)
         if not waiting or most < 1:
             return []
-        groups = batches_of_sizes([one.sizes for one in waiting], self._batch_tokens)
+        groups = groups_of_sizes([one.sizes for one in waiting], self._batch_tokens)
         chosen = sorted(next(group for group in groups if 0 in group))[:most]
         return [waiting[index] for index in chosen]
 
@@ -360,12 +363,11 @@ class LocalEngine:
 
     def _score(self, batch: list[_Asked]) -> None:
         from ia3.adapter.rows import BASE
-        from ia3.scoring.choices import score_questions
 
         questions = [asked.job.question for asked in batch]
         names = [asked.job.adapter or BASE for asked in batch]
         # Sums, because jobs may differ in how they are normalized.
-        sums = score_questions(self._model, self.tokenizer, questions, 0.0, adapter_names=names)
+        sums = self._scorer.score(questions, 0.0, adapter_names=names)
         self.observe("score", len(batch), len(set(names)))
         results = []
         for asked, found in zip(batch, sums, strict=True):

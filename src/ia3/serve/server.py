@@ -26,7 +26,6 @@ from ia3.task.sandbox import MOST_CHARACTERS, TooLong, bounded
 
 if TYPE_CHECKING:
     from ia3.evaluation.prediction import Prediction
-    from ia3.scoring.questions import Question
     from ia3.task.task import Row, Task
 
 logger = logging.getLogger(__name__)
@@ -187,14 +186,11 @@ class Server:
         self, settings: Settings, rows: Sequence[Row], indices: Sequence[int], key: str | None
     ) -> tuple[list[ScoreJob], list[list[str]]]:
         """Jobs and labels of some rows."""
-        from ia3.evaluation.prediction import numbered
-
         task, recipe = settings.task, settings.recipe
         assert task is not None  # or there are no rows
-        some = [rows[index] for index in indices]
-        with numbered(indices):
-            questions: list[Question] = self.engine.questions(task, some, recipe)
-            labels = [list(task.answers(row, number)) for number, row in enumerate(some, 1)]
+        wordings = [task.wording(rows[index], index + 1) for index in indices]
+        questions = self.engine.questions(wordings, recipe)
+        labels = [list(wording.answers) for wording in wordings]
         for index, question in zip(indices, questions, strict=True):
             self.check_tokens(len(question.prompt), f"prompts (row {index + 1})")
         return [ScoreJob(key, question, recipe.length_normalization) for question in questions], labels
@@ -229,7 +225,7 @@ class Server:
         return [await self.blocking(self._tokens, prompt, characters=len(prompt)) for prompt in body.prompts]
 
     def _tokens(self, prompt: str | list[int]) -> list[int]:
-        from ia3.scoring.questions import unclosed
+        from ia3.scoring.tokens import unclosed
 
         tokenizer = self.engine.tokenizer
         if isinstance(prompt, str):

@@ -18,10 +18,11 @@ from ia3.files import reading
 from ia3.serve.engine import AdapterFailed, GenerateJob, Piece, ScoreJob, normalized
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
-    from ia3.scoring.questions import Question
-    from ia3.task.task import Row, Task
+    from ia3.scoring.question import Question
+    from ia3.scoring.scorer import Scorer
+    from ia3.task.wording import Wording
     from ia3.training.recipe import Recipe
 
 _Result = TypeVar("_Result")
@@ -68,7 +69,7 @@ class VllmEngine:
         self._most = 2 * adapters + slots  # one that is replaced is there twice, as long as requests use it
         self._settings = {"max_loras": slots, "max_cpu_loras": self._most, **settings}
         self._engine: Any = None
-        self._shape: PreTrainedModel
+        self._scorer: Scorer
         self._adapters: dict[str, Any] = {}  # key → vLLM's request for it
         self._loading: dict[str, asyncio.Future[None]] = {}
         self._under_way: Counter[str | None] = Counter()  # vLLM's requests by their adapter's key
@@ -100,6 +101,7 @@ class VllmEngine:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
         from ia3.adapter.pretrained import find_base
+        from ia3.scoring.scorer import Scorer
         from ia3.vllm.plugin import ONLY, unsupported
 
         problem = unsupported()
@@ -112,14 +114,15 @@ class VllmEngine:
                 config = AutoConfig.from_pretrained(path)
                 self.tokenizer = AutoTokenizer.from_pretrained(path)
             with torch.device("meta"):  # its shape says how questions are to be asked
-                self._shape = AutoModelForCausalLM.from_config(config)
+                shape = AutoModelForCausalLM.from_config(config)
             dtype = str(config.dtype or "auto").removeprefix("torch.")  # vLLM's "auto" rounds float32 down
             arguments = AsyncEngineArgs(model=path, **{"dtype": dtype, **fixed, **self._settings})
             engine = AsyncLLM.from_engine_args(arguments, stat_loggers=[lambda *_: _stat_logger(self._stepped)])
         except (ValueError, OSError, TypeError) as error:
             raise InputError(f"vLLM cannot serve {self.name!r} so: {reason(error)}") from error
         self.context_length = engine.model_config.max_model_len
-        self._shape.config.max_position_embeddings = self.context_length
+        shape.config.max_position_embeddings = self.context_length
+        self._scorer = Scorer(shape, self.tokenizer)
         return engine
 
     async def stop(self) -> None:
@@ -131,14 +134,14 @@ class VllmEngine:
             await asyncio.get_running_loop().run_in_executor(None, engine.shutdown)
             engine.shutdown = lambda: None  # called once more when it goes, which fails at the interpreter's end
 
-    def questions(self, task: Task, rows: Sequence[Row], recipe: Recipe) -> list[Question]:
-        return task.questions(self.tokenizer, rows, False, self._shape, 0, recipe.long_prompts)
+    def questions(self, wordings: Sequence[Wording], recipe: Recipe) -> list[Question]:
+        return self._scorer.questions(wordings, False, recipe.long_prompts)
 
     async def score(self, jobs: Sequence[ScoreJob]) -> list[list[float]]:
         return await _together([self._score(job) for job in jobs])
 
     async def _score(self, job: ScoreJob) -> list[float]:
-        from ia3.scoring.choices import tree_of
+        from ia3.scoring.question import tree_of
 
         question, adapter = job.question, await self._request(job.adapter)
         tree = tree_of(question)

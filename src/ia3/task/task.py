@@ -4,46 +4,35 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
-import json
 import logging
 import os
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ia3.errors import InputError, brief, excerpt, problems, shown, similar
 from ia3.files import read_fields, reading, replacing
-from ia3.scoring.fitting import answer_lengths, fitted, prompt_sizes
 from ia3.task.reading import as_delimiter, require_delimited
-from ia3.task.rows import as_row, as_rows
+from ia3.task.rows import as_rows
 from ia3.task.template import (
     Choices,
     Row,
     Template,
-    answers_of,
     as_text,
     at_row,
     choices_as_text,
     columns_of,
     is_missing,
     quoted,
-    require,
     verbatim,
 )
-
-if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedTokenizerBase
-
-    from ia3.evaluation.icl import Prefix
-    from ia3.scoring.questions import Question
+from ia3.task.wording import Wording
 
 logger = logging.getLogger(__name__)
 
@@ -194,7 +183,7 @@ class Task(BaseModel):
                     f"expected columns of the templates to truncate, found {brief(column)}; {similar(column, columns)}"
                 )
         for number, template in enumerate(self.templates, 1):
-            named = {*template.columns, *columns_of(self._choices_of(number - 1))}
+            named = {*template.columns, *columns_of(self.choices_of(number - 1))}
             if self.label_column in named and not template.says_answer:
                 which = repr(template.name) if template.name else f"template {number}"
                 raise ValueError(
@@ -347,83 +336,48 @@ class Task(BaseModel):
     @functools.cached_property
     def labels(self) -> list[str] | None:
         """The labels; None where each row has answers of its own, whose labels are their places."""
-        own = self._choices_of(0)
+        own = self.choices_of(0)
         return None if isinstance(own, str) else list(own)
 
     @functools.cached_property
     def columns(self) -> list[str]:
         """The columns that prompts and answers need, in alphabetical order."""
-        own = (self._choices_of(template) for template in range(len(self.templates)))
+        own = (self.choices_of(template) for template in range(len(self.templates)))
         prompts = (template.columns for template in self.templates)
         return sorted({name for names in (*prompts, *map(columns_of, own)) for name in names})
 
-    def _choices_of(self, template: int) -> dict[str, str] | str:
+    def choices_of(self, template: int) -> Choices:
+        """The answers in the words of a template, by its index."""
         own = self.templates[template].choices
         return self.choices if own is None else own  # type: ignore[return-value]
 
+    def wording(self, row: Any, number: int | None = None, template: int = 0) -> Wording:
+        """A row in the words of a template; arguments as of `Wording`."""
+        return Wording(self, row, number, template)
+
+    def wordings(self, rows: Any, template: int = 0) -> list[Wording]:
+        """Rows, as `as_rows` takes them, in the words of a template."""
+        return [self.wording(row, number, template) for number, row in enumerate(as_rows(rows, self), 1)]
+
     def prompt(self, row: Row, number: int | None = None, template: int = 0) -> str:
-        """The prompt of a row.
-
-        Args:
-            row: column → value; or a text, where the task reads one column.
-            number: the row's place in its file, for an error message.
-            template: the index of one of `templates`.
-
-        Raises:
-            InputError: the template names a column that is not there, or all that it names are empty.
-        """
-        where, names = at_row(number), self.templates[template].columns
-        row = as_row(row, self, number)
-        require(row, names, number)
-        if names and all(is_missing(row[name]) for name in names):
-            raise InputError(f"Expected some text in {shown(names)}, found it empty{where}; fill or drop the row.")
-        text = self.filled(row, number, template)
-        if not text:
-            raise InputError(f"The template gives an empty prompt{where}; fill or drop the row.")
-        return text
-
-    def filled(self, row: Row, number: int | None = None, template: int = 0) -> str:
-        """What the template makes of a row, which `prompt` checks; arguments as of it."""
-        words = self.templates[template]
-        answers = self.answers(row, number, template).values() if words.sees_answers else ()
-        return words.fill(self._read_of(row, template), number, answers)
-
-    def _read_of(self, row: Row, template: int) -> Row:
-        """A row without its label, which a template that goes through the whole row would give away."""
-        if self.label_column not in row or self.templates[template].says_answer:
-            return row
-        return {name: value for name, value in row.items() if name != self.label_column}
-
-    def fingerprint(self, row: Row, number: int | None = None) -> str:
-        """What stands for all that a model reads of a row, in the first template's words; arguments and errors as of
-        `prompt` and `answers`. Rows of one fingerprint are one and the same to it, whatever their labels."""
-        row = as_row(row, self, number)
-        read = [self.prompt(row, number), *self.answers(row, number).values()]
-        return hashlib.sha256(json.dumps(read).encode()).hexdigest()[:16]
+        """The prompt of a row; see `Wording`."""
+        return self.wording(row, number, template).prompt
 
     def answers(self, row: Row, number: int | None = None, template: int = 0) -> dict[str, str]:
-        """Label → answer text, for a row; arguments and errors as of `prompt`.
-
-        Raises:
-            InputError: a text is empty, or two are the same.
-        """
-        row = as_row(row, self, number)
-        return answers_of(self._choices_of(template), self._read_of(row, template), number)
+        """Label → answer text, for a row; see `Wording`."""
+        return self.wording(row, number, template).answers
 
     def label(self, row: Row, number: int | None = None, template: int = 0) -> str:
-        """A row's label.
+        """A row's label; see `Wording`."""
+        return self.wording(row, number, template).label
 
-        Raises:
-            InputError: the column is missing, the label is not known, or there are several.
-        """
-        where, row = at_row(number), as_row(row, self, number)
-        answers = self.answers(row, number, template)
-        if self.templates[template].says_answer:
-            text = self.templates[template].right_answer(row, number, answers.values())
-            found = {answer: label for label, answer in answers.items()}
-            if text not in found:
-                raise InputError(f"Expected a right answer of {shown(found, 20)}, found {brief(text)}{where}.")
-            return found[text]
+    def fingerprint(self, row: Row, number: int | None = None) -> str:
+        """What stands for all that a model reads of a row, in the first template's words; see `Wording`."""
+        return self.wording(row, number).fingerprint
+
+    def known_label(self, row: Row, answers: Mapping[str, str], number: int | None = None) -> str:
+        """What the label column says, as one of the labels of a row's answers; errors as of `Wording.label`."""
+        where = at_row(number)
         if self.label_column not in row:
             raise InputError(f"Expected a label column {self.label_column!r}, found the columns {shown(row, 20)}.")
         label = _label(row[self.label_column], where)
@@ -441,17 +395,23 @@ class Task(BaseModel):
     def check(self, rows: Any, labelled: bool = True) -> None:
         """Raise what `prompt`, `answers` and `label` would raise for the first row, in the file's order, that cannot be
         used, in the words of any template; and name all labels of the rows that the task does not know."""
+        for _ in self.checked(rows, labelled):
+            pass
+
+    def checked(self, rows: Any, labelled: bool = True) -> Iterator[list[Wording]]:
+        """Each row in the words of each template, where `check` finds nothing wrong with it."""
         rows = as_rows(rows, self)
         for number, row in enumerate(rows, 1):
-            for template in range(len(self.templates)):
-                self.prompt(row, number, template)
-                self.answers(row, number, template)
+            wordings = [self.wording(row, number, template) for template in range(len(self.templates))]
+            for wording in wordings:
+                _ = wording.prompt, wording.answers
                 if labelled:
-                    self._check_label(rows, number, template)
+                    self._check_label(rows, wording)
+            yield wordings
 
-    def _check_label(self, rows: Sequence[Row], number: int, template: int) -> None:
+    def _check_label(self, rows: Sequence[Row], wording: Wording) -> None:
         try:
-            self.label(rows[number - 1], number, template)
+            _ = wording.label
         except _UnknownLabel as error:
             if self.labels is None:
                 raise
@@ -461,65 +421,6 @@ class Task(BaseModel):
             if len(unknown) < 2:
                 raise
             raise InputError(f"{error} Unknown in all rows together: {shown(unknown, 20)}.") from error
-
-    def questions(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        rows: Any,
-        labelled: bool = True,
-        model: nn.Module | None = None,
-        template: int = 0,
-        long_prompts: Literal["truncate", "refuse"] = "truncate",
-        prefix: Prefix | None = None,
-    ) -> list[Question]:
-        """The rows as prompts and choices of token ids.
-
-        Args:
-            tokenizer: the model's.
-            rows: as `as_rows` takes them.
-            labelled: take each row's label, too.
-            model: whose family the questions are for (None: a decoder-only one), and whose positions prompts have
-                to fit.
-            template: the index of one of `templates`.
-            long_prompts: "truncate" cuts the end off a column (see `truncate`), "refuse" does not.
-            prefix: a text that stands before each prompt.
-
-        Raises:
-            InputError: see `prompt`, `answers`, `label`; two answers are the same to the tokenizer; or a prompt is too
-                long.
-        """
-        from ia3.adapter.config import TaskType
-        from ia3.adapter.pretrained import task_type
-        from ia3.scoring.questions import base_of, encode, model_max_length
-
-        rows = as_rows(rows, self)
-        answers = [self.answers(row, number, template) for number, row in enumerate(rows, 1)]
-        family = TaskType.CAUSAL_LM if model is None else task_type(base_of(model))
-        # A classifier reads no answers, so it need not tell them apart.
-        lengths = [] if family == TaskType.SEQ_CLS else answer_lengths(tokenizer, answers, self.separator)
-        limit = prefix.room if prefix is not None else None if model is None else model_max_length(model)
-        if limit is None:
-            prompts = [self.prompt(row, number, template) for number, row in enumerate(rows, 1)]
-        else:
-            # An encoder has its positions for the prompt alone.
-            rooms = [limit - n for n in lengths] if family == TaskType.CAUSAL_LM else [limit] * len(rows)
-            sizes = functools.partial(prompt_sizes, tokenizer, prefix, family)
-            prompts = fitted(self, sizes, rows, rooms, template, long_prompts)
-        labels = None
-        if labelled:
-            names = [self.label(row, number, template) for number, row in enumerate(rows, 1)]
-            labels = [list(its).index(name) for its, name in zip(answers, names, strict=True)]
-        texts = [[self.separator + text for text in its.values()] for its in answers]
-        if prefix is not None:
-            return prefix.encode(prompts, texts, labels)
-        questions = encode(tokenizer, prompts, texts, labels, model=model)
-        if model is not None and family == TaskType.SEQ_CLS:
-            from ia3.scoring.classifier import by_name
-
-            return [
-                by_name(base_of(model), question, list(its)) for question, its in zip(questions, answers, strict=True)
-            ]
-        return questions
 
     def metrics(self, labels: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
         """Accuracy, and F1 averaged over the labels that occur: both between 0 and 1."""

@@ -17,7 +17,8 @@ from transformers import TrainingArguments
 from ia3.adapter.adapted import find_adapted
 from ia3.adapter.model import IA3Model
 from ia3.errors import InputError, shown
-from ia3.scoring.questions import Question
+from ia3.scoring.question import Question
+from ia3.scoring.scorer import Scorer
 from ia3.training.recipe import Recipe
 from ia3.training.trainer import (
     Example,
@@ -102,16 +103,15 @@ class FleetTrainer(TFewTrainer):
         # One that is active has all rows without being named, also in a model that cannot tell rows apart.
         self._alone = len(members) == 1 and model.active_adapters == [members[0].name]
         examples, held_out = {}, {}
+        scorer = Scorer(model, processing_class)
         for member in members:
             seed = member.seed if args.data_seed is None else args.data_seed
             name = None if self._alone else member.name
             try:
-                found = training_examples(member.task, processing_class, member.rows, model, recipe, seed, name)
+                found = training_examples(scorer, member.task, member.rows, recipe, seed, name)
                 examples[member.name] = _batches(found, args, seed)
                 if member.eval_rows is not None:
-                    held_out[member.name] = evaluation_examples(
-                        member.task, processing_class, member.eval_rows, model, recipe, name
-                    )
+                    held_out[member.name] = evaluation_examples(scorer, member.task, member.eval_rows, recipe, name)
             except InputError as error:
                 if len(members) == 1:
                     raise
@@ -122,7 +122,7 @@ class FleetTrainer(TFewTrainer):
         self._parameters = {name: list(model.adapter_parameters(name)) for name in self.members}
         self._count_anew()
         learners = [None] if self._alone else list(self.members)
-        self._set_up(model, args, processing_class, steps, held_out or None, recipe, learners, **kwargs)
+        self._set_up(scorer, args, steps, held_out or None, recipe, learners, **kwargs)
         # Whatever asks for clipping, here or in `Trainer`, asks the accelerator.
         self.accelerator.clip_grad_norm_ = self._clip_each  # type: ignore[method-assign]
 

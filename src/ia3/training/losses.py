@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from ia3.errors import InputError
-from ia3.scoring.choices import normalized_scores
+from ia3.scoring.batch import normalized_scores
 
 # Keeps -log(1 - p) and its gradient finite where a wrong token has become certain.
 _EPSILON = 1e-3

@@ -16,11 +16,9 @@ from torch import nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import TrainingArguments
 
-from ia3.adapter.config import TaskType
-from ia3.adapter.pretrained import task_type
 from ia3.errors import InputError, shown
-from ia3.scoring import fitting
-from ia3.scoring.questions import Question, base_of
+from ia3.scoring.question import Question
+from ia3.scoring.scorer import Scorer
 from ia3.task.rows import as_rows
 from ia3.training.recipe import Recipe
 from ia3.training.trainer import Example, TFewTrainer
@@ -57,8 +55,7 @@ class Mixture(Dataset):
 
     Args:
         tasks: with their labelled rows, as `as_rows` takes them.
-        tokenizer: the model's.
-        model: whose family the questions are for.
+        scorer: whose questions they become.
         recipe: which templates are drawn, and what to do about long prompts.
         draws: how many.
         cap: see above.
@@ -72,8 +69,7 @@ class Mixture(Dataset):
     def __init__(
         self,
         tasks: Sequence[tuple[Task, Any]],
-        tokenizer: PreTrainedTokenizerBase,
-        model: nn.Module,
+        scorer: Scorer,
         recipe: Recipe,
         draws: int,
         cap: int = CAP,
@@ -86,7 +82,7 @@ class Mixture(Dataset):
             raise InputError(f"Expected tasks with names that differ, one at least, found {found}.")
         if cap < 1:
             raise InputError(f"Expected a cap of at least 1 row, found {cap}.")
-        self.tokenizer, self.model, self.recipe, self.seed = tokenizer, model, recipe, seed
+        self.scorer, self.recipe, self.seed = scorer, recipe, seed
         self.tasks: list[tuple[Task, list[Row]]] = []
         for task, given in sorted(tasks, key=lambda pair: pair[0].name):
             with _named(task):
@@ -148,25 +144,12 @@ class Mixture(Dataset):
 
     def _encoded(self, which: int, row: int, template: int) -> Question:
         task, rows = self.tasks[which]
-
-        def note(record: logging.LogRecord) -> bool:  # that a prompt is cut; said once, of all
-            self._cut.add((which, row, template))
-            return False
-
-        fitting.logger.addFilter(note)
-        try:
-            [question] = task.questions(
-                self.tokenizer,
-                [rows[row]],
-                model=self.model,
-                template=template,
-                long_prompts=self.recipe.long_prompts,
+        with _named(task):
+            question = self.scorer.question(
+                task.wording(rows[row], row + 1, template), long_prompts=self.recipe.long_prompts
             )
-        except InputError as error:
-            where = str(error).replace("(row 1)", f"(row {row + 1})")
-            raise InputError(f"Task {task.name!r}: {where}") from error
-        finally:
-            fitting.logger.removeFilter(note)
+        if question.cut is not None:
+            self._cut.add((which, row, template))
         return replace(question, choices=[question.choices[question.label]], label=0, order=None)  # type: ignore[index]
 
 
@@ -202,7 +185,8 @@ class MixtureTrainer(TFewTrainer):
         **kwargs: Any,
     ) -> None:
         recipe = likelihood_only(recipe or PRETRAINING)
-        if task_type(base_of(model)) == TaskType.SEQ_CLS:
+        scorer = Scorer(model, processing_class)
+        if not scorer.family.reads_answers:
             raise InputError(
                 "Expected a language model for a mixture of tasks, found one with a classification head, which knows the "
                 "labels of one task only; train it on that."
@@ -211,8 +195,8 @@ class MixtureTrainer(TFewTrainer):
             raise InputError(f"Expected max_steps above 0, found {args.max_steps}; a mixture has no epochs.")
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         seed = args.seed if args.data_seed is None else args.data_seed
-        self.mixture = Mixture(tasks, processing_class, model, recipe, args.max_steps * batch, cap, seed)
-        self._set_up(model, args, processing_class, self.mixture, None, recipe, [None], **kwargs)
+        self.mixture = Mixture(tasks, scorer, recipe, args.max_steps * batch, cap, seed)
+        self._set_up(scorer, args, self.mixture, None, recipe, [None], **kwargs)
 
     def _describe(self) -> None:
         model = self._adapted()

@@ -13,14 +13,10 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from ia3.adapter.config import TaskType
-from ia3.adapter.pretrained import task_type
 from ia3.errors import InputError, shown
-from ia3.scoring.beginning import parts, training_parts
-from ia3.scoring.choices import Batch, normalized_scores, to_device, token_log_probs
-from ia3.scoring.layouts import collate, try_packing
-from ia3.scoring.questions import Question, base_of, padding_id
-from ia3.task.rows import as_rows
+from ia3.scoring.batch import Batch, normalized_scores, to_device
+from ia3.scoring.question import Question
+from ia3.scoring.scorer import Scorer
 from ia3.trainer import Trainer
 from ia3.training.described import described
 from ia3.training.losses import tfew_loss
@@ -70,7 +66,7 @@ class TFewTrainer(Trainer):
         **kwargs: the other arguments of `transformers.Trainer`.
 
     Raises:
-        InputError: rows do not fit the task (see `Task.questions`), or show one label only.
+        InputError: rows do not fit the task (see `Scorer.questions`), or show one label only.
     """
 
     # `compute_loss` returns a mean over the batch, whatever arguments the wrapped model takes.
@@ -93,19 +89,19 @@ class TFewTrainer(Trainer):
         recipe = recipe or Recipe()
         self.task = task
         seed = args.seed if args.data_seed is None else args.data_seed
-        examples = training_examples(task, processing_class, train_dataset, model, recipe, seed)
+        scorer = Scorer(model, processing_class)
+        examples = training_examples(scorer, task, train_dataset, recipe, seed)
         held_out = None
         if eval_dataset is not None:
-            held_out = evaluation_examples(task, processing_class, eval_dataset, model, recipe)
+            held_out = evaluation_examples(scorer, task, eval_dataset, recipe)
         kwargs.setdefault("compute_metrics", metrics_of(task))
         self._task, self._rows = task, train_dataset
-        self._set_up(model, args, processing_class, examples, held_out, recipe, [None], **kwargs)
+        self._set_up(scorer, args, examples, held_out, recipe, [None], **kwargs)
 
     def _set_up(
         self,
-        model: nn.Module,
+        scorer: Scorer,
         args: TrainingArguments,
-        processing_class: PreTrainedTokenizerBase,
         train_dataset: Any,
         eval_dataset: Any,
         recipe: Recipe,
@@ -113,9 +109,9 @@ class TFewTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         """Become a trainer of examples; `learners` are the adapters that their questions name."""
-        self.recipe = recipe
+        self.recipe, self.scorer = recipe, scorer
         self._loss_weights = recipe.loss_weights
-        if task_type(base_of(model)) == TaskType.SEQ_CLS:  # the likelihood of the right label is cross-entropy
+        if not scorer.family.reads_answers:  # the likelihood of the right label is cross-entropy
             others = dict.fromkeys(("unlikelihood_weight", "length_normalized_weight"), 0.0)
             self._loss_weights |= {"likelihood_weight": 1.0, **others}
         self.stopping = StopAtFloor(recipe.early_stopping, learners)
@@ -124,12 +120,12 @@ class TFewTrainer(Trainer):
         # of them in every step. This is how it keeps a model on one device that is split over several.
         args._n_gpu = min(args.n_gpu, 1)
         super().__init__(
-            model,
+            scorer.model,
             args,
             data_collator=collate_examples,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=processing_class,
+            processing_class=scorer.tokenizer,
             **kwargs,
         )
         self.add_callback(self.stopping)
@@ -149,7 +145,7 @@ class TFewTrainer(Trainer):
 
         With `load_best_model_at_end` it is the best checkpoint, whose vectors are those of its step.
         """
-        try_packing(self.model, self._foreseen(), padding_id(self.processing_class))  # type: ignore[arg-type]
+        self.scorer.try_packing(self._foreseen())
         self._describe()
         output = super().train(*args, **kwargs)
         if self._average is not None and not self.args.load_best_model_at_end:
@@ -172,9 +168,7 @@ class TFewTrainer(Trainer):
             return dataset
         if self.task is None:
             raise InputError("Expected rows of one task, found a trainer of several; give each member its eval_rows.")
-        tokenizer: Any = self.processing_class
-        adapter = self.stopping.learners[0]
-        return evaluation_examples(self.task, tokenizer, dataset, self.model, self.recipe, adapter)  # type: ignore[arg-type]
+        return evaluation_examples(self.scorer, self.task, dataset, self.recipe, self.stopping.learners[0])
 
     def _learned(self) -> dict[str, tuple[Task, Sequence[Mapping[str, Any]]]]:
         """The task and the training rows of each adapter that is trained on one."""
@@ -212,7 +206,7 @@ class TFewTrainer(Trainer):
         model.train()  # before anything is shared: an evaluation shares more
         asked = [inputs["questions"][i] for i in learning]
         losses = []
-        for group, batch in training_parts(model, asked, padding_id(self.processing_class)):  # type: ignore[arg-type]
+        for group, batch in self.scorer.through(model).training_batches(asked):
             label = inputs["label"][[learning[i] for i in group]]
             part = {**inputs, "label": label, "questions": [asked[i] for i in group], "batch": batch}
             losses.append(super().training_step(model, part, num_items_in_batch))
@@ -253,14 +247,15 @@ class TFewTrainer(Trainer):
     def _losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str | None, torch.Tensor], torch.Tensor]:
         """For each adapter that questions name the loss of its own, a scalar; the best choice of each question (B,)."""
         questions: list[Question] = inputs["questions"]
+        scorer = self.scorer.through(model)
         best = torch.empty_like(inputs["label"])
         losses: dict[str | None, list[torch.Tensor]] = {}
         doubts: dict[str | None, list[torch.Tensor]] = {}
         # The loss is a mean, so that the parts of a batch add up: parts of similar length, of which little is padding.
-        for group, part in self._parts(model, inputs):
+        for group, part in self._parts(scorer, inputs):
             asked = [questions[i] for i in group]
             part = to_device(part, best.device)
-            log_probs = token_log_probs(model, part)
+            log_probs = scorer.log_probs(part)
             for name, rows in _by_adapter(asked).items():
                 mine = log_probs[rows], part["mask"][rows], part["label"][rows]
                 share = len(mine[0]) / inputs["counts"][name]
@@ -276,13 +271,13 @@ class TFewTrainer(Trainer):
             self.stopping.add({name: self._mean(torch.stack(parts).sum()) for name, parts in doubts.items()})
         return {name: torch.stack(parts).sum() for name, parts in losses.items()}, best
 
-    def _parts(self, model: nn.Module, inputs: dict[str, Any]) -> Iterator[tuple[list[int], Batch]]:
+    def _parts(self, scorer: Scorer, inputs: dict[str, Any]) -> Iterator[tuple[list[int], Batch]]:
         """A batch's questions in parts that go through the model at once: indices, and the part."""
-        questions, pad = inputs["questions"], padding_id(self.processing_class)  # type: ignore[arg-type]
-        if model.training and ("batch" in inputs or not self._one_process):
-            batch = inputs["batch"] if "batch" in inputs else collate(model, questions, pad)
+        questions = inputs["questions"]
+        if scorer.model.training and ("batch" in inputs or not self._one_process):
+            batch = inputs["batch"] if "batch" in inputs else scorer.collate(questions)
             return iter([([*range(len(questions))], batch)])
-        return parts(model, questions, pad)
+        return scorer.batches(questions)
 
     def prediction_step(
         self,
@@ -390,60 +385,44 @@ class StopAtFloor(TrainerCallback, ExportableState):
 
 
 def training_examples(
-    task: Task,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Any,
-    model: nn.Module,
-    recipe: Recipe,
-    seed: int,
-    adapter: str | None = None,
+    scorer: Scorer, task: Task, rows: Any, recipe: Recipe, seed: int, adapter: str | None = None
 ) -> list[Example]:
     """Labelled rows as examples.
 
     Args:
+        scorer: prompts are shortened to what its model has positions for.
         task: says what the rows mean.
-        tokenizer: the model's.
         rows: as `as_rows` takes them.
-        model: prompts are shortened to what it has positions for.
         recipe: says which templates are drawn.
         seed: decides the draw.
         adapter: whom to name in the questions.
 
     Raises:
-        InputError: rows do not fit the task (see `Task.questions`), or show one label only.
+        InputError: rows do not fit the task (see `Scorer.questions`), or show one label only.
     """
-    rows = as_rows(rows, task)
-    task.check(rows)
-    labels = list(dict.fromkeys(task.label(row, number) for number, row in enumerate(rows, 1)))
+    wordings = list(task.checked(rows))
+    labels = list(dict.fromkeys(its[0].label for its in wordings))
     if len(labels) < 2:
         raise InputError(
-            f"Expected training rows of at least two labels, found only {shown(labels)} in {len(rows)} rows; T-Few "
+            f"Expected training rows of at least two labels, found only {shown(labels)} in {len(wordings)} rows; T-Few "
             f"learns from the difference."
         )
     templates = range(len(task.templates)) if recipe.templates == "random" else [0]
-    wordings = [
-        task.questions(tokenizer, rows, model=model, template=template, long_prompts=recipe.long_prompts)
-        for template in templates
-    ]
+    asked = [scorer.questions([its[i] for its in wordings], long_prompts=recipe.long_prompts) for i in templates]
     return [
         Example(tuple(replace(question, adapter=adapter) for question in questions), f"{seed} {number}")
-        for number, questions in enumerate(zip(*wordings, strict=True))
+        for number, questions in enumerate(zip(*asked, strict=True))
     ]
 
 
 def evaluation_examples(
-    task: Task,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Any,
-    model: nn.Module,
-    recipe: Recipe,
-    adapter: str | None = None,
+    scorer: Scorer, task: Task, rows: Any, recipe: Recipe, adapter: str | None = None
 ) -> list[Example]:
     """Labelled rows in the words of the task's first template; arguments and errors as of `training_examples`."""
-    rows = as_rows(rows, task)
-    if not rows:
+    wordings = task.wordings(rows)
+    if not wordings:
         raise InputError("Expected labelled rows to measure on, found none.")
-    questions = task.questions(tokenizer, rows, model=model, long_prompts=recipe.long_prompts)
+    questions = scorer.questions(wordings, long_prompts=recipe.long_prompts)
     return [Example((replace(question, adapter=adapter),)) for question in questions]
 
 

@@ -17,23 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ia3.adapter.config import TaskType
-from ia3.adapter.pretrained import task_type
-from ia3.adapter.targets import inside_wrappers
 from ia3.errors import reason
-from ia3.scoring.choices import (
-    Batch,
-    base_dtype,
-    evaluating,
-    normalized_scores,
-    pack,
-    plain_rows,
-    text_length,
-    to_device,
-    token_log_probs,
-    tree_of,
-)
-from ia3.scoring.questions import Question, base_of, model_max_length
+from ia3.scoring.batch import Batch, normalized_scores, to_device
+from ia3.scoring.family import Family, evaluating
+from ia3.scoring.question import Question, text_length, tree_of
 
 logger = logging.getLogger(__name__)
 
@@ -48,17 +35,17 @@ Size = tuple[int, ...]
 """How hard a question is for a layout; none that is smaller in no number is easier than another."""
 
 
-def size_of(question: Question, encoder: bool = False) -> Size:
+def size_of(question: Question, has_encoder: bool = False) -> Size:
     """Tokens of the prompt, of the tree, and of the longest choice, and how many places the tree moves a token by.
 
     Args:
         question: any.
-        encoder: one reads the prompt, apart from the choices.
+        has_encoder: one reads the prompt, apart from the choices.
     """
     tree = tree_of(question)
     moved = max(node - depth for node, depth in enumerate(tree.depths))
     longest = max(map(len, question.choices))
-    return (0 if encoder else len(question.prompt)), len(tree.tokens) - 1, longest, moved
+    return (0 if has_encoder else len(question.prompt)), len(tree.tokens) - 1, longest, moved
 
 
 @dataclass
@@ -79,14 +66,14 @@ class Verdicts:
         (self.exact if exact else self.wrong).append(size)
 
 
-_verdicts: weakref.WeakKeyDictionary[nn.Module, dict[tuple, Verdicts]] = weakref.WeakKeyDictionary()
+# What is known of each base model lives as long as the model, for whoever asks it.
+_known: weakref.WeakKeyDictionary[nn.Module, dict[tuple, Verdicts]] = weakref.WeakKeyDictionary()
 
 
-def verdicts_of(model: nn.Module, layout: str) -> Verdicts:
+def verdicts_of(family: Family, layout: str) -> Verdicts:
     """What is known of a layout, by its name, for a model as it computes now."""
-    base = base_of(model)
-    attention = getattr(getattr(base, "config", None), "_attn_implementation", None)
-    return _verdicts.setdefault(base, {}).setdefault((layout, attention, base_dtype(base)), Verdicts())
+    attention = getattr(getattr(family.base, "config", None), "_attn_implementation", None)
+    return _known.setdefault(family.base, {}).setdefault((layout, attention, family.dtype), Verdicts())
 
 
 def judged(
@@ -120,7 +107,7 @@ def judged(
         return False
     left = [question for question, exact in zip(questions, known, strict=True) if exact is None]
     if len(left) > 1:
-        hardest = _hardest(left)
+        hardest = hardest_of(left)
         # One place is for the padding that a trial may add.
         if verdicts.of(size(hardest)) is None and (limit is None or text_length(hardest) < limit):
             tried(hardest)
@@ -131,7 +118,7 @@ def judged(
     return True
 
 
-def _hardest(questions: Sequence[Question]) -> Question:
+def hardest_of(questions: Sequence[Question]) -> Question:
     """No easier than any of them: a union of trees moves each of their tokens at least as far."""
     longest = max(questions, key=lambda one: len(one.prompt))
     sizes = [size_of(question)[1:] for question in questions]
@@ -147,106 +134,71 @@ def telling(question: Question) -> list[int]:
     return sorted({tree_of(question).farthest, longest})
 
 
-def scores_of(model: nn.Module, batch: Batch) -> torch.Tensor:
+def scores_of(family: Family, batch: Batch) -> torch.Tensor:
     """Length-normalized scores (B, C) of a batch."""
-    batch = to_device(batch, next(model.parameters()).device)
-    return normalized_scores(token_log_probs(model, batch), batch["mask"])
+    batch = to_device(batch, next(family.model.parameters()).device)
+    return normalized_scores(family.log_probs(batch), batch["mask"])
 
 
 def deviation(
-    model: nn.Module, batch: Callable[[], Batch], expected: torch.Tensor, where: Any = ...
+    family: Family, batch: Callable[[], Batch], expected: torch.Tensor, where: Any = ...
 ) -> tuple[float, str]:
     """How far some scores of a batch are from those expected, and that in words; infinitely where the model takes no such
     batch, which it says in its own way."""
     try:
-        difference = float((scores_of(model, batch())[where] - expected).abs().max())
+        difference = float((scores_of(family, batch())[where] - expected).abs().max())
         return difference, f"scores differ by {difference:.2g}"
     except Exception as error:
         return math.inf, reason(error)
 
 
-def collate(model: nn.Module, questions: Sequence[Question], pad_token_id: int = 0) -> Batch:
-    """The questions as a batch for this model: packed where that is exact, else plain rows; a classifier's prompts."""
-    if task_type(base_of(model)) == TaskType.SEQ_CLS:
-        from ia3.scoring.classifier import rows
-
-        return rows(base_of(model), questions, pad_token_id)
-    packed, plain = _layouts(model, questions, pad_token_id)
-    return (packed if _packs(model, questions, packed, plain) else plain)(questions)
-
-
-def try_packing(model: nn.Module, questions: Sequence[Question], pad_token_id: int = 0) -> None:
-    """Find out once whether packing is exact for all of these, so that no batch of them has to."""
-    if questions and task_type(base_of(model)) != TaskType.SEQ_CLS:
-        _packs(model, questions, *_layouts(model, questions, pad_token_id))
-
-
-_Layout = Callable[[Sequence[Question]], Batch]
-
-
-def _layouts(model: nn.Module, questions: Sequence[Question], pad_token_id: int) -> tuple[_Layout, _Layout]:
-    """How questions become rows for a generating model: packed and plain."""
-    base = base_of(model)
-    dtype = base_dtype(base)
-    if task_type(base) == TaskType.SEQ_2_SEQ_LM:
-        from ia3.scoring import seq2seq
-
-        start = seq2seq.start_token(base, questions[0])
-        return (
-            lambda some: seq2seq.pack(some, start, pad_token_id, dtype),
-            lambda some: seq2seq.plain_rows(some, start, pad_token_id),
-        )
-    return lambda some: pack(some, pad_token_id, dtype), lambda some: plain_rows(some, pad_token_id)
-
-
-def _packs(model: nn.Module, questions: Sequence[Question], packed: _Layout, plain: _Layout) -> bool:
-    """Whether the packed layout is exact for all questions."""
-    base = base_of(model)
-    encoder = task_type(base) == TaskType.SEQ_2_SEQ_LM
-    if (
-        encoder
-        and model.training
-        and any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
-    ):
+def packs(family: Family, questions: Sequence[Question]) -> bool:
+    """Whether a row for each question is exact for all of them."""
+    if not family.has_layouts:
+        return True
+    if family.has_encoder and family.recomputes:
         return False  # layers that are computed again would not find the positions that are handed in
-    sizes = [size_of(question, encoder) for question in questions]
+    sizes = [size_of(question, family.has_encoder) for question in questions]
     if any(prompt + tree > _LONGEST_PACKED for prompt, tree, *_ in sizes):
         return False
-    verdicts = verdicts_of(model, "packed")
     # Processes that share a model are not tried equally often, and must not wait for each other.
-    trial = _Trial(inside_wrappers(model), packed, plain, verdicts, encoder)
-    return judged(verdicts, questions, lambda one: size_of(one, encoder), model_max_length(model), trial)
+    alone, verdicts = family.unwrapped, verdicts_of(family, "packed")
+    return judged(
+        verdicts,
+        questions,
+        lambda one: size_of(one, family.has_encoder),
+        family.max_length,
+        lambda one: is_exact_packed(alone, one, verdicts),
+    )
 
 
-@dataclass
-class _Trial:
-    """Whether a model scores a question packed as it does in plain rows."""
+def is_exact_packed(family: Family, question: Question, verdicts: Verdicts) -> bool | None:
+    """Whether a model scores a question packed as it does in plain rows; None: its scores are no numbers."""
+    # Two short rows show whether padding on the left is exact too, and how much rounding does to plain rows alone.
+    short = [replace(question, prompt=question.prompt[-size:], choices=question.choices[:4]) for size in (2, 8)]
+    ends = telling(question)
+    with evaluating(family.model), torch.no_grad():
+        right = scores_of(family, family.plain_rows(short))
+        noise = max(
+            float((scores_of(family, family.plain_rows([q])) - right[i]).abs().max()) for i, q in enumerate(short)
+        )
+        told = replace(question, choices=[question.choices[end] for end in ends])
+        far = scores_of(family, family.plain_rows([told]))[0]
+        if not torch.isfinite(right).all() or not torch.isfinite(far).all():
+            return None
+        allowed = max(ROUNDING, 4 * noise, torch.finfo(family.dtype).eps * float(right.abs().max()))
+        difference, why = deviation(family, lambda: family.pack(short), right)
+        if not difference <= allowed:  # so is every longer row
+            verdicts.add(size_of(short[1], family.has_encoder), False)
+        else:
+            difference, why = deviation(family, lambda: family.pack([question]), far, (0, ends))
+    if difference <= allowed:
+        return True
+    name = type(family.base).__name__
+    logger.info("%s: one row for each choice, because packing is not exact (%s).", name, why)
+    return False
 
-    model: nn.Module
-    packed: _Layout
-    plain: _Layout
-    verdicts: Verdicts
-    encoder: bool
 
-    def __call__(self, question: Question) -> bool | None:
-        model, plain = self.model, self.plain
-        # Two short rows show whether padding on the left is exact too, and how much rounding does to plain rows alone.
-        short = [replace(question, prompt=question.prompt[-size:], choices=question.choices[:4]) for size in (2, 8)]
-        ends = telling(question)
-        with evaluating(model), torch.no_grad():
-            right = scores_of(model, plain(short))
-            noise = max(float((scores_of(model, plain([q])) - right[i]).abs().max()) for i, q in enumerate(short))
-            far = scores_of(model, plain([replace(question, choices=[question.choices[end] for end in ends])]))[0]
-            if not torch.isfinite(right).all() or not torch.isfinite(far).all():
-                return None
-            allowed = max(ROUNDING, 4 * noise, torch.finfo(base_dtype(base_of(model))).eps * float(right.abs().max()))
-            difference, why = deviation(model, lambda: self.packed(short), right)
-            if not difference <= allowed:  # so is every longer row
-                self.verdicts.add(size_of(short[1], self.encoder), False)
-            else:
-                difference, why = deviation(model, lambda: self.packed([question]), far, (0, ends))
-        if difference <= allowed:
-            return True
-        name = type(base_of(model)).__name__
-        logger.info("%s: one row for each choice, because packing is not exact (%s).", name, why)
-        return False
+def collate(family: Family, questions: Sequence[Question]) -> Batch:
+    """The questions as a batch: a row for each where that is exact, else plain rows."""
+    return (family.pack if packs(family, questions) else family.plain_rows)(questions)

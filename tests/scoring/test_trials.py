@@ -10,18 +10,19 @@ import transformers
 from hypothesis import given
 
 from ia3 import IA3Config, IA3Model
-from ia3.scoring import layouts as module
-from ia3.scoring.choices import normalized_scores, plain_rows, score_questions, token_log_probs
-from ia3.scoring.layouts import collate, size_of, try_packing
-from ia3.scoring.questions import Question
-from support import tiny, words
-from support.asked import CAUSAL, alone, made, questions
+from ia3.scoring import trials
+from ia3.scoring.batch import normalized_scores
+from ia3.scoring.decoder import Decoder, plain_rows
+from ia3.scoring.question import Question
+from ia3.scoring.trials import size_of
+from support import tiny
+from support.asked import CAUSAL, alone, made, questions, scorer
 
 MADE = (Question([5, 6, 7, 8], [[9, 10], [11, 12, 13], [14]]),)
 
 
 def packs(model) -> bool:
-    return "position_ids" in collate(model, MADE)
+    return "position_ids" in scorer(model).collate(MADE)
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -47,9 +48,9 @@ def test_uses_plain_rows_where_it_is_not_and_scores_are_right(name, sizes):
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     assert not packs(model)
-    batch = collate(model, MADE)
+    batch = scorer(model).collate(MADE)
     with torch.no_grad():
-        scores = normalized_scores(token_log_probs(model, batch), batch["mask"])
+        scores = normalized_scores(scorer(model).log_probs(batch), batch["mask"])
     assert scores[0].tolist() == pytest.approx(alone(model, MADE[0]), abs=1e-4)
 
 
@@ -71,7 +72,7 @@ def test_a_window_that_hardly_shows_in_the_trial_is_found_out(seed):
             choice = some(1, 4)
             choices += [] if choice in choices else [choice]
         asked.append(Question([*start, *some(1, 12)], sorted(choices)))
-    for question, scores in zip(asked, score_questions(model, words.tokenizer(), asked), strict=True):
+    for question, scores in zip(asked, scorer(model).score(asked), strict=True):
         assert scores.tolist() == pytest.approx(alone(model, question), abs=1e-5)
 
 
@@ -88,7 +89,7 @@ def test_a_model_that_ignores_position_ids_is_found_out(llama):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_window_of_the_model_is_found_out_in_half_precision_too(dtype):
     long = [Question([5, *range(3, 33)], [[9, 10], [11, 12, 13]])]
-    assert "position_ids" not in collate(windowed().to(dtype), long)
+    assert "position_ids" not in scorer(windowed().to(dtype)).collate(long)
 
 
 @pytest.mark.parametrize("at_once", [True, False])
@@ -97,22 +98,22 @@ def test_a_window_is_found_out_behind_longer_rows_of_many_short_choices(at_once)
     wide = Question([5, 6], [[10 + i, 20, 21] for i in range(30)])
     long = Question(list(range(3, 33)), [[40], [41, 42]])
     if not at_once:
-        assert "position_ids" in collate(model, [wide])
+        assert "position_ids" in scorer(model).collate([wide])
     questions = [wide, long] if at_once else [long]
     [*_, found], [expected] = (
-        normalized_scores(token_log_probs(model, batch), batch["mask"])
-        for batch in (collate(model, questions), plain_rows([long]))
+        normalized_scores(scorer(model).log_probs(batch), batch["mask"])
+        for batch in (scorer(model).collate(questions), plain_rows([long]))
     )
     assert torch.allclose(found[:2], expected, atol=1e-5)
-    assert "position_ids" in collate(model, [wide])
+    assert "position_ids" in scorer(model).collate([wide])
 
 
 @pytest.mark.parametrize("still", [[[5], [6]], [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]]], ids=["no tree", "a chain"])
 def test_a_long_row_that_moves_nothing_is_no_verdict_on_shorter_ones(still):
     model = alibi()
     moved = Question([5, *range(3, 23)], [[9, 10, 3], [11, 12, 13, 4], [14, 7, 8, 9]])
-    assert "position_ids" in collate(model, [Question([5, *range(3, 33)] * 2, still)])
-    assert "position_ids" not in collate(model, [moved])
+    assert "position_ids" in scorer(model).collate([Question([5, *range(3, 33)] * 2, still)])
+    assert "position_ids" not in scorer(model).collate([moved])
 
 
 def alibi():
@@ -134,18 +135,18 @@ def some_questions(count: int) -> list[Question]:
 @given(questions)
 def test_the_hardest_question_is_no_easier_than_any(made):
     made = [replace(question, choices=sorted(question.choices)) for question in made]
-    hardest = size_of(module._hardest(made))
+    hardest = size_of(trials.hardest_of(made))
     assert all(a <= b for question in made for a, b in zip(size_of(question), hardest, strict=True))
 
 
 def test_few_trials_are_made_where_packing_is_wrong(monkeypatch):
-    calls, check = [], module._Trial.__call__
-    monkeypatch.setattr(module._Trial, "__call__", lambda *a: calls.append(1) or check(*a))
+    calls, check = [], trials.is_exact_packed
+    monkeypatch.setattr(trials, "is_exact_packed", lambda *a: calls.append(1) or check(*a))
     model, asked = alibi(), some_questions(200)
     for question in asked:
-        batch = collate(model, [question])
+        batch = scorer(model).collate([question])
         with torch.no_grad():
-            found = normalized_scores(token_log_probs(model, batch), batch["mask"])
+            found = normalized_scores(scorer(model).log_probs(batch), batch["mask"])
         assert found[0, : len(question.choices)].tolist() == pytest.approx(alone(model, question), abs=1e-4)
     assert len(calls) < 40
 
@@ -153,17 +154,17 @@ def test_few_trials_are_made_where_packing_is_wrong(monkeypatch):
 def test_a_question_that_fills_the_context_is_tried_within_it(gpt2):
     limit = gpt2.config.max_position_embeddings
     full, other = Question([5] * (limit - 3), [[6, 7, 8], [9]]), Question([5, 6], [[6, 7, 8, 9, 10, 11], [9]])
-    assert "position_ids" in collate(gpt2, [full, other])
-    assert "position_ids" in collate(gpt2, [Question([5] * (limit - 1), [[6], [7]])])
+    assert "position_ids" in scorer(gpt2).collate([full, other])
+    assert "position_ids" in scorer(gpt2).collate([Question([5] * (limit - 1), [[6], [7]])])
 
 
 def test_one_trial_is_enough_for_rows_that_are_known_at_once(llama, monkeypatch):
-    calls, check = [], module._Trial.__call__
-    monkeypatch.setattr(module._Trial, "__call__", lambda *a: calls.append(1) or check(*a))
+    calls, check = [], trials.is_exact_packed
+    monkeypatch.setattr(trials, "is_exact_packed", lambda *a: calls.append(1) or check(*a))
     asked = some_questions(50)
-    try_packing(llama, asked)
+    scorer(llama).try_packing(asked)
     for question in asked:
-        assert "position_ids" in collate(llama, [question])
+        assert "position_ids" in scorer(llama).collate([question])
     assert len(calls) == 1
 
 
@@ -185,43 +186,43 @@ def test_a_broken_adapter_is_no_verdict_on_the_model(llama):
     vectors = IA3Model(llama, IA3Config())
     vector = vectors.ia3_layers["model.layers.0.self_attn.k_proj"].ia3_l["default"]
     vector.data[0] = math.nan
-    collate(vectors, MADE)
+    scorer(vectors).collate(MADE)
     vector.data[0] = 1.0
-    assert "position_ids" in collate(vectors, MADE)
+    assert "position_ids" in scorer(vectors).collate(MADE)
 
 
 def test_nor_is_it_one_for_packing():
     model = alibi()
     weight = model.transformer.norm_f.weight
     weight.data[0], kept = math.nan, weight.data[0].clone()
-    collate(model, MADE)
+    scorer(model).collate(MADE)
     weight.data[0] = kept
-    assert "position_ids" not in collate(model, MADE)
+    assert "position_ids" not in scorer(model).collate(MADE)
 
 
 def test_a_window_counted_over_the_row_is_found_out_when_rows_reach_it(llama, monkeypatch):
-    forward = module.token_log_probs
+    forward = Decoder.log_probs
 
-    def windowed(model, batch):  # as if the model saw no farther back than 16 places of the row
+    def windowed(self, batch):  # as if the model saw no farther back than 16 places of the row
         if batch["attention_mask"].dim() == 4:
             far = torch.ones(batch["attention_mask"].shape[-2:]).tril(-16).bool()
             batch = {**batch, "attention_mask": batch["attention_mask"].masked_fill(far, -1e9)}
-        return forward(model, batch)
+        return forward(self, batch)
 
-    monkeypatch.setattr(module, "token_log_probs", windowed)
+    monkeypatch.setattr(Decoder, "log_probs", windowed)
     short, long = ([Question([5, *range(3, 3 + n)], [[9, 10], [11, 12, 13]])] for n in (5, 30))
-    assert "position_ids" in collate(llama, short)
-    assert "position_ids" not in collate(llama, long)
-    assert "position_ids" in collate(llama, short)
+    assert "position_ids" in scorer(llama).collate(short)
+    assert "position_ids" not in scorer(llama).collate(long)
+    assert "position_ids" in scorer(llama).collate(short)
 
 
 def test_is_made_again_for_longer_rows_only_and_leaves_modes_alone(llama, monkeypatch):
     calls = []
-    check = module._Trial.__call__
-    monkeypatch.setattr(module._Trial, "__call__", lambda *a: calls.append(1) or check(*a))
+    check = trials.is_exact_packed
+    monkeypatch.setattr(trials, "is_exact_packed", lambda *a: calls.append(1) or check(*a))
     llama.train()
     llama.model.layers[0].eval()
     for length in (4, 3, 20, 7):
-        collate(llama, [Question([5] * length, [[6], [7]])])
+        scorer(llama).collate([Question([5] * length, [[6], [7]])])
     assert len(calls) == 2
     assert llama.training and not llama.model.layers[0].training

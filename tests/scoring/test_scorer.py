@@ -9,12 +9,12 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ia3 import IA3Config, IA3Model, InputError
-from ia3.scoring.choices import batches, normalized_scores, pack, plain_rows, score_choices, token_log_probs
-from ia3.scoring.layouts import collate
-from ia3.scoring.questions import Question, encode
+from ia3 import IA3Config, IA3Model, InputError, Scorer, score_choices
+from ia3.scoring.batch import groups, normalized_scores
+from ia3.scoring.decoder import pack, plain_rows
+from ia3.scoring.question import Question
 from support import tiny, words
-from support.asked import CAUSAL, alone, questions
+from support.asked import CAUSAL, alone, questions, scorer
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def models():
 def test_both_layouts_score_as_each_row_alone(models, name, layout, made):
     model, batch = models[name], layout(made)
     with torch.no_grad():
-        scores = normalized_scores(token_log_probs(model, batch), batch["mask"])
+        scores = normalized_scores(scorer(model).log_probs(batch), batch["mask"])
     for row, question in zip(scores, made, strict=True):
         expected = alone(model, question)
         assert row[: len(expected)].tolist() == pytest.approx(expected, abs=1e-4)
@@ -45,7 +45,7 @@ def test_gradients_of_vectors_are_the_same_packed_and_plain(attention):
         model = IA3Model(base, IA3Config())
         tiny.randomize(model)
         batch = layout(made)
-        token_log_probs(model, batch).sum().backward()
+        scorer(model).log_probs(batch).sum().backward()
         gradients.append([p.grad for p in tiny.adapter_parameters(model).values()])
     for packed, plain in zip(*gradients, strict=True):
         assert packed.abs().max() > 0
@@ -72,9 +72,9 @@ def test_tree_mask_lets_a_token_see_prompt_and_ancestors_only():
 
 @given(made=questions, limit=st.integers(1, 60))
 def test_batches_hold_each_question_once_and_keep_to_the_limit(made, limit):
-    groups = list(batches(made, limit))
-    assert sorted(i for group in groups for i in group) == list(range(len(made)))
-    for group in groups:
+    found = list(groups(made, limit))
+    assert sorted(i for group in found for i in group) == list(range(len(made)))
+    for group in found:
         rows = pack([made[i] for i in group])["input_ids"]
         assert len(group) == 1 or rows.shape[0] * max(len(made[i].prompt) for i in group) <= limit
 
@@ -85,7 +85,7 @@ def test_batches_hold_each_question_once_and_keep_to_the_limit(made, limit):
 )
 def test_padding_of_a_batch_is_a_tenth_or_a_few_tokens(sizes, limit):
     made = [Question([5] * prompt, [list(range(choice)), [7]]) for prompt, choice in sizes]
-    for group in batches(made, limit):
+    for group in groups(made, limit):
         some = [made[i] for i in group]
         rows = pack(some)["input_ids"]
         used = sum(len(question.prompt) + max(len(choice) - 1 for choice in question.choices) for question in some)
@@ -105,7 +105,7 @@ def test_padding_of_realistic_lengths_is_under_a_tenth(lengths, count):
     used = room = 0
     for _ in range(20):
         sizes = [draw() for _ in range(count)]
-        for group in batches([Question([5] * size, [[6], [7, 8]]) for size in sizes]):
+        for group in groups([Question([5] * size, [[6], [7, 8]]) for size in sizes]):
             used += sum(sizes[i] + 1 for i in group)
             room += (max(sizes[i] for i in group) + 1) * len(group)
     assert 1 - used / room < 0.1
@@ -116,7 +116,7 @@ def test_a_gradient_reads_the_vocabulary_once_for_all_rows(llama):
     seen = []
     llama.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0].is_contiguous()))
     batch = pack([Question([5, 6, 7, 8], [[9, 10], [11]]), Question([5, 6], [[9], [11]])])
-    token_log_probs(IA3Model(llama, IA3Config()), batch)
+    scorer(IA3Model(llama, IA3Config())).log_probs(batch)
     assert seen == [True]
 
 
@@ -152,7 +152,7 @@ class TestScoreChoices:
             model, tokenizer, prompts, texts, batch_tokens=20, on_progress=batches_seen.append, adapter_names=names
         )
         assert len(batches_seen) > 1 and max(map(len, batches_seen)) > 1
-        assert ("position_ids" in collate(model, encode(tokenizer, prompts, texts))) is packed
+        assert ("position_ids" in scorer(model).collate(scorer(model).encode(prompts, texts))) is packed
         for row, adapter in enumerate(names):
             results = {}
             for each in ("one", "two", "__base__"):
@@ -190,7 +190,7 @@ class TestScoreChoices:
 
     def test_length_normalization_is_a_power(self, llama):
         tokenizer = words.tokenizer()
-        made = encode(tokenizer, ["the tea was"], [["not good", "bad"]])
+        made = scorer(llama).encode(["the tea was"], [["not good", "bad"]])
         for power in (0.0, 0.5, 1.0):
             found = score_choices(llama, tokenizer, ["the tea was"], [["not good", "bad"]], length_normalization=power)
             assert found[0].tolist() == pytest.approx(alone(llama, made[0], power), abs=1e-4)
@@ -213,16 +213,18 @@ class TestScoreChoices:
 
         opening = words.tokenizer(bos_token="<unk>")
         opening.backend_tokenizer.post_processor = TemplateProcessing(single="<unk> $A", special_tokens=[("<unk>", 2)])
-        made = encode(opening, ["tea was the cake"], [["good"]], max_length=4)[0]
+        short = tiny.build("llama", max_position_embeddings=4)
+        made = Scorer(short, opening).encode(["tea was the cake"], [["good"]])[0]
         assert made.prompt == [2, *words.tokenizer()("the cake")["input_ids"]]
 
-    def test_a_closing_token_of_the_tokenizer_does_not_close_the_prompt(self):
+    def test_a_closing_token_of_the_tokenizer_does_not_close_the_prompt(self, llama):
         from tokenizers.processors import TemplateProcessing
 
         closing = words.tokenizer()
         closing.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
         assert closing("the tea")["input_ids"][-1] == 1
-        assert encode(closing, ["the tea"], [["good"]]) == encode(words.tokenizer(), ["the tea"], [["good"]])
+        asked = ["the tea"], [["good"]]
+        assert Scorer(llama, closing).encode(*asked) == scorer(llama).encode(*asked)
 
     @pytest.mark.parametrize(
         "prompts, texts, message",
@@ -247,7 +249,7 @@ class TestScoreChoices:
 
     def test_bfloat16(self):
         model = tiny.build("llama").bfloat16()
-        assert "position_ids" in collate(model, [Question([5, 6, 7, 8], [[9, 10], [11, 12, 13], [14]])])
+        assert "position_ids" in scorer(model).collate([Question([5, 6, 7, 8], [[9, 10], [11, 12, 13], [14]])])
         found = score_choices(model, words.tokenizer(), ["the tea was"], [["good", "not bad"]])[0]
         exact = score_choices(model.float(), words.tokenizer(), ["the tea was"], [["good", "not bad"]])[0]
         assert found.tolist() == pytest.approx(exact.tolist(), abs=0.2)

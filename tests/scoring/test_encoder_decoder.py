@@ -9,12 +9,24 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ia3 import FleetTrainer, IA3Config, IA3Model, InputError, Member, Recipe, Task, TFewTrainer, predict, tfew_loss
-from ia3.scoring import seq2seq
-from ia3.scoring.choices import normalized_scores, score_choices, token_log_probs
-from ia3.scoring.layouts import collate
-from ia3.scoring.questions import Question, encode, model_max_length
+from ia3 import (
+    FleetTrainer,
+    IA3Config,
+    IA3Model,
+    InputError,
+    Member,
+    Recipe,
+    Scorer,
+    Task,
+    TFewTrainer,
+    predict,
+    score_choices,
+    tfew_loss,
+)
+from ia3.scoring.batch import normalized_scores
+from ia3.scoring.question import Question
 from support import tiny, words
+from support.asked import scorer
 
 # What `for_model` takes beside the tiny sizes of T5 and BART.
 T5, BART = tiny.SIZES["t5"], tiny.SIZES["bart"]
@@ -97,7 +109,7 @@ def alone(model: torch.nn.Module, question: Question) -> list[float]:
 
 def scores(model: torch.nn.Module, batch) -> torch.Tensor:
     with torch.no_grad():
-        return normalized_scores(token_log_probs(model, batch), batch["mask"])
+        return normalized_scores(scorer(model).log_probs(batch), batch["mask"])
 
 
 def check(model: torch.nn.Module, found: torch.Tensor, made: list[Question]) -> None:
@@ -115,11 +127,10 @@ def test_every_architecture_scores_as_each_choice_alone(name, attention):
         model.set_attn_implementation(attention)
     except ValueError:
         pytest.skip(f"{name} has no {attention} attention")
-    batch = collate(model, MADE)
+    batch = scorer(model).collate(MADE)
     assert ("question" not in batch) is (name in PACKED)
     check(model, scores(model, batch), MADE)
-    start = seq2seq.start_token(model, MADE[0])
-    check(model, scores(model, seq2seq.plain_rows(MADE, start)), MADE)
+    check(model, scores(model, scorer(model).family.plain_rows(MADE)), MADE)
     assert not any("compute_bias" in vars(module) or module._forward_pre_hooks for module in model.modules())
 
 
@@ -127,7 +138,7 @@ def test_every_architecture_scores_as_each_choice_alone(name, attention):
 @settings(max_examples=15)
 @given(made=questions)
 def test_any_lengths(models, name, made):
-    check(models[name], scores(models[name], collate(models[name], made)), made)
+    check(models[name], scores(models[name], scorer(models[name]).collate(made)), made)
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -147,26 +158,27 @@ def test_an_adapters_gradients_are_those_of_the_plain_loss(name):
     parameters = tiny.adapter_parameters(model)
     expected = {key: parameter.grad for key, parameter in parameters.items()}
     assert any("encoder" in key for key in expected) and any("decoder" in key for key in expected)
-    for layout in (collate(model, MADE), seq2seq.plain_rows(MADE, seq2seq.start_token(model.model, MADE[0]))):
+    for layout in (scorer(model).collate(MADE), scorer(model).family.plain_rows(MADE)):
         model.zero_grad()
-        tfew_loss(token_log_probs(model, layout), layout["mask"], layout["label"]).total.backward()
+        tfew_loss(scorer(model).log_probs(layout), layout["mask"], layout["label"]).total.backward()
         for key, parameter in parameters.items():
             assert parameter.grad.abs().max() > 0
             torch.testing.assert_close(parameter.grad, expected[key], atol=1e-5, rtol=1e-4)
 
 
 def test_common_beginnings_are_computed_once_and_the_encoder_reads_a_prompt_once():
-    batch = seq2seq.pack(MADE[:1], start=0)
+    model, seen = build("t5"), []
+    family = scorer(model).family
+    batch = family.pack(MADE[:1])
     # The start token, then 11 with 12, 13 and 14 below it; what closes a choice is only predicted.
     assert batch["decoder_input_ids"].tolist() == [[0, 11, 12, 13, 14]]
     assert batch["decoder_position_ids"].tolist() == [[0, 1, 2, 2, 3]]
-    seen = (batch["decoder_attention_mask"][0, 0] == 0).int().tolist()
-    assert seen == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 0, 1, 0], [1, 1, 0, 1, 1]]
+    attended = (batch["decoder_attention_mask"][0, 0] == 0).int().tolist()
+    assert attended == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 0, 1, 0], [1, 1, 0, 1, 1]]
     assert batch["position"][0].tolist() == [[0, 1, 2, 0], [0, 1, 3, 4], [0, 0, 0, 0]]
-    model, seen = build("t5"), []
     model.encoder.register_forward_hook(lambda *args: seen.append(args[-1].last_hidden_state.shape[0]))
-    for layout in (seq2seq.pack(MADE, 0), seq2seq.plain_rows(MADE, 0)):
-        token_log_probs(model, layout)
+    for layout in (family.pack(MADE), family.plain_rows(MADE)):
+        family.log_probs(layout)
     assert seen == [3, 3]
 
 
@@ -176,7 +188,7 @@ def test_77_choices():
     made = [Question([5, 6, 7, 1], choices, 0), Question([9, 1], choices[:40], 3)]
     for name in ("t5", "bart"):
         model = build(name)
-        batch = collate(model, made)
+        batch = scorer(model).collate(made)
         assert "question" not in batch and batch["decoder_input_ids"].shape[1] < sum(len(c) for c in choices) * 0.7
         check(model, scores(model, batch), made)
 
@@ -191,7 +203,7 @@ def test_each_question_is_answered_by_its_adapter_in_encoder_and_decoder(name):
         Question(question.prompt, question.choices, adapter=adapter)
         for question, adapter in zip(MADE, names, strict=True)
     ]
-    found = scores(model, collate(model, mixed))
+    found = scores(model, scorer(model).collate(mixed))
     assert model.ia3_routing.rows is None
     for row, (question, adapter) in enumerate(zip(MADE, names, strict=True)):
         model.ia3_routing.switch(active=() if adapter == "__base__" else (adapter,))
@@ -206,22 +218,22 @@ def test_layers_that_are_computed_again_have_plain_rows():
         model.train()
         if again:
             model.model.gradient_checkpointing_enable({"use_reentrant": False})
-        batch = collate(model, MADE)
+        batch = scorer(model).collate(MADE)
         assert ("question" in batch) is again
         model.zero_grad()
-        tfew_loss(token_log_probs(model, batch), batch["mask"], batch["label"]).total.backward()
+        tfew_loss(scorer(model).log_probs(batch), batch["mask"], batch["label"]).total.backward()
         gradients.append([parameter.grad.clone() for parameter in tiny.adapter_parameters(model).values()])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
-    assert "question" not in collate(model.eval(), MADE)
+    assert "question" not in scorer(model.eval()).collate(MADE)
 
 
 def test_threads_do_not_see_each_others_positions():
     """One computes packed rows over and over, others the model itself meanwhile."""
     model = build("t5")
-    batch = collate(model, MADE)
+    batch = scorer(model).collate(MADE)
     with torch.no_grad():
-        expected = token_log_probs(model, batch), model(**tiny.batch("t5")).logits
+        expected = scorer(model).log_probs(batch), model(**tiny.batch("t5")).logits
     wrong, end = [], threading.Event()
 
     def work(call, right):
@@ -230,7 +242,7 @@ def test_threads_do_not_see_each_others_positions():
                 if not torch.equal(call(), right):
                     wrong.append(call)
 
-    calls = (lambda: token_log_probs(model, batch), lambda: model(**tiny.batch("t5")).logits)
+    calls = (lambda: scorer(model).log_probs(batch), lambda: model(**tiny.batch("t5")).logits)
     threads = [threading.Thread(target=work, args=pair) for pair in zip(calls, expected, strict=True)]
     for thread in threads:
         thread.start()
@@ -249,7 +261,7 @@ class TestText:
 
     def test_both_are_closed_and_leading_spaces_mean_nothing(self):
         model = build("t5", vocab_size=len(words.VOCABULARY))
-        made = encode(self.tokenizer, ["the tea was"], [[" not good", "good"]], model=model)[0]
+        made = Scorer(model, self.tokenizer).encode(["the tea was"], [[" not good", "good"]])[0]
         ids = words.tokenizer().convert_tokens_to_ids
         assert made.prompt == [*ids(["the", "tea", "was"]), 1]
         assert made.choices == [[*ids(["not", "good"]), 1], [*ids(["good"]), 1]]
@@ -258,12 +270,12 @@ class TestText:
 
     def test_long_prompts_lose_their_beginning_not_their_end_token(self, caplog):
         model = build("bart", vocab_size=len(words.VOCABULARY))
-        assert model_max_length(model) == 64
+        assert scorer(model).max_length == 64
         long, short = (" ".join(["tea"] * count + ["was"]) for count in (100, 62))
-        made = encode(self.tokenizer, [long, short], [["good", "bad"]] * 2, model=model)
+        made = Scorer(model, self.tokenizer).encode([long, short], [["good", "bad"]] * 2)
         assert made[0] == made[1] and len(made[0].prompt) == 64 and made[0].prompt[-1] == 1
         assert "1 prompts are longer" in caplog.text
-        assert model_max_length(build("t5")) is None
+        assert scorer(build("t5")).max_length is None
 
     @pytest.mark.parametrize(
         "prompt, texts, message",

@@ -11,6 +11,7 @@ from ia3 import (
     InputError,
     Member,
     Recipe,
+    Scorer,
     Task,
     TFewTrainer,
     load_base,
@@ -18,9 +19,6 @@ from ia3 import (
     score_choices,
     tfew_loss,
 )
-from ia3.scoring.choices import token_log_probs
-from ia3.scoring.layouts import collate
-from ia3.scoring.questions import encode, model_max_length
 from support import tiny, words
 
 
@@ -54,9 +52,10 @@ def test_scores_are_log_probabilities_of_each_text_alone(name):
 def test_the_likelihood_term_is_cross_entropy_of_vectors_and_head():
     model = adapted(labels=3)
     tiny.randomize(model)
-    batch = collate(model, encode(TOKENIZER, TEXTS, [["good", "bad", "fine"]] * 3, [2, 0, 1], model=model))
+    scorer = Scorer(model, TOKENIZER)
+    batch = scorer.collate(scorer.encode(TEXTS, [["good", "bad", "fine"]] * 3, [2, 0, 1]))
     assert batch["mask"].shape == (3, 3, 1)
-    tfew_loss(token_log_probs(model, batch), batch["mask"], batch["label"], 0.0, 0.0).total.backward()
+    tfew_loss(scorer.log_probs(batch), batch["mask"], batch["label"], 0.0, 0.0).total.backward()
     parameters = tiny.adapter_parameters(model)
     found = {key: parameter.grad for key, parameter in parameters.items()}
     model.zero_grad()
@@ -113,14 +112,14 @@ def test_each_member_of_a_fleet_ends_where_it_would_have_ended_alone(tmp_path):
 
 def test_long_prompts_keep_what_opens_and_closes_them():
     long = " ".join(["tea"] * 100 + ["was"])
-    made = encode(TOKENIZER, [long], [["good", "bad"]], model=build())[0]
+    made = Scorer(build(), TOKENIZER).encode([long], [["good", "bad"]])[0]
     assert (
         len(made.prompt) == 64
         and made.prompt[0] == TOKENIZER.cls_token_id
         and made.prompt[-2:] == [TOKENIZER("was")["input_ids"][1], 1]
     )
     roberta = build("roberta")
-    assert model_max_length(roberta) == 63  # its positions begin at 1, behind the padding's
+    assert Scorer(roberta, TOKENIZER).max_length == 63  # its positions begin at 1, behind the padding's
     score_choices(roberta, TOKENIZER, [long], [["good", "bad"]])
 
 
@@ -151,7 +150,7 @@ def test_answers_need_not_differ_to_its_tokenizer():
     task = Task(template="{{ text }}", choices={"US": "unknown", "us": "words"})
     found = predict(adapted(), TOKENIZER, task, [{"text": text} for text in TEXTS])
     assert all(set(item.probabilities) == {"US", "us"} for item in found)
-    questions = task.questions(TOKENIZER, [{"text": "tea", "label": "us"}], model=adapted())
+    questions = Scorer(adapted(), TOKENIZER).questions(task.wordings([{"text": "tea", "label": "us"}]))
     assert questions[0].choices == [[0], [1]] and questions[0].label == 1
 
 

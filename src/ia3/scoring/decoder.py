@@ -1,0 +1,142 @@
+"""Decoder-only models: a prompt and all its answer choices in one row (`pack`).
+
+The choices form a tree behind the prompt, in which common beginnings are shared: a token attends to the prompt and to
+its own ancestors, and its position counts on from the prompt. The last token of a choice is predicted, never read, so
+it is not in the row: single-token choices add nothing at all. The vocabulary projection runs at the tree only.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ia3.scoring.batch import Batch, additive_mask, answers_of, names_of, padded
+from ia3.scoring.family import Family
+from ia3.scoring.question import Question, tree_of
+from ia3.scoring.tokens import continuations, unclosed
+
+# What of a batch is the model's, where it knows it.
+_INPUTS = ("input_ids", "attention_mask", "position_ids", "past_key_values")
+
+
+class Decoder(Family):
+    """A causal language model.
+
+    A choice is tokenized by itself, as it continues a text: give it the leading space that it needs (" yes"). Neither
+    prompt nor choice is closed.
+    """
+
+    has_encoder = False
+
+    def pack(self, questions: Sequence[Question]) -> Batch:
+        return pack(questions, self.pad_token_id, self.dtype)
+
+    def plain_rows(self, questions: Sequence[Question]) -> Batch:
+        return plain_rows(questions, self.pad_token_id)
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        return last_logits(self.model, self.base, batch)
+
+    def _answers(
+        self, choices: Sequence[Sequence[str]], names: Sequence[Sequence[str]] | None
+    ) -> list[list[list[int]]]:
+        different = list(dict.fromkeys(text for texts in choices for text in texts))
+        known = dict(zip(different, continuations(self.tokenizer, different), strict=True))
+        return [[known[text] for text in texts] for texts in choices]
+
+    def _framed(self, tokens: list[int], text: str) -> tuple[list[int], int, int]:
+        # What marks the beginning of a text stays at the beginning.
+        tokens = unclosed(self.tokenizer, tokens, text)
+        return tokens, int(tokens[:1] == [self.tokenizer.bos_token_id]), 0
+
+
+def pack(questions: Sequence[Question], pad_token_id: int = 0, dtype: torch.dtype = torch.float32) -> Batch:
+    """Each question as one row: the prompt, then the tree of its choices.
+
+    Prompts end at the same column (padded on the left), so that the tree's predictions are the last K columns.
+
+    Args:
+        questions: B of them.
+        pad_token_id: fills unused places; nothing attends to it.
+        dtype: of the additive attention mask, the model's.
+
+    Returns:
+        A `Batch` with R = B rows and `attention_mask` (B, 1, L, L): 0 where a token attends, the dtype's lowest
+        number elsewhere.
+    """
+    width = max(len(question.prompt) for question in questions)
+    trees = [tree_of(question) for question in questions]
+    keep = max(len(tree.tokens) for tree in trees)
+    rows, length = len(questions), width + keep - 1
+    ids = np.full((rows, length), pad_token_id, dtype=np.int64)
+    positions = np.zeros((rows, length), dtype=np.int64)
+    allowed = np.zeros((rows, length, length), dtype=bool)
+    # A place that holds nothing attends to itself: a row of the softmax must not be empty.
+    allowed[:, np.arange(length), np.arange(length)] = True
+    for row, (question, tree) in enumerate(zip(questions, trees, strict=True)):
+        start, nodes = width - len(question.prompt), len(tree.tokens) - 1
+        ids[row, start:width] = question.prompt
+        ids[row, width : width + nodes] = tree.tokens[1:]
+        positions[row, start:width] = np.arange(len(question.prompt))
+        positions[row, width : width + nodes] = len(question.prompt) - 1 + np.array(tree.depths[1:], dtype=np.int64)
+        allowed[row, start:width, start:width] = np.tri(len(question.prompt), dtype=bool)
+        for node in range(1, nodes + 1):
+            column = width - 1 + node
+            allowed[row, column] |= allowed[row, width - 1 + tree.parents[node]]
+    return {
+        "input_ids": torch.from_numpy(ids),
+        "attention_mask": additive_mask(allowed, dtype),
+        "position_ids": torch.from_numpy(positions),
+        "keep": torch.tensor(keep),
+        **names_of(questions, [1] * rows),
+        **answers_of(
+            questions, [[[row * keep + node for node in path] for path in tree.paths] for row, tree in enumerate(trees)]
+        ),
+    }
+
+
+def plain_rows(questions: Sequence[Question], pad_token_id: int = 0) -> Batch:
+    """Each (prompt + choice) as a row of its own, padded on the right: exact for every causal model, and slower.
+
+    Returns:
+        A `Batch` with a row for each choice and `attention_mask` (R, L).
+    """
+    ids, mask = padded(
+        [question.prompt + choice[:-1] for question in questions for choice in question.choices], pad_token_id
+    )
+    first = min(len(question.prompt) for question in questions) - 1
+    keep = ids.shape[1] - first
+    paths, row = [], 0
+    for question in questions:
+        paths.append([])
+        for choice in question.choices:
+            start = row * keep + len(question.prompt) - 1 - first
+            paths[-1].append(range(start, start + len(choice)))
+            row += 1
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "keep": torch.tensor(keep),
+        **names_of(questions, [len(question.choices) for question in questions]),
+        **answers_of(questions, paths),
+    }
+
+
+def last_logits(model: nn.Module, base: nn.Module, batch: Batch) -> torch.Tensor:
+    """The logits at the last K places of each row of `input_ids`; the one place that a classifier has."""
+    known = inspect.signature(base.forward).parameters
+    inputs = {key: batch[key] for key in _INPUTS if key in batch and key in known}
+    if "adapter_names" in batch:
+        inputs["adapter_names"] = batch["adapter_names"]
+    keep = int(batch["keep"])
+    # As indices, not as a number: a slice is not contiguous, and a product that has a gradient then reads the whole
+    # vocabulary's matrix anew for each row. (A model on several devices would divide the indices among them.)
+    last: Any = keep if isinstance(model, nn.DataParallel) else torch.arange(-keep, 0)
+    options: dict[str, Any] = {"use_cache": "past_key_values" in batch, "logits_to_keep": last, "return_dict": True}
+    logits = model(**inputs, **{key: value for key, value in options.items() if key in known}).logits
+    return logits[:, None] if logits.dim() == 2 else logits[:, -keep:]

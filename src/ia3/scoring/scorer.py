@@ -1,0 +1,302 @@
+"""A model that answers: `Scorer`, and `score_choices`, which is all of it in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import nn
+
+from ia3.adapter.targets import inside_wrappers
+from ia3.errors import InputError
+from ia3.scoring import trials
+from ia3.scoring.batch import Batch, groups, normalized_scores, pass_tokens, to_device, training_groups
+from ia3.scoring.beginning import beginnings
+from ia3.scoring.decoder import Decoder
+from ia3.scoring.families import family_of
+from ia3.scoring.family import evaluating
+from ia3.scoring.fitting import Fitted, answer_lengths, fitted, warn_of_cuts
+from ia3.scoring.prefix import SEPARATOR, Prefix
+from ia3.scoring.question import Question
+from ia3.task.wording import Wording
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Scorer:
+    """A model and its tokenizer, asked which answer choices are how probable.
+
+    >>> scorer = Scorer(model, tokenizer)
+    >>> questions = scorer.questions(task.wordings(rows), labelled=False)
+    >>> scores = scorer.score(questions)
+
+    Making one costs nothing: which rows the model scores rightly is tried when it is first asked, and known to every
+    scorer of it.
+
+    Args:
+        model: a causal language model, an encoder-decoder or a classifier, adapted or not.
+        tokenizer: its tokenizer.
+
+    Attributes:
+        family: how models of this kind are asked.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.family = family_of(model, tokenizer)
+
+    def through(self, model: nn.Module) -> Scorer:
+        """The scorer of the same model in a wrapper for parallel training, which computes."""
+        return self if model is self.model else Scorer(model, self.tokenizer)
+
+    @property
+    def max_length(self) -> int | None:
+        """How many tokens the model (an encoder-decoder's encoder) has positions for; None when it does not say."""
+        return self.family.max_length
+
+    # Words become tokens.
+
+    def encode(
+        self,
+        prompts: Sequence[str],
+        choices: Sequence[Sequence[str]],
+        labels: Sequence[int | None] | None = None,
+        prefix: Prefix | None = None,
+    ) -> list[Question]:
+        """Prompts and choices as token ids, as the model's family reads them: see `Decoder`, `EncoderDecoder`, `Encoder`.
+
+        Args:
+            prompts: N texts; those that are longer than the model has positions for lose their beginning.
+            choices: the answer choices of each.
+            labels: the index of each prompt's right choice.
+            prefix: a text that stands before each prompt.
+
+        Raises:
+            InputError: lengths differ, a prompt or choice is empty, or a choice alone is too long; a classifier's choices
+                are not the same for all prompts, or not as many as its labels.
+        """
+        prompts, choices = prompts if isinstance(prompts, str) else list(prompts), list(choices)
+        if prefix is not None:
+            return prefix.ask(prompts, prefix.prompt_tokens(prompts), choices, labels)
+        return self.family.ask(prompts, self.family.prompt_tokens(prompts), choices, labels, room=self.max_length)
+
+    def questions(
+        self,
+        wordings: Sequence[Wording],
+        labelled: bool = True,
+        long_prompts: Literal["truncate", "refuse"] = "truncate",
+        prefix: Prefix | None = None,
+    ) -> list[Question]:
+        """Rows in words as token ids. How many had to be cut is logged, and each question says what was (`cut`).
+
+        Args:
+            wordings: of `Task.wordings`; they may be of several tasks.
+            labelled: take each row's label, too.
+            long_prompts: "truncate" cuts the end off a column (see `Task.truncate`), "refuse" does not.
+            prefix: a text that stands before each prompt.
+
+        Raises:
+            InputError: see `Wording`; two answers are the same to the tokenizer; or a prompt is too long.
+        """
+        found: list[Question | None] = [None] * len(wordings)
+        alike: dict[tuple[int, int], list[int]] = {}
+        for index, wording in enumerate(wordings):
+            alike.setdefault((id(wording.task), id(wording.template)), []).append(index)
+        for indices in alike.values():
+            some = [wordings[index] for index in indices]
+            for index, question in zip(indices, self._asked(some, labelled, long_prompts, prefix), strict=True):
+                found[index] = question
+        questions = [question for question in found if question is not None]
+        warn_of_cuts([question.cut for question in questions])
+        return questions
+
+    def question(
+        self, wording: Wording, labelled: bool = True, long_prompts: Literal["truncate", "refuse"] = "truncate"
+    ) -> Question:
+        """As `questions`, for one row and without a log."""
+        [question] = self._asked([wording], labelled, long_prompts, None)
+        return question
+
+    def _asked(
+        self,
+        wordings: Sequence[Wording],
+        labelled: bool,
+        long_prompts: Literal["truncate", "refuse"],
+        prefix: Prefix | None,
+    ) -> list[Question]:
+        """Rows of one task, in the words of one template."""
+        family = self.family
+        answers = [wording.answers for wording in wordings]
+        # A classifier reads no answers, so it need not tell them apart.
+        lengths = answer_lengths(self.tokenizer, wordings) if family.reads_answers else []
+        tokens_of = family.prompt_tokens if prefix is None else prefix.prompt_tokens
+        behind = prefix is not None and isinstance(family, Decoder)  # it has positions for what is left of them
+        limit = prefix.room if prefix is not None and behind else family.max_length
+        if limit is None:
+            prompts = [wording.prompt for wording in wordings]
+            fits = [Fitted(*pair) for pair in zip(prompts, tokens_of(prompts), strict=True)]
+        else:
+            # An encoder has its positions for the prompt alone.
+            rooms = [limit] * len(wordings) if family.has_encoder else [limit - length for length in lengths]
+            fits = fitted(wordings, tokens_of, rooms, long_prompts)
+        labels = None
+        if labelled:
+            labels = [list(its).index(wording.label) for its, wording in zip(answers, wordings, strict=True)]
+        texts = [[wording.task.separator + text for text in wording.answers.values()] for wording in wordings]
+        prompts, tokens = [one.prompt for one in fits], [one.tokens for one in fits]
+        if prefix is not None:
+            questions = prefix.ask(prompts, tokens, texts, labels)
+        else:
+            questions = family.ask(prompts, tokens, texts, labels, [list(its) for its in answers], limit)
+        return [
+            question if fit.cut is None else replace(question, cut=fit.cut)
+            for question, fit in zip(questions, fits, strict=True)
+        ]
+
+    def prefix(self, text: str, separator: str = SEPARATOR) -> Prefix:
+        """A text that stands before many prompts, read by the model as it is now; see `Prefix`."""
+        return Prefix(self.model, self.tokenizer, text, separator)
+
+    # Tokens become rows.
+
+    def collate(self, questions: Sequence[Question]) -> Batch:
+        """The questions as a batch for this model: packed where that is exact, else plain rows; a classifier's prompts."""
+        return trials.collate(self.family, questions)
+
+    def try_packing(self, questions: Sequence[Question]) -> None:
+        """Find out once whether packing is exact for all of these, so that no batch of them has to."""
+        if questions:
+            trials.packs(self.family, questions)
+
+    def batches(
+        self, questions: Sequence[Question], batch_tokens: int | None = None, prefix: Prefix | None = None
+    ) -> Iterator[tuple[list[int], Batch]]:
+        """The questions in batches for this model: indices, and the batch. What prompts share is read once.
+
+        Args:
+            questions: with a prefix, those that were encoded for it.
+            batch_tokens: how many tokens go through the model at once; None: as many as is fast (`pass_tokens`).
+            prefix: a text that stands before each prompt.
+        """
+        batch_tokens = batch_tokens or pass_tokens(self.model)
+        if prefix is not None:
+            yield from prefix.batches(self.family, questions, batch_tokens)
+            return
+        for indices, beginning in beginnings(self.family, questions):
+            some = [questions[i] for i in indices]
+            if beginning is None:
+                self.try_packing(some)
+                for group in groups(some, batch_tokens):
+                    yield [indices[i] for i in group], self.collate([some[i] for i in group])
+                continue
+            some = beginning.behind(some)
+            for group in groups(some, beginning.room(some, batch_tokens)):
+                yield [indices[i] for i in group], beginning.packed([some[i] for i in group])
+
+    def training_batches(self, questions: Sequence[Question]) -> Iterator[tuple[list[int], Batch]]:
+        """As `batches`, for a backward pass behind each of them, before the next is asked for.
+
+        So memory holds the activations of one batch. The last one comes first, as in a backward pass through the sum of
+        all: gradients add up in the same order.
+        """
+        batch_tokens = pass_tokens(self.model)
+        for indices, beginning in beginnings(self.family, questions):
+            some = [questions[i] for i in indices]
+            if beginning is None:
+                self.try_packing(some)
+                for group in reversed(list(training_groups(some, batch_tokens))):
+                    yield [indices[i] for i in group], self.collate([some[i] for i in group])
+                continue
+            some = beginning.behind(some)
+            beginning.detach()
+            for group in reversed(list(training_groups(some, beginning.room(some, batch_tokens)))):
+                yield [indices[i] for i in group], beginning.packed([some[i] for i in group])
+            beginning.backward()
+
+    # Rows become scores.
+
+    def log_probs(self, batch: Batch) -> torch.Tensor:
+        """The log-probability of each choice token of a batch on the model's device: float32 (B, C, T), 0 where there is
+        none."""
+        return self.family.log_probs(batch)
+
+    def score(
+        self,
+        questions: Sequence[Question],
+        length_normalization: float = 1.0,
+        batch_tokens: int | None = None,
+        on_progress: Callable[[list[int]], None] | None = None,
+        adapter_names: Sequence[str] | None = None,
+        prefix: Prefix | None = None,
+    ) -> list[torch.Tensor]:
+        """`score_choices` for questions that are token ids already; with a prefix, those that were encoded for it."""
+        if adapter_names is not None:
+            check: Callable | None = getattr(inside_wrappers(self.model), "check_adapter_names", None)
+            if check is None:
+                kind = type(self.family.base).__name__
+                raise InputError(f"Expected an IA3Model, whose adapters adapter_names are, found a {kind}.")
+            check(adapter_names)  # before the first batch, and with the numbers of the prompts
+            if len(adapter_names) != len(questions):
+                raise InputError(
+                    f"Expected adapter_names for the {len(questions)} prompts, found {len(adapter_names)}."
+                )
+            questions = [replace(one, adapter=name) for one, name in zip(questions, adapter_names, strict=True)]
+        device = next(self.model.parameters()).device
+        results: list[torch.Tensor] = [torch.empty(0)] * len(questions)
+        divided = self.batches(questions, batch_tokens, prefix)
+        with evaluating(self.model), torch.inference_mode():
+            for group, batch in divided:
+                batch = to_device(batch, device)
+                scores = normalized_scores(self.log_probs(batch), batch["mask"], length_normalization).cpu()
+                for row, index in zip(scores, group, strict=True):
+                    question = questions[index]
+                    results[index] = torch.empty(len(question.choices))
+                    results[index][list(question.order or range(len(question.choices)))] = row[: len(question.choices)]
+                    if not torch.isfinite(results[index]).all():
+                        raise InputError(
+                            f"The model gives NaN or infinite scores (prompt {index}); is the adapter or the base broken?"
+                        )
+                if on_progress is not None:
+                    on_progress(group)
+        return results
+
+
+def score_choices(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    choices: Sequence[Sequence[str]],
+    length_normalization: float = 1.0,
+    batch_tokens: int | None = None,
+    on_progress: Callable[[list[int]], None] | None = None,
+    adapter_names: Sequence[str] | None = None,
+    prefix: Prefix | None = None,
+) -> list[torch.Tensor]:
+    """The length-normalized log-probability of each answer choice of each prompt.
+
+    Args:
+        model: a causal language model, an encoder-decoder or a classifier (whose choices are its labels, in their
+            order, for every prompt), adapted or not. It is put into evaluation mode for the time.
+        tokenizer: its tokenizer.
+        prompts: N texts.
+        choices: for each prompt its answer choices; they may differ from prompt to prompt. A choice continues the
+            prompt, so it usually begins with a space.
+        length_normalization: the power of the choice's token count that the sum is divided by; 0: not at all.
+        batch_tokens: how many tokens go through the model at once; None: as many as is fast (`pass_tokens`).
+        on_progress: called with the indices of the prompts that each batch finished.
+        adapter_names: for each prompt the adapter of an `IA3Model` that answers it; None: the active ones.
+        prefix: a text that stands before each prompt, run through this model once.
+
+    Returns:
+        N float32 tensors on the CPU, one number a choice: Σ_t log p(y_t | x, y_<t) / T^power; a classifier's are the
+        log-probabilities of its labels.
+
+    Raises:
+        InputError: see `Scorer.encode`; or scores that are not numbers.
+    """
+    scorer = Scorer(model, tokenizer)
+    questions = scorer.encode(prompts, choices, prefix=prefix)
+    return scorer.score(questions, length_normalization, batch_tokens, on_progress, adapter_names, prefix)

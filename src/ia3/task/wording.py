@@ -1,0 +1,95 @@
+"""A row in words: `Wording`, what a model is asked about it."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+from ia3.errors import InputError, brief, shown
+from ia3.task.rows import as_row
+from ia3.task.template import Row, answers_of, at_row, is_missing, require
+
+if TYPE_CHECKING:
+    from ia3.task.task import Task
+
+
+class Wording:
+    """A row in the words of one of its task's templates. Each part is rendered when it is first asked for, and once.
+
+    Args:
+        task: says what the row means.
+        row: column → value; or a text, where the task reads one column.
+        number: the row's place in its file, for an error message.
+        template: the index of one of the task's templates.
+
+    Attributes:
+        row: column → value.
+    """
+
+    def __init__(self, task: Task, row: Any, number: int | None = None, template: int = 0) -> None:
+        self.task, self.number = task, number
+        self.template = task.templates[template]
+        self.row: Row = as_row(row, task, number)
+        self._choices = task.choices_of(template)
+
+    @functools.cached_property
+    def answers(self) -> dict[str, str]:
+        """Label → answer text.
+
+        Raises:
+            InputError: the choices name a column that is not there; a text is empty, or two are the same.
+        """
+        return answers_of(self._choices, self._read(self.row), self.number)
+
+    @functools.cached_property
+    def prompt(self) -> str:
+        """The prompt.
+
+        Raises:
+            InputError: the template names a column that is not there, or all that it names are empty.
+        """
+        where, names = at_row(self.number), self.template.columns
+        require(self.row, names, self.number)
+        if names and all(is_missing(self.row[name]) for name in names):
+            raise InputError(f"Expected some text in {shown(names)}, found it empty{where}; fill or drop the row.")
+        text = self.filled(self.row)
+        if not text:
+            raise InputError(f"The template gives an empty prompt{where}; fill or drop the row.")
+        return text
+
+    def filled(self, row: Row) -> str:
+        """What the template makes of a row with other cells, such as shorter ones, beside the same answers."""
+        answers = self.answers.values() if self.template.sees_answers else ()
+        return self.template.fill(self._read(row), self.number, answers)
+
+    @functools.cached_property
+    def label(self) -> str:
+        """The row's label.
+
+        Raises:
+            InputError: the column is missing, the label is not known, or there are several.
+        """
+        if not self.template.says_answer:
+            return self.task.known_label(self.row, self.answers, self.number)
+        text = self.template.right_answer(self.row, self.number, self.answers.values())
+        found = {answer: label for label, answer in self.answers.items()}
+        if text not in found:
+            raise InputError(
+                f"Expected a right answer of {shown(found, 20)}, found {brief(text)}{at_row(self.number)}."
+            )
+        return found[text]
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """What stands for all that a model reads of the row: rows of one fingerprint are one and the same to it, whatever
+        their labels."""
+        return hashlib.sha256(json.dumps([self.prompt, *self.answers.values()]).encode()).hexdigest()[:16]
+
+    def _read(self, row: Row) -> Row:
+        """A row without its label, which a template that goes through the whole row would give away."""
+        column = self.task.label_column
+        if column not in row or self.template.says_answer:
+            return row
+        return {name: value for name, value in row.items() if name != column}
