@@ -23,6 +23,7 @@ from ia3 import (
     score_choices,
 )
 from ia3.evaluation.calibration import fold_of_each
+from ia3.evaluation.progress import Stage
 from ia3.folder import AdapterFolder
 from support import tiny, words
 
@@ -177,11 +178,10 @@ class TestCrossValidation:
         model, rows = adapted(), [{**row, "text": f"{row['text']} {i % 7}"} for i, row in enumerate(words.rows(24))]
         rows = list({row["text"]: row for row in rows}.values())
         before = [parameter.clone() for parameter in model.parameters()]
-        steps = []
-        found = cross_validate(
-            model, words.tokenizer(), self.TASK, rows, Recipe(steps=3), 4, 1, tmp_path, lambda *s: steps.append(s)
-        )
-        assert len(found) == len(rows) == len(asked) and steps == [(1, 3), (2, 3), (3, 3)]
+        steps, stage = [], Stage()
+        stage.reach = steps.append
+        found = cross_validate(model, words.tokenizer(), self.TASK, rows, Recipe(steps=3), 4, 1, tmp_path, stage)
+        assert len(found) == len(rows) == len(asked) and steps == [1, 2, 3]
         assert all(text not in seen[name] for text, name in asked.items())
         assert {len(texts) for texts in seen.values()} <= {len(rows) - len(rows) // 4, len(rows) - len(rows) // 4 - 1}
         again = cross_validate(model, words.tokenizer(), self.TASK, [*rows, *rows[:5]], Recipe(steps=1), 4)
