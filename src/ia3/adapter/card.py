@@ -23,7 +23,7 @@ tags:
 {numbers} learned numbers that rescale keys, values and feed-forward activations ([arXiv:2205.05638]({paper})).
 
 ```python
-from ia3.adapter.peft import PeftModel
+from ia3 import PeftModel
 
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
