@@ -6,7 +6,7 @@ import dataclasses
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,13 +17,11 @@ from ia3.adapter.layer import IA3Layer
 from ia3.adapter.merging import sync_weights
 from ia3.adapter.routing import Bank, Routing
 from ia3.adapter.rows import BASE
+from ia3.adapter.stored import StoredAdapter
 from ia3.adapter.targets import Target, base_modules, inside_wrappers, resolve, shortest_names, wrappers
 from ia3.adapter.trained import TrainedModule
 from ia3.adapter.wrapping import check_copies, find_routing, insert, remove, take_out_idle, wrap
 from ia3.errors import InputError, shown
-
-if TYPE_CHECKING:
-    from ia3.adapter.stored import StoredAdapter
 
 
 class Adapted(nn.Module):
