@@ -345,10 +345,29 @@ def test_a_base_model_stays_in_memory_while_it_is_of_use(make, tmp_path):
     words.save_model(tmp_path / "other")
     other = make(model=tmp_path / "other").fit(TEXTS, LABELS)
     gc.collect()
-    assert kept() is first._base
+    assert kept() is first._base  # a classifier has it
+    first.predict(TEXTS[:1])
     del first
     gc.collect()
     assert kept() is None and other.predict(TEXTS[:1]).shape == (1,)
+
+
+def test_the_one_used_last_makes_room_for_another(make, tmp_path, monkeypatch):
+    forget()
+    kept = weakref.ref(make().fit(TEXTS, LABELS)._base)
+    gc.collect()
+    assert kept() is not None  # the next fit of a cross-validation takes it
+    load, there = ia3.adapter.pretrained.load_base, []
+
+    def watched(*args):
+        gc.collect()
+        there.append(kept())
+        return load(*args)
+
+    monkeypatch.setattr("ia3.adapter.pretrained.load_base", watched)
+    words.save_model(tmp_path)
+    make(model=tmp_path).fit(TEXTS, LABELS)
+    assert there == [None]
 
 
 def test_a_base_model_that_changes_on_disk_is_loaded_again(tmp_path, loads):

@@ -27,11 +27,6 @@ def blocks(kind: str) -> dict[str, str]:
     return {name: code for marked, name, _, code in found if marked == kind}
 
 
-def test_nothing_is_left_to_fill_in():
-    for page in PAGES:
-        assert not re.search(r"^[A-Z]+_TABLE$", page.read_text(encoding="utf-8"), re.MULTILINE), page
-
-
 def test_every_block_is_named_once_and_run_here_or_by_ci():
     found = [match.groups() for page in PAGES for match in BLOCK.finditer(page.read_text(encoding="utf-8"))]
     names = [name for _, name, _, _ in found]
@@ -41,11 +36,11 @@ def test_every_block_is_named_once_and_run_here_or_by_ci():
         "train", "template", "classifier", "classifier-frame", "python", "peft", "modules", "rule", "several", "mixed", "bank", "auto", "convert",
         "families", "task.yaml", "task", "task-python", "pairs.yaml", "cause.yaml", "endings.yaml", "tasks",
         "prompts-python", "fleet", "fleet-python", "compare", "compare-python",
-        "pretrain", "pretrain-python", "raft", "mine.yaml", "recipe", "recipe-python", "benchmarks",
-        # Those of docs/serve.md run in serve/test_docs_serve.py.
+        "pretrain", "pretrain-python", "raft", "mine.yaml", "recipe", "recipe-python", "experiment-python", "benchmarks",
+        # Those of docs/serve.md run in serve/test_docs.py.
         "serve", "serve-classify", "serve-completions", "serve-openai", "serve-adapters", "serve-operation",
         "ia3.service", "Dockerfile",
-        "vllm-serve", "vllm-requests", "vllm-python", "vllm-classify",  # run by tests/with_vllm/test_vllm_server.py
+        "vllm-serve", "vllm-requests", "vllm-python", "vllm-classify",  # run by tests/with_vllm/test_server.py
     }  # fmt: skip
 
 
@@ -222,6 +217,16 @@ def test_a_recipe_in_python(place, monkeypatch, capsys):
     code = blocks("example")["recipe-python"]
     exec(compile(code.replace("steps=40", "steps=2"), "recipe-python", "exec"), {})
     assert "Prediction(label=" in capsys.readouterr().out
+
+
+def test_an_experiment_in_python(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    code = blocks("example")["experiment-python"]
+    scope: dict = {}
+    exec(compile(code.replace("steps=40", "steps=2"), "experiment-python", "exec"), scope)
+    assert capsys.readouterr().out.count("accuracy") == 3
+    its = ia3.AdapterFolder("adapters/tried")
+    assert its.calibration is not None and its.metrics["trained"] == scope["outcome"].results["trained"]
 
 
 def test_an_encoder_in_python(place, monkeypatch, capsys):

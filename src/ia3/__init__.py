@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from ia3.classifier import FewShotClassifier
     from ia3.errors import InputError
     from ia3.evaluation.calibration import Calibration, cross_validate
+    from ia3.evaluation.experiment import Experiment
     from ia3.evaluation.icl import draw_shots, predict_in_context
     from ia3.evaluation.prediction import Prediction, predict
     from ia3.folder import AdapterFolder
@@ -108,6 +109,7 @@ _NAMES = {
     "classifier": ("FewShotClassifier",),
     "errors": ("InputError",),
     "evaluation.calibration": ("Calibration", "cross_validate"),
+    "evaluation.experiment": ("Experiment",),
     "evaluation.icl": ("draw_shots", "predict_in_context"),
     "evaluation.prediction": ("Prediction", "predict"),
     "folder": ("AdapterFolder",),
@@ -137,6 +139,7 @@ __all__ = [
     "AutoPeftModelForTokenClassification",
     "Calibration",
     "EarlyStopping",
+    "Experiment",
     "FewShotClassifier",
     "FleetTrainer",
     "IA3Config",

@@ -22,8 +22,9 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from ia3.adapter.pretrained import EMBEDDED_MODEL
-from ia3.adapter.stored import METRICS_NAME, to_json
+from ia3.adapter.stored import METRICS_NAME
 from ia3.errors import InputError, brief, shown
+from ia3.files import to_json
 from ia3.folder import AdapterFolder
 from ia3.task.rows import as_row, items_of
 from ia3.task.task import Task
@@ -264,9 +265,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             if not isinstance(choices, Mapping):
                 raise InputError(f"Expected choices as a dictionary, label → answer text, found {brief(choices)}.")
             choices = {_in_words(label): text for label, text in choices.items()}
-        columns = list(dict.fromkeys(str(key) for item in items if isinstance(item, Mapping) for key in item)) or [
-            "text"
-        ]
+        named = dict.fromkeys(str(key) for item in items if isinstance(item, Mapping) for key in item)
+        columns = list(named) or ["text"]
         if isinstance(name, str) and name:
             if name in columns:
                 raise InputError(f"Expected rows without the column of their labels, {brief(name)}; drop it from X.")
@@ -379,6 +379,7 @@ def _base(name: str, dtype: str, labels: Sequence[str]) -> _Base:
     with _LOADING:
         base = _BASES.get(key) or _BASES.get((*key, *sorted(labels)))
         if base is None:
+            _USED_LAST.clear()  # so that memory need not hold both
             base = _Base(name, dtype, labels)
             head = sorted(labels) if task_type(base.model.model) == TaskType.SEQ_CLS else ()
             _BASES[(*key, *head)] = base

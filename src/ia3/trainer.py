@@ -17,7 +17,8 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils.generic import can_return_loss, find_labels
 
-from ia3.adapter.model import IA3Model, find_adapted
+from ia3.adapter.adapted import find_adapted
+from ia3.adapter.model import IA3Model
 
 
 class _ForAdapters(transformers.Trainer):
@@ -45,7 +46,8 @@ class _ForAdapters(transformers.Trainer):
             self.remove_callback(printing)
 
     def _adapted(self) -> IA3Model | None:
-        return None if self.model is None else find_adapted(self.model)
+        found = None if self.model is None else find_adapted(self.model)
+        return found if isinstance(found, IA3Model) else None
 
     def _wrapped(self) -> nn.Module | None:
         model = self._adapted()

@@ -83,7 +83,7 @@ def test_two_adapters_with_heads_of_their_own_act_together():
             vector = next(iter(layer.ia3_l.values()))
             module = single.get_submodule(path)
             module.weight.mul_(vector)
-            if not next(iter(layer.feedforward.values())):
+            if not next(iter(layer.held.values())).feedforward:
                 module.bias.mul_(vector.flatten())
         for path, module in model.ia3_trained_modules.items():
             single.get_submodule(path).load_state_dict(next(iter(module.modules_to_save.values())).state_dict())

@@ -21,7 +21,7 @@ from safetensors import safe_open
 
 import ia3
 from ia3 import IA3Config, IA3Layer, InputError, PeftModel, get_peft_model
-from ia3.adapter.layer import TrainedModule
+from ia3.adapter.trained import TrainedModule
 from ia3.files import replacing
 from ia3.folder import AdapterFolder
 from support import tiny
@@ -413,9 +413,9 @@ def test_training_a_reloaded_explicit_adapter_goes_on_with_queries(library, tmp_
     save("gpt2", tmp_path, library)
     model = PeftModel.from_pretrained(tiny.build("gpt2"), tmp_path, is_trainable=True)
     model(**tiny.batch("gpt2")).loss.backward()
-    for path, layer in model.ia3_layers.items():
-        if path.endswith("c_attn"):
-            assert (layer.ia3_l["default"].grad[QUERY] != 0).all()
+    fused = [layer for path, layer in model.ia3_layers.items() if path.endswith("c_attn")]
+    assert len(fused) == tiny.LAYERS
+    assert all((layer.ia3_l["default"].grad[QUERY] != 0).all() for layer in fused)
 
 
 # Tensors in memory.

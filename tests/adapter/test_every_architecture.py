@@ -99,7 +99,7 @@ def test_each_row_of_a_batch_has_its_own_adapter_or_the_model_refuses(adapted):
 def test_vectors_on_outputs_alone_are_those_on_inputs_or_refused(adapted):
     model, answer = adapted.model, adapted.answer
     modules = base_modules(model.model)
-    inputs = [Site(path, True) for path, layer in model.ia3_layers.items() if layer.feedforward["one"]]
+    inputs = [Site(path, True) for path, layer in model.ia3_layers.items() if layer.held["one"].feedforward]
     try:
         model.add_adapter("outputs", ia3.IA3Config(feedforward_modules=[]))
     except ia3.InputError as error:
@@ -110,7 +110,8 @@ def test_vectors_on_outputs_alone_are_those_on_inputs_or_refused(adapted):
     for path, layer in model.ia3_layers.items():
         if "outputs" in layer.ia3_l:
             vector, source = layer.ia3_l["outputs"].detach(), model.ia3_layers[moved.get(path, path)].ia3_l["one"]
-            mask = layer.masks.get("outputs", torch.ones_like(vector, dtype=torch.bool))
+            mask = layer.held["outputs"].mask
+            mask = torch.ones_like(vector, dtype=torch.bool) if mask is None else mask
             vector[mask] = source.flatten() if path in moved else source[mask]
     model.set_adapter("outputs", inference_mode=True)
     found = answer()

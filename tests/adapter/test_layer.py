@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 
 import pytest
 import torch
@@ -9,9 +10,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ia3 import IA3Layer, InputError
-from ia3.adapter.layer import TrainedModule
 from ia3.adapter.routing import Routing
 from ia3.adapter.rules import RULES, find_rule
+from ia3.adapter.trained import TrainedModule
 
 IN, OUT = 5, 7
 
@@ -49,7 +50,7 @@ def formula(layer: IA3Layer, x: torch.Tensor, vectors: dict[str, torch.Tensor]) 
     bias = torch.zeros(OUT, dtype=torch.double) if base.bias is None else base.bias.double()
     before, after = torch.ones(IN, dtype=torch.double), torch.ones(OUT, dtype=torch.double)
     for name, vector in vectors.items():
-        if layer.feedforward[name]:
+        if layer.held[name].feedforward:
             before = before * vector.double().flatten()
         else:
             after = after * vector.double().flatten()
@@ -380,3 +381,87 @@ def test_a_trained_copy_is_trainable_and_its_own():
     assert list(module.modules_to_save) == []
     with pytest.raises(AttributeError, match="no_such_name"):
         module.no_such_name  # noqa: B018
+
+
+# Others in the place of what an adapter holds.
+
+
+def put_a_tensor(layer: IA3Layer, values: torch.Tensor) -> None:
+    del layer.ia3_l.a  # as FSDP, by names alone
+    layer.ia3_l.a = values
+
+
+REPLACED = {
+    "by item": lambda layer, values: layer.ia3_l.update({"a": values}),
+    "loaded": lambda layer, values: layer.load_state_dict({"ia3_l.a": values}, strict=False, assign=True),
+    "by FSDP's first kind": put_a_tensor,
+    "by FSDP's second kind": lambda layer, values: setattr(layer.ia3_l, "a", nn.Parameter(values)),
+    "in the dictionary": lambda layer, values: layer.ia3_l._parameters.__setitem__("a", nn.Parameter(values)),
+    "emptied": lambda layer, values: (
+        layer.to_empty(device="meta")
+        .to_empty(device="cpu")
+        .load_state_dict({**make("linear").state_dict(), "ia3_l.a": values})
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "copied", [lambda layer: layer, copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))]
+)
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("how", REPLACED)
+def test_what_stands_in_a_parameters_place_acts(how, compiled, copied):
+    torch._dynamo.reset()
+    layer = copied(make("linear", a=False))
+    run = torch.compile(layer, backend="eager", fullgraph=True) if compiled else layer
+    x, values = torch.randn(3, IN), torch.randn(OUT, 1)
+    run(x)
+    REPLACED[how](layer, values)
+    torch.testing.assert_close(run(x).double(), formula(layer, x, {"a": values}), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("copied", [lambda module: module, copy.deepcopy])
+def test_what_stands_in_a_modules_place_acts(copied):
+    module = TrainedModule(make_base("linear"), Routing())
+    module.add("a")
+    module.routing.switch(active=["a"])
+    module, x = copied(module), torch.randn(3, IN)
+    for put in (
+        module.modules_to_save.__setitem__,
+        module.modules_to_save.add_module,
+        module.modules_to_save.__setattr__,
+    ):
+        other = nn.Linear(IN, OUT)
+        put("a", other)
+        assert torch.equal(module(x), other(x))
+
+
+def test_replicas_for_data_parallel_have_their_own(monkeypatch):
+    """`nn.DataParallel` copies modules to several devices, each with tensors of its own."""
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            routing = Routing()
+            self.layer, self.head = make("linear", a=False), TrainedModule(make_base("linear"), routing)
+            self.head.add("a")
+            routing.switch(active=["a"])
+
+        def forward(self, x):
+            return self.layer(x), self.head(x)
+
+    copies = []
+
+    def broadcast(tensors, devices, detach=False):
+        copies.append([[tensor * (device + 2) for tensor in tensors] for device in devices])
+        return copies[-1]
+
+    monkeypatch.setattr(sys.modules["torch.nn.parallel.replicate"], "_broadcast_coalesced_reshape", broadcast)
+    network, x = Network(), torch.randn(3, IN)
+    before = network(x)
+    names = [name for name, _ in network.named_parameters()]
+    for device, replica in enumerate(torch.nn.parallel.replicate(network, [0, 1])):
+        values = dict(zip(names, copies[0][device], strict=True))
+        for found, expected in zip(replica(x), torch.func.functional_call(network, values, (x,)), strict=True):
+            assert torch.equal(found, expected)
+    assert all(torch.equal(found, expected) for found, expected in zip(network(x), before, strict=True))

@@ -11,7 +11,7 @@ import transformers
 
 import ia3
 from ia3 import IA3Config, IA3Layer, IA3Model, InputError, PeftModel, get_peft_model
-from ia3.adapter.layer import TrainedModule
+from ia3.adapter.trained import TrainedModule
 from support import tiny
 
 pytestmark = [
@@ -705,10 +705,12 @@ def test_a_weighted_adapter_of_default_adapters_leaves_queries_alone(gpt2):
     for seed, name in enumerate("ab"):
         tiny.randomize(model, seed, name)
     model.add_weighted_adapter(["a", "b"], [0.7, 0.9], "sum")
-    for key, value in ia3.get_peft_model_state_dict(model, adapter_name="sum").items():
-        if "c_attn" in key:
-            assert torch.equal(value[: tiny.HIDDEN], torch.ones(tiny.HIDDEN, 1))
-            assert not torch.equal(value[tiny.HIDDEN :], torch.ones(2 * tiny.HIDDEN, 1))
+    stored = ia3.get_peft_model_state_dict(model, adapter_name="sum")
+    fused = [value for key, value in stored.items() if "c_attn" in key]
+    assert len(fused) == tiny.LAYERS
+    for value in fused:
+        assert torch.equal(value[: tiny.HIDDEN], torch.ones(tiny.HIDDEN, 1))
+        assert not torch.equal(value[tiny.HIDDEN :], torch.ones(2 * tiny.HIDDEN, 1))
 
 
 def test_a_weighted_adapter_takes_the_head_of_the_one_that_has_one():

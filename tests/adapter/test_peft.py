@@ -15,7 +15,7 @@ from torch import nn
 
 import ia3
 from ia3 import InputError
-from ia3.adapter.model import NOT_HERE
+from ia3.adapter.adapted import NOT_HERE
 from support import tiny, zoo
 from support.paths import ROOT
 

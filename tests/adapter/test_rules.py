@@ -18,8 +18,7 @@ from transformers.pytorch_utils import Conv1D
 import ia3
 from ia3 import IA3Config, IA3Layer, InputError, WeightRule, register_rule
 from ia3.adapter.routing import Routing
-from ia3.adapter.rows import RowLayout
-from ia3.adapter.rules import RULES, Rule, find_rule
+from ia3.adapter.rules import RULES, RowLayout, Rule, find_rule
 from support import tiny
 
 sides = pytest.mark.parametrize("feedforward", [False, True], ids=["output", "input"])

@@ -1,5 +1,6 @@
 """Which modules a config chooses, and on which side: explicit patterns as PEFT reads them, defaults as the paper has them."""
 
+import contextlib
 import re
 import warnings
 from collections import Counter
@@ -15,7 +16,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 
 import ia3
 from ia3 import IA3Config, InputError
-from ia3.adapter.targets import base_modules, matches, resolve_targets, shortest_names
+from ia3.adapter.targets import base_modules, matches, resolve, shortest_names
 from support import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated")
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is de
 
 def chosen(model, **fields) -> dict[str, bool]:
     """Path → whether its input is rescaled, by our resolution of a config."""
-    return {target.path: target.feedforward for target in resolve_targets(model, IA3Config(**fields))}
+    return {target.path: target.feedforward for target in resolve(model, IA3Config(**fields)).targets}
 
 
 def chosen_by_peft(model, **fields) -> dict[str, bool]:
@@ -137,7 +138,7 @@ def test_without_feedforward_modules_the_architecture_says(llama):
 
 
 def test_targets_come_in_the_models_order_and_know_their_sides(llama):
-    targets = resolve_targets(llama, IA3Config(target_modules=["down_proj", "k_proj"]))
+    targets = resolve(llama, IA3Config(target_modules=["down_proj", "k_proj"])).targets
     order = [name for name, _ in llama.named_modules()]
     assert [target.path for target in targets] == sorted((target.path for target in targets), key=order.index)
     assert {target.path.rpartition(".")[2]: target.feedforward for target in targets} == {
@@ -193,7 +194,7 @@ def test_all_linear_beside_another_adapter_is_the_same(llama):
 @pytest.mark.parametrize("targets", [["no_such", "proj"], "k_proj", []])
 def test_nothing_matched_lists_modules_that_exist(targets, llama):
     with pytest.raises(ValueError, match="No module matches the target_modules") as error:
-        resolve_targets(llama, IA3Config(target_modules=targets, feedforward_modules=None))
+        resolve(llama, IA3Config(target_modules=targets, feedforward_modules=None))
     message = one_line(error)
     assert all(f"'{name}'" in message for name in ("k_proj", "v_proj", "down_proj", "lm_head"))
     assert repr(sorted(targets) if isinstance(targets, list) else targets) in message
@@ -202,7 +203,7 @@ def test_nothing_matched_lists_modules_that_exist(targets, llama):
 @pytest.mark.parametrize(("excluded", "shown"), [(["k_proj"], "{'k_proj'}"), (".*proj", "'.*proj'")])
 def test_everything_excluded_is_refused(excluded, shown, llama):
     with pytest.raises(ValueError, match="exclude_modules leaves none") as error:
-        resolve_targets(llama, IA3Config(target_modules=["k_proj"], exclude_modules=excluded))
+        resolve(llama, IA3Config(target_modules=["k_proj"], exclude_modules=excluded))
     message = one_line(error)
     assert "['k_proj']" in message and f"exclude_modules {shown}" in message and "'down_proj'" in message
 
@@ -210,7 +211,7 @@ def test_everything_excluded_is_refused(excluded, shown, llama):
 @pytest.mark.parametrize(("name", "kind"), [("0.input_layernorm", "LlamaRMSNorm"), ("0.mlp", "LlamaMLP")])
 def test_a_module_that_cannot_be_rescaled_is_named(name, kind, llama):
     with pytest.raises(InputError) as error:
-        resolve_targets(llama, IA3Config(target_modules=[name, "k_proj"], feedforward_modules=[]))
+        resolve(llama, IA3Config(target_modules=[name, "k_proj"], feedforward_modules=[]))
     message = one_line(error)
     assert f"'model.layers.{name}'" in message and kind in message
 
@@ -246,7 +247,7 @@ def elsewhere():
 )
 def test_an_unknown_architecture_has_no_default(build, shown, fields, asked):
     with pytest.raises(ValueError, match=f"specify `{asked}`") as error:
-        resolve_targets(build(), IA3Config(**fields))
+        resolve(build(), IA3Config(**fields))
     message = one_line(error)
     assert shown in message and "'k_proj'" in message and "does not register it" in message
 
@@ -317,12 +318,12 @@ def numberless(path: str) -> str:
 @pytest.mark.parametrize("model_type", sorted(DEFAULTS))
 def test_defaults_are_keys_values_and_the_second_feedforward(model_type):
     model = build_default(model_type)
-    config = IA3Config()
-    targets = {target.path: target.feedforward for target in resolve_targets(model, config)}
+    resolved = resolve(model, IA3Config())
+    targets = {target.path: target.feedforward for target in resolved.targets}
     assert Counter(map(numberless, targets)) == dict.fromkeys(DEFAULTS[model_type], tiny.LAYERS)
     assert {numberless(path): side for path, side in targets.items()} == DEFAULTS[model_type]
     # PEFT reads in the completed config what we meant.
-    fields = {key: sorted(getattr(config, key)) for key in ("target_modules", "feedforward_modules")}
+    fields = {key: sorted(getattr(resolved.config, key)) for key in ("target_modules", "feedforward_modules")}
     assert chosen_by_peft(model, **fields) == targets
 
 
@@ -338,8 +339,8 @@ def test_defaults_are_the_same_under_a_head(arch):
 def test_bert_attention_output_is_not_touched_at_any_depth():
     """With more than ten layers, `0.output.dense` must not name the tenth's, nor an attention's output."""
     model = build_default("bert", num_hidden_layers=12)
-    config = IA3Config()
-    targets = {target.path: target.feedforward for target in resolve_targets(model, config)}
+    resolved = resolve(model, IA3Config())
+    config, targets = resolved.config, {target.path: target.feedforward for target in resolved.targets}
     assert {path for path, feedforward in targets.items() if feedforward} == {
         f"encoder.layer.{i}.output.dense" for i in range(12)
     }
@@ -372,7 +373,7 @@ def test_a_key_without_a_value_beside_it_is_no_attention():
 
 def test_defaults_with_exclusions(llama):
     config = IA3Config(exclude_modules=r".*layers\.0\..*")
-    assert [target.path for target in resolve_targets(llama, config)] == [
+    assert [target.path for target in resolve(llama, config).targets] == [
         f"model.layers.1.{name}" for name in ("self_attn.k_proj", "self_attn.v_proj", "mlp.down_proj")
     ]
 
@@ -435,11 +436,11 @@ COMPLETED = {
 def test_a_completed_config_means_what_was_resolved(case):
     """Otherwise a checkpoint could not be read again, by us or by PEFT."""
     arch, fields = COMPLETED[case]
-    config = IA3Config(**fields)
-    targets = {target.path: target.feedforward for target in resolve_targets(tiny.build(arch), config)}
-    again = IA3Config.from_dict(config.to_dict())
-    assert {target.path: target.feedforward for target in resolve_targets(tiny.build(arch), again)} == targets
-    assert again == config
+    resolved = resolve(tiny.build(arch), IA3Config(**fields))
+    config, targets = resolved.config, {target.path: target.feedforward for target in resolved.targets}
+    again = resolve(tiny.build(arch), IA3Config.from_dict(config.to_dict()))
+    assert {target.path: target.feedforward for target in again.targets} == targets
+    assert again.config == config
     theirs = peft.IA3Config(**config.to_dict())
     adapted = peft.get_peft_model(tiny.build(arch), theirs)
     assert {
@@ -447,6 +448,20 @@ def test_a_completed_config_means_what_was_resolved(case):
         for name, module in adapted.named_modules()
         if isinstance(module, peft.tuners.ia3.IA3Layer)
     } == targets
+
+
+@pytest.mark.parametrize("fields", [{}, {"task_type": "SEQ_CLS", "fan_in_fan_out": True}, {"modules_to_save": ["no"]}])
+def test_resolving_leaves_the_config_as_it_is(fields):
+    """A model completes the config that it takes, as PEFT does, but only if the adapter fits."""
+    config, expected = IA3Config(**fields), IA3Config(**fields)
+    model = tiny.build("bert")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for call in (resolve, ia3.get_peft_model):
+            assert vars(config) == vars(expected)
+            with pytest.raises(InputError) if "modules_to_save" in fields else contextlib.nullcontext():
+                call(model, config)
+    assert (vars(config) == vars(expected)) is ("modules_to_save" in fields)
 
 
 @pytest.mark.parametrize(
@@ -469,9 +484,8 @@ def test_fan_in_fan_out_is_corrected_with_pefts_warning(arch, given, corrected, 
 def test_a_right_fan_in_fan_out_gives_no_warning(arch, right):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        config = IA3Config(fan_in_fan_out=right)
-        resolve_targets(tiny.build(arch), config)
-    assert config.fan_in_fan_out is right
+        resolved = resolve(tiny.build(arch), IA3Config(fan_in_fan_out=right))
+    assert resolved.config.fan_in_fan_out is right
 
 
 # GPT-2's fused projection: [queries | keys | values].
@@ -536,7 +550,7 @@ def test_the_query_slice_gets_no_gradient(gpt2):
 def test_explicit_targets_rescale_the_full_width_as_peft_does():
     """Rescaled queries change the outputs: other keys' scores."""
     ours, theirs = (tiny.adapt("gpt2", library) for library in (ia3, peft))
-    assert all(layer.masks == {} for layer in fused(ours))
+    assert all(held.mask is None for layer in fused(ours) for held in layer.held.values())
     assert tiny.relative_error(tiny.logits(ours, "gpt2"), tiny.logits(theirs, "gpt2")) < 1e-6
     ours(**tiny.batch("gpt2")).loss.backward()
     theirs(**tiny.batch("gpt2")).loss.backward()
@@ -549,7 +563,7 @@ def test_explicit_targets_rescale_the_full_width_as_peft_does():
 def test_cross_attention_of_gpt2_is_rescaled_whole():
     """Its `c_attn` makes keys and values alone; `q_attn` makes the queries and is left alone."""
     targets = {
-        target.path: target for target in resolve_targets(tiny.build("gpt2", add_cross_attention=True), IA3Config())
+        target.path: target for target in resolve(tiny.build("gpt2", add_cross_attention=True), IA3Config()).targets
     }
     assert Counter(map(numberless, targets)) == dict.fromkeys(
         [f"transformer.h.N.{name}" for name in ("attn.c_attn", "crossattention.c_attn", "mlp.c_proj")], tiny.LAYERS
@@ -564,6 +578,10 @@ def test_cross_attention_of_gpt2_is_rescaled_whole():
 def test_a_config_can_be_used_for_a_second_model():
     config = IA3Config()
     masks = [
-        [set(layer.masks) for layer in fused(ia3.get_peft_model(tiny.build("gpt2", seed), config))] for seed in (0, 1)
+        [
+            {name for name, held in layer.held.items() if held.mask is not None}
+            for layer in fused(ia3.get_peft_model(tiny.build("gpt2", seed), config))
+        ]
+        for seed in (0, 1)
     ]
     assert masks[0] == masks[1] == [{"default"}] * tiny.LAYERS

@@ -18,9 +18,9 @@ HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=[
 ARCHITECTURES = ["gpt2", "llama", "t5", "bert"]
 
 
-def two(arch: str):
+def two(arch: str, **sizes):
     """Our model with adapters `one` (active) and `two`."""
-    model = tiny.adapt(arch, ia3, adapter="one")
+    model = tiny.adapt(arch, ia3, adapter="one", base=tiny.build(arch, **sizes))
     targets, feedforward = tiny.TARGETS[arch]
     config = IA3Config(task_type=tiny.TASKS[arch], target_modules=targets, feedforward_modules=feedforward)
     model.add_adapter("two", config)
@@ -139,7 +139,7 @@ COPIES = pytest.mark.parametrize(
 @COPIES
 @pytest.mark.parametrize("merged", [False, True], ids=["unmerged", "merged"])
 def test_a_copy_of_a_whole_model_goes_on_by_itself(copied, merged):
-    model = two("llama")
+    model = two("llama", **tiny.ONE_LAYER["llama"])
     answers = dict.fromkeys(("one", "two"))
     for name in ("two", "one"):
         model.set_adapter(name)
@@ -168,7 +168,7 @@ def test_a_copy_of_a_whole_model_goes_on_by_itself(copied, merged):
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("arch", ["llama", "bert"])
 def test_a_state_is_loaded_into_a_model_with_the_same_adapters(arch, assign):
-    source, target = two(arch), two(arch)
+    source, target = (two(arch, **tiny.ONE_LAYER[arch]) for _ in range(2))
     for seed, name in enumerate(("one", "two"), start=5):
         tiny.randomize(source, seed, name)
     torch._dynamo.reset()

@@ -96,7 +96,9 @@ def test_columns_are_in_the_order_of_a_safetensors_file(arch, tmp_path):
     for entry in bank.entries:
         if entry.parameter is None:
             layer = model.ia3_layers[entry.path]
-            assert entry.feedforward is layer.feedforward["default"] and entry.shape == layer.ia3_l["default"].shape
+            assert (
+                entry.feedforward is layer.held["default"].feedforward and entry.shape == layer.ia3_l["default"].shape
+            )
         else:
             assert entry.path in bank.modules
             assert (

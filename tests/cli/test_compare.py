@@ -6,7 +6,8 @@ import pytest
 import transformers
 
 from ia3 import Task, few_shot
-from ia3.cli import compare, main
+from ia3.cli import main
+from ia3.evaluation import comparison
 from ia3.evaluation.icl import draw_shots, shots_text
 from support import tiny, words
 
@@ -281,7 +282,7 @@ def test_interruption_leaves_nothing(run, tmp_path, monkeypatch, where):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(compare if where == "draw" else compare.Comparison, where, interrupt)
+    monkeypatch.setattr(comparison if where == "draw" else comparison.Comparison, where, interrupt)
     code, out, _ = run("--json")
     assert code == 130 and out == ""
     assert not list(tmp_path.glob("out/*")) and not list(tmp_path.glob("out/.*"))

@@ -180,7 +180,7 @@ def test_abstention(ia3, place, task, tmp_path):
     ],
 )
 def test_folds_that_cannot_be(ia3, place, task, tmp_path, options, message, monkeypatch):
-    monkeypatch.setattr("ia3.load_base", lambda *args: pytest.fail("loaded a model"))
+    monkeypatch.setattr("ia3.adapter.pretrained.load_base", lambda *args: pytest.fail("loaded a model"))
     code, out, err = train(ia3, place, task, tmp_path / "out", **options)
     assert code == 2 and message in err and err.count("\n") == 1 and out == ""
     assert not (tmp_path / "out").exists()

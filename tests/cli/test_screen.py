@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from ia3.cli import common, compare, main, raft, results
+from ia3.cli import compare, main, raft, results
+from ia3.cli.bars import Bars
 from ia3.cli.predict import _shortened
 from ia3.task.task import embedded_tasks
 from support import words
@@ -95,8 +96,8 @@ def test_train_shows_whole_names_of_many_adapters(screen):
 
 
 def test_progress_shows_whole_names(screen):
-    with common.progress(screen) as bars:
-        bars.add_task("Zero-shot a-task-with-a-name/seed-0-lr-0.001, template 2", total=3, note="accuracy 88.9%")
+    with Bars(screen) as bars:
+        bars.stage("Zero-shot a-task-with-a-name/seed-0-lr-0.001, template 2", 3).note("accuracy 88.9%")
     assert "…" not in screen.file.getvalue() and re.sub(r"\s", "", screen.file.getvalue()).count("Zero-shot") == 1
 
 
@@ -120,38 +121,40 @@ def test_raft_shows_whole_names(screen):
     require_whole(screen.file.getvalue(), names)
 
 
-def run(*arguments, **more):
-    """The command as a program of its own: its lines on standard error."""
-    script = "from ia3.cli import main; main()"
+COMMANDS = """
+import json, sys
+from ia3.cli import main
+for arguments in json.loads(sys.argv[1]):
+    try:
+        main(arguments)
+    except SystemExit as ended:
+        assert not ended.code
+"""
+
+
+def test_standard_error_has_the_notices_of_the_commands_once_and_nothing_else(place, tmp_path):
+    """In a program of its own: what other libraries say, they say when they are loaded."""
+    table = tmp_path / "rows.parquet"
+    pd.DataFrame(words.rows(4)).to_parquet(table)
+    rows = words.rows(60)
+    data = words.write_csv(tmp_path / "rows.csv", [row for row in rows if row["label"] == "pos"] + rows[1:11:2], ";")
+    commands = [
+        ["predict", place / "adapter", "-d", table, "-o", tmp_path / "out.csv"],  # says nothing
+        ["train", "-m", place / "model", "-d", data, "--steps", 2, "--seeds", "0,1", "-o", tmp_path / "out"],
+    ]
+    environment = {"PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "80", "HF_HOME": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)],
+        [sys.executable, "-c", COMMANDS, json.dumps([[*map(str, command)] for command in commands])],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "80", **more},
+        env={**os.environ, **environment},
     )
     assert done.returncode == 0, done.stderr
-    return done.stderr.splitlines()
-
-
-class TestStandardError:
-    """In programs of their own: what other libraries say, they say when they are loaded."""
-
-    def test_of_train_has_its_notices_once(self, place, tmp_path):
-        rows = words.rows(60)
-        data = words.write_csv(
-            tmp_path / "rows.csv", [row for row in rows if row["label"] == "pos"] + rows[1:11:2], ";"
-        )
-        lines = run("train", "-m", place / "model", "-d", data, "--steps", 2, "--seeds", "0,1", "-o", tmp_path / "out")
-        assert lines == [
-            f"ia3: Columns of {str(data)!r} are separated by ';' (--delimiter).",
-            "ia3: Fewer than 16 training examples for 1 of 2 labels, the fewest for 'neg': 5; all of these are taken.",
-        ]
-
-    def test_of_predict_is_empty(self, place, tmp_path):
-        data = tmp_path / "rows.parquet"
-        pd.DataFrame(words.rows(4)).to_parquet(data)
-        assert run("predict", place / "adapter", "-d", data, "-o", tmp_path / "out.csv", HF_HOME=str(tmp_path)) == []
-        assert len((tmp_path / "out.csv").read_text().splitlines()) == 5
+    assert done.stderr.splitlines() == [
+        f"ia3: Columns of {str(data)!r} are separated by ';' (--delimiter).",
+        "ia3: Fewer than 16 training examples for 1 of 2 labels, the fewest for 'neg': 5; all of these are taken.",
+    ]
+    assert len((tmp_path / "out.csv").read_text().splitlines()) == 5
 
 
 def test_our_own_warnings_are_lines_too(place, ia3, tmp_path):

@@ -47,6 +47,14 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }
 
+# For `build`, where one layer shows as much as two, such as to a compiler.
+ONE_LAYER = {
+    "gpt2": {"n_layer": 1},
+    "llama": {"num_hidden_layers": 1},
+    "t5": {"num_layers": 1},
+    "bert": {"num_hidden_layers": 1},
+}
+
 _CLASSES = {
     "gpt2": "GPT2LMHeadModel",
     "llama": "LlamaForCausalLM",

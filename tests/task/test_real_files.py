@@ -13,7 +13,9 @@ pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"needs the data sets 
 @pytest.mark.parametrize("name", ["rte", "cb", "copa", "sst2", "anli-r1", "wsc"])
 def test_the_papers_few_shot_splits(name):
     task = Task.load(name.replace("-", "_"))
-    for path in sorted((DATA / "tfew" / "few_shot" / name).rglob("*.jsonl")):
+    paths = sorted((DATA / "tfew" / "few_shot" / name).rglob("*.jsonl"))
+    assert len(paths) >= 5  # seeds
+    for path in paths:
         rows = read_rows(path)
         task.check(rows)
         assert {task.label(row) for row in rows} <= set(task.labels or ())

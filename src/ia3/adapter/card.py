@@ -5,13 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from ia3.adapter.adapted import Adapted
 from ia3.adapter.stored import CARD_MARK, CARD_NAME
 from ia3.files import replacing
-
-if TYPE_CHECKING:
-    from ia3.adapter.model import IA3Model
 
 _MODEL_CARD = """---
 {base}library_name: peft
@@ -26,14 +23,14 @@ tags:
 {numbers} learned numbers that rescale keys, values and feed-forward activations ([arXiv:2205.05638]({paper})).
 
 ```python
-from ia3.adapter.peft import PeftModel
+from ia3 import PeftModel
 
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
 """
 
 
-def write_model_card(model: IA3Model, folder: str | os.PathLike) -> None:
+def write_model_card(model: Adapted, folder: str | os.PathLike) -> None:
     """Write a `README.md` that says what the first adapter is, unless the folder has one."""
     card = Path(folder, CARD_NAME)
     if card.exists():
@@ -42,7 +39,7 @@ def write_model_card(model: IA3Model, folder: str | os.PathLike) -> None:
         path.write_text(model_card(model, next(iter(model.peft_config))), encoding="utf-8")
 
 
-def update_model_card(model: IA3Model, folder: str | os.PathLike) -> None:
+def update_model_card(model: Adapted, folder: str | os.PathLike) -> None:
     """Let a folder's `README.md`, such as one that a trainer wrote, say in its head that this is an adapter, and of what."""
     from huggingface_hub import metadata_load, metadata_save
 
@@ -60,7 +57,7 @@ def update_model_card(model: IA3Model, folder: str | os.PathLike) -> None:
         metadata_save(new, head)
 
 
-def model_card(model: IA3Model, name: str) -> str:
+def model_card(model: Adapted, name: str) -> str:
     """The card of an adapter of a model."""
     return card_of(_base_name(model, name), sum(parameter.numel() for parameter in model.adapter_parameters(name)))
 
@@ -77,7 +74,7 @@ def card_of(base: str | None, numbers: int) -> str:
     )
 
 
-def _base_name(model: IA3Model, name: str) -> str | None:
+def _base_name(model: Adapted, name: str) -> str | None:
     return model.peft_config[name].base_model_name_or_path or getattr(model.model, "name_or_path", None) or None
 
 

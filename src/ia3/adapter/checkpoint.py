@@ -7,20 +7,18 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch.nn.modules.module import _IncompatibleKeys
 
+from ia3.adapter.adapted import Adapted
 from ia3.adapter.card import model_card
 from ia3.adapter.config import IA3Config
 from ia3.adapter.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
 from ia3.adapter.stored import CARD_NAME, KEY_VALUE_ONLY, StoredAdapter
 from ia3.adapter.tensors import PREFIX, Tensors
 from ia3.files import hub_arguments
-
-if TYPE_CHECKING:
-    from ia3.adapter.model import IA3Model
 
 
 def load_peft_weights(
@@ -55,7 +53,7 @@ def _mapped(key: str, mapping: Mapping[str, str]) -> str:
 
 
 def save_adapter(
-    model: IA3Model,
+    model: Adapted,
     folder: str | os.PathLike,
     adapter_name: str = "default",
     safe_serialization: bool = True,
@@ -79,7 +77,9 @@ def save_adapter(
     if config.task_type is None:
         config.auto_mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
     tensors = get_peft_model_state_dict(model, state_dict, adapter_name, save_embedding_layers=save_embedding_layers)
-    key_value_only = any(adapter_name in layer.masks for layer in model.ia3_layers.values())
+    key_value_only = any(
+        adapter_name in layer.held and layer.held[adapter_name].mask is not None for layer in model.ia3_layers.values()
+    )
     texts: dict[str, bytes] = {}
     if beside is None:
         if adapter_name == "default" or Path(folder, CARD_NAME).exists():
@@ -90,7 +90,7 @@ def save_adapter(
 
 
 def load_adapter(
-    model: IA3Model,
+    model: Adapted,
     path: str | os.PathLike,
     adapter_name: str,
     is_trainable: bool = False,
@@ -111,7 +111,7 @@ def load_adapter(
         See `set_peft_model_state_dict`.
 
     Raises:
-        InputError: see `StoredAdapter.whole`, `resolve_targets`, `set_peft_model_state_dict`.
+        InputError: see `StoredAdapter.whole`, `resolve`, `set_peft_model_state_dict`.
     """
     folder, tensors, header = StoredAdapter.whole(path, config=config is None, **where)
     own = config is None

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from ia3.adapter.adapted import Adapted
 from ia3.adapter.architectures import DOUBLED, TOWER, uneven_media
 from ia3.errors import InputError
 
-if TYPE_CHECKING:
-    from ia3.adapter.model import IA3Model
 
-
-def check_generation(model: IA3Model, names: Sequence[str], kwargs: Mapping[str, Any]) -> None:
+def check_generation(model: Adapted, names: Sequence[str], kwargs: Mapping[str, Any]) -> None:
     """Refuse generation that moves rows about, when they have different adapters."""
     if len({*names}) < 2:
         return
@@ -34,7 +32,7 @@ def check_generation(model: IA3Model, names: Sequence[str], kwargs: Mapping[str,
         )
 
 
-def check_media(model: IA3Model, names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+def check_media(model: Adapted, names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Refuse rows of different adapters that bring different numbers of images, videos or sounds to an adapted tower."""
     tokens = kwargs.get("input_ids", args[0] if args else None)
     media = ("pixel_values", "image", "video", "audio", "input_features", "input_values")

@@ -21,9 +21,12 @@ from torch._dynamo.eval_frame import skip_code
 from torch.nn.modules.module import _IncompatibleKeys
 
 from ia3.adapter import quantized
+from ia3.adapter.adapted import find_adapted, look_through
 from ia3.adapter.config import IA3Config, TaskType
-from ia3.adapter.layer import IA3Layer, TrainedModule
-from ia3.adapter.model import IA3Model, count_parameters, find_adapted, look_through
+from ia3.adapter.layer import IA3Layer
+from ia3.adapter.merging import discard
+from ia3.adapter.model import IA3Model, count_parameters
+from ia3.adapter.routing import Member
 from ia3.adapter.state_dict import PREFIX, clean_name
 from ia3.adapter.targets import TASK_HEADS, base_modules, matches, resolve
 from ia3.errors import InputError, shown
@@ -65,7 +68,7 @@ class PeftModel(nn.Module):
         low_cpu_mem_usage: create vectors without memory, to be filled by a checkpoint.
 
     Raises:
-        InputError: the config fits no module of the model; see `resolve_targets`.
+        InputError: the config fits no module of the model; see `resolve`.
     """
 
     # To transformers.Trainer: a quantized base can be trained, for adapters are.
@@ -422,7 +425,7 @@ def get_peft_model(
     peft_config.base_model_name_or_path = name
     peft_config.revision = revision or peft_config.revision
     if any(isinstance(module, IA3Layer) for module in base.modules()):
-        resolve(base, dataclasses.replace(peft_config))  # before an earlier adapter goes, what cannot be added
+        resolve(base, peft_config)  # before an earlier adapter goes, what cannot be added
         if _has_adapter(base, adapter_name):
             _replace_earlier(base, adapter_name)
         else:
@@ -442,13 +445,13 @@ def _base_in(model: nn.Module) -> nn.Module:
 
 
 def _has_adapter(base: nn.Module, name: str) -> bool:
-    return any(name in module.ia3_l for module in base.modules() if isinstance(module, IA3Layer))
+    return any(name in module.held for module in base.modules() if isinstance(module, Member))
 
 
 def _replace_earlier(base: nn.Module, name: str) -> None:
     """Take an adapter out that an earlier call put in, with a warning."""
     warnings.warn(f"{_EARLIER} Its adapter {name!r} is replaced. {_UNLOAD}", stacklevel=3)
-    IA3Model(base, {})._ia3_replace_earlier(name)
+    discard(base, name)
 
 
 def get_peft_config(config_dict: Mapping[str, Any]) -> IA3Config:
@@ -481,7 +484,7 @@ def inject_adapter_in_model(
     if state_dict is not None:
         peft_config = _targets_of(state_dict, peft_config, model)
     if _has_adapter(model, adapter_name):
-        resolve(model, dataclasses.replace(peft_config))
+        resolve(model, peft_config)
         _replace_earlier(model, adapter_name)
     adapted = IA3Model(model, peft_config, adapter_name, low_cpu_mem_usage)
     model.peft_config = {**getattr(model, "peft_config", {}), **adapted.peft_config}  # type: ignore[assignment]
@@ -668,13 +671,9 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     """
     found = []
     for name, module in (find_adapted(model) or model).named_modules():
-        if isinstance(module, (IA3Layer, TrainedModule)):
-            routing = module.routing
-            held = module.ia3_l if isinstance(module, IA3Layer) else module.modules_to_save
-            parameters = {
-                adapter: [part] if isinstance(part, nn.Parameter) else list(part.parameters())
-                for adapter, part in held.items()
-            }
+        if isinstance(module, Member):
+            routing, held = module.routing, module.held
+            parameters = {adapter: list(module.parameters_of(adapter)) for adapter in held}
             rescaled = isinstance(module, IA3Layer)
             found.append(
                 TunerLayerStatus(

@@ -1,40 +1,160 @@
-"""Which adapters act: one object, shared by every rescaled layer of a model."""
+"""Which adapters act, and by what each layer multiplies: one object, shared by all rescaled layers of a model."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import threading
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any, ClassVar, Protocol
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from ia3.adapter.rows import BASE, Rows, Sides
-
-if TYPE_CHECKING:
-    from ia3.adapter.layer import IA3Layer, TrainedModule
-    from ia3.bank import AdapterBank
+from ia3.errors import InputError
 
 
-class Vector(NamedTuple):
+@dataclass(slots=True, eq=False)
+class Held:
+    """What an adapter holds in one member of a `Routing`.
+
+    Attributes:
+        value: the parameter, or the module, that stands there now.
+    """
+
+    value: Any
+
+
+@dataclass(slots=True, eq=False)
+class Vector(Held):
     """One adapter's vector in one layer.
 
     Attributes:
-        parameter: of the layer's stored shape.
+        value: of the layer's stored shape.
         feedforward: whether it scales the input, not the output.
         mask: which entries count, the others being ones; None: all.
     """
 
-    parameter: torch.Tensor
+    value: torch.Tensor
     feedforward: bool
     mask: torch.Tensor | None
 
     def effective(self) -> torch.Tensor:
         """The vector that multiplies, in its stored shape."""
         if self.mask is None:
-            return self.parameter
-        return torch.where(self.mask.to(self.parameter.device), self.parameter, 1.0)
+            return self.value
+        return torch.where(self.mask.to(self.value.device), self.value, 1.0)
+
+
+class Watched(dict):
+    """A module's `_parameters` or `_modules` by adapter: what takes another's place becomes what the adapter holds.
+
+    FSDP puts others there for the time of a forward pass, as `functional_call` does, and `.to("meta")` or
+    `load_state_dict(assign=True)` for good.
+    """
+
+    held: Mapping[str, Held] = MappingProxyType({})  # while it is unpickled, items come first
+
+    def __init__(self, held: Mapping[str, Held]) -> None:
+        super().__init__()
+        self.held = held
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, value)
+        if name in self.held:
+            self.held[name].value = value
+
+
+class Member(nn.Module):
+    """A wrapper around a module of the base model, which asks a `Routing` what acts.
+
+    Attributes:
+        routing: the model's one.
+        slot: its place there.
+        held: what each adapter holds here.
+    """
+
+    _inner: ClassVar[str]
+    _container: ClassVar[str]
+
+    def __init__(self, module: nn.Module, container: Callable[[dict], nn.Module], routing: Routing) -> None:
+        super().__init__()
+        self.held: dict[str, Any] = {}
+        self._modules.update({self._inner: module, self._container: container(self.held)})
+        self.routing = routing
+        self.slot = routing.join(self)
+        self.train(module.training)
+
+    @property
+    def wrapped(self) -> nn.Module:
+        """The base model's own module."""
+        return self._modules[self._inner]  # type: ignore[return-value]
+
+    @property
+    def container(self) -> Any:
+        """Adapter name → what it holds here, as torch sees it."""
+        return self._modules[self._container]
+
+    def parameters_of(self, name: str) -> Iterator[nn.Parameter]:
+        """An adapter's parameters here."""
+        value = self.container[name] if name in self.held else None
+        return value.parameters() if isinstance(value, nn.Module) else iter(() if value is None else (value,))
+
+    def _hold(self, name: str, held: Held) -> None:
+        self.held[name] = held
+        self.container[name] = held.value
+        self.routing.put(self.slot, name, held)
+
+    def remove(self, name: str) -> None:
+        """Take away what an adapter holds here."""
+        del self.container[name], self.held[name]
+        self.routing.put(self.slot, name, None)
+
+    def _replicate_for_data_parallel(self) -> Member:
+        replica = super()._replicate_for_data_parallel()  # type: ignore[misc]
+        replica.routing = self.routing.lent(replica)
+        return replica
+
+
+class _OfReplica:
+    """In place of a table, what an adapter holds in one of `nn.DataParallel`'s replicas, on the replica's device."""
+
+    def __init__(self, member: Member, name: str) -> None:
+        self.member, self.name = member, name
+
+    def __getitem__(self, slot: int) -> Held | None:
+        held = self.member.held.get(self.name)
+        return None if held is None else replace(held, value=self.member.container[self.name])
+
+
+class Bank(Protocol):
+    """Adapters that no layer holds, but that rows can have."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """All that can be asked for."""
+        ...
+
+    @property
+    def segments(self) -> Sequence[tuple[str, bool, int]]:
+        """The columns of its matrices: for which module, by its path, and whether for the input; and how many."""
+        ...
+
+    def __contains__(self, name: object) -> bool: ...
+
+    def matrix(self, names: Sequence[str]) -> tuple[torch.Tensor, Mapping[str, Mapping[str, torch.Tensor]]]:
+        """The vectors of a batch, an adapter (or `BASE`) a row, in the columns of `segments`.
+
+        And for each path of a module that these adapters train in full its parameters by name, (rows, …).
+
+        Raises:
+            InputError: an adapter cannot be had.
+        """
+        ...
 
 
 class _Local(threading.local):
@@ -48,27 +168,55 @@ class _Local(threading.local):
 class Routing:
     """The state that all `IA3Layer`s of one model ask. Switching or disabling adapters is one assignment here.
 
+    Each member has a slot, and each adapter a table of what it holds in each. Compiled code looks there as well: to it
+    names are constants and a switch of names is another program, a switch of tensors of one shape is not.
+
     Attributes:
         active: names of the adapters in effect; the vectors of several multiply.
         enabled: False switches every adapter off, so that the model's outputs are the base model's.
         merged: names of the adapters that are multiplied into the base weights at the moment.
-        vectors: names of the adapters whose vectors a forward pass multiplies by: none while some are merged.
-        modules: names of the adapters whose own copies of `modules_to_save` are used.
+        vectors: tables of the adapters whose vectors a forward pass multiplies by: none while some are merged.
+        modules: tables of the adapters whose own copies of `modules_to_save` are used.
         bank: adapters that the layers do not hold themselves.
         rows: which adapter acts on which row, in this thread; None: the `vectors` and `modules` act on all.
-        acting_vectors, acting_modules: for each of `vectors` and `modules` what it has in each slot. Compiled code
-            looks here: to it names are constants and a switch of names is another program, a switch of tensors of one
-            shape is not.
     """
 
     def __init__(self) -> None:
-        self._slots: list[IA3Layer | TrainedModule | None] = []
-        self._tables: dict[str, list[Any]] = {}
+        self._slots: list[Member | None] = []
+        self._tables: dict[str, list[Held | None]] = {}
         self._segments: dict[tuple[int, bool], int] = {}
         self._local = _Local()
-        self.bank: AdapterBank | None = None
+        self.bank: Bank | None = None
         self._banked: dict[str, int] = {}
         self.switch(active=(), enabled=True, merged=())
+
+    # What a forward pass asks.
+
+    def factors(self, layer: Member) -> Sides:
+        """What multiplies a layer's input, and what its output, in the pass at hand; None: nothing."""
+        rows = self._local.rows
+        if rows is not None:
+            return rows.factors[layer.slot]
+        return multiplied([table[layer.slot] for table in self.vectors])
+
+    def module(self, member: Member) -> nn.Module | None:
+        """The acting adapters' copy of a module of `modules_to_save`; None: the original acts."""
+        for table in self.modules:
+            held = table[member.slot]
+            if held is not None:
+                return held.value
+        return None
+
+    @property
+    def rows(self) -> Rows | None:
+        """Which adapter acts on which row, in this thread."""
+        return self._local.rows
+
+    @rows.setter
+    def rows(self, rows: Rows | None) -> None:
+        self._local.rows = rows
+
+    # Switching.
 
     def switch(
         self, active: Iterable[str] | None = None, enabled: bool | None = None, merged: Iterable[str] | None = None
@@ -80,75 +228,72 @@ class Routing:
             self.enabled = enabled
         if merged is not None:
             self.merged = tuple(merged)
-        self.vectors = () if self.merged or not self.enabled else self.active
-        self.modules = (self.merged or self.active) if self.enabled else ()
-        self.acting_vectors = tuple(self._table(name) for name in self.vectors)
-        self.acting_modules = tuple(self._table(name) for name in self.modules)
+        vectors, modules = self._acting
+        self.vectors: Sequence[Any] = tuple(self._table(name) for name in vectors)
+        self.modules: Sequence[Any] = tuple(self._table(name) for name in modules)
 
     @property
-    def rows(self) -> Rows | None:
-        """Which adapter acts on which row, in this thread."""
-        return self._local.rows
+    def _acting(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The adapters whose vectors act, and those whose modules do."""
+        if not self.enabled:
+            return (), ()
+        return () if self.merged else self.active, self.merged or self.active
 
-    @rows.setter
-    def rows(self, rows: Rows | None) -> None:
-        self._local.rows = rows
-
-    @property
-    def layers(self) -> list[IA3Layer]:
-        """The rescaled layers that ask this object."""
-        from ia3.adapter.layer import IA3Layer
-
-        return [member for member in self._slots if isinstance(member, IA3Layer)]
+    # Members, and what adapters hold in them.
 
     @property
-    def trained(self) -> list[TrainedModule]:
-        """The modules trained in full that ask this object."""
-        from ia3.adapter.layer import TrainedModule
+    def members(self) -> list[Member]:
+        """The rescaled layers, and the modules trained in full, that ask this object."""
+        return [member for member in self._slots if member is not None]
 
-        return [member for member in self._slots if isinstance(member, TrainedModule)]
-
-    def join(self, member: IA3Layer | TrainedModule) -> int:
-        """Take a layer or a trained module in; returns its slot."""
+    def join(self, member: Member) -> int:
+        """Take a member in; returns its slot."""
         if None in self._slots:
             slot = self._slots.index(None)
             self._slots[slot] = member
             return slot
         self._slots.append(member)
+        for table in self._tables.values():
+            table.append(None)
         return len(self._slots) - 1
 
-    def leave(self, member: IA3Layer | TrainedModule) -> None:
+    def leave(self, member: Member) -> None:
         """Let go of one that has been taken out of the model."""
         self._slots[member.slot] = None
+        for name in member.held:
+            self.put(member.slot, name, None)
 
-    def refresh(self) -> None:
-        """Look all vectors up again: some were added, removed or replaced."""
-        self._tables.clear()
+    def put(self, slot: int, name: str, held: Held | None) -> None:
+        """Let an adapter hold something in a slot, in place of what it held; None: nothing any more."""
+        known = name in self._tables
+        table = self._table(name)
+        table[slot] = held
         self._segments = {}
-        self.switch()
+        if not any(table):
+            del self._tables[name]
+        if (name in self._tables) is not known:
+            self.switch()
 
-    def sync_weights(self) -> list[float]:
-        """Make the base weights hold what is merged: nothing while adapters are off.
-
-        Returns:
-            For each layer the relative error that its weight took; see `IA3Layer.merge`.
-        """
-        return [layer.merge(self.merged if self.enabled else ()) for layer in self.layers]
-
-    def _table(self, name: str) -> list[Any]:
+    def _table(self, name: str) -> list[Held | None]:
         if name not in self._tables:
-            self._tables[name] = [None if member is None else member.find(name) for member in self._slots]
+            self._tables[name] = [None] * len(self._slots)
         return self._tables[name]
+
+    def lent(self, replica: Member) -> Routing:
+        """The same for a replica of a member, whose parameters and modules are on a device of its own."""
+        lent = copy.copy(self)
+        lent.vectors, lent.modules = ([_OfReplica(replica, name) for name in names] for names in self._acting)
+        return lent
 
     # Rows of different adapters.
 
-    def attach(self, bank: AdapterBank | None, slots: Mapping[str, int]) -> None:
-        """Let rows be of adapters in a bank; `slots` says which each path of its entries has."""
+    def attach(self, bank: Bank | None, slots: Mapping[str, int]) -> None:
+        """Let rows be of adapters in a bank; `slots` says which each path of its modules has."""
         self.bank = bank
         self._banked = dict(slots)
-        self.refresh()
+        self._segments = {}
 
-    def serves_bank(self, member: IA3Layer | TrainedModule) -> bool:
+    def serves_bank(self, member: Member) -> bool:
         """Whether adapters in the bank rescale a layer, or have a module of their own in its place."""
         return member.slot in self._banked.values()
 
@@ -160,20 +305,21 @@ class Routing:
             own: the adapters that layers hold themselves; the others are in the bank.
 
         Raises:
-            InputError: see `AdapterBank.gather`.
+            InputError: see `Bank.matrix`.
         """
         self._segments = self._segments or self._find_segments()
         distinct = list(dict.fromkeys(names))
         banked = dict.fromkeys(name for name in distinct if name not in own and name != BASE)
-        modules = {name: self._table(name) for name in distinct if name not in banked}
+        modules = {name: self._modules_of(name) for name in distinct if name not in banked}
         found: dict[str, torch.Tensor] = {}
         if self.bank is not None and banked:
             # As they come, when all rows are the bank's: then nothing has to be copied once more.
             asked = names if not any(name in own for name in distinct) else [*banked, BASE]
-            vectors, parameters = self._divide(self.bank, self.bank.gather(asked).to(self._device))
+            vectors, parameters = self.bank.matrix(asked)
+            vectors = F.pad(vectors.to(self._device), (0, sum(self._segments.values()) - vectors.shape[1]), value=1.0)
             first = {name: row for row, name in reversed(list(enumerate(asked)))}
             for name in banked:
-                modules[name] = self._modules(self.bank, parameters, first[name])
+                modules[name] = self._banked_modules(parameters, first[name])
             if asked is names:
                 return Rows(names, self._by_slot(vectors), modules)
             found = dict(zip(asked, vectors, strict=True))
@@ -186,63 +332,98 @@ class Routing:
         return Rows(names, self._by_slot(matrix), modules)
 
     def _find_segments(self) -> dict[tuple[int, bool], int]:
-        """How many numbers the flat vector holds for each slot and side: first as in the bank's rows, then the rest."""
-        entries = () if self.bank is None else self.bank.entries
-        segments = {
-            (self._banked[entry.path], entry.feedforward): entry.size for entry in entries if entry.parameter is None
-        }
-        for layer in self.layers:
-            for name, vector in layer.ia3_l.items():
-                segments.setdefault((layer.slot, layer.feedforward[name]), vector.numel())
+        """How many numbers the flat vector holds for each slot and side: first as in the bank's matrix, then the rest."""
+        banked = () if self.bank is None else self.bank.segments
+        segments = {(self._banked[path], feedforward): size for path, feedforward, size in banked}
+        for table in self._tables.values():
+            for slot, held in enumerate(table):
+                if isinstance(held, Vector):
+                    segments.setdefault((slot, held.feedforward), held.value.numel())
         return segments
 
     def _flat(self, name: str) -> torch.Tensor:
         """An adapter as one vector, ones where it has none: differentiable."""
-        table = self._table(name)
+        table = self._tables.get(name)
         parts, device = [], self._device
         for (slot, feedforward), size in self._segments.items():
-            vector = table[slot]
-            if vector is not None and vector.feedforward is feedforward:
-                parts.append(vector.effective().flatten().to(device))
+            held = None if table is None else table[slot]
+            if isinstance(held, Vector) and held.feedforward is feedforward:
+                parts.append(held.effective().flatten().to(device))
             else:
                 parts.append(torch.ones(size, device=device))
         return torch.cat(parts) if parts else torch.ones(0)
 
     @property
     def _device(self) -> torch.device | None:
-        """Where the vectors of a batch are put together."""
-        layers = self.layers
-        return layers[0].vector_device if layers else None
+        """Where the vectors of a batch are put together: beside the first layer's weight."""
+        slot = min((slot for slot, _ in self._segments), default=None)
+        member = None if slot is None else self._slots[slot]
+        return None if member is None else next(member.wrapped.parameters()).device
 
     def _by_slot(self, matrix: torch.Tensor) -> list[Sides]:
-        vectors: list[Sides] = [(None, None)] * len(self._slots)
+        factors: list[Sides] = [(None, None)] * len(self._slots)
         # One split: its gradient is one matrix too, not a matrix for each slice.
         pieces = matrix.split(list(self._segments.values()), 1)
         for (slot, feedforward), piece in zip(self._segments, pieces, strict=True):
-            before, after = vectors[slot]
-            vectors[slot] = (piece, after) if feedforward else (before, piece)
-        return vectors
+            before, after = factors[slot]
+            factors[slot] = (piece, after) if feedforward else (before, piece)
+        return factors
 
-    def _divide(self, bank: AdapterBank, rows: torch.Tensor) -> tuple[torch.Tensor, dict[str, dict[str, torch.Tensor]]]:
-        """The bank's rows as vectors of all segments, and the parameters of modules by path and name."""
-        pieces = rows.split([entry.size for entry in bank.entries], 1)
-        parameters: dict[str, dict[str, torch.Tensor]] = {}
-        for entry, piece in zip(bank.entries, pieces, strict=True):
-            if entry.parameter is not None:
-                parameters.setdefault(entry.path, {})[entry.parameter] = piece.unflatten(1, entry.shape)
-        if parameters:
-            rows = torch.cat(
-                [piece for entry, piece in zip(bank.entries, pieces, strict=True) if entry.parameter is None], 1
-            )
-        return F.pad(rows, (0, sum(self._segments.values()) - rows.shape[1]), value=1.0), parameters
+    def _modules_of(self, name: str) -> list[Callable | None]:
+        """An adapter's own modules, by slot."""
+        table = self._tables.get(name) or [None] * len(self._slots)
+        return [None if held is None or isinstance(held, Vector) else held.value for held in table]
 
-    def _modules(
-        self, bank: AdapterBank, parameters: Mapping[str, Mapping[str, torch.Tensor]], row: int
-    ) -> list[Callable | None]:
+    def _banked_modules(self, parameters: Mapping[str, Mapping[str, torch.Tensor]], row: int) -> list[Callable | None]:
         """What stands for the modules that an adapter of the bank trained in full, by slot."""
         modules: list[Callable | None] = [None] * len(self._slots)
         for path, values in parameters.items():
             slot = self._banked[path]
-            module: TrainedModule = self._slots[slot]  # type: ignore[assignment]
-            modules[slot] = module.standing_in({key: value[row] for key, value in values.items()})
+            member = self._slots[slot]
+            assert member is not None
+            modules[slot] = _standing_in(member.wrapped, {key: value[row] for key, value in values.items()})
         return modules
+
+
+def multiplied(vectors: Iterable[Vector | None]) -> Sides:
+    """The products of vectors on the input and on the output of one layer, flat; None for none."""
+    before = after = None
+    for vector in vectors:
+        if vector is not None:
+            flat = vector.effective().flatten()
+            if vector.feedforward:
+                before = flat if before is None else before * flat
+            else:
+                after = flat if after is None else after * flat
+    return before, after
+
+
+def _standing_in(module: nn.Module, parameters: Mapping[str, torch.Tensor]) -> Callable:
+    """A module as a function, with other parameters and buffers in it."""
+    own = module.state_dict(keep_vars=True)
+    values = {key: value.to(own[key]) for key, value in parameters.items()}
+    return lambda *args, **kwargs: torch.func.functional_call(module, values, args, kwargs)
+
+
+class SameRows:
+    """A checkpointing function whose second pass, in the backward pass, has the rows of the first."""
+
+    def __init__(self, function: Callable, routing: Routing) -> None:
+        self.function, self.routing = function, routing
+
+    def __call__(self, module: Callable, *args: Any, **kwargs: Any) -> Any:
+        rows = self.routing.rows
+        if rows is not None and torch.is_grad_enabled() and getattr(self.function, "keywords", {}).get("use_reentrant"):
+            raise InputError(
+                "Gradients of rows with different adapters cannot go through layers that are checkpointed by reentrance; "
+                "give gradient_checkpointing_enable the gradient_checkpointing_kwargs {'use_reentrant': False}."
+            )
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            current, self.routing.rows = self.routing.rows, rows
+            try:
+                return module(*args, **kwargs)
+            finally:
+                self.routing.rows = current
+
+        return self.function(run, *args, **kwargs)

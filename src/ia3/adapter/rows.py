@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
+from ia3.adapter.rules import RowLayout, check_rows
 from ia3.errors import InputError
-
-if TYPE_CHECKING:
-    from ia3.adapter.routing import Routing
 
 BASE = "__base__"
 """The name of no adapter, in a batch whose rows have one each."""
 
 Sides = tuple[torch.Tensor | None, torch.Tensor | None]
-
+"""What scales a layer's input, and what its output: a vector (features,), or one for each row (B, features)."""
 
 _Function = TypeVar("_Function", bound=Callable)
 
@@ -26,37 +24,20 @@ def uncompiled(function: _Function) -> _Function:
     return torch.compiler.disable(function)  # type: ignore[return-value]
 
 
-class RowLayout(NamedTuple):
-    """How a module's arguments hold the rows of a batch.
-
-    Attributes:
-        axis: the axis of rows, or of adjacent blocks for each, in the first argument and in the results.
-        divide: arguments can be divided among adapters, those that are as long along it or hold tokens one after the
-            other; False: the module has to run on the whole batch for each of them.
-        copies: how many times the batch stands along the axis, one after the other.
-        results: of several results, the axis of rows in each, where it is not `axis` in all.
-    """
-
-    axis: int = 0
-    divide: bool = True
-    copies: int = 1
-    results: tuple[int, ...] = ()
-
-
 class Rows:
     """Which adapter acts on each of the B rows of a batch.
 
     Attributes:
-        vectors: for each slot the rows' vectors (B, features) that scale its input, and its output; None for none.
+        factors: for each slot of the model's `Routing` the rows' factors.
         groups: for each different adapter the rows that are its, a tensor of indices.
         modules: for each of `groups` and each slot, what stands for a module of `modules_to_save`; None for the
             original.
     """
 
     def __init__(
-        self, names: Sequence[str], vectors: Sequence[Sides], modules: Mapping[str, Sequence[Callable | None]]
+        self, names: Sequence[str], factors: Sequence[Sides], modules: Mapping[str, Sequence[Callable | None]]
     ) -> None:
-        self.vectors = vectors
+        self.factors = factors
         members: dict[str, list[int]] = {}
         for row, name in enumerate(names):
             members.setdefault(name, []).append(row)
@@ -121,15 +102,6 @@ def _require_plain(value: Any) -> None:
         )
 
 
-def check_rows(length: int, rows: int) -> None:
-    """Raise unless an axis of that length can hold blocks of equal size for each row of a mixed batch."""
-    if length % rows:
-        raise InputError(
-            f"Expected a module's input to hold {rows} rows, or blocks of them, found {length}: this model mixes rows on "
-            f"the way, so that they cannot have different adapters; give it one adapter at a time (set_adapter)."
-        )
-
-
 def _axis_of_each(axes: tuple[int, ...], results: Sequence[Any]) -> list[tuple[int, ...]]:
     """The axis of rows in each of several results; the last one given counts for all behind it."""
     return [axes[i : i + 1] or axes[-1:] for i in range(len(results))]
@@ -169,30 +141,6 @@ def _joined(parts: Sequence[Any], order: torch.Tensor, axes: tuple[int, ...]) ->
             f"model one adapter at a time (set_adapter)."
         )
     return torch.cat(list(parts), axis).index_select(axis, order)
-
-
-class SameRows:
-    """A checkpointing function whose second pass, in the backward pass, has the rows of the first."""
-
-    def __init__(self, function: Callable, routing: Routing) -> None:
-        self.function, self.routing = function, routing
-
-    def __call__(self, module: Callable, *args: Any, **kwargs: Any) -> Any:
-        rows = self.routing.rows
-        if rows is not None and torch.is_grad_enabled() and getattr(self.function, "keywords", {}).get("use_reentrant"):
-            raise InputError(
-                "Gradients of rows with different adapters cannot go through layers that are checkpointed by reentrance; "
-                "give gradient_checkpointing_enable the gradient_checkpointing_kwargs {'use_reentrant': False}."
-            )
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            current, self.routing.rows = self.routing.rows, rows
-            try:
-                return module(*args, **kwargs)
-            finally:
-                self.routing.rows = current
-
-        return self.function(run, *args, **kwargs)
 
 
 def row_count(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:

@@ -7,15 +7,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ia3.adapter.rows import RowLayout, check_rows
 from ia3.errors import InputError
 
 Parameters = dict[str, torch.Tensor]
+
+
+class RowLayout(NamedTuple):
+    """How a module's arguments hold the rows of a batch.
+
+    Attributes:
+        axis: the axis of rows, or of adjacent blocks for each, in the first argument and in the results.
+        divide: arguments can be divided among adapters, those that are as long along it or hold tokens one after the
+            other; False: the module has to run on the whole batch for each of them.
+        copies: how many times the batch stands along the axis, one after the other.
+        results: of several results, the axis of rows in each, where it is not `axis` in all.
+    """
+
+    axis: int = 0
+    divide: bool = True
+    copies: int = 1
+    results: tuple[int, ...] = ()
 
 
 class Rule:
@@ -76,6 +93,15 @@ class Rule:
         raise InputError(
             f"Rows of a {type(module).__name__} cannot have different adapters; give the model one adapter at a time "
             f"(set_adapter)."
+        )
+
+
+def check_rows(length: int, rows: int) -> None:
+    """Raise unless an axis of that length can hold blocks of equal size for each row of a mixed batch."""
+    if length % rows:
+        raise InputError(
+            f"Expected a module's input to hold {rows} rows, or blocks of them, found {length}: this model mixes rows on "
+            f"the way, so that they cannot have different adapters; give it one adapter at a time (set_adapter)."
         )
 
 

@@ -10,10 +10,13 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from ia3.adapter.layer import IA3Layer, TrainedModule
+from ia3.adapter.adapted import find_adapted
+from ia3.adapter.layer import IA3Layer
+from ia3.adapter.merging import sync_weights
 from ia3.adapter.pretrained import find_base
 from ia3.adapter.targets import base_modules, inside_wrappers, unwrapped, wrappers
 from ia3.adapter.tensors import PREFIX, Tensors, check_tensors
+from ia3.adapter.trained import TrainedModule
 from ia3.errors import InputError, reason, shown
 
 
@@ -123,8 +126,7 @@ def set_peft_model_state_dict(
         for path, embedding in _embeddings(base).items():
             _fill(embedding, f"{outer}{path}.", originals)
     for routing in {layer.routing for _, layer in _layers(base)}:
-        routing.refresh()
-        routing.sync_weights()
+        sync_weights(routing)
     return _IncompatibleKeys([], [])
 
 
@@ -190,8 +192,6 @@ class _State:
 
 def _base_of(model: nn.Module) -> tuple[nn.Module, str]:
     """The base model, and the prefix of its names in a checkpoint."""
-    from ia3.adapter.model import find_adapted
-
     adapted = find_adapted(model)
     return (inside_wrappers(model), "") if adapted is None else (adapted.model, PREFIX)
 

@@ -24,6 +24,7 @@ from ia3.files import (
     parse_json,
     read_whole,
     replacing_adapter,
+    to_json,
     version,
 )
 
@@ -302,11 +303,6 @@ class StoredAdapter:
 def is_number(value: Any) -> bool:
     """Whether a value of metrics.json is a number such as a run writes there."""
     return isinstance(value, (int, float)) and 0 <= value <= _MOST
-
-
-def to_json(value: Any) -> str:
-    """A value as we write JSON files."""
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def is_ours(card: Path) -> bool:

@@ -1,7 +1,8 @@
-"""Which modules of a model an adapter rescales, and on which side: `resolve_targets`."""
+"""Which modules of a model an adapter rescales, and on which side: `resolve`."""
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Callable, Iterable
@@ -13,9 +14,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ia3.adapter.architectures import Site, candidates, default_sites, feedforward_sites, output_sites
 from ia3.adapter.config import IA3Config
-from ia3.adapter.layer import IA3Layer, TrainedModule
-from ia3.adapter.routing import Routing
+from ia3.adapter.layer import IA3Layer
+from ia3.adapter.routing import Member
 from ia3.adapter.rules import find_rule, rule_types
+from ia3.adapter.trained import TrainedModule
 from ia3.errors import InputError, brief, reason, shown
 
 # Names of the heads that adapters for a task train in full; a model has at most one of them.
@@ -38,6 +40,22 @@ class Target:
     module: nn.Module
     feedforward: bool
     rescaled: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What a config means in a model.
+
+    Attributes:
+        targets: the modules to rescale, in the model's order.
+        kept: the paths of modules to train in full.
+        config: a completed copy: what the config left open (`target_modules`, `feedforward_modules`) is filled with names
+            that PEFT reads in the same way, `modules_to_save` has the head of its task, and `fan_in_fan_out` is right.
+    """
+
+    targets: list[Target]
+    kept: list[str]
+    config: IA3Config
 
 
 def walk(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -73,9 +91,7 @@ def wrappers(model: nn.Module) -> tuple[dict[str, IA3Layer], dict[str, TrainedMo
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """A module without the wrapper that an adapter put around it."""
-    if isinstance(module, IA3Layer):
-        return module.base_layer
-    return module.original_module if isinstance(module, TrainedModule) else module
+    return module.wrapped if isinstance(module, Member) else module
 
 
 def inside_wrappers(model: nn.Module) -> nn.Module:
@@ -100,21 +116,29 @@ def matches(path: str, pattern: Iterable[str] | str) -> bool:
     return f".{path}".endswith(tuple(f".{entry}" for entry in pattern))
 
 
-def resolve_targets(model: nn.Module, config: IA3Config, key_value_only: bool | None = None) -> list[Target]:
-    """The modules that a config names in a model, in the model's order.
-
-    The config is completed: what it left open (`target_modules`, `feedforward_modules`) is filled with names that
-    PEFT reads in the same way, `fan_in_fan_out` is corrected, with a warning, when it contradicts the layers.
+def resolve(model: nn.Module, config: IA3Config, key_value_only: bool | None = None) -> Resolved:
+    """What an adapter of this config rescales in a model, and what it trains in full.
 
     Args:
         model: the base model, adapted already or not.
-        config: see `IA3Config`.
+        config: see `IA3Config`; it stays as it is.
         key_value_only: rescale only the key and value part of fused projections. None: exactly when the config
             leaves the choice of modules to the architecture.
 
     Raises:
         InputError: no module matches, a module's type cannot be rescaled, or the architecture is not known.
     """
+    config = copy.copy(config)
+    heads = TASK_HEADS.get(config.task_type or "", ())
+    config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *heads])) or None
+    targets = _resolve_targets(model, config, key_value_only)
+    kept = _trained_in_full(model, config.modules_to_save or [])
+    _check_nesting(model, [target.path for target in targets], kept)
+    return Resolved(targets, kept, config)
+
+
+def _resolve_targets(model: nn.Module, config: IA3Config, key_value_only: bool | None) -> list[Target]:
+    """The modules that a config names in a model, in the model's order. It completes the config."""
     modules = base_modules(model)
     base_config = getattr(model, "config", None)
     config.chosen_by_architecture |= config.target_modules is None
@@ -190,19 +214,6 @@ def _moved_to_outputs(
     return sorted((outputs.get(site.path) or site for site in sites), key=lambda site: order[site.path])
 
 
-def resolve(model: nn.Module, config: IA3Config, key_value_only: bool | None = None) -> tuple[list[Target], list[str]]:
-    """What an adapter of this config rescales in a model, and the paths of modules that it trains in full.
-
-    Args and errors: see `resolve_targets`; the config's `modules_to_save` get the head of its task.
-    """
-    heads = TASK_HEADS.get(config.task_type or "", ())
-    config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *heads])) or None
-    targets = resolve_targets(model, config, key_value_only)
-    kept = _trained_in_full(model, config.modules_to_save or [])
-    _check_nesting(model, [target.path for target in targets], kept)
-    return targets, kept
-
-
 def _trained_in_full(model: nn.Module, names: list[str]) -> list[str]:
     """The paths of the modules that `modules_to_save` names; heads of a task may be missing."""
     modules = base_modules(model)
@@ -262,19 +273,6 @@ def check_callable(path: str, module: nn.Module) -> None:
             + (f"what it holds ({shown(inner, 2)})" if inner else f"the module around it, {around!r}")
             + " instead."
         )
-
-
-def check_copies(model: nn.Module, routing: Routing, names: Iterable[str]) -> None:
-    """Raise when two of the adapters train the same module of the model in full: only one copy can act."""
-    names = list(dict.fromkeys(names))
-    for module in routing.trained if len(names) > 1 else ():
-        owners = [name for name in names if name in module.modules_to_save]
-        if len(owners) > 1:
-            path = next(path for path, other in wrappers(model)[1].items() if other is module)
-            raise InputError(
-                f"Adapters {shown(owners)} each train their own {path!r} (modules_to_save), and one alone can act; use "
-                f"one of them, or give rows an adapter each (adapter_names)."
-            )
 
 
 def shortest_names(paths: Iterable[str], others: Iterable[str]) -> set[str]:

@@ -8,11 +8,12 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
+from ia3.adapter.adapted import Adapted
 from ia3.adapter.config import CONFIG_NAME, IA3Config, adapter_folders
 from ia3.adapter.rows import BASE
 from ia3.adapter.stored import StoredAdapter
@@ -22,9 +23,6 @@ from ia3.bank.layout import DTYPES, Layout, resolve_entries
 from ia3.bank.residency import Residency
 from ia3.errors import InputError, brief, shown, similar
 from ia3.files import current, locate
-
-if TYPE_CHECKING:
-    from ia3.adapter.model import IA3Model
 
 _RESERVED = (BASE, "__metadata__")  # the latter is no name in a safetensors file
 
@@ -94,7 +92,7 @@ class AdapterBank:
 
     def __init__(
         self,
-        model: IA3Model,
+        model: Adapted,
         config: IA3Config | None = None,
         *,
         dtype: torch.dtype = torch.float32,
@@ -107,10 +105,10 @@ class AdapterBank:
             if not model.peft_config:
                 raise InputError("Expected a config: the model has no adapter whose config the bank could take.")
             config = model.peft_config[next(iter([*model.active_adapters, *model.peft_config]))]
-        self.config = dataclasses.replace(config)
-        found, self.modules = resolve(model.get_base_model(), self.config, key_value_only=False)
+        found = resolve(model.model, config, key_value_only=False)
+        self.config, self.modules = found.config, found.kept
         targets: dict[nn.Module, Target] = {}  # a module at several paths once
-        for target in found:
+        for target in found.targets:
             targets.setdefault(target.module, target)
         self.targets = list(targets.values())
         entries, base = resolve_entries(model, self.targets, self.modules)
@@ -131,7 +129,7 @@ class AdapterBank:
         self._spill = None if spill is None else SpillFile(spill, self._layout)
         self._closed = False
         self._write(0, lambda layout, row, name: layout.pack(base, row, name), BASE)
-        model._ia3_attach_bank(self)
+        model.attach_adapter_bank(self, self.targets, self.modules)
 
     def __deepcopy__(self, memo: dict) -> AdapterBank:
         return self
@@ -185,6 +183,27 @@ class AdapterBank:
         with self._leased(names) as (array, rows):
             index = torch.tensor([rows[name] for name in names], dtype=torch.int64, device=self.device)
             return torch.index_select(array, 0, index)
+
+    @property
+    def segments(self) -> list[tuple[str, bool, int]]:
+        """The columns of `matrix`: for which module, by its path, and whether for its input; and how many."""
+        return [(entry.path, entry.feedforward, entry.size) for entry in self.entries if entry.parameter is None]
+
+    def matrix(self, names: Sequence[str]) -> tuple[torch.Tensor, dict[str, dict[str, torch.Tensor]]]:
+        """The adapters of a batch, one a row: their vectors, as columns, and the parameters of modules by path and name.
+
+        Raises:
+            InputError: as of `gather`.
+        """
+        rows = self.gather(names)
+        vectors: list[torch.Tensor] = []
+        parameters: dict[str, dict[str, torch.Tensor]] = {}
+        for entry, piece in zip(self.entries, rows.split([entry.size for entry in self.entries], 1), strict=True):
+            if entry.parameter is None:
+                vectors.append(piece)
+            else:
+                parameters.setdefault(entry.path, {})[entry.parameter] = piece.unflatten(1, entry.shape)
+        return torch.cat(vectors, 1) if parameters else rows, parameters
 
     @contextmanager
     def _leased(self, names: Sequence[str]) -> Iterator[tuple[torch.Tensor, dict[str, int]]]:

@@ -13,11 +13,12 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
+from ia3.adapter.adapted import Adapted
 from ia3.adapter.config import CONFIG_NAME, IA3Config
 from ia3.adapter.rules import find_rule
 from ia3.adapter.stored import StoredAdapter
@@ -25,9 +26,6 @@ from ia3.adapter.targets import Target, base_modules, matches
 from ia3.adapter.tensors import PREFIX, Tensors, check_tensors
 from ia3.errors import InputError, brief, excerpt, shown
 from ia3.files import WEIGHTS_NAME, current, read_whole, reading
-
-if TYPE_CHECKING:
-    from ia3.adapter.model import IA3Model
 
 T = TypeVar("T")
 
@@ -63,7 +61,7 @@ class Entry(NamedTuple):
 
 
 def resolve_entries(
-    model: IA3Model, targets: Iterable[Target], kept: Iterable[str]
+    model: Adapted, targets: Iterable[Target], kept: Iterable[str]
 ) -> tuple[tuple[Entry, ...], Tensors]:
     """The columns of adapters that rescale `targets` and train the modules at `kept`; and the base model's tensors.
 

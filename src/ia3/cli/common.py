@@ -1,4 +1,4 @@
-"""What the commands share: the console, progress, loading an adapter with its task and base model."""
+"""What the commands share: options, the console, loading an adapter with its task and base model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -18,13 +19,12 @@ from ia3.errors import InputError, shown
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
     from rich.table import Table
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ia3.adapter.model import IA3Model
+    from ia3.evaluation.drawing import Draw
     from ia3.folder import AdapterFolder
-    from ia3.task.task import Task
     from ia3.training.recipe import Recipe
 
 # Of random generators.
@@ -134,49 +134,6 @@ def table(*names: str, left: int = 1, title: str | None = None) -> Table:
     return made
 
 
-@contextmanager
-def progress(out: Console) -> Iterator[Progress]:
-    """Bars with time spent and time left."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-    from rich.table import Column
-
-    with Progress(
-        TextColumn("{task.description}", table_column=Column(overflow="fold")),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", table_column=Column(overflow="fold")),
-        console=out,
-    ) as bars:
-        yield bars
-
-
-def read(source: str, task: Task | None = None, delimiter: str | None = None) -> list[dict[str, Any]]:
-    """The rows that a command is to read.
-
-    Args:
-        source: as `read_rows` takes it.
-        task: how its class labels are read, and which delimiter its own files have.
-        delimiter: --delimiter; it holds for sources that have one, and `require_delimited` says whether there are any.
-    """
-    from ia3.task.reading import is_delimited, read_rows
-
-    if task is None:
-        return read_rows(source, delimiter=delimiter if is_delimited(source) else None)
-    if source in (task.train, task.test):
-        delimiter = delimiter or task.delimiter
-    return read_rows(source, task.class_names, delimiter if is_delimited(source) else None)
-
-
 def load_adapted(
     folder: AdapterFolder, model: str | None, dtype: str = "auto"
 ) -> tuple[IA3Model, PreTrainedTokenizerBase]:
@@ -256,6 +213,38 @@ def recipe_for(model: str, recipe: str | None, **changes: Any) -> Recipe:
     if chosen.init is not None:
         IA3Config.from_pretrained(chosen.init)  # now, and not when the model has been loaded
     return chosen
+
+
+def require_folder(path: Path) -> None:
+    """Refuse a file where --output has to be a folder."""
+    if path.is_file():
+        raise InputError(f"Expected a folder for --output, found the file {str(path)!r}.")
+
+
+@contextmanager
+def saying_how_to_go_on() -> Iterator[None]:
+    """Within `with`, a run that is interrupted while it trains ends with a line on how to go on, and exit code 130."""
+    from ia3.evaluation.checkpoints import Interrupted
+
+    try:
+        yield
+    except Interrupted as error:
+        way = "start again: there is no checkpoint yet"
+        if error.checkpoint is not None:
+            way = f"go on from {error.checkpoint} with the same command and --resume"
+        typer.echo(f"ia3: interrupted; {way}.", err=True)
+        raise typer.Exit(130) from None
+
+
+def say_seen(out: Console, draws: Sequence[Draw]) -> None:
+    """Say how many rows of a task are in words that training sees; one number, or the smallest and the largest."""
+    for what, counts in {
+        "rows in the very words of training examples are left out of the test rows.": [one.left_out for one in draws],
+        "test rows are in the very words of training examples.": [one.repeated for one in draws],
+    }.items():
+        if any(counts):
+            span = " to ".join(dict.fromkeys(map(str, (min(counts), max(counts)))))
+            out.print(f"{span} {what}", style="yellow", markup=False, soft_wrap=True)
 
 
 def parse_choices(text: str | None) -> dict[str, str] | None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 
 import typer
 
+from ia3.cli.bars import Bars
 from ia3.cli.common import (
     AdapterArgument,
     DelimiterOption,
@@ -16,8 +16,6 @@ from ia3.cli.common import (
     console,
     load_adapted,
     print_json,
-    progress,
-    read,
     table,
 )
 from ia3.folder import AdapterFolder
@@ -47,6 +45,8 @@ def evaluate(
     its probabilities are calibrated."""
     from ia3.errors import InputError
     from ia3.evaluation.calibration import Calibration
+    from ia3.evaluation.drawing import read
+    from ia3.evaluation.results import majority, report
     from ia3.task.reading import require_delimited
 
     out = console(json_output)
@@ -72,33 +72,17 @@ def evaluate(
     with out.status("Loading …"):
         adapted, tokenizer = load_adapted(folder, model, dtype)
         from ia3.evaluation.prediction import predict as predict_rows
-    with progress(out) as bars:
-        bar = bars.add_task("Evaluating", total=len(rows), note="")
-        found = predict_rows(adapted, tokenizer, task, rows, lambda done: bars.advance(bar, len(done)), recipe=recipe)
+    with Bars(out) as bars:
+        stage = bars.stage("Evaluating", len(rows))
+        found = predict_rows(adapted, tokenizer, task, rows, lambda done: stage.advance(len(done)), recipe=recipe)
     fitted = None
     if calibrate:
         fitted = Calibration.fit([found[number] for number in unseen], [labels[number] for number in unseen])
         folder.calibrate(fitted)
 
-    import numpy as np
-    from sklearn.metrics import precision_recall_fscore_support
-
-    predictions = [item.best for item in found]
-    names = task.labels or sorted({*labels, *predictions})
-    majority = Counter(labels).most_common(1)[0][0]
-    measured = np.array(precision_recall_fscore_support(labels, predictions, labels=names, zero_division=0))  # type: ignore[arg-type]
-    result = {
-        **task.metrics(labels, predictions),
-        "majority": task.metrics(labels, [majority] * len(labels)),
-        "rows": len(rows),
-        "temperature": temperature,
-        **Calibration.quality(found, labels, temperature),
-        **({} if fitted is None else {"calibration": fitted.model_dump()}),
-        "labels": {
-            name: {"precision": float(p), "recall": float(r), "f1": float(f), "rows": int(n)}
-            for name, p, r, f, n in zip(names, *measured.tolist(), strict=True)
-        },
-    }
+    measured = report(task, found, labels, temperature)
+    per_label = measured.pop("labels")
+    result = {**measured, **({} if fitted is None else {"calibration": fitted.model_dump()}), "labels": per_label}
     if json_output:
         print_json(result)
         return
@@ -119,4 +103,6 @@ def evaluate(
             f"Calibrated: temperature {fitted.temperature:.2f}; log-loss {fitted.log_loss:.3f}, expected calibration "
             f"error {fitted.calibration_error:.1%}"
         )
-    out.print(f"Always answering {majority!r} would be right in {result['majority']['accuracy']:.1%}.", markup=False)
+    out.print(
+        f"Always answering {majority(labels)!r} would be right in {result['majority']['accuracy']:.1%}.", markup=False
+    )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from ia3.adapter.config import adapter_folders
+from ia3.cli.bars import Bars
 from ia3.cli.common import (
     AdapterArgument,
     DelimiterOption,
@@ -22,8 +23,6 @@ from ia3.cli.common import (
     load_adapted,
     load_bank,
     print_json,
-    progress,
-    read,
     table,
 )
 from ia3.errors import InputError, brief, shown, similar
@@ -81,6 +80,7 @@ def predict(
         raise InputError("Expected --data with --adapter-column, a column of it; found texts.")
     if output is not None and output.suffix.lower() not in (".csv", ".jsonl"):
         raise InputError(f"Expected --output to end in .csv or .jsonl, found {str(output)!r}.")
+    from ia3.evaluation.drawing import read
     from ia3.task.reading import require_delimited
     from ia3.task.rows import as_rows
 
@@ -106,14 +106,14 @@ def predict(
         else:
             adapted, tokenizer = load_bank(known, model, dtype)
         from ia3.evaluation.prediction import predict as predict_rows
-    with progress(out) as bars:
-        bar = bars.add_task("Predicting", total=len(rows), note="")
+    with Bars(out) as bars:
+        stage = bars.stage("Predicting", len(rows))
         found = predict_rows(
             adapted,
             tokenizer,
             tasks,
             rows,
-            lambda done: bars.advance(bar, len(done)),
+            lambda done: stage.advance(len(done)),
             names,
             temperature=temperatures,
             abstain_below=abstain_below,

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ia3.adapter.stored import SEEN, is_number
+from ia3.cli.bars import Bars
 from ia3.cli.common import (
     MAX_SEED,
     BaseOption,
@@ -22,27 +19,15 @@ from ia3.cli.common import (
     RecipeOption,
     console,
     print_json,
-    progress,
     quiet,
     recipe_for,
+    require_folder,
     table,
 )
-from ia3.cli.results import write, write_json
-from ia3.cli.resume import RUN_NAME, fingerprint, require_same
-from ia3.cli.run import cross_validated, train_alone, with_adapters
 from ia3.errors import InputError, shown
-from ia3.folder import AdapterFolder
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from ia3.adapter.model import IA3Model
-    from ia3.task.raft import RaftTask
-    from ia3.training.recipe import Recipe
-
-_ADAPTER = "default"
-
-_COMMAND = "ia3 raft"
 
 
 def raft(
@@ -75,9 +60,9 @@ def raft(
     Writes TASK/predictions.csv (columns ID and Label) and the adapter, as ia3 train does, into the output folder.
     """
     out = console(json_output)
-    if output.is_file():
-        raise InputError(f"Expected a folder for --output, found the file {str(output)!r}.")
+    require_folder(output)
     from ia3.evaluation.calibration import fold_of_each
+    from ia3.evaluation.raft import Raft
     from ia3.task.raft import RAFT_TASKS, TRAIN_ROWS, RaftTask
 
     names = RAFT_TASKS if tasks is None else [part.strip() for part in tasks.split(",") if part.strip()]
@@ -97,161 +82,24 @@ def raft(
                 style="yellow",
                 markup=False,
             )
-    settings = {name: _settings(model, dtype, plan, folds, seed, one) for name, one in chosen.items()}
-    finished: dict[str, dict[str, Any]] = {}
+    benchmark = Raft(chosen, output, model, plan, dtype, folds, seed)
     if resume:
-        finished = {name: _earlier(output / name, settings[name]) for name in names if _is_finished(output / name)}
-        out.print(f"Finished before: {shown(finished, 11, room=400)}", markup=False, style="dim")
-    for name in names:  # those of an earlier run too, whose settings --resume would find in place of this run's
-        if name not in finished:
-            (output / name / RUN_NAME).unlink(missing_ok=True)
+        out.print(f"Finished before: {shown(benchmark.finished(), 11, room=400)}", markup=False, style="dim")
 
     quiet()
-    results: dict[str, dict[str, Any]] = {}
     try:
-        bench = _Bench(out, model, dtype, plan, folds, seed)
-        for name, one in chosen.items():
-            if name not in finished:
-                finished[name] = bench.run(one, output / name)
-                write_json(output / name / RUN_NAME, settings[name])  # the last file: with it, a task is finished
-            results[name] = finished[name]
+        with Bars(out) as bars:
+            results = benchmark.run(bars, resume)
     except KeyboardInterrupt:
         typer.echo("ia3: interrupted; finish the other tasks with the same command and --resume.", err=True)
         raise typer.Exit(130) from None
-    means = {
-        "macro_f1": statistics.mean(its["cross_validation"]["macro_f1"] for its in results.values()),
-        "majority_macro_f1": statistics.mean(its["majority"]["macro_f1"] for its in results.values()),
-    }
-    summary = {"mean": means, "tasks": results}
-    write_json(output / "metrics.json", summary)
     if json_output:
-        print_json({"output": str(output), **summary})
+        print_json({"output": str(output), **results})
         return
-    _print_table(out, results, means, folds)
+    _print_table(out, results["tasks"], results["mean"], folds)
     out.print(
         f"\nSaved in {output}: TASK/predictions.csv is what RAFT's leaderboard takes.", markup=False, soft_wrap=True
     )
-
-
-def _settings(model: str, dtype: str, recipe: Recipe, folds: int, seed: int, one: RaftTask) -> dict[str, Any]:
-    """All that decides a task's result."""
-    return {
-        "model": model,
-        "dtype": dtype,
-        "recipe": recipe.model_dump(),
-        "folds": folds,
-        "seed": seed,
-        "task": one.task.model_dump(),
-        "training rows": fingerprint(one.train),
-        "test rows": fingerprint(one.test),
-    }
-
-
-def _is_finished(folder: Path) -> bool:
-    return (folder / RUN_NAME).is_file()
-
-
-def _earlier(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A finished task's results, when its settings are the same."""
-    from ia3.task.raft import PREDICTIONS_NAME
-
-    require_same(folder / RUN_NAME, dict(settings))
-    if not (folder / PREDICTIONS_NAME).is_file():
-        raise InputError(f"Expected the {PREDICTIONS_NAME} of a finished task in {str(folder)!r}; delete the folder.")
-    error = InputError(f"Expected the results of a finished task in {str(folder)!r}; delete the folder.")
-    try:
-        found = AdapterFolder(folder).metrics
-        numbers = [found[key]["macro_f1"] for key in ("cross_validation", "majority")]
-        numbers += [found["test_rows"], found["seconds"]]
-    except (InputError, KeyError, TypeError) as cause:
-        raise error from cause
-    # Another command's adapter in the same folder is measured otherwise, and has labelled no test rows.
-    if found.get("command") != _COMMAND or not all(map(is_number, numbers)):
-        raise error
-    return {key: value for key, value in found.items() if key != SEEN}
-
-
-class _Bench:
-    """A model that tasks are run on, one after the other; loaded once, but for a classifier, whose head is a task's."""
-
-    def __init__(self, out: Console, model: str, dtype: str, recipe: Recipe, folds: int, seed: int) -> None:
-        self.out, self.name, self.dtype = out, model, dtype
-        self.recipe, self.folds, self.seed = recipe, folds, seed
-        self.base: Any = None
-        self.tokenizer: Any = None
-
-    def run(self, one: RaftTask, folder: Path) -> dict[str, Any]:
-        """Cross-validate, train, predict, save; returns the results."""
-        from transformers import set_seed
-
-        from ia3.evaluation.prediction import predict
-        from ia3.task.raft import PREDICTIONS_NAME, write_predictions
-
-        task, recipe = one.task, self.recipe
-        started = time.perf_counter()
-        self.out.print(
-            f"{task.name}: {len(one.train)} training rows, {len(one.test)} test rows, {len(task.labels or ())} labels",
-            style="bold",
-            markup=False,
-        )
-        with self.out.status("Loading the model …"):
-            model = self._adapted(task.labels)
-        with progress(self.out) as bars:
-            set_seed(self.seed)
-            scores, calibration = cross_validated(
-                bars,
-                "Cross-validation",
-                model,
-                self.tokenizer,
-                task,
-                one.train,
-                recipe,
-                self.folds,
-                self.seed,
-                folder,
-            )
-            trainer, trained, train_seconds = train_alone(
-                bars, "Training", model, self.tokenizer, task, one.train, recipe, self.seed, folder
-            )
-
-            bar = bars.add_task("Predicting", total=len(one.test), note="")
-            found = predict(
-                model, self.tokenizer, task, one.test, lambda done: bars.advance(bar, len(done)), recipe=recipe
-            )
-        labels = [task.label(row) for row in one.train]
-        majority = min(Counter(labels).items(), key=lambda pair: (-pair[1], pair[0]))[0]
-        results = {
-            "command": _COMMAND,
-            "cross_validation": {**scores, "folds": self.folds},
-            "majority": task.metrics(labels, [majority] * len(labels)),
-            "seconds": round(time.perf_counter() - started, 2),
-            "train_seconds": round(train_seconds, 2),
-            "train_loss": trained[f"train_loss/{_ADAPTER}"],
-            "recipe": recipe.name,
-            "steps": trainer.steps_of(_ADAPTER),
-            "seed": self.seed,
-            "train_examples": len(one.train),
-            "test_rows": len(one.test),
-            "trainable_parameters": sum(parameter.numel() for parameter in model.adapter_parameters(_ADAPTER)),
-            "model": self.base.name_or_path,
-            "task": task.name,
-        }
-        results = write(folder, model, _ADAPTER, task, recipe, results, one.train, calibration)
-        write_predictions(folder / PREDICTIONS_NAME, one.test, [prediction.best for prediction in found])
-        return results
-
-    def _adapted(self, labels: list[str] | None) -> IA3Model:
-        """The base model with an adapter that has learned nothing."""
-        from ia3.adapter.config import TaskType
-        from ia3.adapter.pretrained import load_base, task_type
-
-        if self.base is None or task_type(self.base) == TaskType.SEQ_CLS:
-            self.base, self.tokenizer = load_base(self.name, labels, self.dtype)
-            self.model: Any = None
-        if self.model is not None:
-            self.base = self.model.unload()
-        self.model = with_adapters(self.base, [_ADAPTER], self.recipe.init)
-        return self.model
 
 
 def _print_table(out: Console, results: Mapping[str, dict[str, Any]], means: Mapping[str, float], folds: int) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ia3.cli.common import DelimiterOption, JsonOption, console, print_json, read, table
+from ia3.cli.common import DelimiterOption, JsonOption, console, print_json, table
 from ia3.errors import InputError
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def show(
     json_output: bool = JsonOption,
 ) -> None:
     """Print a task, and an example row in the words of each of its templates. Nothing is downloaded without --data."""
+    from ia3.evaluation.drawing import read
     from ia3.task.reading import require_delimited
     from ia3.task.task import Task
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import random
-import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ia3.cli.bars import Bars
 from ia3.cli.common import (
     MAX_SEED,
     BaseOption,
@@ -33,22 +30,22 @@ from ia3.cli.common import (
     parse_choices,
     print_json,
     quiet,
-    read,
     recipe_for,
+    require_folder,
+    say_seen,
+    saying_how_to_go_on,
 )
-from ia3.cli.results import print_fleet_table, print_table, summary, write_json
-from ia3.cli.run import Job, Run, run_jobs
+from ia3.cli.results import print_fleet_table, print_table
 from ia3.errors import InputError, brief, shown
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ia3.task.task import Row, Task
+    from ia3.evaluation.drawing import Source
+    from ia3.evaluation.experiment import Experiment, Trial
+    from ia3.task.task import Task
 
 EMBEDDED_TASK = "food-reviews"
-
-# What a task cannot be named when its adapter's folder stands beside these.
-_TAKEN = ("checkpoints", "metrics.json")
 
 
 def train(
@@ -128,10 +125,11 @@ def train(
     Writes adapter_config.json and adapter_model.safetensors (which PEFT reads too), task.yaml, recipe.yaml,
     metrics.json and README.md into the output folder.
     """
+    from ia3.evaluation.experiment import Experiment
+
     out = console(json_output)
-    _together("--seed", seed, "--seeds", seeds)
-    _together("--task", task, "--tasks", tasks)
     own = {
+        "--task": task,
         "--data": data,
         "--test-data": test_data,
         "--text-column": text_column,
@@ -139,64 +137,52 @@ def train(
         "--template": template,
         "--choices": choices,
     }
+    _together("--seed", seed, "--seeds", seeds)
     for option, value in own.items():
         _together(option, value, "--tasks", tasks)
-    all_seeds = [seed or 0] if seeds is None else numbers("--seeds", seeds, int)
-    rates = [None] if learning_rates is None else numbers("--learning-rates", learning_rates, float)
+    all_seeds = (seed or 0) if seeds is None else numbers("--seeds", seeds, int)
+    rates = None if learning_rates is None else numbers("--learning-rates", learning_rates, float)
+    rows: dict[str, Any]
     if tasks is None:
-        sources = [source_of(task, data, test_data, label_column, text_column, choices, template, delimiter)]
+        source = source_of(task, data, test_data, label_column, text_column, choices, template, delimiter)
+        rows = {"task": source.task, "rows": source.rows, "test": source.test}
+        name = source.task.name
     else:
         sources = _sources(tasks, delimiter)
-    fleet = not (tasks is None and seeds is None and learning_rates is None)
-    folder = output or folder_of("adapters", "fleet" if tasks is not None else sources[0].task.name)
-
-    jobs, draws_of_tasks = [], []
-    for source in sources:
-        source.task.check(source.rows)
-        source.task.check(source.test or [])
-        draws = {one: drawn(source, examples_per_label, test_rows, one) for one in all_seeds}
-        draws_of_tasks.append(list(draws.values()))
-        for one, draw in draws.items():
-            for rate in rates:
-                task_part = "" if tasks is None else source.task.name
-                seed_part = "" if seeds is None else f"seed-{one}"
-                rate_part = "" if learning_rates is None else f"lr-{rate}"
-                name = _joined("/", task_part, _joined("-", seed_part, rate_part))
-                shared = _joined("/", task_part, rate_part)
-                jobs.append(Job(name, shared, source.task, one, rate, draw.examples, draw.test))
-    for path in dict.fromkeys(path for job in jobs for path in (folder / job.name, (folder / job.name).parent, folder)):
-        if path.is_file():
-            raise InputError(f"Expected a folder for --output, found the file {str(path)!r}.")
+        rows = {key: [getattr(source, key) for source in sources] for key in ("task", "rows", "test")}
+        name = "fleet"
+    experiment = Experiment(
+        **rows,
+        folder=output or folder_of("adapters", name),
+        model=model,
+        dtype=dtype,
+        examples_per_label=examples_per_label,
+        test_rows=test_rows,
+        seed=all_seeds,
+        learning_rate=rates,
+        folds=folds,
+        all_templates=all_templates,
+    )
+    for path in experiment.folders:
+        require_folder(path)
     if folds:
-        from ia3.evaluation.calibration import fold_of_each
-
-        for job in jobs:
-            try:
-                fold_of_each(job.task, job.examples, folds, job.seed)
-            except InputError as error:
-                raise InputError(f"{job.titled('Cannot cross-validate')} (--folds {folds}): {error}") from error
-    chosen = recipe_for(model, recipe, steps=steps, init=init)
-    run = Run(model, jobs, chosen, examples_per_label, folder, folds, all_templates, dtype)
-    checkpoint = run.checkpoint() if resume else None
-    _describe(out, run, draws_of_tasks, checkpoint)
+        _check_folds(experiment.trials, folds)
+    experiment.recipe = recipe_for(model, recipe, steps=steps, init=init)
+    _describe(out, experiment, experiment.checkpoint() if resume else None)
 
     quiet()
-    results = run_jobs(out, run, checkpoint)
-    by_seed: dict[str, list[str]] = {}
-    for job in jobs:
-        by_seed.setdefault(job.shared, []).append(job.name)
-    together = {"members": results, "summary": summary(results, by_seed)}
-    if fleet:
-        write_json(folder / "metrics.json", together)
-    shutil.rmtree(run.checkpoints, ignore_errors=True)
+    with saying_how_to_go_on(), Bars(out) as bars:
+        outcome = experiment.run(bars, resume)
+    folder = outcome.folder
     if json_output:
-        print_json({"output": str(folder), **(together if fleet else results[""])})
+        print_json({"output": str(folder), **outcome.results})
         return
-    if fleet:
-        print_fleet_table(out, results, by_seed)
+    if outcome.several:
+        print_fleet_table(out, outcome.trials, outcome.groups)
     else:
-        print_table(out, results[""])
-    hint = f' Try it: ia3 predict {folder / jobs[0].name} "some text"' if len(jobs[0].task.columns) == 1 else ""
+        print_table(out, outcome.results)
+    first = experiment.trials[0]
+    hint = f' Try it: ia3 predict {folder / first.name} "some text"' if len(first.task.columns) == 1 else ""
     out.print(f"\nSaved in {folder}.{hint}", markup=False, soft_wrap=True)
 
 
@@ -206,8 +192,15 @@ def _together(one: str, value: Any, other: str, others: Any) -> None:
         raise InputError(f"Expected {one} or {other}, one of the two, found both.")
 
 
-def _names_a_folder(name: str) -> bool:
-    return Path(name).name == name and not name.startswith(".")
+def _check_folds(trials: Sequence[Trial], folds: int) -> None:
+    """Refuse --folds that some trial's examples cannot be divided into."""
+    from ia3.evaluation.calibration import fold_of_each
+
+    for trial in trials:
+        try:
+            fold_of_each(trial.task, trial.examples, folds, trial.seed)
+        except InputError as error:
+            raise InputError(f"{trial.titled('Cannot cross-validate')} (--folds {folds}): {error}") from error
 
 
 def folder_of(root: str, name: str) -> Path:
@@ -216,15 +209,13 @@ def folder_of(root: str, name: str) -> Path:
     Raises:
         InputError: a name that leads elsewhere.
     """
-    if not _names_a_folder(name):
+    from ia3.evaluation.experiment import names_a_folder
+
+    if not names_a_folder(name):
         raise InputError(
             f"Expected a task's name that can name a folder, found {brief(name)}; change it, or give --output."
         )
     return Path(root, name)
-
-
-def _joined(separator: str, *parts: str) -> str:
-    return separator.join(part for part in parts if part)
 
 
 def numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
@@ -242,22 +233,10 @@ def numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
     return found
 
 
-@dataclass(frozen=True)
-class Source:
-    """A task with the rows to draw training examples from, and the test rows, where they are given."""
-
-    task: Task
-    rows: Sequence[Row]
-    test: Sequence[Row] | None
-
-    @functools.cached_property
-    def fingerprints(self) -> list[str]:
-        """That of each row to draw from."""
-        return [self.task.fingerprint(row, number) for number, row in enumerate(self.rows, 1)]
-
-
 def _sources(files: str, delimiter: str | None) -> list[Source]:
     """Several tasks, which name folders and therefore differ in their names."""
+    from ia3.evaluation.experiment import TAKEN, names_a_folder
+
     paths = [part.strip() for part in files.split(",") if part.strip()]
     if not paths:
         raise InputError(f"Expected tasks with commas between them for --tasks, found {files!r}.")
@@ -268,7 +247,7 @@ def _sources(files: str, delimiter: str | None) -> list[Source]:
             raise InputError(
                 f"Expected tasks with names that differ, found {brief(name)} twice; change `name:` in {path}."
             )
-        if not _names_a_folder(name) or name in _TAKEN:
+        if not names_a_folder(name) or name in TAKEN:
             raise InputError(
                 f"Expected a task's name that can name a folder, found {brief(name)}; change it in {path}."
             )
@@ -286,6 +265,7 @@ def source_of(
     delimiter: str | None = None,
 ) -> Source:
     """The task and rows that options of these names describe; the embedded ones without any."""
+    from ia3.evaluation.drawing import Source, read
     from ia3.task.reading import name_of, require_delimited
     from ia3.task.task import Task
 
@@ -320,90 +300,24 @@ def source_of(
     return Source(description, list(rows), test)
 
 
-@dataclass(frozen=True)
-class Draw:
-    """What is trained on, and what is measured on.
-
-    Attributes:
-        examples: the rows that were drawn.
-        test: the given test rows, or those that training leaves over.
-        left_out: how many more it would leave over, but for their words, which training sees in another row.
-        repeated: how many of the given test rows are in words that training sees; they stay.
-    """
-
-    examples: list[Row]
-    test: list[Row]
-    left_out: int = 0
-    repeated: int = 0
-
-
-def drawn(
-    source: Source, per_label: int | None, test_rows: int, seed: int, seen: Callable[[Row], bool] | None = None
-) -> Draw:
-    """Training examples and test rows.
-
-    Args:
-        source: what to draw from.
-        per_label: how many examples of each label; None: the usual number, as far as there are; 0: all rows.
-        test_rows: at most so many; 0: all.
-        seed: decides the draw.
-        seen: what an adapter that is trained already has learned from: these rows are its examples, each once, where
-            the source has any of them, and no test rows where none are given.
-    """
-    from ia3.task.task import few_shot
-
-    learned: dict[str, Row] = {}
-    if seen is not None:
-        learned = {key: row for row, key in zip(source.rows, source.fingerprints, strict=True) if seen(row)}
-    if learned:
-        examples = list(learned.values())
-    else:
-        examples = list(source.rows) if per_label == 0 else few_shot(source.rows, source.task, per_label, seed)
-    known = {source.task.fingerprint(row) for row in examples}
-
-    def is_known(row: Row, key: str) -> bool:
-        return key in known or (seen is not None and seen(row))
-
-    def sampled(rows: Sequence[Row]) -> list[Row]:
-        # Of given test rows the same whatever the seed, so that runs can be compared.
-        return random.Random(0).sample(rows, test_rows) if 0 < test_rows < len(rows) else list(rows)
-
-    if source.test is not None:
-        test = sampled(source.test)
-        return Draw(examples, test, repeated=sum(is_known(row, source.task.fingerprint(row)) for row in test))
-    used = {id(row) for row in examples}
-    rest = [(row, key) for row, key in zip(source.rows, source.fingerprints, strict=True) if id(row) not in used]
-    test = [row for row, key in rest if not is_known(row, key)]
-    return Draw(examples, sampled(test), left_out=len(rest) - len(test))
-
-
-def say_seen(out: Console, draws: Sequence[Draw]) -> None:
-    """Say how many rows of a task are in words that training sees; one number, or the smallest and the largest."""
-    for what, counts in {
-        "rows in the very words of training examples are left out of the test rows.": [one.left_out for one in draws],
-        "test rows are in the very words of training examples.": [one.repeated for one in draws],
-    }.items():
-        if any(counts):
-            span = " to ".join(dict.fromkeys(map(str, (min(counts), max(counts)))))
-            out.print(f"{span} {what}", style="yellow", markup=False, soft_wrap=True)
-
-
-def _describe(out: Console, run: Run, draws_of_tasks: Sequence[Sequence[Draw]], checkpoint: str | None) -> None:
-    """Say what will be done; `draws_of_tasks` has the draws of each task."""
-    by_task: dict[int, list[Job]] = {}
-    for job in run.jobs:
-        by_task.setdefault(id(job.task), []).append(job)
-    for jobs, draws in zip(by_task.values(), draws_of_tasks, strict=True):
-        task = jobs[0].task
-        text = f"{task.name} on {run.model}: {len(jobs[0].examples)} training examples, {len(jobs[0].test)} test rows"
-        if jobs[0].name:
-            text += f", for each of {shown([job.name for job in jobs], 20)}"
+def _describe(out: Console, experiment: Experiment, checkpoint: str | None) -> None:
+    """Say what will be done."""
+    by_task: dict[int, list[Trial]] = {}
+    for trial in experiment.trials:
+        by_task.setdefault(id(trial.task), []).append(trial)
+    for trials, draws in zip(by_task.values(), experiment.draws, strict=True):
+        first, task = trials[0], trials[0].task
+        text = (
+            f"{task.name} on {experiment.model}: {len(first.examples)} training examples, {len(first.test)} test rows"
+        )
+        if first.name:
+            text += f", for each of {shown([trial.name for trial in trials], 20)}"
         out.print(text, markup=False, style="bold", soft_wrap=True)
         say_seen(out, draws)
         count = len(task.templates)
         more = "" if count == 1 else f" ({count} templates are drawn from; the first measures)"
         out.print(f"The prompt, and its answer choices{more}:", style="dim")
-        example = (jobs[0].examples or jobs[0].test)[0]
+        example = (first.examples or first.test)[0]
         for line in task.templates[0].prompt.rstrip().splitlines():
             out.print(f"  {line}", markup=False)
         out.print("  → " + " | ".join(task.answers(example).values()), markup=False)

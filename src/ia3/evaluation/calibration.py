@@ -7,7 +7,7 @@ import json
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from ia3.adapter.model import IA3Model
     from ia3.evaluation.prediction import Prediction
+    from ia3.evaluation.progress import Stage
     from ia3.task.task import Task
     from ia3.training.recipe import Recipe
 
@@ -174,7 +175,7 @@ def cross_validate(
     folds: int = 5,
     seed: int = 0,
     output_dir: str | os.PathLike = "cross-validation",
-    on_step: Callable[[int, int], None] | None = None,
+    stage: Stage | None = None,
 ) -> list[Prediction]:
     """Predictions for labelled rows by adapters that have not seen them: each fold's by one trained on the others.
 
@@ -191,7 +192,7 @@ def cross_validate(
         folds: how many parts.
         seed: decides the parts, and each fold's order.
         output_dir: the folder that the trainer names; nothing is written to it.
-        on_step: called with the steps done and the steps there are at most.
+        stage: told of the steps that are done.
 
     Returns:
         A prediction for each row, in the rows' order.
@@ -231,8 +232,8 @@ def cross_validate(
 
             class Steps(TrainerCallback):
                 def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                    if on_step is not None:
-                        on_step(state.global_step, state.max_steps)
+                    if stage is not None:
+                        stage.reach(state.global_step)
 
             trainer.add_callback(Steps())
             trainer.train()

@@ -1,8 +1,8 @@
 """Files: found here or on the hub, read with whatever they hold, and replaced in whole or not at all."""
 
 from ia3.files.atomic import TEMPORARY, alone, has_unfinished, new_folder, replacing
+from ia3.files.formats import parse_json, read_fields, read_json, reading, to_json, write_json
 from ia3.files.hub import hub_answers, hub_arguments, locate, locate_beside, upload
-from ia3.files.readers import parse_json, read_fields, read_json, reading
 from ia3.files.saves import (
     CONFIG_NAME,
     PENDING,
@@ -39,6 +39,8 @@ __all__ = [
     "replacing",
     "replacing_adapter",
     "take_over",
+    "to_json",
     "upload",
     "version",
+    "write_json",
 ]

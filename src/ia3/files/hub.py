@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ia3.errors import InputError, brief, reason, shown
-from ia3.files.readers import reading
+from ia3.files.formats import reading
 from ia3.files.saves import current
 
 

@@ -14,6 +14,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from ia3.adapter.rows import BASE
+from ia3.bank import AdapterBank
 from ia3.errors import InputError, reason
 from ia3.scoring.tokens import padding_id
 from ia3.serve.engine import AdapterFailed, GenerateJob, Piece
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ia3.adapter.model import IA3Model
-    from ia3.bank import AdapterBank
 
 # Texts that come to no more tokens than these go on together, whatever their lengths.
 _SHORT = 256
@@ -323,8 +323,8 @@ class Decoder:
 
     def _usable(self, texts: Iterable[Text]) -> list[Text]:
         """Those whose adapter can be used; the others are told that it cannot."""
-        bank = self._model.ia3_routing.bank
-        assert bank is not None  # the engine has made one
+        bank = self._model.adapter_bank
+        assert isinstance(bank, AdapterBank)  # the engine has made it
         failures = {adapter: adapter_failure(bank, adapter) for adapter in {text.job.adapter for text in texts}}
         usable = []
         for text in texts:

@@ -6,8 +6,9 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ia3.adapter.stored import METRICS_NAME, RECIPE_NAME, SEEN, TASK_NAME, StoredAdapter, measured_in, to_json
+from ia3.adapter.stored import METRICS_NAME, RECIPE_NAME, SEEN, TASK_NAME, StoredAdapter, measured_in
 from ia3.errors import InputError
+from ia3.files import to_json
 
 if TYPE_CHECKING:
     from ia3.task.task import Task

@@ -14,7 +14,8 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
 from transformers import TrainingArguments
 
-from ia3.adapter.model import IA3Model, find_adapted
+from ia3.adapter.adapted import find_adapted
+from ia3.adapter.model import IA3Model
 from ia3.errors import InputError, shown
 from ia3.scoring.question import Question
 from ia3.scoring.scorer import Scorer

@@ -1,33 +1,73 @@
-"""Runs that can be interrupted: the checkpoint to go on from, and whether it is of the same run."""
+"""Runs that can be interrupted: their settings, the checkpoint to go on from, and whether it is of the same run."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import typer
+from pydantic import BaseModel
 
-from ia3.cli.results import write_json
 from ia3.errors import InputError, shown
-from ia3.files import read_json
+from ia3.files import read_json, write_json
 
 # Settings that a resumed run must share with the one that was interrupted.
 RUN_NAME = "run.json"
 
 
-def fingerprint(rows: Sequence[Any]) -> str:
-    """What differs when rows do."""
-    return hashlib.sha256(json.dumps(list(rows), default=str).encode()).hexdigest()
+class Interrupted(KeyboardInterrupt):
+    """A run was interrupted while it trained.
+
+    Attributes:
+        checkpoint: what it can go on from; None: there is none yet.
+    """
+
+    def __init__(self, checkpoint: str | None) -> None:
+        super().__init__()
+        self.checkpoint = checkpoint
 
 
-def begin(checkpoints: Path, settings: dict[str, Any]) -> None:
-    """Forget the checkpoints of an earlier run, and store the settings of this one."""
-    shutil.rmtree(checkpoints, ignore_errors=True)
-    write_json(checkpoints / RUN_NAME, settings)
+def settings_of(**settings: Any) -> dict[str, Any]:
+    """All that decides a run's result, as JSON: tasks and recipes as their fields, and a list of rows as what differs
+    when rows do."""
+    return {name: _stored(value) for name, value in settings.items()}
+
+
+def _stored(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump()
+    if isinstance(value, Mapping):
+        return {name: _stored(its) for name, its in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return hashlib.sha256(json.dumps(list(value), default=str).encode()).hexdigest()
+    return value
+
+
+@contextmanager
+def interruptible(checkpoints: Path, settings: dict[str, Any], checkpoint: str | None) -> Iterator[None]:
+    """Within `with`, a run trains and saves checkpoints.
+
+    Args:
+        checkpoints: their folder.
+        settings: all that decides the result; they are stored beside the checkpoints.
+        checkpoint: what the run goes on from; None: it begins, and the checkpoints of an earlier one go.
+
+    Raises:
+        Interrupted: on a keyboard interrupt.
+    """
+    from ia3.trainer import last_checkpoint
+
+    if checkpoint is None:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        write_json(checkpoints / RUN_NAME, settings)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(last_checkpoint(checkpoints)) from None
 
 
 def checkpoint_of(checkpoints: Path, settings: dict[str, Any], parts: str) -> str:
@@ -74,14 +114,3 @@ def _differences(earlier: dict[str, Any], now: dict[str, Any], parts: str) -> li
         return [*different, parts]
     pairs = [(before[name] if isinstance(before[name], dict) else {}, after[name]) for name in after]
     return different + list(dict.fromkeys(key for a, b in pairs for key in b if a.get(key) != b[key]))
-
-
-def say_interrupted(checkpoints: Path) -> None:
-    """Say how to go on."""
-    from ia3.trainer import last_checkpoint
-
-    whole = last_checkpoint(checkpoints)
-    way = (
-        f"go on from {whole} with the same command and --resume" if whole else "start again: there is no checkpoint yet"
-    )
-    typer.echo(f"ia3: interrupted; {way}.", err=True)

@@ -1,4 +1,4 @@
-"""Readers of JSON and YAML, which may hold anything, and of other files."""
+"""JSON and YAML, read with whatever they hold, and written."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ia3.errors import InputError, excerpt, reason
+from ia3.files.atomic import replacing
 
 # Of lists and mappings inside each other, and of values when YAML's aliases are followed. What people write stays far
 # below; what goes beyond would exhaust the stack or the memory of whoever walks through it.
@@ -77,6 +78,17 @@ def read_json(path: str | os.PathLike, advice: str = _AGAIN) -> dict[str, Any]:
             f"Expected a JSON object in {excerpt(os.fspath(path))}, found {type(values).__name__}; {advice}."
         )
     return values
+
+
+def to_json(value: Any) -> str:
+    """A value as we write JSON files."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, in whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(to_json(value), encoding="utf-8")
 
 
 def read_fields(path: Path, loader: Any, such_as: str, data: bytes | None = None) -> dict[str, Any]:

@@ -1,0 +1,378 @@
+"""A model with adapters in it, as far as adding, switching and removing them goes: `Adapted`, `find_adapted`."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ia3.adapter import quantized
+from ia3.adapter.config import IA3Config, PeftType
+from ia3.adapter.layer import IA3Layer
+from ia3.adapter.merging import sync_weights
+from ia3.adapter.routing import Bank, Routing
+from ia3.adapter.rows import BASE
+from ia3.adapter.targets import Target, base_modules, inside_wrappers, resolve, shortest_names, wrappers
+from ia3.adapter.trained import TrainedModule
+from ia3.adapter.wrapping import check_copies, find_routing, insert, remove, take_out_idle, wrap
+from ia3.errors import InputError, shown
+
+if TYPE_CHECKING:
+    from ia3.adapter.stored import StoredAdapter
+
+
+class Adapted(nn.Module):
+    """A base model that adapters are added to, made active in, and removed from; `IA3Model` does all else.
+
+    Args, attributes and errors: see `IA3Model`.
+    """
+
+    # Names of ours that PEFT lacks contain "adapter" or "ia3", so that they hide none of the base model's.
+
+    peft_type = PeftType.IA3
+    prefix = "ia3_"
+    tuner_layer_cls = IA3Layer
+    uses_shared_state = False
+
+    # To transformers.Trainer: a quantized base can be trained, for adapters are.
+    _hf_peft_config_loaded = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: IA3Config | Mapping[str, IA3Config] | None = None,
+        adapter_name: str = "default",
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        super().__init__()
+        if isinstance(config, nn.Module):
+            model, config = config, model  # type: ignore[assignment]
+        if not isinstance(model, nn.Module) or config is None:
+            raise InputError("Expected a model and an IA3Config: IA3Model(model, config).")
+        configs = dict(config) if isinstance(config, Mapping) else {adapter_name: config}
+        with self._ia3_wrapping(model):
+            for name, one in configs.items():
+                self.add_adapter(name, one, low_cpu_mem_usage, autocast_adapter_dtype)
+        for first in list(configs)[:1]:
+            self.set_adapter(first, inference_mode=configs[first].inference_mode)
+
+    @contextmanager
+    def _ia3_wrapping(self, model: nn.Module) -> Iterator[None]:
+        """Take a base model over: what adapters add within is kept, and all else frozen, unless something fails."""
+        self.model = model
+        self.peft_config: dict[str, IA3Config] = {}
+        self.adapter_folders: dict[str, StoredAdapter] = {}  # what belongs beside each adapter on disk
+        self._ia3_trainable: set[str] = set()  # the adapters to freeze when others become active
+        quantized.release_dequantized(model)
+        quantized.keep_plain_layout(model)
+        self._ia3_blocking = [
+            path
+            for path, module in base_modules(model).items()
+            if quantized.is_quantized(module) and not quantized.passes_gradients(module)
+        ]
+        # Layers that an earlier adapter left in the model go on asking their own object: it becomes this model's too.
+        self.ia3_routing = find_routing(model) or Routing()
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        try:
+            yield
+        except BaseException:
+            for name in list(self.peft_config):
+                self.delete_adapter(name)
+            raise
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+
+    # The pieces of the model that belong to adapters, by their path in the base model.
+
+    @property
+    def ia3_layers(self) -> dict[str, IA3Layer]:
+        """The rescaled layers by their path in the base model."""
+        return wrappers(self.model)[0]
+
+    @property
+    def ia3_trained_modules(self) -> dict[str, TrainedModule]:
+        """The modules of `modules_to_save` by their path in the base model."""
+        return wrappers(self.model)[1]
+
+    def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
+        """An adapter's parameters: its vectors, and its copies of `modules_to_save`."""
+        for member in self.ia3_routing.members:
+            yield from member.parameters_of(name)
+
+    def require_adapters(self, names: Iterable[str]) -> None:
+        """Raise `InputError` for a name that no adapter has."""
+        for name in names:
+            if name not in self.peft_config:
+                raise InputError(f"Adapter {name!r} does not exist; there are {shown(self.peft_config, 20)}.")
+
+    # Adding and removing.
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: IA3Config,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+        *,
+        key_value_only: bool | None = None,
+    ) -> None:
+        """Add another adapter, not active and frozen. `set_adapter` makes it active.
+
+        Args:
+            adapter_name: a name that is not taken, without a dot.
+            peft_config: see `IA3Config`. Once the adapter is in, it is completed in place, as PEFT does.
+            low_cpu_mem_usage: create its vectors without memory, to be filled by a checkpoint.
+            autocast_adapter_dtype: float32 vectors; False: of their layers' dtype.
+            key_value_only: see `resolve`.
+
+        Raises:
+            InputError: the name is taken or not allowed, or the config does not fit the model.
+        """
+        if isinstance(adapter_name, IA3Config):  # transformers' own mixin takes them in this order
+            adapter_name, peft_config = peft_config or "default", adapter_name  # type: ignore[assignment]
+        self._ia3_check_name(adapter_name)
+        if not isinstance(peft_config, IA3Config):
+            raise InputError(f"Expected an IA3Config, found a {type(peft_config).__name__}.")
+        found = resolve(self.model, peft_config, key_value_only)
+        vector = {"ones": found.config.init_ia3_weights, "meta": low_cpu_mem_usage, "float32": autocast_adapter_dtype}
+        insert(self.model, self.ia3_routing, adapter_name, found.targets, found.kept, **vector)
+        vars(peft_config).update(vars(found.config))
+        self.peft_config[adapter_name] = peft_config
+
+    def _ia3_check_name(self, name: str) -> None:
+        if name in self.peft_config:
+            raise InputError(f"Adapter with name {name!r} already exists; choose another name or delete it.")
+        if not name or "." in name or name == BASE or hasattr(nn.ModuleDict, name) or hasattr(nn.ParameterDict, name):
+            raise InputError(
+                f"Expected an adapter name that is not empty, has no dot and is no word of Python's dictionaries or "
+                f"'__base__', found {name!r}."
+            )
+        if any(name in member.held for member in self.ia3_routing.members):
+            raise InputError(
+                f"The model has an adapter {name!r} of an earlier IA3Model; unload that or choose another name."
+            )
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter. When it was active, the first one that is left becomes active, with a warning, or none.
+
+        Raises:
+            InputError: there is no such adapter, or it is merged into the weights.
+        """
+        self.require_adapters([adapter_name])
+        if adapter_name in self.ia3_routing.merged:
+            raise InputError(f"Adapter {adapter_name!r} is merged into the weights; call unmerge_adapter() first.")
+        remove(self.model, self.ia3_routing, adapter_name)
+        del self.peft_config[adapter_name]
+        self.adapter_folders.pop(adapter_name, None)
+        self._ia3_trainable.discard(adapter_name)
+        if adapter_name in self.ia3_routing.active:
+            left = [name for name in self.ia3_routing.active if name != adapter_name] or list(self.peft_config)[:1]
+            if left:
+                warnings.warn(
+                    f"Adapter {adapter_name!r} was active and is now deleted. Active now: {shown(left, 20)}.",
+                    stacklevel=2,
+                )
+                self.set_adapter(left)
+            else:
+                self.ia3_routing.switch(active=())
+
+    @property
+    def adapter_bank(self) -> Bank | None:
+        """The adapters that rows can have besides the model's own; see `AdapterBank`."""
+        return self.ia3_routing.bank
+
+    def attach_adapter_bank(self, bank: Bank, targets: Iterable[Target], modules: Sequence[str]) -> None:
+        """Let rows have the adapters of a bank, in place of an earlier bank's.
+
+        Args:
+            bank: holds them.
+            targets: the modules that they rescale.
+            modules: the paths of those that they train in full.
+        """
+        wrap(self.model, self.ia3_routing, targets, modules)
+        members = {**self.ia3_layers, **self.ia3_trained_modules}
+        paths = [*(path for path, _, _ in bank.segments), *modules]
+        self.ia3_routing.attach(bank, {path: members[path].slot for path in paths})
+        take_out_idle(self.model, self.ia3_routing)
+
+    # Switching.
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapters in effect."""
+        return list(self.ia3_routing.active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The adapter in effect; a list unless it is exactly one."""
+        active = self.active_adapters
+        return active[0] if len(active) == 1 else active
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make one adapter active, or several, whose vectors multiply; they alone become trainable.
+
+        Args:
+            adapter_name: a name or a list of names.
+            inference_mode: leave them frozen.
+
+        Raises:
+            InputError: there is no such adapter, or two of them train the same module in full (`modules_to_save`).
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(dict.fromkeys(adapter_name))
+        self.require_adapters(names)
+        check_copies(self.model, self.ia3_routing, names)
+        if self.ia3_routing.merged:
+            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
+            self.ia3_routing.switch(merged=())
+            sync_weights(self.ia3_routing)
+        self.ia3_routing.switch(active=names)
+        self.set_requires_grad([name for name in self._ia3_trainable if name not in names], False)
+        self.set_requires_grad(names, not inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Make adapters trainable, or freeze them, whether they are active or not."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        self.require_adapters(names)
+        if requires_grad and self._ia3_blocking:
+            warnings.warn(
+                f"{len(self._ia3_blocking)} modules are quantized in a way that passes no gradients on, such as "
+                f"{self._ia3_blocking[0]!r}: vectors below them will not be trained. Load the model with its weights alone "
+                f"quantized, or not quantized.",
+                stacklevel=3,
+            )
+            self._ia3_blocking = []
+        for name in names:
+            (self._ia3_trainable.add if requires_grad else self._ia3_trainable.discard)(name)
+        self._ia3_sync_requires_grad(names)
+
+    def _ia3_sync_requires_grad(self, names: Iterable[str]) -> None:
+        """Let parameters require gradients where their adapter is to be trained and adapters are on."""
+        for name in names:
+            for parameter in self.adapter_parameters(name):
+                parameter.requires_grad_(self.ia3_routing.enabled and name in self._ia3_trainable)
+
+    def enable_adapter_layers(self) -> None:
+        """Switch the adapters on again, merged ones too, and let train those that did before."""
+        self._ia3_switch_all(True)
+
+    def disable_adapter_layers(self) -> None:
+        """Switch all adapters off, merged ones too: outputs equal the base model's, bit for bit. None is trainable."""
+        self._ia3_switch_all(False)
+
+    def _ia3_switch_all(self, enabled: bool) -> None:
+        self.ia3_routing.switch(enabled=enabled)
+        self._ia3_sync_requires_grad(self._ia3_trainable)
+        sync_weights(self.ia3_routing)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within `with`, the base model. Afterwards everything is as it was before."""
+        enabled = self.ia3_routing.enabled
+        self.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            if enabled:
+                self.enable_adapter_layers()
+
+    # Composing.
+
+    def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+        """Add an adapter whose vector in each module is Σ wᵢ·ℓᵢ; an adapter that leaves a module out counts as ones.
+
+        Args:
+            adapters: names of adapters.
+            weights: a weight for each.
+            adapter_name: the new adapter's name.
+
+        Raises:
+            InputError: a name is unknown or taken, the lists differ in length, two adapters rescale different sides
+                of one module, or more than one trains a module of `modules_to_save`.
+        """
+        self._ia3_check_name(adapter_name)
+        self.require_adapters(adapters)
+        if len(adapters) != len(weights) or not adapters:
+            raise InputError(
+                f"Expected one weight for each adapter, found {len(adapters)} adapters and {len(weights)} weights."
+            )
+        layers = {
+            path: layer for path, layer in self.ia3_layers.items() if any(name in layer.held for name in adapters)
+        }
+        targets = []
+        for path, layer in layers.items():
+            vectors = [layer.held[name] for name in adapters if name in layer.held]
+            sides = {vector.feedforward for vector in vectors}
+            if len(sides) > 1:
+                raise InputError(f"Cannot add adapters that rescale different sides (input, output) of {path!r}.")
+            masks = [vector.mask for vector in vectors]
+            mask = None if any(m is None for m in masks) else torch.stack(masks).any(0)  # type: ignore[arg-type]
+            targets.append(Target(path, layer.base_layer, sides.pop(), mask))
+        check_copies(self.model, self.ia3_routing, adapters)
+        owners = {
+            path: name for path, module in self.ia3_trained_modules.items() for name in adapters if name in module.held
+        }
+
+        modules = set(base_modules(self.model))
+        feedforward = {target.path for target in targets if target.feedforward}
+        second = shortest_names(feedforward, modules - feedforward)
+        first = shortest_names(set(layers) - feedforward, modules - set(layers))
+        config = dataclasses.replace(
+            self.peft_config[adapters[0]],
+            target_modules=first | second,
+            feedforward_modules=second,
+            exclude_modules=None,
+            modules_to_save=list(owners) or None,
+        )
+        insert(self.model, self.ia3_routing, adapter_name, targets, list(owners))
+        self.peft_config[adapter_name] = config
+        with torch.no_grad():
+            for layer in layers.values():
+                vector = layer.ia3_l[adapter_name]
+                total = torch.zeros_like(vector)
+                for name, weight in zip(adapters, weights, strict=True):
+                    total += weight * (layer.vector(name) if name in layer.held else torch.ones_like(vector))
+                vector.copy_(total)
+            for path, owner in owners.items():
+                module = self.ia3_trained_modules[path]
+                module.modules_to_save[adapter_name].load_state_dict(module.modules_to_save[owner].state_dict())
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+        return look_through(self, super().__getattr__("model"), name)
+
+
+def find_adapted(model: nn.Module) -> Adapted | None:
+    """The `IA3Model` in a model: itself, or inside a `PeftModel`, a compiled model, or a wrapper for parallel training."""
+    model = inside_wrappers(model)
+    model = inside_wrappers(model._modules.get("base_model") or model)
+    return model if isinstance(model, Adapted) else None
+
+
+# Names of PEFT's that concern (IA)³ and are not here, with the reason; docs/adapters.md lists them.
+NOT_HERE = {
+    "IA3Config.check_kwargs": "a hook for PEFT's own configs; it checks nothing for (IA)³",
+    "IA3Model.inject_adapter": "`add_adapter` adds an adapter to a model that has one, `inject_adapter_in_model` to any other",
+    "PeftModel.get_prompt": "for prompt learning",
+    "PeftModel.get_prompt_embedding_to_save": "for prompt learning",
+    "PeftMixedModel": "for adapters of several methods in one model; (IA)³ is not among those that PEFT mixes",
+    "shift_tokens_right": "for prompt learning; transformers' models have their own",
+}
+
+
+def look_through(owner: nn.Module, inner: Any, name: str) -> Any:
+    """An attribute of what a model wraps. Raises `AttributeError` in the name of the wrapper."""
+    try:
+        return getattr(inner, name)
+    except AttributeError as error:
+        why = next((f": {reason}" for there, reason in NOT_HERE.items() if there.endswith(f"Model.{name}")), "")
+        raise AttributeError(f"{type(owner).__name__!r} object has no attribute {name!r}{why}") from error

@@ -1,0 +1,105 @@
+"""Adapters multiplied into the base weights, in place and back, or for good."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+
+from ia3.adapter.layer import IA3Layer
+from ia3.adapter.routing import Member, Routing
+from ia3.adapter.targets import wrappers
+from ia3.adapter.wrapping import find_routing, remove, take_out
+from ia3.errors import InputError, shown
+
+
+def sync_weights(routing: Routing) -> None:
+    """Make the base weights hold what is merged: nothing while adapters are off."""
+    names = routing.merged if routing.enabled else ()
+    _warn_of_rounding([member.merge(names) for member in routing.members if isinstance(member, IA3Layer)])
+
+
+def discard(base: nn.Module, name: str) -> None:
+    """Take out an adapter that some `IA3Model` put into a model, merged or not."""
+    routing = find_routing(base)
+    if routing is not None:
+        if name in routing.merged:
+            routing.switch(merged=[each for each in routing.merged if each != name])
+            sync_weights(routing)
+        remove(base, routing, name)
+
+
+def check_finite(base: nn.Module, routing: Routing, names: Sequence[str]) -> None:
+    """Raise when adapters would leave NaN or infinity in the weights, which stay as they are."""
+    for path, layer in wrappers(base)[0].items():
+        layer.unmerge()  # to look at the adapters in the original weights
+        broken = layer.broken(names)
+        if broken:
+            sync_weights(routing)
+            raise InputError(
+                f"NaN or infinite values in the merged {broken} of {path!r}; the adapter {shown(names)} seems to "
+                f"be broken, and nothing was merged."
+            )
+
+
+def merge_for_good(base: nn.Module, routing: Routing, names: Sequence[str], progressbar: bool) -> None:
+    """Leave the base model with adapters in its weights, and without wrappers."""
+    from tqdm.auto import tqdm
+
+    replacements: dict[Member, nn.Module] = {}
+    errors = []
+    with _untying(base):
+        for member in tqdm(routing.members, disable=not progressbar, desc="Merging"):
+            if isinstance(member, IA3Layer):
+                errors.append(member.merge(names, keep_originals=False))
+                replacements[member] = member.wrapped
+            else:
+                copies = [member.container[name] for name in names if name in member.held]
+                replacements[member] = copies[0] if copies else member.wrapped
+        take_out(base, routing, replacements)
+    _warn_of_rounding(errors)
+
+
+def unload(base: nn.Module, routing: Routing) -> None:
+    """Leave the base model as it was, without wrappers."""
+    for member in routing.members:
+        if isinstance(member, IA3Layer):
+            member.unmerge()
+    take_out(base, routing, {member: member.wrapped for member in routing.members})
+
+
+@contextmanager
+def _untying(base: nn.Module) -> Iterator[None]:
+    """Within, output and input embeddings may become different; then say so in the model's config, or a saved model
+    would be tied again when it is loaded."""
+    tied = _embeddings_are_one(base)
+    yield
+    if tied and not _embeddings_are_one(base):
+        base.config.tie_word_embeddings = False  # type: ignore[union-attr]
+        warnings.warn(
+            "The adapter changed one of two tied embeddings; the merged model has both, and tie_word_embeddings "
+            "is now False in its config.",
+            stacklevel=5,
+        )
+
+
+def _embeddings_are_one(model: nn.Module) -> bool:
+    """Whether a language model's input and output embeddings are the same parameter."""
+    try:
+        inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):  # not a transformers model, or one without such a thing
+        return False
+    return getattr(inputs, "weight", None) is not None and inputs.weight is getattr(outputs, "weight", None)
+
+
+def _warn_of_rounding(errors: Sequence[float]) -> None:
+    rounded = [error for error in errors if error > 0]
+    if rounded:
+        warnings.warn(
+            f"{len(rounded)} of {len(errors)} quantized modules could not take their vector exactly and were quantized "
+            f"again: their weights are off by {max(rounded):.2%} at most, {sum(rounded) / len(rounded):.2%} on average "
+            f"(relative error of the rescaled weight).",
+            stacklevel=4,
+        )

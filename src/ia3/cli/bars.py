@@ -1,0 +1,99 @@
+"""Progress on the screen: a bar for each stage, with time spent and time left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from ia3.evaluation.progress import Progress, Stage
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
+
+
+class Bars(Progress):
+    """Shows what an experiment tells, within `with`.
+
+    Args:
+        out: where people read.
+    """
+
+    def __init__(self, out: Console) -> None:
+        self.out = out
+        self._shown: RichProgress | None = None
+
+    def __enter__(self) -> Bars:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._shown is not None:
+            self._shown.stop()
+            self._shown = None
+
+    def heading(self, text: str) -> None:
+        self._stop()
+        self.out.print(text, style="bold", markup=False)
+
+    def say(self, text: str) -> None:
+        self.out.print(text, style="dim", markup=False, soft_wrap=True)
+
+    @contextmanager
+    def waiting(self, text: str) -> Iterator[None]:
+        self._stop()
+        with self.out.status(text):
+            yield
+
+    def stage(self, title: str, total: int, done: int = 0) -> Bar:
+        if self._shown is None:
+            self._shown = _bars(self.out)
+            self._shown.start()
+        return Bar(self._shown, self._shown.add_task(title, total=total, completed=done, note=""))
+
+
+class Bar(Stage):
+    """One of the bars."""
+
+    def __init__(self, bars: RichProgress, number: TaskID) -> None:
+        self._bars, self._number = bars, number
+
+    def advance(self, count: int) -> None:
+        self._bars.advance(self._number, count)
+
+    def reach(self, done: int) -> None:
+        self._bars.update(self._number, completed=done)
+
+    def note(self, text: str) -> None:
+        self._bars.update(self._number, note=text)
+
+    def end(self) -> None:
+        [shown] = [task for task in self._bars.tasks if task.id == self._number]
+        self._bars.update(self._number, total=shown.completed)
+
+
+def _bars(out: Console) -> RichProgress:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.progress import Progress as RichProgress
+    from rich.table import Column
+
+    return RichProgress(
+        TextColumn("{task.description}", table_column=Column(overflow="fold")),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", table_column=Column(overflow="fold")),
+        console=out,
+    )

@@ -1,0 +1,268 @@
+"""Zero-shot, in-context learning and T-Few on one task and model, how good they are and what they cost: `Comparison`."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ia3.adapter.checkpoint import save_adapter
+from ia3.adapter.config import TaskType
+from ia3.adapter.model import IA3Model
+from ia3.adapter.pretrained import task_type
+from ia3.adapter.stored import RECIPE_NAME, StoredAdapter
+from ia3.errors import InputError
+from ia3.evaluation import costs, icl
+from ia3.evaluation.progress import Progress
+from ia3.evaluation.running import train_alone, with_adapters
+from ia3.files import WEIGHTS_NAME, replacing, write_json
+from ia3.scoring.prefix import Prefix
+from ia3.scoring.question import row_length
+from ia3.scoring.scorer import Scorer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ia3.task.task import Row, Task
+    from ia3.training.recipe import Recipe
+
+# Shots when none are asked for, as far as the rows and the model's context allow.
+USUAL_SHOTS = (8, 16)
+
+T_FEW = "t-few"
+
+
+@dataclass
+class Comparison:
+    """One task and model, and the rows that all methods share.
+
+        comparison = Comparison(base, tokenizer, task, examples, test, recipe=Recipe.small())
+        rows = comparison.run(comparison.shots([4, 8]))
+
+    Attributes:
+        base: the model; `t_few` puts an adapter into it.
+        tokenizer: its tokenizer.
+        task: what the rows mean.
+        examples: what T-Few learns from, and shots are drawn from.
+        test: what is measured on.
+        recipe: how T-Few trains, and by which all methods' answers are scored.
+        seed: decides shots and the order of training.
+        adapter: a trained one to measure in place of training one; None: train one.
+    """
+
+    base: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    examples: Sequence[Row]
+    test: Sequence[Row]
+    recipe: Recipe
+    seed: int = 0
+    adapter: StoredAdapter | None = None
+
+    def __post_init__(self) -> None:
+        self._progress = Progress()
+        self.labels = [self.task.label(row) for row in self.test]
+        self.parameters = costs.count_parameters(self.base)
+        self.cache_bytes = costs.cache_bytes_per_token(self.base)
+
+    def shots(self, counts: Sequence[int] | None = None) -> dict[int, list[Row]]:
+        """The shots by their number; of the usual ones those that fit.
+
+        Raises:
+            InputError: numbers were asked for, and one does not fit into the model's context.
+        """
+        if not self.reads_examples:
+            if counts:
+                raise InputError(
+                    f"Expected no --shots for {type(self.base).__name__}: a classifier cannot read examples."
+                )
+            return {}
+        wanted = counts or [count for count in USUAL_SHOTS if count <= len(self.examples)]
+        found = {}
+        for count in wanted:
+            some = icl.draw_shots(self.examples, self.task, count, self.seed)
+            fit = icl.fitting(self.base, self.tokenizer, self.task, some, self.test)
+            if fit == count:
+                found[count] = some
+            elif counts is not None:
+                raise InputError(
+                    f"Expected --shots that fit into the model's context with the longest test row, found {count}, of "
+                    f"which {fit} fit; ask for fewer."
+                )
+        return found
+
+    def run(self, shots: Mapping[int, Sequence[Row]], progress: Progress | None = None) -> list[dict[str, Any]]:
+        """The numbers of each method.
+
+        Args:
+            shots: examples in context by their number; see `shots`.
+            progress: told how it gets on.
+        """
+        self._progress = progress or Progress()
+        rows = [self.zero_shot()]
+        rows += [self.in_context(some) for some in shots.values()]
+        return [*rows, self.t_few()]
+
+    def zero_shot(self) -> dict[str, Any]:
+        """The model as it is."""
+        return self._row("zero-shot", self._measure("zero-shot", self.base))
+
+    def in_context(self, shots: Sequence[Row]) -> dict[str, Any]:
+        """The model with shots before each prompt."""
+        count, text = len(shots), icl.shots_text(self.task, shots)
+        started = time.perf_counter()
+        prefix = Prefix(self.base, self.tokenizer, text)
+        seconds = time.perf_counter() - started
+        with costs.count_flops() as counter:  # again, because counting takes time of its own
+            Prefix(self.base, self.tokenizer, text)
+        measured = self._measure(f"{count}-shot", self.base, prefix)
+        again = counter.get_total_flops() if prefix.is_cached else 0
+        return self._row(
+            f"{count}-shot",
+            measured,
+            inference_flops_uncached=measured.flops + again,
+            disk_bytes=len(prefix.text.encode()),
+            examples=count,
+            once_seconds=seconds,
+        )
+
+    def t_few(self) -> dict[str, Any]:
+        """The model with an adapter: a trained one, or one that is trained now."""
+        if self.adapter is not None:
+            model = IA3Model.from_pretrained(self.base, self.adapter)
+            size = Path(self.adapter.vectors_file()).stat().st_size
+            more = {"disk_bytes": size, **self._recorded(model, self.adapter)}
+        else:
+            model, more = self._train()
+        return self._row(T_FEW, self._measure(T_FEW, model), **more)
+
+    def _train(self) -> tuple[Any, dict[str, Any]]:
+        recipe = self.recipe
+        model = with_adapters(self.base, ["default"], recipe.init)
+        with tempfile.TemporaryDirectory() as scratch:
+            trainer, _, seconds = train_alone(
+                self._progress, "training", model, self.tokenizer, self.task, self.examples, recipe, self.seed, scratch
+            )
+            save_adapter(model, scratch)
+            size = Path(scratch, WEIGHTS_NAME).stat().st_size
+        steps = trainer.steps_of("default")
+        return model.eval(), {
+            **self._training_flops(model, recipe, len(self.examples), steps),
+            "disk_bytes": size,
+            "examples": len(self.examples),
+            "once_seconds": seconds,
+            "recipe": recipe.name,
+            "steps": steps,
+        }
+
+    def _recorded(self, model: IA3Model, adapter: StoredAdapter) -> dict[str, Any]:
+        """What an adapter's training cost, as far as its folder says; None where it does not."""
+        found = adapter.metrics
+        steps, examples = found.get("steps"), found.get("train_examples")
+        flops: dict[str, Any] = dict.fromkeys(("training_flops", "training_flops_estimate"))
+        if steps and examples and adapter.text(RECIPE_NAME) is not None:
+            flops = self._training_flops(model, self.recipe, examples, steps)
+        seconds = found.get("train_seconds")
+        return {
+            **flops,
+            "examples": examples,
+            "once_seconds": None if seconds is None else seconds / (found.get("trained_at_once") or 1),
+            "recipe": found.get("recipe"),
+            "steps": steps,
+        }
+
+    def _training_flops(self, model: IA3Model, recipe: Recipe, examples: int, steps: int) -> dict[str, float]:
+        """What so many steps on so many examples take: counted, and by the paper's estimate."""
+        seen = costs.examples_seen(examples, recipe, steps)
+        questions = Scorer(self.base, self.tokenizer).questions(self.task.wordings(self.examples))
+        tokens = seen * sum(map(row_length, questions)) / len(questions)
+        return {
+            "training_flops": seen * costs.example_flops(model, self.tokenizer, self.task, self.examples, recipe),
+            "training_flops_estimate": costs.estimated_flops(self.parameters, tokens, self._both, training=True),
+        }
+
+    def _measure(self, title: str, model: Any, prefix: Any = None) -> costs.Measured:
+        stage = self._progress.stage(title, len(self.test))
+        measured = costs.measure(
+            model,
+            self.tokenizer,
+            self.task,
+            self.test,
+            prefix,
+            lambda done: stage.advance(len(done)),
+            self.recipe,
+        )
+        stage.note(f"accuracy {self._scores(measured)['accuracy']:.1%}")
+        return measured
+
+    def _scores(self, measured: costs.Measured) -> dict[str, float]:
+        return self.task.metrics(self.labels, [prediction.best for prediction in measured.predictions])
+
+    @property
+    def reads_examples(self) -> bool:
+        """Whether the model can have examples in context; a classifier cannot."""
+        return task_type(self.base) != TaskType.SEQ_CLS
+
+    @property
+    def _both(self) -> bool:
+        return bool(self.base.config.is_encoder_decoder)
+
+    def _row(self, method: str, measured: costs.Measured, **more: Any) -> dict[str, Any]:
+        return {
+            "method": method,
+            **self._scores(measured),
+            "inference_flops": measured.flops,
+            "inference_flops_uncached": measured.flops,
+            "inference_flops_estimate": costs.estimated_flops(self.parameters, measured.tokens, self._both),
+            "training_flops": 0,
+            "training_flops_estimate": 0,
+            "kv_cache_bytes": round(self.cache_bytes * measured.tokens),
+            "disk_bytes": 0,
+            "seconds": measured.seconds,
+            "once_seconds": 0.0,
+            "tokens": measured.tokens,
+            "examples": 0,
+            **more,
+        }
+
+    def save(self, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write what `run` returned into a folder: a picture, compare.png, and the numbers, compare.json."""
+        settings = {
+            "model": self.base.name_or_path,
+            "task": self.task.name,
+            "parameters": self.parameters,
+            "train_examples": len(self.examples),
+            "test_rows": len(self.test),
+            "seed": self.seed,
+        }
+        with replacing(folder / "compare.png") as path:
+            draw(path, rows, f"{self.task.name}, {Path(str(self.base.name_or_path)).name}, {len(self.test)} test rows")
+            write_json(folder / "compare.json", {**settings, "rows": rows})
+
+
+def draw(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> None:
+    """A picture of accuracy against FLOPs an example, on a logarithmic scale."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for row in rows:
+        cost, again, accuracy = row["inference_flops"], row["inference_flops_uncached"], 100 * row["accuracy"]
+        color, marker = {"zero-shot": ("tab:gray", "s"), T_FEW: ("tab:red", "*")}.get(row["method"], ("tab:blue", "o"))
+        if again > cost:
+            axes.plot([cost, again], [accuracy, accuracy], ":", color=color, linewidth=1)
+            axes.plot(again, accuracy, marker, color=color, markerfacecolor="white", markersize=8)
+        axes.plot(cost, accuracy, marker, color=color, markersize=14 if marker == "*" else 8)
+        axes.annotate(
+            row["method"], (cost, accuracy), xytext=(6, -14 if marker == "*" else 6), textcoords="offset points"
+        )
+    axes.set_xscale("log")
+    axes.margins(0.2)
+    axes.set_xlabel("FLOPs an example at inference (hollow: shots read again for each example)")
+    axes.set_ylabel("accuracy, %")
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)

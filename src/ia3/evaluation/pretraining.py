@@ -1,0 +1,168 @@
+"""Vectors from a mixture of tasks, for training to start from, saved with what was measured: `Pretraining`."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ia3.adapter.pretrained import EMBEDDED_MODEL, load_base
+from ia3.adapter.stored import CARD_MARK
+from ia3.evaluation.checkpoints import checkpoint_of, interruptible, settings_of
+from ia3.evaluation.progress import Progress, training_stages
+from ia3.evaluation.results import save_measured
+from ia3.evaluation.running import with_adapters
+from ia3.training.pretrain import CAP, PRETRAINING, MixtureTrainer, likelihood_only
+
+if TYPE_CHECKING:
+    from ia3.task.task import Row, Task
+    from ia3.training.recipe import Recipe
+
+
+@dataclass
+class Pretraining:
+    """Train vectors on a mixture of tasks and save them; what `ia3 pretrain` does.
+
+    Attributes:
+        tasks: with their labelled rows.
+        folder: of the adapter.
+        model: the base model, as `load_base` takes it.
+        dtype: of its weights.
+        recipe: how to train, but for the loss, which is the right answer's likelihood; None: the paper's.
+        cap: more rows than this do not make a task more frequent.
+        seed: decides what is drawn.
+    """
+
+    tasks: Sequence[tuple[Task, Sequence[Row]]]
+    folder: str | os.PathLike
+    model: str = EMBEDDED_MODEL
+    dtype: str = "auto"
+    recipe: Recipe | None = None
+    cap: int = CAP
+    seed: int = 0
+
+    @property
+    def plan(self) -> Recipe:
+        """How the vectors are trained."""
+        return likelihood_only(self.recipe or PRETRAINING)
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return Path(self.folder) / "checkpoints"
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides the result."""
+        tasks = {
+            task.name: {"task": task, "rows": rows} for task, rows in sorted(self.tasks, key=lambda pair: pair[0].name)
+        }
+        return settings_of(
+            model=self.model, dtype=self.dtype, recipe=self.plan, cap=self.cap, seed=self.seed, tasks=tasks
+        )
+
+    def checkpoint(self) -> str:
+        """The checkpoint to go on from.
+
+        Raises:
+            InputError: there is none, or it is of a run with other settings.
+        """
+        return checkpoint_of(self.checkpoints, self.settings(), "tasks")
+
+    def run(self, progress: Progress | None = None, resume: bool = False) -> dict[str, Any]:
+        """Do all of it; returns what metrics.json says.
+
+        Args:
+            progress: told how it gets on.
+            resume: go on from the last checkpoint of an interrupted run.
+
+        Raises:
+            InputError: see `checkpoint`, `load_base` and `Mixture`.
+            Interrupted: on a keyboard interrupt while vectors are trained.
+        """
+        from transformers import set_seed
+
+        progress, plan, folder = progress or Progress(), self.plan, Path(self.folder)
+        checkpoint = self.checkpoint() if resume else None
+        with progress.waiting("Loading the model …"):
+            base, tokenizer = load_base(self.model, [], self.dtype)
+            network = with_adapters(base, ["default"], plan.init)
+        logged = max(1, plan.steps // 1000)
+        arguments = plan.training_arguments(
+            self.checkpoints,
+            seed=self.seed,
+            logging_steps=logged,
+            save_strategy="steps",
+            save_steps=logged * max(1, min(100, plan.steps // 4) // logged),  # no logged mean goes over a checkpoint
+            save_total_limit=2,
+            disable_tqdm=True,
+        )
+        set_seed(self.seed)
+        callbacks = [training_stages(progress, {"loss": "Pre-training"})]
+        trainer = MixtureTrainer(network, arguments, tokenizer, self.tasks, plan, self.cap, callbacks=callbacks)
+        trainer.silence()
+        mixture = trainer.mixture
+        progress.say("\n".join(f"{share:6.1%} {name}" for name, share in mixture.shares.items()))
+        if checkpoint is not None:
+            progress.say(f"Going on from {checkpoint}")
+        started = time.perf_counter()
+        with interruptible(self.checkpoints, self.settings(), checkpoint):
+            trainer.train(resume_from_checkpoint=checkpoint)
+        seconds = time.perf_counter() - started
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        results = {
+            "model": base.name_or_path,
+            "recipe": plan.name,
+            "steps": plan.steps,
+            "seed": self.seed,
+            "cap": self.cap,
+            "train_seconds": round(seconds, 2),
+            "train_loss": statistics.mean(losses),
+            "final_loss": statistics.mean(losses[-max(1, len(losses) // 10) :]),
+            "tasks": {
+                task.name: {"rows": len(rows), "share": mixture.shares[task.name], "drawn": mixture.drawn[task.name]}
+                for task, rows in mixture.tasks
+            },
+            "trainable_parameters": sum(parameter.numel() for parameter in network.adapter_parameters("default")),
+        }
+        results = save_measured(folder, network, "default", plan, results, functools.partial(_card, folder, plan))
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        return results
+
+
+def _card(folder: Path, recipe: Recipe, results: dict[str, Any]) -> str:
+    rows = [f"| {name} | {its['rows']} | {its['drawn']} |" for name, its in results["tasks"].items()]
+    start = "" if recipe.init is None else f", starting from `{recipe.init}`"
+    return f"""---
+base_model: {json.dumps(results["model"])}
+library_name: peft
+tags:
+- ia3
+- t-few
+---
+
+{CARD_MARK}
+
+# {folder.name}
+
+(IA)³ vectors ([arXiv:2205.05638](https://arxiv.org/abs/2205.05638)) for `{results["model"]}` to start training from, made by
+`ia3 pretrain` on a mixture of {len(rows)} tasks: {results["steps"]} steps of {recipe.batch_size} examples with the right
+answer's likelihood as the loss (seed {results["seed"]}{start}).
+{results["trainable_parameters"]:,} numbers, {results["adapter_bytes"] / 1000:.0f} kB.
+
+| task | rows | examples drawn |
+|---|---:|---:|
+{chr(10).join(rows)}
+
+## Use
+
+```
+ia3 train --init {folder.name} --data rows.csv
+```
+"""

@@ -1,0 +1,187 @@
+"""What an experiment leaves: an adapter's folder with its metrics and its model card; and metrics of several together."""
+
+from __future__ import annotations
+
+import functools
+import json
+import statistics
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ia3.adapter.stored import CALIBRATION_NAME, CARD_MARK, CARD_NAME, METRICS_NAME, RECIPE_NAME, SEEN, TASK_NAME
+from ia3.files import to_json
+
+if TYPE_CHECKING:
+    from ia3.adapter.model import IA3Model
+    from ia3.evaluation.calibration import Calibration
+    from ia3.evaluation.prediction import Prediction
+    from ia3.task.task import Row, Task, Template
+    from ia3.training.recipe import Recipe
+
+METHODS = {"zero_shot": "zero-shot", "trained": "trained", "majority": "majority class"}
+METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
+
+
+def majority(labels: Sequence[str]) -> str:
+    """The most frequent label, the first one of several."""
+    return Counter(labels).most_common(1)[0][0]
+
+
+def majority_metrics(task: Task, labels: Sequence[str]) -> dict[str, float]:
+    """The metrics of always answering with the majority: the bar that any method has to pass."""
+    return task.metrics(labels, [majority(labels)] * len(labels))
+
+
+def median_metrics(some: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Each metric's median over templates, the paper's way to measure (Liu et al. 2022, section 3.1)."""
+    return {metric: statistics.median(scores[metric] for scores in some) for metric in some[0]}
+
+
+def report(task: Task, predictions: Sequence[Prediction], labels: Sequence[str], temperature: float) -> dict[str, Any]:
+    """How good predictions of labelled rows are: metrics, probabilities' quality, and each label's precision and recall."""
+    import numpy as np
+    from sklearn.metrics import precision_recall_fscore_support
+
+    from ia3.evaluation.calibration import Calibration
+
+    found = [prediction.best for prediction in predictions]
+    names = task.labels or sorted({*labels, *found})
+    measured = np.array(precision_recall_fscore_support(labels, found, labels=names, zero_division=0))  # type: ignore[arg-type]
+    return {
+        **task.metrics(labels, found),
+        "majority": majority_metrics(task, labels),
+        "rows": len(labels),
+        "temperature": temperature,
+        **Calibration.quality(predictions, labels, temperature),
+        "labels": {
+            name: {"precision": float(p), "recall": float(r), "f1": float(f), "rows": int(n)}
+            for name, p, r, f, n in zip(names, *measured.tolist(), strict=True)
+        },
+    }
+
+
+def summary(members: Mapping[str, dict[str, Any]], seeds: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """For each group of seeds, method and metric: median and interquartile range, as numbers between 0 and 1."""
+    found: dict[str, Any] = {}
+    for shared, names in seeds.items():
+        some = [members[name] for name in names if "trained" in members[name]]
+        if some:
+            found[shared] = {
+                method: {metric: spread([results[method][metric] for results in some]) for metric in METRICS}
+                for method in METHODS
+            }
+    return found
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """The median, and between which values the middle half lies."""
+    import numpy as np
+
+    low, median, high = np.percentile(values, [25, 50, 75]).tolist()
+    return {"median": median, "interquartile_range": high - low}
+
+
+def save_trained(
+    folder: Path,
+    model: IA3Model,
+    adapter: str,
+    task: Task,
+    recipe: Recipe,
+    results: dict[str, Any],
+    examples: Sequence[Row],
+    calibration: Calibration | None = None,
+) -> dict[str, Any]:
+    """Save an adapter and all that belongs to it; returns the results with the adapter's size.
+
+    What the examples were that it learned from, metrics.json says in fingerprints, for programs alone.
+    """
+    texts = {TASK_NAME: task.to_yaml()}
+    if calibration is not None:
+        results = {**results, "calibration": calibration.model_dump()}
+        texts[CALIBRATION_NAME] = calibration.to_json()
+    card = functools.partial(_model_card, folder, task, recipe)
+    seen = {SEEN: [task.fingerprint(row) for row in examples]}
+    results = save_measured(folder, model, adapter, recipe, {**results, **seen}, card, texts)
+    del results[SEEN]
+    return results
+
+
+def save_measured(
+    folder: Path,
+    model: IA3Model,
+    adapter: str,
+    recipe: Recipe,
+    results: dict[str, Any],
+    card: Callable[[dict[str, Any]], str],
+    texts: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Save an adapter with its recipe, its metrics, a model card that is made of them and other files, in whole or not
+    at all; returns the metrics with the adapter's size."""
+    from ia3.adapter.checkpoint import save_adapter
+
+    measured = dict(results)
+
+    def beside(adapter_bytes: int) -> dict[str, bytes]:
+        measured["adapter_bytes"] = adapter_bytes
+        more = {RECIPE_NAME: recipe.to_yaml(), METRICS_NAME: to_json(measured), CARD_NAME: card(measured)}
+        return {name: text.encode() for name, text in {**more, **(texts or {})}.items()}
+
+    save_adapter(model, folder, adapter, beside=beside)
+    return measured
+
+
+def _model_card(folder: Path, task: Task, recipe: Recipe, results: dict[str, Any]) -> str:
+    lines = []
+    if "trained" in results:
+        lines = [f"| {results['test_rows']} test rows | accuracy | macro-F1 |", "|---|---:|---:|"]
+        lines += [
+            f"| {name} | {results[key]['accuracy']:.1%} | {results[key]['macro_f1']:.1%} |"
+            for key, name in METHODS.items()
+        ]
+    base = results["model"]
+    how = f"{results['train_seconds']:.0f} s, seed {results['seed']}"
+    if "learning_rate" in results:
+        how += f", learning rate {results['learning_rate']}"
+    if recipe.init is not None:
+        how += f", starting from `{recipe.init}`"
+    if "trained_at_once" in results:
+        how += f", {results['trained_at_once']} adapters at once"
+    wordings = "\n\n".join(_wording(task, template) for template in task.templates)
+    return f"""---
+base_model: {json.dumps(base)}
+library_name: peft
+tags:
+- ia3
+- t-few
+---
+
+{CARD_MARK}
+
+# {task.name}
+
+{task.description or "A text classifier"}: an (IA)³ adapter ([arXiv:2205.05638](https://arxiv.org/abs/2205.05638)) for
+`{base}`, trained by `{results.get("command", "ia3 train")}` with T-Few's recipe ({recipe.name}) on {results["train_examples"]} labelled examples in
+{results["steps"]} steps ({how}).
+{results["trainable_parameters"]:,} numbers, {results["adapter_bytes"] / 1000:.0f} kB.
+
+{chr(10).join(lines)}
+
+## The prompt
+
+{wordings}
+
+## Use
+
+```
+ia3 predict {folder.name} --data rows.csv
+```
+"""
+
+
+def _wording(task: Task, template: Template) -> str:
+    """A template and its answers, for a model card."""
+    own = task.choices if template.choices is None else template.choices
+    answers = [f"- `{label}`: {text}" for label, text in own.items()] if isinstance(own, dict) else [f"- `{own}`"]
+    return f"```\n{template.prompt.rstrip()}\n```\n\nLabels and their answers:\n\n" + "\n".join(answers)

@@ -1,0 +1,336 @@
+"""The steps of an experiment on one base model: measure, train, measure again, save, cross-validate."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ia3.errors import InputError
+from ia3.evaluation.checkpoints import interruptible
+from ia3.evaluation.progress import Progress, Stage, training_stages
+from ia3.evaluation.results import majority_metrics, median_metrics, save_trained
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ia3.adapter.model import IA3Model
+    from ia3.evaluation.calibration import Calibration
+    from ia3.evaluation.experiment import Experiment, Trial
+    from ia3.task.task import Row, Task
+    from ia3.training.fleet import FleetTrainer
+    from ia3.training.recipe import Recipe
+
+Scores = dict[str, float]
+
+
+class Running:
+    """An experiment whose base model is in memory, with an adapter for each trial.
+
+    Args:
+        experiment: what to do.
+        progress: told how it gets on.
+    """
+
+    def __init__(self, experiment: Experiment, progress: Progress) -> None:
+        from ia3.adapter.pretrained import load_base
+
+        self.experiment, self.progress = experiment, progress
+        self.trials, self.recipe = experiment.trials, experiment.chosen_recipe
+        with progress.waiting("Loading the model …"):
+            from transformers import set_seed
+
+            from ia3.training.fleet import FleetTrainer, Member
+
+            base, self.tokenizer = load_base(experiment.model, self.trials[0].task.labels, experiment.dtype)
+            # Names in the model may hold neither the dots nor the slashes that names of folders may.
+            one = len(self.trials) == 1
+            names = ["default"] if one else [f"member{number}" for number in range(len(self.trials))]
+            self.adapters = {trial.name: name for trial, name in zip(self.trials, names, strict=True)}
+            self.model = with_adapters(base, names, self.recipe.init)
+        self.base_name = base.name_or_path
+        seed = self.trials[0].seed
+        arguments = self.recipe.training_arguments(
+            experiment.checkpoints,
+            seed=seed,
+            save_strategy="steps",
+            save_steps=max(1, min(10, self.recipe.steps // 4)),
+            save_total_limit=2,
+            disable_tqdm=True,
+        )
+        set_seed(seed)
+        members = [
+            Member(self.adapters[trial.name], trial.task, trial.examples, trial.seed, trial.learning_rate)
+            for trial in self.trials
+        ]
+        titles = {f"loss/{self.adapters[trial.name]}": trial.titled("Training") for trial in self.trials}
+        callbacks = [training_stages(progress, titles)]
+        try:
+            self.trainer = FleetTrainer(
+                self.model, arguments, self.tokenizer, members, self.recipe, callbacks=callbacks
+            )
+        except InputError as error:  # says whose rows do not fit
+            text = str(error)
+            for name, adapter in self.adapters.items():
+                text = text.replace(f"Member {adapter!r}", repr(name))
+            raise InputError(text) from error
+        self.trainer.silence()
+
+    # The steps.
+
+    def zero_shot(self) -> dict[str, list[Scores]]:
+        """For each trial what the untrained model has on its test rows, in each template that measures; see `trained`."""
+        with self.model.disable_adapter():  # which may have been trained on other tasks
+            return self._in_each_template(self._zero_shot)
+
+    def train(self, checkpoint: str | None) -> tuple[dict[str, float], float]:
+        """Train all adapters, from a checkpoint where there is one; returns the trainer's metrics, and the seconds.
+
+        Raises:
+            Interrupted: on a keyboard interrupt.
+        """
+        started = time.perf_counter()
+        with interruptible(self.experiment.checkpoints, self.experiment.settings(), checkpoint):
+            metrics = self.trainer.train(resume_from_checkpoint=checkpoint).metrics
+        return metrics, time.perf_counter() - started
+
+    def trained(self) -> dict[str, list[Scores]]:
+        """For each trial what its adapter has on its test rows, in each template that measures; empty without test rows."""
+        return self._in_each_template(self._trained)
+
+    def results(
+        self, trial: Trial, zero_shot: Sequence[Scores], trained: Sequence[Scores], metrics: Scores, seconds: float
+    ) -> dict[str, Any]:
+        """All that is known of a trial, but for what is known when it has been saved."""
+        adapter, several = self.adapters[trial.name], len(self.trials) > 1
+        return _measured(trial, zero_shot, trained, self.experiment.all_templates) | {
+            "train_seconds": round(seconds, 2),
+            "train_loss": metrics[f"train_loss/{adapter}"],
+            "recipe": self.recipe.name,
+            "steps": self.trainer.steps_of(adapter),
+            "seed": trial.seed,
+            **({} if trial.learning_rate is None else {"learning_rate": trial.learning_rate}),
+            **({"trained_at_once": len(self.trials)} if several else {}),
+            "train_examples": len(trial.examples),
+            "test_rows": len(trial.test),
+            "trainable_parameters": sum(parameter.numel() for parameter in self.model.adapter_parameters(adapter)),
+            "model": self.base_name,
+            "task": trial.task.name,
+        }
+
+    def save(self, trial: Trial, results: dict[str, Any], calibration: Calibration | None = None) -> dict[str, Any]:
+        """Save a trial's adapter; returns its results with its size."""
+        folder, adapter = Path(self.experiment.folder, trial.name), self.adapters[trial.name]
+        return save_trained(folder, self.model, adapter, trial.task, self.recipe, results, trial.examples, calibration)
+
+    def cross_validate(self, trial: Trial) -> tuple[Scores, Calibration]:
+        """What a trial's examples have by adapters that have not seen them, and how they calibrate its own."""
+        experiment = self.experiment
+        return cross_validated(
+            self.progress,
+            trial.titled("Cross-validation"),
+            self.model,
+            self.tokenizer,
+            trial.task,
+            trial.examples,
+            self.recipe.changed(learning_rate=trial.learning_rate),
+            experiment.folds,
+            trial.seed,
+            experiment.checkpoints,
+        )
+
+    # Measuring.
+
+    def _in_each_template(self, measure: Any) -> dict[str, list[Scores]]:
+        found: dict[str, list[Scores]] = {trial.name: [] for trial in self.trials}
+        count = max(len(trial.task.templates) for trial in self.trials) if self.experiment.all_templates else 1
+        for template in range(count):
+            some = [trial for trial in self.trials if template < len(trial.task.templates)]
+            for trial, scores in zip(some, measure(some, template), strict=True):
+                found[trial.name] += [] if scores is None else [scores]
+        return found
+
+    def _zero_shot(self, trials: Sequence[Trial], template: int) -> list[Scores | None]:
+        """A row of several trials goes through the model once."""
+        tasks = {id(trial.task): trial.task for trial in trials}
+        rows = {key: {id(row): row for one in trials if id(one.task) == key for row in one.test} for key in tasks}
+        titles = {key: f"Zero-shot {task.name}" if len(tasks) > 1 else "Zero-shot" for key, task in tasks.items()}
+        titles = {key: _in_words(title, template) for key, title in titles.items()}
+        asked = {titles[key]: [(task, row) for row in rows[key].values()] for key, task in tasks.items()}
+        found, stages = self._predicted(asked, template)
+        labels = {key: dict(zip(rows[key], found[titles[key]], strict=True)) for key in tasks}
+        scores = [_scores(one, [labels[id(one.task)][id(row)] for row in one.test], template) for one in trials]
+        for key, task in tasks.items():
+            its = [score for one, score in zip(trials, scores, strict=True) if one.task is task]
+            _note(stages.get(titles[key]), task, its)
+        return scores
+
+    def _trained(self, trials: Sequence[Trial], template: int) -> list[Scores | None]:
+        titles = [_in_words(trial.titled("Trained"), template) for trial in trials]
+        asked = {title: [(one.task, row) for row in one.test] for title, one in zip(titles, trials, strict=True)}
+        names = [self.adapters[trial.name] for trial in trials for _ in trial.test]
+        found, stages = self._predicted(asked, template, names if len(self.trials) > 1 else None)
+        scores = [_scores(one, found[title], template) for title, one in zip(titles, trials, strict=True)]
+        for title, trial, score in zip(titles, trials, scores, strict=True):
+            _note(stages.get(title), trial.task, [score])
+        return scores
+
+    def _predicted(
+        self,
+        asked: Mapping[str, Sequence[tuple[Task, Row]]],
+        template: int,
+        adapters: Sequence[str] | None = None,
+    ) -> tuple[dict[str, list[str]], dict[str, Stage]]:
+        """The label of each row, by the title of its stage, and the stages; rows of all titles share batches."""
+        from ia3.evaluation.prediction import predict
+
+        titles = [title for title, pairs in asked.items() for _ in pairs]
+        pairs = [pair for some in asked.values() for pair in some]
+        found: dict[str, list[str]] = {title: [] for title in asked}
+        stages = {title: self.progress.stage(title, len(some)) for title, some in asked.items() if some}
+
+        def advance(done: list[int]) -> None:
+            for title, count in Counter(titles[index] for index in done).items():
+                stages[title].advance(count)
+
+        if pairs:
+            tasks, rows = zip(*pairs, strict=True)
+            items = predict(
+                self.model, self.tokenizer, tasks, rows, advance, adapters, template=template, recipe=self.recipe
+            )
+            for title, item in zip(titles, items, strict=True):
+                found[title].append(item.best)
+        return found, stages
+
+
+def _measured(
+    trial: Trial, zero_shot: Sequence[Scores], trained: Sequence[Scores], each_template: bool
+) -> dict[str, Any]:
+    """What was measured on a trial's test rows; nothing without them."""
+    if not trial.test:
+        return {}
+    # The majority of the training rows says nothing when they are balanced; the test rows' own is the fair bar.
+    labels = [trial.task.label(row) for row in trial.test]
+    found: dict[str, Any] = {
+        "zero_shot": median_metrics(zero_shot),
+        "trained": median_metrics(trained),
+        "majority": majority_metrics(trial.task, labels),
+    }
+    if each_template:
+        pairs = zip(trial.task.templates, zero_shot, trained, strict=True)
+        found["templates"] = [{"name": template.name, "zero_shot": a, "trained": b} for template, a, b in pairs]
+    return found
+
+
+def _in_words(title: str, template: int) -> str:
+    return f"{title}, template {template + 1}" if template else title
+
+
+def _scores(trial: Trial, predictions: list[str], template: int) -> Scores | None:
+    """A trial's metrics; a template that says itself which answer is right may list its answers in an order of its own."""
+    labels = [trial.task.label(row, template=template) for row in trial.test]
+    return trial.task.metrics(labels, predictions) if labels else None
+
+
+def _note(stage: Stage | None, task: Task, scores: Sequence[Scores | None]) -> None:
+    """Say the headline number, a mean where trials were measured on different rows."""
+    values = [score[task.metric] for score in scores if score is not None]
+    if values and stage is not None:
+        stage.note(f"{task.metric.replace('_', '-')} {statistics.mean(values):.1%}")
+
+
+def cross_validated(
+    progress: Progress,
+    title: str,
+    model: IA3Model,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    rows: Sequence[Row],
+    recipe: Recipe,
+    folds: int,
+    seed: int,
+    folder: Path,
+) -> tuple[Scores, Calibration]:
+    """The metrics of labelled rows, each predicted by an adapter that has not seen it, and what they calibrate.
+
+    Args:
+        progress: told of the steps.
+        title: of its stage.
+        model, tokenizer, task, rows, recipe, folds, seed: as of `cross_validate`.
+        folder: its `output_dir`.
+    """
+    from ia3.evaluation.calibration import Calibration, cross_validate
+
+    stage = progress.stage(title, recipe.steps)
+    found = cross_validate(model, tokenizer, task, rows, recipe, folds, seed, folder, stage)
+    labels = [task.label(row) for row in rows]
+    scores = task.metrics(labels, [prediction.best for prediction in found])
+    stage.end()
+    _note(stage, task, [scores])
+    return scores, Calibration.fit(found, labels)
+
+
+def train_alone(
+    progress: Progress,
+    title: str,
+    model: IA3Model,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    rows: Sequence[Row],
+    recipe: Recipe,
+    seed: int,
+    folder: Path | str,
+) -> tuple[FleetTrainer, Scores, float]:
+    """Train a model's active adapter as an `Experiment` does, without checkpoints.
+
+    Args:
+        progress: told of the steps.
+        title: of its stage.
+        model: what `with_adapters` makes of a base model.
+        tokenizer, task, rows, recipe, seed: as of `FleetTrainer` and its `Member`.
+        folder: the trainer's; nothing is written to it.
+
+    Returns:
+        The trainer, its metrics, and the seconds that training took.
+    """
+    from transformers import set_seed
+
+    from ia3.training.fleet import FleetTrainer, Member
+
+    [adapter] = model.active_adapters
+    arguments = recipe.training_arguments(folder, seed=seed, save_strategy="no", disable_tqdm=True)
+    set_seed(seed)
+    callbacks = [training_stages(progress, {f"loss/{adapter}": title})]
+    trainer = FleetTrainer(
+        model, arguments, tokenizer, [Member(adapter, task, rows, seed)], recipe, callbacks=callbacks
+    )
+    trainer.silence()
+    started = time.perf_counter()
+    metrics = trainer.train().metrics
+    return trainer, metrics, time.perf_counter() - started
+
+
+def with_adapters(base: PreTrainedModel, adapters: Sequence[str], init: str | None) -> IA3Model:
+    """A base model with adapters to train, the first one active.
+
+    Args:
+        base: the model.
+        adapters: their names.
+        init: an adapter that all start from; None: ones.
+    """
+    from ia3.adapter.config import IA3Config
+    from ia3.adapter.model import IA3Model
+    from ia3.adapter.pretrained import task_type
+
+    if init is None:
+        config = {"task_type": task_type(base), "base_model_name_or_path": base.name_or_path}
+        return IA3Model(base, {adapter: IA3Config(**config) for adapter in adapters})
+    model = IA3Model(base, {})
+    for adapter in adapters:
+        model.load_adapter(init, adapter, is_trainable=True)
+        model.peft_config[adapter].base_model_name_or_path = base.name_or_path
+    model.set_adapter(adapters[0])
+    return model
