@@ -36,6 +36,7 @@ def test_the_end_of_a_column_is_cut(short, truncate, kept, caplog):
         return
     short_row = {"text": "tea", "kind": "cake", "label": "pos"}
     found = scorer(short).questions(task.wordings([short_row, row]))
+    assert [question.cut for question in found] == [None, "text"]
     prompt = tokenizer.decode(found[1].prompt)
     assert len(found[1].prompt) + 2 == 12 and prompt.endswith("? answer :") and prompt.startswith("review : tea")
     assert kept is None or prompt == kept

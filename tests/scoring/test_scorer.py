@@ -9,7 +9,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ia3 import IA3Config, IA3Model, InputError, Scorer, score_choices
+from ia3 import IA3Config, IA3Model, InputError, Scorer, Task, score_choices
 from ia3.scoring.batch import groups, normalized_scores
 from ia3.scoring.decoder import pack, plain_rows
 from ia3.scoring.question import Question
@@ -118,6 +118,22 @@ def test_a_gradient_reads_the_vocabulary_once_for_all_rows(llama):
     batch = pack([Question([5, 6, 7, 8], [[9, 10], [11]]), Question([5, 6], [[9], [11]])])
     scorer(IA3Model(llama, IA3Config())).log_probs(batch)
     assert seen == [True]
+
+
+def test_rows_of_several_tasks_become_questions_in_their_order_and_each_prompt_tokens_once(llama, monkeypatch):
+    tasks = [Task(template=text, choices={"a": "good", "b": "not good"}) for text in ("tea {{ text }}", "{{ text }} :")]
+    wordings = [tasks[i % 2].wording({"text": word}, i + 1) for i, word in enumerate(["was", "is", "cake", "soup"])]
+    tokenizer, asked = words.tokenizer(), []
+    encode = type(tokenizer)._encode_plus
+
+    def counting(self, text, *args, **kwargs):
+        asked.extend([text] if isinstance(text, str) else text)
+        return encode(self, text, *args, **kwargs)
+
+    monkeypatch.setattr(type(tokenizer), "_encode_plus", counting)
+    found = Scorer(llama, tokenizer).questions(wordings, labelled=False)
+    assert [tokenizer.decode(question.prompt) for question in found] == ["tea was", "is :", "tea cake", "soup :"]
+    assert [asked.count(wording.prompt) for wording in wordings] == [1, 1, 1, 1]
 
 
 class TestScoreChoices:

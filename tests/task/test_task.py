@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import normalizers
 
 from ia3 import IA3Config, IA3Model, InputError, Scorer, Task, few_shot, predict, read_rows
+from ia3.task import template
 from support import tiny, words
 from support.asked import scorer
 
@@ -241,6 +242,16 @@ class TestTask:
 
 
 WORDS = st.text("abc {}%#|", min_size=1, max_size=8)
+
+
+def test_a_row_is_rendered_once(monkeypatch):
+    rendered, render = [], template._render
+    monkeypatch.setattr(template, "_render", lambda *args, **seen: rendered.append(args[0]) or render(*args, **seen))
+    task = Task(template="{{ text }} : {{ answer_choices | join }}", choices="{{ endings }}")
+    [[wording]] = task.checked([{"text": "tea", "endings": ["good", "bad"], "label": 1}])
+    assert wording.prompt == "tea : goodbad" and wording.answers == {"0": "good", "1": "bad"} and wording.label == "1"
+    assert wording.fingerprint == task.fingerprint({"text": "tea", "endings": ["good", "bad"]})
+    assert len(rendered) == 4  # prompt and answers, twice: the last line asks anew
 
 
 class TestTemplates:
