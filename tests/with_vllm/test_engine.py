@@ -194,9 +194,7 @@ def test_an_engine_from_start_to_stop(place, tmp_path):
         bad = tmp_path / "bad"
         shutil.copytree(place / "one", bad)
         (bad / "adapter_model.safetensors").write_bytes(b"short")
-        with pytest.raises(
-            InputError, match=r"^Cannot read .*Expected a whole safetensors file; copy or download it again\.$"
-        ) as refused:
+        with pytest.raises(InputError, match=r"^Expected a whole safetensors file in .* it again\.$") as refused:
             await engine.add("bad@1", str(bad), check=True)
         assert not isinstance(refused.value, AdapterFailed)  # the files are whoever gives them's
         await engine.add("bad@2", str(bad), check=False)
@@ -204,7 +202,7 @@ def test_an_engine_from_start_to_stop(place, tmp_path):
             await engine.score([ScoreJob(None, question), ScoreJob("bad@2", question)])
         (bad / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
         assert "bad@1" not in engine._adapters
-        with pytest.raises(InputError, match=r"^Adapter 'bad@3' is no \(IA\)³ adapter.* LoRA adapters too\.$"):
+        with pytest.raises(InputError, match=r"^Expected an \(IA\)³ adapter .*, found peft_type 'LORA'\.$"):
             await engine.add("bad@3", str(bad), check=True)
         assert await engine.score([ScoreJob("one@1", question)])  # it goes on
 
