@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 _Result = TypeVar("_Result")
 
+# Of absolute paths, which are none of a client's business.
+_FOLDERS = re.compile(r"(?<!\S)/\S*/")
+
 # So often is vLLM asked whether its processes are still there.
 _WATCH_SECONDS = 1.0
 
@@ -235,7 +238,7 @@ class VllmEngine:
                 await self._request(key)
             except AdapterFailed as error:  # which is about a job
                 del self._adapters[key]
-                raise InputError(str(error)) from error
+                raise InputError(_FOLDERS.sub("", str(error))) from error
 
     async def _request(self, key: str | None) -> Any:
         """vLLM's request for an adapter, which it has read once: what it refuses then would end it later."""
