@@ -36,8 +36,6 @@ if TYPE_CHECKING:
         PeftWarning,
         cast_mixed_precision_params,
         get_base_model_state_dict,
-        get_layer_status,
-        get_model_status,
         get_peft_config,
         get_peft_model,
         inject_adapter_in_model,
@@ -47,6 +45,7 @@ if TYPE_CHECKING:
     from ia3.adapter.pretrained import load_base
     from ia3.adapter.rules import Rule, WeightRule, register_rule
     from ia3.adapter.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
+    from ia3.adapter.status import get_layer_status, get_model_status
     from ia3.bank import AdapterBank
     from ia3.classifier import FewShotClassifier
     from ia3.errors import InputError
@@ -94,8 +93,6 @@ _NAMES = {
         "PeftWarning",
         "cast_mixed_precision_params",
         "get_base_model_state_dict",
-        "get_layer_status",
-        "get_model_status",
         "get_peft_config",
         "get_peft_model",
         "inject_adapter_in_model",
@@ -105,6 +102,7 @@ _NAMES = {
     "adapter.pretrained": ("load_base",),
     "adapter.rules": ("Rule", "WeightRule", "register_rule"),
     "adapter.state_dict": ("get_peft_model_state_dict", "set_peft_model_state_dict"),
+    "adapter.status": ("get_layer_status", "get_model_status"),
     "bank": ("AdapterBank",),
     "classifier": ("FewShotClassifier",),
     "errors": ("InputError",),

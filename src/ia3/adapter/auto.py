@@ -11,9 +11,7 @@ from ia3.adapter.peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 from ia3.adapter.pretrained import find_base
 from ia3.adapter.stored import StoredAdapter
 from ia3.errors import InputError, brief, reason, shown
-from ia3.files import locate, reading
-
-_HUB = ("subfolder", "token", "cache_dir", "local_files_only", "force_download")
+from ia3.files import HUB_ARGUMENTS, locate, reading
 
 
 class AutoPeftModel:
@@ -52,7 +50,7 @@ class AutoPeftModel:
             InputError: no adapter there; its task is another class's; its config names no base model, or one that
                 cannot be loaded; or the adapter does not fit the base model.
         """
-        place = {name: kwargs[name] for name in _HUB if name in kwargs} | {"revision": revision}
+        place = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs} | {"revision": revision}
         folder = StoredAdapter(pretrained_model_name_or_path, **place)
         given, config = config, config or folder.config
         if not config.base_model_name_or_path:

@@ -40,16 +40,21 @@ def load_peft_weights(
         InputError: see `StoredAdapter.vectors`.
     """
     _, tensors, _ = StoredAdapter.whole(model_id, config=False, **hub_arguments(hub_kwargs))
-    return {_mapped(key, key_mapping or {}): value.to(device or "cpu") for key, value in tensors.items()}
+    return {key: value.to(device or "cpu") for key, value in _renamed(tensors, key_mapping).items()}
 
 
-def _mapped(key: str, mapping: Mapping[str, str]) -> str:
-    name = key.removeprefix(PREFIX)
-    for pattern, replacement in mapping.items():
-        changed, count = re.subn(pattern, replacement, name)
-        if count:
-            return key.removesuffix(name) + changed
-    return key
+def _renamed(tensors: Tensors, mapping: Mapping[str, str] | None) -> Tensors:
+    """Tensors by other names; `mapping` as `load_peft_weights` has it."""
+
+    def renamed(key: str) -> str:
+        name = key.removeprefix(PREFIX)
+        for pattern, replacement in (mapping or {}).items():
+            changed, count = re.subn(pattern, replacement, name)
+            if count:
+                return key.removesuffix(name) + changed
+        return key
+
+    return {renamed(key): value for key, value in tensors.items()}
 
 
 def save_adapter(
@@ -113,9 +118,9 @@ def load_adapter(
     Raises:
         InputError: see `StoredAdapter.whole`, `resolve`, `set_peft_model_state_dict`.
     """
-    folder, tensors, header = StoredAdapter.whole(path, config=config is None, **where)
     own = config is None
-    tensors = {_mapped(key, key_mapping or {}): value for key, value in tensors.items()}
+    folder, tensors, header = StoredAdapter.whole(path, config=own, **where)
+    tensors = _renamed(tensors, key_mapping)
     known = adapter_name in model.peft_config
     if not known:
         config = dataclasses.replace(folder.config if config is None else config, inference_mode=not is_trainable)

@@ -10,7 +10,7 @@ from torch import nn
 
 from ia3.adapter.layer import IA3Layer
 from ia3.adapter.routing import Member, Routing
-from ia3.adapter.targets import wrappers
+from ia3.adapter.targets import embeddings, wrappers
 from ia3.adapter.wrapping import find_routing, remove, take_out
 from ia3.errors import InputError, shown
 
@@ -87,11 +87,8 @@ def _untying(base: nn.Module) -> Iterator[None]:
 
 def _embeddings_are_one(model: nn.Module) -> bool:
     """Whether a language model's input and output embeddings are the same parameter."""
-    try:
-        inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):  # not a transformers model, or one without such a thing
-        return False
-    return getattr(inputs, "weight", None) is not None and inputs.weight is getattr(outputs, "weight", None)
+    first, second = (getattr(module, "weight", None) for module in embeddings(model))
+    return first is not None and first is second
 
 
 def _warn_of_rounding(errors: Sequence[float]) -> None:

@@ -14,7 +14,7 @@ from ia3.adapter.adapted import find_adapted
 from ia3.adapter.layer import IA3Layer
 from ia3.adapter.merging import sync_weights
 from ia3.adapter.pretrained import find_base
-from ia3.adapter.targets import base_modules, inside_wrappers, unwrapped, wrappers
+from ia3.adapter.targets import base_modules, embeddings, inside_wrappers, unwrapped, wrappers
 from ia3.adapter.tensors import PREFIX, Tensors, check_tensors
 from ia3.adapter.trained import TrainedModule
 from ia3.errors import InputError, reason, shown
@@ -211,13 +211,7 @@ def _trained(base: nn.Module) -> list[tuple[str, TrainedModule]]:
 
 def _embeddings(base: nn.Module) -> dict[str, nn.Module]:
     """The input and output embeddings of a transformers model by their path."""
-    found = []
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        try:
-            found.append(getattr(base, getter)())
-        except (AttributeError, NotImplementedError):  # no transformers model, or one without such a thing
-            continue
-    wanted = [unwrapped(module) for module in found if isinstance(module, nn.Module)]
+    wanted = [unwrapped(module) for module in embeddings(base) if module is not None]
     paths: dict[nn.Module, str] = {}  # one module may stand at several
     for path, module in base_modules(base).items():
         if any(module is one for one in wanted):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -102,6 +102,18 @@ def inside_wrappers(model: nn.Module) -> nn.Module:
         if inner is None:
             return model
         model = inner
+
+
+def embeddings(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+    """The input and the output embeddings of a transformers model, as they stand in it; None for what it has not."""
+    found: list[nn.Module | None] = []
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            module = getattr(model, getter)()
+        except (AttributeError, NotImplementedError):  # no transformers model, or one without such a thing
+            module = None
+        found.append(module if isinstance(module, nn.Module) else None)
+    return found[0], found[1]
 
 
 def matches(path: str, pattern: Iterable[str] | str) -> bool:
@@ -295,8 +307,7 @@ def _is_all_linear(config: IA3Config) -> bool:
 
 def _all_linear(model: nn.Module, modules: dict[str, nn.Module], config: IA3Config) -> list[str]:
     """Every Linear and Conv1D but the output layer and the head that the task trains in full."""
-    get_output: Callable = getattr(model, "get_output_embeddings", lambda: None)
-    output = get_output()
+    _, output = embeddings(model)
     output = None if output is None else unwrapped(output)
     heads = TASK_HEADS.get(config.task_type or "", ())
     return [

@@ -2,7 +2,7 @@
 
 from ia3.files.atomic import TEMPORARY, alone, has_unfinished, new_folder, replacing
 from ia3.files.formats import parse_json, read_fields, read_json, reading, to_json, write_json
-from ia3.files.hub import hub_answers, hub_arguments, locate, locate_beside, upload
+from ia3.files.hub import HUB_ARGUMENTS, hub_answers, hub_arguments, locate, locate_beside, upload
 from ia3.files.saves import (
     CONFIG_NAME,
     PENDING,
@@ -18,6 +18,7 @@ from ia3.files.saves import (
 
 __all__ = [
     "CONFIG_NAME",
+    "HUB_ARGUMENTS",
     "PENDING",
     "TEMPORARY",
     "TORCH_WEIGHTS_NAME",

@@ -92,6 +92,10 @@ def locate_beside(
         raise
 
 
+HUB_ARGUMENTS = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
+"""Of a call's keyword arguments, those that say where on the hub an adapter is."""
+
+
 def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments that say where on the hub something is.
 
@@ -102,8 +106,7 @@ def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     from huggingface_hub import hf_hub_download
 
-    known = {"subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download"}
-    known |= {*inspect.signature(hf_hub_download).parameters} - {"repo_id", "filename"}
+    known = {*HUB_ARGUMENTS, *inspect.signature(hf_hub_download).parameters} - {"repo_id", "filename"}
     unknown = [name for name in kwargs if name not in known]
     if unknown:
         raise InputError(
