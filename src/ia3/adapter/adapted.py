@@ -220,11 +220,17 @@ class Adapted(nn.Module):
             inference_mode: leave them frozen.
 
         Raises:
-            InputError: there is no such adapter, or two of them train the same module in full (`modules_to_save`).
+            InputError: there is no such adapter, two of them train the same module in full (`modules_to_save`), or they
+                act from different places (`acts_from`).
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(dict.fromkeys(adapter_name))
         self.require_adapters(names)
         check_copies(self.model, self.ia3_routing, names)
+        if len({self.peft_config[name].acts_from for name in names}) > 1:
+            raise InputError(
+                f"Expected adapters that all act from the start of a text, or all from the question on (acts_from), found "
+                f"both among {shown(names)}; activate those of one kind."
+            )
         if self.ia3_routing.merged:
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
             self.ia3_routing.switch(merged=())

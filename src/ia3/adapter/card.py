@@ -22,11 +22,16 @@ tags:
 
 {numbers} learned numbers that rescale keys, values and feed-forward activations ([arXiv:2205.05638]({paper})).
 
-```python
+{question}```python
 from ia3 import PeftModel
 
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
+"""
+
+_FROM_QUESTION = """The vectors act from the question on, behind a text that the base model reads as it is (`acts_from: question`). PEFT
+does not load such an adapter, and it cannot be merged: in both cases it would act on the text too, as another function.
+
 """
 
 
@@ -59,16 +64,18 @@ def update_model_card(model: Adapted, folder: str | os.PathLike) -> None:
 
 def model_card(model: Adapted, name: str) -> str:
     """The card of an adapter of a model."""
-    return card_of(_base_name(model, name), sum(parameter.numel() for parameter in model.adapter_parameters(name)))
+    numbers = sum(parameter.numel() for parameter in model.adapter_parameters(name))
+    return card_of(_base_name(model, name), numbers, model.peft_config[name].acts_from)
 
 
-def card_of(base: str | None, numbers: int) -> str:
+def card_of(base: str | None, numbers: int, acts_from: str = "start") -> str:
     """The card of an adapter of so many numbers."""
     return _MODEL_CARD.format(
         base=f"base_model: {base}\n" if base else "",
         tags="\n".join(f'- "{tag}"' if ":" in tag else f"- {tag}" for tag in _tags(base)),
         of_base=f" for {base}" if base else "",
         numbers=f"{numbers:,}",
+        question=_FROM_QUESTION if acts_from == "question" else "",
         paper="https://arxiv.org/abs/2205.05638",
         mark=CARD_MARK,
     )

@@ -7,7 +7,7 @@ import os
 import warnings
 from dataclasses import InitVar, asdict, dataclass, fields, replace
 from enum import Enum
-from typing import Any
+from typing import Any, Literal
 
 from ia3.errors import InputError, brief, excerpt, shown
 from ia3.files import CONFIG_NAME, PENDING, TEMPORARY, hub_arguments, locate, parse_json, reading, replacing, upload
@@ -52,6 +52,11 @@ class PeftType(str, Enum):
         return self.value
 
 
+# What a file says in place of "IA3" when vectors act from the question on: PEFT refuses a peft_type that it does not know,
+# while it would only warn of an unknown key, and let the vectors act on the whole text.
+_FROM_QUESTION = "IA3_FROM_QUESTION"
+
+
 class TaskType(str, Enum):
     """What the adapted model is for; SEQ_CLS, TOKEN_CLS and QUESTION_ANS train the head as well."""
 
@@ -87,6 +92,9 @@ class IA3Config:
         fan_in_fan_out: the weight is stored (in, out). Corrected with a warning where it contradicts the layer.
         modules_to_save: modules trained in full, one copy an adapter, and saved with it.
         init_ia3_weights: start from ones, which change nothing. False: random vectors, for tests.
+        acts_from: "start" rescales the activations of all tokens, as PEFT does; "question" only those from the question
+            on, so that the frozen model reads the text in front of it once for any number of adapters and questions (see
+            `IA3Model.forward`). PEFT refuses to load such an adapter, and it cannot be merged.
 
     Raises:
         InputError: `feedforward_modules` is no subset of `target_modules` (two lists), or a type is not known.
@@ -104,6 +112,7 @@ class IA3Config:
     fan_in_fan_out: bool = False
     modules_to_save: list[str] | None = None
     init_ia3_weights: bool = True
+    acts_from: Literal["start", "question"] = "start"
     peft_version: InitVar[str | None] = None  # what PEFT wrote the config; of no consequence
 
     # Not a field: whether `target_modules` was left to the architecture, which a completed config no longer shows.
@@ -122,6 +131,8 @@ class IA3Config:
             self.task_type = TaskType(self.task_type)
         for name in ("inference_mode", "fan_in_fan_out", "init_ia3_weights"):
             _require(name, getattr(self, name), bool, "true or false")
+        if self.acts_from not in ("start", "question"):
+            raise InputError(f"Expected `acts_from` to be 'start' or 'question', found {brief(self.acts_from)}.")
         for name in ("base_model_name_or_path", "revision"):
             _require(name, getattr(self, name), (str, type(None)), "text or nothing")
         _require("auto_mapping", self.auto_mapping, (dict, type(None)), "a mapping of names or nothing")
@@ -157,8 +168,15 @@ class IA3Config:
         return cls(target_modules=targets, feedforward_modules=feedforward, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values; sets become sorted lists."""
-        return {key: sorted(value) if isinstance(value, set) else _plain(value) for key, value in asdict(self).items()}
+        """The fields as plain JSON values; sets become sorted lists. Those of PEFT's adapters are PEFT's."""
+        values = {
+            key: sorted(value) if isinstance(value, set) else _plain(value) for key, value in asdict(self).items()
+        }
+        if self.acts_from == "start":
+            del values["acts_from"]
+        else:
+            values["peft_type"] = _FROM_QUESTION
+        return values
 
     def to_json(self) -> str:
         """What `adapter_config.json` holds."""
@@ -167,6 +185,8 @@ class IA3Config:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> IA3Config:
         """The config of a dictionary; keys that are not (IA)³'s are ignored with a warning that names them."""
+        if values.get("peft_type") == _FROM_QUESTION:
+            values = {"acts_from": "question", **values, "peft_type": PeftType.IA3}
         if values.get("peft_type") not in (None, PeftType.IA3):
             found = brief(values["peft_type"])
             raise InputError(f"Expected an (IA)³ adapter (peft_type 'IA3'), found peft_type {found}.")

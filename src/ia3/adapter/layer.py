@@ -50,18 +50,25 @@ class IA3Layer(Member):
 
     def _scale(self, vector: torch.Tensor, activation: torch.Tensor) -> torch.Tensor:
         """l ⊙ x: one vector (features,) for all rows, or (B, features) for B rows with an adapter each."""
-        if vector.dim() == 1 or self.row_axis == 0:
-            return self.rule.scale(activation, vector)
+        if self.row_axis == 0 or (vector.dim() == 1 and self.routing.starts is None):
+            return self._from_start(activation, self.rule.scale(activation, vector))
         if self.row_axis is None:
             raise InputError(
                 f"An expert ({type(self.base_layer).__name__}) gets tokens of all rows, so that rows cannot have different "
                 f"adapters; give the model one adapter at a time (set_adapter)."
             )
-        return self.rule.scale(activation.transpose(0, 1), vector).transpose(0, 1)
+        rows = activation.transpose(0, 1)
+        return self._from_start(rows, self.rule.scale(rows, vector)).transpose(0, 1)
+
+    def _from_start(self, activation: torch.Tensor, scaled: torch.Tensor) -> torch.Tensor:
+        """l ⊙ x from the place on where each row's question begins, and x before it, for adapters that act from there."""
+        starts = self.routing.starts
+        return scaled if starts is None else starts.apply(activation, scaled)
 
     def _forward_inside(self, args: Any, kwargs: Any) -> Any:
         """The same for a module whose activations cannot be reached from outside: its forward pass, rescaled weights."""
         rows, (before, after) = self.routing.rows, self.routing.factors(self)
+        self._require_all_places()
         if rows is None:
             return self._run_rescaled((before, after), args, kwargs)
 
@@ -233,6 +240,13 @@ class IA3Layer(Member):
             setattr(self.base_layer, key, original)
         self._originals.clear()
 
+    def _require_all_places(self) -> None:
+        if self.routing.starts is not None:
+            raise InputError(
+                f"The vectors of a {type(self.base_layer).__name__} are multiplied into its weights, so that they cannot act "
+                f"from the question on; train an adapter that acts from the start."
+            )
+
     def __getattr__(self, name: str) -> Any:
         # Models read `weight`, `in_features`, … of the modules that they own.
         try:
@@ -243,6 +257,7 @@ class IA3Layer(Member):
         base: nn.Module = super().__getattr__("base_layer")  # type: ignore[assignment]
         if self.weights_read and name in base._parameters:
             factors = self.routing.factors(self)
+            self._require_all_places()
             if any(factor is not None and factor.dim() == 2 for factor in factors):
                 raise InputError(
                     f"Another module reads the {name} of a {type(base).__name__} in place of calling it, so that rows "

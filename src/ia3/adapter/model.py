@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -20,9 +20,9 @@ from ia3.adapter.config import IA3Config
 from ia3.adapter.merging import check_finite, merge_for_good, sync_weights, unload
 from ia3.adapter.mixing import check_generation, check_media
 from ia3.adapter.routing import SameRows
-from ia3.adapter.rows import BASE, Rows, row_count, uncompiled
+from ia3.adapter.rows import BASE, Rows, Starts, row_count, row_shape, uncompiled
 from ia3.adapter.wrapping import check_copies
-from ia3.errors import InputError, shown, similar
+from ia3.errors import InputError, brief, shown, similar
 from ia3.files import hub_arguments, upload
 
 
@@ -56,6 +56,12 @@ class IA3Model(Adapted):
     def _ia3_names_to_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
         names = self.active_adapters if adapter_names is None else list(adapter_names)
         self.require_adapters(names)
+        waiting = [name for name in names if self.peft_config[name].acts_from == "question"]
+        if waiting:
+            raise InputError(
+                f"Expected adapters that act from the start of a text, found {shown(waiting)}, which acts from the question "
+                f"on: merged weights would act on the text too, which is another function. Leave it apart."
+            )
         return names
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
@@ -292,51 +298,109 @@ class IA3Model(Adapted):
 
     # Being the wrapped model.
 
-    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        *args: Any,
+        adapter_names: Sequence[str] | None = None,
+        acts_from: Sequence[int] | torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """The wrapped model's forward pass.
 
         Args:
             *args: the wrapped model's.
             adapter_names: an adapter for each row of the batch, "__base__" for none; None: the active adapters for all.
+            acts_from: for each row the place (from 0, padding counts) where its question begins, from which adapters with
+                `acts_from="question"` act. None: everywhere, which is right where all places are behind a text that was
+                read before (`past_key_values`), and else an error for such adapters.
             **kwargs: the wrapped model's.
 
         Raises:
             InputError: `adapter_names` is not a name a row, a name is unknown, adapters are merged, or the model mixes
-                rows in a way that does not allow it.
+                rows in a way that does not allow it; `acts_from` is missing, or is no place for each row.
         """
-        before = self.ia3_routing.rows  # of a call that this one is made within
-        if adapter_names is None and before is None:
+        if adapter_names is None and acts_from is None and not self._ia3_passing:
             return self.model(*args, **kwargs)
-        self.ia3_routing.rows = self._ia3_rows(adapter_names, args, kwargs)
-        try:
+        rows, starts = self._ia3_places(adapter_names, acts_from, args, kwargs)
+        with self.ia3_routing.passing(rows, starts):
             return self.model(*args, **kwargs)
-        finally:
-            self.ia3_routing.rows = before
 
     # Compiled code begins inside, where names have become tensors. (torch.compiler.disable(recursive=False) does this and
     # more: it refuses torch.export, and a compiled module with this one in it.)
     skip_code(forward.__code__)
 
-    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        *args: Any,
+        adapter_names: Sequence[str] | None = None,
+        acts_from: Sequence[int] | torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """The wrapped model's generation. Args and errors: see `forward`."""
         check_generation(self, adapter_names or (), kwargs)
-        before = self.ia3_routing.rows
-        self.ia3_routing.rows = self._ia3_rows(adapter_names, args, kwargs)
         generate: Callable = self.model.generate  # type: ignore[assignment]
-        try:
+        rows, starts = self._ia3_places(adapter_names, acts_from, args, kwargs)
+        with self.ia3_routing.passing(rows, starts), ExitStack() as stack:
+            if starts is not None:  # what is generated stands behind the question's beginning
+                stack.callback(self.model.register_forward_hook(self.ia3_routing.act_everywhere).remove)
             return generate(*args, **kwargs)
-        finally:
-            self.ia3_routing.rows = before
 
     @contextmanager
     def adapter_rows(self, adapter_names: Sequence[str] | None) -> Iterator[None]:
         """Within `with`, parts of the model that are called by themselves have an adapter for each row, as `forward`."""
-        before = self.ia3_routing.rows
-        self.ia3_routing.rows = self._ia3_rows(adapter_names, (), {})
-        try:
+        with self.ia3_routing.passing(self._ia3_rows(adapter_names, (), {}), None):
             yield
-        finally:
-            self.ia3_routing.rows = before
+
+    @property
+    def _ia3_passing(self) -> bool:
+        """Whether a pass has to say more than the active adapters do, or stands within one that does."""
+        routing = self.ia3_routing
+        return routing.rows is not None or routing.starts is not None or self.waits_for_question()
+
+    def waits_for_question(self, adapter_names: Sequence[str] | None = None) -> bool:
+        """Whether one of these adapters, or of the active ones, acts from the question on alone (`IA3Config.acts_from`)."""
+        routing = self.ia3_routing
+        if not routing.enabled or routing.merged:
+            return False
+        names = routing.active if adapter_names is None else adapter_names
+        return any(self._ia3_acts_from(name) == "question" for name in dict.fromkeys(names))
+
+    def _ia3_acts_from(self, name: str) -> str | None:
+        """As of `IA3Config`; None for no adapter's name."""
+        if name in self.peft_config:
+            return self.peft_config[name].acts_from
+        bank = self.ia3_routing.bank
+        return None if bank is None or name == BASE else bank.acts_from
+
+    def _ia3_places(
+        self,
+        names: Sequence[str] | None,
+        acts_from: Sequence[int] | torch.Tensor | None,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> tuple[Rows | None, Starts | None]:
+        """Which adapter acts on which row of the batch that these arguments hold, and from which place of it on."""
+        rows = self._ia3_rows(names, args, kwargs)
+        if not self.waits_for_question(names):
+            return rows, None
+        if acts_from is None:
+            past = kwargs.get("past_key_values")
+            if past is not None and past.get_seq_length():
+                return rows, None
+            raise InputError(
+                "Expected acts_from, the place in each row where its question begins, for an adapter that acts from the "
+                "question on; give one number a row, 0 for the whole row."
+            )
+        starts, shape = torch.as_tensor(acts_from), row_shape(args, kwargs)
+        if shape is None or starts.shape != shape[:1] or starts.is_floating_point() or (starts < 0).any():
+            count = "each row of token ids" if shape is None else f"each of {shape[0]} rows"
+            raise InputError(
+                f"Expected acts_from as a whole number of 0 or more for {count}, found {brief(acts_from)}."
+            )
+        of_rows = self.active_adapters[:1] * len(starts) if names is None else names
+        waiting = torch.tensor([self._ia3_acts_from(name) == "question" for name in of_rows], device=starts.device)
+        self._ia3_keep_rows()
+        return rows, Starts(starts * waiting, shape[1])
 
     @uncompiled
     def _ia3_rows(self, names: Sequence[str] | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rows | None:
@@ -351,12 +415,16 @@ class IA3Model(Adapted):
         if not self.ia3_routing.enabled:
             return None
         check_media(self, names, args, kwargs)
+        self._ia3_keep_rows()
+        return self.ia3_routing.gather(names, self.peft_config)
+
+    def _ia3_keep_rows(self) -> None:
+        """Let layers that are computed again in the backward pass have the rows of the forward pass."""
         if torch.is_grad_enabled() and self.model.training:
             for module in self.model.modules():
                 function = module.__dict__.get("_gradient_checkpointing_func")
                 if function is not None and not isinstance(function, SameRows):
                     module.__dict__["_gradient_checkpointing_func"] = SameRows(function, self.ia3_routing)
-        return self.ia3_routing.gather(names, self.peft_config)
 
     def check_adapter_names(self, names: Sequence[str]) -> None:
         """Raise `InputError` unless a batch can have these adapters, one for each row."""

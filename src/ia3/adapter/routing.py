@@ -6,6 +6,7 @@ import copy
 import functools
 import threading
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ia3.adapter.rows import BASE, Rows, Sides
+from ia3.adapter.rows import BASE, Rows, Sides, Starts
 from ia3.errors import InputError
 
 
@@ -144,6 +145,11 @@ class Bank(Protocol):
         """The columns of its matrices: for which module, by its path, and whether for the input; and how many."""
         ...
 
+    @property
+    def acts_from(self) -> str:
+        """As of `IA3Config`, of all of them."""
+        ...
+
     def __contains__(self, name: object) -> bool: ...
 
     def matrix(self, names: Sequence[str]) -> tuple[torch.Tensor, Mapping[str, Mapping[str, torch.Tensor]]]:
@@ -160,6 +166,7 @@ class Bank(Protocol):
 class _Local(threading.local):
     def __init__(self) -> None:
         self.rows: Rows | None = None  # each thread's own: compiled code would not look again at the class's
+        self.starts: Starts | None = None
 
     def __reduce__(self) -> tuple:
         return _Local, ()  # what a forward pass is at is no part of a copied or stored model
@@ -179,6 +186,7 @@ class Routing:
         modules: tables of the adapters whose own copies of `modules_to_save` are used.
         bank: adapters that the layers do not hold themselves.
         rows: which adapter acts on which row, in this thread; None: the `vectors` and `modules` act on all.
+        starts: from which place of each row on they act, in this thread; None: on all places.
     """
 
     def __init__(self) -> None:
@@ -212,9 +220,25 @@ class Routing:
         """Which adapter acts on which row, in this thread."""
         return self._local.rows
 
-    @rows.setter
-    def rows(self, rows: Rows | None) -> None:
-        self._local.rows = rows
+    @property
+    def starts(self) -> Starts | None:
+        """From which place of each row on adapters act, in this thread."""
+        return self._local.starts
+
+    @contextmanager
+    def passing(self, rows: Rows | None, starts: Starts | None) -> Iterator[None]:
+        """Within `with`, this thread's passes through the model have these `rows` and `starts`."""
+        local = self._local
+        before = local.rows, local.starts
+        local.rows, local.starts = rows, starts
+        try:
+            yield
+        finally:
+            local.rows, local.starts = before
+
+    def act_everywhere(self, *_: Any) -> None:
+        """Let adapters act on all places from here on, as in passes behind the first one of a generation."""
+        self._local.starts = None
 
     # Switching.
 
@@ -412,18 +436,16 @@ class SameRows:
         self.function, self.routing = function, routing
 
     def __call__(self, module: Callable, *args: Any, **kwargs: Any) -> Any:
-        rows = self.routing.rows
-        if rows is not None and torch.is_grad_enabled() and getattr(self.function, "keywords", {}).get("use_reentrant"):
+        rows, starts = self.routing.rows, self.routing.starts
+        several = rows is not None or starts is not None
+        if several and torch.is_grad_enabled() and getattr(self.function, "keywords", {}).get("use_reentrant"):
             raise InputError(
                 "Gradients of rows with different adapters cannot go through layers that are checkpointed by reentrance; "
                 "give gradient_checkpointing_enable the gradient_checkpointing_kwargs {'use_reentrant': False}."
             )
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            current, self.routing.rows = self.routing.rows, rows
-            try:
+            with self.routing.passing(rows, starts):
                 return module(*args, **kwargs)
-            finally:
-                self.routing.rows = current
 
         return self.function(run, *args, **kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +16,44 @@ BASE = "__base__"
 
 Sides = tuple[torch.Tensor | None, torch.Tensor | None]
 """What scales a layer's input, and what its output: a vector (features,), or one for each row (B, features)."""
+
+
+@dataclass(frozen=True)
+class Starts:
+    """From which place on adapters act in each of the rows of a batch.
+
+    Attributes:
+        places: (rows,), counted from 0.
+        length: how many places a row has.
+    """
+
+    places: torch.Tensor
+    length: int
+
+    def apply(self, activation: torch.Tensor, scaled: torch.Tensor) -> torch.Tensor:
+        """The activation before each row's place, the scaled one from there on.
+
+        Args:
+            activation: (B, L, features) with B rows, or adjacent blocks of equal size for each (beams); or (B · L, features).
+            scaled: the same.
+
+        Raises:
+            InputError: it has other places.
+        """
+        rows = len(activation) if activation.dim() == 3 else len(activation) // self.length
+        if (
+            activation[:1].numel() == 0
+            or activation.shape[:-1].numel() != rows * self.length
+            or rows % len(self.places)
+        ):
+            raise InputError(
+                f"Expected activations of {len(self.places)} rows of {self.length} places for an adapter that acts from the "
+                f"question on, found {tuple(activation.shape)}: this model mixes places on the way; use acts_from='start'."
+            )
+        places = self.places.to(activation.device).repeat_interleave(rows // len(self.places))
+        acting = torch.arange(self.length, device=activation.device) >= places[:, None]
+        return torch.where(acting.view(*activation.shape[:-1], 1), scaled, activation)
+
 
 _Function = TypeVar("_Function", bound=Callable)
 
@@ -141,6 +180,13 @@ def _joined(parts: Sequence[Any], order: torch.Tensor, axes: tuple[int, ...]) ->
             f"model one adapter at a time (set_adapter)."
         )
     return torch.cat(list(parts), axis).index_select(axis, order)
+
+
+def row_shape(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
+    """How many rows of how many tokens a model's arguments hold; None when they do not say."""
+    tokens = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs"), kwargs.get("inputs_embeds"))
+    found = next((value for value in tokens if isinstance(value, torch.Tensor) and value.dim() > 1), None)
+    return None if found is None else (found.shape[0], found.shape[1])
 
 
 def row_count(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:

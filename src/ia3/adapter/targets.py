@@ -143,10 +143,30 @@ def resolve(model: nn.Module, config: IA3Config, key_value_only: bool | None = N
     config = copy.copy(config)
     heads = TASK_HEADS.get(config.task_type or "", ())
     config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *heads])) or None
+    if config.acts_from == "question":
+        _check_reads_first(model, config)
     targets = _resolve_targets(model, config, key_value_only)
     kept = _trained_in_full(model, config.modules_to_save or [])
     _check_nesting(model, [target.path for target in targets], kept)
     return Resolved(targets, kept, config)
+
+
+def _check_reads_first(model: nn.Module, config: IA3Config) -> None:
+    """Raise unless what a model makes of a text does not depend on the question behind it, whatever an adapter does there."""
+    base = getattr(model, "config", None)
+    if getattr(base, "is_encoder_decoder", False) or config.task_type not in (None, "CAUSAL_LM"):
+        found = (
+            f"an encoder-decoder ({base.model_type})" if config.task_type is None else f"task_type {config.task_type}"
+        )  # type: ignore[union-attr]
+        raise InputError(
+            f"Expected a decoder-only language model (task_type CAUSAL_LM) for acts_from='question', found {found}; use "
+            f"acts_from='start'."
+        )
+    if config.modules_to_save:
+        raise InputError(
+            f"Expected no modules_to_save beside acts_from='question', found {shown(config.modules_to_save)}: they are trained "
+            f"in full, and act on the text too. Use acts_from='start'."
+        )
 
 
 def _resolve_targets(model: nn.Module, config: IA3Config, key_value_only: bool | None) -> list[Target]:

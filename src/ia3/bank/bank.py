@@ -63,7 +63,7 @@ class BankStatistics:
 
 
 class AdapterBank:
-    """Adapters of one kind (the same modules, sides and `modules_to_save`) as rows of one array.
+    """Adapters of one kind (the same modules, sides, `modules_to_save` and `acts_from`) as rows of one array.
 
     Row 0, by the name "__base__", is the base model: ones, and its own `modules_to_save`. An adapter is in memory, or at
     its home (a folder, a record of an archive, of the spill file), from where it is loaded when it is asked for. Any number
@@ -112,7 +112,7 @@ class AdapterBank:
             targets.setdefault(target.module, target)
         self.targets = list(targets.values())
         entries, base = resolve_entries(model, self.targets, self.modules)
-        self._layout = Layout(entries, self.targets, dtype)
+        self._layout = Layout(entries, self.targets, dtype, self.acts_from)
         self.entries, self.width, self.dtype = entries, self._layout.width, dtype
         device = next(model.model.parameters()).device
         self.device = torch.device("cpu") if device.type == "meta" else device
@@ -183,6 +183,11 @@ class AdapterBank:
         with self._leased(names) as (array, rows):
             index = torch.tensor([rows[name] for name in names], dtype=torch.int64, device=self.device)
             return torch.index_select(array, 0, index)
+
+    @property
+    def acts_from(self) -> str:
+        """As of `IA3Config`, of all its adapters."""
+        return self.config.acts_from
 
     @property
     def segments(self) -> list[tuple[str, bool, int]]:

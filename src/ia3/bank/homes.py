@@ -230,8 +230,9 @@ def open_archive(path: str | os.PathLike, layout: Layout) -> tuple[RowFile, dict
             if size < 8 + length:
                 raise InputError(f"Expected a whole safetensors file, {path} is none or cut short; copy it again.")
             header = json.loads(file.read(length))
-            entries = json.loads(header.pop("__metadata__")[_ENTRIES_KEY])
-            layout.check_described(entries, path)
+            metadata = header.pop("__metadata__")
+            layout.check_described(json.loads(metadata[_ENTRIES_KEY]), path)
+            layout.check_kind(IA3Config.from_json(metadata["config"].encode(), path), f"What is in {path}")
             for dtype in DTYPES:
                 row_bytes = layout.width * dtype.itemsize
                 expected = [tensor_header(dtype, [layout.width], i * row_bytes) for i in range(len(header))]

@@ -1,0 +1,219 @@
+"""Adapters that act from the question on: what stands before it is read by the frozen model, whatever the vectors are."""
+
+import json
+
+import peft
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ia3
+from ia3 import AdapterBank, IA3Config, IA3Model, InputError, PeftModel
+from support import tiny
+
+DECODERS = ("gpt2", "llama", "opt")
+# Fused and interleaved projections, a parallel block, one key/value head, positions added to scores.
+MORE = {
+    "gpt_neox": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "falcon": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "multi_query": True},
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+}
+
+
+def adapted(arch: str, adapter: str = "default", **fields):
+    base = (
+        transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model(arch, vocab_size=tiny.VOCAB, **MORE[arch])
+        ).eval()
+        if arch in MORE
+        else tiny.build(arch)
+    )
+    model = IA3Model(base, IA3Config(task_type="CAUSAL_LM", acts_from="question", **fields), adapter)
+    tiny.randomize(model, adapter=adapter)
+    return model
+
+
+def tokens(rows: int = 3, length: int = 9, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, tiny.VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def read_apart(model, ids: torch.Tensor, start: int) -> torch.Tensor:
+    """The logits of one row (1, L) whose text the base model reads first; the adapter then acts on all that follows."""
+    cache = transformers.DynamicCache()
+    found = []
+    if start:
+        with model.disable_adapter():
+            found.append(model(ids[:, :start], past_key_values=cache, use_cache=True).logits)
+    options = {"past_key_values": cache} if start else {"acts_from": [0]}
+    found.append(model(ids[:, start:], use_cache=True, **options).logits)
+    return torch.cat(found, 1)
+
+
+@pytest.mark.parametrize("arch", [*DECODERS, *MORE])
+def test_each_row_is_as_if_the_base_model_had_read_its_text(arch):
+    model, ids, starts = adapted(arch), tokens(), [0, 4, 8]
+    with torch.no_grad():
+        found = model(ids, acts_from=starts).logits
+        start_kind = model(ids, acts_from=[0, 0, 0]).logits
+    for row, start in enumerate(starts):
+        expected = read_apart(model, ids[row : row + 1], start)
+        assert tiny.relative_error(found[row : row + 1], expected) < 2e-6
+    with model.disable_adapter(), torch.no_grad():
+        base = model(ids).logits
+    assert tiny.relative_error(found[1, :4], base[1, :4]) < 2e-6
+    for other in (base, start_kind):
+        assert tiny.relative_error(found[1, 4:], other[1, 4:]) > 1e-3
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    model = adapted("llama", "asks")
+    for name, acts_from in (("asks too", "question"), ("reads", "start")):
+        model.add_adapter(name, IA3Config(task_type="CAUSAL_LM", acts_from=acts_from))
+        tiny.randomize(model, 5 + len(name), name)
+    return model
+
+
+@settings(max_examples=20)
+@given(
+    rows=st.lists(
+        st.tuples(st.sampled_from(["asks", "asks too", "reads", "__base__"]), st.integers(0, 8)), min_size=1, max_size=4
+    )
+)
+def test_rows_of_both_kinds_in_one_batch(mixed, rows):
+    names, starts = map(list, zip(*rows, strict=True))
+    ids = tokens(len(rows))
+    with torch.no_grad():
+        found = mixed(ids, adapter_names=names, acts_from=starts).logits
+        for row, (name, start) in enumerate(rows):
+            if name == "__base__":
+                with mixed.disable_adapter():
+                    alone = mixed(ids[row : row + 1]).logits
+            else:
+                mixed.set_adapter(name)
+                alone = mixed(ids[row : row + 1], acts_from=[0 if name == "reads" else start]).logits
+            assert tiny.relative_error(found[row : row + 1], alone) < 2e-6
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_generation_goes_on_from_the_question(beams):
+    model, ids = adapted("llama"), tokens(2, 7)
+    options = {"max_new_tokens": 5, "do_sample": False, "num_beams": beams, "pad_token_id": 0, "eos_token_id": None}
+    found = model.generate(ids, attention_mask=torch.ones_like(ids), acts_from=[3, 6], **options)
+    plain = model.generate(ids, attention_mask=torch.ones_like(ids), acts_from=[0, 0], **options)
+    assert not torch.equal(found, plain)
+    assert model.ia3_routing.starts is None
+    if beams == 1:
+        for row, start in enumerate((3, 6)):
+            sequence = ids[row : row + 1]
+            for _ in range(5):
+                sequence = torch.cat([sequence, read_apart(model, sequence, start)[:, -1:].argmax(-1)], 1)
+            assert torch.equal(found[row : row + 1], sequence)
+
+
+def test_gradients_reach_the_vectors_from_the_question_alone_also_through_checkpointed_layers():
+    def gradients(checkpointed: bool) -> list[torch.Tensor]:
+        model = adapted("llama")
+        if checkpointed:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()
+        model(tokens(), acts_from=[2, 5, 8], use_cache=False).logits.square().mean().backward()
+        return [parameter.grad for _, parameter in sorted(tiny.adapter_parameters(model).items())]
+
+    plain, checkpointed = gradients(False), gradients(True)
+    assert all(torch.allclose(one, other, atol=1e-7) for one, other in zip(plain, checkpointed, strict=True))
+    assert any(one.abs().sum() > 0 for one in plain)
+
+
+def test_a_pass_that_does_not_say_where_the_question_begins_is_refused():
+    model, ids = adapted("llama"), tokens()
+    with pytest.raises(InputError, match="Expected acts_from, the place in each row where its question begins"):
+        model(ids)
+    with pytest.raises(InputError, match="Expected acts_from, the place"):
+        model.generate(ids, max_new_tokens=1)
+    for wrong in ([1, 2], [0, 1, -1], [0.5, 1.0, 2.0]):
+        with pytest.raises(InputError, match="Expected acts_from as a whole number of 0 or more for each of 3 rows"):
+            model(ids, acts_from=wrong)
+    assert model.ia3_routing.starts is None
+    with model.disable_adapter():
+        model(ids)
+
+
+def test_an_adapter_of_pefts_kind_does_not_care(mixed):
+    ids = tokens()
+    mixed.set_adapter("reads")
+    with torch.no_grad():
+        assert torch.equal(mixed(ids).logits, mixed(ids, acts_from=[1, 2, 3]).logits)
+
+
+def test_a_folder_comes_back_and_peft_refuses_it(tmp_path):
+    model, ids = adapted("llama"), tokens()
+    model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (written["peft_type"], written["acts_from"]) == ("IA3_FROM_QUESTION", "question")
+    assert "act from the question on" in (tmp_path / "README.md").read_text()
+    again = PeftModel.from_pretrained(tiny.build("llama"), tmp_path)
+    assert again.peft_config["default"].acts_from == "question"
+    with torch.no_grad():
+        assert torch.equal(again(ids, acts_from=[3, 4, 5]).logits, model(ids, acts_from=[3, 4, 5]).logits)
+    with pytest.raises(KeyError, match="IA3_FROM_QUESTION"):
+        peft.PeftModel.from_pretrained(tiny.build("llama"), tmp_path)
+
+
+def test_a_config_of_pefts_kind_is_written_as_pefts():
+    assert "acts_from" not in IA3Config().to_dict()
+    assert IA3Config().to_dict()["peft_type"] == "IA3"
+    assert IA3Config.from_dict({"peft_type": "IA3_FROM_QUESTION"}).acts_from == "question"
+
+
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_merging_is_refused(merge):
+    model = adapted("llama")
+    before = tiny.state(model)
+    with pytest.raises(InputError, match="merged weights would act on the text too"):
+        getattr(model, merge)()
+    assert tiny.same_bits(tiny.state(model), before)
+
+
+@pytest.mark.parametrize(
+    ("arch", "fields", "says"),
+    [
+        ("t5", {}, "decoder-only .* found an encoder-decoder"),
+        ("llama", {"modules_to_save": ["lm_head"]}, "Expected no modules_to_save"),
+        ("bert", {"task_type": "SEQ_CLS"}, "decoder-only .* found task_type SEQ_CLS"),
+        ("llama", {"acts_from": "middle"}, "Expected `acts_from` to be 'start' or 'question'"),
+    ],
+)
+def test_what_cannot_act_from_the_question_on(arch, fields, says):
+    base = tiny.build(arch)
+    before = tiny.state(base)
+    with pytest.raises(InputError, match=says):
+        IA3Model(base, IA3Config(**{"acts_from": "question", **fields}))
+    assert tiny.same_bits(tiny.state(base), before)
+
+
+def test_active_adapters_are_of_one_kind(mixed):
+    mixed.set_adapter(["asks", "asks too"])
+    with pytest.raises(InputError, match="all act from the start of a text, or all from the question on"):
+        mixed.set_adapter(["asks", "reads"])
+    assert mixed.active_adapters == ["asks", "asks too"]
+
+
+def test_a_bank_holds_adapters_of_one_kind(tmp_path):
+    model, ids = adapted("llama"), tokens()
+    model.save_pretrained(tmp_path / "asks")
+    other = ia3.get_peft_model(tiny.build("llama"), IA3Config(task_type="CAUSAL_LM"))
+    other.save_pretrained(tmp_path / "reads")
+    bank = AdapterBank(model)
+    bank.load(tmp_path / "asks")
+    with torch.no_grad():
+        found = model(ids, adapter_names=["asks"] * 3, acts_from=[2, 4, 6]).logits
+        assert tiny.relative_error(found, model(ids, acts_from=[2, 4, 6]).logits) < 2e-6
+    with pytest.raises(InputError, match="Adapter 'reads' acts from the start on, and the bank's from the question"):
+        bank.load(tmp_path / "reads")
+    bank.save_archive(tmp_path / "archive")
+    with pytest.raises(InputError, match="acts from the question on, and the bank's from the start"):
+        AdapterBank(other.base_model).load_archive(tmp_path / "archive")
