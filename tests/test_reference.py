@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from ia3 import IA3Config, IA3Model, Recipe, Task, TFewTrainer, predict, score_choices, tfew_loss
+from ia3 import IA3Config, IA3Model, Member, Recipe, Task, TFewTrainer, predict, score_choices, tfew_loss
 from ia3.scoring.batch import normalized_scores
 from support import tiny, words
 from support.paths import ROOT
@@ -96,7 +96,7 @@ def test_scores(both, reference):
 def test_probabilities_and_the_prediction(both, reference):
     theirs, vectors, ours, tokenizer = both
     randomize(vectors, ours)
-    for row, found in zip(ROWS, predict(ours, tokenizer, TASK, ROWS), strict=True):
+    for row, found in zip(ROWS, predict(ours, tokenizer, Member(TASK, ROWS)), strict=True):
         expected = reference["predict"](theirs, tokenizer, row["text"])
         assert found.probabilities == pytest.approx(expected, rel=1e-5, abs=1e-5)
         assert found.label == max(expected, key=expected.get)
@@ -126,7 +126,7 @@ def test_training(both, reference, steps, tmp_path):
     examples = [(row["text"], row["label"]) for row in ROWS]
     reference["train"](theirs, tokenizer, vectors, examples, steps)
     arguments = Recipe.paper().changed(steps=steps).training_arguments(tmp_path, save_strategy="no", disable_tqdm=True)
-    TFewTrainer(ours, arguments, tokenizer, TASK, ROWS).train()
+    TFewTrainer(ours, arguments, tokenizer, Member(TASK, ROWS)).train()
     for path, vector in vectors.items():
         found = ours.ia3_layers[path].ia3_l["default"].detach().flatten()
         torch.testing.assert_close(found, vector.detach(), rtol=1e-5, atol=1e-5)
