@@ -96,7 +96,7 @@ def test_scores(both, reference):
 def test_probabilities_and_the_prediction(both, reference):
     theirs, vectors, ours, tokenizer = both
     randomize(vectors, ours)
-    for row, found in zip(ROWS, predict(ours, tokenizer, Member(TASK, ROWS)), strict=True):
+    for row, found in zip(ROWS, predict(ours, tokenizer, TASK, ROWS), strict=True):
         expected = reference["predict"](theirs, tokenizer, row["text"])
         assert found.probabilities == pytest.approx(expected, rel=1e-5, abs=1e-5)
         assert found.label == max(expected, key=expected.get)

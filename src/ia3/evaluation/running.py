@@ -74,7 +74,8 @@ class Running:
             for trial in self.trials
         ]
         self.trainer = TFewTrainer(self.model, arguments, self.tokenizer, members, self.recipe)
-        titles = {self.trainer.logged_as(self.adapters[one.name]): one.titled("Training") for one in self.trials}
+        logged = {trial.name: self.trainer.logged_as(self.adapters[trial.name]) for trial in self.trials}
+        titles = {logged[trial.name]: trial.titled("Training") for trial in self.trials}
         self.trainer.add_callback(training_stages(progress, titles))
         self.trainer.silence()
 
