@@ -299,7 +299,7 @@ def _forward(*names: str) -> Any:
         [
             kinds("self", kinds.POSITIONAL_OR_KEYWORD),
             *(kinds(name, kinds.POSITIONAL_OR_KEYWORD, default=None) for name in names),
-            *(kinds(name, kinds.KEYWORD_ONLY, default=None) for name in [*also, "adapter_names"]),
+            *(kinds(name, kinds.KEYWORD_ONLY, default=None) for name in [*also, "adapter_names", "acts_from"]),
             kinds("kwargs", kinds.VAR_KEYWORD),
         ]
     )

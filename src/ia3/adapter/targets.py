@@ -155,9 +155,7 @@ def _check_reads_first(model: nn.Module, config: IA3Config) -> None:
     """Raise unless what a model makes of a text does not depend on the question behind it, whatever an adapter does there."""
     base = getattr(model, "config", None)
     if getattr(base, "is_encoder_decoder", False) or config.task_type not in (None, "CAUSAL_LM"):
-        found = (
-            f"an encoder-decoder ({base.model_type})" if config.task_type is None else f"task_type {config.task_type}"
-        )  # type: ignore[union-attr]
+        found = "an encoder-decoder" if config.task_type is None else f"task_type {config.task_type}"
         raise InputError(
             f"Expected a decoder-only language model (task_type CAUSAL_LM) for acts_from='question', found {found}; use "
             f"acts_from='start'."

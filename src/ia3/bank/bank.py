@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,15 +21,9 @@ from ia3.bank.homes import Folder, Home, Record, RowFile, SpillFile, open_archiv
 from ia3.bank.layout import DTYPES, Layout, resolve_entries
 from ia3.bank.residency import Residency
 from ia3.errors import InputError, brief, shown, similar
-from ia3.files import current, locate
+from ia3.files import current, locate, parse_bytes
 
 _RESERVED = (BASE, "__metadata__")  # the latter is no name in a safetensors file
-
-_UNITS = {"": 1} | {
-    prefix + infix: base**power
-    for infix, base in (("", 1000), ("i", 1024))
-    for power, prefix in enumerate("KMGT", start=1)
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -513,10 +506,7 @@ class AdapterBank:
 
 def _rows(budget: int | str, row_bytes: int) -> int:
     """How many rows a budget has room for, at least two."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]i?)?B?", str(budget), re.IGNORECASE)
-    if match is None or not isinstance(budget, (int, str)):
-        raise InputError(f"Expected a budget in bytes, or such as '512MB' or '2GiB', found {budget!r}.")
-    size = float(match[1]) * _UNITS[(match[2] or "").capitalize()]
+    size = parse_bytes(budget, "a budget")
     rows = int(size // row_bytes)
     if rows < 2:
         raise InputError(

@@ -1,7 +1,7 @@
 """Files: found here or on the hub, read with whatever they hold, and replaced in whole or not at all."""
 
 from ia3.files.atomic import TEMPORARY, alone, has_unfinished, new_folder, replacing
-from ia3.files.formats import parse_json, read_fields, read_json, reading, to_json, write_json
+from ia3.files.formats import parse_bytes, parse_json, read_fields, read_json, reading, to_json, write_json
 from ia3.files.hub import HUB_ARGUMENTS, hub_answers, hub_arguments, locate, locate_beside, upload
 from ia3.files.saves import (
     CONFIG_NAME,
@@ -32,6 +32,7 @@ __all__ = [
     "locate",
     "locate_beside",
     "new_folder",
+    "parse_bytes",
     "parse_json",
     "read_fields",
     "read_json",

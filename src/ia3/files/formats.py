@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ia3.errors import InputError, excerpt, reason
+from ia3.errors import InputError, brief, excerpt, reason
 from ia3.files.atomic import replacing
 
 # Of lists and mappings inside each other, and of values when YAML's aliases are followed. What people write stays far
@@ -147,3 +147,18 @@ def _measure(value: Any, known: dict[int, tuple[int, int]], depth: int = 0) -> t
         count, levels = 1 + sum(part[0] for part in found), 1 + max((part[1] for part in found), default=0)
         known[id(value)] = count, levels
     return count, levels
+
+
+_UNITS = {"": 1} | {
+    prefix + infix: base**power
+    for infix, base in (("", 1000), ("i", 1024))
+    for power, prefix in enumerate("KMGT", start=1)
+}
+
+
+def parse_bytes(size: int | str, what: str) -> int:
+    """A number of bytes, given as one or such as "512MB" or "2GiB". Raises `InputError`, which says `what` it is to be."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]i?)?B?", str(size), re.IGNORECASE)
+    if match is None or not isinstance(size, (int, str)):
+        raise InputError(f"Expected {what} in bytes, or such as '512MB' or '2GiB', found {brief(size)}.")
+    return int(float(match[1]) * _UNITS[(match[2] or "").capitalize()])

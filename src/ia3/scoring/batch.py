@@ -33,6 +33,7 @@ Batch = dict[str, Any]
 - `token` (B, C, T): the choice token; `mask` (B, C, T): whether there is one;
 - `label` (B,): the right choice; -100 where it is not known;
 - `past_key_values`: where rows continue a text that was read before, its keys and values (see `Prefix`);
+- `acts_from` (R,): a decoder's, the place in each row where the question begins;
 - `adapter_names`: where questions say it, the adapter of each of the R rows.
 """
 

@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicLayer
 from ia3.errors import reason
 from ia3.scoring.batch import PASS_TOKENS, Batch
 from ia3.scoring.decoder import Decoder
-from ia3.scoring.family import Family, evaluating
+from ia3.scoring.family import Family, evaluating, frozen, waits_for_question
 from ia3.scoring.question import Question, row_length
 from ia3.scoring.trials import ROUNDING, Size, deviation, judged, scores_of, size_of, telling, verdicts_of
 
@@ -68,8 +68,36 @@ def read(
     Args:
         family: a model in the mode that rows will be asked in.
         tokens: S of them.
-        adapter: as of `Question`.
+        adapter: as of `Question`. One that acts from the question on does not act on what stands before it.
         before: those of the first of the tokens, which are not read again; None: all are read.
+
+    Returns:
+        None for a model that keeps no keys and values, or something else.
+    """
+    cache = DynamicCache()
+    for number, layer in enumerate([] if before is None else before.layers):
+        cache.update(layer.keys, layer.values, number)  # type: ignore[arg-type]
+    ids = torch.tensor([list(tokens)[cache.get_seq_length() :]], device=next(family.model.parameters()).device)
+    names = None if adapter is None else [adapter]
+    if waits_for_question(family.model, names):
+        with frozen(family.model):
+            filled = fill(family, cache, ids)
+    else:
+        filled = fill(family, cache, ids, **({} if names is None else {"adapter_names": names}))
+    if filled is None:
+        return None
+    filled.layers = [SharedLayer(layer.keys, layer.values) for layer in filled.layers]  # type: ignore[union-attr]
+    return filled
+
+
+def fill(family: Decoder, cache: DynamicCache, ids: torch.Tensor, **inputs: Any) -> DynamicCache | None:
+    """A cache that a pass through the model has put the keys and values of tokens (B, L) into, behind those it had.
+
+    Args:
+        family: of the model.
+        cache: empty, or of `DynamicLayer`s.
+        ids: the tokens.
+        **inputs: other arguments of the model.
 
     Returns:
         None for a model that keeps no keys and values, or something else.
@@ -77,25 +105,17 @@ def read(
     known = inspect.signature(family.base.forward).parameters
     if "past_key_values" not in known:
         return None
-    cache = DynamicCache()
-    for number, layer in enumerate([] if before is None else before.layers):
-        cache.update(layer.keys, layer.values, number)  # type: ignore[arg-type]
     options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
-    if adapter is not None:
-        options["adapter_names"] = [adapter]
-    ids = torch.tensor([list(tokens)[cache.get_seq_length() :]], device=next(family.model.parameters()).device)
+    length = cache.get_seq_length() + ids.shape[1]
     try:
-        family.model(input_ids=ids, past_key_values=cache, use_cache=True, return_dict=True, **options)
+        family.model(input_ids=ids, past_key_values=cache, use_cache=True, return_dict=True, **inputs, **options)
         whole = bool(cache.layers) and all(
-            type(layer) is DynamicLayer and layer.get_seq_length() == len(tokens) for layer in cache.layers
+            type(layer) is DynamicLayer and layer.get_seq_length() == length for layer in cache.layers
         )
     except Exception as error:  # a model with another kind of cache says so in its own way
         logger.info("%s: its cache is of another kind (%s).", type(family.base).__name__, reason(error))
         whole = False
-    if not whole:
-        return None
-    cache.layers = [SharedLayer(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[union-attr]
-    return cache
+    return cache if whole else None
 
 
 def packed_behind(family: Decoder, questions: Sequence[Question], cache: DynamicCache) -> Batch:
@@ -124,20 +144,26 @@ def room_behind(before: int, longest: int, batch_tokens: int) -> int:
     return min(batch_tokens, max(_CACHED_TOKENS * longest // (before + longest), 1))
 
 
-def is_exact_behind(family: Decoder, layout: Layout, tokens: Sequence[int], question: Question) -> bool | None:
-    """Whether a layout of rows that go on from tokens is exact for a question behind them; None: its scores are no numbers.
+def is_exact_behind(family: Decoder, layout: Layout, question: Question, moved: Question) -> bool | None:
+    """Whether a layout of rows that go on from what was read before is exact; None: its scores are no numbers.
 
-    One or two choices are scored in whole rows, without the cache, and as many behind the end of the prompt alone; that is
-    about what reading the tokens costs a few times.
+    One or two choices of two questions are scored in whole rows, without the cache; that is about what reading the tokens
+    costs a few times.
+
+    Args:
+        family: of the model.
+        layout: rows that go on, of whole questions.
+        question: no easier than any that will be asked.
+        moved: stands beside it and is padded as far as any that is no harder. So its prompt is moved away from the tokens,
+            and a window that is counted over the row's places sees fewer of them.
     """
+    # The shortest choice has least to hide that behind.
     ends = telling(question)
-    # A row beside it is padded as far as any that is no harder: its prompt is moved away from the tokens, and a window that
-    # is counted over the row's places sees fewer of them. The shortest choice has least to hide that behind.
-    asked = [question, replace(question, prompt=question.prompt[-1:])]
-    moved = sorted({ends[-1], min(range(len(question.choices)), key=lambda choice: len(question.choices[choice]))})
-    rows, choices = [0] * len(ends) + [1] * len(moved), ends + moved
+    others = sorted({ends[-1], min(range(len(question.choices)), key=lambda choice: len(question.choices[choice]))})
+    asked = [question, moved]
+    rows, choices = [0] * len(ends) + [1] * len(others), ends + others
     whole = [
-        replace(asked[row], prompt=[*tokens, *asked[row].prompt], choices=[question.choices[choice]])
+        replace(asked[row], choices=[question.choices[choice]], label=None, order=None)
         for row, choice in zip(rows, choices, strict=True)
     ]
     with evaluating(family.model), torch.no_grad():
@@ -148,8 +174,16 @@ def is_exact_behind(family: Decoder, layout: Layout, tokens: Sequence[int], ques
     rounding = torch.finfo(family.dtype).eps * max(float(expected.abs().max()), 1.0)
     if difference <= max(ROUNDING, 4 * rounding):
         return True
-    logger.info("%s: rows behind a beginning are not exact in this layout (%s).", type(family.base).__name__, why)
+    logger.info(
+        "%s: rows behind what was read before are not exact in this layout (%s).", type(family.base).__name__, why
+    )
     return False
+
+
+def is_exact_behind_tokens(family: Decoder, layout: Layout, tokens: Sequence[int], question: Question) -> bool | None:
+    """As `is_exact_behind`, for a layout of questions without the tokens, as `question` is."""
+    whole = [question.after(tokens), replace(question, prompt=question.prompt[-1:], read=0).after(tokens)]
+    return is_exact_behind(family, lambda asked: layout([one.behind(len(tokens)) for one in asked]), *whole)
 
 
 class Beginning:
@@ -178,7 +212,7 @@ class Beginning:
 
     def behind(self, questions: Sequence[Question]) -> list[Question]:
         """The questions without it."""
-        return [replace(question, prompt=question.prompt[len(self.tokens) :]) for question in questions]
+        return [question.behind(len(self.tokens)) for question in questions]
 
     def packed(self, questions: Sequence[Question]) -> Batch:
         """A batch of questions of `behind`."""
@@ -232,16 +266,21 @@ def beginnings(family: Family, questions: Sequence[Question]) -> Iterator[tuple[
         yield sorted(rest), None
 
 
-def may_share(family: Decoder) -> bool:
+def may_continue(family: Decoder) -> bool:
     """Whether rows may attend to keys and values that another pass computed."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return False  # processes have to pass through the model equally often
-    if not (family.model.training and torch.is_grad_enabled()):
-        return True
-    # Layers that are computed again keep no cache; and rows that share a beginning would share what is dropped of it.
+    # Layers that are computed again keep no cache.
+    return not (family.model.training and torch.is_grad_enabled() and family.recomputes)
+
+
+def may_share(family: Decoder) -> bool:
+    """Whether rows may attend to keys and values that are one for all of them."""
+    if not may_continue(family) or not (family.model.training and torch.is_grad_enabled()):
+        return may_continue(family)
+    # Rows that share a beginning would share what is dropped of it.
     config = getattr(family.base, "config", None)
-    dropped = any("drop" in key and isinstance(value, float) and value > 0 for key, value in vars(config).items())
-    return not dropped and not family.recomputes
+    return not any("drop" in key and isinstance(value, float) and value > 0 for key, value in vars(config).items())
 
 
 def _alike(questions: Sequence[Question]) -> list[list[int]]:
@@ -267,6 +306,9 @@ def shared(family: Decoder, questions: Sequence[Question], before: DynamicCache 
         questions: for one adapter.
         before: keys and values that there are already, of tokens with which all prompts begin.
     """
+    adapter = questions[0].adapter
+    if waits_for_question(family.model, None if adapter is None else [adapter]):
+        return None  # the question may be common to them, too; `Readings` are for such
     prompts = [question.prompt for question in questions]
     size = common_tokens(prompts)
     read_for_it = size - (0 if before is None else before.get_seq_length())
@@ -282,13 +324,13 @@ def shared(family: Decoder, questions: Sequence[Question], before: DynamicCache 
 
     if any(verdicts.of(sizes(question)) is False for question in questions):
         return None
-    beginning = Beginning(family, prompts[0][:size], questions[0].adapter, before)
+    beginning = Beginning(family, prompts[0][:size], adapter, before)
     if beginning.cache is None:
         verdicts.add(tuple(0 for _ in sizes(questions[0])), False)
         return None
 
     def is_exact(question: Question) -> bool | None:
         [behind] = beginning.behind([question])
-        return is_exact_behind(family, beginning.packed, beginning.tokens, behind)
+        return is_exact_behind_tokens(family, beginning.packed, beginning.tokens, behind)
 
     return beginning if judged(verdicts, questions, sizes, family.max_length, is_exact) else None

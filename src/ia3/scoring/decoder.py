@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ia3.scoring.batch import Batch, additive_mask, answers_of, names_of, padded
-from ia3.scoring.family import Family
+from ia3.scoring.family import Family, waits_for_question
 from ia3.scoring.question import Question, tree_of
 from ia3.scoring.tokens import continuations, unclosed
 
@@ -93,6 +93,7 @@ def pack(questions: Sequence[Question], pad_token_id: int = 0, dtype: torch.dtyp
         "attention_mask": additive_mask(allowed, dtype),
         "position_ids": torch.from_numpy(positions),
         "keep": torch.tensor(keep),
+        "acts_from": torch.tensor([width - len(question.prompt) + question.read for question in questions]),
         **names_of(questions, [1] * rows),
         **answers_of(
             questions, [[[row * keep + node for node in path] for path in tree.paths] for row, tree in enumerate(trees)]
@@ -122,6 +123,7 @@ def plain_rows(questions: Sequence[Question], pad_token_id: int = 0) -> Batch:
         "input_ids": ids,
         "attention_mask": mask,
         "keep": torch.tensor(keep),
+        "acts_from": torch.tensor([question.read for question in questions for _ in question.choices]),
         **names_of(questions, [len(question.choices) for question in questions]),
         **answers_of(questions, paths),
     }
@@ -131,8 +133,11 @@ def last_logits(model: nn.Module, base: nn.Module, batch: Batch) -> torch.Tensor
     """The logits at the last K places of each row of `input_ids`; the one place that a classifier has."""
     known = inspect.signature(base.forward).parameters
     inputs = {key: batch[key] for key in _INPUTS if key in batch and key in known}
-    if "adapter_names" in batch:
-        inputs["adapter_names"] = batch["adapter_names"]
+    names = batch.get("adapter_names")
+    if names is not None:
+        inputs["adapter_names"] = names
+    if waits_for_question(model, names):
+        inputs["acts_from"] = batch["acts_from"]
     keep = int(batch["keep"])
     # As indices, not as a number: a slice is not contiguous, and a product that has a gradient then reads the whole
     # vocabulary's matrix anew for each row. (A model on several devices would divide the indices among them.)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ia3.adapter.adapted import find_adapted
 from ia3.adapter.targets import inside_wrappers
 from ia3.errors import InputError, brief
 from ia3.scoring.batch import Batch
@@ -194,6 +195,23 @@ def base_of(model: nn.Module) -> nn.Module:
     """The transformers model inside a wrapper for parallel training and inside an adapted model."""
     model = inside_wrappers(model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def waits_for_question(model: nn.Module, adapter_names: Sequence[str] | None) -> bool:
+    """Whether a model's active adapters, or those named, act from the question on alone; see `IA3Config.acts_from`."""
+    adapted = find_adapted(model)
+    return adapted is not None and adapted.waits_for_question(adapter_names)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Within `with`, the model is its base model: no adapter acts."""
+    adapted = find_adapted(model)
+    if adapted is None:
+        yield
+        return
+    with adapted.disable_adapter():
+        yield
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +12,7 @@ from torch import nn
 from ia3.adapter.targets import inside_wrappers
 from ia3.errors import InputError, brief
 from ia3.scoring.batch import Batch, groups
-from ia3.scoring.beginning import Layout, is_exact_behind, packed_behind, plain_behind, read, room_behind, shared
+from ia3.scoring.beginning import Layout, is_exact_behind_tokens, packed_behind, plain_behind, read, room_behind, shared
 from ia3.scoring.decoder import Decoder
 from ia3.scoring.families import family_of
 from ia3.scoring.family import Family, evaluating
@@ -132,7 +131,7 @@ class Prefix:
         rows: Layout = functools.partial(collate, family)
         if questions and isinstance(family, Decoder):
             self._layout = self._exact(family, questions)
-            whole = [replace(question, prompt=self.tokens + question.prompt) for question in questions]
+            whole = [question.after(self.tokens) for question in questions]
             # What all prompts begin with, such as an instruction, is read once behind the prefix too.
             beginning = shared(family, whole, self._cache) if self._layout == "packed" else None
             if beginning is not None:
@@ -151,7 +150,7 @@ class Prefix:
         for name, layout in self._layouts.items():
 
             def is_exact(question: Question, layout: Layout = layout) -> bool | None:
-                return is_exact_behind(family, layout, self.tokens, question)
+                return is_exact_behind_tokens(family, layout, self.tokens, question)
 
             if judged(self._verdicts[name], questions, size_of, self.room, is_exact):
                 return name

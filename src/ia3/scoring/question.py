@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,8 @@ class Question:
         adapter: whose answer is wanted, "__base__" for no adapter's; None: the active ones'. All questions of a batch
             say it, or none does.
         order: for each of `choices`, its index in the caller's list; None: the same.
+        read: how many of the prompt's first tokens are the text that stands before what is asked about it. They are the same
+            whatever is asked; adapters with `acts_from="question"` act on the others. 0: it begins with the question.
         cut: the column whose end was cut off, so that the prompt fits; None: the row is whole.
     """
 
@@ -28,7 +30,21 @@ class Question:
     label: int | None = None
     adapter: str | None = None
     order: tuple[int, ...] | None = None
+    read: int = 0
     cut: str | None = field(default=None, compare=False)
+
+    @property
+    def text(self) -> tuple[int, ...]:
+        """The tokens before the question."""
+        return tuple(self.prompt[: self.read])
+
+    def behind(self, tokens: int) -> Question:
+        """The question without so many of its first tokens."""
+        return replace(self, prompt=self.prompt[tokens:], read=max(self.read - tokens, 0))
+
+    def after(self, tokens: Sequence[int]) -> Question:
+        """The question behind some more tokens, which are read before it."""
+        return replace(self, prompt=[*tokens, *self.prompt], read=self.read + len(tokens))
 
     def listed(self, index: int) -> int:
         """A choice's index in the caller's list."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
@@ -12,7 +13,15 @@ from torch import nn
 from ia3.adapter.targets import inside_wrappers
 from ia3.errors import InputError
 from ia3.scoring import trials
-from ia3.scoring.batch import Batch, groups, normalized_scores, pass_tokens, to_device, training_groups
+from ia3.scoring.batch import (
+    PASS_TOKENS,
+    Batch,
+    groups,
+    normalized_scores,
+    pass_tokens,
+    to_device,
+    training_groups,
+)
 from ia3.scoring.beginning import beginnings
 from ia3.scoring.decoder import Decoder
 from ia3.scoring.families import family_of
@@ -20,6 +29,8 @@ from ia3.scoring.family import evaluating
 from ia3.scoring.fitting import Fitted, answer_lengths, fitted, warn_of_cuts
 from ia3.scoring.prefix import SEPARATOR, Prefix
 from ia3.scoring.question import Question
+from ia3.scoring.readings import Readings, askable
+from ia3.scoring.tokens import question_lengths
 from ia3.task.wording import Wording
 
 if TYPE_CHECKING:
@@ -39,18 +50,20 @@ class Scorer:
     Args:
         model: a causal language model, an encoder-decoder or a classifier, adapted or not.
         tokenizer: its tokenizer.
+        readings: keep what the base model makes of texts, for whatever is asked about them later; None: of those only
+            that one call asks for several times, until it ends.
 
     Attributes:
         family: how models of this kind are asked.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, readings: Readings | None = None) -> None:
+        self.model, self.tokenizer, self.readings = model, tokenizer, readings
         self.family = family_of(model, tokenizer)
 
     def through(self, model: nn.Module) -> Scorer:
         """The scorer of the same model in a wrapper for parallel training, which computes."""
-        return self if model is self.model else Scorer(model, self.tokenizer)
+        return self if model is self.model else Scorer(model, self.tokenizer, self.readings)
 
     @property
     def max_length(self) -> int | None:
@@ -147,13 +160,17 @@ class Scorer:
             labels = [list(its).index(wording.label) for its, wording in zip(answers, wordings, strict=True)]
         texts = [[wording.task.separator + text for text in wording.answers.values()] for wording in wordings]
         prompts, tokens = [one.prompt for one in fits], [one.tokens for one in fits]
+        asked = [0] * len(wordings)
+        if isinstance(family, Decoder):
+            texts_of = [wording.text_of(prompt) for wording, prompt in zip(wordings, prompts, strict=True)]
+            asked = question_lengths(self.tokenizer, prompts, tokens, texts_of, tokens_of)
         if prefix is not None:
             questions = prefix.ask(prompts, tokens, texts, labels)
         else:
             questions = family.ask(prompts, tokens, texts, labels, [list(its) for its in answers], limit)
         return [
-            question if fit.cut is None else replace(question, cut=fit.cut)
-            for question, fit in zip(questions, fits, strict=True)
+            replace(question, cut=fit.cut, read=max(len(question.prompt) - length, 0) if length else 0)
+            for question, fit, length in zip(questions, fits, asked, strict=True)
         ]
 
     def prefix(self, text: str, separator: str = SEPARATOR) -> Prefix:
@@ -185,7 +202,13 @@ class Scorer:
         if prefix is not None:
             yield from prefix.batches(self.family, questions, batch_tokens)
             return
-        for indices, beginning in beginnings(self.family, questions):
+        apart, readings = self._apart(questions)
+        if readings is not None and isinstance(self.family, Decoder):
+            for group, batch in readings.batches(self.family, [questions[i] for i in apart], batch_tokens):
+                yield [apart[i] for i in group], batch
+        left = sorted({*range(len(questions))} - {*apart})
+        for indices, beginning in beginnings(self.family, [questions[i] for i in left]):
+            indices = [left[i] for i in indices]
             some = [questions[i] for i in indices]
             if beginning is None:
                 self.try_packing(some)
@@ -196,6 +219,22 @@ class Scorer:
             for group in groups(some, beginning.room(some, batch_tokens)):
                 yield [indices[i] for i in group], beginning.packed([some[i] for i in group])
 
+    def _apart(self, questions: Sequence[Question]) -> tuple[list[int], Readings | None]:
+        """Questions that are asked of what was read of their texts, as indices, and where that is."""
+        if not isinstance(self.family, Decoder):
+            return [], None
+        found = [i for i, ok in enumerate(askable(self.family, questions)) if ok]
+        readings = self.readings
+        if readings is None:
+            times = Counter(questions[i].text for i in found)
+            found = [i for i in found if times[questions[i].text] > 1]
+            if sum((times[text] - 1) * len(text) for text in times) < 2 * PASS_TOKENS:
+                return [], None
+            readings = Readings()
+        if not found or not readings.exact(self.family, [questions[i] for i in found]):
+            return [], None
+        return found, readings
+
     def training_batches(self, questions: Sequence[Question]) -> Iterator[tuple[list[int], Batch]]:
         """As `batches`, for a backward pass behind each of them, before the next is asked for.
 
@@ -203,7 +242,14 @@ class Scorer:
         all: gradients add up in the same order.
         """
         batch_tokens = pass_tokens(self.model)
-        for indices, beginning in beginnings(self.family, questions):
+        apart, readings = self._apart(questions)
+        if readings is not None and isinstance(self.family, Decoder):
+            some = [questions[i] for i in apart]
+            for group, batch in readings.batches(self.family, some, batch_tokens, training=True):
+                yield [apart[i] for i in group], batch
+        left = sorted({*range(len(questions))} - {*apart})
+        for indices, beginning in beginnings(self.family, [questions[i] for i in left]):
+            indices = [left[i] for i in indices]
             some = [questions[i] for i in indices]
             if beginning is None:
                 self.try_packing(some)

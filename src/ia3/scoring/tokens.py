@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -35,3 +35,35 @@ def continuations(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> l
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """A token id to fill places with that nothing attends to."""
     return tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
+
+
+def question_lengths(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    tokens: Sequence[list[int]],
+    texts: Sequence[str],
+    tokens_of: Callable[[Sequence[str]], list[list[int]]],
+) -> list[int]:
+    """How many of each prompt's last tokens are of its question: those behind the tokens that its text alone begins with.
+
+    A token that a tokenizer makes of the text's end and the question's beginning is the question's. So the text's tokens
+    do not depend on the question.
+
+    Args:
+        tokenizer: the model's.
+        prompts: N texts.
+        tokens: those of each.
+        texts: with which they begin, before the question; "" where the question stands first.
+        tokens_of: a text's tokens, as the prompts'.
+
+    Returns:
+        N numbers; 0 where the question stands first.
+    """
+    found = [0] * len(prompts)
+    some = [i for i, text in enumerate(texts) if text]
+    for i, alone in zip(some, tokens_of([texts[i] for i in some]), strict=True):
+        alone, whole = unclosed(tokenizer, alone, texts[i]), unclosed(tokenizer, tokens[i], prompts[i])
+        pairs = enumerate(zip(alone, whole, strict=False))
+        common = next((place for place, (a, b) in pairs if a != b), min(len(alone), len(whole)))
+        found[i] = max(len(whole) - common, 1)
+    return found

@@ -97,6 +97,26 @@ def _columns(source: str) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
+@functools.lru_cache(maxsize=1024)
+def _compiled_question(source: str) -> jinja2.Template | None:
+    """What a prompt says behind all that it takes of a row; None when nothing is left."""
+    parts: list[jinja2.nodes.Node] = []
+    for node in _prompt_tree(source).body:
+        pieces = node.nodes if isinstance(node, jinja2.nodes.Output) else None
+        parts += [node] if pieces is None else [jinja2.nodes.Output([piece], lineno=node.lineno) for piece in pieces]
+    behind: list[jinja2.nodes.Node] = []
+    for part in reversed(parts):
+        # A name that is set in front of this part counts as a column, for it may have been made of one.
+        if sandbox.names_in(_tree_of([part])) - {"answer_choices"}:
+            break
+        behind.insert(0, part)
+    return _ENVIRONMENT.compiled(_tree_of(behind)) if behind else None
+
+
+def _tree_of(nodes: list[jinja2.nodes.Node]) -> jinja2.nodes.Template:
+    return jinja2.nodes.Template(nodes, lineno=1)
+
+
 def has_jinja(source: str) -> bool:
     """Whether a template is more than plain text."""
     return any(mark in source for mark in ("{{", "{%", "{#"))
@@ -359,6 +379,11 @@ class Template(BaseModel):
             InputError: the template cannot be rendered.
         """
         return _render(_compiled_prompt(self.prompt), row, number, answer_choices=list(answers)).rstrip()
+
+    def question(self, number: int | None = None, answers: Iterable[str] = ()) -> str:
+        """What a prompt ends in behind the last that it takes of a row: "…?" of "{{ text }} …?". Arguments as of `fill`."""
+        behind = _compiled_question(self.prompt)
+        return "" if behind is None else _render(behind, {}, number, answer_choices=list(answers)).rstrip()
 
     def right_answer(self, row: Row, number: int | None, answers: Iterable[str]) -> str:
         """The right answer's text, where the template says it; arguments and errors as of `fill`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from ia3.errors import InputError, brief, shown
@@ -61,8 +62,21 @@ class Wording:
 
     def filled(self, row: Row) -> str:
         """What the template makes of a row with other cells, such as shorter ones, beside the same answers."""
-        answers = self.answers.values() if self.template.sees_answers else ()
-        return self.template.fill(self._read(row), self.number, answers)
+        return self.template.fill(self._read(row), self.number, self._seen)
+
+    def text_of(self, prompt: str) -> str:
+        """What stands before the question in a prompt that the template made of the row; nothing where it asks first.
+
+        >>> Wording(task, "Lovely tea.").text_of("Lovely tea. All in all, it was")
+        'Lovely tea.'
+        """
+        question = self.template.question(self.number, self._seen)
+        return prompt[: -len(question)] if question and prompt.endswith(question) else ""
+
+    @property
+    def _seen(self) -> Iterable[str]:
+        """The answers, where the template sees them."""
+        return self.answers.values() if self.template.sees_answers else ()
 
     @functools.cached_property
     def label(self) -> str:

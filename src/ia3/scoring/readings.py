@@ -1,0 +1,270 @@
+"""Texts that the frozen model reads once, for any number of questions, templates, steps and adapters: `Readings`."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from ia3.adapter.adapted import find_adapted
+from ia3.adapter.rows import BASE
+from ia3.errors import InputError
+from ia3.files import parse_bytes
+from ia3.scoring.batch import Batch, groups, groups_of_sizes, padded, pass_tokens, training_groups
+from ia3.scoring.beginning import fill, is_exact_behind, may_continue, room_behind
+from ia3.scoring.decoder import Decoder
+from ia3.scoring.family import Family, evaluating, frozen
+from ia3.scoring.question import Question, row_length
+from ia3.scoring.trials import Size, judged, size_of, verdicts_of
+
+logger = logging.getLogger(__name__)
+
+MEMORY = "2GiB"
+"""What readings take at most, where nobody says how much."""
+
+# A text of fewer tokens is read anew with each question: a pass of its own would cost more.
+_LEAST = 4
+
+Text = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the frozen model made of a text of S tokens: for each layer keys and values (S, heads, width)."""
+
+    layers: Sequence[tuple[torch.Tensor, torch.Tensor]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        return sum(one.nbytes for layer in self.layers for one in layer)
+
+
+class TextsLayer(DynamicLayer):
+    """A layer's keys and values of texts, one for each row of a batch, which the row has before its own.
+
+    Rows are padded on the right, as `Readings.rows` masks them. What a batch adds is handed back and not kept, and memory
+    holds one layer's padded keys and values at a time.
+    """
+
+    def __init__(self, readings: Sequence[Reading], number: int, length: int) -> None:
+        super().__init__()
+        # Rows that all have one text read it where it lies.
+        readings = readings[:1] if all(reading is readings[0] for reading in readings) else readings
+        self._texts = tuple([reading.layers[number][which] for reading in readings] for which in (0, 1))
+        self._length = length
+        [first, *_], _ = self._texts
+        self.dtype, self.device, self.is_initialized = first.dtype, first.device, True
+
+    def get_seq_length(self) -> int:
+        """Of the longest text."""
+        return self._length
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The texts' keys and values before these, in each row."""
+        before = (pad_sequence(texts, batch_first=True).transpose(1, 2) for texts in self._texts)
+        rows = len(key_states)
+        keys, values = (
+            torch.cat([its.expand(rows, -1, -1, -1), own], dim=-2)
+            for its, own in zip(before, (key_states, value_states), strict=True)
+        )
+        return keys, values
+
+
+class Readings:
+    """Texts that a decoder has read, each once: the keys and values of what stands before a question.
+
+    >>> readings = Readings("1GiB")
+    >>> scorer = Scorer(model, tokenizer, readings)
+    >>> scorer.score(scorer.questions(task.wordings(rows)))  # reads the rows' texts
+    >>> scorer.score(scorer.questions(task.wordings(rows, template=1)))  # asks what they left
+
+    They are of the base model, so they serve whatever does not change it: the untrained model, and adapters that act from
+    the question on (`IA3Config.acts_from`), before, during and after their training. Rows of other adapters go through the
+    model whole. Where a model does not go on from keys and values exactly, which a trial finds out, all rows do.
+
+    Args:
+        memory: bytes that they take at most, or such as "512MB" or "2GiB"; texts that do not fit are read again. The base
+            model's weights have to stay as they are.
+
+    Attributes:
+        memory: in bytes.
+        nbytes: bytes that the texts take that are kept.
+        read: how many texts have been read so far, those that were read again counted again.
+
+    Raises:
+        InputError: no amount of memory.
+    """
+
+    def __init__(self, memory: int | str = MEMORY) -> None:
+        self.memory = parse_bytes(memory, "memory for readings")
+        self.nbytes = self.read = 0
+        self._base: nn.Module | None = None
+        self._kept: OrderedDict[Text, Reading] = OrderedDict()
+
+    def __len__(self) -> int:
+        """How many texts are kept."""
+        return len(self._kept)
+
+    def clear(self) -> None:
+        """Let go of all texts."""
+        self._kept.clear()
+        self.nbytes = 0
+
+    def batches(
+        self, family: Decoder, questions: Sequence[Question], batch_tokens: int, training: bool = False
+    ) -> Iterator[tuple[list[int], Batch]]:
+        """Questions of `askable` in batches of rows that go on from their texts: indices, and the batch.
+
+        Texts are read as their turn comes, as many as the memory holds.
+
+        Raises:
+            InputError: the memory does not hold a single text.
+        """
+        if self._base is not family.base:
+            self.clear()
+            self._base = family.base
+        for part in self._fitting(family, questions):
+            readings = self._have(family, [questions[i].text for i in part])
+            some = [questions[i] for i in part]
+            tails = [question.behind(question.read) for question in some]
+            longest = max(question.read for question in some)
+            room = room_behind(longest, max(map(row_length, tails)), batch_tokens)
+            divided = list((training_groups if training else groups)(tails, room))
+            for group in reversed(divided) if training else divided:
+                asked = [some[i] for i in group]
+                yield [part[i] for i in group], rows_behind(family, asked, [readings[one.text] for one in asked])
+
+    def exact(self, family: Decoder, questions: Sequence[Question]) -> bool:
+        """Whether rows that go on from texts are exact for all of these questions."""
+        verdicts = verdicts_of(family, "behind texts")
+
+        def size(question: Question) -> Size:
+            return question.read, *size_of(question.behind(question.read))
+
+        def is_exact(question: Question) -> bool | None:
+            # Beside it a row with another text, half as long, and one token to ask with.
+            moved = replace(question, prompt=[*question.text[: question.read // 2 + 1], question.prompt[-1]])
+            moved = replace(moved, read=len(moved.prompt) - 1)
+            found = read_texts(family, list(dict.fromkeys([question.text, moved.text])))
+            if found is None:
+                return False
+            return is_exact_behind(
+                family, lambda asked: rows_behind(family, asked, [found[one.text] for one in asked]), question, moved
+            )
+
+        return judged(verdicts, questions, size, family.max_length, is_exact)
+
+    def _fitting(self, family: Decoder, questions: Sequence[Question]) -> Iterator[list[int]]:
+        """Questions, as indices, in parts whose texts the memory holds at once; those of one text together."""
+        by_text: dict[Text, list[int]] = {}
+        for index, question in enumerate(questions):
+            by_text.setdefault(question.text, []).append(index)
+        # What is there comes first; and neighbours of one length, for they are padded least.
+        order = sorted(by_text, key=lambda text: (text not in self._kept, -len(text)))
+        if not self._kept:
+            self._have(family, order[-1:])  # says how much a token takes
+        part: list[int] = []
+        filled = 0
+        for text in order:
+            size = self._size(text)
+            if size > self.memory:
+                raise InputError(
+                    f"Expected memory for at least one text, which takes {size} bytes ({len(text)} tokens), found "
+                    f"{self.memory}; give more memory, or use an adapter that acts from the start."
+                )
+            if part and filled + size > self.memory:
+                yield part
+                part, filled = [], 0
+            part += by_text[text]
+            filled += size
+        yield part
+
+    def _size(self, text: Text) -> int:
+        """Bytes that a text takes."""
+        kept, reading = next(iter(self._kept.items()))
+        return -(-reading.nbytes // len(kept)) * len(text)
+
+    def _have(self, family: Decoder, texts: Sequence[Text]) -> dict[Text, Reading]:
+        """The readings of texts, which fit at once: those that are kept, and the others read now in place of the oldest."""
+        found = {text: self._kept[text] for text in texts if text in self._kept}
+        missing = [text for text in dict.fromkeys(texts) if text not in found]
+        for text in found:
+            self._kept.move_to_end(text)
+        needed = sum(map(self._size, missing)) if self._kept else 0
+        while self.nbytes + needed > self.memory and len(self._kept) > max(len(found), 1):
+            self.nbytes -= self._kept.popitem(last=False)[1].nbytes
+        fresh = read_texts(family, missing) if missing else {}
+        assert fresh is not None  # or `exact` had said so
+        self._kept.update(fresh)
+        self.nbytes += sum(reading.nbytes for reading in fresh.values())
+        self.read += len(fresh)
+        return found | fresh
+
+
+def askable(family: Family, questions: Sequence[Question]) -> list[bool]:
+    """Which questions are asked of what the frozen model made of their texts: nothing else acts on these."""
+    if not isinstance(family, Decoder) or not may_continue(family):
+        return [False] * len(questions)
+    adapted = find_adapted(family.model)
+    known: dict[str | None, bool] = {None: True, BASE: True}
+    if adapted is not None:
+        routing = adapted.ia3_routing
+        for name in {question.adapter for question in questions} - {BASE}:
+            acting = () if not routing.enabled else routing.active if name is None else (name,)
+            known[name] = not routing.merged and (not acting or adapted.waits_for_question(acting))
+    return [known[question.adapter] and question.read >= _LEAST for question in questions]
+
+
+def read_texts(family: Decoder, texts: Sequence[Text]) -> dict[Text, Reading] | None:
+    """What the frozen model makes of texts, several a pass; None for a model that keeps no keys and values.
+
+    Args:
+        family: of the model, adapted or not.
+        texts: that differ.
+    """
+    found: dict[Text, Reading] = {}
+    device = next(family.model.parameters()).device
+    with evaluating(family.model), frozen(family.model), torch.no_grad():
+        for group in groups_of_sizes([(len(text), 0) for text in texts], pass_tokens(family.model)):
+            ids, mask = padded([texts[i] for i in group], family.pad_token_id)
+            cache = fill(family, DynamicCache(), ids.to(device), attention_mask=mask.to(device))
+            if cache is None:
+                return None
+            for row, index in enumerate(group):
+                size = len(texts[index])
+                kept = [
+                    [one[row, :, :size].transpose(0, 1).clone() for one in (layer.keys, layer.values)]  # type: ignore[index,union-attr]
+                    for layer in cache.layers
+                ]
+                found[texts[index]] = Reading([(keys, values) for keys, values in kept])
+    return found
+
+
+def rows_behind(family: Decoder, questions: Sequence[Question], readings: Sequence[Reading]) -> Batch:
+    """A packed row for each question, which goes on from its text of S tokens at most: `attention_mask` (B, 1, L, S + L)."""
+    sizes = torch.tensor([question.read for question in questions])
+    length = int(sizes.max())
+    batch = family.pack([question.behind(question.read) for question in questions])
+    mask = batch["attention_mask"]
+    before = torch.zeros((len(mask), length), dtype=mask.dtype)
+    before.masked_fill_(torch.arange(length) >= sizes[:, None], torch.finfo(mask.dtype).min)
+    cache = DynamicCache()
+    layers: Any = [TextsLayer(readings, number, length) for number in range(len(readings[0].layers))]
+    cache.layers = layers
+    return {
+        **batch,
+        "attention_mask": torch.cat([before[:, None, None].expand(*mask.shape[:3], length), mask], dim=-1),
+        "position_ids": batch["position_ids"] + sizes[:, None],
+        "past_key_values": cache,
+    }
