@@ -407,7 +407,7 @@ def test_limits_of_uploads(place, start):
     server = start(place, limits=Limits(upload_bytes=20_000))
     large = files_of(place / "spare", **{"task.yaml": b"#" * 200_000})
     assert upload(server, "new", large).status_code == 413
-    server.server.store._most = 5
+    server.server.store.max_adapters = 5
     assert upload(server, "new", files_of(place / "spare")).status_code == 201
     response = upload(server, "another", files_of(place / "spare"))
     assert response.status_code == 409 and "at most 5 adapters" in response.json()["error"]["message"]
@@ -623,7 +623,7 @@ def test_the_root(place):
     with pytest.raises(InputError, match="whose subfolders are the adapters"):
         Store(place / "adapters" / "tea")
     with pytest.raises(InputError, match="at most 2 adapters, found 4"):
-        Store(place / "adapters", most=2)
+        Store(place / "adapters", max_adapters=2)
     assert Store(place / "nothing").kinds("model") == []
 
 
@@ -661,7 +661,7 @@ def _deep_config(place, folder) -> None:
 
 UNUSABLE = {
     _another_config: "found peft_type 'LORA'",
-    _other_modules: "than this server's adapters at",
+    _other_modules: "than the adapters here at",
     _another_base: "it was made for 'wide'; has other shapes than this model",
     _cut_short: "Expected a whole safetensors file",
     _deep_config: "nested too deep",

@@ -37,9 +37,9 @@ def adapter_failure(bank: AdapterBank, adapter: str | None) -> AdapterFailed | N
     try:
         bank.gather([adapter or BASE])
     except Exception as error:  # also of a file that may not be read, JSON that is too deep, a disk that is full
-        return AdapterFailed(
-            str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {reason(error)}"
-        )
+        if isinstance(error, InputError):
+            return AdapterFailed(error.message, error.advice, owner=error.owner)
+        return AdapterFailed(f"{type(error).__name__}: {reason(error)}")
     return None
 
 

@@ -372,9 +372,8 @@ class LocalEngine:
         results = []
         for asked, found in zip(batch, sums, strict=True):
             question, power = asked.job.question, asked.job.length_normalization
-            scores = [float(found[question.listed(i)]) for i in range(len(question.choices))]
-            lengths = map(len, question.choices)
-            results.append([normalized(*each, power) for each in zip(scores, lengths, strict=True)])
+            lengths = question.as_listed(map(len, question.choices))
+            results.append([normalized(*each, power) for each in zip(found.tolist(), lengths, strict=True)])
         # Only now: had one failed, all would be asked once more.
         for asked, result in zip(batch, results, strict=True):
             asked.call.give(asked.index, result)

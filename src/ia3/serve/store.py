@@ -77,16 +77,16 @@ class Store:
 
     Args:
         root: the folder whose subfolders are the adapters; relative paths are their names.
-        most: how many adapters there may be.
+        max_adapters: how many adapters there may be.
         base: the base model's name as served, which no adapter can have.
 
     Raises:
         InputError: too many adapters, or the root is an adapter itself.
     """
 
-    def __init__(self, root: str | os.PathLike, most: int = 20_000, base: str = "") -> None:
+    def __init__(self, root: str | os.PathLike, max_adapters: int = 20_000, base: str = "") -> None:
         self.root = os.path.realpath(root)
-        self._most, self._base = most, base
+        self.max_adapters, self._base = max_adapters, base
         if (current(self.root) / CONFIG_NAME).is_file():
             raise InputError(
                 f"Expected a folder whose subfolders are the adapters, found an adapter in {str(root)!r}; give the folder "
@@ -210,7 +210,7 @@ class Store:
                     done["changed" if name in before else "added"].append(name)
                 except InputError as error:
                     if name in before:  # it goes on as it was
-                        logger.warning("Adapter %r is not reloaded: %s", name, error)
+                        logger.warning("Adapter %r is not reloaded: %s", name, error.worded(owned=False))
                     else:
                         self._refuse(name, error)
                     done["failed"].append(name)
@@ -327,9 +327,8 @@ class Store:
     # Under the lock.
 
     def _refuse(self, name: str, error: InputError) -> None:
-        """Note why an adapter is not served, in words for clients: without folders, keys and banks."""
-        why = re.sub(rf"Adapter '{re.escape(name)}@\d+' (cannot be loaded: )?", "", str(error))
-        why = why.replace(" than the bank at ", " than this server's adapters at ").removesuffix(" Use another bank.")
+        """Note why an adapter is not served, in words for clients: without folders."""
+        why = error.worded(owned=False)
         base = self._engine_of().name
         with contextlib.suppress(InputError, RecursionError, OSError):
             own = Path(IA3Config.from_pretrained(self._folder(name)).base_model_name_or_path or base).name
@@ -370,11 +369,20 @@ class Store:
         return adapter
 
     async def _prepare(self, name: str, folder: str, check: bool) -> Adapter:
-        if name not in self._adapters and len(self._adapters) >= self._most:
-            raise Conflict(f"Expected at most {self._most} adapters; remove one first, or start with --max-adapters.")
+        if name not in self._adapters and len(self._adapters) >= self.max_adapters:
+            raise Conflict(
+                f"Expected at most {self.max_adapters} adapters",
+                "remove one first, or start the server with a larger",
+                argument="max_adapters",
+            )
         self._version += 1
         adapter = Adapter(name, f"{name}@{self._version}", folder, ())
-        await self._engine_of().add(adapter.key, folder, check)
+        try:
+            await self._engine_of().add(adapter.key, folder, check)
+        except InputError as error:
+            if error.owner is not None:
+                error.owner = f"Adapter {name!r}"  # the engine knows its key
+            raise
         return adapter
 
     def _replace(self, adapter: Adapter) -> None:
@@ -430,8 +438,10 @@ class Store:
                 skipped.append(name)
         if skipped:
             logger.warning("Not served, by their names, as links, or without %s: %s", WEIGHTS_NAME, shown(skipped))
-        if len(found) > self._most:
-            raise InputError(f"Expected at most {self._most} adapters, found {len(found)}; give --max-adapters.")
+        if len(found) > self.max_adapters:
+            raise InputError(
+                f"Expected at most {self.max_adapters} adapters, found {len(found)}", "give", argument="max_adapters"
+            )
         return found
 
     def _clean(self) -> None:
