@@ -267,7 +267,9 @@ class TestScoreChoices:
             score_choices(gpt2, words.tokenizer(), prompts, texts)
 
     def test_an_error_says_the_row_whatever_other_tasks_rows_stand_between(self, gpt2):
-        short, long = (Task(template="{{ text }}", choices=["good", answer]) for answer in ("bad", "good " * 70 + "bad"))
+        short, long = (
+            Task(template="{{ text }}", choices=["good", answer]) for answer in ("bad", "good " * 70 + "bad")
+        )
         wordings = [task.wording({"text": "tea"}, number) for number, task in ((3, short), (4, short), (7, long))]
         with pytest.raises(InputError, match=r"shorter than 64 tokens, found one of 71 \(row 7\)\.$") as error:
             Scorer(gpt2, words.tokenizer()).questions(wordings, labelled=False)

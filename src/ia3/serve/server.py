@@ -58,6 +58,7 @@ class Server:
     Attributes:
         metrics: what is counted.
         on_failure: called when the model cannot be loaded, or its engine has ended: there is nothing left to serve.
+        worker: renders and tokenizes.
         ready: the model is loaded and runs, and the server is not shutting down.
     """
 
@@ -83,7 +84,7 @@ class Server:
         engine.observe, engine.on_end = self.metrics.batch, self.fail
         self.on_failure: Callable[[BaseException], None] = lambda error: None
         self.started = self.closing = self.failed = False
-        self._worker = Worker(lambda check: bounded(self._most_characters(), check))
+        self.worker = Worker(lambda check: bounded(self._most_characters(), check))
 
     @property
     def ready(self) -> bool:
@@ -104,7 +105,7 @@ class Server:
 
     async def stop(self) -> None:
         """When no request is left."""
-        self._worker.stop()
+        self.worker.stop()
         await self.engine.stop()
 
     def require_started(self) -> None:
@@ -114,7 +115,7 @@ class Server:
 
     async def blocking(self, function: Callable[..., _Result], *args: Any, characters: int = 0) -> _Result:
         """Call what renders or tokenizes so many characters on the thread that does so."""
-        return await self._worker.call(characters, function, *args)
+        return await self.worker.call(characters, function, *args)
 
     def _most_characters(self) -> int | None:
         """Of a prompt, where that is the server's to say: longer ones are refused. None: the task's recipe says what is

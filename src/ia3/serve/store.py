@@ -80,6 +80,11 @@ class Store:
         max_adapters: how many adapters there may be.
         base: the base model's name as served, which no adapter can have.
 
+    Attributes:
+        root: the folder's real path.
+        max_adapters: how many adapters there may be.
+        found: name → folder and stamp of those that were there when the store was made.
+
     Raises:
         InputError: too many adapters, or the root is an adapter itself.
     """
@@ -100,12 +105,12 @@ class Store:
         self._changing = asyncio.Lock()
         self._version = 0
         self._clean()
-        self._found = self._scan()
+        self.found = self._scan()
 
     def kinds(self, base_model: str) -> list[IA3Config]:
         """The different configs of adapters, the most frequent first, but those for models of other names last."""
         found: dict[str, tuple[IA3Config, list[bool]]] = {}
-        for folder, _ in self._found.values():
+        for folder, _ in self.found.values():
             with contextlib.suppress(InputError, RecursionError, OSError):
                 config = IA3Config.from_pretrained(folder)
                 # A model's folder may have moved since.
@@ -117,7 +122,7 @@ class Store:
 
     def labels(self) -> list[str] | None:
         """The labels of the first adapter's task, which a classifier's head has; None where there is none. Blocks."""
-        for folder, _ in self._found.values():
+        for folder, _ in self.found.values():
             task = read_settings(folder).task
             return None if task is None else task.labels
         return None
@@ -126,7 +131,7 @@ class Store:
         """Give the engine, which has started, what was found. The log names what cannot be served."""
         async with self._changing:
             self._engine = engine
-            for name, (folder, stamp) in self._found.items():
+            for name, (folder, stamp) in self.found.items():
                 try:
                     await self._serve(name, folder, stamp, check=False)
                 except InputError as error:
