@@ -321,6 +321,7 @@ class _Base:
         """Train an adapter, and return its files; `classes` are the task's labels as the user has them."""
         from ia3.adapter.config import IA3Config
         from ia3.adapter.pretrained import task_type
+        from ia3.training.members import Member
         from ia3.training.trainer import TFewTrainer
 
         with self._lock, _own_randomness(), tempfile.TemporaryDirectory() as folder:
@@ -333,7 +334,7 @@ class _Base:
                 self.model.peft_config["default"].base_model_name_or_path = self.name
             self.model.set_adapter("default")
             arguments = recipe.training_arguments(folder, seed=seed, save_strategy="no", disable_tqdm=not verbose)
-            trainer = TFewTrainer(self.model, arguments, self.tokenizer, task, rows, recipe=recipe)
+            trainer = TFewTrainer(self.model, arguments, self.tokenizer, Member(task, rows), recipe)
             if not verbose:
                 trainer.silence()
             trainer.train()

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from ia3 import IA3Config, IA3Model, InputError, Recipe, Scorer, Task
 from ia3.trainer import last_checkpoint
+from ia3.training.examples import collate_examples
 from ia3.training.pretrain import CAP, PRETRAINING, Mixture, MixtureTrainer, likelihood_only
-from ia3.training.trainer import collate_examples
 from support import tiny, words
 
 TOKENIZER = words.tokenizer()
