@@ -367,7 +367,7 @@ def without(name):
         ("train.csv", without("Label"), "training rows: Expected a label column 'Label'"),
         ("train.csv", lambda row: row | {"Label": "Unlabeled"}, "found 'Unlabeled' (row 1)"),
         ("test_unlabeled.csv", without("Sentence"), "test rows: The template names 'Sentence'"),
-        ("test_unlabeled.csv", without("ID"), "test rows: expected a column 'ID', found 'Sentence'"),
+        ("test_unlabeled.csv", without("ID"), "test rows: Expected a column 'ID', found 'Sentence'"),
         ("test_unlabeled.csv", lambda row: row | {"ID": ""}, "IDs that differ, found an empty one (row 1)"),
         ("test_unlabeled.csv", lambda row: row | {"ID": "7"}, "IDs that differ, found '7' twice (row 2)"),
     ],

@@ -128,7 +128,7 @@ def test_long_prompts_keep_what_opens_and_closes_them():
         ([["good", "bad", "fine"]] * 2, "Expected 2 answer choices, the labels of this BertForSequenceClassification"),
         (
             [["good", "bad"], ["bad", "good"]],
-            "the same answer choices for all prompts, .* for prompt 1; take a generative",
+            r"the same answer choices for all prompts, .* \(row 2\); take a generative",
         ),
     ],
 )

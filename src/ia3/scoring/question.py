@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class Question:
         read: how many of the prompt's first tokens are the text that stands before what is asked about it. They are the same
             whatever is asked; adapters with `acts_from="question"` act on the others. 0: it begins with the question.
         cut: the column whose end was cut off, so that the prompt fits; None: the row is whole.
+        row: the number of its row, for errors.
     """
 
     prompt: list[int]
@@ -32,6 +36,7 @@ class Question:
     order: tuple[int, ...] | None = None
     read: int = 0
     cut: str | None = field(default=None, compare=False)
+    row: int | None = field(default=None, compare=False)
 
     @property
     def text(self) -> tuple[int, ...]:
@@ -49,6 +54,13 @@ class Question:
     def listed(self, index: int) -> int:
         """A choice's index in the caller's list."""
         return index if self.order is None else self.order[index]
+
+    def as_listed(self, values: Iterable[T]) -> list[T]:
+        """What there is for each of `choices`, in the order of the caller's list."""
+        values = list(values)
+        if self.order is None:
+            return values
+        return [value for _, value in sorted(zip(self.order, values, strict=True), key=lambda pair: pair[0])]
 
 
 class Tree:

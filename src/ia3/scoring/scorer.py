@@ -164,10 +164,11 @@ class Scorer:
         if isinstance(family, Decoder):
             texts_of = [wording.text_of(prompt) for wording, prompt in zip(wordings, prompts, strict=True)]
             asked = question_lengths(self.tokenizer, prompts, tokens, texts_of, tokens_of)
+        numbers = [wording.number for wording in wordings]
         if prefix is not None:
-            questions = prefix.ask(prompts, tokens, texts, labels)
+            questions = prefix.ask(prompts, tokens, texts, labels, numbers)
         else:
-            questions = family.ask(prompts, tokens, texts, labels, [list(its) for its in answers], limit)
+            questions = family.ask(prompts, tokens, texts, labels, numbers, [list(its) for its in answers], limit)
         return [
             replace(question, cut=fit.cut, read=max(len(question.prompt) - length, 0) if length else 0)
             for question, fit, length in zip(questions, fits, asked, strict=True)
@@ -299,11 +300,12 @@ class Scorer:
                 scores = normalized_scores(self.log_probs(batch), batch["mask"], length_normalization).cpu()
                 for row, index in zip(scores, group, strict=True):
                     question = questions[index]
-                    results[index] = torch.empty(len(question.choices))
-                    results[index][list(question.order or range(len(question.choices)))] = row[: len(question.choices)]
+                    results[index] = torch.tensor(question.as_listed(row[: len(question.choices)].tolist()))
                     if not torch.isfinite(results[index]).all():
                         raise InputError(
-                            f"The model gives NaN or infinite scores (prompt {index}); is the adapter or the base broken?"
+                            "The model gives NaN or infinite scores",
+                            "is the adapter or the base broken?",
+                            row=question.row or index + 1,
                         )
                 if on_progress is not None:
                     on_progress(group)
