@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from ia3.folder import AdapterFolder
     from ia3.scoring.decoder import pack
     from ia3.scoring.prefix import Prefix
+    from ia3.scoring.readings import Readings
     from ia3.scoring.scorer import Scorer, score_choices
     from ia3.task.prompts import read_prompts
     from ia3.task.reading import read_rows
@@ -113,6 +114,7 @@ _NAMES = {
     "folder": ("AdapterFolder",),
     "scoring.decoder": ("pack",),
     "scoring.prefix": ("Prefix",),
+    "scoring.readings": ("Readings",),
     "scoring.scorer": ("Scorer", "score_choices"),
     "task.prompts": ("read_prompts",),
     "task.reading": ("read_rows",),
@@ -158,6 +160,7 @@ __all__ = [
     "PeftWarning",
     "Prediction",
     "Prefix",
+    "Readings",
     "Recipe",
     "Rule",
     "Scorer",

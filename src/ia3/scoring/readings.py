@@ -110,6 +110,7 @@ class Readings:
         self.memory = parse_bytes(memory, "memory for readings")
         self.nbytes = self.read = 0
         self._base: nn.Module | None = None
+        self._token_bytes = 0
         self._kept: OrderedDict[Text, Reading] = OrderedDict()
 
     def __len__(self) -> int:
@@ -133,7 +134,7 @@ class Readings:
         """
         if self._base is not family.base:
             self.clear()
-            self._base = family.base
+            self._base, self._token_bytes = family.base, 0
         for part in self._fitting(family, questions):
             readings = self._have(family, [questions[i].text for i in part])
             some = [questions[i] for i in part]
@@ -172,12 +173,12 @@ class Readings:
             by_text.setdefault(question.text, []).append(index)
         # What is there comes first; and neighbours of one length, for they are padded least.
         order = sorted(by_text, key=lambda text: (text not in self._kept, -len(text)))
-        if not self._kept:
+        if not self._token_bytes:
             self._have(family, order[-1:])  # says how much a token takes
         part: list[int] = []
         filled = 0
         for text in order:
-            size = self._size(text)
+            size = self._token_bytes * len(text)
             if size > self.memory:
                 raise InputError(
                     f"Expected memory for at least one text, which takes {size} bytes ({len(text)} tokens), found "
@@ -190,23 +191,20 @@ class Readings:
             filled += size
         yield part
 
-    def _size(self, text: Text) -> int:
-        """Bytes that a text takes."""
-        kept, reading = next(iter(self._kept.items()))
-        return -(-reading.nbytes // len(kept)) * len(text)
-
     def _have(self, family: Decoder, texts: Sequence[Text]) -> dict[Text, Reading]:
         """The readings of texts, which fit at once: those that are kept, and the others read now in place of the oldest."""
         found = {text: self._kept[text] for text in texts if text in self._kept}
         missing = [text for text in dict.fromkeys(texts) if text not in found]
         for text in found:
             self._kept.move_to_end(text)
-        needed = sum(map(self._size, missing)) if self._kept else 0
-        while self.nbytes + needed > self.memory and len(self._kept) > max(len(found), 1):
+        needed = self._token_bytes * sum(map(len, missing))
+        while self.nbytes + needed > self.memory and len(self._kept) > len(found):
             self.nbytes -= self._kept.popitem(last=False)[1].nbytes
         fresh = read_texts(family, missing) if missing else {}
         assert fresh is not None  # or `exact` had said so
-        self._kept.update(fresh)
+        for text, reading in fresh.items():
+            self._token_bytes = -(-reading.nbytes // len(text))
+            self._kept[text] = reading
         self.nbytes += sum(reading.nbytes for reading in fresh.values())
         self.read += len(fresh)
         return found | fresh

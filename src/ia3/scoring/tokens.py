@@ -46,8 +46,7 @@ def question_lengths(
 ) -> list[int]:
     """How many of each prompt's last tokens are of its question: those behind the tokens that its text alone begins with.
 
-    A token that a tokenizer makes of the text's end and the question's beginning is the question's. So the text's tokens
-    do not depend on the question.
+    A token that a tokenizer makes of the text's end and the question's beginning is the question's.
 
     Args:
         tokenizer: the model's.

@@ -1,0 +1,226 @@
+"""Texts that are read once: whatever is asked of what they left scores, and teaches, as whole rows do."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from ia3 import IA3Config, IA3Model, InputError, Readings, Scorer, Task
+from ia3.scoring import readings as room
+from ia3.scoring.question import Question
+from ia3.training.losses import tfew_loss
+from support import tiny, words
+from support.asked import LAYOUTS, alone, made, scorer
+
+TOKENIZER = words.tokenizer()
+
+
+def asked(count: int = 6, seed: int = 0, adapter: str | None = None, longest: int = 30) -> list[Question]:
+    """Questions of texts of different lengths, two of which are one text, each with some choices."""
+    chance = random.Random(seed)
+
+    def some(least: int, most: int) -> list[int]:
+        return chance.choices(range(3, tiny.VOCAB), k=chance.randint(least, most))
+
+    texts = [some(5, longest) for _ in range(count - 1)]
+    found = []
+    for index, text in enumerate([*texts, texts[0]]):
+        choices = sorted([[3, *some(0, 1)], [4, *some(0, 2)], [5]][: 2 + index % 2])
+        found.append(Question([*text, *some(1, 6)], choices, index % 2, adapter, read=len(text)))
+    return found
+
+
+def with_readings(model, memory="1MB"):
+    one = scorer(model)
+    one.readings = Readings(memory)
+    return one
+
+
+def asking(kind: str = "question", names=("default",), arch: str = "llama"):
+    model = IA3Model(tiny.build(arch), {name: IA3Config(task_type="CAUSAL_LM", acts_from=kind) for name in names})
+    for seed, name in enumerate(names):
+        tiny.randomize(model, seed + 1, name)
+    return model
+
+
+class TestTheBaseModel:
+    @pytest.mark.parametrize("name", LAYOUTS)
+    def test_scores_are_those_of_each_row_alone(self, name):
+        sizes, attentions, layout = LAYOUTS[name]
+        for attention in attentions:
+            model = made(name, **sizes)
+            if attention is not None:
+                model.set_attn_implementation(attention)
+            asks, questions = with_readings(model), asked()
+            found = asks.score(questions, batch_tokens=60)
+            for question, scores in zip(questions, found, strict=True):
+                assert scores.tolist() == pytest.approx(alone(model, question), abs=1e-5)
+            # A window shorter than the row, ALiBi, recurrence: rows are whole.
+            assert asks.readings.read == (5 if layout == "packed" else 0)
+
+    def test_a_text_is_read_once_whatever_is_asked_of_it(self, monkeypatch):
+        model, questions = tiny.build("llama"), asked()
+        asks = with_readings(model)
+        asks.score(questions)
+        assert asks.readings.read == len(asks.readings) == 5
+        passes = []
+        monkeypatch.setattr(room, "read_texts", lambda *args: passes.append(args))
+        others = [replace(one, prompt=[*one.text, 7, 8], choices=[[9], [10, 11]]) for one in questions]
+        for question, scores in zip(others, asks.score(others), strict=True):
+            assert scores.tolist() == pytest.approx(alone(model, question), abs=1e-5)
+        assert not passes
+
+    @pytest.mark.parametrize("texts", [1.2, 2.5])
+    def test_memory_holds_what_it_may_and_the_rest_is_read_again(self, texts):
+        model, questions = tiny.build("llama"), asked(longest=8)
+        asks = with_readings(model)
+        asks.score(questions)
+        most = max(reading.nbytes for reading in asks.readings._kept.values())
+        asks.readings = Readings(int(most * texts))
+        for _ in range(2):
+            found = asks.score(questions)
+            assert asks.readings.nbytes <= asks.readings.memory
+            for question, scores in zip(questions, found, strict=True):
+                assert scores.tolist() == pytest.approx(alone(model, question), abs=1e-5)
+        assert asks.readings.read > 5
+
+    def test_too_little_memory_for_a_text_is_said(self):
+        with pytest.raises(InputError, match=r"Expected memory for at least one text, which takes .* found 100;"):
+            with_readings(tiny.build("llama"), 100).score(asked())
+        with pytest.raises(InputError, match="Expected memory for readings in bytes, or such as '512MB'"):
+            Readings("much")
+
+    def test_one_text_in_many_wordings_is_read_once_within_a_call(self, monkeypatch):
+        model, text = tiny.build("llama"), list(range(3, 43))
+        questions = [Question([*text, 3 + index], [[3], [4]], read=40) for index in range(8)]
+        read = []
+        monkeypatch.setattr(room, "read_texts", lambda *args, its=room.read_texts: read.append(args[1]) or its(*args))
+        for question, scores in zip(questions, scorer(model).score(questions), strict=True):
+            assert scores.tolist() == pytest.approx(alone(model, question), abs=1e-5)
+        assert [tuple(text)] in read
+
+
+class TestAdapters:
+    def test_those_that_act_from_the_question_on_share_what_the_base_model_read(self):
+        names = ("one", "two")
+        model = asking(names=names)
+        asks, plain = with_readings(model), scorer(model)
+        for name in (*names, "__base__"):
+            questions = asked(adapter=name)
+            found = asks.score(questions)
+            expected = [plain.score([question])[0] for question in questions]  # whole rows
+            assert torch.allclose(torch.cat(found), torch.cat(expected), atol=1e-5)
+        assert asks.readings.read == 5
+        mixed = [replace(question, adapter=names[i % 2]) for i, question in enumerate(asked())]
+        expected = [plain.score([question])[0] for question in mixed]
+        assert torch.allclose(torch.cat(asks.score(mixed)), torch.cat(expected), atol=1e-5)
+        assert asks.readings.read == 5
+
+    def test_many_adapters_on_one_text(self):
+        model = asking(names=[f"member{i}" for i in range(20)])
+        text = list(range(3, 43))
+        questions = [Question([*text, 50, 51], [[3], [4, 5]], adapter=f"member{i}", read=40) for i in range(20)]
+        asks = with_readings(model)
+        found = asks.score(questions)
+        expected = [scorer(model).score([question])[0] for question in questions]
+        assert torch.allclose(torch.cat(found), torch.cat(expected), atol=1e-5)
+        assert len({round(float(scores[0]), 4) for scores in found}) == 20
+        assert asks.readings.read == 1
+
+    def test_one_that_acts_from_the_start_reads_for_itself(self):
+        model, questions = asking("start"), asked()
+        asks = with_readings(model)
+        found = asks.score(questions)
+        assert asks.readings.read == 0
+        for question, scores in zip(questions, found, strict=True):
+            assert scores.tolist() == pytest.approx(alone(model, question), abs=1e-5)
+        with model.disable_adapter():
+            asks.score(questions)
+        assert asks.readings.read == 5
+
+    def test_merged_weights_read_for_themselves(self):
+        model, questions = asking("start"), asked()
+        asks = with_readings(model)
+        with model.disable_adapter():
+            asks.score(questions)
+        model.merge_adapter()
+        found = asks.score(questions)
+        assert asks.readings.read == 5
+        for question, scores in zip(questions, found, strict=True):
+            assert scores.tolist() == pytest.approx(alone(model, question), abs=1e-5)
+
+    def test_behind_a_prefix_too(self):
+        model = asking()
+        asks = scorer(model)
+        text = TOKENIZER.decode(list(range(5, 25)))
+        prefix = asks.prefix(text)
+        questions = asks.encode(["soup cake today", "fine"], [[" was", " is"]] * 2, prefix=prefix)
+        questions = [replace(question, read=1) for question in questions]
+        found = asks.score(questions, prefix=prefix)
+        whole = [question.after(prefix.tokens) for question in questions]
+        expected = [scorer(model).score([question])[0] for question in whole]
+        assert prefix.is_cached
+        assert torch.allclose(torch.cat(found), torch.cat(expected), atol=1e-5)
+
+    @pytest.mark.parametrize("kept", [False, True])
+    def test_gradients_are_those_of_whole_rows(self, kept):
+        def gradients(asks):
+            model = asks.model
+            model.zero_grad()
+            model.train()
+            total = 0.0
+            for group, batch in asks.training_batches(questions):
+                loss = tfew_loss(asks.log_probs(batch), batch["mask"], batch["label"]).total * len(group)
+                loss.backward()
+                total += float(loss.detach())
+            return total, [one.grad.clone() for _, one in sorted(tiny.adapter_parameters(model).items())]
+
+        model, questions = asking(), asked()
+        asks = with_readings(model) if kept else scorer(model)
+        found, plain = gradients(asks), gradients(scorer(model))
+        assert found[0] == pytest.approx(plain[0], rel=1e-5)
+        for one, other in zip(found[1], plain[1], strict=True):
+            assert torch.allclose(one, other, atol=1e-5)
+        assert not kept or asks.readings.read == 5
+
+
+class TestWhereTheQuestionBegins:
+    task = Task(
+        name="tea",
+        label_column="label",
+        choices={"good": "good", "bad": "bad"},
+        templates=["review {{ text }} it was", "it was : {{ text }}", "{{ text }} {{ answer_choices | join(' ') }} it"],
+    )
+
+    @pytest.mark.parametrize(("template", "expected"), [(0, "it was"), (1, None), (2, "good bad it")])
+    def test_behind_the_last_column(self, template, expected):
+        asks = scorer(tiny.build("llama"))
+        [question] = asks.questions(self.task.wordings([{"text": "the tea", "label": "good"}], template=template))
+        if expected is None:
+            assert question.read == 0
+        else:
+            behind = question.prompt[question.read :]
+            assert behind == TOKENIZER(expected, add_special_tokens=False)["input_ids"]
+
+    def test_a_text_has_the_same_tokens_whatever_is_asked(self):
+        """Also where a tokenizer makes one token of a text's end and a question's beginning."""
+        vocab = {char: i for i, char in enumerate("<abc.?!Ġ")} | {"a.": 8, "a.?": 9, "b!": 10}
+        made = Tokenizer(models.BPE(vocab, [("a", "."), ("a.", "?"), ("b", "!")]))
+        made.pre_tokenizer, made.decoder = (
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            decoders.ByteLevel(),
+        )
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<")
+        asks = Scorer(tiny.build("llama"), tokenizer)
+        found = set()
+        for tail in ("?", "!", " b", ".?"):
+            task = Task(
+                name="t", label_column="y", choices={"1": "a", "2": "b"}, templates=["{{ x }}" + tail], separator=""
+            )
+            [question] = asks.questions(task.wordings([{"x": "ca.", "y": "1"}]))
+            found.add(question.text)
+            assert question.read < len(question.prompt)
+        assert found == {(vocab["c"], vocab["a."]), (vocab["c"],)}
