@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -92,14 +91,3 @@ def collate_examples(examples: Sequence[Example]) -> dict[str, Any]:
     if any(len(example.questions) > 1 for example in examples):
         batch["examples"] = list(examples)
     return batch
-
-
-@contextmanager
-def owned_by(owner: str | None) -> Iterator[None]:
-    """Within `with`, errors say whose they are; None: nobody else's could they be."""
-    try:
-        yield
-    except InputError as error:
-        if owner is None:
-            raise
-        raise InputError(f"{owner}: {error}") from error

@@ -15,12 +15,12 @@ from torch import nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import TrainingArguments
 
-from ia3.errors import InputError, shown
+from ia3.errors import InputError, about, shown
 from ia3.scoring.question import Question
 from ia3.scoring.scorer import Scorer
 from ia3.task.rows import as_rows
 from ia3.training.choices import ChoiceTrainer
-from ia3.training.examples import Example, owned_by
+from ia3.training.examples import Example
 from ia3.training.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -85,10 +85,10 @@ class Mixture(Dataset):
         self.scorer, self.recipe, self.seed = scorer, recipe, seed
         self.tasks: list[tuple[Task, list[Row]]] = []
         for task, given in sorted(tasks, key=lambda pair: pair[0].name):
-            with owned_by(f"Task {task.name!r}"):
+            with about(f"Task {task.name!r}"):
                 rows = as_rows(given, task)
                 if not rows:
-                    raise InputError("expected labelled rows, found none.")
+                    raise InputError("Expected labelled rows, found none.")
                 task.check(rows)
             self.tasks.append((task, rows))
         sizes = np.array([min(len(rows), cap) for _, rows in self.tasks], dtype=float)
@@ -144,7 +144,7 @@ class Mixture(Dataset):
 
     def _encoded(self, which: int, row: int, template: int) -> Question:
         task, rows = self.tasks[which]
-        with owned_by(f"Task {task.name!r}"):
+        with about(f"Task {task.name!r}"):
             question = self.scorer.question(
                 task.wording(rows[row], row + 1, template), long_prompts=self.recipe.long_prompts
             )

@@ -11,10 +11,11 @@ from torch.utils.data import DataLoader, SequentialSampler
 from transformers import TrainingArguments
 
 from ia3.adapter.adapted import find_adapted
+from ia3.errors import about
 from ia3.scoring.scorer import Scorer
 from ia3.training.choices import ChoiceTrainer
 from ia3.training.described import described
-from ia3.training.examples import Example, evaluation_examples, owned_by, training_examples
+from ia3.training.examples import Example, evaluation_examples, training_examples
 from ia3.training.members import (
     Member,
     MemberLosses,
@@ -96,7 +97,7 @@ class TFewTrainer(ChoiceTrainer):
         scorer = Scorer(model, processing_class)
         examples, held_out = {}, {}
         for name, member in self.members.items():
-            with owned_by(member.owner if self._in_step else None):
+            with about(member.owner if self._in_step else None):
                 found = training_examples(scorer, member.task, member.rows, recipe, member.seed_in(args))
                 check_batch(found, args)
                 examples[name] = self._of(name, found)
