@@ -31,7 +31,8 @@ def test_a_delimiter_is_told_by_the_file(tmp_path, caplog, delimiter, said, quot
     path = write(tmp_path / "rows.csv", ROWS, delimiter, quoting, encoding)
     assert delimiter_of(path) == delimiter and read_rows(path) == ROWS
     messages = [record.getMessage() for record in caplog.records]
-    assert messages == ([] if said is None else [f"Columns of {str(path)!r} are separated by {said} (delimiter)."])
+    assert messages == ([] if said is None else [f"Columns of {str(path)!r} are separated by {said}."])
+    assert [getattr(record, "argument", None) for record in caplog.records] == ["delimiter"] * len(messages)
 
 
 @pytest.mark.parametrize(

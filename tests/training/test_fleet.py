@@ -324,7 +324,7 @@ BOTH = [Member(TWO, ROWS, "a"), Member(TWO, ROWS, "b")]
         ),
         ([Member(TWO, [{"text": "tea", "label": "maybe"}], "a")], {}, "^Expected a known label.*'maybe'"),
         ([Member(TWO, ROWS, "a", eval_rows=[{"text": "", "label": "pos"}])], {}, "^Expected some text.*row 1"),
-        ([Member(TWO, ROWS, "a", learning_rate=0.0)], {}, "Member 'a': expected a learning rate above 0"),
+        ([Member(TWO, ROWS, "a", learning_rate=0.0)], {}, "Member 'a': Expected a learning rate above 0"),
         ([Member(TWO, ROWS, "a", learning_rate=math.nan)], {}, "learning rate above 0"),
         (BOTH, {"gradient_accumulation_steps": 2}, "gradient_accumulation_steps of 1"),
         (BOTH, {"max_steps": -1}, "max_steps above 0"),

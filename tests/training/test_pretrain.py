@@ -209,7 +209,7 @@ def test_long_prompts_are_cut_and_counted(tmp_path, caplog):
     [
         ([], "at least, found none"),
         ([(TEAS, words.rows(4)), (SOUPS, words.rows(4)), (TEAS, words.rows(4))], "found 'teas' twice"),
-        ([(TEAS, [])], "Task 'teas': expected labelled rows, found none"),
+        ([(TEAS, [])], "Task 'teas': Expected labelled rows, found none"),
         ([(TEAS, [*words.rows(4), {"text": "tea", "label": "so-so"}])], r"Task 'teas': .*found 'so-so' \(row 5\)"),
         ([(SOUPS, [*words.rows(4), {"text": " ", "label": "pos"}])], r"Task 'soups': .*empty \(row 5\)"),
         ([(TEAS, words.rows(4)), (SOUPS, [{"label": "pos"}])], "Task 'soups': .*names 'text'"),

@@ -71,7 +71,7 @@ class TestTrainedInPython:
         from ia3.serve.store import Store, read_settings
 
         store = Store(run, base="model")
-        assert {"saved", "whole", "checkpoint-2"} <= store._found.keys()
+        assert {"saved", "whole", "checkpoint-2"} <= store.found.keys()
         settings = read_settings(str(run / "saved"))
         assert settings.task is not None and settings.recipe == RECIPE and not settings.calibrated
 

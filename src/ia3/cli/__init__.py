@@ -55,7 +55,8 @@ class _Notices(logging.Handler):
         self._said: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.say(record.getMessage())
+        message, argument = record.getMessage(), getattr(record, "argument", None)
+        self.say(message if argument is None else f"{message.removesuffix('.')} ({_option(argument)}).")
 
     def say(self, message: object, *_: Any) -> None:
         line = f"ia3: {' '.join(str(message).split())}"

@@ -171,7 +171,8 @@ def _from_csv(path: Path, delimiter: str | None) -> list[dict[str, Any]]:
     if delimiter is None:
         delimiter = delimiter_of(path)
         if delimiter != _USUAL[path.suffix.lower()]:
-            logger.warning("Columns of %r are separated by %s (delimiter).", str(path), shown_delimiter(delimiter))
+            said = str(path), shown_delimiter(delimiter)
+            logger.warning("Columns of %r are separated by %s.", *said, extra={"argument": "delimiter"})
     with path.open(encoding="utf-8-sig", newline="") as file:
         if _said(file.readline()) is None:
             file.seek(0)

@@ -99,7 +99,7 @@ def by_name(members: Sequence[Member], model: nn.Module) -> dict[str, Member]:
     for member in members:
         rate = member.learning_rate
         if rate is not None and not (math.isfinite(rate) and rate > 0):
-            raise InputError(f"{member.owner}: expected a learning rate above 0, found {rate}.")
+            raise InputError(f"Expected a learning rate above 0, found {rate}.", owner=member.owner)
     return dict(zip(_names(members), members, strict=True))
 
 

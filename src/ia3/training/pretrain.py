@@ -88,7 +88,7 @@ class Mixture(Dataset):
             with about(f"Task {task.name!r}"):
                 rows = as_rows(given, task)
                 if not rows:
-                    raise InputError("expected labelled rows, found none.")
+                    raise InputError("Expected labelled rows, found none.")
                 task.check(rows)
             self.tasks.append((task, rows))
         sizes = np.array([min(len(rows), cap) for _, rows in self.tasks], dtype=float)
