@@ -327,8 +327,9 @@ class _Base:
         with self._lock, _own_randomness(), tempfile.TemporaryDirectory() as folder:
             self._remove()
             if recipe.init is None:
-                kind = task_type(self.model.model)
-                self.model.add_adapter("default", IA3Config(task_type=kind, base_model_name_or_path=self.name))
+                kind, place = task_type(self.model.model), recipe.place(self.model.model, task)
+                config = IA3Config(task_type=kind, base_model_name_or_path=self.name, acts_from=place)
+                self.model.add_adapter("default", config)
             else:
                 self.model.load_adapter(recipe.init, "default", is_trainable=True)
                 self.model.peft_config["default"].base_model_name_or_path = self.name

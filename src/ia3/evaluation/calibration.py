@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ia3.adapter.model import IA3Model
     from ia3.evaluation.prediction import Prediction
     from ia3.evaluation.progress import Stage
+    from ia3.scoring.readings import Readings
     from ia3.task.task import Task
     from ia3.training.recipe import Recipe
 
@@ -176,6 +177,7 @@ def cross_validate(
     seed: int = 0,
     output_dir: str | os.PathLike = "cross-validation",
     stage: Stage | None = None,
+    readings: Readings | None = None,
 ) -> list[Prediction]:
     """Predictions for labelled rows by adapters that have not seen them: each fold's by one trained on the others.
 
@@ -193,6 +195,7 @@ def cross_validate(
         seed: decides the parts, and each fold's order.
         output_dir: the folder that the trainer names; nothing is written to it.
         stage: told of the steps that are done.
+        readings: of the rows' texts, which all folds share; None: kept for this call.
 
     Returns:
         A prediction for each row, in the rows' order.
@@ -206,6 +209,7 @@ def cross_validate(
     from ia3.adapter.pretrained import task_type
     from ia3.evaluation.prediction import predict
     from ia3.scoring.family import base_of
+    from ia3.scoring.readings import Readings
     from ia3.training.members import Member
     from ia3.training.trainer import TFewTrainer
 
@@ -213,13 +217,16 @@ def cross_validate(
     each = fold_of_each(task, rows, folds, seed)
     free = (name for name in (f"fold{number}" for number in itertools.count()) if name not in model.peft_config)
     names = list(itertools.islice(free, folds))
+    base = base_of(model)
+    config = {"task_type": task_type(base), "acts_from": recipe.place(base, task)}
+    readings = readings or Readings()
     by_fold = [names[fold] for fold in each]
     added: list[str] = []
     with _kept_as_it_is(model):
         try:
             for name in names:
                 if recipe.init is None:
-                    model.add_adapter(name, IA3Config(task_type=task_type(base_of(model))))
+                    model.add_adapter(name, IA3Config(**config))
                 else:
                     model.load_adapter(recipe.init, name, is_trainable=True)
                 added.append(name)
@@ -228,7 +235,7 @@ def cross_validate(
                 for name in names
             ]
             arguments = recipe.training_arguments(output_dir, seed=seed, save_strategy="no", disable_tqdm=True)
-            trainer = TFewTrainer(model, arguments, tokenizer, members, recipe)
+            trainer = TFewTrainer(model, arguments, tokenizer, members, recipe, readings)
             trainer.silence()
 
             class Steps(TrainerCallback):
@@ -238,7 +245,7 @@ def cross_validate(
 
             trainer.add_callback(Steps())
             trainer.train()
-            return predict(model, tokenizer, task, rows, adapter_names=by_fold, recipe=recipe)
+            return predict(model, tokenizer, task, rows, adapter_names=by_fold, recipe=recipe, readings=readings)
         finally:
             for name in added:
                 model.delete_adapter(name)

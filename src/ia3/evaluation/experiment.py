@@ -17,7 +17,7 @@ from ia3.evaluation.checkpoints import checkpoint_of, settings_of
 from ia3.evaluation.drawing import Draw, Source, drawn, read
 from ia3.evaluation.progress import Progress
 from ia3.evaluation.results import summary
-from ia3.files import write_json
+from ia3.files import parse_bytes, write_json
 from ia3.task.rows import as_rows
 from ia3.task.task import Row, Task
 from ia3.training.recipe import Recipe
@@ -97,6 +97,7 @@ class Experiment:
         folder: where the results go.
         model: the base model, as `load_base` takes it.
         dtype: of its weights, as `load_base` takes it.
+        memory: what is kept of texts that are read once takes at most so much, see `Readings`.
         recipe: how to train; None: the one for a model of that size.
         examples_per_label: how many are drawn; None: 16, or as many as there are; 0: all rows as they are.
         test_rows: measure on at most so many, drawn at random; 0: on all.
@@ -119,6 +120,7 @@ class Experiment:
     learning_rate: float | Sequence[float] | None = None
     folds: int = 0
     all_templates: bool = False
+    memory: int | str = "2GiB"
 
     @property
     def several(self) -> bool:
@@ -220,6 +222,7 @@ class Experiment:
         files = [str(path) for path in self.folders if path.is_file()]
         if files:
             raise InputError(f"Expected a folder for the results, found the file {files[0]!r}.")
+        parse_bytes(self.memory, "memory for readings")
         if self.chosen_recipe.init is not None:
             IA3Config.from_pretrained(self.chosen_recipe.init)
         if self.folds:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ia3.errors import InputError
 from ia3.scoring.prefix import Prefix
+from ia3.scoring.readings import Readings
 from ia3.scoring.scorer import Scorer
 from ia3.task.rows import items_of
 from ia3.task.task import Task
@@ -61,6 +62,7 @@ def predict(
     template: int = 0,
     recipe: Recipe | None = None,
     prefix: Prefix | None = None,
+    readings: Readings | None = None,
 ) -> list[Prediction]:
     """The label whose answer text has the best length-normalized log-probability, for each row.
 
@@ -78,6 +80,7 @@ def predict(
         template: the index of the task's template to ask with.
         recipe: its length normalization, and what it does about long prompts; None: the paper's.
         prefix: a text that stands before each row's prompt, such as examples in context (see `predict_in_context`).
+        readings: what the base model makes of the rows' texts, kept from call to call (see `Readings`).
 
     Raises:
         InputError: see `Scorer.questions` and `score_choices`; not as many tasks or temperatures as rows; or a
@@ -97,7 +100,7 @@ def predict(
             raise InputError(f"Expected a temperature above 0, found {one}.")
     if not 0 <= abstain_below <= 1:
         raise InputError(f"Expected a threshold (abstain_below) from 0 to 1, found {abstain_below}.")
-    scorer = Scorer(model, tokenizer)
+    scorer = Scorer(model, tokenizer, readings)
     scores = scorer.score(
         scorer.questions(wordings, False, recipe.long_prompts, prefix),
         length_normalization=recipe.length_normalization,

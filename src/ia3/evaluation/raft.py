@@ -108,7 +108,7 @@ class Raft:
             f"{task.name}: {len(one.train)} training rows, {len(one.test)} test rows, {len(task.labels or ())} labels"
         )
         with progress.waiting("Loading the model …"):
-            model, tokenizer = self._with_new_adapter(task.labels)
+            model, tokenizer = self._with_new_adapter(task)
         set_seed(self.seed)
         scores, calibration = cross_validated(
             progress, "Cross-validation", model, tokenizer, task, one.train, recipe, self.folds, self.seed, folder
@@ -138,7 +138,7 @@ class Raft:
         write_predictions(folder / PREDICTIONS_NAME, one.test, [prediction.best for prediction in found])
         return results
 
-    def _with_new_adapter(self, labels: list[str] | None) -> tuple[IA3Model, PreTrainedTokenizerBase]:
+    def _with_new_adapter(self, task: Task) -> tuple[IA3Model, PreTrainedTokenizerBase]:
         """The base model with an adapter that has learned nothing. It is loaded once, but for a classifier, whose head is
         a task's."""
         from ia3.adapter.config import TaskType
@@ -148,11 +148,11 @@ class Raft:
         base: Any
         if self._loaded is None or task_type(self._loaded[0].model) == TaskType.SEQ_CLS:
             self._loaded = None  # before another one is in memory
-            base, tokenizer = load_base(self.model, labels, self.dtype)
+            base, tokenizer = load_base(self.model, task.labels, self.dtype)
         else:
             adapted, tokenizer = self._loaded
             base = adapted.unload()
-        self._loaded = with_adapters(base, [_ADAPTER], self.recipe.init), tokenizer
+        self._loaded = with_adapters(base, {_ADAPTER: self.recipe.place(base, task)}, self.recipe.init), tokenizer
         return self._loaded
 
     def _earlier(self, name: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ia3.adapter.model import IA3Model
     from ia3.evaluation.calibration import Calibration
     from ia3.evaluation.experiment import Experiment, Trial
+    from ia3.scoring.readings import Readings
     from ia3.task.task import Row, Task
     from ia3.training.recipe import Recipe
     from ia3.training.trainer import TFewTrainer
@@ -36,6 +37,7 @@ class Running:
 
     def __init__(self, experiment: Experiment, progress: Progress) -> None:
         from ia3.adapter.pretrained import load_base
+        from ia3.scoring.readings import Readings
 
         self.experiment, self.progress = experiment, progress
         self.trials, self.recipe = experiment.trials, experiment.chosen_recipe
@@ -50,7 +52,10 @@ class Running:
             one = len(self.trials) == 1
             names = ["default"] if one else [f"member{number}" for number in range(len(self.trials))]
             self.adapters = {trial.name: name for trial, name in zip(self.trials, names, strict=True)}
-            self.model = with_adapters(base, names, self.recipe.init)
+            places = {self.adapters[trial.name]: self.recipe.place(base, trial.task) for trial in self.trials}
+            self.model = with_adapters(base, places, self.recipe.init)
+        # What is asked about texts before training, in it and after it, is asked of one reading of each.
+        self.readings = Readings(experiment.memory) if self.model.waits_for_question() else None
         self.base_name = base.name_or_path
         seed = self.trials[0].seed
         arguments = self.recipe.training_arguments(
@@ -73,7 +78,7 @@ class Running:
             )
             for trial in self.trials
         ]
-        self.trainer = TFewTrainer(self.model, arguments, self.tokenizer, members, self.recipe)
+        self.trainer = TFewTrainer(self.model, arguments, self.tokenizer, members, self.recipe, self.readings)
         logged = {trial.name: self.trainer.logged_as(self.adapters[trial.name]) for trial in self.trials}
         titles = {logged[trial.name]: trial.titled("Training") for trial in self.trials}
         self.trainer.add_callback(training_stages(progress, titles))
@@ -140,6 +145,7 @@ class Running:
             experiment.folds,
             trial.seed,
             experiment.checkpoints,
+            self.readings,
         )
 
     # Measuring.
@@ -199,7 +205,15 @@ class Running:
         if pairs:
             tasks, rows = zip(*pairs, strict=True)
             items = predict(
-                self.model, self.tokenizer, tasks, rows, advance, adapters, template=template, recipe=self.recipe
+                self.model,
+                self.tokenizer,
+                tasks,
+                rows,
+                advance,
+                adapters,
+                template=template,
+                recipe=self.recipe,
+                readings=self.readings,
             )
             for title, item in zip(titles, items, strict=True):
                 found[title].append(item.best)
@@ -253,19 +267,20 @@ def cross_validated(
     folds: int,
     seed: int,
     folder: Path,
+    readings: Readings | None = None,
 ) -> tuple[Scores, Calibration]:
     """The metrics of labelled rows, each predicted by an adapter that has not seen it, and what they calibrate.
 
     Args:
         progress: told of the steps.
         title: of its stage.
-        model, tokenizer, task, rows, recipe, folds, seed: as of `cross_validate`.
+        model, tokenizer, task, rows, recipe, folds, seed, readings: as of `cross_validate`.
         folder: its `output_dir`.
     """
     from ia3.evaluation.calibration import Calibration, cross_validate
 
     stage = progress.stage(title, recipe.steps)
-    found = cross_validate(model, tokenizer, task, rows, recipe, folds, seed, folder, stage)
+    found = cross_validate(model, tokenizer, task, rows, recipe, folds, seed, folder, stage, readings)
     labels = [task.label(row) for row in rows]
     scores = task.metrics(labels, [prediction.best for prediction in found])
     stage.end()
@@ -311,13 +326,13 @@ def train_alone(
     return trainer, metrics, time.perf_counter() - started
 
 
-def with_adapters(base: PreTrainedModel, adapters: Sequence[str], init: str | None) -> IA3Model:
+def with_adapters(base: PreTrainedModel, adapters: Mapping[str, str], init: str | None) -> IA3Model:
     """A base model with adapters to train, the first one active.
 
     Args:
         base: the model.
-        adapters: their names.
-        init: an adapter that all start from; None: ones.
+        adapters: name → from where it acts (`IA3Config.acts_from`).
+        init: an adapter that all start from, which acts from where it does; None: ones.
     """
     from ia3.adapter.config import IA3Config
     from ia3.adapter.model import IA3Model
@@ -325,10 +340,10 @@ def with_adapters(base: PreTrainedModel, adapters: Sequence[str], init: str | No
 
     if init is None:
         config = {"task_type": task_type(base), "base_model_name_or_path": base.name_or_path}
-        return IA3Model(base, {adapter: IA3Config(**config) for adapter in adapters})
+        return IA3Model(base, {name: IA3Config(**config, acts_from=place) for name, place in adapters.items()})
     model = IA3Model(base, {})
     for adapter in adapters:
         model.load_adapter(init, adapter, is_trainable=True)
         model.peft_config[adapter].base_model_name_or_path = base.name_or_path
-    model.set_adapter(adapters[0])
+    model.set_adapter(next(iter(adapters)))
     return model

@@ -347,6 +347,11 @@ class Template(BaseModel):
         return _sees_answers(self.prompt)
 
     @property
+    def asks_behind(self) -> bool:
+        """Whether the question stands behind what the prompt takes of a row, so that the row can be read before it."""
+        return bool(self.columns) and bool(self.question(("a", "b")))
+
+    @property
     def says_answer(self) -> bool:
         """Whether the template, and not a label, says which answer is right."""
         return self.target is not None or _says_answer(self.prompt)

@@ -16,6 +16,8 @@ from ia3.files import read_fields, reading, replacing
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
+    from ia3.task.task import Task
+
 # From this many parameters on, a model has the paper's recipe.
 _LARGE = 1_000_000_000
 
@@ -62,6 +64,8 @@ class Recipe(BaseModel):
             A step on eight examples tips the balance between answers, which the next tips back; the average does not.
         long_prompts: "truncate" shortens a field of the row (see `Task.truncate`), "refuse" stops.
         init: an adapter's folder or hub id to start from; None: ones.
+        acts_from: where new vectors act, see `IA3Config`: "start" or "question"; "auto": from the question on where the
+            model is a decoder and the task's templates ask behind the row (see `place`).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -82,6 +86,7 @@ class Recipe(BaseModel):
     ema_decay: float = Field(default=0.0, ge=0, lt=1)
     long_prompts: Literal["truncate", "refuse"] = "truncate"
     init: str | None = None
+    acts_from: Literal["auto", "start", "question"] = "start"
 
     @model_validator(mode="after")
     def _learns_something(self) -> Recipe:
@@ -153,6 +158,35 @@ class Recipe(BaseModel):
         wanted = {name: value for name, value in changes.items() if value is not None}
         return self.create({**self.model_dump(), **wanted})
 
+    def place(self, model: Any, task: Task) -> Literal["start", "question"]:
+        """From where an adapter for the task acts in a model.
+
+        Args:
+            model: the base model.
+            task: in the words of whose templates it is trained.
+
+        Raises:
+            InputError: `acts_from` is "question", and the model or a template does not allow it.
+        """
+        if self.acts_from == "start":
+            return "start"
+        from ia3.adapter.config import TaskType
+        from ia3.adapter.pretrained import task_type
+
+        found = None
+        templates = task.templates if self.templates == "random" else task.templates[:1]
+        if task_type(model) != TaskType.CAUSAL_LM:
+            found = f"a {type(model).__name__}, which is no decoder-only language model"
+        elif not all(template.asks_behind for template in templates):
+            first = next(template for template in templates if not template.asks_behind)
+            found = f"a template that ends in it: {brief(first.prompt, 80)}"
+        if found is not None and self.acts_from == "question":
+            raise InputError(
+                f"Expected a text that can be read before the question (acts_from: question) in task {task.name!r}, found "
+                f"{found}; let the adapter act from the start."
+            )
+        return "start" if found else "question"
+
     def to_yaml(self) -> str:
         """All fields, as `from_file` reads them."""
         return yaml.safe_dump(self.model_dump(), sort_keys=False)
@@ -182,6 +216,8 @@ class Recipe(BaseModel):
         import torch
         from transformers import TrainingArguments
 
+    from ia3.task.task import Task
+
         fields: dict[str, Any] = {
             "max_steps": self.steps,
             "optim": self.optimizer,
@@ -206,6 +242,7 @@ _SMALL: dict[str, Any] = {
     "likelihood": 0.2,
     "early_stopping": EarlyStopping(floor=0.5, steps=4),
     "ema_decay": 0.8,
+    "acts_from": "auto",
 }
 
 PRESETS = {"paper": Recipe.paper, "small": Recipe.small}

@@ -12,6 +12,8 @@ from transformers import TrainingArguments
 
 from ia3.adapter.adapted import find_adapted
 from ia3.errors import about
+from ia3.scoring.family import waits_for_question
+from ia3.scoring.readings import Readings
 from ia3.scoring.scorer import Scorer
 from ia3.training.choices import ChoiceTrainer
 from ia3.training.described import described
@@ -66,6 +68,8 @@ class TFewTrainer(ChoiceTrainer):
         members: who learns what: a `Member`, or several with names.
         recipe: its loss (a classifier's is cross-entropy always), its templates, its early stopping and what it does
             about long prompts; None: the paper's.
+        readings: where what the base model makes of the rows' texts is kept, for adapters that act from the question on;
+            None: in the trainer.
         **kwargs: the other arguments of `transformers.Trainer`; several members take no `optimizers`.
 
     Raises:
@@ -80,6 +84,7 @@ class TFewTrainer(ChoiceTrainer):
         processing_class: PreTrainedTokenizerBase,
         members: Member | Iterable[Member],
         recipe: Recipe | None = None,
+        readings: Readings | None = None,
         **kwargs: Any,
     ) -> None:
         members, recipe = listed(members), recipe or Recipe()
@@ -94,7 +99,10 @@ class TFewTrainer(ChoiceTrainer):
             args = arguments_of_one(args, member)
             kwargs["compute_metrics"] = kwargs.get("compute_metrics") or metrics_of(member.task)
             self._measures_each = False
-        scorer = Scorer(model, processing_class)
+        waiting = [None] if self._active else [[name] for name in self.members]
+        if readings is None and any(waits_for_question(model, names) for names in waiting):
+            readings = Readings()
+        scorer = Scorer(model, processing_class, readings)
         examples, held_out = {}, {}
         for name, member in self.members.items():
             with about(member.owner if self._in_step else None):
