@@ -162,7 +162,7 @@ def test_one_trial_is_enough_for_rows_that_are_known_at_once(llama, monkeypatch)
     calls, check = [], trials.is_exact_packed
     monkeypatch.setattr(trials, "is_exact_packed", lambda *a: calls.append(1) or check(*a))
     asked = some_questions(50)
-    scorer(llama).try_packing(asked)
+    scorer(llama).foresee(asked)
     for question in asked:
         assert "position_ids" in scorer(llama).collate([question])
     assert len(calls) == 1

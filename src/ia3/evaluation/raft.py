@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ia3.adapter.model import IA3Model
+    from ia3.task.task import Task
     from ia3.training.recipe import Recipe
 
 _ADAPTER = "default"

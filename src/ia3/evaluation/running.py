@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ia3.evaluation.checkpoints import interruptible
 from ia3.evaluation.progress import Progress, Stage, training_stages
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ia3.training.trainer import TFewTrainer
 
 Scores = dict[str, float]
+Place = Literal["start", "question"]
 
 
 class Running:
@@ -52,7 +53,9 @@ class Running:
             one = len(self.trials) == 1
             names = ["default"] if one else [f"member{number}" for number in range(len(self.trials))]
             self.adapters = {trial.name: name for trial, name in zip(self.trials, names, strict=True)}
-            places = {self.adapters[trial.name]: self.recipe.place(base, trial.task) for trial in self.trials}
+            places: dict[str, Place] = {
+                self.adapters[trial.name]: self.recipe.place(base, trial.task) for trial in self.trials
+            }
             self.model = with_adapters(base, places, self.recipe.init)
         # What is asked about texts before training, in it and after it, is asked of one reading of each.
         self.readings = Readings(experiment.memory) if self.model.waits_for_question() else None
@@ -326,7 +329,7 @@ def train_alone(
     return trainer, metrics, time.perf_counter() - started
 
 
-def with_adapters(base: PreTrainedModel, adapters: Mapping[str, str], init: str | None) -> IA3Model:
+def with_adapters(base: PreTrainedModel, adapters: Mapping[str, Place], init: str | None) -> IA3Model:
     """A base model with adapters to train, the first one active.
 
     Args:

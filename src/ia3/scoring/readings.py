@@ -132,9 +132,7 @@ class Readings:
         Raises:
             InputError: the memory does not hold a single text.
         """
-        if self._base is not family.base:
-            self.clear()
-            self._base, self._token_bytes = family.base, 0
+        self._own(family)
         for part in self._fitting(family, questions):
             readings = self._have(family, [questions[i].text for i in part])
             some = [questions[i] for i in part]
@@ -145,6 +143,18 @@ class Readings:
             for group in reversed(divided) if training else divided:
                 asked = [some[i] for i in group]
                 yield [part[i] for i in group], rows_behind(family, asked, [readings[one.text] for one in asked])
+
+    def foresee(self, family: Decoder, questions: Sequence[Question]) -> None:
+        """Read the texts of questions of `askable` that memory holds at once, in fewer passes than as their turn comes."""
+        self._own(family)
+        part = next(self._fitting(family, questions))
+        self._have(family, [questions[i].text for i in part])
+
+    def _own(self, family: Decoder) -> None:
+        """Let go of another model's texts."""
+        if self._base is not family.base:
+            self.clear()
+            self._base, self._token_bytes = family.base, 0
 
     def exact(self, family: Decoder, questions: Sequence[Question]) -> bool:
         """Whether rows that go on from texts are exact for all of these questions."""

@@ -184,8 +184,14 @@ class Scorer:
         """The questions as a batch for this model: packed where that is exact, else plain rows; a classifier's prompts."""
         return trials.collate(self.family, questions)
 
-    def try_packing(self, questions: Sequence[Question]) -> None:
-        """Find out once whether packing is exact for all of these, so that no batch of them has to."""
+    def foresee(self, questions: Sequence[Question]) -> None:
+        """Find out once which rows are exact for all of these, so that no batch of them has to; and read their texts."""
+        apart, readings = self._apart(questions)
+        if readings is not None and isinstance(self.family, Decoder):
+            readings.foresee(self.family, [questions[i] for i in apart])
+        self._try_packing([question for i, question in enumerate(questions) if i not in {*apart}])
+
+    def _try_packing(self, questions: Sequence[Question]) -> None:
         if questions:
             trials.packs(self.family, questions)
 
@@ -212,7 +218,7 @@ class Scorer:
             indices = [left[i] for i in indices]
             some = [questions[i] for i in indices]
             if beginning is None:
-                self.try_packing(some)
+                self._try_packing(some)
                 for group in groups(some, batch_tokens):
                     yield [indices[i] for i in group], self.collate([some[i] for i in group])
                 continue
@@ -253,7 +259,7 @@ class Scorer:
             indices = [left[i] for i in indices]
             some = [questions[i] for i in indices]
             if beginning is None:
-                self.try_packing(some)
+                self._try_packing(some)
                 for group in reversed(list(training_groups(some, batch_tokens))):
                     yield [indices[i] for i in group], self.collate([some[i] for i in group])
                 continue

@@ -89,7 +89,7 @@ class ChoiceTrainer(Trainer):
 
         With `load_best_model_at_end` it is the best checkpoint, whose vectors are those of its step.
         """
-        self.scorer.try_packing(self._foreseen())
+        self.scorer.foresee(self._foreseen())
         self._describe()
         output = super().train(*args, **kwargs)
         if self._average is not None and not self.args.load_best_model_at_end:

@@ -216,8 +216,6 @@ class Recipe(BaseModel):
         import torch
         from transformers import TrainingArguments
 
-    from ia3.task.task import Task
-
         fields: dict[str, Any] = {
             "max_steps": self.steps,
             "optim": self.optimizer,
