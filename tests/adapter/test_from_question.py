@@ -9,7 +9,6 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import ia3
 from ia3 import AdapterBank, IA3Config, IA3Model, InputError, PeftModel
 from support import tiny
 
@@ -202,18 +201,33 @@ def test_active_adapters_are_of_one_kind(mixed):
     assert mixed.active_adapters == ["asks", "asks too"]
 
 
-def test_a_bank_holds_adapters_of_one_kind(tmp_path):
-    model, ids = adapted("llama"), tokens()
+def test_a_bank_holds_adapters_of_both_kinds(tmp_path):
+    model, ids, starts = adapted("llama"), tokens(), [2, 4, 6]
     model.save_pretrained(tmp_path / "asks")
-    other = ia3.get_peft_model(tiny.build("llama"), IA3Config(task_type="CAUSAL_LM"))
+    other = IA3Model(tiny.build("llama"), IA3Config(task_type="CAUSAL_LM"))
+    tiny.randomize(other, 5)
     other.save_pretrained(tmp_path / "reads")
-    bank = AdapterBank(model)
-    bank.load(tmp_path / "asks")
     with torch.no_grad():
-        found = model(ids, adapter_names=["asks"] * 3, acts_from=[2, 4, 6]).logits
-        assert tiny.relative_error(found, model(ids, acts_from=[2, 4, 6]).logits) < 2e-6
-    with pytest.raises(InputError, match="Adapter 'reads' acts from the start on, and the bank's from the question"):
-        bank.load(tmp_path / "reads")
-    bank.save_archive(tmp_path / "archive")
-    with pytest.raises(InputError, match="acts from the question on, and the bank's from the start"):
-        AdapterBank(other.base_model).load_archive(tmp_path / "archive")
+        asks, reads = model(ids, acts_from=starts).logits, other(ids).logits
+    served = IA3Model(tiny.build("llama"), {})
+    bank = AdapterBank(served, IA3Config(task_type="CAUSAL_LM"), budget="60KB")
+    bank.register(tmp_path)
+
+    def check(served, names=("asks", "reads", "__base__")):
+        with torch.no_grad():
+            found = served(ids, adapter_names=list(names), acts_from=starts).logits
+        for row, name in enumerate(names):
+            if name != "__base__":
+                expected = asks if name.startswith("asks") else reads
+                assert tiny.relative_error(found[row], expected[row]) < 2e-6
+
+    check(served)
+    assert [bank.acts_from(name) for name in ("asks", "reads")] == ["question", "start"]
+    with pytest.raises(InputError, match="Expected acts_from, the place"):
+        served(ids, adapter_names=["asks"] * 3)
+    with pytest.raises(InputError, match="found both; write an archive of each"):
+        bank.save_archive(tmp_path / "archive")
+    bank.save_archive(tmp_path / "archive", ["asks"])
+    again = IA3Model(tiny.build("llama"), {})
+    AdapterBank(again, IA3Config(task_type="CAUSAL_LM")).load_archive(tmp_path / "archive")
+    check(again, ("asks",) * 3)

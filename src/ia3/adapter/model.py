@@ -370,7 +370,7 @@ class IA3Model(Adapted):
         if name in self.peft_config:
             return self.peft_config[name].acts_from
         bank = self.ia3_routing.bank
-        return None if bank is None or name == BASE else bank.acts_from
+        return None if bank is None or name == BASE else bank.acts_from(name)
 
     def _ia3_places(
         self,

@@ -145,9 +145,8 @@ class Bank(Protocol):
         """The columns of its matrices: for which module, by its path, and whether for the input; and how many."""
         ...
 
-    @property
-    def acts_from(self) -> str:
-        """As of `IA3Config`, of all of them."""
+    def acts_from(self, name: str) -> str:
+        """From where an adapter acts, as of `IA3Config`."""
         ...
 
     def __contains__(self, name: object) -> bool: ...

@@ -56,7 +56,7 @@ class BankStatistics:
 
 
 class AdapterBank:
-    """Adapters of one kind (the same modules, sides, `modules_to_save` and `acts_from`) as rows of one array.
+    """Adapters of one kind (the same modules, sides and `modules_to_save`) as rows of one array.
 
     Row 0, by the name "__base__", is the base model: ones, and its own `modules_to_save`. An adapter is in memory, or at
     its home (a folder, a record of an archive, of the spill file), from where it is loaded when it is asked for. Any number
@@ -105,7 +105,7 @@ class AdapterBank:
             targets.setdefault(target.module, target)
         self.targets = list(targets.values())
         entries, base = resolve_entries(model, self.targets, self.modules)
-        self._layout = Layout(entries, self.targets, dtype, self.acts_from)
+        self._layout = Layout(entries, self.targets, dtype)
         self.entries, self.width, self.dtype = entries, self._layout.width, dtype
         device = next(model.model.parameters()).device
         self.device = torch.device("cpu") if device.type == "meta" else device
@@ -177,10 +177,14 @@ class AdapterBank:
             index = torch.tensor([rows[name] for name in names], dtype=torch.int64, device=self.device)
             return torch.index_select(array, 0, index)
 
-    @property
-    def acts_from(self) -> str:
-        """As of `IA3Config`, of all its adapters."""
-        return self.config.acts_from
+    def acts_from(self, name: str) -> str:
+        """From where an adapter acts, as of `IA3Config`; those that came as tensors act as the bank's config says.
+
+        Raises:
+            InputError: there is no such adapter, or its config cannot be read.
+        """
+        home = self._homes.get(name) or (None if name in self._homes else self._find(name))
+        return self.config.acts_from if home is None else home.acts_from or self.config.acts_from
 
     @property
     def segments(self) -> list[tuple[str, bool, int]]:
@@ -345,6 +349,13 @@ class AdapterBank:
         names = self.names if names is None else list(dict.fromkeys(names))
         with self._writing():
             self._require(names)
+        places = {self.acts_from(name) for name in names} or {self.config.acts_from}
+        if len(places) > 1:
+            raise InputError(
+                "Expected adapters that all act from the start of a text, or all from the question on (acts_from), found "
+                "both; write an archive of each."
+            )
+        config = dataclasses.replace(self.config, acts_from=places.pop())
         row = torch.empty(self.width, dtype=self.dtype, device="cpu")
 
         def rows() -> Iterator[torch.Tensor]:
@@ -357,7 +368,7 @@ class AdapterBank:
                         self._home(name).read(self._layout, row, name)
                 yield row
 
-        write_archive(path, self._layout, self.config, names, rows())
+        write_archive(path, self._layout, config, names, rows())
 
     def _register_archive(self, path: str | os.PathLike) -> list[str]:
         file, records = open_archive(path, self._layout)

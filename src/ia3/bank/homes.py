@@ -33,6 +33,11 @@ class Home(Protocol):
         """Whether it still holds what was read last."""
         ...
 
+    @property
+    def acts_from(self) -> str | None:
+        """From where the adapter acts, as of `IA3Config`; None where nothing says it."""
+        ...
+
 
 class Folder:
     """An adapter's own folder as its home."""
@@ -40,6 +45,7 @@ class Folder:
     def __init__(self, path: str) -> None:
         self.path = path
         self._stamp: tuple[int, ...] | None = None
+        self._acts_from: str | None = None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Folder) and other.path == self.path
@@ -47,6 +53,7 @@ class Folder:
     def read(self, layout: Layout, row: torch.Tensor, name: str) -> None:
         """See `Home.read`."""
         self._stamp = layout.read_folder(self.path, row, name)
+        self._acts_from = None
 
     def holds(self) -> bool:
         """Whether the file of tensors is the one that was read."""
@@ -54,6 +61,14 @@ class Folder:
             return file_stamp(os.stat(StoredAdapter(self.path).vectors_file())) == self._stamp
         except (InputError, OSError):
             return False
+
+    @property
+    def acts_from(self) -> str:
+        """See `Home.acts_from`. It is looked up once for what was read last."""
+        found = self._acts_from
+        if found is None:
+            found = self._acts_from = StoredAdapter(self.path).config.acts_from
+        return found
 
 
 class Record(NamedTuple):
@@ -78,14 +93,29 @@ class Record(NamedTuple):
         """Always: the file stays open."""
         return True
 
+    @property
+    def acts_from(self) -> str | None:
+        """See `Home.acts_from`."""
+        return self.file.acts_from if self.origin is None else self.origin.acts_from
+
 
 class RowFile:
-    """An open file of rows of one dtype. One thread at a time may use it."""
+    """An open file of rows of one dtype. One thread at a time may use it.
+
+    Attributes:
+        path: where it is.
+        acts_from: from where all its adapters act; None: nothing says it.
+    """
 
     def __init__(
-        self, file: BufferedReader | BufferedRandom, path: str, dtype: torch.dtype, scratch: str | None = None
+        self,
+        file: BufferedReader | BufferedRandom,
+        path: str,
+        dtype: torch.dtype,
+        scratch: str | None = None,
+        acts_from: str | None = None,
     ) -> None:
-        self.path = path
+        self.path, self.acts_from = path, acts_from
         self._file = file
         self._dtype = dtype
         self._finish = weakref.finalize(self, _discard, file, scratch)
@@ -232,7 +262,7 @@ def open_archive(path: str | os.PathLike, layout: Layout) -> tuple[RowFile, dict
             header = json.loads(file.read(length))
             metadata = header.pop("__metadata__")
             layout.check_described(json.loads(metadata[_ENTRIES_KEY]), path)
-            layout.check_kind(IA3Config.from_json(metadata["config"].encode(), path), f"What is in {path}")
+            config = IA3Config.from_json(metadata["config"].encode(), path)
             for dtype in DTYPES:
                 row_bytes = layout.width * dtype.itemsize
                 expected = [tensor_header(dtype, [layout.width], i * row_bytes) for i in range(len(header))]
@@ -248,5 +278,5 @@ def open_archive(path: str | os.PathLike, layout: Layout) -> tuple[RowFile, dict
     except BaseException:
         file.close()
         raise
-    rows = RowFile(file, path, dtype)
+    rows = RowFile(file, path, dtype, acts_from=config.acts_from)
     return rows, {name: Record(rows, 8 + length + i * row_bytes) for i, name in enumerate(header)}

@@ -103,14 +103,10 @@ class Layout:
         entries: in order, without gaps.
         targets: what the vectors rescale; an adapter's config must agree on the sides.
         dtype: one of `DTYPES`.
-        acts_from: as of `IA3Config`; an adapter's config must agree.
     """
 
-    def __init__(
-        self, entries: Iterable[Entry], targets: Iterable[Target], dtype: torch.dtype, acts_from: str = "start"
-    ) -> None:
+    def __init__(self, entries: Iterable[Entry], targets: Iterable[Target], dtype: torch.dtype) -> None:
         self.entries = tuple(entries)
-        self.acts_from = acts_from
         self.dtype = dtype
         self.width = sum(entry.size for entry in self.entries)
         self.row_bytes = self.width * dtype.itemsize
@@ -210,7 +206,6 @@ class Layout:
         owner = f"Adapter {brief(name)}"
         with about(owner):
             config = IA3Config.from_json(data, path)
-        self.check_kind(config, owner)
         named = config.feedforward_modules
         if named is not None:  # else the shapes tell
             wrong = [path for path, side in self._sides.items() if matches(path, named) is not side]
@@ -222,14 +217,6 @@ class Layout:
                     owner=owner,
                 )
         _remember(self._known_configs, data)
-
-    def check_kind(self, config: IA3Config, found: str) -> None:
-        """Raise `InputError` unless what was found, adapters of a config, acts from where the bank's do."""
-        if config.acts_from != self.acts_from:
-            raise InputError(
-                f"{found} acts from the {config.acts_from} on, and the bank's from the {self.acts_from} (acts_from); use a "
-                f"bank for each kind."
-            )
 
     def check_described(self, found: Any, path: str) -> None:
         """Raise `InputError` unless an archive's description of its entries is this layout's."""

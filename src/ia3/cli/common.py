@@ -78,6 +78,16 @@ StepsOption = typer.Option(None, min=1, help="Optimizer steps, at most. \\[defau
 InitOption = typer.Option(
     None, help="Adapter to start from, a folder or hub id, such as one of ia3 pretrain.", show_default=False
 )
+ActsFromOption = typer.Option(
+    None,
+    help="Where vectors act: from the 'start' of a text, as PEFT's do, which PEFT loads and which can be merged; from the 'question' "
+    "behind it, so that each text is read once for all adapters, which is several times faster; or 'auto': from the question "
+    "where the model and the templates allow it. \\[default: the recipe's]",
+    show_default=False,
+)
+MemoryOption = typer.Option(
+    "2GiB", help="Keep at most so much of what is read once (512MB, 2GiB, …); the rest is read again."
+)
 BaseOption = typer.Option(
     EMBEDDED_MODEL, "--model", "-m", help="Base model: a folder, a hub id or 'smollm2' (embedded)."
 )

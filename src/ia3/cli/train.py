@@ -12,6 +12,7 @@ import typer
 from ia3.cli.bars import Bars
 from ia3.cli.common import (
     MAX_SEED,
+    ActsFromOption,
     BaseOption,
     ChoicesOption,
     DelimiterOption,
@@ -20,6 +21,7 @@ from ia3.cli.common import (
     InitOption,
     JsonOption,
     LabelColumnOption,
+    MemoryOption,
     RecipeOption,
     StepsOption,
     TemplateOption,
@@ -78,6 +80,8 @@ def train(
     recipe: str | None = RecipeOption,
     steps: int | None = StepsOption,
     init: str | None = InitOption,
+    acts_from: str | None = ActsFromOption,
+    memory: str = MemoryOption,
     seed: int | None = typer.Option(
         None,
         min=0,
@@ -122,8 +126,8 @@ def train(
     one model and each as it would have been trained alone. Each has its own folder in the output folder, such as seed-0,
     TASK/seed-0 or seed-0-lr-0.001. The paper's protocol is: ia3 train --tasks rte,cb,copa --seeds 0,1,2,3,4 --all-templates
 
-    Writes adapter_config.json and adapter_model.safetensors (which PEFT reads too), task.yaml, recipe.yaml,
-    metrics.json and README.md into the output folder.
+    Writes adapter_config.json and adapter_model.safetensors (which PEFT reads too, with --acts-from start), task.yaml,
+    recipe.yaml, metrics.json and README.md into the output folder.
     """
     from ia3.evaluation.experiment import Experiment
 
@@ -162,12 +166,13 @@ def train(
         learning_rate=rates,
         folds=folds,
         all_templates=all_templates,
+        memory=memory,
     )
     for path in experiment.folders:
         require_folder(path)
     if folds:
         _check_folds(experiment.trials, folds)
-    experiment.recipe = recipe_for(model, recipe, steps=steps, init=init)
+    experiment.recipe = recipe_for(model, recipe, steps=steps, init=init, acts_from=acts_from)
     _describe(out, experiment, experiment.checkpoint() if resume else None)
 
     quiet()
