@@ -149,7 +149,8 @@ def predict_each(
         respondents: for each row those that answer it.
         on_progress: called with the indices of the rows that each batch answered, once for each answer.
         abstain_below: give no label where the best one's probability is lower.
-        readings: what the base model makes of the rows' texts, kept from call to call; None: for as long as this call takes.
+        readings: what the base model makes of the rows' texts, kept from call to call; None: kept for a few rows only, where
+            several ask about a text.
 
     Returns:
         For each row a prediction of each of its respondents, in their order.
@@ -161,15 +162,16 @@ def predict_each(
     if len(respondents) != len(items):
         raise InputError(f"Expected respondents for each of the {len(items)} rows, found {len(respondents)}.")
     _check([one.temperature for its in respondents for one in its], abstain_below)
-    scorer = Scorer(model, tokenizer, Readings() if readings is None else readings)
+    scorer = Scorer(model, tokenizer, readings)
     found: list[list[Prediction]] = [[] for _ in items]
     for part in _parts([len(its) for its in respondents]):
         asked = [(index, one) for index in part for one in respondents[index]]
         wordings = []
         for index, one in asked:
             with about(f"Adapter {one.adapter!r}" if one.adapter != BASE else None):
-                wordings.append(one.task.wording(items[index], index + 1))
-                wordings[-1].prompt  # noqa: B018 (now, so that an error names the adapter)
+                wording = one.task.wording(items[index], index + 1)
+                _ = wording.prompt, wording.answers
+            wordings.append(wording)
         scores = _scored(
             scorer,
             wordings,
