@@ -71,9 +71,9 @@ def random_adapter(entries: dict[str, torch.Tensor], seed: int) -> dict[str, tor
 
 def batch_part(repeats: int) -> dict:
     """One batch, 64 adapters."""
-    ours = IA3Model(load_base()[0], IA3Config(**TARGETS)).eval()
+    ours = IA3Model(load_base(dtype="stored")[0], IA3Config(**TARGETS)).eval()
     bank = AdapterBank(ours)
-    theirs = peft.get_peft_model(load_base()[0], peft.IA3Config(**TARGETS)).eval()
+    theirs = peft.get_peft_model(load_base(dtype="stored")[0], peft.IA3Config(**TARGETS)).eval()
     merged = copy.deepcopy(ours).merge_and_unload()
     entries = get_peft_model_state_dict(ours)
     names = [f"a{i}" for i in range(ROWS)]
@@ -147,7 +147,7 @@ def write_adapters(ours: IA3Model, folder: Path, count: int) -> list[str]:
 
 def bank_part(repeats: int, count: int) -> dict:
     """Many adapters: memory, loading, batches, and access beyond what fits."""
-    ours = IA3Model(load_base()[0], IA3Config(**TARGETS)).eval()
+    ours = IA3Model(load_base(dtype="stored")[0], IA3Config(**TARGETS)).eval()
     ids = torch.randint(1000, 20000, (ROWS, 16), generator=torch.Generator().manual_seed(0))
     score(ours, ids)
     results: dict = {}

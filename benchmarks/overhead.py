@@ -85,10 +85,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
 
-    base = load_base()[0].requires_grad_(False)
-    ours = randomized(IA3Model(load_base()[0], IA3Config(**TARGETS)))
-    theirs = randomized(peft.get_peft_model(load_base()[0], peft.IA3Config(**TARGETS)))
-    merged = randomized(IA3Model(load_base()[0], IA3Config(**TARGETS))).merge_and_unload()
+    base = load_base(dtype="stored")[0].requires_grad_(False)
+    ours = randomized(IA3Model(load_base(dtype="stored")[0], IA3Config(**TARGETS)))
+    theirs = randomized(peft.get_peft_model(load_base(dtype="stored")[0], peft.IA3Config(**TARGETS)))
+    merged = randomized(IA3Model(load_base(dtype="stored")[0], IA3Config(**TARGETS))).merge_and_unload()
     ids = torch.randint(1000, 20000, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
 
     results = {}

@@ -218,7 +218,7 @@ def bases(family: str) -> Callable[[], torch.nn.Module]:
         torch.manual_seed(0)
         return transformers.T5ForConditionalGeneration(transformers.T5Config(**T5)).eval()
 
-    return t5 if family == "t5" else lambda: load_base()[0]
+    return t5 if family == "t5" else lambda: load_base(dtype="stored")[0]
 
 
 def measured(step: Callable[[], None]) -> tuple[float, float]:
@@ -257,7 +257,7 @@ def main() -> None:
     if options.family == "t5" and (options.score or options.task):
         parser.error("--score and --task measure SmolLM2")
     t5 = options.family == "t5"
-    base, tokenizer = bases(options.family), load_base()[1]
+    base, tokenizer = bases(options.family), load_base(dtype="stored")[1]
     frozen = Scorer(base().requires_grad_(False), tokenizer)
     ours = IA3Model(base(), IA3Config())
     scorer = Scorer(ours, tokenizer)
