@@ -1,9 +1,10 @@
 """On a GPU: what the processor computes, to rounding. `benchmarks/gpu.sh` runs these."""
 
 import copy
+import random
 import shutil
 import sysconfig
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -121,23 +122,18 @@ def test_threads_gather_what_others_evict(dtype, tmp_path):
         else:
             ia3.AdapterFolder.write(tmp_path / name, bank.config, tensors)
     bank.register(tmp_path)
-    wrong = []
 
-    def gather(seed: int) -> None:
-        chance = torch.Generator().manual_seed(seed)
-        for _ in range(60):
-            name = f"a{int(torch.randint(8, (1,), generator=chance))}"
+    def gather(seed: int) -> list[str]:
+        chance, wrong = random.Random(seed), []
+        for name in chance.choices([*values], k=60):
             found = bank.gather([name, BASE, name])
             expected = torch.tensor([values[name], 1.0, values[name]], dtype=dtype, device=CUDA)
             if not torch.equal(found, expected[:, None].expand(-1, width)):
                 wrong.append(name)
+        return wrong
 
-    threads = [threading.Thread(target=gather, args=(seed,)) for seed in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    with ThreadPoolExecutor(3) as threads:
+        assert [*threads.map(gather, range(3))] == [[], [], []]
     known = bank.statistics
     assert known.capacity == 3 and known.evictions > 20 and known.spilled
     with pytest.raises(InputError, match="no more than 3"):
