@@ -111,8 +111,7 @@ class TestTrain:
         assert code == 2 and "Expected a text that can be read before the question" in err
 
     def test_memory_for_what_is_read_once(self, train):
-        code, out, _ = train("--json")
-        assert train("--json", memory="3kB")[0] == 0
+        assert train(memory="3kB")[0] == 0
         code, _, err = train(memory="10")
         assert code == 2 and "Expected memory for at least one text" in err
 

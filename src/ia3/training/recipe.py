@@ -190,7 +190,8 @@ class Recipe(BaseModel):
             )
         if found is not None and task_type(model) == TaskType.CAUSAL_LM:
             logger.warning(
-                "Task %r: the adapter acts from the start, because the question ends in its text.", task.name
+                "Task %r: the adapter acts from the start, because nothing stands behind the text in its template.",
+                task.name,
             )
         return "start" if found else "question"
 
