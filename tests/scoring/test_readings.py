@@ -73,6 +73,19 @@ class TestTheBaseModel:
             assert scores.tolist() == pytest.approx(alone(model, question), abs=1e-5)
         assert not passes
 
+    def test_what_all_texts_begin_with_is_read_once(self, monkeypatch):
+        model, start = tiny.build("llama"), random.Random(1).choices(range(3, tiny.VOCAB), k=60)
+        questions = [one.after(start) for one in asked()]
+        passes = []
+        monkeypatch.setattr(
+            room, "fill", lambda *args, its=room.fill, **more: passes.append(args[2]) or its(*args, **more)
+        )
+        asks = with_readings(model)
+        for question, scores in zip(questions, asks.score(questions), strict=True):
+            assert scores.tolist() == pytest.approx(alone(model, question), abs=1e-5)
+        assert (1, 60) in [tuple(ids.shape) for ids in passes]
+        assert sum(ids.numel() for ids in passes[-2:]) < 60 + 6 * 30
+
     @pytest.mark.parametrize("texts", [1.2, 2.5])
     def test_memory_holds_what_it_may_and_the_rest_is_read_again(self, texts):
         model, questions = tiny.build("llama"), asked(longest=8)
