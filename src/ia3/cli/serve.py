@@ -69,7 +69,9 @@ def serve(
     max_body: int = typer.Option(_DEFAULTS.body_bytes, min=1, help="Bytes of a request, at most."),
     max_upload: int = typer.Option(_DEFAULTS.upload_bytes, min=1, help="Bytes of an uploaded adapter, at most."),
     queue: int = typer.Option(
-        _DEFAULTS.queue, min=1, help="Texts that may wait or be under way; further requests get status 429."
+        _DEFAULTS.queue,
+        min=1,
+        help="Texts that may wait or be under way, each once for each adapter it is for; more get status 429.",
     ),
     deadline: float = typer.Option(
         _DEFAULTS.deadline, min=0.001, help="Seconds that a request may take; then it gets status 504."
