@@ -66,6 +66,8 @@ def pytest_runtest_setup(item):
 
 
 def pytest_collection_modifyitems(items):
+    """Slow tests come first: `pytest --dist worksteal` takes tests off the end of a worker's list, and leaves these together."""
+    items.sort(key=lambda item: "slow" not in item.keywords)
     for item in items:
         if "slow" in item.keywords:
             item.fixturenames.insert(0, "all_threads")

@@ -8,6 +8,7 @@ import io
 import pickle
 import threading
 
+import peft  # noqa: F401  # before it, `PeftModel.__class__` is a `PreTrainedModel`, which Dynamo cannot trace from outside
 import pytest
 import torch
 import transformers
