@@ -64,15 +64,16 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, set_seed
 
-from ia3 import IA3Config, IA3Model, Scorer, TFewTrainer, load_base
+from ia3 import IA3Config, IA3Model, Member, Scorer, TFewTrainer, load_base
 from ia3.adapter.pretrained import DTYPES
 from ia3.evaluation.icl import draw_shots, fitting, predict_in_context
 from ia3.evaluation.prediction import Prediction, predict
 from ia3.scoring.question import Question
 from ia3.task.reading import read_rows
 from ia3.task.task import Row, Task, few_shot
+from ia3.training.choices import ChoiceTrainer
+from ia3.training.examples import Example
 from ia3.training.recipe import Recipe
-from ia3.training.trainer import Example
 
 # The folders of the paper's few-shot files.
 FEW_SHOT = {"rte": "rte", "cb": "cb", "copa": "copa", "sst2": "sst2", "anli_r1": "anli-r1", "wsc": "wsc"}
@@ -212,16 +213,14 @@ class StopAfter(TrainerCallback):
         control.should_training_stop = state.global_step >= self.steps
 
 
-class LikelihoodTrainer(TFewTrainer):
+class LikelihoodTrainer(ChoiceTrainer):
     """Trains on the right answers' tokens alone, in the words of the first template."""
 
-    def __init__(
-        self, model: Any, args: Any, processing_class: Any, task: Task, rows: Sequence[Row], **kw: Any
-    ) -> None:
+    def __init__(self, model: Any, args: Any, processing_class: Any, member: Member, recipe: Recipe, **kw: Any) -> None:
         scorer = Scorer(model, processing_class)
-        asked = scorer.questions(task.wordings(rows))
+        asked = scorer.questions(member.task.wordings(member.rows))
         examples = [Example((Question(q.prompt, [q.choices[q.label or 0]], label=0),)) for q in asked]
-        self._set_up(scorer, args, examples, None, kw.pop("recipe"), [None], **kw)
+        super().__init__(scorer, args, examples, recipe, **kw)
 
 
 def trained(data: Data, seed: int, method: str, steps: int | None, dtype: str) -> dict[str, Any]:
@@ -250,7 +249,8 @@ def trained(data: Data, seed: int, method: str, steps: int | None, dtype: str) -
         callbacks.append(StopAfter(steps))
     with tempfile.TemporaryDirectory() as scratch:
         arguments = recipe.training_arguments(scratch, seed=seed, save_strategy="no", disable_tqdm=True, use_cpu=True)
-        trainer = trainer_class(model, arguments, tokenizer, data.task, data.train, recipe=recipe, callbacks=callbacks)
+        member = Member(data.task, data.train)
+        trainer = trainer_class(model, arguments, tokenizer, member, recipe, callbacks=callbacks)
         trainer.silence()
         started = time.process_time()
         trainer.train()

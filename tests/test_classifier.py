@@ -24,7 +24,18 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import ia3.adapter.pretrained
-from ia3 import AdapterFolder, FewShotClassifier, IA3Config, IA3Model, InputError, Recipe, Task, TFewTrainer, load_base
+from ia3 import (
+    AdapterFolder,
+    FewShotClassifier,
+    IA3Config,
+    IA3Model,
+    InputError,
+    Member,
+    Recipe,
+    Task,
+    TFewTrainer,
+    load_base,
+)
 from ia3.cli import main
 from support import tiny, words
 
@@ -93,7 +104,7 @@ def test_it_learns_what_the_trainer_learns_of_all_rows(make, folder, tmp_path):
     model = IA3Model(base, IA3Config(task_type="CAUSAL_LM"))
     task = Task(template=TEMPLATE, choices=CHOICES)
     arguments = QUICK.training_arguments(tmp_path / "run", seed=3, save_strategy="no", disable_tqdm=True)
-    TFewTrainer(model, arguments, tokenizer, task, ROWS, recipe=QUICK).train()
+    TFewTrainer(model, arguments, tokenizer, Member(task, ROWS), QUICK).train()
     model.save_pretrained(tmp_path / "trainers")
     found, expected = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "trainers"))
     assert tiny.same_bits(found, expected)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from ia3 import IA3Config, IA3Model, Recipe, Task, TFewTrainer, predict, score_choices, tfew_loss
+from ia3 import IA3Config, IA3Model, Member, Recipe, Task, TFewTrainer, predict, score_choices, tfew_loss
 from ia3.scoring.batch import normalized_scores
 from support import tiny, words
 from support.paths import ROOT
@@ -126,7 +126,7 @@ def test_training(both, reference, steps, tmp_path):
     examples = [(row["text"], row["label"]) for row in ROWS]
     reference["train"](theirs, tokenizer, vectors, examples, steps)
     arguments = Recipe.paper().changed(steps=steps).training_arguments(tmp_path, save_strategy="no", disable_tqdm=True)
-    TFewTrainer(ours, arguments, tokenizer, TASK, ROWS).train()
+    TFewTrainer(ours, arguments, tokenizer, Member(TASK, ROWS)).train()
     for path, vector in vectors.items():
         found = ours.ia3_layers[path].ia3_l["default"].detach().flatten()
         torch.testing.assert_close(found, vector.detach(), rtol=1e-5, atol=1e-5)

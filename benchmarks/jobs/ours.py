@@ -50,6 +50,7 @@ class Ours(WithVectors):
     def train(self, job: dict[str, Any]) -> Callable[[], Result]:
         from ia3.evaluation.prediction import predict
         from ia3.task.task import Task
+        from ia3.training.members import Member
         from ia3.training.recipe import Recipe
         from ia3.training.trainer import TFewTrainer
 
@@ -62,7 +63,8 @@ class Ours(WithVectors):
             model = self.adapt(self.model)
             with tempfile.TemporaryDirectory() as folder:
                 arguments = recipe.training_arguments(folder, **quiet_arguments())
-                TFewTrainer(model, arguments, self.tokenizer, task, rows, recipe=recipe, callbacks=[callback]).train()
+                member = Member(task, rows)
+                TFewTrainer(model, arguments, self.tokenizer, member, recipe, callbacks=[callback]).train()
             clock.lap("setup")
             found = predict(model, self.tokenizer, task, tested, recipe=recipe)
             clock.lap("evaluate")

@@ -61,8 +61,8 @@ if TYPE_CHECKING:
     from ia3.task.reading import read_rows
     from ia3.task.rows import as_rows
     from ia3.task.task import Task, few_shot
-    from ia3.training.fleet import FleetTrainer, Member
     from ia3.training.losses import tfew_loss
+    from ia3.training.members import Member
     from ia3.training.recipe import EarlyStopping, Recipe
     from ia3.training.trainer import TFewTrainer
 
@@ -118,8 +118,8 @@ _NAMES = {
     "task.reading": ("read_rows",),
     "task.rows": ("as_rows",),
     "task.task": ("Task", "few_shot"),
-    "training.fleet": ("FleetTrainer", "Member"),
     "training.losses": ("tfew_loss",),
+    "training.members": ("Member",),
     "training.recipe": ("EarlyStopping", "Recipe"),
     "training.trainer": ("TFewTrainer",),
 }
@@ -139,7 +139,6 @@ __all__ = [
     "EarlyStopping",
     "Experiment",
     "FewShotClassifier",
-    "FleetTrainer",
     "IA3Config",
     "IA3Layer",
     "IA3Model",

@@ -28,7 +28,7 @@ from ia3.files import to_json
 from ia3.folder import AdapterFolder
 from ia3.task.rows import as_row, items_of
 from ia3.task.task import Task
-from ia3.task.template import Row, as_text, at_row, is_missing
+from ia3.task.template import Row, as_text, is_missing
 from ia3.training.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -321,6 +321,7 @@ class _Base:
         """Train an adapter, and return its files; `classes` are the task's labels as the user has them."""
         from ia3.adapter.config import IA3Config
         from ia3.adapter.pretrained import task_type
+        from ia3.training.members import Member
         from ia3.training.trainer import TFewTrainer
 
         with self._lock, _own_randomness(), tempfile.TemporaryDirectory() as folder:
@@ -333,7 +334,7 @@ class _Base:
                 self.model.peft_config["default"].base_model_name_or_path = self.name
             self.model.set_adapter("default")
             arguments = recipe.training_arguments(folder, seed=seed, save_strategy="no", disable_tqdm=not verbose)
-            trainer = TFewTrainer(self.model, arguments, self.tokenizer, task, rows, recipe=recipe)
+            trainer = TFewTrainer(self.model, arguments, self.tokenizer, Member(task, rows), recipe)
             if not verbose:
                 trainer.silence()
             trainer.train()
@@ -430,7 +431,7 @@ def _label_values(y: Any) -> Any:
     values = column_or_1d(y, warn=True)
     for number, value in enumerate(values, 1):
         if is_missing(value):
-            raise InputError(f"Expected a label, found none{at_row(number)}; fill or drop the row.")
+            raise InputError("Expected a label, found none", "fill or drop the row", row=number)
     kinds = sorted({type(value).__name__ for value in values})
     if len(kinds) > 1:
         raise InputError(f"Expected labels of one type, found {shown(kinds)}.")
@@ -466,8 +467,9 @@ def _values_by_label(task: Task, rows: Sequence[Row], values: Sequence[Any]) -> 
         label = task.label(row, number)
         if found.setdefault(label, value) != value:
             raise InputError(
-                f"Expected one name for the label {brief(label)}, found {brief(found[label])} and {brief(value)}"
-                f"{at_row(number)}; use one of them."
+                f"Expected one name for the label {brief(label)}, found {brief(found[label])} and {brief(value)}",
+                "use one of them",
+                row=number,
             )
     kind = type(values[0])
     for label in _labels_of(task):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,12 +24,75 @@ _repr.maxlist = _repr.maxtuple = _repr.maxset = _repr.maxfrozenset = _repr.maxdi
 class InputError(ValueError):
     """Bad input: a file, column, label, model, adapter or value that cannot be used.
 
-    The message is one line that says what was expected, what was found and what to do. The command line prints it and
-    exits with code 2. The middle of a message that is too long is left out.
+    Its text is one line that says what was expected, what was found and what to do. The command line prints it and exits
+    with code 2. The middle of a message that is too long is left out.
+
+    >>> str(InputError("Expected a label, found none", "fill or drop the row", row=3, owner="Task 'tickets'"))
+    "Task 'tickets': Expected a label, found none (row 3); fill or drop the row."
+
+    Whoever raises it sets what it knows; whoever knows more adds it (see `about`). The text is put together when it is
+    read.
+
+    Attributes:
+        message: what was expected and what was found.
+        advice: what to do, without a full stop; empty where the message says it.
+        row: the number of the row in its file or list, from 1.
+        owner: whose rows or files these are, such as a task or a member. A message that begins with a small letter goes on
+            from it: "Adapter 'tickets' holds NaN".
+        argument: the name of the argument to change, at which the advice ends.
     """
 
-    def __init__(self, message: str = "") -> None:
-        super().__init__(excerpt(message, _LONGEST))
+    def __init__(
+        self,
+        message: str = "",
+        advice: str = "",
+        *,
+        row: int | None = None,
+        owner: str | None = None,
+        argument: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message, self.advice = excerpt(message, _LONGEST), excerpt(advice, _LONGEST)
+        self.row, self.owner, self.argument = row, owner, argument
+
+    def __str__(self) -> str:
+        return self.worded()
+
+    def worded(self, named: Callable[[str], str] = str, owned: bool = True) -> str:
+        """The text.
+
+        Args:
+            named: what the user calls an argument, by its name.
+            owned: False leaves the owner out.
+        """
+        joint = " " if self.message[:1].islower() else ": "
+        before = f"{self.owner}{joint}" if owned and self.owner is not None else ""
+        place = "" if self.row is None else f" (row {self.row})"
+        advice = self.advice if self.argument is None else f"{self.advice or 'see'} {named(self.argument)}"
+        behind = place + (f"; {advice}" if advice else "")
+        if advice or self.message.endswith("."):
+            behind += "" if advice.endswith(("?", "!")) else "."
+        message = self.message.removesuffix(".") if behind else self.message
+        room = _LONGEST - len(before) - len(behind)
+        return excerpt(before + excerpt(message, max(room, _LONGEST_PIECE)) + behind, _LONGEST)
+
+
+class about:
+    """Within `with`, an `InputError` gets an owner, in front of the one that it has, and a row unless it has one."""
+
+    def __init__(self, owner: str | None = None, *, row: int | None = None) -> None:
+        self._owner, self._row = owner, row
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if not isinstance(error, InputError):
+            return
+        if self._owner is not None:
+            error.owner = self._owner if error.owner is None else f"{self._owner}: {error.owner}"
+        if error.row is None:
+            error.row = self._row
 
 
 def excerpt(text: str, limit: int = _LONGEST_PIECE) -> str:
@@ -87,7 +150,7 @@ def similar(name: str, names: Iterable[str]) -> str:
 def problems(error: ValidationError, whole: str) -> str:
     """What is wrong with the fields of a pydantic model, in one line; `whole` stands for the model itself."""
     found = [
-        (".".join(map(str, item["loc"])) or whole, item["msg"].removeprefix("Value error, "))
+        (".".join(map(str, item["loc"])) or whole, item["msg"].removeprefix("Value error, ").removesuffix("."))
         for item in error.errors(include_url=False, include_context=False, include_input=False)
     ]
     more = f"; and {len(found) - 3} more" if len(found) > 3 else ""

@@ -423,8 +423,9 @@ def test_gathering(model):
 def test_an_unknown_name(model):
     bank = AdapterBank(model)
     bank.add("tickets", tensors(bank))
-    with pytest.raises(InputError, match=r"Unknown adapter 'tikets' for row 1; close to it: 'tickets'") as error:
+    with pytest.raises(InputError, match=r"Unknown adapter 'tikets' \(row 2\); close to it: 'tickets'") as error:
         bank.gather(["tickets", "tikets"])
+    assert error.value.row == 2
     one_line(error)
     for call in (bank.delete, bank.pin, bank.unpin, lambda name: bank.save_archive("x", [name])):
         for name in ("tikets", "__base__"):

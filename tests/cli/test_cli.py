@@ -192,8 +192,11 @@ class TestTrain:
             ({"data": "nowhere.csv"}, "found no 'nowhere.csv'"),
             ({"model": "./nowhere"}, "no './nowhere' here"),
             ({"task": "nowhere.yaml", "data": None}, "found no 'nowhere.yaml'"),
-            ({"label_column": "kind"}, "column 'kind' (--label-column), found the columns 'text', 'label'"),
-            ({"text_column": "review", "template": None}, "column 'review' (--text-column)"),
+            ({"label_column": "kind"}, "column 'kind', found the columns 'text', 'label'; see --label-column"),
+            (
+                {"text_column": "review", "template": None},
+                "column 'review', found the columns 'text', 'label'; see --text-column",
+            ),
             ({"template": "{{ review }}"}, "names 'review', but the columns are 'text', 'label'"),
             ({"template": "{{ text"}, "Jinja"),
             ({"template": "{{ text }} {{ label }}"}, "without the label column 'label', which gives the answer away"),
@@ -203,7 +206,7 @@ class TestTrain:
             ({"choices": "pos=good,bad=bad"}, "found 'neg' (row 2)"),
             (
                 {"examples_per_label": 40},
-                "found fewer for 2 of 2 labels, the fewest for 'neg': 30; ask for fewer, or leave the number out",
+                "found fewer for 2 of 2 labels, the fewest for 'neg': 30; ask for fewer, or take what there is, without --examples-per-label",
             ),
         ],
     )

@@ -124,11 +124,11 @@ class TestDelimiter:
         [
             (
                 {"data": "rows.jsonl", "delimiter": ";"},
-                r"a .csv or .tsv file with a delimiter (--delimiter), found 'rows.jsonl'",
+                "a .csv or .tsv file with a delimiter, found 'rows.jsonl'; leave out --delimiter.",
             ),
             (
                 {"data": "train.csv", "delimiter": ";;"},
-                "a delimiter of one character, such as ';', or 'tab', found ';;'",
+                "a delimiter of one character, such as ';', or 'tab', found ';;'; see --delimiter.",
             ),
             ({"task": "sst2", "delimiter": ";"}, "a .csv or .tsv file with a delimiter"),
         ],
@@ -140,7 +140,9 @@ class TestDelimiter:
         assert message in err and err.count("\n") == 1 and not (tmp_path / "out").exists()
 
     def test_texts_have_none(self, run, adapter):
-        assert "with a delimiter (--delimiter), found none" in run("predict", adapter, "tea", code=2, delimiter=";")
+        assert "with a delimiter, found none; leave out --delimiter." in run(
+            "predict", adapter, "tea", code=2, delimiter=";"
+        )
 
 
 class TestExamples:
@@ -167,8 +169,8 @@ class TestExamples:
         options = {"data": scarce, "choices": CHOICES, "examples_per_label": 16, "output": tmp_path / "out"}
         err = run(command, code=2, **options)
         assert err == (
-            "ia3: Expected 16 training examples for each label (--examples-per-label, per_label), found fewer for 1 of 2 "
-            "labels, the fewest for 'neg': 4; ask for fewer, or leave the number out to take what there is.\n"
+            "ia3: Expected 16 training examples for each label, found fewer for 1 of 2 labels, the fewest for 'neg': 4; ask "
+            "for fewer, or take what there is, without --examples-per-label.\n"
         )
         assert not (tmp_path / "out").exists()
 

@@ -98,11 +98,11 @@ def change(path, old, new):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda f: change(f / "mixed.csv", "tenant", "customer"), "Expected a column 'tenant' (row 1), found 'customer'"),
-        (lambda f: change(f / "mixed.csv", "soups", "sops"), "Row 2: there is no adapter 'sops'"),
+        (lambda f: change(f / "mixed.csv", "tenant", "customer"), "Expected a column 'tenant', found 'customer', 'text' (row 1)"),
+        (lambda f: change(f / "mixed.csv", "soups", "sops"), "found 'sops' (row 2); close to it: 'soups'"),
         (lambda f: change(f / "mixed.csv", "soups", "soup"), "close to it: 'soups'"),
-        (lambda f: change(f / "mixed.csv", "soups", "../place"), "Row 2: there is no adapter '../place'"),
-        (lambda f: change(f / "mixed.csv", "soups,", ","), "Row 2: there is no adapter ''"),
+        (lambda f: change(f / "mixed.csv", "soups", "../place"), "found '../place' (row 2); there are"),
+        (lambda f: change(f / "mixed.csv", "soups,", ","), "found '' (row 2); there are"),
         (lambda f: (f / "all" / "soups" / "task.yaml").unlink(), "Expected a task.yaml beside the adapter"),
         (
             lambda f: change(f / "all/soups/adapter_config.json", '"base_model_name_or_path": "', '"base_model_name_or_path": "x'),

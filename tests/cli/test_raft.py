@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ia3 import FleetTrainer, Task
+from ia3 import Task, TFewTrainer
 from ia3.cli import main
 from ia3.task.raft import RAFT_TASKS, RaftTask, write_predictions
 from support import tiny, words
@@ -168,14 +168,14 @@ def test_from_rows_to_a_submission(raft, ia3, place, tmp_path):
 
 def test_all_77_answers_and_all_three_terms(raft, tmp_path, monkeypatch):
     """50 rows have 50 different labels: no folds can be stratified, and every question has all 77 choices."""
-    seen, weights, real = [], [], FleetTrainer.training_step
+    seen, weights, real = [], [], TFewTrainer.training_step
 
     def counted(self, model, inputs, *args):
         seen.extend(len(question.choices) for question in inputs["questions"])
         weights.append(self._loss_weights)
         return real(self, model, inputs, *args)
 
-    monkeypatch.setattr(FleetTrainer, "training_step", counted)
+    monkeypatch.setattr(TFewTrainer, "training_step", counted)
     code, out, err = raft("--json", tasks="banking_77", folds=5)
     assert code == 0, err
     assert seen == [77] * (3 * 4 * 6)  # steps, rows, five folds and the whole
@@ -188,21 +188,21 @@ def test_all_77_answers_and_all_three_terms(raft, tmp_path, monkeypatch):
 
 
 def test_finished_tasks_are_not_repeated(raft, place, finished, tmp_path, monkeypatch):
-    train = FleetTrainer.train
+    train = TFewTrainer.train
 
     def interrupted(self, *args, **kwargs):
         if "twitter_complaints" in str(self.args.output_dir):
             raise KeyboardInterrupt
         return train(self, *args, **kwargs)
 
-    monkeypatch.setattr(FleetTrainer, "train", interrupted)
+    monkeypatch.setattr(TFewTrainer, "train", interrupted)
     code, _, err = raft()
     assert code == 130 and "same command and --resume" in err
     first = {path: path.read_bytes() for path in (tmp_path / "out" / "overruling").iterdir()}
     assert sorted(path.name for path in first) == FILES
     assert not (tmp_path / "out" / "twitter_complaints" / "predictions.csv").exists()
     trained = []
-    monkeypatch.setattr(FleetTrainer, "train", lambda self, *a, **k: trained.append(self) or train(self, *a, **k))
+    monkeypatch.setattr(TFewTrainer, "train", lambda self, *a, **k: trained.append(self) or train(self, *a, **k))
     for changes, message in (({"folds": 3}, "'folds'"), ({"seed": 1}, "'seed'"), ({"recipe": "small"}, "'recipe'")):
         code, _, err = raft("--resume", **changes)
         assert code == 2 and f"found another {message};" in err
@@ -367,7 +367,7 @@ def without(name):
         ("train.csv", without("Label"), "training rows: Expected a label column 'Label'"),
         ("train.csv", lambda row: row | {"Label": "Unlabeled"}, "found 'Unlabeled' (row 1)"),
         ("test_unlabeled.csv", without("Sentence"), "test rows: The template names 'Sentence'"),
-        ("test_unlabeled.csv", without("ID"), "test rows: expected a column 'ID', found 'Sentence'"),
+        ("test_unlabeled.csv", without("ID"), "test rows: Expected a column 'ID', found 'Sentence'"),
         ("test_unlabeled.csv", lambda row: row | {"ID": ""}, "IDs that differ, found an empty one (row 1)"),
         ("test_unlabeled.csv", lambda row: row | {"ID": "7"}, "IDs that differ, found '7' twice (row 2)"),
     ],

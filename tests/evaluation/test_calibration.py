@@ -158,11 +158,11 @@ class TestCrossValidation:
     TASK = Task(template="review : {{ text }} answer :", choices={"pos": "good", "neg": "not good"})
 
     def test_each_row_is_predicted_by_an_adapter_that_has_not_seen_it(self, tmp_path, monkeypatch):
-        from ia3.training import fleet
+        from ia3.training import trainer
 
         seen = {}
 
-        class Watched(fleet.FleetTrainer):
+        class Watched(trainer.TFewTrainer):
             def __init__(self, model, args, tokenizer, members, *others, **kwargs):
                 seen.update({member.name: [row["text"] for row in member.rows] for member in members})
                 super().__init__(model, args, tokenizer, members, *others, **kwargs)
@@ -173,7 +173,7 @@ class TestCrossValidation:
             asked.update({row["text"]: name for row, name in zip(rows, adapter_names, strict=True)})
             return predict(model, tokenizer, task, rows, adapter_names=adapter_names, **kwargs)
 
-        monkeypatch.setattr("ia3.training.fleet.FleetTrainer", Watched)
+        monkeypatch.setattr("ia3.training.trainer.TFewTrainer", Watched)
         monkeypatch.setattr(sys.modules["ia3.evaluation.prediction"], "predict", watched)
         model, rows = adapted(), [{**row, "text": f"{row['text']} {i % 7}"} for i, row in enumerate(words.rows(24))]
         rows = list({row["text"]: row for row in rows}.values())

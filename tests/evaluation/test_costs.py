@@ -16,7 +16,7 @@ from ia3.evaluation.costs import (
 from ia3.scoring.batch import groups, pass_tokens
 from ia3.scoring.decoder import pack
 from ia3.scoring.question import Question
-from ia3.training.fleet import _batches
+from ia3.training.members import Steps
 from support import tiny, words
 from support.asked import scorer
 
@@ -140,7 +140,7 @@ def test_training_reads_a_shared_beginning_once_a_step(llama):
 def test_examples_seen_are_those_of_the_trainers_batches(tmp_path, rows, batch, steps):
     recipe = Recipe(batch_size=batch, steps=steps)
     arguments = recipe.training_arguments(tmp_path)
-    expected = sum(map(len, _batches(list(range(rows)), arguments, seed=0)))
+    expected = sum(map(len, Steps([list(range(rows))], [0], arguments).steps))
     assert examples_seen(rows, recipe, steps) == expected
 
 

@@ -9,7 +9,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ia3 import FleetTrainer, IA3Config, IA3Model, Member, Recipe, Task, TFewTrainer
+from ia3 import IA3Config, IA3Model, Member, Recipe, Task, TFewTrainer
 from ia3.scoring import beginning
 from ia3.scoring.batch import groups, normalized_scores
 from ia3.scoring.beginning import Beginning
@@ -290,26 +290,23 @@ TASK = Task(
 
 
 class TestTrainers:
-    def trained(self, kind, folder, double=True):
+    def trained(self, name, folder, double=True):
         model = IA3Model(tiny.build("llama", vocab_size=len(words.VOCABULARY)), IA3Config())
         model = model.double() if double else model
         arguments = Recipe(steps=5, learning_rate=0.05).training_arguments(
             folder, save_strategy="no", disable_tqdm=True, seed=3
         )
-        if kind is FleetTrainer:
-            trainer = kind(model, arguments, TOKENIZER, [Member("default", TASK, words.rows(20), 3)])
-        else:
-            trainer = kind(model, arguments, TOKENIZER, TASK, words.rows(20))
+        trainer = TFewTrainer(model, arguments, TOKENIZER, Member(TASK, words.rows(20), name))
         trainer.train()
         return model, trainer.state.log_history
 
-    @pytest.mark.parametrize("kind", [TFewTrainer, FleetTrainer])
-    def test_they_end_where_whole_rows_do(self, kind, tmp_path, whole, monkeypatch):
+    @pytest.mark.parametrize("name", [None, "default"])
+    def test_they_end_where_whole_rows_do(self, name, tmp_path, whole, monkeypatch):
         read, reads = beginning.read, []
         monkeypatch.setattr(beginning, "read", lambda *args: reads.append(args) or read(*args))
-        model, log = self.trained(kind, tmp_path / "a")
+        model, log = self.trained(name, tmp_path / "a")
         assert len(reads) == 4  # once in each step of eight rows; four save too little
-        expected, other = whole(lambda: self.trained(kind, tmp_path / "b"))
+        expected, other = whole(lambda: self.trained(name, tmp_path / "b"))
         assert len(reads) == 4
         for one, two in zip(model.parameters(), expected.parameters(), strict=True):
             torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
@@ -325,8 +322,8 @@ class TestTrainers:
             arguments = Recipe(steps=4, learning_rate=0.05).training_arguments(
                 tmp_path, save_strategy="no", disable_tqdm=True
             )
-            members = [Member(name, TASK, words.rows(20, seed=ord(name)), ord(name)) for name in names]
-            FleetTrainer(model, arguments, TOKENIZER, members).train()
+            members = [Member(TASK, words.rows(20, seed=ord(name)), name, ord(name)) for name in names]
+            TFewTrainer(model, arguments, TOKENIZER, members).train()
             for name in names:
                 ends[name, len(names)] = torch.cat([p.flatten() for p in model.adapter_parameters(name)])
         for name in "ab":

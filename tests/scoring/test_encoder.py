@@ -5,7 +5,6 @@ import torch
 from torch.nn import functional as F
 
 from ia3 import (
-    FleetTrainer,
     IA3Config,
     IA3Model,
     InputError,
@@ -69,7 +68,7 @@ def test_the_likelihood_term_is_cross_entropy_of_vectors_and_head():
 def test_the_trainer_learns_by_cross_entropy_and_saves_the_head(tmp_path):
     model, rows = adapted(), words.rows(32)
     arguments = training_arguments(tmp_path, 30, learning_rate=0.05, save_strategy="no", disable_tqdm=True)
-    trainer = TFewTrainer(model, arguments, TOKENIZER, TASK, rows, eval_dataset=rows)
+    trainer = TFewTrainer(model, arguments, TOKENIZER, Member(TASK, rows, eval_rows=rows))
     before = trainer.evaluate()
     inputs = TOKENIZER([row["text"] for row in rows], padding=True, return_tensors="pt", return_token_type_ids=False)
     with torch.no_grad():
@@ -99,13 +98,13 @@ def test_rows_of_one_batch_have_their_adapters_head(tmp_path):
 
 def test_each_member_of_a_fleet_ends_where_it_would_have_ended_alone(tmp_path):
     options = {"learning_rate": 0.05, "save_strategy": "no", "disable_tqdm": True}
-    members = [Member(name, TASK, words.rows(8 + seed, seed), seed) for seed, name in enumerate("ab")]
+    members = [Member(TASK, words.rows(8 + seed, seed), name, seed) for seed, name in enumerate("ab")]
     together = adapted("ab").double()
-    FleetTrainer(together, training_arguments(tmp_path, 4, **options), TOKENIZER, members).train()
+    TFewTrainer(together, training_arguments(tmp_path, 4, **options), TOKENIZER, members).train()
     for member in members:
         lone = adapted([member.name]).double()
         arguments = training_arguments(tmp_path, 4, seed=member.seed, **options)
-        TFewTrainer(lone, arguments, TOKENIZER, TASK, member.rows).train()
+        TFewTrainer(lone, arguments, TOKENIZER, Member(TASK, member.rows)).train()
         pairs = zip(together.adapter_parameters(member.name), lone.adapter_parameters(member.name), strict=True)
         assert max((a - b).abs().max().item() for a, b in pairs) < 1e-7
 
@@ -129,7 +128,7 @@ def test_long_prompts_keep_what_opens_and_closes_them():
         ([["good", "bad", "fine"]] * 2, "Expected 2 answer choices, the labels of this BertForSequenceClassification"),
         (
             [["good", "bad"], ["bad", "good"]],
-            "the same answer choices for all prompts, .* for prompt 1; take a generative",
+            r"the same answer choices for all prompts, .* \(row 2\); take a generative",
         ),
     ],
 )
@@ -140,9 +139,9 @@ def test_choices_are_the_labels(choices, message):
 
 def test_a_member_of_a_fleet_whose_labels_do_not_fit_is_named(tmp_path):
     three = Task(template="{{ text }}", choices=["pos", "neg", "none"])
-    members = [Member("a", TASK, words.rows(8)), Member("b", three, words.rows(8))]
+    members = [Member(TASK, words.rows(8), "a"), Member(three, words.rows(8), "b")]
     with pytest.raises(InputError, match="Member 'b': Expected 2 answer choices"):
-        FleetTrainer(adapted("ab"), training_arguments(tmp_path, 2), TOKENIZER, members)
+        TFewTrainer(adapted("ab"), training_arguments(tmp_path, 2), TOKENIZER, members)
 
 
 def test_answers_need_not_differ_to_its_tokenizer():
@@ -167,7 +166,7 @@ def test_the_order_of_labels_changes_nothing(tmp_path):
         rows = [row if i % 5 else {**row, "label": "none"} for i, row in enumerate(words.rows(20))]
         recipe = Recipe(steps=3)
         arguments = recipe.training_arguments(tmp_path, save_strategy="no", disable_tqdm=True)
-        TFewTrainer(model, arguments, tokenizer, task, rows, recipe=recipe).train()
+        TFewTrainer(model, arguments, tokenizer, Member(task, rows), recipe).train()
         found.append(predict(model, tokenizer, task, rows))
         # What the head calls a label is what the task calls it.
         logits = model(**tokenizer([task.prompt(rows[0])], return_tensors="pt")).logits[0].softmax(-1)

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ia3 import (
-    FleetTrainer,
     IA3Config,
     IA3Model,
     InputError,
@@ -307,7 +306,7 @@ def test_the_trainer_learns_a_toy_task(tmp_path, name):
     model = adapted(["default"], name)
     arguments = training_arguments(tmp_path, 30, learning_rate=0.1, save_strategy="no", disable_tqdm=True)
     rows = words.rows(32)
-    trainer = TFewTrainer(model, arguments, words.closing(), TASK, rows, eval_dataset=rows)
+    trainer = TFewTrainer(model, arguments, words.closing(), Member(TASK, rows, eval_rows=rows))
     before = trainer.evaluate()
     trainer.train()
     after = trainer.evaluate()
@@ -319,14 +318,14 @@ def test_the_trainer_learns_a_toy_task(tmp_path, name):
 def test_each_member_of_a_fleet_ends_where_it_would_have_ended_alone(tmp_path):
     options = {"learning_rate": 0.05, "save_strategy": "no", "disable_tqdm": True}
     other = Task(name="other", template="{{ text }}", choices={"pos": "good fine", "neg": "bad"})
-    members = [Member("a", TASK, words.rows(10), 0), Member("b", other, words.rows(12, seed=1), 3)]
+    members = [Member(TASK, words.rows(10), "a", 0), Member(other, words.rows(12, seed=1), "b", 3)]
     together = adapted("ab").double()
-    FleetTrainer(together, training_arguments(tmp_path, 5, **options), words.closing(), members).train()
+    TFewTrainer(together, training_arguments(tmp_path, 5, **options), words.closing(), members).train()
     for member in members:
         lone = adapted([member.name]).double()
         start = [parameter.clone() for parameter in lone.adapter_parameters(member.name)]
         arguments = training_arguments(tmp_path, 5, seed=member.seed, **options)
-        TFewTrainer(lone, arguments, words.closing(), member.task, member.rows).train()
+        TFewTrainer(lone, arguments, words.closing(), Member(member.task, member.rows)).train()
         pairs = zip(together.adapter_parameters(member.name), lone.adapter_parameters(member.name), start, strict=True)
         for found, expected, first in pairs:
             assert (expected - first).abs().max() > 1e-4

@@ -31,7 +31,7 @@ def test_the_end_of_a_column_is_cut(short, truncate, kept, caplog):
     tokenizer = words.tokenizer()
     row = {"text": "tea " * 20, "kind": "cake", "label": "neg"}
     if truncate == ["kind"]:
-        with pytest.raises(InputError, match=r"at most 10 tokens, found more \(row 2\) even without 'kind'"):
+        with pytest.raises(InputError, match=r"at most 10 tokens, found more even without 'kind' \(row 2\)"):
             scorer(short).questions(task.wordings([{**row, "text": "tea"}, row]))
         return
     short_row = {"text": "tea", "kind": "cake", "label": "pos"}

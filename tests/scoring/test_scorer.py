@@ -35,6 +35,14 @@ def test_both_layouts_score_as_each_row_alone(models, name, layout, made):
         assert row[len(expected) :].tolist() == [-math.inf] * (scores.shape[1] - len(expected))
 
 
+@given(st.permutations(range(6)))
+def test_what_there_is_for_each_choice_in_the_callers_order(order):
+    question = Question([5], [[6 + place] for place in range(6)], order=tuple(order))
+    found = question.as_listed(question.choices)
+    assert [found[question.listed(index)] for index in range(6)] == question.choices
+    assert Question([5], question.choices).as_listed("abcdef") == list("abcdef")
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_gradients_of_vectors_are_the_same_packed_and_plain(attention):
     made = [Question([5, 6, 7], [[8, 9], [8, 10, 11], [12]], 1), Question([5, 9, 4, 3, 3], [[7], [20, 21]], 0)]
@@ -258,9 +266,20 @@ class TestScoreChoices:
         with pytest.raises(InputError, match=message):
             score_choices(gpt2, words.tokenizer(), prompts, texts)
 
+    def test_an_error_says_the_row_whatever_other_tasks_rows_stand_between(self, gpt2):
+        short, long = (
+            Task(template="{{ text }}", choices=["good", answer]) for answer in ("bad", "good " * 70 + "bad")
+        )
+        wordings = [task.wording({"text": "tea"}, number) for number, task in ((3, short), (4, short), (7, long))]
+        with pytest.raises(InputError, match=r"shorter than 64 tokens, found one of 71 \(row 7\)\.$") as error:
+            Scorer(gpt2, words.tokenizer()).questions(wordings, labelled=False)
+        assert error.value.row == 7
+
     def test_scores_that_are_no_numbers_are_refused(self, llama):
         llama.lm_head.weight.data[0, 0] = math.nan
-        with pytest.raises(InputError, match="NaN or infinite"):
+        with pytest.raises(
+            InputError, match=r"NaN or infinite scores \(row \d\); is the adapter or the base broken\?$"
+        ):
             score_choices(llama, words.tokenizer(), ["tea"], [["good", "bad"]])
 
     def test_bfloat16(self):

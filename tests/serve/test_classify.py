@@ -9,8 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from ia3 import IA3Model, Recipe, Task, load_base, predict
+from ia3 import IA3Model, Recipe, Scorer, Task, load_base, predict
+from ia3.scoring.question import Question, row_length
 from ia3.serve import limits
+from ia3.serve.engine import ScoreJob
 from ia3.serve.limits import Limits
 from ia3.task.wording import Wording
 from support import words
@@ -52,6 +54,13 @@ def test_the_base_model_with_an_adapters_task(running, made):
     check(found["predictions"], expected(made, "soup", [{"text": text} for text in TEXTS], adapted=False))
 
 
+def test_an_engine_scores_choices_in_the_order_in_which_they_were_listed(running):
+    choices = [[5], [6, 7], [8]]
+    asked = [ScoreJob(None, Question([3, 4], choices, order=order), 0.5) for order in (None, (2, 0, 1))]
+    plain, listed = running.call(running.engine.score(asked))
+    assert listed == pytest.approx([plain[1], plain[2], plain[0]], abs=1e-5) and len({*plain}) == 3
+
+
 def test_rows_of_several_columns_and_abstention(running, made):
     rows = [{"first": "tea", "second": "soup"}, {"first": "a lovely cake", "second": "it", "surplus": 1.5}]
     response = running.http.post("/v1/classify", json={"adapter": "nested/pair", "rows": rows})
@@ -67,7 +76,7 @@ def test_requests_of_different_adapters_share_a_batch(running, made):
     with ThreadPoolExecutor(12) as pool:
         with running.holding():
             asked = [pool.submit(running.classify, name, [text]) for name, text in zip(names, TEXTS, strict=False)]
-            running.until(lambda: len(running.engine._asked) == 12)
+            running.until(lambda: running.engine.waiting.questions == 12)
             assert running.metric("ia3_queue_length") == 12
         found = [each.result().json()["predictions"] for each in asked]
     options = {"tea": {"power": 0.5}, "soup": {"temperature": 2.5}, "cake": {}}
@@ -214,7 +223,7 @@ def test_limits(made, start):
     response = server.classify(texts=["tea"] * 4)
     assert response.status_code == 422 and "at most 3 texts, found 4" in response.json()["error"]["message"]
     response = server.classify(texts=["tea", "tea " * 20])
-    assert response.status_code == 422 and "row 2) of at most 12 tokens" in response.json()["error"]["message"]
+    assert response.status_code == 422 and "at most 12 tokens, found 24 (row 2)." in response.json()["error"]["message"]
     for size in (4100, 5_000_000):
         response = server.http.post("/v1/classify", content=b"x" * size, headers={"Content-Type": "application/json"})
         assert response.status_code == 413, size
@@ -310,13 +319,13 @@ def count_tokenized(server, monkeypatch) -> list[int]:
     """Characters of each text that the server's tokenizer is given from now on."""
     found = []
     kind = type(server.engine.tokenizer)
-    encode = kind._encode_plus
+    call = kind.__call__
 
     def counting(self, text, *args, **kwargs):
         found.extend(map(len, [text] if isinstance(text, str) else text))
-        return encode(self, text, *args, **kwargs)
+        return call(self, text, *args, **kwargs)
 
-    monkeypatch.setattr(kind, "_encode_plus", counting)
+    monkeypatch.setattr(kind, "__call__", counting)
     return found
 
 
@@ -334,17 +343,28 @@ def test_a_text_that_is_much_too_long_is_cut_unread(made, start, monkeypatch):
     check(response.json()["predictions"], expected(made, "cake", [{"text": text[:20_000]}]))
 
 
-def test_long_texts_wait_behind_short_ones(made, start):
+def spied_lengths(monkeypatch) -> list[int]:
+    """Tokens of each question that is scored from now on, in the order in which they are."""
+    found, score = [], Scorer.score
+
+    def spied(self, questions, *args, **kwargs):
+        found.extend(map(row_length, questions))
+        return score(self, questions, *args, **kwargs)
+
+    monkeypatch.setattr(Scorer, "score", spied)
+    return found
+
+
+def test_long_texts_wait_behind_short_ones(made, start, monkeypatch):
     server = start(made)
-    lengths, score = [], server.engine._score
-    server.engine._score = lambda batch: (lengths.extend(sum(asked.sizes) for asked in batch), score(batch))[1]
+    lengths = spied_lengths(monkeypatch)
     long = "the tea was lovely " * 100
     with ThreadPoolExecutor(6) as pool:
         with server.holding():
             asked = []
             for number, text in enumerate([long, long, "tea", long, "soup", "cake"], 1):
                 asked.append(pool.submit(server.classify, texts=[text]))
-                server.until(lambda number=number: len(server.engine._asked) == number)
+                server.until(lambda number=number: server.engine.waiting.questions == number)
         assert [each.result().status_code for each in asked] == [200] * 6
     assert lengths == sorted(lengths) and len(lengths) == 6
 
@@ -352,15 +372,14 @@ def test_long_texts_wait_behind_short_ones(made, start):
 def test_a_long_text_does_not_wait_for_ever(made, start, monkeypatch):
     monkeypatch.setattr(limits, "_LONGEST_WAIT", 0.05)
     server = start(made)
-    lengths, score = [], server.engine._score
-    server.engine._score = lambda batch: (lengths.extend(sum(asked.sizes) for asked in batch), score(batch))[1]
+    lengths = spied_lengths(monkeypatch)
     with ThreadPoolExecutor(2) as pool:
         with server.holding():
             first = pool.submit(server.classify, texts=["the tea was lovely " * 100])
-            server.until(lambda: len(server.engine._asked) == 1)
+            server.until(lambda: server.engine.waiting.questions == 1)
             time.sleep(0.06)
             second = pool.submit(server.classify)
-            server.until(lambda: len(server.engine._asked) == 2)
+            server.until(lambda: server.engine.waiting.questions == 2)
         assert first.result().status_code == second.result().status_code == 200
     assert lengths == sorted(lengths, reverse=True)
 
@@ -412,7 +431,7 @@ def test_short_texts_are_tokenized_between_the_rows_of_long_ones(made, start, mo
         long = pool.submit(server.classify, texts=["tea " * 10_000] * 3)
         assert begun.wait(60)
         short = pool.submit(server.classify, texts=["tea"])
-        server.until(lambda: server.server._worker._waiting.qsize() == 1)
+        server.until(lambda: server.server.worker.waiting == 1)
         go.set()
         assert long.result().status_code == short.result().status_code == 200
     assert order == [40_000, 3, 40_000, 40_000]
@@ -453,7 +472,7 @@ def test_a_client_that_leaves_costs_nothing(made, start):
         body = json.dumps({"adapter": "tea", "texts": ["tea"] * 50}).encode()
         head = f"POST /v1/classify HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         client.sendall(head.encode() + body)
-        server.until(lambda: len(server.engine._asked) == 50)
+        server.until(lambda: server.engine.waiting.questions == 50)
         client.close()
         server.until(lambda: server.server.queue.length == 0)
     assert server.classify().status_code == 200
@@ -514,7 +533,7 @@ def test_an_adapter_that_is_broken_is_no_other_ones_trouble(place, start, damage
     with ThreadPoolExecutor(3) as pool:
         with server.holding():
             asked = {name: pool.submit(server.classify, name) for name in ("tea", "cake", "soup")}
-            server.until(lambda: len(server.engine._asked) == 3)
+            server.until(lambda: server.engine.waiting.questions == 3)
         found = {name: each.result() for name, each in asked.items()}
     assert {name: each.status_code for name, each in found.items()} == {"tea": 200, "soup": 200, "cake": 500}
     assert "cannot be used" in found["cake"].json()["error"]["message"] and str(place) not in found["cake"].text
@@ -527,7 +546,7 @@ def test_a_thread_that_ends_fails_everything_at_once(made, start, monkeypatch):
     server = start(made)
     failures: list = []
     server.server.on_failure = failures.append
-    server.engine._decoder._ends = set()
+    server.engine.decoder.ends = set()
     body = {"model": "tea", "prompt": "the tea", "max_tokens": 1000}
 
     def broken():
@@ -535,8 +554,8 @@ def test_a_thread_that_ends_fails_everything_at_once(made, start, monkeypatch):
 
     with ThreadPoolExecutor(2) as pool:
         text = pool.submit(server.http.post, "/v1/completions", json=body)
-        server.until(lambda: server.engine._running() == 1)
-        monkeypatch.setattr(server.engine, "_next_batch", broken)
+        server.until(lambda: server.engine.running == 1)
+        monkeypatch.setattr(server.engine.decoder, "step", broken)
         asked = pool.submit(server.classify)
         assert text.result().status_code == asked.result().status_code == 500
     for response in (server.classify(), server.http.post("/v1/completions", json=body)):
@@ -557,7 +576,7 @@ def test_a_power_that_is_more_than_a_float_can_be(place, start):
 def test_more_adapters_than_memory_has_room_for(place, start):
     row = 4 * 2 * (16 + 16 + 48)
     server = start(place, memory=3 * row)  # of two, and the base
-    assert server.engine._batch == 2
+    assert server.engine.batch == 2
     wanted = {name: server.classify(name).json() for name in ("tea", "soup", "cake")}
     with ThreadPoolExecutor(12) as pool:
         names = ["tea", "soup", "cake"] * 4

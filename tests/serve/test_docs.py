@@ -50,7 +50,7 @@ def test_requests(tickets, start, monkeypatch):
 
 def test_openai(tickets, start, capsys):
     server = start(tickets)
-    server.engine._decoder._ends = set()  # it might say nothing
+    server.engine.decoder.ends = set()  # it might say nothing
     code = BLOCKS["serve-openai"].replace("localhost:8000", f"127.0.0.1:{server.port}")
     exec(compile(code, "serve-openai", "exec"), {})
     assert capsys.readouterr().out.strip()

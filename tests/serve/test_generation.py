@@ -110,9 +110,9 @@ def decoder_saying(monkeypatch, tokens, tokenizer=None):
     decoder = Decoder(model, tokenizer, lambda *batch: None)
 
     def forced(self, logits):
-        return tokens[self._count]
+        return tokens[self.count]
 
-    monkeypatch.setattr(Text, "_choose", forced)
+    monkeypatch.setattr(Text, "choose", forced)
     return decoder
 
 
@@ -181,7 +181,7 @@ def test_spaces_of_tokenizers_that_drop_the_first(monkeypatch):
     made.decoder = decoders.Metaspace()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made)
     decoder = decoder_saying(monkeypatch, [2, 3, 1], tokenizer)
-    decoder._ends = set()
+    decoder.ends = set()
     one, pieces = text_of(GenerateJob(None, [1] * 20, 3))
     decoder.begin([one])
     run(decoder)
@@ -222,7 +222,7 @@ def test_a_text_that_nobody_wants_is_dropped():
     model, tokenizer = banked("llama"), words.tokenizer()
     decoder = Decoder(model, tokenizer, lambda *batch: None)
     (gone, some), (stays, all_of_it) = (text_of(GenerateJob("One", prompt, 10, 0.0)) for prompt in PROMPTS[:2])
-    decoder._ends = set()
+    decoder.ends = set()
     decoder.begin([gone, stays])
     gone.cancelled = True
     run(decoder)
@@ -232,7 +232,7 @@ def test_a_text_that_nobody_wants_is_dropped():
 def test_what_fails_is_told_once_and_the_rest_goes_on(monkeypatch):
     model, tokenizer = banked("llama"), words.tokenizer()
     decoder = Decoder(model, tokenizer, lambda *batch: None)
-    decoder._ends = set()
+    decoder.ends = set()
     (first, one), (second, two), (third, three) = (
         text_of(GenerateJob(key, [3, 4], 5, 0.0)) for key in ("One", "Two", None)
     )

@@ -1,6 +1,5 @@
 """OpenAI's routes, by OpenAI's own client."""
 
-import asyncio
 import json
 import shutil
 import socket
@@ -148,7 +147,7 @@ def test_requests_of_different_adapters_are_decoded_together(running, client):
     with ThreadPoolExecutor(8) as pool:
         with running.holding():
             asked = [pool.submit(ask, name) for name in ["tea", "soup", "cake", "model"] * 2]
-            running.until(lambda: len(running.engine._texts) == 8)
+            running.until(lambda: running.engine.waiting.texts == 8)
         made = sum(each.result() for each in asked)
     assert running.metric("ia3_generated_tokens_total") - tokens == made
     assert running.metric("ia3_batch_rows_sum") - rows == made
@@ -159,7 +158,7 @@ def test_a_long_text_does_not_hold_up_classification(running, client):
     with client.completions.create(model="tea", prompt="the tea", max_tokens=1000, temperature=1, seed=1, stream=True,
                                    extra_body={"stop": None}) as stream:  # fmt: skip
         next(iter(stream))
-        if running.engine._running():  # it may have ended by itself
+        if running.engine.running:  # it may have ended by itself
             assert running.classify("soup").status_code == 200
 
 
@@ -286,16 +285,16 @@ def test_a_full_queue_and_a_deadline(made, start):
 def endless(server):
     """The model says no end, and says each token only when it may."""
     allowed = threading.Semaphore(0)
-    server.engine._decoder._ends = set()
-    step = server.engine._decoder.step
+    server.engine.decoder.ends = set()
+    step = server.engine.decoder.step
 
     def slowly():
         while not allowed.acquire(timeout=0.02):
-            if all(text.cancelled for group in server.engine._decoder._groups.values() for text in group.texts):
+            if all(text.cancelled for text in server.engine.decoder.texts):
                 break
         step()
 
-    server.engine._decoder.step = slowly
+    server.engine.decoder.step = slowly
     return allowed
 
 
@@ -307,11 +306,11 @@ def test_a_client_that_leaves_stops_its_text(made, start, stream):
     head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", server.port)) as client:
         client.sendall(head.encode() + body)
-        server.until(lambda: server.engine._running() == 1)
+        server.until(lambda: server.engine.running == 1)
         allowed.release()
         if stream:
             assert b"200 OK" in client.recv(10_000)
-    server.until(lambda: server.engine._running() == 0 and server.server.queue.length == 0)
+    server.until(lambda: server.engine.running == 0 and server.server.queue.length == 0)
     assert server.server.store.get("tea").users == 0
     assert server.metric("ia3_generated_tokens_total") < 10
     assert server.classify().status_code == 200
@@ -323,7 +322,7 @@ def test_a_deadline_in_the_middle_of_a_stream(made, start):
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
     with pytest.raises(openai.APIError, match=r"0\.5 seconds"):
         list(client.completions.create(model="tea", prompt="the tea", max_tokens=1000, stream=True))
-    server.until(lambda: server.engine._running() == 0 and server.server.queue.length == 0)
+    server.until(lambda: server.engine.running == 0 and server.server.queue.length == 0)
 
 
 def test_a_model_that_continues_nothing(made, start, monkeypatch):
@@ -403,13 +402,13 @@ def test_a_change_of_one_adapter_ends_no_other_ones_text(place, start):
     allowed = endless(server)
     with server.holding():
         streams = [stream(server, model=name, max_tokens=40) for name in ("soup", "cake")]
-        server.until(lambda: len(server.engine._texts) == 2)
-    server.until(lambda: server.engine._running() == 2)
+        server.until(lambda: server.engine.waiting.texts == 2)
+    server.until(lambda: server.engine.running == 2)
     with ThreadPoolExecutor(2) as pool:
         third = pool.submit(server.classify, "new")
-        server.until(lambda: server.engine._asked)
+        server.until(lambda: server.engine.waiting.questions)
         deleted = pool.submit(server.http.delete, "/v1/adapters/new")
-        server.until(lambda: server.engine._orders)
+        server.until(lambda: server.engine.waiting.orders)
         allowed.release(1000)
         assert third.result().json()["predictions"] == [
             {**each, "probabilities": pytest.approx(each["probabilities"], abs=1e-5)} for each in wanted
@@ -421,15 +420,18 @@ def test_a_change_of_one_adapter_ends_no_other_ones_text(place, start):
 def test_an_adapter_that_is_gone_ends_its_own_texts_only(place, start, caplog):
     caplog.set_level("INFO")
     server = start(place, memory=2 * ROW)
-    server.engine._batch = 3
+    server.engine.batch = 3
     allowed = endless(server)
     with server.holding():
         gone, stays = stream(server, model="cake", max_tokens=30), stream(server, model="model", max_tokens=30)
-        server.until(lambda: len(server.engine._texts) == 2)
-    server.until(lambda: server.engine._running() == 2)
-    key = server.server.store.get("cake").key
+        server.until(lambda: server.engine.waiting.texts == 2)
+    server.until(lambda: server.engine.running == 2)
+    with ThreadPoolExecutor(1) as pool:
+        another = pool.submit(server.classify, "tea")  # memory has room for one
+        server.until(lambda: server.engine.waiting.questions)
+        allowed.release()
+        assert another.result().status_code == 200
     shutil.rmtree(place / "adapters" / "cake")
-    asyncio.run_coroutine_threadsafe(server.engine._order(lambda: server.engine._bank._resident.drop(key)), server.loop)
     allowed.release(1000)
     said = answer(gone)
     assert "This adapter cannot be used" in said and str(place) not in said
@@ -441,16 +443,20 @@ def test_an_adapter_that_is_gone_ends_its_own_texts_only(place, start, caplog):
 def test_long_and_short_prompts_keep_to_the_budgets(made, start, greedy):
     """Of tokens in a pass, padding included, and of keys and values that are kept."""
     server = start(made, batch_tokens=64, cache_tokens=1200, batch=16)
-    server.engine._decoder._ends = set()
-    read, shapes, most = server.engine._decoder._read, [], []
+    server.engine.decoder.ends = set()
+    begin, step, prefills, most = server.engine.decoder.begin, server.engine.decoder.step, [], []
 
-    def spied(kind, group, ids, mask):
-        shapes.append((kind, tuple(ids.shape)))
-        found = read(kind, group, ids, mask)
-        most.append(sum(each.mask.numel() for each in {*server.engine._decoder._groups.values(), group}))
-        return found
+    def beginning(texts):
+        if texts:
+            prefills.append((len(texts), max(len(text.job.prompt) for text in texts)))
+        begin(texts)
+        most.append(server.engine.decoder.held)
 
-    server.engine._decoder._read = spied
+    def stepping():
+        step()
+        most.append(server.engine.decoder.held)
+
+    server.engine.decoder.begin, server.engine.decoder.step = beginning, stepping
     prompts = ["the tea was " * 20, *["soup"] * 15, "the tea was " * 130, *["cake was it"] * 10]
     body = {"model": "cake", "max_tokens": 20, "temperature": 0}
     with ThreadPoolExecutor(len(prompts)) as pool:
@@ -458,11 +464,10 @@ def test_long_and_short_prompts_keep_to_the_budgets(made, start, greedy):
             asked = [
                 pool.submit(server.http.post, "/v1/completions", json={**body, "prompt": each}) for each in prompts
             ]
-            server.until(lambda: len(server.engine._texts) == len(prompts))
+            server.until(lambda: server.engine.waiting.texts == len(prompts))
         texts = [each.result().json()["choices"][0]["text"] for each in asked]
     for prompt, text in zip(prompts, texts, strict=True):
         assert text.startswith(greedy("cake", prompt, 20)[0])
-    assert max(most) <= 1200
-    prefills = [shape for kind, shape in shapes if kind == "prefill"]
+    assert 64 < max(most) <= 1200
     assert all(rows * width <= 64 or rows == 1 for rows, width in prefills)
     assert sum(rows for rows, _ in prefills) == len(prompts) and max(rows for rows, _ in prefills) > 4

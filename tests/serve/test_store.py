@@ -25,6 +25,9 @@ from support.serving import Running
 
 WEIGHTS = "adapter_model.safetensors"
 
+# Of an adapter in memory.
+ROW = 4 * 2 * (16 + 16 + 48)
+
 
 @pytest.fixture(scope="module")
 def guarded(made, tmp_path_factory):
@@ -178,7 +181,7 @@ def test_an_upload_has_all_its_names(place, start):
     assert probabilities(server, "short") == pytest.approx(probabilities(server, "cake"))
     assert server.http.delete("/v1/adapters/short").status_code == 200
     assert not (place / "adapters" / "new").exists()
-    server.until(lambda: len(server.engine._bank) == 4)
+    server.until(lambda: len(server.engine.bank) == 4)
 
 
 @pytest.mark.parametrize(
@@ -407,7 +410,7 @@ def test_limits_of_uploads(place, start):
     server = start(place, limits=Limits(upload_bytes=20_000))
     large = files_of(place / "spare", **{"task.yaml": b"#" * 200_000})
     assert upload(server, "new", large).status_code == 413
-    server.server.store._most = 5
+    server.server.store.max_adapters = 5
     assert upload(server, "new", files_of(place / "spare")).status_code == 201
     response = upload(server, "another", files_of(place / "spare"))
     assert response.status_code == 409 and "at most 5 adapters" in response.json()["error"]["message"]
@@ -441,22 +444,22 @@ def test_reading_the_folder_again(place, start):
     "how, resident", [("upload", True), ("upload", False), ("delete", True), ("delete", False), ("reload", True)]
 )
 def test_what_was_accepted_ends_with_the_old_vectors(place, start, how, resident):
-    server = start(place)
+    server = start(place, memory=3 * ROW)
     upload(server, "new", files_of(place / "adapters" / "soup"))
     old = probabilities(server, "new", "a tasty soup")
     if resident:
         probabilities(server, "new")
     else:
-        _evict(server, "new")
+        _evict(server)
     results: list = []
     asking = threading.Thread(target=lambda: results.append(probabilities(server, "new", "a tasty soup")))
     with server.holding():
         asking.start()
-        server.until(lambda: len(server.engine._asked) == 1)
+        server.until(lambda: server.engine.waiting.questions == 1)
         changing = threading.Thread(target=_change, args=(server, place, how))
         changing.start()
         # The change waits for the model's thread, in front of the question.
-        server.until(lambda: len(server.engine._orders) >= 1)
+        server.until(lambda: server.engine.waiting.orders >= 1)
     asking.join(60)
     changing.join(60)
     assert results == [pytest.approx(old)]
@@ -464,12 +467,15 @@ def test_what_was_accepted_ends_with_the_old_vectors(place, start, how, resident
         assert server.classify("new").status_code == 404
     else:
         assert probabilities(server, "new", "a tasty soup") != pytest.approx(results[0])
-    server.until(lambda: len(server.engine._bank) == 4 + (how != "delete"))
+    server.until(lambda: len(server.engine.bank) == 4 + (how != "delete"))
 
 
-def _evict(server, name) -> None:
-    key = server.server.store.get(name).key
-    server.call(server.engine._order(lambda: server.engine._bank._resident.drop(key)))
+def _evict(server) -> None:
+    """Ask two others, as many as memory has room for."""
+    evictions = server.engine.bank.statistics.evictions
+    for name in ("tea", "cake"):
+        probabilities(server, name)
+    assert server.engine.bank.statistics.evictions > evictions
 
 
 def _change(server, place, how) -> None:
@@ -484,21 +490,21 @@ def _change(server, place, how) -> None:
 
 def test_a_request_that_comes_while_folders_are_exchanged(place, start, monkeypatch):
     """It was nobody's when the change began, and not in memory."""
-    server = start(place)
+    server = start(place, memory=3 * ROW)
     upload(server, "new", files_of(place / "adapters" / "soup"))
     old = probabilities(server, "new", "a tasty soup")
-    _evict(server, "new")
+    _evict(server)
     key, results = server.server.store.get("new").key, []
     asking = threading.Thread(target=lambda: results.append(probabilities(server, "new", "a tasty soup")))
 
-    exchange = store._exchange
+    take_over = store.take_over
 
-    def slowly(folder, final):
+    def slowly(*args):
         asking.start()
-        server.until(lambda: server.engine._asked)
-        exchange(folder, final)
+        server.until(lambda: server.engine.waiting.questions)
+        take_over(*args)
 
-    monkeypatch.setattr(store, "_exchange", slowly)
+    monkeypatch.setattr(store, "take_over", slowly)
     _change(server, place, "upload")
     asking.join(60)
     assert results == [pytest.approx(old)] and server.server.store.get("new").key != key
@@ -507,11 +513,11 @@ def test_a_request_that_comes_while_folders_are_exchanged(place, start, monkeypa
 
 def test_a_text_ends_with_the_vectors_that_it_began_with(place, start):
     server = start(place)
-    server.engine._decoder._ends = set()
+    server.engine.decoder.ends = set()
     upload(server, "new", files_of(place / "adapters" / "soup"))
     body = {"model": "new", "prompt": "the tea was", "max_tokens": 30, "temperature": 0}
     old = server.http.post("/v1/completions", json=body).json()["choices"][0]["text"]
-    step, count = server.engine._decoder.step, []
+    step, count = server.engine.decoder.step, []
     begun, go = threading.Event(), threading.Event()
 
     def stepping():
@@ -521,7 +527,7 @@ def test_a_text_ends_with_the_vectors_that_it_began_with(place, start):
             go.wait(60)
         step()
 
-    server.engine._decoder.step = stepping
+    server.engine.decoder.step = stepping
     results: list = []
     asking = threading.Thread(
         target=lambda: results.append(server.http.post("/v1/completions", json=body).json()["choices"][0]["text"])
@@ -530,7 +536,7 @@ def test_a_text_ends_with_the_vectors_that_it_began_with(place, start):
     assert begun.wait(60)
     changing = threading.Thread(target=_change, args=(server, place, "upload"))
     changing.start()
-    server.until(lambda: server.engine._orders)
+    server.until(lambda: server.engine.waiting.orders)
     go.set()
     asking.join(60)
     changing.join(60)
@@ -567,7 +573,7 @@ def test_reload_under_load(place, start):
     assert not failures and answers
     for found in answers:
         assert any(found == pytest.approx(one, abs=1e-5) for one in allowed)
-    server.until(lambda: len(server.engine._bank) == 5)
+    server.until(lambda: len(server.engine.bank) == 5)
 
 
 def test_what_a_killed_process_has_left(place, start):
@@ -615,7 +621,7 @@ def test_folders_by_the_names_of_files(place, caplog):
     for name in ("adapter_config.json", "tea/task.json/recipe.yaml"):
         shutil.copytree(place / "spare", place / "adapters" / name)
     found = Store(place / "adapters")
-    assert sorted(found._found) == ["cake", "nested/pair", "soup", "tea"]
+    assert sorted(found.found) == ["cake", "nested/pair", "soup", "tea"]
     assert "'adapter_config.json', 'tea/task.json/recipe.yaml'" in caplog.text
 
 
@@ -623,7 +629,7 @@ def test_the_root(place):
     with pytest.raises(InputError, match="whose subfolders are the adapters"):
         Store(place / "adapters" / "tea")
     with pytest.raises(InputError, match="at most 2 adapters, found 4"):
-        Store(place / "adapters", most=2)
+        Store(place / "adapters", max_adapters=2)
     assert Store(place / "nothing").kinds("model") == []
 
 
@@ -661,7 +667,7 @@ def _deep_config(place, folder) -> None:
 
 UNUSABLE = {
     _another_config: "found peft_type 'LORA'",
-    _other_modules: "than this server's adapters at",
+    _other_modules: "than the adapters here at",
     _another_base: "it was made for 'wide'; has other shapes than this model",
     _cut_short: "Expected a whole safetensors file",
     _deep_config: "nested too deep",

@@ -83,7 +83,7 @@ class Running:
             begun.set()
             go.wait(60)
 
-        held = asyncio.run_coroutine_threadsafe(self.engine._order(hold), self.loop)
+        held = asyncio.run_coroutine_threadsafe(self.engine.between_batches(hold), self.loop)
         try:
             assert begun.wait(60)
             yield

@@ -31,7 +31,8 @@ def test_a_delimiter_is_told_by_the_file(tmp_path, caplog, delimiter, said, quot
     path = write(tmp_path / "rows.csv", ROWS, delimiter, quoting, encoding)
     assert delimiter_of(path) == delimiter and read_rows(path) == ROWS
     messages = [record.getMessage() for record in caplog.records]
-    assert messages == ([] if said is None else [f"Columns of {str(path)!r} are separated by {said} (--delimiter)."])
+    assert messages == ([] if said is None else [f"Columns of {str(path)!r} are separated by {said}."])
+    assert [getattr(record, "argument", None) for record in caplog.records] == ["delimiter"] * len(messages)
 
 
 @pytest.mark.parametrize(
@@ -85,9 +86,10 @@ def test_a_row_with_a_value_too_many_is_named(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("text;label\na;x\nb;y\nc; d;x\n")
     with pytest.raises(
-        InputError, match=r"Expected 2 values .* found 3 in row 3; .* the delimiter not ';' \(--delimiter"
-    ):
+        InputError, match=r"Expected 2 values .* found 3 \(row 3\); .* the delimiter not ';'\? See delimiter\.$"
+    ) as error:
         read_rows(path)
+    assert (error.value.row, error.value.argument) == (3, "delimiter")
 
 
 @pytest.mark.parametrize("given, delimiter", [("tab", "\t"), ("\\t", "\t"), ("Semicolon", ";"), ("~", "~"), (",", ",")])
@@ -102,15 +104,16 @@ def test_a_given_one_holds(tmp_path, caplog, given, delimiter):
 def test_what_is_no_delimiter(tmp_path, given):
     path = write(tmp_path / "rows.csv", ROWS, ",")
     with pytest.raises(
-        InputError, match=r"a delimiter of one character, such as ';', or 'tab', found .* \(--delimiter\)"
-    ):
+        InputError, match=r"a delimiter of one character, such as ';', or 'tab', found .*; see delimiter\.$"
+    ) as error:
         read_rows(path, delimiter=given)
+    assert error.value.argument == "delimiter"
 
 
 def test_a_file_that_has_none(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
     with pytest.raises(
-        InputError, match=r"a \.csv or \.tsv file with a delimiter \(--delimiter\), found '.*rows\.jsonl'"
+        InputError, match=r"a \.csv or \.tsv file with a delimiter, found '.*rows\.jsonl'; leave out delimiter\.$"
     ):
         read_rows(tmp_path / "rows.jsonl", delimiter=";")
 
@@ -131,7 +134,7 @@ class TestTask:
         [
             ("train: rows.csv\ndelimiter: ';;'\n", "delimiter: Expected a delimiter of one character"),
             ("train: rows.jsonl\ndelimiter: ';'\n", r"a \.csv or \.tsv file with a delimiter"),
-            ("delimiter: ';'\n", r"a \.csv or \.tsv file with a delimiter .*, found none"),
+            ("delimiter: ';'\n", r"a \.csv or \.tsv file with a delimiter, found none; leave out delimiter\.$"),
         ],
     )
     def test_that_has_no_use_for_it(self, tmp_path, fields, message):

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from ia3 import (
-    FleetTrainer,
     IA3Config,
     IA3Model,
     InputError,
@@ -105,17 +104,17 @@ class TestForms:
     def test_in_every_trainer(self, form, tokenizer, tmp_path):
         arguments = RECIPE.training_arguments(tmp_path, save_strategy="no")
         found, expected = (
-            TFewTrainer(adapted(), arguments, tokenizer, TASK, make(), make(), recipe=RECIPE)
+            TFewTrainer(adapted(), arguments, tokenizer, Member(TASK, make(), eval_rows=make()), RECIPE)
             for make in (form, lambda: ROWS)
         )
         assert found.train_dataset == expected.train_dataset and found.eval_dataset == expected.eval_dataset
         assert found.evaluate(form())["eval_loss"] == expected.evaluate()["eval_loss"]
         assert found.predict(form()).metrics["test_accuracy"] == expected.evaluate()["eval_accuracy"]
-        fleet = FleetTrainer(
+        fleet = TFewTrainer(
             adapted("one", "two"),
             arguments,
             tokenizer,
-            [Member(name, TASK, form(), eval_rows=form()) for name in ("one", "two")],
+            [Member(TASK, form(), name, eval_rows=form()) for name in ("one", "two")],
         )
         assert [len(rows) for rows in fleet.eval_dataset.values()] == [12, 12]
         mixture = MixtureTrainer(adapted(), arguments, tokenizer, [(TASK, form())]).mixture
@@ -168,7 +167,7 @@ class TestTexts:
         with pytest.raises(InputError, match="label column 'label', found the columns 'text'"):
             few_shot(["tea", "soup"], TASK, 1)
         with pytest.raises(InputError, match="label column 'label', found the columns 'text'"):
-            TFewTrainer(adapted(), RECIPE.training_arguments(tmp_path), tokenizer, TASK, ["tea", "soup"])
+            TFewTrainer(adapted(), RECIPE.training_arguments(tmp_path), tokenizer, Member(TASK, ["tea", "soup"]))
         with pytest.raises(InputError, match="label column 'label', found the columns 'text'"):
             TASK.label("tea")
         with pytest.raises(InputError, match="found a text alone"):
@@ -268,11 +267,11 @@ def test_what_are_no_rows(rows, task, message):
 
 
 def test_a_trainer_of_several_tasks_measures_no_rows(tokenizer, tmp_path):
-    members = [Member(name, TASK, ROWS) for name in ("one", "two")]
-    fleet = FleetTrainer(adapted("one", "two"), RECIPE.training_arguments(tmp_path), tokenizer, members)
+    members = [Member(TASK, ROWS, name) for name in ("one", "two")]
+    fleet = TFewTrainer(adapted("one", "two"), RECIPE.training_arguments(tmp_path), tokenizer, members)
     with pytest.raises(InputError, match="give each member its eval_rows"):
         fleet.evaluate(ROWS)
-    alone = FleetTrainer(adapted("one", "two"), RECIPE.training_arguments(tmp_path), tokenizer, members[1:])
+    alone = TFewTrainer(adapted("one", "two"), RECIPE.training_arguments(tmp_path), tokenizer, members[1:])
     assert alone.evaluate(pd.DataFrame(ROWS))["eval_accuracy"] >= 0
     with pytest.raises(InputError, match="Expected labelled rows to measure on, found none"):
         alone.evaluate([])

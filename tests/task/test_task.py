@@ -108,7 +108,8 @@ class TestTask:
         assert made[0].prompt == tokenizer("review : tea answer :")["input_ids"]
         listed = {made[0].listed(i): tokens for i, tokens in enumerate(made[0].choices)}
         assert listed == {0: tokenizer("good")["input_ids"], 1: tokenizer("not good")["input_ids"]}
-        assert made[0].listed(made[0].label) == 1
+        assert made[0].listed(made[0].label) == 1 and made[0].row == 1
+        assert made[0].as_listed(made[0].choices) == [listed[0], listed[1]]
         assert scorer(llama).questions(task.wordings([{"text": "tea"}]), labelled=False)[0].label is None
 
     @pytest.mark.parametrize(
@@ -214,15 +215,16 @@ class TestTask:
         ],
     )
     def test_rows_without_text(self, task, row, message):
-        with pytest.raises(InputError, match=message):
+        with pytest.raises(InputError, match=message) as error:
             task.prompt(row, 3)
+        assert error.value.row == 3
 
     @pytest.mark.parametrize(
         "row, message",
         [
             ({"label": "maybe"}, r"found 'maybe' \(row 3\); there are 'pos', 'neg'"),
             ({"text": "a"}, "label column 'label'"),
-            ({"label": ["pos", "neg"]}, r"Expected one label, found \['pos', 'neg'\] \(row 3\): .* yes/no task"),
+            ({"label": ["pos", "neg"]}, r"Expected one label, found \['pos', 'neg'\] \(row 3\); .* yes/no task"),
             ({"label": {"pos"}}, "Expected one label"),
             ({"label": "pos, neg"}, "Expected one label, found 'pos, neg'"),
             ({"label": "neg|pos"}, "Expected one label"),
@@ -232,8 +234,9 @@ class TestTask:
         ],
     )
     def test_rows_without_a_known_label(self, task, row, message):
-        with pytest.raises(InputError, match=message):
+        with pytest.raises(InputError, match=message) as error:
             task.label(row, 3)
+        assert error.value.row == 3
 
     def test_templates_run_in_a_sandbox(self):
         task = Task(template="{{ text.__class__.__mro__ }}", choices=CHOICES)
@@ -403,9 +406,9 @@ class TestInfer:
     @pytest.mark.parametrize(
         "columns, kwargs, message",
         [
-            (["text", "kind"], {}, "label column .*'text', 'kind'"),
-            (["a", "b", "label"], {}, "text column .*'a', 'b'"),
-            (["text", "label"], {"label_column": "kind"}, "column 'kind'.*'text', 'label'"),
+            (["text", "kind"], {}, "label column: .*'text', 'kind'; give label_column"),
+            (["a", "b", "label"], {}, "text column: .*'a', 'b'; give text_column"),
+            (["text", "label"], {"label_column": "kind"}, "column 'kind'.*'text', 'label'; see label_column"),
             (["text", "label"], {"text_column": "review"}, "column 'review'"),
             (["text", "label"], {"text_column": "label"}, "two columns for text and label, found 'label' for both"),
             (["text", "label"], {"template": "{{ text }} {{ label }}"}, "gives the answer away"),
@@ -516,9 +519,9 @@ class TestRows:
             ("rows.txt", "a", r"a \.csv, \.tsv, \.jsonl or \.parquet file"),
             ("rows.csv", "", "Expected rows .* found none"),
             ("rows.csv", "text,label\n", "Expected rows .* found none"),
-            ("rows.csv", "text,label\na,b\nc\n", "Expected 2 values .* found 1 in row 2"),
+            ("rows.csv", "text,label\na,b\nc\n", r"Expected 2 values .* found 1 \(row 2\)"),
             ("rows.csv", "text,label,text\na,b,c\n", "names that differ"),
-            ("rows.csv", "text,label\na,b,c\n", "Expected 2 values .* found 3 in row 1"),
+            ("rows.csv", "text,label\na,b,c\n", r"Expected 2 values .* found 3 \(row 1\)"),
             ("rows.csv", b"text,label\n\xff,b\n", "UTF-8"),
             ("rows.parquet", None, "found no"),
             ("rows.parquet", b"PAR1", r"rows\.parquet"),
@@ -569,8 +572,8 @@ class TestFewShot:
         task = Task.infer(rows + [{"text": "x", "label": "many"}] * 20)
         with pytest.raises(
             InputError,
-            match=r"Expected 16 training examples for each label \(--examples-per-label, per_label\), found fewer for 70 of "
-            r"71 labels, the fewest for 'intent_000': 4; ask for fewer, or leave the number out to take what there is\.",
+            match=r"Expected 16 training examples for each label, found fewer for 70 of 71 labels, the fewest for "
+            r"'intent_000': 4; ask for fewer, or take what there is, without per_label\.",
         ):
             few_shot(rows + [{"text": "x", "label": "many"}] * 20, task, 16)
         with pytest.raises(InputError, match=r"at least one training example for each label \(per_label\), found 0"):

@@ -1,6 +1,7 @@
-"""Each adapter of a fleet ends where it would have ended alone; the rest of the model is left as it was."""
+"""Each of several members ends where it would have ended alone; the rest of the model is left as it was."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ia3 import FleetTrainer, IA3Config, IA3Model, InputError, Member, Recipe, Task, TFewTrainer, predict
+from ia3 import IA3Config, IA3Model, InputError, Member, Recipe, Task, TFewTrainer, predict
 from ia3.trainer import last_checkpoint
 from support import tiny, words
 
@@ -24,10 +25,10 @@ def members(**changes) -> list[Member]:
     some = words.rows(22, seed=3)
     some[4]["label"] = some[9]["label"] = "none"
     made = [
-        Member("a", TWO, words.rows(21, seed=1), seed=0),
-        Member("b", THREE, some, seed=3, learning_rate=0.02),
-        Member("c", TWO, words.rows(5, seed=2), seed=1),
-        Member("d", TWO, words.rows(21, seed=1), seed=5),
+        Member(TWO, words.rows(21, seed=1), "a", seed=0),
+        Member(THREE, some, "b", seed=3, learning_rate=0.02),
+        Member(TWO, words.rows(5, seed=2), "c", seed=1),
+        Member(TWO, words.rows(21, seed=1), "d", seed=5),
     ]
     return [member for member in made if member.name in changes.get("names", "abcd")]
 
@@ -42,16 +43,18 @@ def arguments(folder, steps=STEPS, **options):
     return Recipe(steps=steps).training_arguments(folder, **options)
 
 
-def fleet(folder, some=None, model=None, callbacks=None, **options) -> FleetTrainer:
+def fleet(folder, some=None, model=None, callbacks=None, **options) -> TFewTrainer:
     some = members() if some is None else some
     model = model or adapted([member.name for member in some])
-    return FleetTrainer(model, arguments(folder, **options), words.tokenizer(), some, callbacks=callbacks)
+    return TFewTrainer(model, arguments(folder, **options), words.tokenizer(), some, callbacks=callbacks)
 
 
 def alone(folder, member: Member, fields=None, **options) -> TFewTrainer:
     rate = {} if member.learning_rate is None else {"learning_rate": member.learning_rate}
     args = arguments(folder, seed=member.seed, **{**options, **rate})
-    return TFewTrainer(adapted([member.name], **(fields or {})), args, words.tokenizer(), member.task, member.rows)
+    return TFewTrainer(
+        adapted([member.name], **(fields or {})), args, words.tokenizer(), Member(member.task, member.rows)
+    )
 
 
 def distance(a: IA3Model, b: IA3Model, name: str) -> float:
@@ -91,7 +94,7 @@ def test_each_member_ends_where_it_would_have_ended_alone(tmp_path, options, fie
 
 @settings(max_examples=4)
 @given(
-    counts=st.lists(st.integers(2, 20), min_size=1, max_size=2),
+    counts=st.lists(st.integers(2, 20), min_size=2, max_size=3),
     size=st.integers(1, 9),
     seed=st.integers(0, 2**31 - 10),
     steps=st.integers(1, 10),
@@ -108,16 +111,14 @@ def test_each_member_sees_its_rows_in_the_order_of_a_lone_run(tmp_path_factory, 
     words_of = [*words.GOOD, *words.BAD, *words.OTHER]
     rows = [[{"text": words_of[i], "label": ("pos", "neg")[i % 2]} for i in range(count)] for count in counts]
     options = {"per_device_train_batch_size": size}
-    some = [Member(f"m{i}", TWO, rows[i], seed + i) for i in range(len(counts))]
+    some = [Member(TWO, rows[i], f"m{i}", seed + i) for i in range(len(counts))]
     together = fleet(folder, some, steps=steps, **options)
     for member in some:
         seen.clear()
         args = arguments(folder, steps, seed=member.seed, **options)
-        Lone(adapted("m"), args, words.tokenizer(), TWO, member.rows).train()
-        # Named by adapters, where there are several.
-        names = {member.name, None} if len(some) == 1 else {member.name}
+        Lone(adapted("m"), args, words.tokenizer(), Member(TWO, member.rows)).train()
         asked = [[example.questions[0] for example in step] for step in together.train_dataset]
-        assert seen == [[question.prompt for question in step if question.adapter in names] for step in asked]
+        assert seen == [[question.prompt for question in step if question.adapter == member.name] for step in asked]
 
 
 @pytest.mark.parametrize("options", [ADAMW, {}], ids=["adamw", "adafactor"])
@@ -184,7 +185,7 @@ def test_layers_are_computed_again_after_an_evaluation_too(tmp_path):
     """An evaluation leaves the model in a mode in which more may be shared."""
     many = "the tea was good and the soup was not bad and " * 3
     task = Task(name="t", template=many + "{{ text }} answer :", choices=TWO.choices)
-    member = Member("a", task, words.rows(16, seed=1), eval_rows=words.rows(4, seed=2))
+    member = Member(task, words.rows(16, seed=1), "a", eval_rows=words.rows(4, seed=2))
     plain, again = (
         fleet(tmp_path, [member], eval_strategy="steps", eval_steps=2, gradient_checkpointing=checkpointing)
         for checkpointing in (False, True)
@@ -196,7 +197,7 @@ def test_layers_are_computed_again_after_an_evaluation_too(tmp_path):
 
 def test_one_that_diverges_leaves_the_others_alone(tmp_path):
     a, b, *_ = members()
-    broken = Member("c", TWO, words.rows(8), learning_rate=1e200)
+    broken = Member(TWO, words.rows(8), "c", learning_rate=1e200)
     run = fleet(tmp_path, [a, broken, b])
     run.train()
     assert not all(torch.isfinite(parameter).all() for parameter in run.model.adapter_parameters("c"))
@@ -206,11 +207,59 @@ def test_one_that_diverges_leaves_the_others_alone(tmp_path):
         assert distance(run.model, lone.model, member.name) < 1e-7
 
 
-def test_one_member_is_the_trainer_alone_bit_for_bit(tmp_path):
+def test_one_member_with_its_name_seed_and_rate_is_one_with_the_arguments_bit_for_bit(tmp_path):
+    for member in members(names="ab"):
+        model = adapted("x" + member.name)
+        model.set_adapter(member.name)
+        run, lone = fleet(tmp_path, [member], model=model), alone(tmp_path, member)
+        assert run.train().training_loss == lone.train().training_loss
+        assert distance(run.model, lone.model, member.name) == 0
+
+
+@pytest.mark.parametrize("name", [None, "a"])
+def test_one_member_takes_what_transformers_takes(tmp_path, name):
+    """Epochs, accumulated batches, an optimizer; and the caller's arguments stay as they are."""
+    model = adapted("a")
+    options = {"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 2}
+    args = arguments(tmp_path, **options, per_device_train_batch_size=2)
+    optimizers = (torch.optim.SGD(model.adapter_parameters("a"), lr=0.1), None)
+    member = Member(TWO, words.rows(8), name, seed=3, learning_rate=0.2, eval_rows=ROWS)
+    run = TFewTrainer(model, args, words.tokenizer(), member, optimizers=optimizers)
+    run.train()
+    assert run.state.global_step == run.steps_of("a") == 4
+    assert run.evaluate()["eval_loss"] == run.evaluate("a")["eval_loss"] == run.evaluate(ROWS)["eval_loss"]
+    assert not any("loss/" in key for entry in run.state.log_history for key in entry)
+    assert run.args.data_seed == 3 and (args.data_seed, args.learning_rate) == (None, 0.05)
+
+
+def test_one_that_is_not_active_is_trained_all_the_same(tmp_path):
     (member,) = members(names="a")
-    run, lone = fleet(tmp_path, [member]), alone(tmp_path, member)
-    assert run.train().training_loss == lone.train().training_loss
-    assert distance(run.model, lone.model, "a") == 0
+    run, lone = fleet(tmp_path, [member], model=adapted("xa")), alone(tmp_path, member)
+    run.train()
+    lone.train()
+    assert run.model.active_adapters == ["x"] and distance(run.model, lone.model, "a") < 1e-7
+    assert all(torch.equal(vector, torch.ones_like(vector)) for vector in run.model.adapter_parameters("x"))
+
+
+def test_several_that_are_active_are_one_member(tmp_path):
+    model = adapted("ab")
+    model.set_adapter(["a", "b"])
+    TFewTrainer(model, arguments(tmp_path), words.tokenizer(), Member(TWO, ROWS)).train()
+    assert set(model.adapter_folders) == {"a", "b"}
+    for name in "ab":
+        assert not all(torch.equal(vector, torch.ones_like(vector)) for vector in model.adapter_parameters(name))
+
+
+def test_metrics_of_the_callers_own_are_kept(tmp_path):
+    for some in (BOTH[:1], BOTH):
+        some = [replace(member, eval_rows=ROWS) for member in some]
+        run = TFewTrainer(
+            adapted("ab"), arguments(tmp_path), words.tokenizer(), some, compute_metrics=lambda result: {"own": 1.0}
+        )
+        found = run.evaluate()
+        assert [key for key in found if "own" in key] == (
+            ["eval_own"] if len(some) == 1 else ["eval_a_own", "eval_b_own"]
+        )
 
 
 def test_a_fleet_trains_on_one_of_several_devices(tmp_path, monkeypatch):
@@ -227,9 +276,9 @@ def test_a_fleet_trains_on_one_of_several_devices(tmp_path, monkeypatch):
 def test_evaluate_measures_each_member_on_its_own_rows(tmp_path):
     held_out = [words.rows(10, seed=8), words.rows(6, seed=9)]
     some = [
-        Member("a", TWO, words.rows(20), eval_rows=held_out[0]),
-        Member("b", THREE, members()[1].rows, eval_rows=held_out[1]),
-        Member("c", TWO, words.rows(20)),
+        Member(TWO, words.rows(20), "a", eval_rows=held_out[0]),
+        Member(THREE, members()[1].rows, "b", eval_rows=held_out[1]),
+        Member(TWO, words.rows(20), "c"),
     ]
     run = fleet(tmp_path, some, eval_strategy="steps", eval_steps=7)
     run.train()
@@ -259,27 +308,33 @@ def test_rows_of_many_tasks_and_adapters_are_predicted_together(tmp_path):
 
 
 ROWS = words.rows(4)
+BOTH = [Member(TWO, ROWS, "a"), Member(TWO, ROWS, "b")]
 
 
 @pytest.mark.parametrize(
     "some, options, message",
     [
         ([], {}, "at least one member, found none"),
-        ([Member("a", TWO, ROWS), Member("a", THREE, ROWS)], {}, "found 'a' twice"),
-        ([Member("a", TWO, ROWS), Member("z", TWO, ROWS)], {}, "Adapter 'z' does not exist"),
+        ([Member(TWO, ROWS, "a"), Member(THREE, ROWS, "a")], {}, "found 'a' twice"),
+        ([Member(TWO, ROWS, "a"), Member(TWO, ROWS, "z")], {}, "Adapter 'z' does not exist"),
         (
-            [Member("a", TWO, ROWS), Member("b", TWO, ROWS[::2])],
+            [Member(TWO, ROWS, "a"), Member(TWO, ROWS[::2], "b")],
             {},
             "Member 'b': .*at least two labels, found only 'pos'",
         ),
-        ([Member("a", TWO, [{"text": "tea", "label": "maybe"}])], {}, "^Expected a known label.*'maybe'"),
-        ([Member("a", TWO, ROWS, eval_rows=[{"text": "", "label": "pos"}])], {}, "^Expected some text.*row 1"),
-        ([Member("a", TWO, ROWS, learning_rate=0.0)], {}, "Member 'a': expected a learning rate above 0"),
-        ([Member("a", TWO, ROWS, learning_rate=math.nan)], {}, "learning rate above 0"),
-        ([Member("a", TWO, ROWS)], {"gradient_accumulation_steps": 2}, "gradient_accumulation_steps of 1"),
-        ([Member("a", TWO, ROWS)], {"max_steps": -1}, "max_steps above 0"),
-        ([Member("a", TWO, ROWS)], {"train_sampling_strategy": "sequential"}, "train_sampling_strategy"),
-        ([Member("a", TWO, ROWS)], {"dataloader_drop_last": True}, "at least one batch of 8 rows, found 4"),
+        ([Member(TWO, [{"text": "tea", "label": "maybe"}], "a")], {}, "^Expected a known label.*'maybe'"),
+        ([Member(TWO, ROWS, "a", eval_rows=[{"text": "", "label": "pos"}])], {}, "^Expected some text.*row 1"),
+        ([Member(TWO, ROWS, "a", learning_rate=0.0)], {}, "Member 'a': Expected a learning rate above 0"),
+        ([Member(TWO, ROWS, "a", learning_rate=math.nan)], {}, "learning rate above 0"),
+        (BOTH, {"gradient_accumulation_steps": 2}, "gradient_accumulation_steps of 1"),
+        (BOTH, {"max_steps": -1}, "max_steps above 0"),
+        (BOTH, {"train_sampling_strategy": "sequential"}, "train_sampling_strategy"),
+        ([Member(TWO, ROWS, "a")], {"dataloader_drop_last": True}, "at least one batch of 8 rows, found 4"),
+        (BOTH, {"dataloader_drop_last": True}, "Member 'a': Expected at least one batch of 8 rows, found 4"),
+        ([Member(TWO, ROWS, "a"), Member(TWO, ROWS)], {}, "a name for each of 2 members, found 1"),
+        ([BOTH[0], Member(TWO, ROWS[::2], "b", title="tea")], {}, "^'tea': Expected .*at least two labels"),
+        ([TWO], {}, r"Expected a Member or several, found a Task; for example Member\(task, rows\)"),
+        (TWO, {}, "Expected a Member or several, found a Task"),
     ],
 )
 def test_bad_fleets(tmp_path, some, options, message):
@@ -290,11 +345,11 @@ def test_bad_fleets(tmp_path, some, options, message):
 def test_models_that_cannot_be_trained_as_a_fleet(tmp_path):
     model = adapted("a")
     with pytest.raises(InputError, match="found a LlamaForCausalLM"):
-        fleet(tmp_path, [Member("a", TWO, ROWS)], model=tiny.build("llama"))
+        fleet(tmp_path, [Member(TWO, ROWS, "a")], model=tiny.build("llama"))
     optimizers = (torch.optim.SGD(model.parameters()), None)
     with pytest.raises(InputError, match="no `optimizers`"):
         args = arguments(tmp_path)
-        FleetTrainer(model, args, words.tokenizer(), [Member("a", TWO, ROWS)], optimizers=optimizers)
+        TFewTrainer(adapted("ab"), args, words.tokenizer(), BOTH, optimizers=optimizers)
     model.merge_adapter()
     with pytest.raises(InputError, match="unmerge_adapter"):
-        fleet(tmp_path, [Member("a", TWO, ROWS)], model=model)
+        fleet(tmp_path, [Member(TWO, ROWS, "a")], model=model)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from ia3 import IA3Config, IA3Model, InputError, Recipe, Scorer, Task
 from ia3.trainer import last_checkpoint
+from ia3.training.examples import collate_examples
 from ia3.training.pretrain import CAP, PRETRAINING, Mixture, MixtureTrainer, likelihood_only
-from ia3.training.trainer import collate_examples
 from support import tiny, words
 
 TOKENIZER = words.tokenizer()
@@ -209,7 +209,7 @@ def test_long_prompts_are_cut_and_counted(tmp_path, caplog):
     [
         ([], "at least, found none"),
         ([(TEAS, words.rows(4)), (SOUPS, words.rows(4)), (TEAS, words.rows(4))], "found 'teas' twice"),
-        ([(TEAS, [])], "Task 'teas': expected labelled rows, found none"),
+        ([(TEAS, [])], "Task 'teas': Expected labelled rows, found none"),
         ([(TEAS, [*words.rows(4), {"text": "tea", "label": "so-so"}])], r"Task 'teas': .*found 'so-so' \(row 5\)"),
         ([(SOUPS, [*words.rows(4), {"text": " ", "label": "pos"}])], r"Task 'soups': .*empty \(row 5\)"),
         ([(TEAS, words.rows(4)), (SOUPS, [{"label": "pos"}])], "Task 'soups': .*names 'text'"),

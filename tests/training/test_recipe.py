@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from ia3 import (
     EarlyStopping,
-    FleetTrainer,
     IA3Config,
     IA3Model,
     InputError,
@@ -20,8 +19,9 @@ from ia3 import (
     TFewTrainer,
 )
 from ia3.trainer import last_checkpoint
+from ia3.training.examples import Example, training_examples
 from ia3.training.recipe import OPTIMIZERS, SCHEDULES
-from ia3.training.trainer import Example, StopAtFloor, training_examples
+from ia3.training.stopping import StopAtFloor
 from support import tiny, words
 
 CHOICES = {"pos": "good", "neg": "not good"}
@@ -115,10 +115,8 @@ class TestRecipe:
     def test_names_that_a_recipe_can_configure(self, tmp_path, field, name):
         recipe = Recipe.create({field: name, "steps": 3})
         adapted = model(["a", "b"])
-        members = [Member("a", TASK, words.rows(8)), Member("b", TASK, words.rows(8), learning_rate=0.02)]
-        FleetTrainer(
-            adapted, recipe.training_arguments(tmp_path, **OPTIONS), words.tokenizer(), members, recipe
-        ).train()
+        members = [Member(TASK, words.rows(8), "a"), Member(TASK, words.rows(8), "b", learning_rate=0.02)]
+        TFewTrainer(adapted, recipe.training_arguments(tmp_path, **OPTIONS), words.tokenizer(), members, recipe).train()
         assert not torch.equal(vectors(adapted, "a"), vectors(adapted, "b"))
         assert all(torch.isfinite(vectors(adapted, member)).all() for member in "ab")
 
@@ -134,7 +132,7 @@ OPTIONS = {"save_strategy": "no", "disable_tqdm": True, "learning_rate": 0.05}
 def lone(folder, recipe, task=SEVERAL, rows=None, seed=0, kind=TFewTrainer, callbacks=None, **options):
     args = recipe.training_arguments(folder, seed=seed, **{**OPTIONS, **options})
     rows = words.rows(20) if rows is None else rows
-    return kind(model(), args, words.tokenizer(), task, rows, recipe=recipe, callbacks=callbacks)
+    return kind(model(), args, words.tokenizer(), Member(task, rows), recipe, callbacks=callbacks)
 
 
 def vectors(adapted, name="default"):
@@ -254,17 +252,18 @@ class TestAverage:
         args = Recipe(steps=3).training_arguments(
             tmp_path, **{**OPTIONS, **saving, "save_steps": 3, "load_best_model_at_end": True}
         )
-        rows, recipe = words.rows(8), Recipe(steps=3, ema_decay=0.9)
-        run = TFewTrainer(model(), args, words.tokenizer(), SEVERAL, rows, rows, recipe=recipe, callbacks=[snapshots])
+        recipe = Recipe(steps=3, ema_decay=0.9)
+        member = Member(SEVERAL, words.rows(8), eval_rows=words.rows(8))
+        run = TFewTrainer(model(), args, words.tokenizer(), member, recipe, callbacks=[snapshots])
         run.train()
         torch.testing.assert_close(vectors(run.model), snapshots.seen[-1], atol=1e-7, rtol=0)
 
     def test_members_of_a_fleet_average_as_alone(self, tmp_path):
         recipe = FLOOR.changed(ema_decay=0.6)
         rows = {"a": words.rows(20), "b": words.rows(9, seed=4)}
-        members = [Member(name, SEVERAL, some, seed) for seed, (name, some) in enumerate(rows.items())]
+        members = [Member(SEVERAL, some, name, seed) for seed, (name, some) in enumerate(rows.items())]
         args = recipe.training_arguments(tmp_path / "fleet", **OPTIONS)
-        together = FleetTrainer(model("ab"), args, words.tokenizer(), members, recipe)
+        together = TFewTrainer(model("ab"), args, words.tokenizer(), members, recipe)
         together.train()
         for seed, (name, some) in enumerate(rows.items()):
             alone = lone(tmp_path / name, recipe, rows=some, seed=seed)
@@ -281,7 +280,7 @@ class TestEarlyStopping:
     def test_training_ends_when_the_loss_has_stayed_at_its_floor(self, tmp_path):
         run, seen = lone(tmp_path, FLOOR), []
         add = run.stopping.add
-        run.stopping.add = lambda terms: (seen.append(terms[None]), add(terms))  # type: ignore[method-assign]
+        run.stopping.add = lambda terms: (seen.append(terms["default"]), add(terms))  # type: ignore[method-assign]
         run.train()
         means = [sum(seen[i - 3 : i]) / 3 for i in range(3, len(seen) + 1)]
         assert 3 < run.state.global_step < 60 and len(seen) == run.state.global_step
@@ -290,7 +289,7 @@ class TestEarlyStopping:
     def test_the_term_that_is_looked_at_is_the_length_normalized_one(self, tmp_path):
         only = FLOOR.changed(likelihood=0.0, unlikelihood=0.0, steps=1)
         run, seen = lone(tmp_path, only), []
-        run.stopping.add = lambda terms: seen.append(terms[None])  # type: ignore[method-assign]
+        run.stopping.add = lambda terms: seen.append(terms["default"])  # type: ignore[method-assign]
         run.train()
         assert seen == pytest.approx([run.state.log_history[0]["loss"]], rel=1e-3)
 
@@ -302,7 +301,7 @@ class TestEarlyStopping:
     @pytest.mark.parametrize("cut_at", [5, 9])
     def test_members_of_a_fleet_stop_as_alone_also_when_resumed(self, tmp_path, cut_at):
         rows = {"a": words.rows(20), "b": words.rows(9, seed=4), "c": words.rows(20, seed=2)}
-        members = [Member(name, SEVERAL, some, seed) for seed, (name, some) in enumerate(rows.items())]
+        members = [Member(SEVERAL, some, name, seed) for seed, (name, some) in enumerate(rows.items())]
         saving = {"save_strategy": "steps", "save_steps": 4}
 
         class Stop(transformers.TrainerCallback):
@@ -312,7 +311,7 @@ class TestEarlyStopping:
 
         def fleet(callbacks=None):
             args = FLOOR.training_arguments(tmp_path / "fleet", **{**OPTIONS, **saving})
-            return FleetTrainer(model("abc"), args, words.tokenizer(), members, FLOOR, callbacks=callbacks)
+            return TFewTrainer(model("abc"), args, words.tokenizer(), members, FLOOR, callbacks=callbacks)
 
         with pytest.raises(KeyboardInterrupt):
             fleet([Stop()]).train()
@@ -331,7 +330,7 @@ class TestEarlyStopping:
     @pytest.mark.parametrize("kind", ["alone", "fleet"])
     def test_a_run_that_goes_on_from_where_it_stopped_makes_no_step(self, tmp_path, kind):
         recipe = Recipe(steps=12, early_stopping=EarlyStopping(floor=50, steps=3))
-        members = [Member(name, SEVERAL, words.rows(20)) for name in "ab"]
+        members = [Member(SEVERAL, words.rows(20), name) for name in "ab"]
 
         saving = {"save_strategy": "steps", "save_steps": 3}
 
@@ -339,7 +338,7 @@ class TestEarlyStopping:
             if kind == "alone":
                 return lone(tmp_path / folder, recipe, **saving)
             args = recipe.training_arguments(tmp_path / folder, **{**OPTIONS, **saving})
-            return FleetTrainer(model("ab"), args, words.tokenizer(), members, recipe)
+            return TFewTrainer(model("ab"), args, words.tokenizer(), members, recipe)
 
         whole, resumed = make("whole"), make("resumed")
         whole.train()
@@ -367,13 +366,13 @@ class TestEarlyStopping:
 
     @given(st.lists(st.floats(0, 2), max_size=30), st.floats(0.1, 2), st.integers(1, 5))
     def test_the_rule(self, losses, floor, steps):
-        stop = StopAtFloor(EarlyStopping(floor=floor, steps=steps), [None])
+        stop = StopAtFloor(EarlyStopping(floor=floor, steps=steps), ["default"])
         control, state = transformers.TrainerControl(), transformers.TrainerState()
         ended = None
         for step, loss in enumerate(losses, 1):
             state.global_step = step
-            stop.add({None: loss / 2})
-            stop.add({None: loss / 2})
+            stop.add({"default": loss / 2})
+            stop.add({"default": loss / 2})
             stop.on_step_end(None, state, control)
             if control.should_training_stop and ended is None:
                 ended = step

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import ia3
-from ia3 import FleetTrainer, IA3Config, Member, PeftModel, Recipe, Task, TFewTrainer, get_peft_model
+from ia3 import IA3Config, Member, PeftModel, Recipe, Task, TFewTrainer, get_peft_model
 from ia3.adapter.pretrained import load_base
 from ia3.cli import main
 from ia3.folder import AdapterFolder
@@ -31,7 +31,7 @@ def trained(base, folder, **options):
     model, tokenizer = load_base(str(base))
     model = get_peft_model(model, IA3Config(task_type="CAUSAL_LM"))
     arguments = RECIPE.training_arguments(folder, save_steps=2, disable_tqdm=True, **options)
-    run = TFewTrainer(model, arguments, tokenizer, TASK, words.rows(16), recipe=RECIPE)
+    run = TFewTrainer(model, arguments, tokenizer, Member(TASK, words.rows(16)), RECIPE)
     run.train()
     return run
 
@@ -71,7 +71,7 @@ class TestTrainedInPython:
         from ia3.serve.store import Store, read_settings
 
         store = Store(run, base="model")
-        assert {"saved", "whole", "checkpoint-2"} <= store._found.keys()
+        assert {"saved", "whole", "checkpoint-2"} <= store.found.keys()
         settings = read_settings(str(run / "saved"))
         assert settings.task is not None and settings.recipe == RECIPE and not settings.calibrated
 
@@ -87,9 +87,9 @@ def test_members_of_a_fleet_have_a_task_each(base, tmp_path):
     model, tokenizer = load_base(str(base))
     model = ia3.IA3Model(model, {name: IA3Config(task_type="CAUSAL_LM") for name in ("one", "two")})
     tasks = {name: TASK.model_copy(update={"name": name}) for name in ("one", "two")}
-    members = [Member(name, task, words.rows(8, seed=i)) for i, (name, task) in enumerate(tasks.items())]
+    members = [Member(task, words.rows(8, seed=i), name) for i, (name, task) in enumerate(tasks.items())]
     arguments = RECIPE.training_arguments(tmp_path / "run", save_strategy="no", disable_tqdm=True)
-    FleetTrainer(model, arguments, tokenizer, members, RECIPE).train()
+    TFewTrainer(model, arguments, tokenizer, members, RECIPE).train()
     model.save_pretrained(tmp_path)
     for name, task in tasks.items():
         assert AdapterFolder(tmp_path / name).required_task() == task
@@ -104,7 +104,7 @@ def test_training_on_counts_rows_of_both_trainings(base, tmp_path):
     model = PeftModel.from_pretrained(model, tmp_path / "first", is_trainable=True)
     arguments = RECIPE.training_arguments(tmp_path / "run", save_strategy="no", disable_tqdm=True)
     more = [{"text": "the soup was stale and the cake", "label": "neg"}, {"text": "the tea is fresh", "label": "pos"}]
-    TFewTrainer(model, arguments, tokenizer, TASK, more, recipe=RECIPE).train()
+    TFewTrainer(model, arguments, tokenizer, Member(TASK, more), RECIPE).train()
     model.save_pretrained(tmp_path / "second")
     seen = AdapterFolder(tmp_path / "second").seen()
     assert seen is not None and all(map(seen, [*words.rows(16), *more]))

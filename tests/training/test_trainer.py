@@ -135,7 +135,7 @@ def test_other_devices_in_sight_change_nothing(tmp_path, monkeypatch):
 
 
 def test_evaluate_gives_loss_and_the_tasks_metrics(tmp_path):
-    run = trainer(tmp_path, eval_dataset=words.rows(10, seed=5))
+    run = trainer(tmp_path, eval_rows=words.rows(10, seed=5))
     found = run.evaluate()
     predicted = [p.label for p in predict(run.model, words.tokenizer(), TASK, words.rows(10, seed=5))]
     expected = TASK.metrics([row["label"] for row in words.rows(10, seed=5)], predicted)

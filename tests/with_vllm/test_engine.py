@@ -36,7 +36,7 @@ if importlib.util.find_spec("vllm") is not None:
 
 def test_without_vllm_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(InputError, match=r"--engine vllm needs vLLM.*docs/vllm.md"):
+    with pytest.raises(InputError, match=r"VllmEngine needs vLLM.*docs/vllm.md"):
         asyncio.run(VllmEngine("anything").start())
 
 
@@ -75,8 +75,18 @@ def test_an_adapters_error_is_told_without_what_processes_put_around_it(message)
 
     engine = VllmEngine("anything")
     engine._engine, engine._adapters["a"] = Refusing(), None
-    with pytest.raises(AdapterFailed, match=r"^Adapter 'a' does not fit; don't use it\.$"):
+    with pytest.raises(AdapterFailed, match=r"^Adapter 'a' does not fit; don't use it\.$") as error:
         asyncio.run(engine._request("a"))
+    assert error.value.owner == "Adapter 'a'"
+
+
+def test_scores_stand_in_the_callers_order(monkeypatch):
+    async def following(text, tokens, adapter):
+        return {token: -float(token) for token in tokens}
+
+    engine, question = VllmEngine("anything"), Question([5], [[6], [7, 8]], order=(1, 0))
+    monkeypatch.setattr(engine, "_next", following)
+    assert asyncio.run(engine.score([ScoreJob(None, question, 0.0)])) == [[-15.0, -6.0]]
 
 
 @pytest.fixture(scope="module")

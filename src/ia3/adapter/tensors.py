@@ -79,11 +79,13 @@ def check_tensors(
         adapter_name: for the message.
         buffers: which of them may be infinite, as masks are.
     """
+    owner = f"Adapter {brief(adapter_name)}"
     missing, surplus = sorted(set(expected) - set(found)), sorted(set(found) - set(expected), key=str)
     if missing or surplus:
         raise InputError(
-            f"Adapter {brief(adapter_name)} does not fit this model: expected {len(expected)} tensors, found "
-            f"{len(found)}; missing: {shown(missing, 3)}; surplus: {shown(surplus, 3)}. Is it for another base model?"
+            f"does not fit this model: expected {len(expected)} tensors, found {len(found)}; missing: {shown(missing, 3)}; "
+            f"surplus: {shown(surplus, 3)}. Is it for another base model?",
+            owner=owner,
         )
     wrong = [
         f"{key} is {brief(tuple(found[key].shape))}, expected {tuple(value.shape)}"
@@ -93,12 +95,12 @@ def check_tensors(
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise InputError(
-            f"Adapter {brief(adapter_name)} has other shapes than this model: {'; '.join(wrong[:3])}{more}. Is it for "
-            f"another base model?"
+            f"has other shapes than this model: {'; '.join(wrong[:3])}{more}. Is it for another base model?",
+            owner=owner,
         )
     problem = wrong_values(found, {key: value.dtype for key, value in expected.items()}, buffers)
     if problem:
-        raise InputError(f"Adapter {brief(adapter_name)} holds {problem}; train it again.")
+        raise InputError(f"holds {problem}", "train it again", owner=owner)
 
 
 def check_vector(name: str, tensor: torch.Tensor) -> None:

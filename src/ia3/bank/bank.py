@@ -217,11 +217,12 @@ class AdapterBank:
     ) -> tuple[torch.Tensor, dict[str, int]]:
         # Only the writer may wait for others' leases while it has one.
         with self._writing():
-            for position, name in enumerate(names):
+            for number, name in enumerate(names, 1):
                 if name != BASE and not self._is_known(name):
                     raise InputError(
-                        f"Unknown adapter {brief(name)} for row {position}; {similar(str(name), self.names)}. Load or "
-                        f"register it first."
+                        f"Unknown adapter {brief(name)}",
+                        f"{similar(str(name), self.names)}. Load or register it first",
+                        row=number,
                     )
             self._resident.require_room(distinct)
             rows = self._resident.hold(distinct, lease)

@@ -24,7 +24,7 @@ from ia3.adapter.rules import find_rule
 from ia3.adapter.stored import StoredAdapter
 from ia3.adapter.targets import Target, base_modules, matches
 from ia3.adapter.tensors import PREFIX, Tensors, check_tensors
-from ia3.errors import InputError, brief, excerpt, shown
+from ia3.errors import InputError, about, brief, excerpt, shown
 from ia3.files import WEIGHTS_NAME, current, read_whole, reading
 
 T = TypeVar("T")
@@ -203,17 +203,18 @@ class Layout:
             data = file.read()
         if data in self._known_configs:
             return
-        try:
+        owner = f"Adapter {brief(name)}"
+        with about(owner):
             config = IA3Config.from_json(data, path)
-        except InputError as error:
-            raise InputError(f"Adapter {brief(name)} cannot be loaded: {error}") from error
         named = config.feedforward_modules
         if named is not None:  # else the shapes tell
             wrong = [path for path, side in self._sides.items() if matches(path, named) is not side]
             if wrong:
                 raise InputError(
-                    f"Adapter {brief(name)} rescales another side (input, output) than the bank at {shown(wrong, 3)}: its "
-                    f"feedforward_modules are {brief(sorted(named) if isinstance(named, set) else named)}. Use another bank."
+                    f"rescales another side (input, output) than the adapters here at {shown(wrong, 3)}: its "
+                    f"feedforward_modules are {brief(sorted(named) if isinstance(named, set) else named)}",
+                    "keep it apart from them",
+                    owner=owner,
                 )
         _remember(self._known_configs, data)
 

@@ -37,6 +37,10 @@ app.command("serve")(serve.serve)
 app.add_typer(tasks.app, name="tasks")
 
 
+# Options that are not called as the arguments that they give.
+_OPTIONS = {"per_label": "--examples-per-label", "source": "--data"}
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"ia3 {__version__}")
@@ -51,7 +55,8 @@ class _Notices(logging.Handler):
         self._said: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.say(record.getMessage())
+        message, argument = record.getMessage(), getattr(record, "argument", None)
+        self.say(message if argument is None else f"{message.removesuffix('.')} ({_option(argument)}).")
 
     def say(self, message: object, *_: Any) -> None:
         line = f"ia3: {' '.join(str(message).split())}"
@@ -96,7 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(arguments)
     except InputError as error:
-        _fail(str(error))
+        _fail(error.worded(_option))
     except OSError as error:
         # A full disk, a folder that may not be written: the user's to mend, like bad input.
         where = f" ({excerpt(str(error.filename))})" if error.filename else ""
@@ -105,6 +110,11 @@ def main(arguments: list[str] | None = None) -> None:
         if not _is_failed_write(error):
             raise
         _fail(f"Cannot write a file: {reason(error)}; is the disk full? What was saved before is still whole.")
+
+
+def _option(argument: str) -> str:
+    """The option that gives an argument of the package."""
+    return _OPTIONS.get(argument, f"--{argument.replace('_', '-')}")
 
 
 def _is_failed_write(error: Exception) -> bool:

@@ -93,6 +93,10 @@ def predict(
     else:
         names, known = None, {"": AdapterFolder(adapter)}
         task = known[""].required_task()
+        if data is None and len(task.columns) != 1:
+            raise InputError(
+                f"Expected rows with the columns {shown(task.columns, 20)}, found texts alone; give a file: --data."
+            )
         rows = read(data, task, delimiter) if data else as_rows(texts, task)
         tasks = [task] * len(rows)
     for number, (task, row) in enumerate(zip(tasks, rows, strict=True), 1):
@@ -159,12 +163,12 @@ def _adapter_of_each(folder: Path, rows: Sequence[Row], column: str) -> list[str
     for number, row in enumerate(rows, 1):
         if column not in row:
             raise InputError(
-                f"Expected a column {column!r} (row {number}), found {shown(row, 20)}; see --adapter-column."
+                f"Expected a column {column!r}, found {shown(row, 20)}", "see --adapter-column", row=number
             )
         name = "" if row[column] is None else str(row[column]).strip()
         if name not in there:
             raise InputError(
-                f"Row {number}: there is no adapter {brief(name)} in {str(folder)!r}; {similar(name, there)}."
+                f"Expected an adapter in {str(folder)!r}, found {brief(name)}", similar(name, there), row=number
             )
         names.append(name)
     return names

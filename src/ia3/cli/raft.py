@@ -24,7 +24,7 @@ from ia3.cli.common import (
     require_folder,
     table,
 )
-from ia3.errors import InputError, shown
+from ia3.errors import InputError, about, shown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -70,10 +70,8 @@ def raft(
         raise InputError(f"Expected different tasks with commas between them for --tasks, found {tasks!r}.")
     chosen = {name: RaftTask.load(name, data, delimiter) for name in names}
     for name, one in chosen.items():
-        try:
+        with about(f"Cannot cross-validate on RAFT's {name} (--folds {folds})"):
             fold_of_each(one.task, one.train, folds, seed)
-        except InputError as error:
-            raise InputError(f"Cannot cross-validate on RAFT's {name} (--folds {folds}): {error}") from error
     plan = recipe_for(model, recipe, init=init)
     for name, one in chosen.items():
         if len(one.train) != TRAIN_ROWS:

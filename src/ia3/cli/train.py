@@ -36,7 +36,7 @@ from ia3.cli.common import (
     saying_how_to_go_on,
 )
 from ia3.cli.results import print_fleet_table, print_table
-from ia3.errors import InputError, brief, shown
+from ia3.errors import InputError, about, brief, shown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -197,10 +197,8 @@ def _check_folds(trials: Sequence[Trial], folds: int) -> None:
     from ia3.evaluation.calibration import fold_of_each
 
     for trial in trials:
-        try:
+        with about(f"{trial.titled('Cannot cross-validate')} (--folds {folds})"):
             fold_of_each(trial.task, trial.examples, folds, trial.seed)
-        except InputError as error:
-            raise InputError(f"{trial.titled('Cannot cross-validate')} (--folds {folds}): {error}") from error
 
 
 def folder_of(root: str, name: str) -> Path:

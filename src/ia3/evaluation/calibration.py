@@ -206,7 +206,8 @@ def cross_validate(
     from ia3.adapter.pretrained import task_type
     from ia3.evaluation.prediction import predict
     from ia3.scoring.family import base_of
-    from ia3.training.fleet import FleetTrainer, Member
+    from ia3.training.members import Member
+    from ia3.training.trainer import TFewTrainer
 
     rows = as_rows(rows, task)
     each = fold_of_each(task, rows, folds, seed)
@@ -223,11 +224,11 @@ def cross_validate(
                     model.load_adapter(recipe.init, name, is_trainable=True)
                 added.append(name)
             members = [
-                Member(name, task, [row for row, its in zip(rows, by_fold, strict=True) if its != name], seed)
+                Member(task, [row for row, its in zip(rows, by_fold, strict=True) if its != name], name, seed)
                 for name in names
             ]
             arguments = recipe.training_arguments(output_dir, seed=seed, save_strategy="no", disable_tqdm=True)
-            trainer = FleetTrainer(model, arguments, tokenizer, members, recipe)
+            trainer = TFewTrainer(model, arguments, tokenizer, members, recipe)
             trainer.silence()
 
             class Steps(TrainerCallback):

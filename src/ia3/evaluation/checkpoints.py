@@ -85,7 +85,9 @@ def checkpoint_of(checkpoints: Path, settings: dict[str, Any], parts: str) -> st
 
     found = last_checkpoint(checkpoints) if checkpoints.is_dir() else None
     if found is None:
-        raise InputError(f"Expected a checkpoint in {str(checkpoints)!r}, found none; start anew without --resume.")
+        raise InputError(
+            f"Expected a checkpoint in {str(checkpoints)!r}, found none", "start anew without", argument="resume"
+        )
     require_same(checkpoints / RUN_NAME, settings, parts)
     return found
 
@@ -96,13 +98,14 @@ def require_same(path: Path, settings: dict[str, Any], parts: str = "") -> None:
         earlier = read_json(path)
     except InputError as error:
         raise InputError(
-            f"Expected the interrupted run's settings in {str(path)!r}; start anew without --resume."
+            f"Expected the interrupted run's settings in {str(path)!r}", "start anew without", argument="resume"
         ) from error
     different = _differences(earlier, json.loads(json.dumps(settings)), parts)
     if different:
         raise InputError(
-            f"Expected the settings of the interrupted run, found another {shown(different)}; repeat its options, or "
-            f"start anew without --resume."
+            f"Expected the settings of the interrupted run, found another {shown(different)}",
+            "repeat its settings, or start anew without",
+            argument="resume",
         )
 
 

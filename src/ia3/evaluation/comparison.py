@@ -77,7 +77,9 @@ class Comparison:
         if not self.reads_examples:
             if counts:
                 raise InputError(
-                    f"Expected no --shots for {type(self.base).__name__}: a classifier cannot read examples."
+                    f"Expected no shots for {type(self.base).__name__}: a classifier cannot read examples",
+                    "leave out",
+                    argument="shots",
                 )
             return {}
         wanted = counts or [count for count in USUAL_SHOTS if count <= len(self.examples)]
@@ -89,8 +91,10 @@ class Comparison:
                 found[count] = some
             elif counts is not None:
                 raise InputError(
-                    f"Expected --shots that fit into the model's context with the longest test row, found {count}, of "
-                    f"which {fit} fit; ask for fewer."
+                    f"Expected shots that fit into the model's context with the longest test row, found {count}, of which "
+                    f"{fit} fit",
+                    "ask for fewer",
+                    argument="shots",
                 )
         return found
 

@@ -20,8 +20,8 @@ from ia3.scoring.question import row_length
 from ia3.scoring.scorer import Scorer
 from ia3.task.rows import as_rows
 from ia3.task.task import Task
+from ia3.training.examples import training_examples
 from ia3.training.losses import tfew_loss
-from ia3.training.trainer import training_examples
 
 if TYPE_CHECKING:
     from torch import nn
@@ -167,7 +167,8 @@ def example_flops(model: IA3Model, tokenizer: PreTrainedTokenizerBase, task: Tas
     trained, and no gradient is left.
 
     Args:
-        model, tokenizer, task, rows, recipe: as of `TFewTrainer`.
+        model, tokenizer, recipe: as of `TFewTrainer`.
+        task, rows: as of its `Member`.
     """
     scorer = Scorer(model, tokenizer)
     examples = training_examples(scorer, task, rows, recipe, seed=0)

@@ -124,7 +124,7 @@ class Raft:
             "majority": majority_metrics(task, [task.label(row) for row in one.train]),
             "seconds": round(time.perf_counter() - started, 2),
             "train_seconds": round(train_seconds, 2),
-            "train_loss": trained[f"train_loss/{_ADAPTER}"],
+            "train_loss": trained["train_loss"],
             "recipe": recipe.name,
             "steps": trainer.steps_of(_ADAPTER),
             "seed": self.seed,

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ia3.errors import InputError
 from ia3.evaluation.checkpoints import interruptible
 from ia3.evaluation.progress import Progress, Stage, training_stages
 from ia3.evaluation.results import majority_metrics, median_metrics, save_trained
@@ -21,8 +20,8 @@ if TYPE_CHECKING:
     from ia3.evaluation.calibration import Calibration
     from ia3.evaluation.experiment import Experiment, Trial
     from ia3.task.task import Row, Task
-    from ia3.training.fleet import FleetTrainer
     from ia3.training.recipe import Recipe
+    from ia3.training.trainer import TFewTrainer
 
 Scores = dict[str, float]
 
@@ -43,7 +42,8 @@ class Running:
         with progress.waiting("Loading the model …"):
             from transformers import set_seed
 
-            from ia3.training.fleet import FleetTrainer, Member
+            from ia3.training.members import Member
+            from ia3.training.trainer import TFewTrainer
 
             base, self.tokenizer = load_base(experiment.model, self.trials[0].task.labels, experiment.dtype)
             # Names in the model may hold neither the dots nor the slashes that names of folders may.
@@ -63,20 +63,20 @@ class Running:
         )
         set_seed(seed)
         members = [
-            Member(self.adapters[trial.name], trial.task, trial.examples, trial.seed, trial.learning_rate)
+            Member(
+                trial.task,
+                trial.examples,
+                self.adapters[trial.name],
+                trial.seed,
+                trial.learning_rate,
+                title=trial.name,
+            )
             for trial in self.trials
         ]
-        titles = {f"loss/{self.adapters[trial.name]}": trial.titled("Training") for trial in self.trials}
-        callbacks = [training_stages(progress, titles)]
-        try:
-            self.trainer = FleetTrainer(
-                self.model, arguments, self.tokenizer, members, self.recipe, callbacks=callbacks
-            )
-        except InputError as error:  # says whose rows do not fit
-            text = str(error)
-            for name, adapter in self.adapters.items():
-                text = text.replace(f"Member {adapter!r}", repr(name))
-            raise InputError(text) from error
+        self.trainer = TFewTrainer(self.model, arguments, self.tokenizer, members, self.recipe)
+        logged = {trial.name: self.trainer.logged_as(self.adapters[trial.name]) for trial in self.trials}
+        titles = {logged[trial.name]: trial.titled("Training") for trial in self.trials}
+        self.trainer.add_callback(training_stages(progress, titles))
         self.trainer.silence()
 
     # The steps.
@@ -108,7 +108,7 @@ class Running:
         adapter, several = self.adapters[trial.name], len(self.trials) > 1
         return _measured(trial, zero_shot, trained, self.experiment.all_templates) | {
             "train_seconds": round(seconds, 2),
-            "train_loss": metrics[f"train_loss/{adapter}"],
+            "train_loss": metrics[f"train_{self.trainer.logged_as(adapter)}"],
             "recipe": self.recipe.name,
             "steps": self.trainer.steps_of(adapter),
             "seed": trial.seed,
@@ -283,14 +283,14 @@ def train_alone(
     recipe: Recipe,
     seed: int,
     folder: Path | str,
-) -> tuple[FleetTrainer, Scores, float]:
+) -> tuple[TFewTrainer, Scores, float]:
     """Train a model's active adapter as an `Experiment` does, without checkpoints.
 
     Args:
         progress: told of the steps.
         title: of its stage.
         model: what `with_adapters` makes of a base model.
-        tokenizer, task, rows, recipe, seed: as of `FleetTrainer` and its `Member`.
+        tokenizer, task, rows, recipe, seed: as of `TFewTrainer` and its `Member`.
         folder: the trainer's; nothing is written to it.
 
     Returns:
@@ -298,15 +298,13 @@ def train_alone(
     """
     from transformers import set_seed
 
-    from ia3.training.fleet import FleetTrainer, Member
+    from ia3.training.members import Member
+    from ia3.training.trainer import TFewTrainer
 
-    [adapter] = model.active_adapters
     arguments = recipe.training_arguments(folder, seed=seed, save_strategy="no", disable_tqdm=True)
     set_seed(seed)
-    callbacks = [training_stages(progress, {f"loss/{adapter}": title})]
-    trainer = FleetTrainer(
-        model, arguments, tokenizer, [Member(adapter, task, rows, seed)], recipe, callbacks=callbacks
-    )
+    callbacks = [training_stages(progress, {"loss": title})]
+    trainer = TFewTrainer(model, arguments, tokenizer, Member(task, rows), recipe, callbacks=callbacks)
     trainer.silence()
     started = time.perf_counter()
     metrics = trainer.train().metrics

@@ -41,20 +41,21 @@ class Encoder(Family):
     def _answers(
         self, choices: Sequence[Sequence[str]], names: Sequence[Sequence[str]] | None
     ) -> list[list[list[int]]]:
-        self._check(choices)
         if names is None:
             return [[[index] for index in range(len(texts))] for texts in choices]
         return [[[place] for place in self._places(its)] for its in names]
 
-    def _check(self, choices: Sequence[Sequence[str]]) -> None:
+    def _check(self, choices: Sequence[Sequence[str]], numbers: Sequence[int | None]) -> None:
         """Raise `InputError` unless all prompts have the same choices, as many as the classifier has labels."""
+        super()._check(choices, numbers)
         kind, config = type(self.base).__name__, self.base.config
-        for i, texts in enumerate(choices):
+        for number, texts in zip(numbers, choices, strict=True):
             if list(texts) != list(choices[0]):
                 raise InputError(
                     f"Expected the same answer choices for all prompts, as a {kind} has fixed labels, found "
-                    f"{shown(choices[0])} for prompt 0 and {shown(texts)} for prompt {i}; take a generative model for "
-                    f"choices that differ."
+                    f"{shown(choices[0])} first and {shown(texts)} here",
+                    "take a generative model for choices that differ",
+                    row=number,
                 )
             if len(texts) != config.num_labels:
                 raise InputError(

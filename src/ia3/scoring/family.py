@@ -117,6 +117,7 @@ class Family(ABC):
         tokens: Sequence[Sequence[int]],
         choices: Sequence[Sequence[str]],
         labels: Sequence[int | None] | None = None,
+        numbers: Sequence[int | None] | None = None,
         names: Sequence[Sequence[str]] | None = None,
         room: int | None = None,
     ) -> list[Question]:
@@ -127,6 +128,7 @@ class Family(ABC):
             tokens: those of each, as of `prompt_tokens`.
             choices: the answer choices of each.
             labels: the index of each prompt's right choice.
+            numbers: those of the prompts' rows, for errors; None: 1, 2, ….
             names: what the choices of each prompt are called, where a classifier's head knows them by name; None: the
                 choices are the head's labels, in its order.
             room: how many tokens (prompt + choice; prompt alone, where there is an encoder) there are positions for;
@@ -139,25 +141,23 @@ class Family(ABC):
             raise InputError(
                 f"Expected a list of prompts and as many lists of choices, found {len(prompts)} and {len(choices)}."
             )
-        for i, texts in enumerate(choices):
-            if isinstance(texts, str) or not len(texts):
-                raise InputError(f"Expected a list of answer choices for prompt {i}, found {brief(texts)}.")
+        numbers = range(1, len(prompts) + 1) if numbers is None else numbers
+        self._check(choices, numbers)
         questions, shortened = [], 0
         for i, (text, texts, answers) in enumerate(zip(prompts, choices, self._answers(choices, names), strict=True)):
+            number = numbers[i]
             if not all(answers):
-                raise InputError(
-                    f"Expected answer choices with at least one token, found {brief(texts[answers.index([])])} for "
-                    f"prompt {i}."
-                )
+                empty = texts[answers.index([])]
+                raise InputError(f"Expected answer choices with at least one token, found {brief(empty)}.", row=number)
             prompt, first, last = self._framed(list(tokens[i]), text)
             if len(prompt) <= (first + last if self.has_encoder else 0):
-                raise InputError(f"Expected a prompt with at least one token, found {brief(text)} (prompt {i}).")
+                raise InputError(f"Expected a prompt with at least one token, found {brief(text)}.", row=number)
             if room is not None:
                 longest = max(map(len, answers))
                 most = room - (0 if self.has_encoder else longest)
                 if most < 1 or longest > room:
                     raise InputError(
-                        f"Expected choices shorter than {room} tokens, found one of {longest} (prompt {i})."
+                        f"Expected choices shorter than {room} tokens, found one of {longest}.", row=number
                     )
                 if len(prompt) > most:
                     shortened += 1
@@ -168,12 +168,19 @@ class Family(ABC):
             order = tuple(sorted(range(len(answers)), key=answers.__getitem__))
             right = None if labels is None else labels[i]
             label = None if right is None else order.index(right)
-            questions.append(Question(prompt, [answers[index] for index in order], label, order=order))
+            choices_in_order = [answers[index] for index in order]
+            questions.append(Question(prompt, choices_in_order, label, order=order, row=number))
         if shortened:
             logger.warning(
                 "%d prompts are longer than the model's %d tokens and lose their beginning.", shortened, room
             )
         return questions
+
+    def _check(self, choices: Sequence[Sequence[str]], numbers: Sequence[int | None]) -> None:
+        """Raise `InputError` for choices that are none."""
+        for number, texts in zip(numbers, choices, strict=True):
+            if isinstance(texts, str) or not len(texts):
+                raise InputError(f"Expected a list of answer choices, found {brief(texts)}.", row=number)
 
     @functools.cached_property
     def _special(self) -> set[int]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ia3.errors import InputError, brief, shown
 from ia3.scoring.tokens import continuations
 from ia3.task import sandbox
-from ia3.task.template import at_row, is_missing, items_of
+from ia3.task.template import is_missing, items_of
 from ia3.task.wording import Wording
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def answer_lengths(tokenizer: PreTrainedTokenizerBase, wordings: Sequence[Wordin
     lengths: dict[tuple[str, ...], int] = {}
     found = []
     for wording in wordings:
-        where, separator = at_row(wording.number), wording.task.separator
+        separator, number = wording.task.separator, wording.number
         texts = tuple(separator + text for text in wording.answers.values())
         if texts not in lengths:
             sandbox.checkpoint()
@@ -57,11 +57,12 @@ def answer_lengths(tokenizer: PreTrainedTokenizerBase, wordings: Sequence[Wordin
             encoded = continuations(tokenizer, texts)
             for text, tokens in zip(wording.answers.values(), map(tuple, encoded), strict=True):
                 if not tokens:
-                    raise InputError(f"The answer {brief(text)} has no tokens in this model's tokenizer{where}.")
+                    raise InputError(f"The answer {brief(text)} has no tokens in this model's tokenizer.", row=number)
                 if tokens in seen:
                     raise InputError(
-                        f"The answers {brief(seen[tokens], 80)} and {brief(text, 80)} are the same to this model's tokenizer"
-                        f"{where}; choose other words."
+                        f"The answers {brief(seen[tokens], 80)} and {brief(text, 80)} are the same to this model's tokenizer",
+                        "choose other words",
+                        row=number,
                     )
                 seen[tokens] = text
             lengths[texts] = max(map(len, seen))
@@ -102,8 +103,9 @@ def fitted(
         if long_prompts == "refuse":
             size = f"one of more than {most_characters(room)} characters" if its is None else len(its)
             raise InputError(
-                f"Expected prompts of at most {room} tokens, found {size}{at_row(wording.number)}; shorten the row, or let "
-                f"the recipe truncate (long_prompts)."
+                f"Expected prompts of at most {room} tokens, found {size}",
+                "shorten the row, or let the recipe truncate (long_prompts)",
+                row=wording.number,
             )
         found.append(_cut(wording, tokens_of, room))
     return found
@@ -180,8 +182,9 @@ def _cut(wording: Wording, tokens_of: Callable[[Sequence[str]], list[Tokens]], r
             return Fitted(text, tokens_of([text])[0], name)
         shorter[name] = whole[:0]
     raise InputError(
-        f"Expected a prompt of at most {room} tokens, found more{at_row(wording.number)} even without {shown(names)}; use a "
-        f"shorter template, or name more columns to truncate."
+        f"Expected a prompt of at most {room} tokens, found more even without {shown(names)}",
+        "use a shorter template, or name more columns to truncate",
+        row=wording.number,
     )
 
 

@@ -110,10 +110,12 @@ class Prefix:
         tokens: Sequence[Sequence[int]],
         choices: Sequence[Sequence[str]],
         labels: Sequence[int | None] | None = None,
+        numbers: Sequence[int | None] | None = None,
     ) -> list[Question]:
         """As `Family.ask`, with the tokens of `prompt_tokens`."""
         room = self.room if isinstance(self._family, Decoder) else self._family.max_length
-        return self._family.ask([self.separator + prompt for prompt in prompts], tokens, choices, labels, room=room)
+        texts = [self.separator + prompt for prompt in prompts]
+        return self._family.ask(texts, tokens, choices, labels, numbers, room=room)
 
     def batches(
         self, family: Family, questions: Sequence[Question], batch_tokens: int

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,7 @@ class Question:
             say it, or none does.
         order: for each of `choices`, its index in the caller's list; None: the same.
         cut: the column whose end was cut off, so that the prompt fits; None: the row is whole.
+        row: the number of its row, for errors.
     """
 
     prompt: list[int]
@@ -29,10 +33,18 @@ class Question:
     adapter: str | None = None
     order: tuple[int, ...] | None = None
     cut: str | None = field(default=None, compare=False)
+    row: int | None = field(default=None, compare=False)
 
     def listed(self, index: int) -> int:
         """A choice's index in the caller's list."""
         return index if self.order is None else self.order[index]
+
+    def as_listed(self, values: Iterable[T]) -> list[T]:
+        """What there is for each of `choices`, in the order of the caller's list."""
+        values = list(values)
+        if self.order is None:
+            return values
+        return [value for _, value in sorted(zip(self.order, values, strict=True), key=lambda pair: pair[0])]
 
 
 class Tree:

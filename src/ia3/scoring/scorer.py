@@ -147,10 +147,11 @@ class Scorer:
             labels = [list(its).index(wording.label) for its, wording in zip(answers, wordings, strict=True)]
         texts = [[wording.task.separator + text for text in wording.answers.values()] for wording in wordings]
         prompts, tokens = [one.prompt for one in fits], [one.tokens for one in fits]
+        numbers = [wording.number for wording in wordings]
         if prefix is not None:
-            questions = prefix.ask(prompts, tokens, texts, labels)
+            questions = prefix.ask(prompts, tokens, texts, labels, numbers)
         else:
-            questions = family.ask(prompts, tokens, texts, labels, [list(its) for its in answers], limit)
+            questions = family.ask(prompts, tokens, texts, labels, numbers, [list(its) for its in answers], limit)
         return [
             question if fit.cut is None else replace(question, cut=fit.cut)
             for question, fit in zip(questions, fits, strict=True)
@@ -253,11 +254,12 @@ class Scorer:
                 scores = normalized_scores(self.log_probs(batch), batch["mask"], length_normalization).cpu()
                 for row, index in zip(scores, group, strict=True):
                     question = questions[index]
-                    results[index] = torch.empty(len(question.choices))
-                    results[index][list(question.order or range(len(question.choices)))] = row[: len(question.choices)]
+                    results[index] = torch.tensor(question.as_listed(row[: len(question.choices)].tolist()))
                     if not torch.isfinite(results[index]).all():
                         raise InputError(
-                            f"The model gives NaN or infinite scores (prompt {index}); is the adapter or the base broken?"
+                            "The model gives NaN or infinite scores",
+                            "is the adapter or the base broken?",
+                            row=question.row or index + 1,
                         )
                 if on_progress is not None:
                     on_progress(group)

@@ -124,7 +124,8 @@ class Engine(Protocol):
         ...
 
     async def score(self, jobs: Sequence[ScoreJob]) -> list[list[float]]:
-        """For each job Σ_t log p(y_t | x, y_<t) / T^power of each of `question.choices`, in their order.
+        """For each job Σ_t log p(y_t | x, y_<t) / T^power of each choice, in the order in which the caller listed them (see
+        `Question.as_listed`).
 
         Jobs of different calls and different adapters share batches.
 

@@ -37,9 +37,9 @@ def adapter_failure(bank: AdapterBank, adapter: str | None) -> AdapterFailed | N
     try:
         bank.gather([adapter or BASE])
     except Exception as error:  # also of a file that may not be read, JSON that is too deep, a disk that is full
-        return AdapterFailed(
-            str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {reason(error)}"
-        )
+        if isinstance(error, InputError):
+            return AdapterFailed(error.message, error.advice, owner=error.owner)
+        return AdapterFailed(f"{type(error).__name__}: {reason(error)}")
     return None
 
 
@@ -53,6 +53,7 @@ class Text:
         sizes: of the prompt, and of what is read with it, see `groups_of_sizes`.
         turn: when it begins, see `turn_of`.
         tokens: how many it comes to at most, with its prompt.
+        count: how many have been chosen.
     """
 
     def __init__(self, job: GenerateJob, tell: Callable[[Piece | Exception], None]) -> None:
@@ -62,7 +63,7 @@ class Text:
         self.sizes = len(job.prompt), 0
         self.turn = turn_of(tokens=len(job.prompt))
         self.tokens = len(job.prompt) + job.max_tokens
-        self._count = 0
+        self.count = 0
         self._stream: DecodeStream | None = None
         self._along = ""  # see `_said`
         self._held = ""  # it may be the beginning of a stop text
@@ -74,8 +75,8 @@ class Text:
 
     def take(self, logits: torch.Tensor, tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> int | None:
         """Choose the next token by its logits (vocabulary,), and tell what it says; None when it was the last."""
-        token = self._choose(logits.float().cpu())
-        self._count += 1
+        token = self.choose(logits.float().cpu())
+        self.count += 1
         stopped = token in ends
         text = self._held + ("" if stopped else self._said(token, tokenizer))
         found = [place for place in map(text.find, self.job.stop) if place >= 0]
@@ -84,10 +85,10 @@ class Text:
         else:
             held = 0 if stopped else self._possible_stop(text)
             text, self._held = text[: len(text) - held], text[len(text) - held :]
-        if not stopped and self._count >= self.job.max_tokens:
-            self.tell(Piece(text + self._held, self._count, "length"))
+        if not stopped and self.count >= self.job.max_tokens:
+            self.tell(Piece(text + self._held, self.count, "length"))
             return None
-        self.tell(Piece(text, self._count, "stop" if stopped else None))
+        self.tell(Piece(text, self.count, "stop" if stopped else None))
         return None if stopped else token
 
     def _said(self, token: int, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -106,7 +107,8 @@ class Text:
             said, self._along = said.removeprefix(self._along), ""
         return said
 
-    def _choose(self, logits: torch.Tensor) -> int:
+    def choose(self, logits: torch.Tensor) -> int:
+        """The next token, by its logits (vocabulary,)."""
         if not torch.isfinite(logits).all():
             raise InputError("The model gives NaN or infinite scores; is the adapter or the base broken?")
         if self.job.temperature == 0:
@@ -193,6 +195,9 @@ class Decoder:
         model: its bank has the jobs' adapters.
         tokenizer: the model's.
         observe: see `Engine.observe`.
+
+    Attributes:
+        ends: tokens that end a text.
     """
 
     def __init__(
@@ -205,18 +210,28 @@ class Decoder:
         self._joins = _joinable(DynamicCache(config=base.config))  # type: ignore[arg-type]
         ends = getattr(base.generation_config, "eos_token_id", None)
         found = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
-        self._ends = {token for token in found if token is not None}
+        self.ends = {token for token in found if token is not None}
         self._groups: dict[int, _Group] = {}
+
+    @property
+    def texts(self) -> list[Text]:
+        """Those under way."""
+        return [text for group in list(self._groups.values()) for text in group.texts]
 
     @property
     def running(self) -> int:
         """How many texts are under way."""
-        return sum(len(group.texts) for group in self._groups.values())
+        return len(self.texts)
+
+    @property
+    def held(self) -> int:
+        """Keys and values, padding included, that texts under way hold: rows times columns."""
+        return sum(group.mask.numel() for group in list(self._groups.values()))
 
     def columns(self, more: Iterable[Text] = ()) -> int:
         """Keys and values, padding included, that texts under way and these may come to hold: rows times the longest."""
         tokens: dict[int, list[int]] = {}
-        for text in chain(*(group.texts for group in self._groups.values()), more):
+        for text in chain(self.texts, more):
             tokens.setdefault(self._kind(text), []).append(text.tokens)
         return sum(len(each) * max(each) for each in tokens.values())
 
@@ -315,7 +330,7 @@ class Decoder:
         nexts: list[int | None] = []
         for text, its in zip(group.texts, logits, strict=True):
             try:
-                nexts.append(text.take(its, self._tokenizer, self._ends))
+                nexts.append(text.take(its, self._tokenizer, self.ends))
             except Exception as error:  # of this text alone
                 text.tell(error)
                 nexts.append(None)

@@ -8,7 +8,7 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from heapq import nsmallest
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from ia3.errors import InputError, reason
 from ia3.serve.engine import GenerateJob, Piece, ScoreJob, normalized
@@ -71,7 +71,21 @@ class _Asked:
         return self.call.cancelled
 
 
-_Waiting = TypeVar("_Waiting", "_Asked", "Text")
+_Item = TypeVar("_Item", "_Asked", "Text")
+
+
+class Waiting(NamedTuple):
+    """How much waits for an engine's thread.
+
+    Attributes:
+        orders: functions to call between two batches.
+        questions: to be scored.
+        texts: to be begun.
+    """
+
+    orders: int
+    questions: int
+    texts: int
 
 
 class LocalEngine:
@@ -90,6 +104,10 @@ class LocalEngine:
         cache_tokens: tokens at most, padding included, whose keys and values are kept for texts under way; one text
             may have more.
         dtype: of the model's weights, as `load_base` takes it.
+
+    Attributes:
+        batch: rows of a batch at most; fewer than asked for where the bank has less room.
+        decoder: continues texts, once `start` is done; None where the model continues none.
     """
 
     def __init__(
@@ -112,11 +130,11 @@ class LocalEngine:
         self.observe: Callable[[str, int, int], None] = lambda kind, rows, adapters: None
         self.on_end: Callable[[BaseException], None] = lambda error: None
         self._kinds, self._labels, self._memory = list(kinds), labels, memory
-        self._batch, self._batch_tokens, self._cache_tokens = batch, batch_tokens, cache_tokens
+        self.batch, self._batch_tokens, self._cache_tokens = batch, batch_tokens, cache_tokens
         self._model: IA3Model
         self._scorer: Scorer
         self._bank: AdapterBank | None = None
-        self._decoder: Decoder | None = None
+        self.decoder: Decoder | None = None
         self._thread: threading.Thread | None = None
         # What the thread has to do, under its condition.
         self._changed = threading.Condition()
@@ -128,12 +146,28 @@ class LocalEngine:
         self._waiting: set[Callable[[BaseException], None]] = set()
         self._error: BaseException | None = None
 
+    @property
+    def bank(self) -> AdapterBank:
+        """The adapters, once `start` is done."""
+        assert self._bank is not None
+        return self._bank
+
+    @property
+    def running(self) -> int:
+        """How many texts are under way."""
+        return 0 if self.decoder is None else self.decoder.running
+
+    @property
+    def waiting(self) -> Waiting:
+        """How much waits for the thread."""
+        return Waiting(len(self._orders), len(self._asked), len(self._texts))
+
     # On the event loop.
 
     async def start(self) -> None:
         loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._run, args=(loop,), name="ia3-model", daemon=True)
-        loaded = asyncio.ensure_future(self._order(self._load))
+        loaded = asyncio.ensure_future(self.between_batches(self._load))
         self._thread.start()
         await loaded
 
@@ -187,27 +221,27 @@ class LocalEngine:
     async def add(self, key: str, folder: str, check: bool) -> None:
         def read() -> None:
             try:
-                bank = self._bank_of()
+                bank = self.bank
                 bank.load(folder, key) if check else bank.link(folder, key)
             except InputError:
                 raise
             except Exception as error:  # a file that may not be read, JSON that is too deep
                 raise InputError(f"This adapter cannot be read: {reason(error)}.") from error
 
-        await self._order(read)
+        await self.between_batches(read)
 
     async def keep(self, keys: Sequence[str], change: Callable[[], None]) -> None:
         def changed() -> None:
             for key in keys:
                 with contextlib.suppress(Exception):  # what cannot be read now never could
-                    self._bank_of().gather([key])
+                    self.bank.gather([key])
             # From here on, the bank saves what it has to evict: its folder holds it no more.
             change()
 
-        await self._order(changed)
+        await self.between_batches(changed)
 
     async def drop(self, key: str) -> None:
-        await self._order(lambda: self._bank_of().delete(key))
+        await self.between_batches(lambda: self.bank.delete(key))
 
     def statistics(self) -> dict[str, Any]:
         if self._bank is None:
@@ -215,8 +249,8 @@ class LocalEngine:
         found = self._bank.statistics
         return {name: getattr(found, name) for name in ("resident", "hits", "misses", "evictions")}
 
-    async def _order(self, function: Callable[[], _Result]) -> _Result:
-        """Have the thread call a function, between batches."""
+    async def between_batches(self, function: Callable[[], _Result]) -> _Result:
+        """What a function gives that the model's thread calls between two batches."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[_Result] = loop.create_future()
 
@@ -273,19 +307,15 @@ class LocalEngine:
             except InputError:
                 if number == len(kinds) - 1:
                     raise
-        capacity = self._bank_of().statistics.capacity
-        self._batch = self._batch if capacity is None else min(self._batch, capacity)
+        capacity = self.bank.statistics.capacity
+        self.batch = self.batch if capacity is None else min(self.batch, capacity)
         self.context_length = self._scorer.max_length
         self.generates = family == "CAUSAL_LM" and hasattr(self.tokenizer, "backend_tokenizer")
         if self.generates:
-            self._decoder = Decoder(self._model, self.tokenizer, self.observe)
+            self.decoder = Decoder(self._model, self.tokenizer, self.observe)
             size = min(_TRIED_TOKENS, (self.context_length or _TRIED_TOKENS) - 2)
             trial = Question([i % len(self.tokenizer) for i in range(size)], [[0, 1], [1, 0]])
             self._scorer.score([trial], adapter_names=[BASE])
-
-    def _bank_of(self) -> AdapterBank:
-        assert self._bank is not None  # orders come after `start`
-        return self._bank
 
     def _run(self, loop: asyncio.AbstractEventLoop) -> None:
         try:
@@ -296,7 +326,7 @@ class LocalEngine:
     def _work(self) -> None:
         while True:
             with self._changed:
-                while not (self._orders or self._asked or self._texts or self._running() or self._stopping):
+                while not (self._orders or self._asked or self._texts or self.running or self._stopping):
                     self._changed.wait()
                 if self._stopping:
                     return
@@ -306,40 +336,37 @@ class LocalEngine:
             batch = self._next_batch()
             if batch:
                 self._answer(batch)
-            if self._decoder is not None:
-                self._decoder.begin(self._next_texts(self._decoder))
-                if self._decoder.running:
-                    self._decoder.step()
-
-    def _running(self) -> int:
-        return 0 if self._decoder is None else self._decoder.running
+            if self.decoder is not None:
+                self.decoder.begin(self._next_texts(self.decoder))
+                if self.decoder.running:
+                    self.decoder.step()
 
     def _next_batch(self) -> list[_Asked]:
-        return self._out_of(self._asked, self._first(self._asked, self._batch))
+        return self._out_of(self._asked, self._first(self._asked, self.batch))
 
     def _next_texts(self, decoder: Decoder) -> list[Text]:
         """Those for which there is room beside the texts under way; of one alone there is nothing to wait for."""
         texts: list[Text] = []
-        for text in self._first(self._texts, self._batch - decoder.running):
+        for text in self._first(self._texts, self.batch - decoder.running):
             if (texts or decoder.running) and decoder.columns([*texts, text]) > self._cache_tokens:
                 break
             texts.append(text)
         return self._out_of(self._texts, texts)
 
-    def _first(self, queue: deque[_Waiting], most: int) -> list[_Waiting]:
+    def _first(self, queue: deque[_Item], most: int) -> list[_Item]:
         """What comes next (see `turn_of`), and others of similar length, in their order."""
         from ia3.scoring.batch import groups_of_sizes
 
         with self._changed:
             left = (one for one in queue if not one.cancelled)
-            waiting = nsmallest(_LOOK_AHEAD * self._batch, left, key=lambda one: one.turn)
+            waiting = nsmallest(_LOOK_AHEAD * self.batch, left, key=lambda one: one.turn)
         if not waiting or most < 1:
             return []
         groups = groups_of_sizes([one.sizes for one in waiting], self._batch_tokens)
         chosen = sorted(next(group for group in groups if 0 in group))[:most]
         return [waiting[index] for index in chosen]
 
-    def _out_of(self, queue: deque[_Waiting], taken: list[_Waiting]) -> list[_Waiting]:
+    def _out_of(self, queue: deque[_Item], taken: list[_Item]) -> list[_Item]:
         """Take these, and all that nobody waits for any more, out of a queue, to which others may have been added."""
         its = set(map(id, taken))
         with self._changed:
@@ -359,7 +386,7 @@ class LocalEngine:
                 for one in batch:
                     self._answer([one])
             else:
-                batch[0].call.fail(adapter_failure(self._bank_of(), batch[0].job.adapter) or error)
+                batch[0].call.fail(adapter_failure(self.bank, batch[0].job.adapter) or error)
 
     def _score(self, batch: list[_Asked]) -> None:
         from ia3.adapter.rows import BASE
@@ -372,9 +399,8 @@ class LocalEngine:
         results = []
         for asked, found in zip(batch, sums, strict=True):
             question, power = asked.job.question, asked.job.length_normalization
-            scores = [float(found[question.listed(i)]) for i in range(len(question.choices))]
-            lengths = map(len, question.choices)
-            results.append([normalized(*each, power) for each in zip(scores, lengths, strict=True)])
+            lengths = question.as_listed(map(len, question.choices))
+            results.append([normalized(*each, power) for each in zip(found.tolist(), lengths, strict=True)])
         # Only now: had one failed, all would be asked once more.
         for asked, result in zip(batch, results, strict=True):
             asked.call.give(asked.index, result)

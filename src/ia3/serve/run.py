@@ -173,7 +173,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listening.setblocking(False)
     except OSError as error:
         raise InputError(
-            f"Cannot listen at {host}:{port}: {reason(error)}; choose another --port or --host."
+            f"Cannot listen at {host}:{port}: {reason(error)}", "choose another host, or", argument="port"
         ) from error
     return listening
 

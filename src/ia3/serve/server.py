@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fastapi import Request
 from starlette.exceptions import HTTPException
 
-from ia3.errors import InputError
+from ia3.errors import InputError, about
 from ia3.scoring.fitting import most_characters
 from ia3.serve.adapter import Adapter, Settings
 from ia3.serve.engine import AdapterFailed, Engine, GenerateJob, Piece, ScoreJob
@@ -58,6 +58,7 @@ class Server:
     Attributes:
         metrics: what is counted.
         on_failure: called when the model cannot be loaded, or its engine has ended: there is nothing left to serve.
+        worker: renders and tokenizes.
         ready: the model is loaded and runs, and the server is not shutting down.
     """
 
@@ -83,7 +84,7 @@ class Server:
         engine.observe, engine.on_end = self.metrics.batch, self.fail
         self.on_failure: Callable[[BaseException], None] = lambda error: None
         self.started = self.closing = self.failed = False
-        self._worker = Worker(lambda check: bounded(self._most_characters(), check))
+        self.worker = Worker(lambda check: bounded(self._most_characters(), check))
 
     @property
     def ready(self) -> bool:
@@ -104,7 +105,7 @@ class Server:
 
     async def stop(self) -> None:
         """When no request is left."""
-        self._worker.stop()
+        self.worker.stop()
         await self.engine.stop()
 
     def require_started(self) -> None:
@@ -114,7 +115,7 @@ class Server:
 
     async def blocking(self, function: Callable[..., _Result], *args: Any, characters: int = 0) -> _Result:
         """Call what renders or tokenizes so many characters on the thread that does so."""
-        return await self._worker.call(characters, function, *args)
+        return await self.worker.call(characters, function, *args)
 
     def _most_characters(self) -> int | None:
         """Of a prompt, where that is the server's to say: longer ones are refused. None: the task's recipe says what is
@@ -158,11 +159,11 @@ class Server:
             close = self.store.close_to(name, self.engine.name)
             raise UnknownAdapter(f"There is no model {name[:100]!r}; {close}.") from None
 
-    def check_tokens(self, tokens: int, what: str) -> None:
-        """Raises `Problem` (422) for a prompt that is too long."""
+    def check_tokens(self, tokens: int) -> None:
+        """Raises `TooLong` for a prompt that has more than so many."""
         most = self.limits.text_tokens
         if most is not None and tokens > most:
-            raise Problem(422, f"Expected {what} of at most {most} tokens, found {tokens}.", "too_long")
+            raise TooLong(f"Expected prompts of at most {most} tokens, found {tokens}.")
 
     # Classification.
 
@@ -191,8 +192,9 @@ class Server:
         wordings = [task.wording(rows[index], index + 1) for index in indices]
         questions = self.engine.questions(wordings, recipe)
         labels = [list(wording.answers) for wording in wordings]
-        for index, question in zip(indices, questions, strict=True):
-            self.check_tokens(len(question.prompt), f"prompts (row {index + 1})")
+        for question in questions:
+            with about(row=question.row):
+                self.check_tokens(len(question.prompt))
         return [ScoreJob(key, question, recipe.length_normalization) for question in questions], labels
 
     def _predictions(
@@ -207,10 +209,8 @@ class Server:
         from ia3.evaluation.prediction import Prediction
 
         found: list[Prediction] = []
-        for job, names, values in zip(jobs, labels, scores, strict=True):
-            by_label = {names[job.question.listed(i)]: value for i, value in enumerate(values)}
-            listed = {name: by_label[name] for name in names}
-            found.append(Prediction.of(listed, temperature, body.abstain_below))
+        for names, values in zip(labels, scores, strict=True):
+            found.append(Prediction.of(dict(zip(names, values, strict=True)), temperature, body.abstain_below))
         return {
             "adapter": None if body.without_adapter else adapter.name,
             "task": adapter.name,
@@ -279,7 +279,7 @@ class Server:
             raise Problem(400, f"Expected max_tokens of at most {most}, found {wanted}.", "too_long")
         made = []
         for prompt in prompts:
-            self.check_tokens(len(prompt), "prompts")
+            self.check_tokens(len(prompt))
             room = most if context is None else context - len(prompt)
             if room < (wanted or 1):
                 raise Problem(

@@ -77,16 +77,21 @@ class Store:
 
     Args:
         root: the folder whose subfolders are the adapters; relative paths are their names.
-        most: how many adapters there may be.
+        max_adapters: how many adapters there may be.
         base: the base model's name as served, which no adapter can have.
+
+    Attributes:
+        root: the folder's real path.
+        max_adapters: how many adapters there may be.
+        found: name → folder and stamp of those that were there when the store was made.
 
     Raises:
         InputError: too many adapters, or the root is an adapter itself.
     """
 
-    def __init__(self, root: str | os.PathLike, most: int = 20_000, base: str = "") -> None:
+    def __init__(self, root: str | os.PathLike, max_adapters: int = 20_000, base: str = "") -> None:
         self.root = os.path.realpath(root)
-        self._most, self._base = most, base
+        self.max_adapters, self._base = max_adapters, base
         if (current(self.root) / CONFIG_NAME).is_file():
             raise InputError(
                 f"Expected a folder whose subfolders are the adapters, found an adapter in {str(root)!r}; give the folder "
@@ -100,12 +105,12 @@ class Store:
         self._changing = asyncio.Lock()
         self._version = 0
         self._clean()
-        self._found = self._scan()
+        self.found = self._scan()
 
     def kinds(self, base_model: str) -> list[IA3Config]:
         """The different configs of adapters, the most frequent first, but those for models of other names last."""
         found: dict[str, tuple[IA3Config, list[bool]]] = {}
-        for folder, _ in self._found.values():
+        for folder, _ in self.found.values():
             with contextlib.suppress(InputError, RecursionError, OSError):
                 config = IA3Config.from_pretrained(folder)
                 # A model's folder may have moved since.
@@ -117,7 +122,7 @@ class Store:
 
     def labels(self) -> list[str] | None:
         """The labels of the first adapter's task, which a classifier's head has; None where there is none. Blocks."""
-        for folder, _ in self._found.values():
+        for folder, _ in self.found.values():
             task = read_settings(folder).task
             return None if task is None else task.labels
         return None
@@ -126,7 +131,7 @@ class Store:
         """Give the engine, which has started, what was found. The log names what cannot be served."""
         async with self._changing:
             self._engine = engine
-            for name, (folder, stamp) in self._found.items():
+            for name, (folder, stamp) in self.found.items():
                 try:
                     await self._serve(name, folder, stamp, check=False)
                 except InputError as error:
@@ -210,7 +215,7 @@ class Store:
                     done["changed" if name in before else "added"].append(name)
                 except InputError as error:
                     if name in before:  # it goes on as it was
-                        logger.warning("Adapter %r is not reloaded: %s", name, error)
+                        logger.warning("Adapter %r is not reloaded: %s", name, error.worded(owned=False))
                     else:
                         self._refuse(name, error)
                     done["failed"].append(name)
@@ -327,9 +332,8 @@ class Store:
     # Under the lock.
 
     def _refuse(self, name: str, error: InputError) -> None:
-        """Note why an adapter is not served, in words for clients: without folders, keys and banks."""
-        why = re.sub(rf"Adapter '{re.escape(name)}@\d+' (cannot be loaded: )?", "", str(error))
-        why = why.replace(" than the bank at ", " than this server's adapters at ").removesuffix(" Use another bank.")
+        """Note why an adapter is not served, in words for clients: without folders."""
+        why = error.worded(owned=False)
         base = self._engine_of().name
         with contextlib.suppress(InputError, RecursionError, OSError):
             own = Path(IA3Config.from_pretrained(self._folder(name)).base_model_name_or_path or base).name
@@ -370,11 +374,20 @@ class Store:
         return adapter
 
     async def _prepare(self, name: str, folder: str, check: bool) -> Adapter:
-        if name not in self._adapters and len(self._adapters) >= self._most:
-            raise Conflict(f"Expected at most {self._most} adapters; remove one first, or start with --max-adapters.")
+        if name not in self._adapters and len(self._adapters) >= self.max_adapters:
+            raise Conflict(
+                f"Expected at most {self.max_adapters} adapters",
+                "remove one first, or start the server with a larger",
+                argument="max_adapters",
+            )
         self._version += 1
         adapter = Adapter(name, f"{name}@{self._version}", folder, ())
-        await self._engine_of().add(adapter.key, folder, check)
+        try:
+            await self._engine_of().add(adapter.key, folder, check)
+        except InputError as error:
+            if error.owner is not None:
+                error.owner = f"Adapter {name!r}"  # the engine knows its key
+            raise
         return adapter
 
     def _replace(self, adapter: Adapter) -> None:
@@ -430,8 +443,10 @@ class Store:
                 skipped.append(name)
         if skipped:
             logger.warning("Not served, by their names, as links, or without %s: %s", WEIGHTS_NAME, shown(skipped))
-        if len(found) > self._most:
-            raise InputError(f"Expected at most {self._most} adapters, found {len(found)}; give --max-adapters.")
+        if len(found) > self.max_adapters:
+            raise InputError(
+                f"Expected at most {self.max_adapters} adapters, found {len(found)}", "give", argument="max_adapters"
+            )
         return found
 
     def _clean(self) -> None:

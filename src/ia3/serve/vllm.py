@@ -97,8 +97,8 @@ class VllmEngine:
             from vllm.v1.engine.async_llm import AsyncLLM
         except ImportError as error:
             raise InputError(
-                f"--engine vllm needs vLLM, which cannot be imported here ({reason(error)}); docs/vllm.md says how to "
-                f"install it."
+                f"VllmEngine needs vLLM, which cannot be imported here ({reason(error)})",
+                "docs/vllm.md says how to install it",
             ) from error
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -164,7 +164,7 @@ class VllmEngine:
         found = {0: await self._next(text(0), follow.pop(0), adapter)}
         others = await _together([self._next(text(node), tokens, adapter) for node, tokens in follow.items()])
         found.update(zip(follow, others, strict=True))
-        return [
+        scores = [
             normalized(
                 sum(found[node][token] for node, token in zip(path, choice, strict=True)),
                 len(choice),
@@ -172,6 +172,7 @@ class VllmEngine:
             )
             for choice, path in zip(question.choices, tree.paths, strict=True)
         ]
+        return question.as_listed(scores)
 
     async def _next(self, text: list[int], tokens: set[int], adapter: Any) -> dict[int, float]:
         """The log-probabilities of these tokens behind a text."""
@@ -185,7 +186,7 @@ class VllmEngine:
                 for entry in output.outputs[0].logprobs or ():
                     found.update({token: entry[token].logprob for token in some})
         if len(found) < len(asked) or not all(value <= 0 for value in found.values()):  # NaN is not
-            raise InputError("The model gives scores that are not numbers; is the adapter or the base broken?")
+            raise InputError("The model gives scores that are not numbers", "is the adapter or the base broken?")
         return found
 
     async def _generate(self, text: Sequence[int], sampling: Any, adapter: Any) -> AsyncGenerator[Any, None]:
@@ -238,7 +239,7 @@ class VllmEngine:
                 await self._request(key)
             except AdapterFailed as error:  # which is about a job
                 del self._adapters[key]
-                raise InputError(_FOLDERS.sub("", str(error))) from error
+                raise InputError(_FOLDERS.sub("", error.message), owner=error.owner) from error
 
     async def _request(self, key: str | None) -> Any:
         """vLLM's request for an adapter, which it has read once: what it refuses then would end it later."""
@@ -255,7 +256,9 @@ class VllmEngine:
             await asyncio.shield(self._loading[key])
         except Exception as error:
             self._loading.pop(key, None)
-            raise AdapterFailed(_WRAPPED.sub(r"\1", reason(error))) from error
+            owner, said = f"Adapter {key!r}", _WRAPPED.sub(r"\1", reason(error))
+            message = said.removeprefix(f"{owner} ").removeprefix(f"{owner}: ")
+            raise AdapterFailed(message, owner=owner if message != said else None) from error
         return self._adapters[key]
 
     async def keep(self, keys: Sequence[str], change: Callable[[], None]) -> None:

@@ -62,6 +62,11 @@ class Worker:
         finally:
             left.set()
 
+    @property
+    def waiting(self) -> int:
+        """How much work has not begun."""
+        return self._waiting.qsize()
+
     def stop(self) -> None:
         """End the thread, after what it is doing."""
         self._waiting.put((-1.0, next(self._numbers), None))

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ia3.errors import InputError, brief, shown, similar
+from ia3.errors import InputError, about, brief, shown, similar
 from ia3.files import replacing
 from ia3.task.reading import read_rows
 from ia3.task.task import Row, Task
@@ -73,23 +73,22 @@ class RaftTask:
         files = (f"{source}/{name}/{file}" for file in ("train.csv", "test_unlabeled.csv"))
         train, test = (read_rows(file, delimiter=delimiter) for file in files)
         for what, rows, labelled in (("training", train, True), ("test", test, False)):
-            try:
+            with about(f"RAFT's {name}, {what} rows"):
                 task.check(rows, labelled)
-            except InputError as error:
-                raise InputError(f"RAFT's {name}, {what} rows: {error}") from error
-        _check_ids(name, test)
+        with about(f"RAFT's {name}, test rows"):
+            _check_ids(test)
         return cls(task, list(train), list(test))
 
 
-def _check_ids(name: str, rows: Sequence[Row]) -> None:
+def _check_ids(rows: Sequence[Row]) -> None:
     seen: set[str] = set()
     for number, row in enumerate(rows, 1):
         if _ID not in row:
-            raise InputError(f"RAFT's {name}, test rows: expected a column {_ID!r}, found {shown(row, 20)}.")
+            raise InputError(f"Expected a column {_ID!r}, found {shown(row, 20)}.", row=number)
         value = str(row[_ID]).strip()
         if not value or value in seen:
             found = f"{brief(value)} twice" if value else "an empty one"
-            raise InputError(f"RAFT's {name}, test rows: expected IDs that differ, found {found} (row {number}).")
+            raise InputError(f"Expected IDs that differ, found {found}.", row=number)
         seen.add(value)
 
 

@@ -103,14 +103,18 @@ def require_delimited(delimiter: str | None, *sources: str | None) -> None:
     """Raise `InputError` where a delimiter is given and has no meaning, because none of the sources has one."""
     if delimiter is not None and not any(source is not None and is_delimited(source) for source in sources):
         found = shown(source for source in sources if source is not None)
-        raise InputError(f"Expected a .csv or .tsv file with a delimiter (--delimiter), found {found}; leave it out.")
+        raise InputError(
+            f"Expected a .csv or .tsv file with a delimiter, found {found}", "leave out", argument="delimiter"
+        )
 
 
 def as_delimiter(text: str) -> str:
     """A delimiter as a character, of a character or a name such as "tab"; anything else is an `InputError`."""
     found = {**_DELIMITERS, "\\t": "\t"}.get(text.lower(), text)
     if len(found) != 1 or found in '"\r\n':
-        raise InputError(f"Expected a delimiter of one character, such as ';', or 'tab', found {text!r} (--delimiter).")
+        raise InputError(
+            f"Expected a delimiter of one character, such as ';', or 'tab', found {text!r}", argument="delimiter"
+        )
     return found
 
 
@@ -167,7 +171,8 @@ def _from_csv(path: Path, delimiter: str | None) -> list[dict[str, Any]]:
     if delimiter is None:
         delimiter = delimiter_of(path)
         if delimiter != _USUAL[path.suffix.lower()]:
-            logger.warning("Columns of %r are separated by %s (--delimiter).", str(path), shown_delimiter(delimiter))
+            said = str(path), shown_delimiter(delimiter)
+            logger.warning("Columns of %r are separated by %s.", *said, extra={"argument": "delimiter"})
     with path.open(encoding="utf-8-sig", newline="") as file:
         if _said(file.readline()) is None:
             file.seek(0)
@@ -183,8 +188,10 @@ def _from_csv(path: Path, delimiter: str | None) -> list[dict[str, Any]]:
             if None in row or None in row.values():
                 found = len(row) - 1 + len(row[None]) if None in row else sum(v is not None for v in row.values())
                 raise InputError(
-                    f"Expected {len(reader.fieldnames or [])} values in each row of {str(path)!r}, found {found} in row "
-                    f"{number}; is a quotation mark missing, or the delimiter not {shown_delimiter(delimiter)} (--delimiter)?"
+                    f"Expected {len(reader.fieldnames or [])} values in each row of {str(path)!r}, found {found}",
+                    f"is a quotation mark missing, or the delimiter not {shown_delimiter(delimiter)}? See",
+                    row=number,
+                    argument="delimiter",
                 )
         return rows
 
@@ -237,7 +244,9 @@ def _downloaded(source: str) -> Path:
         )
     except Exception as error:  # the network, the hub, the name: the user's answer is the same
         why = reason(error) if answers else "the hub cannot be reached"
-        raise InputError(f"Cannot download {brief(source)}: {why}; or give a local copy (--data).") from error
+        raise InputError(
+            f"Cannot download {brief(source)}: {why}", "or give a local copy as", argument="source"
+        ) from error
 
 
 def _from_datasets(source: str, class_names: bool) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ia3.errors import InputError, shown
-from ia3.task.template import Row, at_row
+from ia3.task.template import Row
 
 if TYPE_CHECKING:
     import datasets
@@ -61,7 +61,7 @@ def items_of(rows: Any, task: Task | None = None) -> list[Any]:
 
 
 def as_row(item: Any, task: Task | None = None, number: int | None = None) -> Row:
-    """One row as a dictionary; arguments and errors as of `as_rows`, `number` is the row's place in an error message."""
+    """One row as a dictionary; arguments and errors as of `as_rows`, which are about the row of that number."""
     if isinstance(item, Mapping):
         return item
     if isinstance(item, str):
@@ -70,14 +70,15 @@ def as_row(item: Any, task: Task | None = None, number: int | None = None) -> Ro
             return {columns[0]: item}
         wanted = "its columns" if task is None else f"the columns {shown(columns, 20)}"
         raise InputError(
-            f"Expected a row with {wanted}, found a text alone, {_brief(item)}{at_row(number)}; give a dictionary, column → "
-            f"value, or a file (--data)."
+            f"Expected a row with {wanted}, found a text alone, {_brief(item)}",
+            "give a dictionary, column → value, or read a file with read_rows",
+            row=number,
         )
     pandas = sys.modules.get("pandas")
     if pandas is not None and isinstance(item, pandas.Series):
         return _of_frame(item.to_frame().T)[0]
     raise InputError(
-        f"Expected a row as a dictionary, column → value, or a text, found a {type(item).__name__}{at_row(number)}."
+        f"Expected a row as a dictionary, column → value, or a text, found a {type(item).__name__}.", row=number
     )
 
 

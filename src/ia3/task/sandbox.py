@@ -300,7 +300,10 @@ class Environment(jinja2.sandbox.SandboxedEnvironment):
         for piece in pieces:
             left -= len(piece)
             if left < 0:
-                raise TooLong(f"Expected a text of at most {_WORK.get().characters} characters, found more")
+                raise TooLong(
+                    f"Expected a text of at most {_WORK.get().characters} characters, found more",
+                    "shorten the row or the template",
+                )
             found.append(piece)
         return "".join(found)
 

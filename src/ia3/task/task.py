@@ -25,7 +25,6 @@ from ia3.task.template import (
     Row,
     Template,
     as_text,
-    at_row,
     choices_as_text,
     columns_of,
     is_missing,
@@ -61,19 +60,19 @@ class _UnknownLabel(InputError):
     """A label that is none of the task's."""
 
 
-def _label(value: Any, where: str = "") -> str:
+def _label(value: Any) -> str:
     """A label as text; more than one is refused, and none: as text it would be the class "None" or "nan"."""
     if isinstance(value, (list, tuple, set, dict)):
-        raise InputError(_several(value, where))
+        raise _several(value)
     if value is None or value != value:  # NaN differs from itself
-        raise InputError(f"Expected a label, found none{where}; fill or drop the row.")
+        raise InputError("Expected a label, found none", "fill or drop the row")
     return as_text(value)
 
 
-def _several(found: Any, where: str) -> str:
-    return (
-        f"Expected one label, found {brief(found)}{where}: tasks with several labels a row are not supported; make a "
-        f"yes/no task of each label."
+def _several(found: Any) -> InputError:
+    return InputError(
+        f"Expected one label, found {brief(found)}",
+        "tasks with several labels a row are not supported: make a yes/no task of each label",
     )
 
 
@@ -290,18 +289,21 @@ class Task(BaseModel):
         columns = list(rows[0])
         if template is None and len(columns) < 2:
             raise InputError(
-                f"Expected a column for the text and one for the label, found {shown(columns)}; in a file, another "
-                f"character may separate them (--delimiter)."
+                f"Expected a column for the text and one for the label, found {shown(columns)}",
+                "in a file, another character may separate them: see",
+                argument="delimiter",
             )
-        label_column = _choose(label_column, columns, "label", "label-column", [])
+        label_column = _choose(label_column, columns, "label", "label_column", [])
         if choices is None:
             found = {number: row.get(label_column) for number, row in enumerate(rows, 1)}
             labels = sorted({_label(value) for value in found.values() if not is_missing(value)})
             for number, value in found.items():
                 if str(value).strip().lower() == "nan":  # what is missing, as pandas writes it
                     raise InputError(
-                        f"Expected a label in column {label_column!r}, found {str(value)!r}{at_row(number)}; fill or drop "
-                        f"the row, or name the labels (choices)."
+                        f"Expected a label in column {label_column!r}, found {str(value)!r}",
+                        "fill or drop the row, or name the labels with",
+                        row=number,
+                        argument="choices",
                     )
             if len(labels) < 2:
                 raise InputError(
@@ -311,10 +313,10 @@ class Task(BaseModel):
             choices = {label: verbatim(label.replace("_", " ").strip()) for label in labels}
         if template is None:
             asked = [text_column] if text_column is None or isinstance(text_column, str) else list(text_column)
-            texts = [_choose(each, columns, "text", "text-column", [label_column]) for each in asked]
+            texts = [_choose(each, columns, "text", "text_column", [label_column]) for each in asked]
             if label_column in texts:
                 raise InputError(
-                    f"Expected two columns for text and label, found {label_column!r} for both (--text-column)."
+                    f"Expected two columns for text and label, found {label_column!r} for both", argument="text_column"
                 )
             answers = [choices[label] for label in sorted(choices)]
             template = _made_template(texts, label_column, answers)
@@ -375,21 +377,18 @@ class Task(BaseModel):
         """What stands for all that a model reads of a row, in the first template's words; see `Wording`."""
         return self.wording(row, number).fingerprint
 
-    def known_label(self, row: Row, answers: Mapping[str, str], number: int | None = None) -> str:
+    def known_label(self, row: Row, answers: Mapping[str, str]) -> str:
         """What the label column says, as one of the labels of a row's answers; errors as of `Wording.label`."""
-        where = at_row(number)
         if self.label_column not in row:
             raise InputError(f"Expected a label column {self.label_column!r}, found the columns {shown(row, 20)}.")
-        label = _label(row[self.label_column], where)
+        label = _label(row[self.label_column])
         label = self.aliases.get(label, label)
         if label not in answers:
             several = [part.strip() for part in re.split(r"[,;|/]", label)]
             if len(several) > 1 and all(self.aliases.get(part, part) in answers for part in several):
-                raise InputError(_several(label, where))
-            hint = f"{similar(label, answers)}" if len(answers) > _MOST_LISTED else f"there are {shown(answers, 20)}"
-            raise _UnknownLabel(
-                f"Expected a known label in {self.label_column!r}, found {brief(label)}{where}; {hint}."
-            )
+                raise _several(label)
+            hint = similar(label, answers) if len(answers) > _MOST_LISTED else f"there are {shown(answers, 20)}"
+            raise _UnknownLabel(f"Expected a known label in {self.label_column!r}, found {brief(label)}", hint)
         return label
 
     def check(self, rows: Any, labelled: bool = True) -> None:
@@ -420,7 +419,8 @@ class Task(BaseModel):
             unknown = [label for label in found if self.aliases.get(label, label) not in self.labels]
             if len(unknown) < 2:
                 raise
-            raise InputError(f"{error} Unknown in all rows together: {shown(unknown, 20)}.") from error
+            hint = f"{error.advice}. Unknown in all rows together: {shown(unknown, 20)}"
+            raise InputError(error.message, hint, row=error.row) from error
 
     def metrics(self, labels: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
         """Accuracy, and F1 averaged over the labels that occur: both between 0 and 1."""
@@ -459,8 +459,9 @@ def few_shot(rows: Any, task: Task, per_label: int | None = None, seed: int = 0)
         which = f"{len(scarce)} of {len(by_label)} labels, the fewest for {brief(fewest, 80)}: {scarce[fewest]}"
         if per_label is not None:
             raise InputError(
-                f"Expected {per_label} training examples for each label (--examples-per-label, per_label), found fewer for "
-                f"{which}; ask for fewer, or leave the number out to take what there is."
+                f"Expected {per_label} training examples for each label, found fewer for {which}",
+                "ask for fewer, or take what there is, without",
+                argument="per_label",
             )
         logger.warning("Fewer than %d training examples for %s; all of these are taken.", wanted, which)
     chosen = [row for its in by_label.values() for row in chance.sample(its, min(wanted, len(its)))]
@@ -491,16 +492,17 @@ def _represent_text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
 _Dumper.add_representer(str, _represent_text)
 
 
-def _choose(asked: str | None, columns: list[str], usual: str, option: str, taken: list[str]) -> str:
+def _choose(asked: str | None, columns: list[str], usual: str, argument: str, taken: list[str]) -> str:
     if asked is None:
         rest = [column for column in columns if column not in taken]
         asked = usual if usual in rest else rest[0] if len(rest) == 1 else None
         if asked is None:
+            which = argument.replace("_", " ")
             raise InputError(
-                f"Expected to be told the {option.replace('-', ' ')} (--{option}): the columns are {shown(rest, 20)}."
+                f"Expected to be told the {which}: the columns are {shown(rest, 20)}", "give", argument=argument
             )
     elif asked not in columns:
-        raise InputError(f"Expected a column {asked!r} (--{option}), found the columns {shown(columns, 20)}.")
+        raise InputError(f"Expected a column {asked!r}, found the columns {shown(columns, 20)}", argument=argument)
     return asked
 
 

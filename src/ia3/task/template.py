@@ -126,11 +126,6 @@ def is_missing(value: Any) -> bool:
     return value is None or value != value or not str(value).strip()  # NaN differs from itself
 
 
-def at_row(number: int | None) -> str:
-    """The row's number, for an error message."""
-    return "" if number is None else f" (row {number})"
-
-
 def choices_as_text(value: Any) -> Any:
     """Choices as written in a file: labels and texts as text, a list as its own answers."""
     if isinstance(value, (list, tuple)):
@@ -172,51 +167,40 @@ def columns_of(choices: Choices) -> set[str]:
     return {name for source in sources for name in _columns(source)}
 
 
-def answers_of(choices: Choices, row: Row, number: int | None = None) -> dict[str, str]:
-    """Label → answer text, for a row; `InputError` says which row has none, or two that are the same."""
+def answers_of(choices: Choices, row: Row) -> dict[str, str]:
+    """Label → answer text, for a row. Raises `InputError` where there are none, or two that are the same."""
     if isinstance(choices, dict) and not any(map(has_jinja, choices.values())):
         return choices
-    require(row, columns_of(choices), number)
+    require(row, columns_of(choices))
     if isinstance(choices, dict):
         texts, most = [], sandbox.most_characters()
         for source in choices.values():
             with sandbox.bounded(most - sum(map(len, texts))):  # of all together
-                texts.append(_render(_compiled(source), row, number).strip())
+                texts.append(_render(_compiled(source), row).strip())
     else:
-        texts = [part.strip() for part in _render(_compiled(choices, _LISTS), row, number, _LISTS).split(BAR)]
+        texts = [part.strip() for part in _render(_compiled(choices, _LISTS), row, _LISTS).split(BAR)]
     if len(texts) < 2 or not all(texts) or len(set(texts)) < len(texts):
-        raise InputError(
-            f"Expected at least two answer texts that differ, found {brief(texts)}{at_row(number)}; correct the row."
-        )
+        raise InputError(f"Expected at least two answer texts that differ, found {brief(texts)}", "correct the row")
     labels = choices if isinstance(choices, dict) else map(str, range(len(texts)))
     return dict(zip(labels, texts, strict=True))
 
 
-def _render(
-    template: jinja2.Template,
-    row: Row,
-    number: int | None,
-    environment: sandbox.Environment = _ENVIRONMENT,
-    **seen: Any,
-) -> str:
+def _render(template: jinja2.Template, row: Row, environment: sandbox.Environment = _ENVIRONMENT, **seen: Any) -> str:
     values = {name: _cell(value) for name, value in row.items()}
     try:
         return environment.rendered(template, {**values, "row": values, **seen})
-    except sandbox.TooLong as error:
-        raise sandbox.TooLong(f"{error}{at_row(number)}; shorten the row or the template.") from None
+    except sandbox.TooLong:
+        raise
     except Exception as error:  # a template can do anything wrong that a program can
-        raise InputError(
-            f"Cannot render the template{at_row(number)}: {reason(error)}; the columns are {shown(row, 20)}."
-        ) from error
+        raise InputError(f"Cannot render the template: {reason(error)}", f"the columns are {shown(row, 20)}") from error
 
 
-def require(row: Row, names: Iterable[str], number: int | None = None) -> None:
+def require(row: Row, names: Iterable[str]) -> None:
     """Raise `InputError` when a template names a column that is not there."""
     missing = sorted(name for name in names if name not in row)
     if missing:
         raise InputError(
-            f"The template names {shown(missing)}, but the columns are {shown(row, 20)}{at_row(number)}; correct the "
-            f"template."
+            f"The template names {shown(missing)}, but the columns are {shown(row, 20)}", "correct the template"
         )
 
 
@@ -347,21 +331,20 @@ class Template(BaseModel):
         """Whether the template, and not a label, says which answer is right."""
         return self.target is not None or _says_answer(self.prompt)
 
-    def fill(self, row: Row, number: int | None = None, answers: Iterable[str] = ()) -> str:
+    def fill(self, row: Row, answers: Iterable[str] = ()) -> str:
         """The prompt of a row, which may be empty, without white space at its end.
 
         Args:
             row: column → value.
-            number: the row's place in its file, for an error message.
             answers: the row's answer texts, if the template sees them.
 
         Raises:
             InputError: the template cannot be rendered.
         """
-        return _render(_compiled_prompt(self.prompt), row, number, answer_choices=list(answers)).rstrip()
+        return _render(_compiled_prompt(self.prompt), row, answer_choices=list(answers)).rstrip()
 
-    def right_answer(self, row: Row, number: int | None, answers: Iterable[str]) -> str:
+    def right_answer(self, row: Row, answers: Iterable[str]) -> str:
         """The right answer's text, where the template says it; arguments and errors as of `fill`."""
         whole = self.prompt if self.target is None else self.target
-        text = _render(_compiled(whole), _numbered(row), number, answer_choices=list(answers))
+        text = _render(_compiled(whole), _numbered(row), answer_choices=list(answers))
         return (text.rpartition(BAR)[2] if self.target is None else text).strip()

@@ -7,9 +7,9 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
-from ia3.errors import InputError, brief, shown
+from ia3.errors import InputError, about, brief, shown
 from ia3.task.rows import as_row
-from ia3.task.template import Row, answers_of, at_row, is_missing, require
+from ia3.task.template import Row, answers_of, is_missing, require
 
 if TYPE_CHECKING:
     from ia3.task.task import Task
@@ -21,7 +21,7 @@ class Wording:
     Args:
         task: says what the row means.
         row: column → value; or a text, where the task reads one column.
-        number: the row's place in its file, for an error message.
+        number: the row's place in its file, for errors.
         template: the index of one of the task's templates.
 
     Attributes:
@@ -41,7 +41,8 @@ class Wording:
         Raises:
             InputError: the choices name a column that is not there; a text is empty, or two are the same.
         """
-        return answers_of(self._choices, self._read(self.row), self.number)
+        with about(row=self.number):
+            return answers_of(self._choices, self._read(self.row))
 
     @functools.cached_property
     def prompt(self) -> str:
@@ -50,19 +51,21 @@ class Wording:
         Raises:
             InputError: the template names a column that is not there, or all that it names are empty.
         """
-        where, names = at_row(self.number), self.template.columns
-        require(self.row, names, self.number)
-        if names and all(is_missing(self.row[name]) for name in names):
-            raise InputError(f"Expected some text in {shown(names)}, found it empty{where}; fill or drop the row.")
-        text = self.filled(self.row)
-        if not text:
-            raise InputError(f"The template gives an empty prompt{where}; fill or drop the row.")
-        return text
+        names = self.template.columns
+        with about(row=self.number):
+            require(self.row, names)
+            if names and all(is_missing(self.row[name]) for name in names):
+                raise InputError(f"Expected some text in {shown(names)}, found it empty", "fill or drop the row")
+            text = self.filled(self.row)
+            if not text:
+                raise InputError("The template gives an empty prompt", "fill or drop the row")
+            return text
 
     def filled(self, row: Row) -> str:
         """What the template makes of a row with other cells, such as shorter ones, beside the same answers."""
         answers = self.answers.values() if self.template.sees_answers else ()
-        return self.template.fill(self._read(row), self.number, answers)
+        with about(row=self.number):
+            return self.template.fill(self._read(row), answers)
 
     @functools.cached_property
     def label(self) -> str:
@@ -71,15 +74,14 @@ class Wording:
         Raises:
             InputError: the column is missing, the label is not known, or there are several.
         """
-        if not self.template.says_answer:
-            return self.task.known_label(self.row, self.answers, self.number)
-        text = self.template.right_answer(self.row, self.number, self.answers.values())
-        found = {answer: label for label, answer in self.answers.items()}
-        if text not in found:
-            raise InputError(
-                f"Expected a right answer of {shown(found, 20)}, found {brief(text)}{at_row(self.number)}."
-            )
-        return found[text]
+        with about(row=self.number):
+            if not self.template.says_answer:
+                return self.task.known_label(self.row, self.answers)
+            text = self.template.right_answer(self.row, self.answers.values())
+            found = {answer: label for label, answer in self.answers.items()}
+            if text not in found:
+                raise InputError(f"Expected a right answer of {shown(found, 20)}, found {brief(text)}.")
+            return found[text]
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -6,8 +6,7 @@ import functools
 import logging
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +15,13 @@ from torch import nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import TrainingArguments
 
-from ia3.errors import InputError, shown
+from ia3.errors import InputError, about, shown
 from ia3.scoring.question import Question
 from ia3.scoring.scorer import Scorer
 from ia3.task.rows import as_rows
+from ia3.training.choices import ChoiceTrainer
+from ia3.training.examples import Example
 from ia3.training.recipe import Recipe
-from ia3.training.trainer import Example, TFewTrainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,10 +85,10 @@ class Mixture(Dataset):
         self.scorer, self.recipe, self.seed = scorer, recipe, seed
         self.tasks: list[tuple[Task, list[Row]]] = []
         for task, given in sorted(tasks, key=lambda pair: pair[0].name):
-            with _named(task):
+            with about(f"Task {task.name!r}"):
                 rows = as_rows(given, task)
                 if not rows:
-                    raise InputError("expected labelled rows, found none.")
+                    raise InputError("Expected labelled rows, found none.")
                 task.check(rows)
             self.tasks.append((task, rows))
         sizes = np.array([min(len(rows), cap) for _, rows in self.tasks], dtype=float)
@@ -144,7 +144,7 @@ class Mixture(Dataset):
 
     def _encoded(self, which: int, row: int, template: int) -> Question:
         task, rows = self.tasks[which]
-        with _named(task):
+        with about(f"Task {task.name!r}"):
             question = self.scorer.question(
                 task.wording(rows[row], row + 1, template), long_prompts=self.recipe.long_prompts
             )
@@ -153,12 +153,12 @@ class Mixture(Dataset):
         return replace(question, choices=[question.choices[question.label]], label=0, order=None)  # type: ignore[index]
 
 
-class MixtureTrainer(TFewTrainer):
+class MixtureTrainer(ChoiceTrainer):
     """Trains the active adapter on a `Mixture` of tasks with the likelihood term alone (Liu et al. 2022, section 3.4).
 
     L_LM = -(1/T) Σ_t log p(y_t | x, y_<t), T the tokens of the right answer, a mean over the batch.
 
-    Logs and checkpoints are as in `TFewTrainer`; to the arguments, the whole training is one epoch.
+    Logs and checkpoints are as in a `TFewTrainer` of one member; to the arguments, the whole training is one epoch.
 
     Args:
         model: an `IA3Model` around a causal language model or an encoder-decoder.
@@ -196,7 +196,7 @@ class MixtureTrainer(TFewTrainer):
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         seed = args.seed if args.data_seed is None else args.data_seed
         self.mixture = Mixture(tasks, scorer, recipe, args.max_steps * batch, cap, seed)
-        self._set_up(scorer, args, self.mixture, None, recipe, [None], **kwargs)
+        super().__init__(scorer, args, self.mixture, recipe, **kwargs)
 
     def _describe(self) -> None:
         model = self._adapted()
@@ -213,12 +213,3 @@ class MixtureTrainer(TFewTrainer):
         if self.mixture.cut:
             logger.warning("%d prompts were longer than the model's context, and cut.", self.mixture.cut)
         return result
-
-
-@contextmanager
-def _named(task: Task) -> Iterator[None]:
-    """Errors that say whose they are."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"Task {task.name!r}: {error}") from error

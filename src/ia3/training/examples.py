@@ -1,0 +1,93 @@
+"""Rows as a trainer has them: `Example`, and batches of them."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ia3.errors import InputError, shown
+from ia3.scoring.question import Question
+
+if TYPE_CHECKING:
+    from ia3.scoring.scorer import Scorer
+    from ia3.task.task import Task
+    from ia3.training.recipe import Recipe
+
+ONE = "default"
+"""What a trainer calls the one member that nobody has named."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row, as a question in the words of each template that may be drawn.
+
+    Attributes:
+        questions: one for each template.
+        key: with the step, decides which is drawn; differs from row to row.
+        member: whose loss it counts in.
+    """
+
+    questions: tuple[Question, ...]
+    key: str = ""
+    member: str = ONE
+
+    def drawn(self, step: int) -> Question:
+        """The question that is asked in a step, the same whenever and in whatever batch it is asked."""
+        if len(self.questions) == 1:
+            return self.questions[0]
+        return random.Random(f"{self.key} {step}").choice(self.questions)
+
+    def of(self, member: str, adapter: str | None) -> Example:
+        """The same for a member, with questions that name an adapter; None: that ask the active ones."""
+        return Example(tuple(replace(question, adapter=adapter) for question in self.questions), self.key, member)
+
+
+def training_examples(scorer: Scorer, task: Task, rows: Any, recipe: Recipe, seed: int) -> list[Example]:
+    """Labelled rows as examples.
+
+    Args:
+        scorer: prompts are shortened to what its model has positions for.
+        task: says what the rows mean.
+        rows: as `as_rows` takes them.
+        recipe: says which templates are drawn.
+        seed: decides the draw.
+
+    Raises:
+        InputError: rows do not fit the task (see `Scorer.questions`), or show one label only.
+    """
+    wordings = list(task.checked(rows))
+    labels = list(dict.fromkeys(its[0].label for its in wordings))
+    if len(labels) < 2:
+        raise InputError(
+            f"Expected training rows of at least two labels, found only {shown(labels)} in {len(wordings)} rows; T-Few "
+            f"learns from the difference."
+        )
+    templates = range(len(task.templates)) if recipe.templates == "random" else [0]
+    asked = [scorer.questions([its[i] for its in wordings], long_prompts=recipe.long_prompts) for i in templates]
+    return [Example(questions, f"{seed} {number}") for number, questions in enumerate(zip(*asked, strict=True))]
+
+
+def evaluation_examples(scorer: Scorer, task: Task, rows: Any, recipe: Recipe) -> list[Example]:
+    """Labelled rows in the words of the task's first template; arguments and errors as of `training_examples`."""
+    wordings = task.wordings(rows)
+    if not wordings:
+        raise InputError("Expected labelled rows to measure on, found none.")
+    return [Example((question,)) for question in scorer.questions(wordings, long_prompts=recipe.long_prompts)]
+
+
+def collate_examples(examples: Sequence[Example]) -> dict[str, Any]:
+    """A batch: the examples' `label`, as the task lists them (B,); their `questions` in the first template's words, packed
+    later where the model is at hand; their `members`; `counts`, how many of them each member has, which stay those of the
+    whole when the batch is divided; and `examples`, where another template could be drawn."""
+    questions = [example.questions[0] for example in examples]
+    members = [example.member for example in examples]
+    labels = [-100 if question.label is None else question.listed(question.label) for question in questions]
+    batch = {"label": torch.tensor(labels), "questions": questions, "members": members, "counts": Counter(members)}
+    if any(len(example.questions) > 1 for example in examples):
+        batch["examples"] = list(examples)
+    return batch

@@ -1,0 +1,66 @@
+"""Early stopping: `StopAtFloor`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from ia3.training.recipe import EarlyStopping
+
+
+class StopAtFloor(TrainerCallback, ExportableState):
+    """Stops each member when the term that it has to choose by has stayed at the floor, and training when all have.
+
+    Args:
+        rule: what the floor is; None: nobody stops.
+        members: their names.
+    """
+
+    def __init__(self, rule: EarlyStopping | None, members: Sequence[str]) -> None:
+        self.rule = rule
+        self.members = list(members)
+        self.stopped: dict[str, int] = {}  # and after which step
+        self._step: dict[str, float] = {}
+        self._last: dict[str, list[float]] = {name: [] for name in members}
+
+    def add(self, losses: Mapping[str, float]) -> None:
+        """Parts of the current step's length-normalized term."""
+        for name, loss in losses.items():
+            self._step[name] = self._step.get(name, 0.0) + loss
+
+    @property
+    def all_stopped(self) -> bool:
+        """Whether nobody learns any more."""
+        return len(self.stopped) == len(self.members)
+
+    def learns(self, name: str) -> bool:
+        """Whether a member has not stopped."""
+        return name not in self.stopped
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin anew, or go on from the state of a checkpoint."""
+        self._step = {}
+        saved = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
+        found = [None] * len(self.members) if saved is None else saved["attributes"]["learners"]
+        pairs = list(zip(self.members, found, strict=True))
+        self.stopped = {name: its["stopped"] for name, its in pairs if its and its["stopped"] is not None}
+        self._last = {name: its["last"] if its else [] for name, its in pairs}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at the step's losses."""
+        if self.rule is not None:
+            for name, loss in self._step.items():
+                last = self._last[name] = [*self._last[name], loss][-self.rule.steps :]
+                if len(last) == self.rule.steps and sum(last) / len(last) <= self.rule.floor:
+                    self.stopped.setdefault(name, state.global_step)
+            if self.all_stopped:
+                control.should_training_stop = True
+        self._step = {}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint has to keep."""
+        found = [{"stopped": self.stopped.get(name), "last": self._last[name]} for name in self.members]
+        return {"args": {}, "attributes": {"learners": found}}
