@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicLayer
 
 from ia3.adapter.adapted import find_adapted
 from ia3.adapter.rows import BASE
+from ia3.adapter.targets import inside_wrappers
 from ia3.errors import InputError
 from ia3.files import parse_bytes
 from ia3.scoring.batch import Batch, groups, groups_of_sizes, padded, pass_tokens, training_groups
@@ -226,7 +227,11 @@ def askable(family: Family, questions: Sequence[Question]) -> list[bool]:
         return [False] * len(questions)
     adapted = find_adapted(family.model)
     known: dict[str | None, bool] = {None: True, BASE: True}
-    if adapted is not None:
+    if adapted is None:
+        # Another library's adapters act on texts too; and what is trained of a model itself changes what it reads.
+        learns = family.model.training and torch.is_grad_enabled()
+        known[None] = family.base is inside_wrappers(family.model) and not learns
+    else:
         routing = adapted.ia3_routing
         for name in {question.adapter for question in questions} - {BASE}:
             acting = () if not routing.enabled else routing.active if name is None else (name,)
