@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ia3.adapter.config import adapter_folders
-from ia3.adapter.rows import BASE
 from ia3.cli.answers import Answer, print_table, to_json, write
 from ia3.cli.bars import Bars
 from ia3.cli.common import (
@@ -81,8 +80,9 @@ def predict(
 
     A file can mix rows of many adapters, of different tasks: ia3 predict adapters --data rows.csv --adapter-column task
 
-    And many adapters can answer each row: ia3 predict adapters --data rows.csv --all-adapters --zero-shot. Those that act from
-    the question on (ia3 train --acts-from) share one reading of each text.
+    Or many adapters answer each row: ia3 predict adapters --data rows.csv --all-adapters
+
+    Those that act from the question on (ia3 train --acts-from) share one reading of each text.
     """
     out = console(json_output)
     if bool(texts) == bool(data):
@@ -151,6 +151,7 @@ def _answered(
     memory: str,
 ) -> list[list[Answer]]:
     """For each row the answer of each adapter that is asked, with that of the untrained model where it is wanted."""
+    from ia3.adapter.rows import BASE
     from ia3.evaluation.prediction import Respondent, predict, predict_each
     from ia3.scoring.readings import Readings
 

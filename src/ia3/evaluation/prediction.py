@@ -223,9 +223,10 @@ def _scored(
     for long_prompts, indices in alike.items():
         some = scorer.questions([wordings[index] for index in indices], False, long_prompts, prefix)
         questions.update(zip(indices, some, strict=True))
+    powers = [recipe.length_normalization for recipe in recipes]
     return scorer.score(
         [questions[index] for index in range(len(wordings))],
-        [recipe.length_normalization for recipe in recipes],
+        powers[0] if len(set(powers)) == 1 else powers,
         on_progress=on_progress,
         adapter_names=adapter_names,
         prefix=prefix,
