@@ -86,8 +86,8 @@ BaseOption = typer.Option(
 DtypeOption = typer.Option(
     "auto",
     "--dtype",
-    help=f"Type of the base model's weights: {', '.join(DTYPES)}. auto: the stored type. bfloat16 halves memory and, on "
-    "processors that multiply it, nearly halves time; scores are rounded.",
+    help=f"Type of the base model's weights: {', '.join(DTYPES)}. auto: the stored type. bfloat16 halves memory and, "
+    "on processors that multiply it, nearly halves time; scores are rounded.",
 )
 JsonOption = typer.Option(False, "--json", help="Print only JSON on standard output, for programs.")
 

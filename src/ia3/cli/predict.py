@@ -57,7 +57,7 @@ def predict(
     ),
     adapter_column: str | None = typer.Option(
         None,
-        help="Column of --data with the name of each row's adapter; ADAPTER is then the folder that holds all adapters.",
+        help="Column of --data with the name of each row's adapter; ADAPTER is then the folder of all adapters.",
         show_default=False,
     ),
     abstain_below: float = typer.Option(

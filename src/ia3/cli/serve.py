@@ -34,7 +34,7 @@ def serve(
         None,
         "--adapters",
         "-a",
-        help="Folder with the adapters as subfolders, and for uploads. \\[default: adapters, where ia3 train puts them]",
+        help="Folder with adapters in subfolders; also for uploads. \\[default: adapters, where ia3 train puts them]",
         show_default=False,
     ),
     host: str = typer.Option("127.0.0.1", help="Address to listen on. All but loopback need a token."),

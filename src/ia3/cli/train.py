@@ -121,9 +121,10 @@ def train(
 
     With your own data: ia3 train --data train.csv --text-column text --label-column label
 
-    --seeds, --tasks and --learning-rates train one adapter for each combination. All train at once in about the memory of
-    one model, and each gets the result of a separate run. Each has a subfolder of the output folder, such as seed-0,
-    TASK/seed-0 or seed-0-lr-0.001. The paper's protocol is: ia3 train --tasks rte,cb,copa --seeds 0,1,2,3,4 --all-templates
+    --seeds, --tasks and --learning-rates train one adapter for each combination. All train at once in about the memory
+    of one model, and each gets the result of a separate run. Each has a subfolder of the output folder, such as seed-0,
+    TASK/seed-0 or seed-0-lr-0.001. The paper's protocol is: ia3 train --tasks rte,cb,copa --seeds 0,1,2,3,4
+    --all-templates
 
     Writes adapter_config.json and adapter_model.safetensors (which PEFT also reads), task.yaml, recipe.yaml,
     metrics.json and README.md into the output folder.
