@@ -1,4 +1,4 @@
-"""What a batch of rows with different adapters cannot do, because rows lose their places on the way."""
+"""Refuse batches with a different adapter per row if the model moves rows during the forward pass."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ia3.errors import InputError
 
 
 def check_generation(model: Adapted, names: Sequence[str], kwargs: Mapping[str, Any]) -> None:
-    """Refuse generation that moves rows about, when they have different adapters."""
+    """Refuse generation that moves rows, if they have different adapters."""
     if len({*names}) < 2:
         return
     if hasattr(model, "_maybe_reduce_batch"):
@@ -33,7 +33,7 @@ def check_generation(model: Adapted, names: Sequence[str], kwargs: Mapping[str, 
 
 
 def check_media(model: Adapted, names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Refuse rows of different adapters that bring different numbers of images, videos or sounds to an adapted tower."""
+    """Refuse rows with different adapters and different numbers of images, videos or sounds for an adapted tower."""
     tokens = kwargs.get("input_ids", args[0] if args else None)
     media = ("pixel_values", "image", "video", "audio", "input_features", "input_values")
     given = any(isinstance(value, torch.Tensor) and name.startswith(media) for name, value in kwargs.items())
