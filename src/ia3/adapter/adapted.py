@@ -74,7 +74,7 @@ class Adapted(nn.Module):
             for path, module in base_modules(model).items()
             if quantized.is_quantized(module) and not quantized.passes_gradients(module)
         ]
-        # Layers that an earlier adapter left in the model go on asking their own object: it becomes this model's too.
+        # Layers of an earlier adapter in the model still use their `Routing`, so this model uses it too.
         self.ia3_routing = find_routing(model) or Routing()
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         try:
@@ -239,9 +239,9 @@ class Adapted(nn.Module):
         self.require_adapters(names)
         if requires_grad and self._ia3_blocking:
             warnings.warn(
-                f"{len(self._ia3_blocking)} modules are quantized in a way that passes no gradients on, such as "
-                f"{self._ia3_blocking[0]!r}: vectors below them will not be trained. Load the model with its weights alone "
-                f"quantized, or not quantized.",
+                f"{len(self._ia3_blocking)} modules are quantized so that they pass no gradients, such as "
+                f"{self._ia3_blocking[0]!r}: vectors below them will not be trained. Quantize only weights, or load the "
+                f"model without quantization.",
                 stacklevel=3,
             )
             self._ia3_blocking = []

@@ -163,8 +163,8 @@ def from_adapterhub(folder: str | os.PathLike, **hub_kwargs: Any) -> Conversion:
     converted = Conversion("AdapterHub", config, tensors)
     if any(path.endswith(fused[1:]) for path in vectors):
         converted.notes.append(
-            "AdapterHub trains with a random bias in a fused projection that has none, and saves it nowhere: outputs "
-            "are not those that it had."
+            "AdapterHub trains with a random bias in a fused projection without one, and does not save it: outputs "
+            "differ from AdapterHub's."
         )
     task = next((task for name, task in _TASKS.items() if model_class.endswith(name)), None)
     head = _find(folder, *_HUB_HEADS, **hub_kwargs)

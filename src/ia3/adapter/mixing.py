@@ -18,7 +18,7 @@ def check_generation(model: Adapted, names: Sequence[str], kwargs: Mapping[str, 
         return
     if hasattr(model, "_maybe_reduce_batch"):
         raise InputError(
-            f"{type(model.model).__name__} drops rows that are finished from the batch, so that rows cannot have different "
+            f"{type(model.model).__name__} drops finished rows from the batch, so rows cannot have different "
             f"adapters; give the model one adapter at a time (set_adapter)."
         )
     config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
@@ -27,7 +27,7 @@ def check_generation(model: Adapted, names: Sequence[str], kwargs: Mapping[str, 
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if guided and kind in DOUBLED:
         raise InputError(
-            f"Guided generation ({kind}) puts a second batch behind the first, so that rows cannot have different "
+            f"Guided generation ({kind}) appends a second batch to the first, so rows cannot have different "
             f"adapters; give the model one adapter at a time (set_adapter), or guidance_scale=1."
         )
 

@@ -421,7 +421,8 @@ def get_peft_model(
     name = name if isinstance(name, str) and name else None
     if peft_config.base_model_name_or_path not in (None, name):
         warnings.warn(
-            f"The config names the base model {peft_config.base_model_name_or_path!r}; from here on it names this one, {name!r}.",
+            f"The config names the base model {peft_config.base_model_name_or_path!r}; it is changed to this one, "
+            f"{name!r}.",
             stacklevel=2,
         )
     peft_config.base_model_name_or_path = name
@@ -437,7 +438,7 @@ def get_peft_model(
 
 
 _EARLIER = "The model has (IA)³ adapters of an earlier call."
-_UNLOAD = "To begin with the plain model, call .unload() first."
+_UNLOAD = "To start from the base model, call .unload() first."
 
 
 def _base_in(model: nn.Module) -> nn.Module:

@@ -82,8 +82,8 @@ def load_base(
     if family == TaskType.SEQ_CLS and labels is None:
         kind = shown(config.architectures or [config.model_type])
         raise InputError(
-            f"Expected labels for {name!r}, an encoder ({kind}), whose classification head tells them apart, found none; "
-            f"give load_base(name, labels=[…]) the task's, or take a generative model for answers that differ from row to row."
+            f"Expected labels for the classification head of {name!r}, an encoder ({kind}), found none; give the "
+            f"task's labels, load_base(name, labels=[…]), or use a generative model for answers that differ from row to row."
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

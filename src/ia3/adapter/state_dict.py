@@ -110,7 +110,7 @@ def set_peft_model_state_dict(
         other = [key for key, value in own.items() if key in found and found[key].shape != value.shape]
         other += [key for key, value in expected.items() if originals[key].shape != value.shape]
         if other:
-            warnings.warn(f"Left out, for their shape is another than in the model: {shown(other, 3)}.", stacklevel=2)
+            warnings.warn(f"Left out, because their shapes differ from the model's: {shown(other, 3)}.", stacklevel=2)
         own = {key: value for key, value in own.items() if key not in other}
         expected = {key: value for key, value in expected.items() if key not in other}
         found = {key: value for key, value in found.items() if key not in other}
@@ -230,8 +230,8 @@ def _vocabulary_was_resized(base: nn.Module) -> bool:
         original = vocabulary_size(type(config).from_pretrained(find_base(name)[1]))  # type: ignore[union-attr]
     except Exception as error:  # moved, deleted or no network: the size is unknown
         warnings.warn(
-            f"Cannot read the config of the base model {name!r} ({reason(error)}): its vocabulary is taken to be as it was, "
-            f"and embeddings are not saved. If it was resized, give save_embedding_layers=True.",
+            f"Cannot read the config of the base model {name!r} ({reason(error)}): the vocabulary is assumed to be "
+            f"unchanged, and embeddings are not saved. If it was resized, give save_embedding_layers=True.",
             stacklevel=4,
         )
         return False

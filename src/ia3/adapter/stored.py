@@ -47,7 +47,7 @@ OWN_NAMES = (
     CALIBRATION_NAME,
     METRICS_NAME,
 )
-"""The files that are replaced together. A model card joins them unless a user wrote it."""
+"""The files that are replaced together, and the model card unless a user wrote it."""
 
 # The other files beside config and vectors, in the order of writing.
 _BESIDE = (TASK_NAME, RECIPE_NAME, METRICS_NAME, CALIBRATION_NAME, CARD_NAME)
@@ -188,7 +188,7 @@ class StoredAdapter:
             or not all(isinstance(key, str) for key in seen)
             or not all(map(is_number, numbers))
         ):
-            raise InputError(f"Expected what ia3 train measured in {excerpt(str(path))}; delete it.")
+            raise InputError(f"Expected metrics of ia3 train in {excerpt(str(path))}, found something else; delete it.")
         return fields
 
     def vectors(self, pickled: bool = True) -> tuple[Tensors, dict[str, str]]:
@@ -240,7 +240,7 @@ class StoredAdapter:
         if named and saved and Path(named).name != Path(saved).name:  # it may have moved
             warnings.warn(
                 f"{CONFIG_NAME} in {str(self)!r} names the base model {named!r}, but its vectors were saved for {saved!r}: "
-                f"they may be of two adapters.",
+                f"they may belong to two adapters.",
                 stacklevel=4,
             )
 

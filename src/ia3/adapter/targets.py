@@ -254,7 +254,7 @@ def _check_nesting(model: nn.Module, targets: list[str], kept: list[str]) -> Non
     nested = [(a, b) for a in sorted(outer) for b in sorted(outer) if a.startswith(f"{b}.")]
     if nested:
         a, b = nested[0]
-        raise InputError(f"Cannot train {a!r} in full beside {b!r}, which it is a part of (modules_to_save).")
+        raise InputError(f"Cannot train {a!r} in full beside {b!r}, which contains it (modules_to_save).")
     inner = {*targets, *layers}
     nested = [(a, b) for a in sorted(inner) for b in sorted(outer) if f"{a}.".startswith(f"{b}.")]
     if nested:

@@ -104,6 +104,6 @@ def check_copies(base: nn.Module, routing: Routing, names: Iterable[str]) -> Non
         if len(owners) > 1 and isinstance(member, TrainedModule):
             path = next(path for path, other in wrappers(base)[1].items() if other is member)
             raise InputError(
-                f"Adapters {shown(owners)} each train their own {path!r} (modules_to_save), and one alone can act; use "
-                f"one of them, or give rows an adapter each (adapter_names)."
+                f"Adapters {shown(owners)} each train their own {path!r} (modules_to_save), and only one can be "
+                f"active; use one of them, or a different adapter for each row (adapter_names)."
             )

@@ -117,8 +117,8 @@ def compare(
     examples, test = chosen.examples, chosen.test
     if not test:
         raise InputError(
-            "Expected labelled rows to measure on (--test-data): training leaves none over; give some, or train on fewer "
-            "(--examples-per-label)."
+            "Expected labelled rows to measure on (--test-data): none remain after training; give some, or train on "
+            "fewer (--examples-per-label)."
         )
     for count in counts or ():
         if not 1 <= count <= len(examples):
@@ -148,8 +148,8 @@ def compare(
     missing = [str(count) for count in USUAL_SHOTS if counts is None and count not in drawn_shots]
     if missing and comparison.reads_examples:
         out.print(
-            f"No {' and no '.join(missing)} examples in context: there are {len(examples)}, and they have to fit into the "
-            f"model's context with the longest test row.",
+            f"No {' and no '.join(missing)} examples in context: there are {len(examples)} training examples, and "
+            f"shots must fit into the model's context with the longest test row.",
             style="yellow",
             soft_wrap=True,
         )

@@ -51,8 +51,8 @@ def predict(
         None,
         "--output",
         "-o",
-        help="Write rows with label and probabilities to a .csv or .jsonl file. A .csv has the delimiter of a .csv that was "
-        "read.",
+        help="Write rows with label and probabilities to a .csv or .jsonl file. A .csv has the delimiter "
+        "of a .csv input.",
         show_default=False,
     ),
     adapter_column: str | None = typer.Option(

@@ -317,7 +317,7 @@ def _describe(out: Console, experiment: Experiment, checkpoint: str | None) -> N
         out.print(text, markup=False, style="bold", soft_wrap=True)
         say_seen(out, draws)
         count = len(task.templates)
-        more = "" if count == 1 else f" ({count} templates are drawn from; the first measures)"
+        more = "" if count == 1 else f" (training draws from {count} templates; evaluation uses the first)"
         out.print(f"The prompt, and its answer choices{more}:", style="dim")
         example = (first.examples or first.test)[0]
         for line in task.templates[0].prompt.rstrip().splitlines():

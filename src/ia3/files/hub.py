@@ -93,7 +93,7 @@ def locate_beside(
 
 
 HUB_ARGUMENTS = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
-"""Of a call's keyword arguments, those that say where on the hub an adapter is."""
+"""Keyword arguments for an adapter's place on the hub."""
 
 
 def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:

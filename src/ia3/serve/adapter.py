@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ia3.training.recipe import Recipe
 
 FILES = {WEIGHTS_NAME: True, CONFIG_NAME: True, TASK_NAME: False, RECIPE_NAME: False, CALIBRATION_NAME: False}
-"""Names of an adapter's files, and whether they have to be there."""
+"""Name of an adapter's file → whether it is required."""
 
 
 class Settings(NamedTuple):

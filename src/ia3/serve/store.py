@@ -202,7 +202,7 @@ class Store:
             for name, adapter in self._adapters.items():
                 if adapter.folder != self._folder(name):  # served with another name than its folder's
                     if name in wanted:
-                        logger.warning("Adapter %r is not served: another one goes by its name", name)
+                        logger.warning("Adapter %r is not served: another adapter has its name", name)
                         done["failed"].append(name)
                         del wanted[name]
                     if adapter.folder in stamps:
@@ -246,8 +246,8 @@ class Store:
             stamp = await asyncio.to_thread(stamp_of, path)
             if stamp is None:
                 raise UnknownAdapter(
-                    f"There is no adapter's folder {folder!r} below the adapters' root, with {CONFIG_NAME} and "
-                    f"{WEIGHTS_NAME} that are no links."
+                    f"There is no adapter's folder {folder!r} below the adapters' root with {CONFIG_NAME} and "
+                    f"{WEIGHTS_NAME} (not links)."
                 )
             self._require_free(name, path)
             await asyncio.to_thread(read_settings, path)

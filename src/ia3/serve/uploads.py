@@ -60,7 +60,7 @@ def check(folder: Path) -> None:
             continue
         if path.stat().st_size > _MOST_BYTES:
             raise InputError(f"Expected {name} of at most {_MOST_BYTES} bytes, found {path.stat().st_size}.")
-        with reading(name, "YAML of little depth", "correct it"):
+        with reading(name, f"YAML with at most {_DEEPEST} levels", "correct it"):
             text = path.read_text(encoding="utf-8")
             if name.endswith(".yaml"):
                 _check_yaml(text, name)
@@ -78,10 +78,10 @@ def _check_yaml(text: str, name: str) -> None:
     depth = parts = values = 0
     for event in yaml.parse(text):
         if isinstance(event, yaml.AliasEvent):
-            raise InputError(f"Expected YAML without aliases in {name}: they can stand for more than memory holds.")
+            raise InputError(f"Expected YAML without aliases in {name}: they can expand to more than fits into memory.")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > _DEEPEST:
-            raise InputError(f"Expected YAML of little depth in {name}.")
+            raise InputError(f"Expected YAML with at most {_DEEPEST} levels in {name}, found more.")
         if not isinstance(event, yaml.ScalarEvent):
             continue
         values += 1

@@ -63,7 +63,7 @@ def task_of(values: Mapping[str, Any], path: Path, names: Sequence[str] | None =
     reasons = "; ".join(f"{why} ({shown(its, 3)})" for why, its in by_reason.items())
     if len(unused) == len(found) or (names is not None and unused):
         raise InputError(
-            f"Expected templates in {path} that choose between as many answers each, found others: {reasons or 'none'}."
+            f"Expected templates in {path} with the same number of answers, found others: {reasons or 'none'}."
         )
     if unused:
         logger.info("%s: %d of %d templates cannot be used: %s.", path, len(unused), len(found), reasons)

@@ -17,7 +17,7 @@ from ia3.task import sandbox
 Row = Mapping[str, Any]
 
 Choices = dict[str, str] | str
-"""Label → answer text, each a Jinja template; or a Jinja template of a row's answer texts, whose labels are places."""
+"""Label → answer text, each a Jinja template; or a template of a row's answers, whose labels are positions."""
 
 # Between a prompt and its answer, and between answer choices, in published prompt collections.
 BAR = "|||"

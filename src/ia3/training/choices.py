@@ -39,7 +39,7 @@ class ChoiceTrainer(Trainer):
         **kwargs: the other arguments of `transformers.Trainer`.
     """
 
-    # `compute_loss` returns a mean over the batch, whatever arguments the wrapped model takes.
+    # `compute_loss` returns a mean over the batch, for any arguments of the wrapped model.
     loss_is_scaled_for_ga = False
 
     def __init__(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ia3.training.recipe import Recipe
 
 ONE = "default"
-"""What a trainer calls the one member that nobody has named."""
+"""The name of a single member without a name."""
 
 
 @dataclass(frozen=True)

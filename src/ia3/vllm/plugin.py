@@ -43,7 +43,7 @@ def register() -> None:
     if problem is None:
         _install()
     else:
-        _logger.warning("%s Everything else works as without it.", problem)
+        _logger.warning("%s Everything else works as without ia3.", problem)
         _refuse(problem)
 
 
