@@ -362,10 +362,10 @@ def find_adapted(model: nn.Module) -> Adapted | None:
 # PEFT's names for (IA)³ that are missing here, with the reason; docs/adapters.md lists them.
 NOT_HERE = {
     "IA3Config.check_kwargs": "a hook for PEFT's own configs; it checks nothing for (IA)³",
-    "IA3Model.inject_adapter": "`add_adapter` adds an adapter to a model that has one, `inject_adapter_in_model` to any other",
+    "IA3Model.inject_adapter": "use `add_adapter` for a model that has an adapter, `inject_adapter_in_model` for any other",
     "PeftModel.get_prompt": "for prompt learning",
     "PeftModel.get_prompt_embedding_to_save": "for prompt learning",
-    "PeftMixedModel": "for adapters of several methods in one model; (IA)³ is not among those that PEFT mixes",
+    "PeftMixedModel": "for adapters of several methods in one model; PEFT does not mix (IA)³",
     "shift_tokens_right": "for prompt learning; transformers' models have their own",
 }
 

@@ -82,7 +82,7 @@ def load_base(
     if family == TaskType.SEQ_CLS and labels is None:
         kind = shown(config.architectures or [config.model_type])
         raise InputError(
-            f"Expected labels for the classification head of {name!r}, an encoder ({kind}), found none; give the "
+            f"Expected labels for {name!r}, an encoder ({kind}) with a classification head, found none; give the "
             f"task's labels, load_base(name, labels=[…]), or use a generative model for answers that differ from row to row."
         )
     if tokenizer.pad_token_id is None:

@@ -500,7 +500,7 @@ def _choose(asked: str | None, columns: list[str], usual: str, argument: str, ta
         if asked is None:
             which = argument.replace("_", " ")
             raise InputError(
-                f"Expected a {which}, found none: the columns are {shown(rest, 20)}", "give", argument=argument
+                f"Expected the name of the {which}: the columns are {shown(rest, 20)}", "give", argument=argument
             )
     elif asked not in columns:
         raise InputError(f"Expected a column {asked!r}, found the columns {shown(columns, 20)}", argument=argument)
