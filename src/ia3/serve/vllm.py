@@ -161,8 +161,10 @@ class VllmEngine:
             return [*question.prompt, *reversed(tokens)]
 
         # The prompt first, so that the others find it in the cache.
-        found = {0: await self._next(text(0), follow.pop(0), adapter)}
-        others = await _together([self._next(text(node), tokens, adapter) for node, tokens in follow.items()])
+        found = {0: await self._next(text(0), follow.pop(0), adapter, question.read)}
+        others = await _together(
+            [self._next(text(node), tokens, adapter, question.read) for node, tokens in follow.items()]
+        )
         found.update(zip(follow, others, strict=True))
         scores = [
             normalized(
@@ -174,14 +176,22 @@ class VllmEngine:
         ]
         return question.as_listed(scores)
 
-    async def _next(self, text: list[int], tokens: set[int], adapter: Any) -> dict[int, float]:
-        """The log-probabilities of these tokens behind a text."""
+    async def _next(self, text: list[int], tokens: set[int], adapter: Any, read: int) -> dict[int, float]:
+        """The log-probabilities of these tokens behind a text, of which so many tokens stand before the question."""
         from vllm import SamplingParams
+
+        from ia3.vllm.from_question import PLACE
 
         asked, found = sorted(tokens), {}
         for first in range(0, len(asked), _TOKENS_ASKED):
             some = asked[first : first + _TOKENS_ASKED]
-            sampling = SamplingParams(max_tokens=1, temperature=0, logprob_token_ids=some, detokenize=False)
+            sampling = SamplingParams(
+                max_tokens=1,
+                temperature=0,
+                logprob_token_ids=some,
+                detokenize=False,
+                extra_args={PLACE: read},  # for adapters that act from the question on; others have no use for it
+            )
             async for output in self._generate(text, sampling, adapter):
                 for entry in output.outputs[0].logprobs or ():
                     found.update({token: entry[token].logprob for token in some})
@@ -230,10 +240,13 @@ class VllmEngine:
     async def add(self, key: str, folder: str, check: bool) -> None:
         from vllm.lora.request import LoRARequest
 
+        from ia3.vllm.from_question import acts_from_question
+
         if len(self._adapters) >= self._most:
             raise InputError(f"Expected at most {self._most} adapters at a time, found one more; allow more of them.")
         IA3Config.from_pretrained(folder)  # vLLM would take other adapters when they are asked for
         self._adapters[key] = LoRARequest(key, next(self._ids), folder)
+        acts_from_question(self._adapters[key])  # which the plugin remembers: the folder may change
         if check:
             try:
                 await self._request(key)
