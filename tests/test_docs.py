@@ -33,7 +33,7 @@ def test_every_block_is_named_once_and_run_here_or_by_ci():
     assert None not in names and len(set(names)) == len(names)
     assert set(blocks("command")) == set(re.findall(r"\$\(readme (\w+)\)", (ROOT / ".ci" / "run").read_text()))
     assert set(blocks("example")) == {
-        "train", "template", "classifier", "classifier-frame", "python", "peft", "modules", "rule", "several", "mixed", "bank", "auto", "convert",
+        "train", "template", "classifier", "classifier-frame", "python", "peft", "modules", "rule", "several", "mixed", "question", "readings", "bank", "auto", "convert",
         "families", "task.yaml", "task", "task-python", "pairs.yaml", "cause.yaml", "endings.yaml", "tasks",
         "prompts-python", "fleet", "fleet-python", "compare", "compare-python",
         "pretrain", "pretrain-python", "raft", "mine.yaml", "recipe", "recipe-python", "experiment-python", "benchmarks",
@@ -132,14 +132,23 @@ def test_the_benchmarks_command(place, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     "names",
-    [["peft"], ["modules", "several"], ["modules", "mixed", "bank"], ["rule"], ["task-python"]],
+    [
+        ["peft"],
+        ["modules", "several"],
+        ["modules", "mixed", "bank"],
+        ["modules", "mixed", "question", "readings"],
+        ["rule"],
+        ["task-python"],
+    ],
     ids=lambda names: names[-1],
 )
 def test_python(names, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    scope: dict = {}
+    scope: dict = {"tokenizer": words.tokenizer()}
     for name in names:
         exec(compile(blocks("example")[name], name, "exec"), scope)
+    if "readings" in names:
+        assert scope["scorer"].readings.read == 2 and scope["first"][0].shape == scope["second"][0].shape
     if "several" in names:
         assert "mlp.down_proj" not in " ".join(scope["model"].ia3_layers)
 
