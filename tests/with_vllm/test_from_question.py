@@ -3,6 +3,8 @@
 import functools
 import importlib.util
 import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,8 +16,10 @@ from ia3 import IA3Config, PeftModel, get_peft_model
 from ia3.errors import InputError
 from ia3.vllm import from_question
 from ia3.vllm.from_question import Places, StepAdapters, block_keys, check_request
+from ia3.vllm.plugin import register
 from support import tiny
 from support.engines import NEW, Place, save_adapters, start
+from support.paths import TESTS
 
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here; docs/vllm.md has its environment"
@@ -258,10 +262,11 @@ def test_a_text_is_read_once_for_the_base_model_and_all_adapters(llm, place):
 @needs_vllm
 def test_a_request_that_cannot_be_right_is_refused_alone(llm, place):
     from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
 
     prompt = {"prompt_token_ids": tokens(9, 7)}
     for extra, message in ((None, "found none; give it as"), ({"acts_from": 10}, "from 0 to the 9 tokens")):
-        with pytest.raises(InputError, match="Adapter 'asks' acts from the question on.*" + message):
+        with pytest.raises(VLLMValidationError, match="^Adapter 'asks' acts from the question on.*" + message):
             llm.generate([prompt], SamplingParams(extra_args=extra), lora_request=place.request("asks"), use_tqdm=False)
     ask(llm, place, [("asks", prompt["prompt_token_ids"], 4)])  # it goes on
 
@@ -283,9 +288,53 @@ def test_a_worker_whose_adapter_is_another_than_the_request_says_refuses(llm, pl
 
 
 @needs_vllm
+def test_the_other_runner_says_in_which_order_its_requests_are():
+    """vLLM's second model runner, which does not run on CPUs."""
+    import numpy
+    from vllm.lora.request import LoRARequest
+    from vllm.v1.worker.gpu.lora_utils import LoraState
+
+    register()
+    state, adapter = LoraState(4), LoRARequest("asks", 7, "/asks")
+    state.add_request("a", 3, adapter)
+    state.add_request("b", 1, None)
+    prompts, numbers, adapters = state.make_lora_inputs(["b", "a"], numpy.array([1, 3]), numpy.array([2, 4]))
+    assert prompts == (0, 7) and numbers == (0, 0, 7, 7, 7, 7) and adapters == {adapter}
+    assert adapters.rows == [("b", 0, slice(0, 2)), ("a", 7, slice(2, 6))]
+
+
+@needs_vllm
 def test_layers_of_other_modalities_are_refused(llm, place, monkeypatch):
     manager = llm.llm_engine.model_executor.driver_worker.worker.model_runner.lora_manager
     monkeypatch.setattr(manager, "supports_tower_connector_lora", lambda: True)
     with pytest.raises(InputError, match=r"'asks' acts from the question on.*enable_tower_connector_lora"):
         manager._load_adapter(place.request("asks"))
     assert manager._load_adapter(place.request("peft"))
+
+
+TWO_RANKS = """
+import sys
+sys.path[:0] = sys.argv[1], sys.argv[2]
+from pathlib import Path
+from test_from_question import Asking, ask, start, tokens
+folder = Path(sys.argv[3])
+place = Asking(folder / "base", folder)
+settings = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+llm = start(place.base, max_lora_rank=8, max_loras=3, max_num_batched_tokens=24, **settings)
+prompts = [[*tokens(40, 1), *tokens(9, seed)] for seed in (2, 3)]
+rows = [("asks", 40), (None, None), ("asks2", 33), ("peft", None), ("asks", 0)]
+ask(llm, place, [(name, prompt, acts_from) for prompt in prompts for name, acts_from in rows])
+print("the same")
+"""
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_two_ranks_say_the_same(place):
+    done = subprocess.run(
+        [sys.executable, "-c", TWO_RANKS, str(TESTS), str(TESTS / "with_vllm"), str(place.folder)],
+        env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert "the same\n" in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]

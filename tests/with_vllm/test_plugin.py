@@ -350,12 +350,12 @@ def test_a_missing_internal_is_named(monkeypatch):
     from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
     assert vllm_plugin._missing() == []
+    with monkeypatch.context() as patch:
+        patch.delattr("vllm.v1.core.kv_cache_utils.generate_block_hash_extra_keys")
+        assert vllm_plugin._missing() == ["vllm.v1.core.kv_cache_utils.generate_block_hash_extra_keys"]
     monkeypatch.delattr(LRUCacheWorkerLoRAManager, "_manager_cls")
     monkeypatch.delattr("vllm.lora.worker_manager.WorkerLoRAManager._manager_cls")
     assert vllm_plugin._missing() == ["LRUCacheWorkerLoRAManager._manager_cls"]
-    monkeypatch.undo()
-    monkeypatch.delattr("vllm.v1.core.kv_cache_utils.generate_block_hash_extra_keys")
-    assert vllm_plugin._missing() == ["vllm.v1.core.kv_cache_utils.generate_block_hash_extra_keys"]
     assert "needs 'LRUCacheWorkerLoRAManager._manager_cls' inside vLLM" in vllm_plugin.unsupported()
 
 

@@ -200,6 +200,8 @@ class VllmEngine:
         return found
 
     async def _generate(self, text: Sequence[int], sampling: Any, adapter: Any) -> AsyncGenerator[Any, None]:
+        from vllm.exceptions import VLLMClientError
+
         key = None if adapter is None else adapter.lora_name
         self._under_way[key] += 1
         made = self._engine.generate(
@@ -209,6 +211,8 @@ class VllmEngine:
             async with contextlib.aclosing(made) as outputs:  # vLLM gives up what is closed
                 async for output in outputs:
                     yield output
+        except VLLMClientError as error:  # a request that vLLM or the plugin refuses
+            raise InputError(str(error)) from error
         finally:
             self._under_way[key] -= 1
             self._under_way = +self._under_way

@@ -30,6 +30,7 @@ PLACE = "acts_from"
 
 def needed() -> dict[Any, tuple[str, ...]]:
     """The names inside vLLM that this builds on, by their owner."""
+    import vllm.exceptions
     from vllm.lora.worker_manager import WorkerLoRAManager
     from vllm.v1.core import kv_cache_utils
     from vllm.v1.engine.input_processor import InputProcessor
@@ -38,6 +39,7 @@ def needed() -> dict[Any, tuple[str, ...]]:
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
     return {
+        vllm.exceptions: ("VLLMValidationError",),
         InputProcessor: ("process_inputs",),
         kv_cache_utils: ("generate_block_hash_extra_keys",),
         WorkerWrapperBase: ("execute_model",),
@@ -183,6 +185,7 @@ class Places:
 
 def install() -> None:
     """Put this where vLLM looks for its own. The plugin does it once, and makes the manager that `ia3_places` is of."""
+    from vllm.exceptions import VLLMValidationError
     from vllm.lora.worker_manager import WorkerLoRAManager
     from vllm.v1.core import kv_cache_utils
     from vllm.v1.engine.input_processor import InputProcessor
@@ -196,7 +199,10 @@ def install() -> None:
 
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = process(self, *args, **kwargs)
-        check_request(request)
+        try:
+            check_request(request)
+        except InputError as error:  # vLLM hides others' errors from who asks
+            raise VLLMValidationError(str(error)) from error
         return request
 
     def generate_block_hash_extra_keys(request: Any, start: int, end: int, image: int) -> Any:
@@ -229,4 +235,4 @@ def install() -> None:
     WorkerLoRAManager.set_active_adapters = set_active_adapters
     for name, module in list(sys.modules.items()):  # those that have copied its name
         if name.startswith("vllm.") and vars(module).get("generate_block_hash_extra_keys") is keys_of:
-            module.generate_block_hash_extra_keys = generate_block_hash_extra_keys
+            vars(module)["generate_block_hash_extra_keys"] = generate_block_hash_extra_keys
