@@ -1,12 +1,16 @@
 """A batch whose rows all have different adapters, and a bank of many: SmolLM2-135M in float32, in one process.
 
+It runs on the GPU, where there is one (`--device`).
+
 - scoring and generating: 64 rows with 64 adapters in one batch; the same batch on a merged model; PEFT switching its
   adapter 64 times, a row each. With `--adapterhub`, its BatchSplit on the same rows against its own model without
   adapters, in an environment of its own (`pip install adapters`, which needs transformers 4).
-- bank: resident memory of many adapters against their vectors alone; a batch with few and with many resident;
-  loading one from a cached file; uniform random access when only a part of the registered adapters fits.
+- bank: memory of many adapters (the resident set; on a GPU what torch has allocated there) against their vectors alone;
+  a batch with few and with many resident; loading one from a cached file; uniform random access when only a part of the
+  registered adapters fits.
 
-    python benchmarks/mixed.py [--repeats 5] [--adapters 10000] [--parts batch,bank] [--adapterhub PYTHON] [--json]
+    python benchmarks/mixed.py [--repeats 5] [--adapters 10000] [--parts batch,bank] [--adapterhub PYTHON]
+        [--model smollm2] [--device cuda|cpu] [--json]
 
 Times are medians of interleaved repeats. The bank's part writes 0.23 MB an adapter to a temporary folder.
 """
@@ -30,7 +34,7 @@ from pathlib import Path
 import peft
 import psutil
 import torch
-from timing import interleaved
+from timing import add_model_options, interleaved, synchronize
 from torch import nn
 
 from ia3 import AdapterBank, IA3Config, IA3Model, get_peft_model_state_dict, load_base
@@ -69,11 +73,17 @@ def random_adapter(entries: dict[str, torch.Tensor], seed: int) -> dict[str, tor
     return {key: 1 + 0.1 * torch.randn(value.shape, generator=generator) for key, value in entries.items()}
 
 
-def batch_part(repeats: int) -> dict:
+def random_ids(model: nn.Module, tokens: int) -> torch.Tensor:
+    """A row of tokens for each adapter, beside the model."""
+    ids = torch.randint(1000, 20000, (ROWS, tokens), generator=torch.Generator().manual_seed(0))
+    return ids.to(next(model.parameters()).device)
+
+
+def batch_part(load: Callable[[], nn.Module], repeats: int) -> dict:
     """One batch, 64 adapters."""
-    ours = IA3Model(load_base()[0], IA3Config(**TARGETS)).eval()
+    ours = IA3Model(load(), IA3Config(**TARGETS)).eval()
     bank = AdapterBank(ours)
-    theirs = peft.get_peft_model(load_base()[0], peft.IA3Config(**TARGETS)).eval()
+    theirs = peft.get_peft_model(load(), peft.IA3Config(**TARGETS)).eval()
     merged = copy.deepcopy(ours).merge_and_unload()
     entries = get_peft_model_state_dict(ours)
     names = [f"a{i}" for i in range(ROWS)]
@@ -82,7 +92,7 @@ def batch_part(repeats: int) -> dict:
         bank.add(name, tensors)
         theirs.add_adapter(name, peft.IA3Config(**TARGETS))
         peft.set_peft_model_state_dict(theirs, tensors, name)
-    ids = torch.randint(1000, 20000, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
+    ids = random_ids(ours, TOKENS)
 
     def switching(run: Callable) -> Callable[[], torch.Tensor]:
         def step() -> torch.Tensor:
@@ -112,19 +122,22 @@ def batch_part(repeats: int) -> dict:
     return results
 
 
-def adapterhub_part(python: str, repeats: int) -> dict:
+def adapterhub_part(python: str, model: str, device: torch.device, repeats: int) -> dict:
     """AdapterHub's BatchSplit, in its own environment."""
     from ia3.adapter.pretrained import find_base
 
     script = Path(__file__).with_name("adapterhub_batchsplit.py")
-    command = [python, str(script), find_base("smollm2")[1], str(ROWS), str(TOKENS), str(NEW), str(repeats)]
+    numbers = map(str, (ROWS, TOKENS, NEW, repeats))
+    command = [python, str(script), find_base(model)[1], str(device), *numbers]
     found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
     return {kind: against(seconds, "without adapters") for kind, seconds in found.items()}
 
 
-def resident() -> int:
-    """Bytes of memory that this process holds."""
+def held(device: torch.device) -> int:
+    """Bytes of memory that this process holds; on a GPU, those that torch has allocated there."""
     gc.collect()
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     return psutil.Process().memory_info().rss
 
@@ -145,10 +158,10 @@ def write_adapters(ours: IA3Model, folder: Path, count: int) -> list[str]:
     return names
 
 
-def bank_part(repeats: int, count: int) -> dict:
+def bank_part(load: Callable[[], nn.Module], repeats: int, count: int) -> dict:
     """Many adapters: memory, loading, batches, and access beyond what fits."""
-    ours = IA3Model(load_base()[0], IA3Config(**TARGETS)).eval()
-    ids = torch.randint(1000, 20000, (ROWS, 16), generator=torch.Generator().manual_seed(0))
+    ours = IA3Model(load(), IA3Config(**TARGETS)).eval()
+    ids = random_ids(ours, 16)
     score(ours, ids)
     results: dict = {}
     with tempfile.TemporaryDirectory() as temporary:
@@ -156,7 +169,7 @@ def bank_part(repeats: int, count: int) -> dict:
         names = write_adapters(ours, folder, count)
         chance = random.Random(0)
 
-        before = resident()
+        before = held(ids.device)
         bank = AdapterBank(
             ours, budget=(count + 1) * 4 * sum(v.numel() for v in get_peft_model_state_dict(ours).values())
         )
@@ -172,16 +185,19 @@ def bank_part(repeats: int, count: int) -> dict:
         for name in names[10:]:
             started = time.perf_counter()
             bank.load(folder / "all" / name, name)
+            synchronize()
             took.append(time.perf_counter() - started)
         row_bytes = 4 * bank.width
-        results["bytes over vectors"] = (resident() - before) / (count * row_bytes)
+        results["bytes over vectors"] = (held(ids.device) - before) / (count * row_bytes)
         results["load ms"] = 1e3 * statistics.median(took)
         seconds = interleaved({"10 of them": batch(few), "all": batch(names)}, repeats)
         results["batch"] = against({**with_few, **seconds}, "10 resident")
         picks = [chance.choices(names, k=ROWS) for _ in range(50)]
+        synchronize()
         started = time.perf_counter()
         for asked in picks:
             bank.gather(asked)
+        synchronize()
         results["gather ms"] = 1e3 * (time.perf_counter() - started) / len(picks)
 
         results["share resident"] = {}
@@ -209,16 +225,25 @@ def main() -> None:
     parser.add_argument(
         "--adapterhub", metavar="PYTHON", help="interpreter of an environment with the package adapters"
     )
+    add_model_options(parser)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    if options.adapters < 10 * ROWS:
+        parser.error(
+            f"--adapters: expected {10 * ROWS} or more, of which a tenth fill a batch, found {options.adapters}"
+        )
+
+    def load() -> nn.Module:
+        return load_base(options.model, dtype="stored")[0].to(options.device)
+
     parts = options.parts.split(",")
     results: dict = {}
     if "batch" in parts:
-        results |= batch_part(options.repeats)
+        results |= batch_part(load, options.repeats)
     if options.adapterhub:
-        results["AdapterHub"] = adapterhub_part(options.adapterhub, options.repeats)
+        results["AdapterHub"] = adapterhub_part(options.adapterhub, options.model, options.device, options.repeats)
     if "bank" in parts:
-        results["bank"] = bank_part(options.repeats, options.adapters)
+        results["bank"] = bank_part(load, options.repeats, options.adapters)
     print(json.dumps(results, indent=2) if options.json else "\n".join(lines(results)))
 
 

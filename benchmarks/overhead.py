@@ -1,11 +1,11 @@
 """What an adapter costs: forward and backward against the merged model and PEFT.
 
-SmolLM2-135M in float32, in one process, times as medians of interleaved repeats:
+SmolLM2-135M in float32, in one process, on the GPU where there is one (`--device`), times as medians of interleaved repeats:
 
 - forward: 8 rows of 64 tokens, and one token a row after 64 cached ones, without gradients. Peer: the merged model.
 - forward + backward: 8 rows of 64 tokens. Floor: the frozen base model, backward to its input embeddings.
 
-    python benchmarks/overhead.py [--repeats 15] [--json]
+    python benchmarks/overhead.py [--repeats 15] [--model smollm2] [--device cuda|cpu] [--json]
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import peft
 import torch
-from timing import interleaved
+from timing import add_model_options, interleaved
 from torch import nn
 
 from ia3 import IA3Config, IA3Model, load_base
@@ -82,14 +82,18 @@ def train(model: nn.Module, ids: torch.Tensor) -> Callable[[], object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=15)
+    add_model_options(parser)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
 
-    base = load_base()[0].requires_grad_(False)
-    ours = randomized(IA3Model(load_base()[0], IA3Config(**TARGETS)))
-    theirs = randomized(peft.get_peft_model(load_base()[0], peft.IA3Config(**TARGETS)))
-    merged = randomized(IA3Model(load_base()[0], IA3Config(**TARGETS))).merge_and_unload()
-    ids = torch.randint(1000, 20000, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
+    def load() -> nn.Module:
+        return load_base(options.model, dtype="stored")[0].to(options.device)
+
+    base = load().requires_grad_(False)
+    ours = randomized(IA3Model(load(), IA3Config(**TARGETS)))
+    theirs = randomized(peft.get_peft_model(load(), peft.IA3Config(**TARGETS)))
+    merged = randomized(IA3Model(load(), IA3Config(**TARGETS))).merge_and_unload()
+    ids = torch.randint(1000, 20000, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0)).to(options.device)
 
     results = {}
     plain = {"ours": ours, "PEFT": theirs, "merged": merged}

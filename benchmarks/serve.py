@@ -84,7 +84,7 @@ def make(folder: Path, model: str, count: int) -> str:
         import transformers
 
         name = str(folder / "model")
-        _, tokenizer = load_base("smollm2")
+        _, tokenizer = load_base("smollm2", dtype="stored")
         sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
         config = transformers.LlamaConfig(vocab_size=len(tokenizer), **sizes)
         transformers.LlamaForCausalLM(config).save_pretrained(name)
@@ -92,7 +92,7 @@ def make(folder: Path, model: str, count: int) -> str:
     else:
         name = model
     targets = {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
-    adapted = get_peft_model(load_base(name)[0], IA3Config(task_type="CAUSAL_LM", **targets))
+    adapted = get_peft_model(load_base(name, dtype="stored")[0], IA3Config(task_type="CAUSAL_LM", **targets))
     adapted.save_pretrained(folder / "first")
     weights, config_file = folder / "first" / "adapter_model.safetensors", folder / "first" / "adapter_config.json"
     whole = weights.read_bytes()

@@ -1,5 +1,7 @@
 """One T-Few training step of 8 examples in float32, on SmolLM2-135M unless told otherwise: ours, PEFT's, and the floor, in one process.
 
+It runs on the GPU, where there is one (`--device`).
+
 - PEFT: its IA3Model on the same modules; every (prompt + choice) a row of its own, padded to one batch, full logits,
   the same three losses. Beyond 128 rows, example by example: 8 examples of 77 choices at once did not
   fit into 24 GiB.
@@ -11,9 +13,11 @@ With `--score`, scoring prompts of about 500 tokens without gradients, in place 
 With `--task NAME`, prompts and choices of an embedded task, made of its example's words: `--task ade_corpus_v2` has RAFT's
 long instruction in front of each row. The floor reads what all prompts share once, and the rest without it.
 
-    python benchmarks/train_step.py [--family smollm2|t5] [--score] [--task NAME] [--repeats 3] [--choices 2,6,77] [--examples 8] [--json]
+    python benchmarks/train_step.py [--family smollm2|t5] [--score] [--task NAME] [--repeats 3] [--choices 2,6,77] [--examples 8]
+        [--model smollm2] [--device cuda|cpu] [--json]
 
-Times are medians of interleaved repeats; memory is the most that a step adds to the resident set.
+Times are medians of interleaved repeats; memory is the most that a step adds to the resident set, on a GPU to what torch
+has allocated there.
 """
 
 from __future__ import annotations
@@ -35,10 +39,11 @@ import psutil
 import torch
 import transformers
 from jobs.peers import padded_log_probs
+from timing import add_model_options, synchronize
 from torch.nn import functional as F
 
 from ia3 import IA3Config, IA3Model, Scorer, Task, load_base
-from ia3.scoring.batch import Batch, groups, normalized_scores, prompts_of
+from ia3.scoring.batch import Batch, groups, normalized_scores, prompts_of, to_device
 from ia3.scoring.beginning import common_tokens
 from ia3.scoring.decoder import Decoder
 from ia3.scoring.encoder_decoder import decoder_positions
@@ -117,9 +122,15 @@ def for_t5(asked: list[Question]) -> list[Question]:
     return [Question(closed(q.prompt), [closed(choice) for choice in q.choices], q.label) for q in asked]
 
 
+def device_of(model: torch.nn.Module) -> torch.device:
+    """Where a model computes."""
+    return next(model.parameters()).device
+
+
 def our_step(scorer: Scorer, asked: list[Question]) -> None:
     """A training step as `TFewTrainer` makes it, without the optimizer, which costs nothing."""
     for group, part in scorer.training_batches(asked):
+        part = to_device(part, device_of(scorer.model))
         loss = tfew_loss(scorer.log_probs(part), part["mask"], part["label"]).total
         (loss * len(group) / len(asked)).backward()
 
@@ -128,6 +139,7 @@ def our_scores(scorer: Scorer, asked: list[Question]) -> None:
     """Scores as `score_choices` computes them."""
     with torch.inference_mode():
         for _, part in scorer.batches(asked):
+            part = to_device(part, device_of(scorer.model))
             normalized_scores(scorer.log_probs(part), part["mask"])
 
 
@@ -151,15 +163,16 @@ def peft_loss(model: torch.nn.Module, asked: list[Question]) -> torch.Tensor:
     if model.config.is_encoder_decoder:
         return peft_t5_loss(model, asked)
     found, answered = padded_log_probs(model, [(q.prompt, q.choices, q.label or 0) for q in asked])
-    return tfew_loss(found, answered, torch.tensor([q.label for q in asked])).total
+    return tfew_loss(found, answered, torch.tensor([q.label for q in asked], device=found.device)).total
 
 
 def peft_t5_loss(model: torch.nn.Module, asked: list[Question]) -> torch.Tensor:
     """T-Few's loss with a decoder row for each choice, before which the encoder's states are repeated."""
-    prompts = prompts_of(asked, 0)
+    device = device_of(model)
+    prompts = to_device(prompts_of(asked, 0), device)
     count, longest = len(asked[0].choices), max(len(choice) for q in asked for choice in q.choices)
     rows = [choice + [-100] * (longest - len(choice)) for q in asked for choice in q.choices]
-    targets = torch.tensor(rows)
+    targets = torch.tensor(rows, device=device)
     inputs = F.pad(targets[:, :-1].clamp(min=0), (1, 0))
     known = model.get_encoder()(**prompts).last_hidden_state.repeat_interleave(count, 0)
     logits = model(
@@ -170,7 +183,8 @@ def peft_t5_loss(model: torch.nn.Module, asked: list[Question]) -> torch.Tensor:
     ).logits
     found = -F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=-100)
     shape = (len(asked), count, longest)
-    return tfew_loss(found.view(shape), (targets != -100).view(shape), torch.tensor([q.label for q in asked])).total
+    labels = torch.tensor([q.label for q in asked], device=device)
+    return tfew_loss(found.view(shape), (targets != -100).view(shape), labels).total
 
 
 def shared_tokens(asked: list[Question]) -> int:
@@ -184,7 +198,8 @@ def floor_parts(scorer: Scorer, asked: list[Question]) -> list[Batch]:
     before = shared_tokens(asked)
     rows = [replace(question, prompt=question.prompt[before:]) for question in asked]
     alone = [[Question(asked[0].prompt[:before], [[0]], 0)]] if before else []
-    return [scorer.collate(some) for some in alone + [[rows[i] for i in group] for group in groups(rows)]]
+    parts = [scorer.collate(some) for some in alone + [[rows[i] for i in group] for group in groups(rows)]]
+    return [to_device(part, device_of(scorer.model)) for part in parts]
 
 
 def floor_step(scorer: Scorer, asked: list[Question]) -> None:
@@ -208,21 +223,39 @@ def floor_scores(scorer: Scorer, asked: list[Question]) -> None:
     with torch.inference_mode():
         before = shared_tokens(asked)
         for prompt in [asked[0].prompt[:before]] * bool(before) + [question.prompt[before:] for question in asked]:
-            scorer.model(input_ids=torch.tensor([prompt]), logits_to_keep=1, use_cache=False)
+            ids = torch.tensor([prompt], device=device_of(scorer.model))
+            scorer.model(input_ids=ids, logits_to_keep=1, use_cache=False)
 
 
-def bases(family: str) -> Callable[[], torch.nn.Module]:
+def bases(family: str, name: str, device: torch.device) -> Callable[[], torch.nn.Module]:
     """What makes the base model, the same each time."""
 
     def t5() -> torch.nn.Module:
         torch.manual_seed(0)
-        return transformers.T5ForConditionalGeneration(transformers.T5Config(**T5)).eval()
+        return transformers.T5ForConditionalGeneration(transformers.T5Config(**T5)).eval().to(device)
 
-    return t5 if family == "t5" else lambda: load_base()[0]
+    return t5 if family == "t5" else lambda: load_base(name, dtype="stored")[0].to(device)
 
 
-def measured(step: Callable[[], None]) -> tuple[float, float]:
-    """Seconds of a step, and how many bytes it adds to the resident set at its peak."""
+def measured(step: Callable[[], None], device: torch.device) -> tuple[float, float]:
+    """Seconds of a step, and how many bytes it adds at its peak: to the resident set, or to what torch has on a GPU."""
+    return measured_on_gpu(step) if device.type == "cuda" else measured_on_processor(step)
+
+
+def measured_on_gpu(step: Callable[[], None]) -> tuple[float, float]:
+    """As `measured`."""
+    gc.collect()
+    synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    started = time.perf_counter()
+    step()
+    synchronize()
+    return time.perf_counter() - started, torch.cuda.max_memory_allocated() - before
+
+
+def measured_on_processor(step: Callable[[], None]) -> tuple[float, float]:
+    """As `measured`."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     process, running = psutil.Process(), threading.Event()
@@ -251,13 +284,14 @@ def main() -> None:
     parser.add_argument("--score", action="store_true")
     parser.add_argument("--task")
     parser.add_argument("--examples", type=int, default=8)
+    add_model_options(parser)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
 
     if options.family == "t5" and (options.score or options.task):
         parser.error("--score and --task measure SmolLM2")
     t5 = options.family == "t5"
-    base, tokenizer = bases(options.family), load_base()[1]
+    base, tokenizer = bases(options.family, options.model, options.device), load_base(options.model, dtype="stored")[1]
     frozen = Scorer(base().requires_grad_(False), tokenizer)
     ours = IA3Model(base(), IA3Config())
     scorer = Scorer(ours, tokenizer)
@@ -283,7 +317,7 @@ def main() -> None:
             step()
         for _ in range(options.repeats):
             for name, step in steps.items():
-                took, added = measured(step)
+                took, added = measured(step, options.device)
                 seconds[name].append(took)
                 memory[name].append(added)
         time_of = {name: statistics.median(values) for name, values in seconds.items()}

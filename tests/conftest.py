@@ -49,23 +49,25 @@ def all_threads():
     torch.set_num_threads(1)
 
 
-IMPORTED = 0
+FILE, IMPORTED = None, 0
 
 
 def pytest_runtest_setup(item):
-    """Spare the garbage collector what has been imported, which stays for good, whenever it has become much more.
+    """Spare the garbage collector what stays for good: what has been imported, and what a file's tests have left behind.
 
-    `Trainer.train` collects garbage, as much else does: with torch and transformers in memory, this takes longer than
-    a tiny model's training itself.
+    `Trainer.train` collects garbage, as much else does: with torch and transformers in memory, and all that a compiler
+    remembers, this takes longer than a tiny model's training itself.
     """
-    global IMPORTED
-    if len(sys.modules) >= IMPORTED + 100 and "slow" not in item.keywords:
-        IMPORTED = len(sys.modules)
+    global FILE, IMPORTED
+    if "slow" not in item.keywords and (item.path != FILE or len(sys.modules) >= IMPORTED + 100):
+        FILE, IMPORTED = item.path, len(sys.modules)
         gc.collect()
         gc.freeze()
 
 
 def pytest_collection_modifyitems(items):
+    """Slow tests come first: `pytest --dist worksteal` takes tests off the end of a worker's list, and leaves these together."""
+    items.sort(key=lambda item: "slow" not in item.keywords)
     for item in items:
         if "slow" in item.keywords:
             item.fixturenames.insert(0, "all_threads")

@@ -97,6 +97,7 @@ class TestKilled:
         *died, last = found
         assert len(died) >= 5 and all(one["killed"] for one in died) and not last["killed"]
         assert all(one["differs"] for one in found)
+        assert [one["alike"] for one in found if one["alike"] is not None] == [True]
         states = [one["state"] for one in found]
         assert states == sorted(states, reverse=True) and {*states} == {"old", "new"}  # from old to new in one step
         assert not any(one["leftovers"] for one in found)

@@ -57,7 +57,7 @@ ADAPTERHUB = {
 }  # fmt: skip
 
 MANY = settings(
-    max_examples=40,
+    max_examples=25,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
 )
 
@@ -334,7 +334,7 @@ COMMANDS = {
 
 @pytest.mark.parametrize("command", COMMANDS)
 @given(data=st.data())
-@settings(MANY, max_examples=20)
+@settings(MANY, max_examples=12)
 def test_the_command_line_says_it_in_one_line(command, good, data):
     line, files = COMMANDS[command]
     file = data.draw(st.sampled_from(files))

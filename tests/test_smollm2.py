@@ -21,7 +21,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def smollm2():
-    return load_base("smollm2")
+    return load_base("smollm2", dtype="float32")
 
 
 def alone(model, tokenizer, prompt: str, choice: str) -> float:
@@ -45,7 +45,7 @@ def test_scores_agree_with_each_row_alone(smollm2):
 def test_dequantized_once_and_cached(smollm2, monkeypatch):
     model, _ = smollm2
     monkeypatch.setattr(module, "_dequantize", lambda *args: pytest.fail("dequantized again"))
-    again, _ = load_base("smollm2")
+    again, _ = load_base("smollm2", dtype="float32")
     assert model.dtype == torch.float32 and model.name_or_path == "smollm2"
     for a, b in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)

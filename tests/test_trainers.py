@@ -320,8 +320,14 @@ def test_pipelines_say_no_more_than_of_the_base_model(task, name, words_of, capl
 
 @with_peft
 def test_all_this_without_peft():
-    """The tests above that need no PEFT, in an interpreter where it cannot be imported."""
-    code = "import sys; sys.modules['peft'] = None; import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    """The tests above that need no PEFT, and every public name, in an interpreter where it cannot be imported."""
+    code = """
+import sys
+sys.modules["peft"] = None
+import ia3, pytest
+assert [getattr(ia3, name) for name in ia3.__all__]
+sys.exit(pytest.main(sys.argv[1:]))
+"""
     done = subprocess.run(
         [sys.executable, "-c", code, __file__, "-q", "-p", "no:cacheprovider", "-p", "no:xdist"],
         capture_output=True,

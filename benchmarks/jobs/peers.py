@@ -59,6 +59,8 @@ def padded_log_probs(model: nn.Module, examples: Sequence[Example]) -> tuple[tor
         ids[row, :end] = torch.tensor(prompt + choice)
         mask[row, :end] = 1
         targets[row, len(prompt) : end] = ids[row, len(prompt) : end]
+    device = next(model.parameters()).device
+    ids, mask, targets = ids.to(device), mask.to(device), targets.to(device)
     logits = model(input_ids=ids, attention_mask=mask).logits
     return _of_targets(logits[:, :-1], targets[:, 1:], len(examples))
 

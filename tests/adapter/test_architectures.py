@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from ia3.adapter.architectures import Site, default_sites, feedforward_sites
 from ia3.errors import InputError
 from support import zoo
-from support.zoo import NOTHING, REFUSED, TEXT, built
+from support.zoo import NOTHING, REFUSED, TEXT, UNBUILT, built
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
@@ -458,14 +458,10 @@ def test_other_type(model_type: str) -> None:
 
 
 def test_census_is_nearly_complete() -> None:
+    """Types that are not refused are tested, but for a few without a tiny model."""
     assert len(REFUSED) < 10
     assert len(NOTHING) < 10
-    counted = 0
-    for model_type in TEXT:
-        with suppress(Exception):
-            zoo.build(model_type, meta=True)
-            counted += 1
-    assert counted >= 235
+    assert len(TEXT) - len(UNBUILT) >= 235
 
 
 def test_attention_seen_by_its_calls_is_most_of_it() -> None:

@@ -4,8 +4,11 @@ The compiler stops before it would write machine code.
 """
 
 import copy
+import io
+import pickle
 import threading
 
+import peft  # noqa: F401  # before it, `PeftModel.__class__` is a `PreTrainedModel`, which Dynamo cannot trace from outside
 import pytest
 import torch
 import transformers
@@ -15,12 +18,7 @@ import ia3
 from ia3 import IA3Config
 from support import tiny
 
-ARCHITECTURES = {
-    "llama": ["k_proj", "v_proj", "down_proj"],
-    "gpt2": ["c_attn", "mlp.c_proj"],
-    "bert": ["key", "value", "output.dense"],
-    "t5": ["k", "v", "wo"],
-}
+ARCHITECTURES = ("llama", "gpt2", "bert", "t5")
 
 
 @pytest.fixture(autouse=True)
@@ -46,50 +44,55 @@ def inputs(arch: str, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def small(arch: str):
-    """`adapted` with one layer, whose graph is traced in half the time."""
-    return adapted(arch, base=tiny.build(arch, **tiny.ONE_LAYER[arch]))
-
-
-def adapted(arch: str, **fields):
-    """Adapters `one` (active), `two` and `three`, of the same modules."""
-    model = tiny.adapt(arch, ia3, adapter="one", **fields)
+    """A model of one layer with adapters `one` (active), `two` and `three`, of the same modules."""
+    model = tiny.adapt(arch, ia3, adapter="one", base=tiny.build(arch, **tiny.ONE_LAYER[arch]))
+    targets, feedforward = tiny.TARGETS[arch]
+    config = {"task_type": tiny.TASKS[arch], "target_modules": targets, "feedforward_modules": feedforward}
     for seed, name in enumerate(("two", "three"), start=2):
-        add(model, arch, name, seed)
+        model.add_adapter(name, IA3Config(**config))
+        tiny.randomize(model, seed, name)
     return model
 
 
-def add(model, arch: str, name: str, seed: int) -> None:
-    targets, feedforward = tiny.TARGETS[arch]
-    config = IA3Config(task_type=tiny.TASKS[arch], target_modules=targets, feedforward_modules=feedforward)
-    model.add_adapter(name, config)
-    tiny.randomize(model, seed, name)
-
-
 class Network(nn.Module):
-    """Attention and a feed-forward alone, traced in a fraction of a Llama's time."""
+    """Attention, a feed-forward and a head, traced in a fraction of a Llama's time."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(8, 8) for _ in range(3))
         self.up_proj, self.down_proj = nn.Linear(8, 12), nn.Linear(12, 8)
+        self.head = nn.Linear(8, 8)
 
     def forward(self, x):
         x = x + torch.softmax(self.q_proj(x) @ self.k_proj(x).mT, -1) @ self.v_proj(x)
-        return x + self.down_proj(torch.relu(self.up_proj(x)))
+        return self.head(x + self.down_proj(torch.relu(self.up_proj(x))))
 
 
 X = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))
 
 
-def network(**others: dict):
-    """A network with adapters `one` (active), `two` and `three`; `others` have their own fields of the config."""
-    fields = {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
-    configs = {name: IA3Config(**others.get(name, fields)) for name in ("one", "two", "three")}
-    model = ia3.IA3Model(Network(), configs).eval()
+NAMES = ("one", "two", "three")
+FIELDS = {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+
+
+def three(base: nn.Module, fields: dict, **others: dict):
+    """A model with adapters `one` (active), `two` and `three`; `others` have their own fields of the config."""
+    configs = {name: IA3Config(**others.get(name, fields)) for name in NAMES}
+    model = ia3.IA3Model(base, configs).eval()
     for seed, name in enumerate(configs, start=1):
         tiny.randomize(model, seed, name)
     return model
+
+
+def network(**others: dict):
+    """A network with three adapters."""
+    return three(Network(), FIELDS, **others)
+
+
+def headed():
+    """A network with three adapters that have a head each."""
+    return three(Network(), {**FIELDS, "modules_to_save": ["head"]})
 
 
 def gradients(model, adapter: str) -> dict[str, torch.Tensor]:
@@ -99,27 +102,28 @@ def gradients(model, adapter: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_whole_models_compile_without_a_break(arch):
+def test_whole_models_compile_without_a_break_and_switch_without_recompiling(arch):
     """Bert with its classification head, which is trained in full."""
-    model = small(arch) if arch in ("bert", "t5") else adapted(arch)
+    model = small(arch)
     run = compiled(model)
     for name in ("one", "two"):
         model.set_adapter(name)
         expected = model(**inputs(arch)).logits
         expected.square().sum().backward()
         wanted = gradients(model, name)
-        found = run(**inputs(arch)).logits
+        with torch._dynamo.config.patch(error_on_recompile=name == "two"):
+            found = run(**inputs(arch)).logits
         assert tiny.relative_error(found, expected) <= 1e-5
         found.square().sum().backward()
         grads = gradients(model, name)
-        assert len(grads) >= len(wanted) >= 4
+        assert len(grads) >= len(wanted) >= 2
         for key, gradient in grads.items():
             assert tiny.relative_error(gradient, wanted[key]) <= 1e-4, key
             assert gradient.abs().max() > 0
 
 
-@pytest.mark.parametrize("arch", ["llama", "gpt2", "bert"])
-def test_switching_adapters_of_one_shape_does_not_recompile(arch, tmp_path):
+@pytest.mark.parametrize("arch", ["llama", "bert"])
+def test_adapters_that_come_and_go_do_not_recompile(arch, tmp_path):
     model = small(arch)
     model.save_pretrained(tmp_path, selected_adapters=["three"])
     model.delete_adapter("three")
@@ -145,16 +149,16 @@ def test_switching_adapters_of_one_shape_does_not_recompile(arch, tmp_path):
 
 
 def test_switching_trainable_adapters_does_not_recompile():
-    model = small("llama")
+    model = network()
     run = compiled(model)
-    run(**inputs("llama")).logits.sum().backward()
+    run(X).sum().backward()
     model.zero_grad()
     with torch._dynamo.config.patch(error_on_recompile=True):
         for name in ("two", "three", "one"):
             model.set_adapter(name)
-            run(**inputs("llama")).logits.square().sum().backward()
+            run(X).square().sum().backward()
             found = gradients(model, name)
-            model(**inputs("llama")).logits.square().sum().backward()
+            model(X).square().sum().backward()
             for key, gradient in gradients(model, name).items():
                 assert tiny.relative_error(found[key], gradient) <= 1e-4
             assert all(p.grad is None for p in model.parameters())
@@ -163,17 +167,17 @@ def test_switching_trainable_adapters_does_not_recompile():
 def test_training_steps_do_not_recompile_and_are_eager_steps():
     results = []
     for wrap in (lambda model: model, compiled):
-        model = small("llama")
+        model = network()
         run = wrap(model)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
         for step in range(3):
             with torch._dynamo.config.patch(error_on_recompile=step > 0):
-                run(**inputs("llama", seed=step)).logits.square().mean().backward()
+                run(X + step).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
         results.append(tiny.adapter_parameters(model, "one"))
     for key, parameter in results[0].items():
-        assert not torch.equal(parameter, tiny.adapter_parameters(small("llama"), "one")[key])
+        assert not torch.equal(parameter, tiny.adapter_parameters(network(), "one")[key])
         torch.testing.assert_close(results[1][key], parameter, rtol=1e-4, atol=1e-5)
 
 
@@ -229,12 +233,30 @@ def test_an_adapter_of_other_modules_is_right_too():
         assert tiny.relative_error(run(X), model(X)) <= 1e-5
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: model.double()], ids=["copied", "converted"])
-def test_compiled_after_being_changed_whole(copied):
+def through_torch_save(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["unmerged", "merged"])
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), through_torch_save, lambda model: model.double()],
+    ids=["copied", "pickled", "saved", "converted"],
+)
+def test_compiled_after_being_changed_whole(copied, merged):
     """The vectors that compiled code finds are those of this model, not of the one before."""
-    model = copied(network())
+    model = network()
+    if merged:
+        model.merge_adapter()
+    model = copied(model)
     x = X.to(next(model.parameters()).dtype)
     run = compiled(model, "eager")
+    assert tiny.relative_error(run(x), model(x)) <= 1e-5
+    if merged:
+        model.unmerge_adapter()
     for name in ("one", "two"):
         model.set_adapter(name)
         expected = model(x)
@@ -246,7 +268,24 @@ def test_compiled_after_being_changed_whole(copied):
     assert tiny.relative_error(run(x), model(x)) <= 1e-5
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_loaded_into_compiled_code_counts(assign):
+    """Of vectors and of heads."""
+    source, target = headed(), headed()
+    for seed, name in enumerate(NAMES, start=5):
+        tiny.randomize(source, seed, name)
+    run = compiled(target, "eager")
+    before = run(X)
+    target.load_state_dict(source.state_dict(), assign=assign)
+    for name in NAMES[:2]:
+        source.set_adapter(name)
+        target.set_adapter(name)
+        assert tiny.relative_error(run(X), source(X)) <= 1e-6
+        assert tiny.relative_error(run(X), before) > 0.01
+
+
 def mixtral():
+    """A model whose experts are slices of one parameter."""
     made = transformers.MixtralConfig(
         vocab_size=tiny.VOCAB,
         hidden_size=16,
@@ -258,18 +297,14 @@ def mixtral():
         num_experts_per_tok=2,
     )
     torch.manual_seed(0)
-    base = transformers.MixtralForCausalLM._from_config(made, experts_implementation="batched_mm").eval()
-    fields = {"target_modules": ["k_proj", "v_proj", "experts"], "feedforward_modules": ["experts"]}
-    model = ia3.get_peft_model(base, IA3Config(**fields), adapter_name="one").eval()
-    for seed, name in enumerate(("two", "three"), start=2):
-        model.add_adapter(name, IA3Config(**fields))
-        tiny.randomize(model, seed, name)
-    tiny.randomize(model, 1, "one")
-    return model
+    return transformers.MixtralForCausalLM._from_config(made, experts_implementation="batched_mm")
+
+
+EXPERTS = {"target_modules": ["experts"], "feedforward_modules": ["experts"]}
 
 
 def test_mixtral_compiles_without_a_break():
-    model = mixtral()
+    model = three(mixtral(), {**EXPERTS, "target_modules": ["k_proj", "v_proj", "experts"]})
     run = compiled(model, "eager")
     expected = model(**inputs("llama")).logits
     assert tiny.relative_error(run(**inputs("llama")).logits, expected) <= 1e-5
@@ -365,46 +400,50 @@ MIXES = (
 )
 
 
-@pytest.mark.parametrize("arch", ["llama", "t5"])
-def test_new_mixes_of_adapters_do_not_recompile(arch):
+@pytest.mark.parametrize("kind", ["network", "t5"])
+def test_new_mixes_of_adapters_do_not_recompile(kind):
     """Also when what is compiled first has no names; and going back to none does not either."""
-    # Gradients are a property of compiled code.
-    model = small(arch).requires_grad_(False)
+    model = network() if kind == "network" else small(kind)
+    model.requires_grad_(False)  # gradients are a property of compiled code
     run = compiled(model, "eager")
-    batch = inputs(arch)
-    seen = [run(**batch).logits]
-    found = run(**batch, adapter_names=MIXES[0]).logits
-    assert tiny.relative_error(found, model(**batch, adapter_names=MIXES[0]).logits) <= 1e-5
+    batch = {"x": X} if kind == "network" else inputs(kind)
+
+    def answer(model, names=None) -> torch.Tensor:
+        output = model(**batch, adapter_names=names)
+        return output if kind == "network" else output.logits
+
+    seen = [answer(run)]
+    assert tiny.relative_error(answer(run, MIXES[0]), answer(model, MIXES[0])) <= 1e-5
     with torch._dynamo.config.patch(error_on_recompile=True):
         for names in MIXES:
-            found = run(**batch, adapter_names=names).logits
-            assert tiny.relative_error(found, model(**batch, adapter_names=names).logits) <= 1e-5
+            found = answer(run, names)
+            assert tiny.relative_error(found, answer(model, names)) <= 1e-5
             assert all(not torch.equal(found, other) for other in seen)
             seen.append(found)
-            assert torch.equal(run(**batch).logits, seen[0])
+            assert torch.equal(answer(run), seen[0])
         model.set_adapter("two", inference_mode=True)
-        assert torch.equal(run(**batch, adapter_names=MIXES[1]).logits, seen[2])
-        assert torch.equal(run(**batch).logits, seen[3])
-        other = threading.Thread(target=lambda: seen.append(run(**batch, adapter_names=MIXES[0]).logits))
+        assert torch.equal(answer(run, MIXES[1]), seen[2])
+        assert torch.equal(answer(run), seen[3])
+        other = threading.Thread(target=lambda: seen.append(answer(run, MIXES[0])))
         other.start()  # a thread that has had no rows yet
         other.join()
         assert torch.equal(seen[-1], seen[1])
     with pytest.raises(ia3.InputError, match="Row 1"):
-        run(**batch, adapter_names=["one", "nobody", "one"])
-    assert torch.equal(run(**batch).logits, seen[3])
+        answer(run, ["one", "nobody", "one"])
+    assert torch.equal(answer(run), seen[3])
 
 
 def test_training_on_mixes_does_not_recompile():
-    model = small("llama")
+    model = network()
     model.set_requires_grad(["one", "two", "three"])
     run = compiled(model)
-    run(**inputs("llama"), adapter_names=MIXES[0]).logits.sum().backward()
+    run(X, adapter_names=MIXES[0]).sum().backward()
     model.zero_grad()
     with torch._dynamo.config.patch(error_on_recompile=True):
         for names in MIXES[:4]:
             grads = []
             for each in (run, model):
-                each(**inputs("llama"), adapter_names=names).logits.square().sum().backward()
+                each(X, adapter_names=names).square().sum().backward()
                 grads.append({path: p.grad for path, p in model.named_parameters() if ".ia3_l." in path})
                 model.zero_grad()
             for path, found in grads[0].items():
@@ -414,22 +453,27 @@ def test_training_on_mixes_does_not_recompile():
 
 @pytest.mark.parametrize("kind", ["heads", "experts"])
 def test_what_goes_adapter_by_adapter_does_so_between_compiled_parts(kind):
-    model, arch = (small("bert"), "bert") if kind == "heads" else (mixtral(), "llama")
+    if kind == "heads":
+        model, x = headed(), X
+    else:
+        model = three(mixtral().model.layers[0].mlp, EXPERTS)
+        x = torch.randn(3, 4, 16, generator=torch.Generator().manual_seed(0))
     model.requires_grad_(False)
     run = torch.compile(model, backend="eager")
-    batch = inputs(arch)
-    run(**batch, adapter_names=MIXES[0])
-    plain = run(**batch).logits
+    run(x, adapter_names=MIXES[0])
+    plain = run(x)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for names in MIXES[1:3]:
-            found = run(**batch, adapter_names=names).logits
-            assert tiny.relative_error(found, model(**batch, adapter_names=names).logits) <= 1e-5
-        assert torch.equal(run(**batch).logits, plain)
+            found = run(x, adapter_names=names)
+            assert tiny.relative_error(found, model(x, adapter_names=names)) <= 1e-5
+            assert tiny.relative_error(found, plain) > 0.01
+        assert torch.equal(run(x), plain)
 
 
 def test_an_adapted_model_in_a_compiled_function():
     """Whole when all rows have one adapter; with names there is a break around the model."""
-    model, batch = small("llama").requires_grad_(False), inputs("llama")
+    model = small("llama").requires_grad_(False)
+    batch = inputs("llama")
 
     def answer(names=None):
         return model(**batch, adapter_names=names).logits * 2

@@ -148,21 +148,16 @@ def test_a_copy_of_a_whole_model_goes_on_by_itself(copied, merged):
         model.merge_adapter()
     before = tiny.logits(model, "llama")
     other = copied(model)
-    torch._dynamo.reset()
-    run = torch.compile(other, backend="eager")
     assert torch.equal(tiny.logits(other, "llama"), before)
-    assert tiny.relative_error(tiny.logits(run, "llama"), before) <= 1e-6
     if merged:
         other.unmerge_adapter()
         assert torch.equal(tiny.logits(other, "llama"), answers["one"])
     other.set_adapter("two")
     assert torch.equal(tiny.logits(other, "llama"), answers["two"])
-    assert tiny.relative_error(tiny.logits(run, "llama"), answers["two"]) <= 1e-6
     tiny.randomize(other, 7, "two")
-    assert tiny.relative_error(tiny.logits(run, "llama"), tiny.logits(other, "llama")) <= 1e-6
+    assert not torch.equal(tiny.logits(other, "llama"), answers["two"])
     other.unload()
     assert torch.equal(tiny.logits(model, "llama"), before)
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("assign", [False, True])
@@ -171,17 +166,12 @@ def test_a_state_is_loaded_into_a_model_with_the_same_adapters(arch, assign):
     source, target = (two(arch, **tiny.ONE_LAYER[arch]) for _ in range(2))
     for seed, name in enumerate(("one", "two"), start=5):
         tiny.randomize(source, seed, name)
-    torch._dynamo.reset()
-    run = torch.compile(target, backend="eager")
-    tiny.logits(run, arch)
     result = target.load_state_dict(source.state_dict(), assign=assign)
     assert result.missing_keys == result.unexpected_keys == []
     for name in ("one", "two"):
         source.set_adapter(name)
         target.set_adapter(name)
         assert torch.equal(tiny.logits(target, arch), tiny.logits(source, arch))
-        assert tiny.relative_error(tiny.logits(run, arch), tiny.logits(source, arch)) <= 1e-6
-    torch._dynamo.reset()
 
 
 def test_states_have_pefts_names():

@@ -37,10 +37,11 @@ def place(tmp_path_factory):
         "--test-data",
         folder / "test.csv",
     ]
-    arguments += ["--template", words.TEMPLATE, "--choices", CHOICES, "--steps", "8", "--output", folder / "adapter"]
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    assert not ended.value.code
+    arguments += ["--template", words.TEMPLATE, "--choices", CHOICES, "--steps", "8"]
+    for acts_from, name in (("auto", "adapter"), ("start", "for-peft")):
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in [*arguments, "--acts-from", acts_from, "--output", folder / name]])
+        assert not ended.value.code
     return folder
 
 
@@ -90,11 +91,29 @@ class TestTrain:
 
     def test_peft_reads_it(self, place):
         base = transformers.AutoModelForCausalLM.from_pretrained(place / "model")
-        model = peft.PeftModel.from_pretrained(base, place / "adapter").eval()
-        task, rows = Task.from_file(place / "adapter" / "task.yaml"), read_rows(place / "test.csv")
+        model = peft.PeftModel.from_pretrained(base, place / "for-peft").eval()
+        task, rows = Task.from_file(place / "for-peft" / "task.yaml"), read_rows(place / "test.csv")
         found = [prediction.label for prediction in predict(model, words.tokenizer(), task, rows)]
-        metrics = json.loads((place / "adapter" / "metrics.json").read_text())
+        metrics = json.loads((place / "for-peft" / "metrics.json").read_text())
         assert task.metrics([row["label"] for row in rows], found) == metrics["trained"]
+
+    def test_what_acts_from_the_question_on_is_neither_merged_nor_pefts(self, ia3, place, tmp_path):
+        config = json.loads((place / "adapter" / "adapter_config.json").read_text())
+        assert config["acts_from"] == "question" and config["peft_type"] != "IA3"
+        code, _, err = ia3("merge", place / "adapter", "--output", tmp_path / "merged")
+        assert code == 2 and "merged weights would act on the text too" in err and not (tmp_path / "merged").exists()
+
+    def test_a_template_that_ends_in_its_text_is_read_from_the_start(self, train, tmp_path):
+        ending = "what is this ? {{ text }}"
+        assert train("--acts-from", "auto", template=ending)[0] == 0
+        assert "acts_from" not in json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+        code, _, err = train("--acts-from", "question", template=ending, output=tmp_path / "other")
+        assert code == 2 and "Expected a text that can be read before the question" in err
+
+    def test_memory_for_what_is_read_once(self, train):
+        assert train(memory="3kB")[0] == 0
+        code, _, err = train(memory="10")
+        assert code == 2 and "Expected memory for at least one text" in err
 
     def test_prints_a_table_or_json(self, train):
         code, out, _ = train()
@@ -501,24 +520,24 @@ def test_evaluate_agrees_with_training(ia3, place):
 
 
 def test_merged_folder_is_a_plain_model_that_predicts_the_same(ia3, place, tmp_path):
-    code, out, _ = ia3("merge", place / "adapter", "--output", tmp_path / "merged", "--json")
+    code, out, _ = ia3("merge", place / "for-peft", "--output", tmp_path / "merged", "--json")
     assert code == 0 and json.loads(out)["model_class"] == "LlamaForCausalLM"
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
     task, rows = Task.from_file(tmp_path / "merged" / "task.yaml"), read_rows(place / "test.csv")
-    _, out, _ = ia3("predict", place / "adapter", "--data", place / "test.csv", "--json")
+    _, out, _ = ia3("predict", place / "for-peft", "--data", place / "test.csv", "--json")
     assert [p.label for p in predict(model, tokenizer, task, rows)] == [item["label"] for item in json.loads(out)]
-    code, _, err = ia3("merge", place / "adapter", "--output", tmp_path / "merged")
+    code, _, err = ia3("merge", place / "for-peft", "--output", tmp_path / "merged")
     assert code == 2 and "new or empty folder" in err
 
 
 def test_a_merged_model_is_not_put_where_no_folder_can_be_renamed_to(ia3, place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, _, err = ia3("merge", place / "adapter", "--output", ".")
+    code, _, err = ia3("merge", place / "for-peft", "--output", ".")
     assert code == 2 and "mount point or the current folder" in err and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
     (tmp_path / "empty").mkdir()
-    assert ia3("merge", place / "adapter", "--output", "empty")[0] == 0
+    assert ia3("merge", place / "for-peft", "--output", "empty")[0] == 0
 
 
 def test_inspect(ia3, place):

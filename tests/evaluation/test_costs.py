@@ -85,16 +85,16 @@ def test_training_costs_twice_a_forward_pass(llama):
     llama.set_attn_implementation("eager")
     model = IA3Model(llama, IA3Config())
     task = Task(template="review : {{ text }}", choices={"pos": "good", "neg": "bad"})
-    found = example_flops(model, words.tokenizer(), task, words.rows(32), Recipe())
+    found = example_flops(model, words.tokenizer(), task, words.rows(32), Recipe()).each
     forward = llama_flops(rows=1, length=7, projected=1)
     assert 1.7 * forward < found < 2.1 * forward
     assert all(parameter.grad is None for parameter in model.parameters())
     model.set_requires_grad("default", False)
     model.eval()
-    assert example_flops(model, words.tokenizer(), task, words.rows(32), Recipe()) == found
+    assert example_flops(model, words.tokenizer(), task, words.rows(32), Recipe()).each == found
     assert not any(parameter.requires_grad for parameter in model.parameters()) and not model.training
     # As many for an example where there are fewer than a batch takes.
-    assert example_flops(model, words.tokenizer(), task, words.rows(2), Recipe()) == found
+    assert example_flops(model, words.tokenizer(), task, words.rows(2), Recipe()).each == found
     assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
 
 
@@ -129,7 +129,7 @@ def test_training_reads_a_shared_beginning_once_a_step(llama):
     llama.set_attn_implementation("eager")
     model = IA3Model(llama, IA3Config())
     rows = [{"text": word, "label": label} for word, label in [("cake soup", "pos"), ("soup cake", "neg")] * 16]
-    found = example_flops(model, words.tokenizer(), SHARED, rows, Recipe())
+    found = example_flops(model, words.tokenizer(), SHARED, rows, Recipe()).each
     once = llama_flops(rows=1, length=60, projected=1) / 8 + llama_flops(rows=1, length=2, projected=1, before=60)
     # Of the beginning, the last layer hands on keys and values alone, and so the way back is shorter.
     assert 1.5 * once < found < 2.1 * once

@@ -3,6 +3,7 @@
 import random
 from dataclasses import replace
 
+import peft
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -72,6 +73,19 @@ class TestTheBaseModel:
         for question, scores in zip(others, asks.score(others), strict=True):
             assert scores.tolist() == pytest.approx(alone(model, question), abs=1e-5)
         assert not passes
+
+    def test_what_all_texts_begin_with_is_read_once(self, monkeypatch):
+        model, start = tiny.build("llama"), random.Random(1).choices(range(3, tiny.VOCAB), k=60)
+        questions = [one.after(start) for one in asked()]
+        passes = []
+        monkeypatch.setattr(
+            room, "fill", lambda *args, its=room.fill, **more: passes.append(args[2]) or its(*args, **more)
+        )
+        asks = with_readings(model)
+        for question, scores in zip(questions, asks.score(questions), strict=True):
+            assert scores.tolist() == pytest.approx(alone(model, question), abs=1e-5)
+        assert (1, 60) in [tuple(ids.shape) for ids in passes]
+        assert sum(ids.numel() for ids in passes[-2:]) < 60 + 6 * 30
 
     @pytest.mark.parametrize("texts", [1.2, 2.5])
     def test_memory_holds_what_it_may_and_the_rest_is_read_again(self, texts):
@@ -151,6 +165,21 @@ class TestAdapters:
         assert asks.readings.read == 5
         for question, scores in zip(questions, found, strict=True):
             assert scores.tolist() == pytest.approx(alone(model, question), abs=1e-5)
+
+    def test_what_others_train_reads_for_itself(self):
+        """LoRA acts on the text, and a model that is trained itself reads otherwise after each step."""
+        questions = [replace(one, prompt=[*range(3, 23)] * 4 + [5], read=80) for one in asked()]
+        lora = peft.get_peft_model(tiny.build("llama"), peft.LoraConfig(task_type="CAUSAL_LM"))
+        for model in (lora, tiny.build("llama").train()):
+            asks = with_readings(model)
+            for _, batch in asks.training_batches(questions):
+                asks.log_probs(batch).sum().backward()
+            assert asks.readings.read == 0
+        assert all(one.grad is not None for one in lora.parameters() if one.requires_grad)
+        found = with_readings(lora)
+        for question, scores in zip(questions, found.score(questions), strict=True):
+            assert scores.tolist() == pytest.approx(alone(lora, question), abs=1e-5)
+        assert found.readings.read == 0
 
     def test_behind_a_prefix_too(self):
         model = asking()

@@ -1,20 +1,18 @@
 """`ia3 serve` as a process: its options, signals, connections; and the page in a browser."""
 
 import json
-import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 
 from ia3.cli import main
+from support.launched import Process
 
 
 def refused(capsys, *arguments) -> str:
@@ -47,47 +45,6 @@ def test_options_that_are_refused(made, tmp_path, capsys, monkeypatch):
         )
 
 
-class Process:
-    """`ia3 serve` in a process of its own."""
-
-    def __init__(self, folder, *arguments, program="", **environment) -> None:
-        command = [sys.executable, "-c", f"{program}\nfrom ia3.cli import main; main()", "serve", "--model", folder / "model",
-                   "--adapters", folder / "adapters", "--port", "0", *arguments]  # fmt: skip
-        self.log: list[dict] = []
-        self.process = subprocess.Popen(
-            list(map(str, command)), stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
-        )
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
-        address = self.until(
-            lambda: next((line["address"] for line in self.log if line.get("event") == "listening"), None)
-        )
-        self.port = int(address.rpartition(":")[2])
-        self.http = httpx.Client(base_url=address, timeout=60)
-
-    def _read(self) -> None:
-        for line in self.process.stderr:
-            if line.startswith("{"):
-                self.log.append(json.loads(line))
-            else:
-                self.said = line
-
-    def until(self, condition, seconds: float = 120.0):
-        end = time.monotonic() + seconds
-        while not (found := condition()):
-            assert time.monotonic() < end and (self.process.poll() is None or condition()), self.log
-            time.sleep(0.01)
-        return found
-
-    def wait_until_ready(self) -> None:
-        self.until(lambda: self.http.get("/ready").status_code == 200)
-
-    def ended(self) -> int:
-        code = self.process.wait(60)
-        self._reader.join(60)
-        return code
-
-
 @pytest.fixture
 def launch():
     processes: list[Process] = []
@@ -98,14 +55,12 @@ def launch():
 
     yield launch
     for each in processes:
-        each.http.close()
-        each.process.kill()
-        each.ended()
+        each.close()
 
 
 def test_signals_and_slow_connections(place, launch):
     """Two hundred connections that say little; the folder read again; then SIGTERM while requests are under way."""
-    server = launch(place, "--deadline", "30")
+    server = launch(place, "--deadline", "60", "--max-adapters", "5")
     assert server.http.get("/health").status_code == 200
     server.wait_until_ready()
     head = b"POST /v1/classify HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
@@ -116,9 +71,15 @@ def test_signals_and_slow_connections(place, launch):
     for _ in range(3):
         assert server.http.post("/v1/classify", json=body).status_code == 200
     shutil.copytree(place / "adapters" / "soup", place / "adapters" / "new")
-    server.process.send_signal(signal.SIGHUP)
+    server.send(signal.SIGHUP)
     server.until(lambda: any(line.get("event") == "reload" and line["added"] == 1 for line in server.log))
     assert server.http.post("/v1/classify", json={**body, "adapter": "new"}).status_code == 200
+
+    shutil.copytree(place / "adapters" / "soup", place / "adapters" / "newer")
+    server.send(signal.SIGHUP)
+    failed = server.until(lambda: next((line for line in server.log if line.get("event") == "reload failed"), None))
+    assert failed["level"] == "error" and "at most 5 adapters, found 6" in failed["reason"]
+    assert server.http.get("/ready").status_code == 200
 
     for connection in slow[2::3]:  # their bodies do not come any more
         connection.close()
@@ -126,7 +87,7 @@ def test_signals_and_slow_connections(place, launch):
     waiting = [ask(server.port, "/v1/completions", stream) for _ in range(4)]
     waiting += [ask(server.port, "/v1/classify", body) for _ in range(16)]
     waiting += [ask(server.port, "/v1/classify", {**body, "texts": ["tea"]}) for _ in range(150)]
-    server.process.send_signal(signal.SIGTERM)
+    server.send(signal.SIGTERM)
     with ThreadPoolExecutor(170) as pool:
         answers = list(pool.map(answer, waiting))
     assert [text[:15] for text in answers] == ["HTTP/1.1 200 OK"] * 170
@@ -134,21 +95,11 @@ def test_signals_and_slow_connections(place, launch):
     assert all('"predictions"' in text for text in answers[4:])
     assert server.ended() == 0
     ours = [line for line in server.log if line["logger"].startswith(("ia3", "uvicorn"))]
-    assert ours and not [line for line in ours if line["level"] in ("warning", "error")]
+    assert [line for line in ours if line["level"] in ("warning", "error")] == [failed]
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{server.http.base_url}/health")
     for connection in slow:
         connection.close()
-
-
-def test_a_reload_that_fails_is_logged(place, launch):
-    server = launch(place, "--max-adapters", "4")
-    server.wait_until_ready()
-    shutil.copytree(place / "adapters" / "soup", place / "adapters" / "new")
-    server.process.send_signal(signal.SIGHUP)
-    line = server.until(lambda: next((line for line in server.log if line.get("event") == "reload failed"), None))
-    assert line["level"] == "error" and "at most 4 adapters, found 5" in line["reason"]
-    assert server.http.get("/ready").status_code == 200
 
 
 def test_a_model_whose_thread_ends_ends_the_process(made, launch):
@@ -186,10 +137,10 @@ def answer(connection: socket.socket) -> str:
 def test_a_token_from_the_environment(made, launch):
     server = launch(made, "--host", "0.0.0.0", IA3_SERVE_TOKEN="right-token")
     server.wait_until_ready()
-    address = f"http://127.0.0.1:{server.port}"
-    assert httpx.get(f"{address}/v1/models").status_code == 401
-    assert httpx.get(f"{address}/v1/models", headers={"Authorization": "Bearer right-token"}).status_code == 200
-    server.process.send_signal(signal.SIGINT)
+    address = f"http://127.0.0.1:{server.port}/v1/models"
+    assert server.http.get(address).status_code == 401
+    assert server.http.get(address, headers={"Authorization": "Bearer right-token"}).status_code == 200
+    server.send(signal.SIGINT)
     assert server.ended() == 130
 
 

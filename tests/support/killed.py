@@ -1,8 +1,9 @@
 """Writers that are killed before each of their changes to the file system, in turn, and what is left: one JSON line each.
 
-    python -m support.killed FOLDER [CASE]...
+    python -m support.killed FOLDER
 
-Each writer runs in a fork of this process, so that what it needs is imported once.
+What a killed process leaves is what is on the disk at that moment. So each writer runs once, and its folder is copied before
+each change. In the middle a fork is killed indeed: it has to leave the same.
 """
 
 import itertools
@@ -11,7 +12,6 @@ import os
 import shutil
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,31 +33,68 @@ QUALITY = dict.fromkeys(("log_loss", "log_loss_before", "calibration_error", "ca
 FOREIGN = {"tokenizer.json": b"{}", "checkpoint-5/trainer_state.json": b"{}", "run.log": b"log", ".hidden": b"x"}
 
 
-def run(write: Callable[[], Any], place: Path, nth: int) -> bool:
-    """Run a writer that is killed before its nth change in a folder; whether it came so far."""
+class Watch:
+    """Calls a function before each change in a folder. There is one: Python keeps audit hooks for good."""
+
+    def __init__(self) -> None:
+        self._place, self._before = "", None
+        sys.addaudithook(self._hook)
+
+    def _hook(self, event: str, arguments: tuple) -> None:
+        before = self._before
+        if before is None or not self._changes(event, arguments):
+            return
+        self._before = None
+        before()
+        self._before = before
+
+    def _changes(self, event: str, arguments: tuple) -> bool:
+        if event == "open":
+            if not (isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
+                return False
+        elif event not in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link"):
+            return False
+        return str(arguments[0]).startswith(self._place)
+
+    def write(self, case: "Case", place: Path, before: Callable[[], Any]) -> None:
+        """Let a writer write."""
+        case.prepare(place)
+        self._place, self._before = str(place), before
+        case.write(place)
+        self._before = None
+
+
+def copies(watch: Watch, case: "Case", place: Path) -> list[Path]:
+    """The folder before each of a writer's changes, and after the last."""
+    made: list[Path] = []
+
+    def copy() -> None:
+        made.append(place.parent / str(len(made)))
+        shutil.copytree(place, made[-1])
+
+    watch.write(case, place, copy)
+    copy()
+    return made
+
+
+def kill(watch: Watch, case: "Case", place: Path, nth: int) -> None:
+    """Run a writer in a fork that is killed before its nth change."""
+    counter = itertools.count()
+
+    def change() -> None:
+        if next(counter) == nth:
+            os.kill(os.getpid(), signal.SIGKILL)
+
     pid = os.fork()
     if pid:
         _, status = os.waitpid(pid, 0)
-        if os.WIFEXITED(status) and os.WEXITSTATUS(status):
-            raise RuntimeError("the writer failed by itself")
-        return os.WIFSIGNALED(status)
-    counter = itertools.count()
-
-    def change(event: str, arguments: tuple) -> None:
-        if event == "open":
-            changes = isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-        else:
-            changes = event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link")
-        if changes and str(arguments[0]).startswith(str(place)) and next(counter) == nth:
-            os.kill(os.getpid(), signal.SIGKILL)
-
+        if not os.WIFSIGNALED(status):
+            raise RuntimeError("the writer was not killed")
+        return
     try:
-        sys.addaudithook(change)
-        write()
-    except BaseException:
-        traceback.print_exc()
+        watch.write(case, place, change)
+    finally:
         os._exit(1)
-    os._exit(0)
 
 
 @dataclass
@@ -69,17 +106,29 @@ class Case:
         write: is killed, and then called again.
         state: what our readers find.
         plain: what programs find that do not know how we write; "none": nothing that they could use.
+        prepare: what the writer does first, and is not killed at.
     """
 
     before: Callable[[Path], Any]
     write: Callable[[Path], Any]
     state: Callable[[Path], Any]
     plain: Callable[[Path], Any]
+    prepare: Callable[[Path], Any] = lambda place: None
+
+    def found(self, place: Path) -> tuple[Any, Any]:
+        """What is there now."""
+        return self.state(place), self.plain(place)
+
+
+def base() -> Any:
+    """A model to adapt."""
+    return tiny.build("llama", **tiny.ONE_LAYER["llama"])
 
 
 def adapted(seed: int, targets: list[str], feedforward: list[str], name: str, **beside: Any) -> Any:
     """A model whose adapter has been trained on a task of that name."""
-    model = tiny.adapt("llama", ia3, seed=seed, target_modules=targets, feedforward_modules=feedforward)
+    fields = {"target_modules": targets, "feedforward_modules": feedforward}
+    model = tiny.adapt("llama", ia3, seed=seed, base=base(), **fields)
     task = Task.create({"name": name, "template": "{{ text }}", "choices": ["a", "b"]})
     found = described(task, Recipe.small(), [{"text": name, "label": "a"}], None)
     found._texts.update({key: value.to_json().encode() for key, value in beside.items()})
@@ -107,7 +156,7 @@ def adapter(place: Path) -> Any:
     folder = place / "out"
     if not (folder.exists() and AdapterFolder(folder).text(CONFIG_NAME)):
         return None
-    loaded = PeftModel.from_pretrained(tiny.build("llama"), AdapterFolder(folder))
+    loaded = PeftModel.from_pretrained(base(), AdapterFolder(folder))
     found = loaded.adapter_folders["default"]
     return [
         found.config.to_json(),
@@ -132,7 +181,7 @@ def plain_adapter(place: Path) -> Any:
 
 def archive(place: Path, seed: int) -> None:
     """Save a bank."""
-    bank = AdapterBank(ia3.get_peft_model(tiny.build("llama"), IA3Config()))
+    bank = AdapterBank(ia3.get_peft_model(base(), IA3Config()))
     generator = torch.Generator().manual_seed(seed)
     bank.add("a", {entry.key: torch.randn(entry.shape, generator=generator) for entry in bank.entries})
     bank.save_archive(place / "out")
@@ -158,11 +207,14 @@ def converted(place: Path) -> Any:
     return [found.config.to_json(), sorted(tensors)]
 
 
+def come(place: Path) -> None:
+    """An adapter's files come to a server."""
+    NEW.save_pretrained(place / ".upload-1")
+
+
 def upload(place: Path) -> None:
-    """What a server does with an adapter's files that have come."""
-    coming = place / ".upload-1"
-    NEW.save_pretrained(coming)
-    _exchange(str(coming), str(place / "out"))
+    """What a server does with them."""
+    _exchange(str(place / ".upload-1"), str(place / "out"))
 
 
 def merge(place: Path) -> None:
@@ -199,7 +251,7 @@ CASES = {
     "calibrate": Case(old, calibrate, adapter, plain_adapter),
     "convert": Case(tfew, lambda place: convert.convert(place / "a.pt", place / "out"), converted, plain_adapter),
     "archive": Case(lambda place: archive(place, 1), lambda place: archive(place, 2), archived, archived),
-    "upload": Case(old, upload, adapter, plain_adapter),
+    "upload": Case(old, upload, adapter, plain_adapter, come),
     "merge": Case(nothing, merge, merged, merged),
 }
 
@@ -209,30 +261,42 @@ def named(left: Any, before: Any, after: Any) -> str:
     return "old" if left == before else "new" if left == after else "none" if left == "none" else "mixed"
 
 
-def main(root: Path, names: list[str]) -> None:
+def main(root: Path) -> None:
     """Kill, look, write again, look."""
     os.fsync = lambda handle: None  # type: ignore[assignment]  # no power fails here
-    for name in names or CASES:
-        case, before = CASES[name], None
-        for nth in itertools.count():
-            place = root / name / str(nth)
-            place.mkdir(parents=True)
-            case.before(place)
-            before = before or (case.state(place), case.plain(place))
-            killed = run(lambda case=case, place=place: case.write(place), place, nth)
-            left = case.state(place), case.plain(place)
+    watch = Watch()
+    for name, case in CASES.items():
+        begun, place = root / name / "begun", root / name / "place"
+        begun.mkdir(parents=True)
+        case.before(begun)
+        before = case.found(begun)
+        shutil.copytree(begun, place)
+        made = copies(watch, case, place)
+        for nth, copy in enumerate(made):
+            killed = nth < len(made) - 1
+            alike = None
+            if nth == len(made) // 2:
+                shutil.rmtree(place)
+                shutil.copytree(begun, place)
+                kill(watch, case, place, nth)
+                alike = case.found(place)
+            shutil.rmtree(place)
+            copy.rename(place)
+            left = after = case.found(place)
             refused = ""
             if killed:
                 try:
+                    case.prepare(place)
                     case.write(place)
                 except (InputError, OSError) as error:
                     refused = str(error)
-            after = case.state(place), case.plain(place)
+                after = case.found(place)
             print(
                 json.dumps(
                     {
                         "case": name,
                         "killed": killed,
+                        "alike": alike and alike == left,
                         "state": named(left[0], before[0], after[0]),
                         "plain": named(left[1], before[1], after[1]),
                         "differs": before[0] != after[0],
@@ -242,10 +306,7 @@ def main(root: Path, names: list[str]) -> None:
                 ),
                 flush=True,
             )
-            shutil.rmtree(place)
-            if not killed:
-                break
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]))

@@ -19,8 +19,11 @@ if TYPE_CHECKING:
 EMBEDDED_MODEL = "smollm2"
 _EMBEDDED_ON_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = ("auto", "stored", "float32", "bfloat16", "float16")
 """What `load_base` takes as `dtype`."""
+
+# From so many parameters on a model is computed faster in bfloat16: below, its products are too small to matter.
+_GAINS_FROM = 20_000_000
 
 _CLASSES = {
     TaskType.CAUSAL_LM: ("AutoModelForCausalLM", "a causal language model"),
@@ -43,9 +46,9 @@ def load_base(
             (dequantized once to float32 and cached), else the hub's SmolLM2-135M-Instruct.
         labels: what an encoder's head tells apart. A new head has them in alphabetical order, so that the same labels
             get the same weights however they are listed. Other models need none.
-        dtype: of the weights: "auto", as they are stored, or one of `DTYPES`. In bfloat16 a model takes half the memory, and
-            on processors that multiply it (AVX512-BF16, AMX) little more than half the time; scores are rounded to
-            three digits.
+        dtype: of the weights: "stored", as they are stored; "float32", "bfloat16" or "float16"; or "auto", which is bfloat16
+            for a language model that this machine computes faster in it (see `computes_bfloat16`), else as stored. In
+            bfloat16 a model takes half the memory and little more than half the time; scores are rounded to three digits.
 
     Raises:
         InputError: there is no such model or dtype; it is none of these; or an encoder without labels.
@@ -64,6 +67,8 @@ def load_base(
             family = _family(config)
             class_name, description = _CLASSES[family]
             options: dict[str, Any] = {}
+            if dtype == "auto" and family != TaskType.SEQ_CLS and _gains_by_bfloat16(config):
+                dtype = "bfloat16"
             if family == TaskType.SEQ_CLS and labels is not None:
                 known: Any = config.label2id or {}
                 listed = sorted(labels)
@@ -74,7 +79,9 @@ def load_base(
                 options["ignore_mismatched_sizes"] = True
             if family != TaskType.SEQ_CLS or labels is not None:
                 tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-                model = getattr(transformers, class_name).from_pretrained(source, dtype=dtype, **options)
+                model = getattr(transformers, class_name).from_pretrained(
+                    source, dtype={"stored": "auto"}.get(dtype, dtype), **options
+                )
         except (
             Exception
         ) as error:  # a damaged file, a missing package, another kind of model: the user's answer is the same
@@ -92,6 +99,27 @@ def load_base(
     # Adapters record the name that the user gave, which finds the same weights again.
     model.name_or_path = model.config._name_or_path = name
     return model.eval(), tokenizer
+
+
+def computes_bfloat16() -> bool:
+    """Whether this machine multiplies matrices of bfloat16 numbers: by AVX512-BF16 or AMX, or on a GPU that does."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+
+
+def _gains_by_bfloat16(config: Any) -> bool:
+    """Whether a model of a config, if it is stored in float32 or float16, is better computed in bfloat16 here."""
+    import torch
+    from transformers import AutoModel
+
+    if getattr(config, "quantization_config", None) is not None or not computes_bfloat16():
+        return False
+    with torch.device("meta"):
+        return AutoModel.from_config(config).num_parameters() >= _GAINS_FROM
 
 
 def parameter_count(name: str) -> int:

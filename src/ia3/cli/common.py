@@ -94,8 +94,8 @@ BaseOption = typer.Option(
 DtypeOption = typer.Option(
     "auto",
     "--dtype",
-    help=f"Of the base model's weights: {', '.join(DTYPES)}. auto: as they are stored. bfloat16 halves memory and, on processors "
-    "that multiply it, nearly halves time; scores are rounded.",
+    help=f"Of the base model's weights: {', '.join(DTYPES)}. auto: bfloat16 for language models where this "
+    "machine multiplies it, which halves memory and nearly halves time and rounds scores; else as they are stored.",
 )
 JsonOption = typer.Option(False, "--json", help="Print machine-readable JSON on standard output and nothing else.")
 

@@ -33,7 +33,7 @@ def merge(
         )
     folder = AdapterFolder(adapter)
     with out.status("Loading …"):
-        adapted, tokenizer = load_adapted(folder, model)
+        adapted, tokenizer = load_adapted(folder, model, "stored")
     with out.status("Merging …"):
         merged = adapted.merge_and_unload(safe_merge=True)
         with new_folder(output) as temporary:

@@ -116,7 +116,7 @@ def serve(
     if engine == EngineKind.VLLM:
         from ia3.serve.vllm import VllmEngine
 
-        settings: dict[str, Any] = {} if dtype == "auto" else {"dtype": dtype}
+        settings: dict[str, Any] = {} if dtype in ("auto", "stored") else {"dtype": dtype}
         runs = VllmEngine(recorded, name, adapters=max_adapters, max_num_seqs=max_batch, **settings)
     else:
         from ia3.serve.local import LocalEngine

@@ -183,8 +183,9 @@ class Comparison:
         seen = costs.examples_seen(examples, recipe, steps)
         questions = Scorer(self.base, self.tokenizer).questions(self.task.wordings(self.examples))
         tokens = seen * sum(map(row_length, questions)) / len(questions)
+        flops = costs.example_flops(model, self.tokenizer, self.task, self.examples, recipe)
         return {
-            "training_flops": seen * costs.example_flops(model, self.tokenizer, self.task, self.examples, recipe),
+            "training_flops": examples * flops.once + seen * flops.each,
             "training_flops_estimate": costs.estimated_flops(self.parameters, tokens, self._both, training=True),
         }
 

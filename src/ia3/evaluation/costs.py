@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -17,6 +17,7 @@ from ia3.scoring.batch import Batch, to_device
 from ia3.scoring.family import base_of, evaluating
 from ia3.scoring.prefix import Prefix
 from ia3.scoring.question import row_length
+from ia3.scoring.readings import Readings
 from ia3.scoring.scorer import Scorer
 from ia3.task.rows import as_rows
 from ia3.task.task import Task
@@ -160,8 +161,22 @@ def examples_seen(rows: int, recipe: Recipe, steps: int) -> int:
     return epochs * rows + min(more * recipe.batch_size, rows)
 
 
-def example_flops(model: IA3Model, tokenizer: PreTrainedTokenizerBase, task: Task, rows: Any, recipe: Recipe) -> float:
-    """FLOPs of training the active adapter on an example once: forward and backward in up to four steps, as a mean.
+class ExampleFlops(NamedTuple):
+    """FLOPs of training on an example.
+
+    Attributes:
+        once: of reading its text, for an adapter that acts from the question on.
+        each: each time that it is seen, forward and backward.
+    """
+
+    once: float
+    each: float
+
+
+def example_flops(
+    model: IA3Model, tokenizer: PreTrainedTokenizerBase, task: Task, rows: Any, recipe: Recipe
+) -> ExampleFlops:
+    """FLOPs of training the active adapter on an example: means over up to four steps.
 
     They are counted apart from training, because counting takes other kernels, which round otherwise. Nothing is
     trained, and no gradient is left.
@@ -170,7 +185,7 @@ def example_flops(model: IA3Model, tokenizer: PreTrainedTokenizerBase, task: Tas
         model, tokenizer, recipe: as of `TFewTrainer`.
         task, rows: as of its `Member`.
     """
-    scorer = Scorer(model, tokenizer)
+    scorer = Scorer(model, tokenizer, Readings() if model.waits_for_question() else None)
     examples = training_examples(scorer, task, rows, recipe, seed=0)
     size, count = recipe.batch_size, min(_COUNTED_STEPS, max(len(examples) // recipe.batch_size, 1))
     steps = [[one.drawn(step) for one in examples[step * size : (step + 1) * size]] for step in range(count)]
@@ -186,13 +201,18 @@ def example_flops(model: IA3Model, tokenizer: PreTrainedTokenizerBase, task: Tas
             for questions in steps:  # whether packing and sharing are exact is tried once, and not each step
                 for _ in scorer.training_batches(questions):
                     pass
+            with count_flops() as reading:
+                if scorer.readings is not None:
+                    scorer.readings.clear()
+                    scorer.foresee([question for questions in steps for question in questions])
             with count_flops() as counter:
                 for questions in steps:
                     for _, batch in scorer.training_batches(questions):
                         batch = to_device(batch, device)
                         loss = tfew_loss(scorer.log_probs(batch), batch["mask"], batch["label"], **recipe.loss_weights)
                         loss.total.backward()
-        return counter.get_total_flops() / sum(map(len, steps))
+        seen = sum(map(len, steps))
+        return ExampleFlops(reading.get_total_flops() / seen, counter.get_total_flops() / seen)
     finally:
         model.zero_grad()
         for parameter in frozen:

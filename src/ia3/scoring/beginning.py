@@ -298,6 +298,11 @@ def common_tokens(prompts: Sequence[list[int]]) -> int:
     return min(size, min(map(len, prompts)) - 1)
 
 
+def pays(tokens: int, prompts: int) -> bool:
+    """Whether it saves more than it costs to read so many tokens once, in a pass of their own, and not in each prompt."""
+    return tokens >= _LEAST and tokens * (prompts - 1) >= 2 * PASS_TOKENS
+
+
 def shared(family: Decoder, questions: Sequence[Question], before: DynamicCache | None = None) -> Beginning | None:
     """What questions that begin alike share, read, where that saves more than it costs and is exact; else None.
 
@@ -313,7 +318,7 @@ def shared(family: Decoder, questions: Sequence[Question], before: DynamicCache 
     size = common_tokens(prompts)
     read_for_it = size - (0 if before is None else before.get_seq_length())
     saved = read_for_it * (len(questions) - 1)
-    if read_for_it < _LEAST or saved < 2 * PASS_TOKENS:
+    if not pays(read_for_it, len(questions)):
         return None
     if saved < _LEAST_ROWS * max(map(row_length, questions)):
         return None

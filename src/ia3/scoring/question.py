@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -38,7 +39,7 @@ class Question:
     cut: str | None = field(default=None, compare=False)
     row: int | None = field(default=None, compare=False)
 
-    @property
+    @functools.cached_property
     def text(self) -> tuple[int, ...]:
         """The tokens before the question."""
         return tuple(self.prompt[: self.read])

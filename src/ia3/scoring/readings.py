@@ -16,10 +16,11 @@ from transformers.cache_utils import DynamicLayer
 
 from ia3.adapter.adapted import find_adapted
 from ia3.adapter.rows import BASE
+from ia3.adapter.targets import inside_wrappers
 from ia3.errors import InputError
 from ia3.files import parse_bytes
 from ia3.scoring.batch import Batch, groups, groups_of_sizes, padded, pass_tokens, training_groups
-from ia3.scoring.beginning import fill, is_exact_behind, may_continue, room_behind
+from ia3.scoring.beginning import common_tokens, fill, is_exact_behind, may_continue, pays, room_behind
 from ia3.scoring.decoder import Decoder
 from ia3.scoring.family import Family, evaluating, frozen
 from ia3.scoring.question import Question, row_length
@@ -226,7 +227,11 @@ def askable(family: Family, questions: Sequence[Question]) -> list[bool]:
         return [False] * len(questions)
     adapted = find_adapted(family.model)
     known: dict[str | None, bool] = {None: True, BASE: True}
-    if adapted is not None:
+    if adapted is None:
+        # Another library's adapters act on texts too; and what is trained of a model itself changes what it reads.
+        learns = family.model.training and torch.is_grad_enabled()
+        known[None] = family.base is inside_wrappers(family.model) and not learns
+    else:
         routing = adapted.ia3_routing
         for name in {question.adapter for question in questions} - {BASE}:
             acting = () if not routing.enabled else routing.active if name is None else (name,)
@@ -235,24 +240,36 @@ def askable(family: Family, questions: Sequence[Question]) -> list[bool]:
 
 
 def read_texts(family: Decoder, texts: Sequence[Text]) -> dict[Text, Reading] | None:
-    """What the frozen model makes of texts, several a pass; None for a model that keeps no keys and values.
+    """What the frozen model makes of texts, several a pass; with what all begin, such as an instruction, read once.
 
     Args:
         family: of the model, adapted or not.
         texts: that differ.
+
+    Returns:
+        None for a model that keeps no keys and values.
     """
     found: dict[Text, Reading] = {}
     device = next(family.model.parameters()).device
+    size = common_tokens([list(text) for text in texts])
+    size = size if pays(size, len(texts)) else 0
     with evaluating(family.model), frozen(family.model), torch.no_grad():
-        for group in groups_of_sizes([(len(text), 0) for text in texts], pass_tokens(family.model)):
-            ids, mask = padded([texts[i] for i in group], family.pad_token_id)
-            cache = fill(family, DynamicCache(), ids.to(device), attention_mask=mask.to(device))
-            if cache is None:
+        start = DynamicCache()
+        if size and fill(family, start, torch.tensor([texts[0][:size]], device=device)) is None:
+            return None
+        for group in groups_of_sizes([(len(text) - size, 0) for text in texts], pass_tokens(family.model)):
+            ids, mask = padded([texts[i][size:] for i in group], family.pad_token_id)
+            mask = torch.cat([mask.new_ones((len(group), size)), mask], 1).to(device)
+            cache = DynamicCache()
+            for number, layer in enumerate(start.layers):
+                keys, values = (one.expand(len(group), -1, -1, -1) for one in (layer.keys, layer.values))  # type: ignore[union-attr]
+                cache.update(keys, values, number)
+            if fill(family, cache, ids.to(device), attention_mask=mask) is None:
                 return None
             for row, index in enumerate(group):
-                size = len(texts[index])
+                length = len(texts[index])
                 kept = [
-                    [one[row, :, :size].transpose(0, 1).clone() for one in (layer.keys, layer.values)]  # type: ignore[index,union-attr]
+                    [one[row, :, :length].transpose(0, 1).clone() for one in (layer.keys, layer.values)]  # type: ignore[index,union-attr]
                     for layer in cache.layers
                 ]
                 found[texts[index]] = Reading([(keys, values) for keys, values in kept])

@@ -189,7 +189,8 @@ class Scorer:
         apart, readings = self._apart(questions)
         if readings is not None and isinstance(self.family, Decoder):
             readings.foresee(self.family, [questions[i] for i in apart])
-        self._try_packing([question for i, question in enumerate(questions) if i not in {*apart}])
+        taken = {*apart}
+        self._try_packing([question for i, question in enumerate(questions) if i not in taken])
 
     def _try_packing(self, questions: Sequence[Question]) -> None:
         if questions:

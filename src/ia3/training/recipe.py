@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ia3.errors import InputError, brief, excerpt, problems, similar
 from ia3.files import read_fields, reading, replacing
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -184,6 +187,11 @@ class Recipe(BaseModel):
             raise InputError(
                 f"Expected a text that can be read before the question (acts_from: question) in task {task.name!r}, found "
                 f"{found}; let the adapter act from the start."
+            )
+        if found is not None and task_type(model) == TaskType.CAUSAL_LM:
+            logger.warning(
+                "Task %r: the adapter acts from the start, because nothing stands behind the text in its template.",
+                task.name,
             )
         return "start" if found else "question"
 
