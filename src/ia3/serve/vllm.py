@@ -161,8 +161,10 @@ class VllmEngine:
             return [*question.prompt, *reversed(tokens)]
 
         # Ask the prompt first, so that the other requests find it in the cache.
-        found = {0: await self._next(text(0), follow.pop(0), adapter)}
-        others = await _together([self._next(text(node), tokens, adapter) for node, tokens in follow.items()])
+        found = {0: await self._next(text(0), follow.pop(0), adapter, question.read)}
+        others = await _together(
+            [self._next(text(node), tokens, adapter, question.read) for node, tokens in follow.items()]
+        )
         found.update(zip(follow, others, strict=True))
         scores = [
             normalized(
@@ -174,14 +176,22 @@ class VllmEngine:
         ]
         return question.as_listed(scores)
 
-    async def _next(self, text: list[int], tokens: set[int], adapter: Any) -> dict[int, float]:
-        """The log-probabilities of these tokens after a text."""
+    async def _next(self, text: list[int], tokens: set[int], adapter: Any, read: int) -> dict[int, float]:
+        """The log-probabilities of these tokens after a text, whose first `read` tokens stand before the question."""
         from vllm import SamplingParams
+
+        from ia3.vllm.from_question import PLACE
 
         asked, found = sorted(tokens), {}
         for first in range(0, len(asked), _TOKENS_ASKED):
             some = asked[first : first + _TOKENS_ASKED]
-            sampling = SamplingParams(max_tokens=1, temperature=0, logprob_token_ids=some, detokenize=False)
+            sampling = SamplingParams(
+                max_tokens=1,
+                temperature=0,
+                logprob_token_ids=some,
+                detokenize=False,
+                extra_args={PLACE: read},  # for adapters that act from the question on; others have no use for it
+            )
             async for output in self._generate(text, sampling, adapter):
                 for entry in output.outputs[0].logprobs or ():
                     found.update({token: entry[token].logprob for token in some})
@@ -190,6 +200,8 @@ class VllmEngine:
         return found
 
     async def _generate(self, text: Sequence[int], sampling: Any, adapter: Any) -> AsyncGenerator[Any, None]:
+        from vllm.exceptions import VLLMClientError
+
         key = None if adapter is None else adapter.lora_name
         self._under_way[key] += 1
         made = self._engine.generate(
@@ -199,6 +211,8 @@ class VllmEngine:
             async with contextlib.aclosing(made) as outputs:  # vLLM aborts a closed request
                 async for output in outputs:
                     yield output
+        except VLLMClientError as error:  # a request that vLLM or the plugin refuses
+            raise InputError(str(error)) from error
         finally:
             self._under_way[key] -= 1
             self._under_way = +self._under_way
@@ -230,10 +244,13 @@ class VllmEngine:
     async def add(self, key: str, folder: str, check: bool) -> None:
         from vllm.lora.request import LoRARequest
 
+        from ia3.vllm.from_question import acts_from_question
+
         if len(self._adapters) >= self._most:
             raise InputError(f"Expected at most {self._most} adapters at a time, found one more; allow more of them.")
         IA3Config.from_pretrained(folder)  # refuse other adapters, which vLLM would accept
         self._adapters[key] = LoRARequest(key, next(self._ids), folder)
+        acts_from_question(self._adapters[key])  # which the plugin remembers: the folder may change
         if check:
             try:
                 await self._request(key)

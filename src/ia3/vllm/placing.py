@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ia3.adapter.config import CONFIG_NAME, IA3Config, is_ia3
 from ia3.adapter.tensors import PREFIX, Tensors, check_tensors
 from ia3.errors import InputError, shown
+from ia3.files import current, parse_json
 from ia3.folder import AdapterFolder
 
 _SUFFIX = ".ia3_l"
@@ -47,8 +49,22 @@ class Scales:
     outputs: list[torch.Tensor | None] = field(default_factory=list)
 
 
-def read_vectors(folder: str | os.PathLike, name: str) -> Tensors:
-    """The vectors of an adapter's folder by module path in the base model, as in the file.
+def read_config(folder: str | os.PathLike) -> IA3Config | None:
+    """The config of an (IA)³ adapter's folder; None for another method's, and when there is no adapter at all.
+
+    Raises:
+        InputError: it is not JSON, or has fields that cannot be used.
+    """
+    path = os.path.join(folder, CONFIG_NAME)
+    try:
+        data = (current(folder) / CONFIG_NAME).read_bytes()
+    except OSError:
+        return None
+    return IA3Config.from_json(data, path) if is_ia3(parse_json(data, path)) else None
+
+
+def read_vectors(folder: str | os.PathLike, name: str) -> tuple[IA3Config, Tensors]:
+    """An adapter's config, and its vectors by module path in the base model, as in the file.
 
     Args:
         folder: the folder, in PEFT's format or ours, with safetensors.
@@ -67,7 +83,7 @@ def read_vectors(folder: str | os.PathLike, name: str) -> Tensors:
         )
     if not tensors:
         raise InputError(f"Adapter {name!r} holds no vectors, expected at least one; save it again.")
-    return {key.removeprefix(PREFIX).removesuffix(_SUFFIX): value for key, value in tensors.items()}
+    return config, {key.removeprefix(PREFIX).removesuffix(_SUFFIX): value for key, value in tensors.items()}
 
 
 def place(

@@ -1,4 +1,6 @@
-"""The vLLM plugin: (IA)³ adapters wherever vLLM takes LoRA adapters. All uses of vLLM's internals are in this file.
+"""The vLLM plugin: (IA)³ adapters wherever vLLM takes LoRA adapters.
+
+All uses of vLLM's internals are in this file and, for adapters that act from the question on, in `from_question`.
 
 vLLM keeps the weights of adapters in slots, knows the slot of each token of a step, and wraps each linear layer. The
 plugin adds a table to the wrapper for each rescaled side, with a row per slot and a last row of ones. One gather from
@@ -17,13 +19,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ia3.adapter.config import CONFIG_NAME, PeftType
+from ia3.adapter.config import CONFIG_NAME
 from ia3.errors import InputError, reason, shown
-from ia3.files import current, parse_json
-from ia3.vllm.placing import Layer, Scales, place, read_vectors
+from ia3.files import current
+from ia3.vllm import from_question
+from ia3.vllm.placing import Layer, Scales, place, read_config, read_vectors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+
+    from ia3.adapter.config import IA3Config
 
 SUPPORTED = "0.32"
 """The versions of vLLM that are supported: this one and its patch releases."""
@@ -86,7 +91,7 @@ def _missing() -> list[str]:
     )
     needed = {
         utils: ("_all_lora_classes", "from_layer", "get_adapter_absolute_path"),
-        worker_manager.WorkerLoRAManager: ("_load_adapter",),
+        worker_manager.WorkerLoRAManager: ("_load_adapter", "supports_tower_connector_lora"),
         worker_manager.LRUCacheWorkerLoRAManager: ("_manager_cls",),
         model_manager.LRUCacheLoRAModelManager: manager,
         BaseLinearLayerWithLoRA: linear,
@@ -94,22 +99,13 @@ def _missing() -> list[str]:
         VocabParallelEmbeddingWithLoRA: ("create_lora_weights",),
         PunicaWrapperBase: ("token_lora_indices",),
     }
-    return [f"{owner.__name__}.{name}" for owner, names in needed.items() for name in names if not hasattr(owner, name)]
-
-
-def is_ia3(folder: str | os.PathLike) -> bool:
-    """Whether a folder has an (IA)³ adapter; False also if it has no adapter.
-
-    Raises:
-        InputError: its config is not JSON.
-    """
-    path = os.path.join(folder, CONFIG_NAME)
-    try:
-        data = (current(folder) / CONFIG_NAME).read_bytes()
-    except OSError:
-        return False
-    config = parse_json(data, path)
-    return isinstance(config, dict) and config.get("peft_type") == PeftType.IA3
+    return [
+        f"{owner.__name__}.{name}"
+        for each in (needed, from_question.needed())
+        for owner, names in each.items()
+        for name in names
+        if not hasattr(owner, name)
+    ]
 
 
 def _refuse(problem: str) -> None:
@@ -122,7 +118,7 @@ def _refuse(problem: str) -> None:
         return
 
     def load(self: Any, lora_request: Any) -> Any:
-        if os.path.isdir(lora_request.lora_path) and is_ia3(lora_request.lora_path):
+        if os.path.isdir(lora_request.lora_path) and read_config(lora_request.lora_path) is not None:
             raise InputError(problem)
         return stock(self, lora_request)
 
@@ -149,11 +145,17 @@ class Routing:
 
     def update(self, slots: torch.Tensor, rescales: bool, lora: bool) -> None:
         """Set the slot of each token of the next step; negative for tokens without an adapter."""
+        self.route(slots)
+        if self.by_step:
+            self.rescales, self.lora = rescales, lora
+
+    def route(self, slots: torch.Tensor, texts: Sequence[slice] = ()) -> None:
+        """Set the slots alone; no adapter acts on tokens before the question."""
         count = len(slots)
         self.rows[:count] = torch.where(slots < 0, self.identity, slots)
         self.rows[count:] = self.identity
-        if self.by_step:
-            self.rescales, self.lora = rescales, lora
+        for text in texts:
+            self.rows[text] = self.identity
 
 
 class Rescaling:
@@ -291,9 +293,10 @@ def _install() -> None:
     class IA3Adapter(LoRAModel):
         """An adapter in vLLM's caches."""
 
-        def __init__(self, number: int, placed: dict[str, Scales]) -> None:
+        def __init__(self, number: int, placed: dict[str, Scales], name: str, config: IA3Config) -> None:
             super().__init__(number, 1, {})
-            self.placed = placed
+            self.placed, self.name = placed, name
+            self.from_question = config.acts_from == "question"
 
     class Manager(LRUCacheLoRAModelManager):
         """A manager that also handles (IA)³ adapters and the layers that they rescale."""
@@ -306,6 +309,8 @@ def _install() -> None:
             self.ia3_only = only
             if only:
                 lora_config.max_lora_rank = 1  # the matrices are not used, so make them as small as possible
+            self.ia3_places = from_question.Places()
+            self.ia3_texts: list[slice] = []
             super().__init__(*args, lora_config=lora_config, vllm_config=vllm_config, **kwargs)
 
         def _init_punica_wrapper(self, max_num_batched_tokens: int, vllm_config: Any) -> None:
@@ -380,6 +385,22 @@ def _install() -> None:
                 if wrapper.indices_len[0] is not None:
                     wrapper.ia3.update(wrapper.token_lora_indices, rescales, lora)
 
+        def ia3_leave_out_texts(self, rows: Sequence[from_question.StepRow]) -> None:
+            """Let no adapter act on the tokens of a step that stand before their request's question."""
+            for request, number, _ in rows:
+                adapter = self._registered_adapters.cache.get(number)
+                if getattr(adapter, "from_question", False) != (request in self.ia3_places.told):
+                    raise InputError(
+                        f"Adapter {getattr(adapter, 'name', number)!r} acts from another place than its request says: its "
+                        f"folder has changed, or this executor hands no places on; give new content a new name and folder."
+                    )
+            texts = self.ia3_places.texts(rows)
+            if texts or self.ia3_texts:
+                for wrapper in self.punica_wrapper_mapping.values():
+                    if wrapper.indices_len[0] is not None:
+                        wrapper.ia3.route(wrapper.token_lora_indices, texts)
+            self.ia3_texts = texts
+
     def mended(stock: Callable) -> Callable:
         def create_lora_weights(self: Any, max_loras: int, lora_config: Any, model_config: Any = None) -> None:
             device = self.base_layer.weight.device if isinstance(self, VocabParallelEmbeddingWithLoRA) else self.device
@@ -392,7 +413,7 @@ def _install() -> None:
     def load_adapter(self: Any, lora_request: Any) -> LoRAModel:
         folder = utils.get_adapter_absolute_path(lora_request.lora_path)
         manager, name = self._adapter_manager, lora_request.lora_name
-        if not is_ia3(folder):
+        if read_config(folder) is None:
             if not (current(folder) / CONFIG_NAME).is_file():
                 raise LoRAAdapterNotFoundError(name, lora_request.lora_path)
             if manager.ia3_only:
@@ -410,7 +431,13 @@ def _install() -> None:
                 f"Adapter {name!r} is an (IA)³ adapter, expected an engine without VLLM_LORA_ENABLE_DUAL_STREAM; unset "
                 f"that variable."
             )
-        return IA3Adapter(lora_request.lora_int_id, manager.ia3_place(read_vectors(folder, name), name))
+        config, vectors = read_vectors(folder, name)
+        if config.acts_from == "question" and self.supports_tower_connector_lora():
+            raise InputError(
+                f"Adapter {name!r} acts from the question on, expected an engine without enable_tower_connector_lora; turn "
+                f"that off."
+            )
+        return IA3Adapter(lora_request.lora_int_id, manager.ia3_place(vectors, name), name, config)
 
     # Replace attributes of classes, which vLLM looks up at each use. Names in its modules are copied to other modules.
     utils._all_lora_classes = tuple(
@@ -421,3 +448,4 @@ def _install() -> None:
     worker_manager.WorkerLoRAManager._load_adapter = load_adapter
     for each in (LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA):
         each.create_lora_weights = mended(each.create_lora_weights)
+    from_question.install()
