@@ -7,16 +7,18 @@ import multiprocessing
 import os
 import shutil
 import sys
+from dataclasses import replace
 
 import peft
 import pytest
 import torch
 import transformers
 
-from ia3 import IA3Config, Scorer, get_peft_model
+from ia3 import IA3Config, PeftModel, Scorer, get_peft_model
 from ia3.errors import InputError
 from ia3.scoring.question import Question
 from ia3.serve.engine import AdapterFailed, GenerateJob, ScoreJob
+from ia3.serve.local import LocalEngine
 from ia3.serve.vllm import VllmEngine, _together
 from ia3.task.task import Task
 from ia3.training.recipe import Recipe
@@ -81,7 +83,7 @@ def test_an_adapters_error_is_told_without_what_processes_put_around_it(message)
 
 
 def test_scores_stand_in_the_callers_order(monkeypatch):
-    async def following(text, tokens, adapter):
+    async def following(text, tokens, adapter, read):
         return {token: -float(token) for token in tokens}
 
     engine, question = VllmEngine("anything"), Question([5], [[6], [7, 8]], order=(1, 0))
@@ -91,14 +93,15 @@ def test_scores_stand_in_the_callers_order(monkeypatch):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A tiny model with a tokenizer, and two adapters."""
+    """A tiny model with a tokenizer, two adapters, and two that act from the question on."""
     folder = tmp_path_factory.mktemp("engine")
     base = tiny.build("llama", vocab_size=len(words.VOCABULARY), pad_token_id=0, eos_token_id=1, **SIZES)
     base.save_pretrained(folder / "base")
     words.tokenizer().save_pretrained(folder / "base")
-    for number, name in enumerate(("one", "two")):
+    for number, name in enumerate(("one", "two", "asks", "asks too")):
         model = transformers.AutoModelForCausalLM.from_pretrained(folder / "base")
-        model = get_peft_model(model, IA3Config(task_type="CAUSAL_LM"))
+        acts_from = "question" if name.startswith("asks") else "start"
+        model = get_peft_model(model, IA3Config(task_type="CAUSAL_LM", acts_from=acts_from))
         torch.manual_seed(number)
         with torch.no_grad():
             for path, parameter in model.named_parameters():
@@ -123,7 +126,8 @@ def questions(count: int) -> list[Question]:
 def expected(place, name, question: Question, power: float) -> list[float]:
     model = transformers.AutoModelForCausalLM.from_pretrained(place / "base")
     if name is not None:
-        model = peft.PeftModel.from_pretrained(model, place / name)
+        library = PeftModel if name.startswith("asks") else peft.PeftModel
+        model = library.from_pretrained(model, place / name)
     sums = Scorer(model.eval(), words.tokenizer()).score([question], 0.0)[0]
     return [float(score) / len(choice) ** power for score, choice in zip(sums, question.choices, strict=True)]
 
@@ -141,6 +145,7 @@ def test_an_engine_from_start_to_stop(place, tmp_path):
             assert max(adapters for _, _, adapters in seen) > 1
             assert engine.statistics() == {"resident": 2, "hits": 9, "misses": 2, "evictions": 0}
             await texts(engine)
+            await from_the_question(engine)
             await rows(engine)
             await refusals(engine)
             await changed_files(engine)
@@ -187,6 +192,33 @@ def test_an_engine_from_start_to_stop(place, tmp_path):
         await leaving.__anext__()
         await leaving.aclose()
 
+    async def from_the_question(engine) -> None:
+        """What the other engine says of questions about a text, to adapters of both kinds."""
+        text = (questions(3)[1].prompt * 40)[:40]
+        asked = [
+            replace(question, prompt=[*text, *question.prompt[:9]], read=read)
+            for question in questions(3)
+            for read in (0, 17, 40)
+        ]
+        keys = [None, "one@1", "asks@1", "asks too@1"]
+        jobs = [ScoreJob(key, question, 0.5) for question in asked for key in keys]
+        local = LocalEngine(str(place / "base"), [IA3Config.from_pretrained(place / "one")])
+        await local.start()
+        try:
+            for key in keys[1:]:
+                await local.add(key, str(place / key.removesuffix("@1")), check=True)
+            for key in keys[2:]:
+                await engine.add(key, str(place / key.removesuffix("@1")), check=True)
+            both = zip(jobs, await engine.score(jobs), await local.score(jobs), strict=True)
+            for job, found, other in both:
+                assert found == pytest.approx(other, abs=1e-4), job
+        finally:
+            await local.stop()
+        with pytest.raises(InputError, match=r"^Adapter 'asks@1' acts from the question on, expected the number"):
+            [piece async for piece in engine.generate(GenerateJob("asks@1", text, 3))]
+        for key in keys[2:]:
+            await engine.drop(key)
+
     async def rows(engine) -> None:
         wordings = TASK.wordings(words.rows(3))
         made = engine.questions(wordings, Recipe.small())
@@ -217,20 +249,20 @@ def test_an_engine_from_start_to_stop(place, tmp_path):
         assert await engine.score([ScoreJob("one@1", question)])  # it goes on
 
     async def changed_files(engine) -> None:
-        """A key stands for one content, whatever becomes of the files."""
+        """A key stands for one content, whatever becomes of the files, also for one that acts from elsewhere."""
         folder = tmp_path / "changing"
         shutil.copytree(place / "one", folder)
         await engine.add("changing@1", str(folder), check=False)
 
         def change() -> None:
             shutil.rmtree(folder)
-            shutil.copytree(place / "two", folder)
+            shutil.copytree(place / "asks", folder)
 
         await engine.keep(["changing@1", "gone@1"], change)
         await engine.add("changing@2", str(folder), check=True)
-        question = questions(3)[2]
+        question = replace(questions(3)[2], read=3)
         for _ in range(2):
-            for key, name in (("changing@1", "one"), ("changing@2", "two"), ("one@1", "one"), ("two@1", "two")):
+            for key, name in (("changing@1", "one"), ("changing@2", "asks"), ("one@1", "one"), ("two@1", "two")):
                 (scores,) = await engine.score([ScoreJob(key, question)])  # there are fewer slots
                 assert scores == pytest.approx(expected(place, name, question, 1.0), abs=1e-4)
         for number in range(8 - len(engine._adapters)):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ia3 import IA3Config, get_peft_model
 from ia3.errors import InputError
-from ia3.vllm.placing import Layer, place, read_vectors
+from ia3.vllm.placing import Layer, place, read_config, read_vectors
 from support import tiny
 
 QKV = Layer(("attn.q_proj", "attn.k_proj", "attn.v_proj"), (8, 4, 4), 6)
@@ -104,7 +104,8 @@ def test_folders_of_both_libraries_are_read(library, tmp_path):
         config = peft.IA3Config(target_modules=targets, feedforward_modules=feedforward, init_ia3_weights=False)
         model = peft.get_peft_model(tiny.build("llama"), config)
     model.save_pretrained(tmp_path)
-    vectors = read_vectors(tmp_path, "a")
+    config, vectors = read_vectors(tmp_path, "a")
+    assert config.target_modules and config.acts_from == "start"
     saved = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
     assert len(vectors) == 3 * tiny.LAYERS and "model.layers.1.mlp.down_proj" in vectors
     assert torch.equal(
@@ -143,3 +144,18 @@ def test_other_folders_are_refused(tmp_path):
     (tmp_path / "adapter_model.safetensors").write_bytes(b"short")
     with pytest.raises(InputError, match="Expected a whole safetensors file"):
         read_vectors(tmp_path, "a")
+
+
+def test_a_config_says_whether_an_adapter_is_ia3(tmp_path):
+    assert read_config(tmp_path) is None and read_config(tmp_path / "gone") is None
+    path = tmp_path / "adapter_config.json"
+    path.write_text('{"peft_type": "IA3"')
+    with pytest.raises(InputError, match="Expected JSON in"):
+        read_config(tmp_path)
+    for text in ("[]", '{"peft_type": "LORA"}', "{}"):
+        path.write_text(text)
+        assert read_config(tmp_path) is None
+    for acts_from in ("start", "question"):
+        config = IA3Config(task_type="CAUSAL_LM", acts_from=acts_from)
+        config.save_pretrained(tmp_path)
+        assert read_config(tmp_path) == config

@@ -128,6 +128,15 @@ def test_tokens_past_the_step_are_left_alone():
     assert routing.rows.tolist() == [2, 3, 3, 3, 3, 3]
 
 
+def test_no_adapter_acts_on_texts_before_questions():
+    routing = Routing(8, 3, "cpu", True)
+    routing.update(torch.tensor([0, 0, 2, 2, 2, -1]), True, False)
+    routing.route(torch.tensor([0, 0, 2, 2, 2, -1]), [slice(0, 1), slice(2, 5)])
+    assert routing.rows.tolist() == [3, 0, 3, 3, 3, 3, 3, 3]
+    routing.route(torch.tensor([0, 0, 2, 2, 2, -1]))
+    assert routing.rows.tolist() == [0, 0, 2, 2, 2, 3, 3, 3]
+
+
 def test_only_the_outputs_that_vectors_change_are_touched():
     layer = wrapper()
     vector = torch.ones(8, 1)
@@ -170,13 +179,14 @@ def test_another_version_is_left_alone_and_refuses_clearly(other_vllm, tmp_path,
     vllm_plugin.register()
     assert len(caplog.records) == 1 and "vLLM 0.32.*, found 0.99.1" in caplog.text and "vllm==0.32.*" in caplog.text
     manager = other_vllm["vllm.lora.worker_manager"].WorkerLoRAManager()
-    for kind in ("IA3", "LORA"):
+    for kind in ("IA3", "IA3_FROM_QUESTION", "LORA"):
         (tmp_path / kind).mkdir()
         (tmp_path / kind / "adapter_config.json").write_text(json.dumps({"peft_type": kind}))
     assert manager._load_adapter(SimpleNamespace(lora_path=str(tmp_path / "LORA"))) == "stock"
     assert manager._load_adapter(SimpleNamespace(lora_path="nowhere/at-all")) == "stock"
-    with pytest.raises(InputError, match=r"serves \(IA\)³ adapters in vLLM 0.32"):
-        manager._load_adapter(SimpleNamespace(lora_path=str(tmp_path / "IA3")))
+    for kind in ("IA3", "IA3_FROM_QUESTION"):
+        with pytest.raises(InputError, match=r"serves \(IA\)³ adapters in vLLM 0.32"):
+            manager._load_adapter(SimpleNamespace(lora_path=str(tmp_path / kind)))
 
 
 def test_a_version_without_lora_is_left_alone(other_vllm, monkeypatch, caplog):
@@ -189,15 +199,6 @@ def test_a_changed_vllm_is_left_alone(other_vllm, caplog):
     other_vllm["vllm"].__version__ = "0.32.9"  # and inside it nearly everything is elsewhere
     vllm_plugin.register()
     assert "ia3 needs" in caplog.text and "Install an unchanged vllm==0.32.*" in caplog.text
-
-
-def test_a_damaged_config_is_refused(tmp_path):
-    assert not vllm_plugin.is_ia3(tmp_path)
-    (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3"')
-    with pytest.raises(InputError, match="Expected JSON in"):
-        vllm_plugin.is_ia3(tmp_path)
-    (tmp_path / "adapter_config.json").write_text("[]")
-    assert not vllm_plugin.is_ia3(tmp_path)
 
 
 # With vLLM.
@@ -349,6 +350,9 @@ def test_a_missing_internal_is_named(monkeypatch):
     from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
     assert vllm_plugin._missing() == []
+    with monkeypatch.context() as patch:
+        patch.delattr("vllm.v1.core.kv_cache_utils.generate_block_hash_extra_keys")
+        assert vllm_plugin._missing() == ["vllm.v1.core.kv_cache_utils.generate_block_hash_extra_keys"]
     monkeypatch.delattr(LRUCacheWorkerLoRAManager, "_manager_cls")
     monkeypatch.delattr("vllm.lora.worker_manager.WorkerLoRAManager._manager_cls")
     assert vllm_plugin._missing() == ["LRUCacheWorkerLoRAManager._manager_cls"]

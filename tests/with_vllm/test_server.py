@@ -50,26 +50,30 @@ def place(tmp_path_factory):
     base = tiny.build("llama", vocab_size=len(words.VOCABULARY), pad_token_id=0, eos_token_id=1, **SIZES)
     base.save_pretrained(folder / "tickets-base")
     words.tokenizer(chat_template=CHAT).save_pretrained(folder / "tickets-base")
-    for number, name in enumerate(("tickets", "urgency")):
+    for number, name in enumerate(("tickets", "urgency", "asks")):
         model = transformers.AutoModelForCausalLM.from_pretrained(folder / "tickets-base")
-        model = get_peft_model(model, IA3Config(task_type="CAUSAL_LM"))
+        acts_from = "question" if name == "asks" else "start"
+        model = get_peft_model(model, IA3Config(task_type="CAUSAL_LM", acts_from=acts_from))
         torch.manual_seed(number)
         with torch.no_grad():
             for path, parameter in model.named_parameters():
                 if "ia3_l" in path:
                     parameter.copy_(1 + 0.6 * torch.randn_like(parameter))
-        model.save_pretrained(folder / "adapters" / name)
+        model.save_pretrained(folder / name if name == "asks" else folder / "adapters" / name)
     return folder
 
 
-def expected(place, name: str | None, prompt: str, count: int = 8) -> list[str]:
-    """The words that PEFT generates."""
+def expected(place, name: str | None, prompt: str, count: int = 8, acts_from: int | None = None) -> list[str]:
+    """The words that PEFT generates; those that our model does for an adapter that acts from a question on."""
     model = transformers.AutoModelForCausalLM.from_pretrained(place / "tickets-base")
-    if name is not None:
+    options = {}
+    if acts_from is not None:
+        model, options = PeftModel.from_pretrained(model, place / name), {"acts_from": [acts_from]}
+    elif name is not None:
         model = peft.PeftModel.from_pretrained(model, place / "adapters" / name)
     ids = torch.tensor([words.tokenizer()(prompt)["input_ids"]])
     found = model.eval().generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, **options
     )[0, ids.shape[1] :]
     return words.tokenizer().decode(found, skip_special_tokens=True).split()
 
@@ -261,22 +265,37 @@ def check_requests(port: int, place) -> None:
     assert status == 404 and "No adapter found" in answer
     status, answer = ask(port, load[0], {"lora_name": "base", "lora_path": str(place / "tickets-base")})
     assert status == 404, answer
+    assert ask(port, load[0], {"lora_name": "asks", "lora_path": str(place / "asks")})[0] == 200
+    asked = {**complete[1], "model": "asks", "prompt": "it was good the tea"}
+    status, answer = ask(port, complete[0], asked)
+    assert status == 400 and "acts from the question on, expected the number of prompt tokens" in answer
+    status, answer = ask(port, complete[0], {**asked, "vllm_xargs": {"acts_from": 3}})
+    assert status == 200, answer
+    assert json.loads(answer)["choices"][0]["text"].split() == expected(place, "asks", asked["prompt"], acts_from=3)
     assert ask(port, *complete)[0] == 200
 
 
-def test_the_script(place):
+def run(place, script: str) -> list[list[str]]:
+    """The words of each line that one of the page's scripts prints."""
+    settings = 'max_loras=4, dtype="float32", max_model_len=96'
     done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            EXAMPLES["vllm-python"].replace("max_loras=4", 'max_loras=4, dtype="float32", max_model_len=96'),
-        ],
+        [sys.executable, "-c", script.replace("max_loras=4", settings)],
         cwd=place,
         env={**ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-4000:]
+    return [line.split() for line in done.stdout.splitlines()]
+
+
+def test_the_script(place):
     asked = [("tickets", "it was"), ("urgency", "it was"), (None, "the tea")]
-    found = [line.split() for line in done.stdout.splitlines()][-3:]
+    found = run(place, EXAMPLES["vllm-python"])[-3:]
     assert found == [expected(place, name, prompt) for name, prompt in asked]
+
+
+def test_the_script_that_asks_about_a_text(place):
+    found = run(place, EXAMPLES["vllm-question"].replace("adapters/asks", "asks"))[-1]
+    assert found == expected(place, "asks", "it was good the tea", acts_from=3)
+    assert found != expected(place, "asks", "it was good the tea", acts_from=0)

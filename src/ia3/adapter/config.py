@@ -57,6 +57,11 @@ class PeftType(str, Enum):
 _FROM_QUESTION = "IA3_FROM_QUESTION"
 
 
+def is_ia3(values: Any) -> bool:
+    """Whether these are the fields of an (IA)³ adapter's config, from wherever it acts."""
+    return isinstance(values, dict) and values.get("peft_type") in (PeftType.IA3, _FROM_QUESTION)
+
+
 class TaskType(str, Enum):
     """What the adapted model is for; SEQ_CLS, TOKEN_CLS and QUESTION_ANS train the head as well."""
 

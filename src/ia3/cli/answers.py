@@ -149,6 +149,6 @@ def print_table(out: Console, rows: Sequence[Row], answers: Sequence[Sequence[An
 
 
 def _shortened(text: str) -> str:
-    """A long text without its middle: how it begins and how it ends tells it from others."""
+    """A long text without its middle. Its start and end distinguish it from others."""
     beginning = _TEXT_WIDTH * 2 // 3
     return text if len(text) <= _TEXT_WIDTH else f"{text[:beginning]} … {text[beginning + 3 - _TEXT_WIDTH :]}"

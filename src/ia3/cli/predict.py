@@ -46,28 +46,28 @@ def predict(
         None,
         "--output",
         "-o",
-        help="Write rows with label and probabilities to a .csv or .jsonl file; a .csv has the delimiter of a .csv that was "
-        "read.",
+        help="Write rows with label and probabilities to a .csv or .jsonl file. A .csv has the delimiter "
+        "of a .csv input.",
         show_default=False,
     ),
     adapter_column: str | None = typer.Option(
         None,
-        help="Column of --data with the name of each row's adapter: ADAPTER is then the folder of all of them.",
+        help="Column of --data with the name of each row's adapter; ADAPTER is then the folder of all adapters.",
         show_default=False,
     ),
     adapters: str | None = typer.Option(
         None,
-        help="Ask several adapters about each row, by their folders' names in ADAPTER, the folder of all of them: a,b.",
+        help="Several adapters answer each row: their names with commas between them, such as a,b; ADAPTER is then the folder of all adapters.",
         show_default=False,
     ),
     all_adapters: bool = typer.Option(
-        False, "--all-adapters", help="Ask all adapters in the folder ADAPTER about each row, each in its own task."
+        False, "--all-adapters", help="Every adapter in the folder ADAPTER answers each row, each in its own task."
     ),
     zero_shot: bool = typer.Option(
-        False, "--zero-shot", help="Say beside each adapter's answer what the untrained model answers in its task."
+        False, "--zero-shot", help="Add the untrained model's answer to each adapter's answer."
     ),
     abstain_below: float = typer.Option(
-        0.0, min=0.0, max=1.0, help="Give no label where the best one's probability is lower."
+        0.0, min=0.0, max=1.0, help="Give no label if the best label's probability is lower."
     ),
     model: str | None = ModelOption,
     dtype: str = DtypeOption,
@@ -216,7 +216,7 @@ def _adapters_in(folder: Path, option: str) -> dict[str, str]:
 
 
 def _adapter_of_each(folder: str, there: Mapping[str, str], rows: Sequence[Row], column: str) -> list[str]:
-    """The adapter that a column names for each row."""
+    """The adapter of each row, named by a column."""
     names = []
     for number, row in enumerate(rows, 1):
         if column not in row:
@@ -248,7 +248,7 @@ def _chosen(folder: str, there: Mapping[str, str], listed: str | None) -> list[s
 
 
 def _delimiter_like(data: str | None, delimiter: str | None) -> str:
-    """What separates the columns of a CSV file that is written: what does in the one that was read."""
+    """The delimiter of the CSV file to write: that of the CSV file that was read."""
     from ia3.task.reading import as_delimiter, delimiter_of
 
     if data is None or Path(data).suffix.lower() != ".csv":
