@@ -35,7 +35,7 @@ def test_every_block_is_named_once_and_run_here_or_by_ci():
     assert set(blocks("example")) == {
         "train", "template", "classifier", "classifier-frame", "python", "peft", "modules", "rule", "several", "mixed", "question", "readings", "bank", "auto", "convert",
         "families", "task.yaml", "task", "task-python", "pairs.yaml", "cause.yaml", "endings.yaml", "tasks",
-        "prompts-python", "fleet", "fleet-python", "compare", "compare-python",
+        "prompts-python", "fleet", "fleet-python", "many", "many-python", "compare", "compare-python",
         "pretrain", "pretrain-python", "raft", "mine.yaml", "recipe", "recipe-python", "experiment-python", "benchmarks",
         # Those of docs/serve.md run in serve/test_docs.py.
         "serve", "serve-classify", "serve-completions", "serve-openai", "serve-adapters", "serve-operation",
@@ -91,7 +91,7 @@ def place(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "name", ["train", "template", "convert", "task", "fleet", "tasks", "compare", "pretrain", "raft", "recipe"]
+    "name", ["train", "template", "convert", "task", "fleet", "many", "tasks", "compare", "pretrain", "raft", "recipe"]
 )
 def test_commands(name, place, monkeypatch, capsys):
     monkeypatch.chdir(place)
@@ -110,6 +110,10 @@ def test_commands(name, place, monkeypatch, capsys):
         assert not ended.value.code, capsys.readouterr().err
     if name == "train":
         assert (place / "labelled.csv").is_file() and (place / "tickets-model" / "config.json").is_file()
+    if name == "many":
+        assert "urgency/lr-0.003 prediction" in (place / "answers.csv").read_text().splitlines()[0]
+        said = json.loads((place / "answers.jsonl").read_text().splitlines()[0])["adapters"]
+        assert list(said) == ["tickets/lr-0.001", "urgency/lr-0.001"] and "zero_shot" in said["tickets/lr-0.001"]
     if name == "pretrain":
         assert (place / "adapters" / "from-start" / "adapter_model.safetensors").is_file()
     if name == "raft":
@@ -216,9 +220,13 @@ def test_examples_in_context_in_python(place, monkeypatch, capsys):
 def test_a_fleet_in_python(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     code = blocks("example")["fleet-python"]
-    exec(compile(code.replace("steps=40", "steps=2"), "fleet-python", "exec"), {})
+    scope: dict = {}
+    exec(compile(code.replace("steps=40", "steps=2"), "fleet-python", "exec"), scope)
     assert "Prediction(label=" in capsys.readouterr().out
     assert (place / "adapters" / "seeds" / "seed-2" / "adapter_model.safetensors").is_file()
+    exec(compile(blocks("example")["many-python"], "many-python", "exec"), scope)
+    said = capsys.readouterr().out.strip().splitlines()
+    assert len(re.findall(r"'(?:billing|technical)'", said[-1])) == 4
 
 
 def test_a_recipe_in_python(place, monkeypatch, capsys):

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from ia3.evaluation.calibration import Calibration, cross_validate
     from ia3.evaluation.experiment import Experiment
     from ia3.evaluation.icl import draw_shots, predict_in_context
-    from ia3.evaluation.prediction import Prediction, predict
+    from ia3.evaluation.prediction import Prediction, Respondent, predict, predict_each
     from ia3.folder import AdapterFolder
     from ia3.scoring.decoder import pack
     from ia3.scoring.prefix import Prefix
@@ -110,7 +110,7 @@ _NAMES = {
     "evaluation.calibration": ("Calibration", "cross_validate"),
     "evaluation.experiment": ("Experiment",),
     "evaluation.icl": ("draw_shots", "predict_in_context"),
-    "evaluation.prediction": ("Prediction", "predict"),
+    "evaluation.prediction": ("Prediction", "Respondent", "predict", "predict_each"),
     "folder": ("AdapterFolder",),
     "scoring.decoder": ("pack",),
     "scoring.prefix": ("Prefix",),
@@ -162,6 +162,7 @@ __all__ = [
     "Prefix",
     "Readings",
     "Recipe",
+    "Respondent",
     "Rule",
     "Scorer",
     "TFewTrainer",
@@ -184,6 +185,7 @@ __all__ = [
     "load_peft_weights",
     "pack",
     "predict",
+    "predict_each",
     "predict_in_context",
     "prepare_model_for_kbit_training",
     "read_prompts",

@@ -1,6 +1,7 @@
 """Adapters that act from the question on: what stands before it is read by the frozen model, whatever the vectors are."""
 
 import json
+import shutil
 
 import peft
 import pytest
@@ -231,3 +232,7 @@ def test_a_bank_holds_adapters_of_both_kinds(tmp_path):
     again = IA3Model(tiny.build("llama"), {})
     AdapterBank(again, IA3Config(task_type="CAUSAL_LM")).load_archive(tmp_path / "archive")
     check(again, ("asks",) * 3)
+    last = IA3Model(tiny.build("llama"), {})
+    AdapterBank(last, IA3Config(task_type="CAUSAL_LM")).load(tmp_path / "asks")
+    shutil.rmtree(tmp_path / "asks")
+    check(last, ("asks",) * 3)  # what is in memory does not need its folder

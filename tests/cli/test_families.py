@@ -88,6 +88,13 @@ def test_many_at_once_and_rows_of_different_adapters(ia3, place, tmp_path):
     for i, (name, item) in enumerate(zip(names, json.loads(out), strict=True)):
         _, alone, _ = ia3("predict", tmp_path / "all" / name, *data)
         assert item["probabilities"] == pytest.approx(json.loads(alone)[i]["probabilities"], abs=1e-5)
+    code, out, err = ia3("predict", tmp_path / "all", *data, "--all-adapters", "--zero-shot")
+    assert code == 0, err
+    for name in ("seed-0", "seed-1"):
+        alone = json.loads(ia3("predict", tmp_path / "all" / name, *data)[1])
+        for row, item in zip(json.loads(out), alone, strict=True):
+            assert row["adapters"][name]["probabilities"] == pytest.approx(item["probabilities"], abs=1e-5)
+            assert row["adapters"][name]["zero_shot"]["probabilities"].keys() == item["probabilities"].keys()
 
 
 def test_tasks_that_call_their_labels_otherwise(ia3, place, tmp_path):

@@ -113,7 +113,6 @@ def change(path, old, new):
             "soups",
         ),
         (lambda f: (f / "all/soups/adapter_model.safetensors").write_bytes(b"short"), "soups"),
-        (lambda f: change(f / "all/soups/recipe.yaml", "truncate", "refuse"), "recipes agree in long_prompts, found"),
         (lambda f: shutil.rmtree(f / "all"), "Expected a folder of adapters with --adapter-column"),
         (lambda f: (shutil.rmtree(f / "all"), (f / "all").mkdir()), "Expected adapters in subfolders"),
     ],
@@ -155,3 +154,16 @@ def test_each_row_has_its_own_adapters_temperature(ia3, place, mixed, tmp_path):
     for name, old, new in zip(NAMES, before, found, strict=True):
         odds, others = ([math.log(p) for p in item["probabilities"].values()] for item in (old, new))
         assert others[0] - others[1] == pytest.approx((odds[0] - odds[1]) / temperatures[name], abs=1e-6)
+
+
+def test_each_row_is_scored_by_its_own_adapters_recipe(ia3, place, mixed, tmp_path):
+    shutil.copytree(place / "all", tmp_path / "all")
+    change(tmp_path / "all/soups/recipe.yaml", "long_prompts: truncate", "long_prompts: refuse")
+    change(tmp_path / "all/teas/seed-1/recipe.yaml", "length_normalization: 1.0", "length_normalization: 0.0")
+    options = ("--data", mixed, "--adapter-column", "tenant", "--json")
+    before, found = (json.loads(ia3("predict", folder / "all", *options)[1]) for folder in (place, tmp_path))
+    for name, old, new in zip(NAMES, before, found, strict=True):
+        _, out, _ = ia3("predict", tmp_path / "all" / name, "--data", mixed, "--json")
+        assert any(new["probabilities"] == pytest.approx(its["probabilities"], abs=1e-5) for its in json.loads(out))
+        same = new["probabilities"] == pytest.approx(old["probabilities"], abs=1e-3)
+        assert same is (name != "teas/seed-1")

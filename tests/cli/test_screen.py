@@ -13,8 +13,8 @@ import pytest
 from rich.console import Console
 
 from ia3.cli import compare, main, raft, results
+from ia3.cli.answers import _shortened
 from ia3.cli.bars import Bars
-from ia3.cli.predict import _shortened
 from ia3.task.task import embedded_tasks
 from support import words
 from support.screen import require_whole

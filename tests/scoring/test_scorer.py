@@ -219,6 +219,14 @@ class TestScoreChoices:
             found = score_choices(llama, tokenizer, ["the tea was"], [["not good", "bad"]], length_normalization=power)
             assert found[0].tolist() == pytest.approx(alone(llama, made[0], power), abs=1e-4)
 
+    def test_each_question_may_have_a_power_of_its_own(self, llama):
+        asks, powers = scorer(llama), [1.0, 0.0, 0.5]
+        made = asks.encode(
+            ["the tea was", "is the soup", "cake"], [["not good", "bad", "very good"][: 2 + i] for i in (0, 1, 0)]
+        )
+        for question, power, found in zip(made, powers, asks.score(made, powers), strict=True):
+            assert found.tolist() == pytest.approx(question.as_listed(alone(llama, question, power)), abs=1e-5)
+
     def test_leaves_training_mode_as_it_was(self, llama):
         llama.train()
         score_choices(llama, words.tokenizer(), ["the tea"], [["good", "bad"]])

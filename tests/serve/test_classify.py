@@ -138,7 +138,7 @@ def test_the_documentation_needs_no_other_site(running):
 @pytest.mark.parametrize(
     "body, says",
     [
-        ({}, "adapter: Field required"),
+        ({}, "expected adapter or adapters, one of the two"),
         ({"adapter": "tea"}, "expected texts or rows"),
         ({"adapter": "tea", "texts": ["a"], "rows": [{"text": "a"}]}, "expected texts or rows"),
         ({"adapter": "tea", "texts": []}, "texts"),

@@ -44,6 +44,10 @@ def test_requests(tickets, start, monkeypatch):
     labels = json.loads(answers["serve-classify"][0])["predictions"][0]["probabilities"]
     assert set(labels) == {"billing", "technical"}
     assert json.loads(answers["serve-classify"][1])["predictions"][0]["label"] is None
+    for number, count in ((3, 2), (4, 1)):
+        said = json.loads(answers["serve-classify"][number])
+        assert said["adapters"] == ["tickets"] and len(said["predictions"]) == count
+        assert set(said["predictions"][0]["tickets"]["probabilities"]) == {"billing", "technical"}
     assert answers["serve-completions"][2].endswith("data: [DONE]\n\n")
     assert json.loads(answers["serve-adapters"][-1]) == {"name": "uploaded", "deleted": True}
 

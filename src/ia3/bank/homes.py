@@ -53,7 +53,7 @@ class Folder:
     def read(self, layout: Layout, row: torch.Tensor, name: str) -> None:
         """See `Home.read`."""
         self._stamp = layout.read_folder(self.path, row, name)
-        self._acts_from = None
+        self._acts_from = StoredAdapter(self.path).config.acts_from  # now: the folder may go while the row is in use
 
     def holds(self) -> bool:
         """Whether the file of tensors is the one that was read."""
@@ -64,7 +64,7 @@ class Folder:
 
     @property
     def acts_from(self) -> str:
-        """See `Home.acts_from`. It is looked up once for what was read last."""
+        """See `Home.acts_from`: of what was read last."""
         found = self._acts_from
         if found is None:
             found = self._acts_from = StoredAdapter(self.path).config.acts_from

@@ -1,43 +1,38 @@
-"""`ia3 predict`: a label and probabilities for each text or row."""
+"""`ia3 predict`: a label and probabilities for each text or row, of one adapter or of many."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from ia3.adapter.config import adapter_folders
+from ia3.cli.answers import Answer, print_table, to_json, write
 from ia3.cli.bars import Bars
 from ia3.cli.common import (
     AdapterArgument,
     DelimiterOption,
     DtypeOption,
     JsonOption,
+    MemoryOption,
     ModelOption,
     console,
     load_adapted,
     load_bank,
     print_json,
-    table,
 )
-from ia3.errors import InputError, brief, shown, similar
+from ia3.errors import InputError, about, brief, shown, similar
+from ia3.files import parse_bytes
 from ia3.folder import AdapterFolder
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from ia3.evaluation.prediction import Prediction
+    from ia3.adapter.model import IA3Model
     from ia3.task.task import Row, Task
-    from ia3.training.recipe import Recipe
 
-
-# Characters of a text in a table.
-_TEXT_WIDTH = 60
+# What an adapter is called that is asked alone.
+_ALONE = "default"
 
 
 def predict(
@@ -60,11 +55,23 @@ def predict(
         help="Column of --data with the name of each row's adapter; ADAPTER is then the folder of all adapters.",
         show_default=False,
     ),
+    adapters: str | None = typer.Option(
+        None,
+        help="Ask several adapters about each row, by their folders' names in ADAPTER, the folder of all of them: a,b.",
+        show_default=False,
+    ),
+    all_adapters: bool = typer.Option(
+        False, "--all-adapters", help="Ask all adapters in the folder ADAPTER about each row, each in its own task."
+    ),
+    zero_shot: bool = typer.Option(
+        False, "--zero-shot", help="Say beside each adapter's answer what the untrained model answers in its task."
+    ),
     abstain_below: float = typer.Option(
         0.0, min=0.0, max=1.0, help="Give no label if the best label's probability is lower."
     ),
     model: str | None = ModelOption,
     dtype: str = DtypeOption,
+    memory: str = MemoryOption,
     json_output: bool = JsonOption,
 ) -> None:
     """Label texts, or the rows of a file, with a trained adapter: the label and each label's probability.
@@ -72,93 +79,144 @@ def predict(
     Probabilities are calibrated when the adapter is: ia3 train --folds 4, or ia3 evaluate --calibrate.
 
     A file can mix rows of many adapters, of different tasks: ia3 predict adapters --data rows.csv --adapter-column task
+
+    Or many adapters answer each row: ia3 predict adapters --data rows.csv --all-adapters
+
+    Those that act from the question on (ia3 train --acts-from) share one reading of each text.
     """
     out = console(json_output)
     if bool(texts) == bool(data):
         raise InputError('Expected texts or --data, one of the two; for example: ia3 predict ADAPTER "some text".')
     if adapter_column is not None and data is None:
         raise InputError("Expected --data with --adapter-column, a column of it; found texts.")
+    given = {"--adapter-column": adapter_column is not None, "--adapters": adapters is not None}
+    options = [option for option, there in {**given, "--all-adapters": all_adapters}.items() if there]
+    if len(options) > 1:
+        raise InputError(f"Expected one of --adapter-column, --adapters and --all-adapters, found {shown(options)}.")
     if output is not None and output.suffix.lower() not in (".csv", ".jsonl"):
         raise InputError(f"Expected --output to end in .csv or .jsonl, found {str(output)!r}.")
     from ia3.evaluation.drawing import read
     from ia3.task.reading import require_delimited
-    from ia3.task.rows import as_rows
 
     require_delimited(delimiter, data)
-    if data is not None and adapter_column is not None:
-        rows = read(data, delimiter=delimiter)
-        names = _adapter_of_each(Path(adapter), rows, adapter_column)
-        known = {name: AdapterFolder(Path(adapter, name)) for name in dict.fromkeys(names)}
-        tasks = [known[name].required_task() for name in names]
+    parse_bytes(memory, "memory for what is read once")
+    there = {} if not options else _adapters_in(Path(adapter), options[0])
+    each = adapter_column is None and bool(options)
+    if adapter_column is not None and data is not None:
+        rows: Sequence[Any] = read(data, delimiter=delimiter)
+        asked = [[name] for name in _adapter_of_each(adapter, there, rows, adapter_column)]
+        known = {name: AdapterFolder(there[name]) for [name] in asked}
     else:
-        names, known = None, {"": AdapterFolder(adapter)}
-        task = known[""].required_task()
+        names = _chosen(adapter, there, adapters) if each else [_ALONE]
+        known = {name: AdapterFolder(there[name] if each else adapter) for name in names}
+        task = None if each else known[_ALONE].required_task()
+        rows = list(texts or []) if data is None else read(data, task, delimiter)
+        asked = [names] * len(rows)
+    tasks = {name: folder.required_task() for name, folder in known.items()}
+    for name, task in tasks.items():
         if data is None and len(task.columns) != 1:
             raise InputError(
-                f"Expected rows with the columns {shown(task.columns, 20)}, found texts alone; give a file: --data."
+                f"Expected rows with the columns {shown(task.columns, 20)}, found texts alone; give a file: --data.",
+                owner=f"Adapter {name!r}" if each else None,
             )
-        rows = read(data, task, delimiter) if data else as_rows(texts, task)
-        tasks = [task] * len(rows)
-    for number, (task, row) in enumerate(zip(tasks, rows, strict=True), 1):
-        task.prompt(row, number)  # before a model is loaded, what cannot be used
-        task.answers(row, number)
-    temperatures = [known[name].temperature for name in names or [""] * len(rows)]
-    recipe = _recipe_of([*known.values()])
+    for number, (row, names) in enumerate(zip(rows, asked, strict=True), 1):
+        for name in names:  # before a model is loaded, what cannot be used
+            with about(f"Adapter {name!r}" if each else None):
+                wording = tasks[name].wording(row, number)
+                _ = wording.prompt, wording.answers
     with out.status("Loading …"):
-        if names is None:
-            adapted, tokenizer = load_adapted(known[""], model, dtype)
-        else:
-            adapted, tokenizer = load_bank(known, model, dtype)
-        from ia3.evaluation.prediction import predict as predict_rows
+        alone = not options and not zero_shot
+        loaded = load_adapted(known[_ALONE], model, dtype) if alone else load_bank(known, model, dtype)
     with Bars(out) as bars:
-        stage = bars.stage("Predicting", len(rows))
-        found = predict_rows(
-            adapted,
-            tokenizer,
-            tasks,
-            rows,
-            lambda done: stage.advance(len(done)),
-            names,
-            temperature=temperatures,
-            abstain_below=abstain_below,
-            recipe=recipe,
-        )
+        found = _answered(bars, loaded, known, tasks, rows, asked, zero_shot, abstain_below, memory)
+    items = [row if data is not None else {tasks[asked[0][0]].columns[0]: row} for row in rows]
     if output is not None:
-        _write(output, rows, found, _delimiter_like(data, delimiter))
+        write(output, items, found, each, _delimiter_like(data, delimiter))
         out.print(f"{len(rows)} rows written to {output}", markup=False)
     if json_output:
-        adapters = [{"adapter": name} for name in names] if names else [{}] * len(found)
-        print_json(
+        print_json([to_json(its, each, named=adapter_column is not None) for its in found])
+    elif output is None:
+        print_table(out, items, found, named=bool(options))
+
+
+def _answered(
+    bars: Bars,
+    loaded: tuple[IA3Model, Any],
+    known: Mapping[str, AdapterFolder],
+    tasks: Mapping[str, Task],
+    rows: Sequence[Any],
+    asked: Sequence[Sequence[str]],
+    zero_shot: bool,
+    abstain_below: float,
+    memory: str,
+) -> list[list[Answer]]:
+    """For each row the answer of each adapter that is asked, with that of the untrained model where it is wanted."""
+    from ia3.adapter.rows import BASE
+    from ia3.evaluation.prediction import Respondent, predict, predict_each
+    from ia3.scoring.readings import Readings
+
+    model, tokenizer = loaded
+    if model.peft_config:  # an adapter alone
+        folder, task = known[_ALONE], tasks[_ALONE]
+        stage = bars.stage("Predicting", len(rows))
+        alone = predict(
+            model,
+            tokenizer,
+            task,
+            rows,
+            lambda done: stage.advance(len(done)),
+            temperature=folder.temperature,
+            abstain_below=abstain_below,
+            recipe=folder.recipe,
+        )
+        return [[Answer(_ALONE, task, item)] for item in alone]
+    respondents = {
+        name: Respondent(name, tasks[name], folder.recipe, folder.temperature) for name, folder in known.items()
+    }
+    # Adapters of one task have one untrained model beside them, which is asked once.
+    untrained: dict[str, Respondent] = {}
+    for name, folder in known.items() if zero_shot else ():
+        base = Respondent(BASE, tasks[name], folder.recipe)
+        untrained[name] = next((one for one in untrained.values() if one == base), base)
+    everyone = []
+    for names in asked:
+        its = [who[name] for who in (respondents, untrained) for name in names if name in who]
+        everyone.append(list({id(one): one for one in its}.values()))
+    stage = bars.stage("Predicting", sum(map(len, everyone)))
+    several = max(map(len, everyone)) > 1
+    predictions = predict_each(
+        model,
+        tokenizer,
+        rows,
+        everyone,
+        lambda done: stage.advance(len(done)),
+        abstain_below,
+        Readings(memory) if several else None,
+    )
+    answers = []
+    for names, its, items in zip(asked, everyone, predictions, strict=True):
+        said = {id(one): item for one, item in zip(its, items, strict=True)}
+        answers.append(
             [
-                {**which, "label": item.label, "probabilities": item.probabilities}
-                for which, item in zip(adapters, found, strict=True)
+                Answer(name, tasks[name], said[id(respondents[name])], said[id(untrained[name])] if zero_shot else None)
+                for name in names
             ]
         )
-    elif output is None:
-        _print_table(out, tasks, rows, found, names)
+    return answers
 
 
-def _recipe_of(folders: Sequence[AdapterFolder]) -> Recipe:
-    """The recipe of all adapters, which decides how rows are scored."""
-    first, *others = folders
-    for other in others:
-        for name in ("length_normalization", "long_prompts"):
-            one, its = getattr(first.recipe, name), getattr(other.recipe, name)
-            if one != its:
-                raise InputError(
-                    f"Expected adapters whose recipes agree in {name}, found {one} in {str(first)!r} and {its} in "
-                    f"{str(other)!r}; label their rows separately."
-                )
-    return first.recipe
-
-
-def _adapter_of_each(folder: Path, rows: Sequence[Row], column: str) -> list[str]:
-    """The adapter of each row, named by a column: a subfolder of `folder`."""
+def _adapters_in(folder: Path, option: str) -> dict[str, str]:
+    """The adapters in a folder: name → their folders."""
     if not folder.is_dir():
-        raise InputError(f"Expected a folder of adapters with --adapter-column, found no {str(folder)!r} here.")
+        raise InputError(f"Expected a folder of adapters with {option}, found no {str(folder)!r} here.")
     there = adapter_folders(str(folder))
     if not there:
-        raise InputError(f"Expected adapters in subfolders of {str(folder)!r}, as --adapter-column names them.")
+        raise InputError(f"Expected adapters in subfolders of {str(folder)!r}, as {option} asks for them.")
+    return there
+
+
+def _adapter_of_each(folder: str, there: Mapping[str, str], rows: Sequence[Row], column: str) -> list[str]:
+    """The adapter that a column names for each row."""
     names = []
     for number, row in enumerate(rows, 1):
         if column not in row:
@@ -168,9 +226,24 @@ def _adapter_of_each(folder: Path, rows: Sequence[Row], column: str) -> list[str
         name = "" if row[column] is None else str(row[column]).strip()
         if name not in there:
             raise InputError(
-                f"Expected an adapter in {str(folder)!r}, found {brief(name)}", similar(name, there), row=number
+                f"Expected an adapter in {folder!r}, found {brief(name)}", similar(name, there), row=number
             )
         names.append(name)
+    return names
+
+
+def _chosen(folder: str, there: Mapping[str, str], listed: str | None) -> list[str]:
+    """The adapters of --adapters, each once; or all that are there."""
+    if listed is None:
+        return [*there]
+    names = list(dict.fromkeys(name.strip() for name in listed.split(",")))
+    for name in names:
+        if not name:
+            raise InputError(
+                f"Expected --adapters as names with commas between them, found {brief(listed)}; there are {shown(there)}."
+            )
+        if name not in there:
+            raise InputError(f"Expected an adapter in {folder!r}, found {brief(name)}", similar(name, there))
     return names
 
 
@@ -181,65 +254,3 @@ def _delimiter_like(data: str | None, delimiter: str | None) -> str:
     if data is None or Path(data).suffix.lower() != ".csv":
         return ","
     return delimiter_of(data) if delimiter is None else as_delimiter(delimiter)
-
-
-def _write(path: Path, rows: Sequence[Row], found: list[Prediction], delimiter: str) -> None:
-    from ia3.files import replacing
-
-    with replacing(path) as temporary:
-        if path.suffix.lower() == ".jsonl":
-            lines = [
-                json.dumps(
-                    {**row, "prediction": item.label, "probabilities": item.probabilities},
-                    ensure_ascii=False,
-                    default=str,
-                )
-                for row, item in zip(rows, found, strict=True)
-            ]
-            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-            return
-        text = io.StringIO()
-        labels = list(dict.fromkeys(label for item in found for label in item.probabilities))
-        added = ["prediction", *(f"probability_{label}" for label in labels)]
-        # All columns of all rows; those of an earlier prediction are replaced.
-        names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in added]
-        writer = csv.DictWriter(text, names + added, delimiter=delimiter, lineterminator="\n")
-        writer.writeheader()
-        for row, item in zip(rows, found, strict=True):
-            probabilities = {f"probability_{label}": f"{value:.6f}" for label, value in item.probabilities.items()}
-            # Lists, such as a row's answers, as tasks read them from a CSV file.
-            cells = {
-                name: json.dumps(cell, ensure_ascii=False, default=str) if isinstance(cell, (list, dict)) else cell
-                for name, cell in row.items()
-            }
-            writer.writerow({**cells, "prediction": item.label or "", **probabilities})
-        temporary.write_text(text.getvalue(), encoding="utf-8")
-
-
-def _print_table(
-    out: Console, tasks: list[Task], rows: Sequence[Row], found: list[Prediction], adapters: list[str] | None
-) -> None:
-    from rich.markup import escape
-
-    # With many labels, or different ones, or ones that leave no room, the best label's probability says enough.
-    labels = list(found[0].probabilities)
-    width = sum(max(len(name), len("100.0%")) + 3 for name in (*labels, max(labels, key=len)))
-    few = len(labels) <= 6 and width + _TEXT_WIDTH // 2 <= out.width
-    few = few and all(list(item.probabilities) == labels for item in found)
-    names = ([] if adapters is None else ["adapter"]) + ["text", "label"]
-    shown_rows = table(*names, *(labels if few else ["probability"]), left=len(names))
-    shown_rows.columns[len(names) - 1].style = "bold"
-    for i, (task, row, item) in enumerate(zip(tasks, rows, found, strict=True)):
-        values = item.probabilities.values() if few else [item.probabilities[item.best]]
-        text = " ".join(str(row.get((task.columns or list(row))[0], "")).split())
-        which = [] if adapters is None else [escape(adapters[i])]
-        shown_rows.add_row(
-            *which, escape(_shortened(text)), escape(item.label or "—"), *(f"{value:.1%}" for value in values)
-        )
-    out.print(shown_rows)
-
-
-def _shortened(text: str) -> str:
-    """A long text without its middle. Its start and end distinguish it from others."""
-    beginning = _TEXT_WIDTH * 2 // 3
-    return text if len(text) <= _TEXT_WIDTH else f"{text[:beginning]} … {text[beginning + 3 - _TEXT_WIDTH :]}"

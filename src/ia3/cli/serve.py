@@ -69,7 +69,9 @@ def serve(
     max_body: int = typer.Option(_DEFAULTS.body_bytes, min=1, help="Maximum of bytes per request."),
     max_upload: int = typer.Option(_DEFAULTS.upload_bytes, min=1, help="Maximum of bytes per upload."),
     queue: int = typer.Option(
-        _DEFAULTS.queue, min=1, help="Maximum of waiting and running texts; further requests get status 429."
+        _DEFAULTS.queue,
+        min=1,
+        help="Maximum of waiting and running texts, each counted once per adapter; further requests get status 429.",
     ),
     deadline: float = typer.Option(
         _DEFAULTS.deadline, min=0.001, help="Maximum of seconds per request; then it gets status 504."

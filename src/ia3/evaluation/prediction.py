@@ -1,13 +1,14 @@
-"""Labels and probabilities for rows: `predict`."""
+"""Labels and probabilities for rows: `predict`, and `predict_each` where several adapters answer each row."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from ia3.errors import InputError
+from ia3.adapter.rows import BASE
+from ia3.errors import InputError, about
 from ia3.scoring.prefix import Prefix
 from ia3.scoring.readings import Readings
 from ia3.scoring.scorer import Scorer
@@ -16,8 +17,14 @@ from ia3.task.task import Task
 from ia3.training.recipe import Recipe
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from transformers import PreTrainedTokenizerBase
+
+    from ia3.task.wording import Wording
+
+# So many questions are in words and tokens at a time.
+_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -95,20 +102,132 @@ def predict(
     wordings = [
         one.wording(item, number, template) for number, (item, one) in enumerate(zip(items, tasks, strict=True), 1)
     ]
+    _check(temperatures, abstain_below)
+    scorer = Scorer(model, tokenizer, readings)
+    scores = _scored(scorer, wordings, [recipe] * len(wordings), adapter_names, on_progress, prefix)
+    return [
+        Prediction.of(dict(zip(wording.answers, row.tolist(), strict=True)), one, abstain_below)
+        for wording, row, one in zip(wordings, scores, temperatures, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Respondent:
+    """Who answers, and in which task: an adapter, or the base model.
+
+    Attributes:
+        adapter: its name in the model, "__base__" for the base model.
+        task: says what a row means; the first of its templates asks.
+        recipe: its length normalization, and what it does about long prompts.
+        temperature: divides the scores, so that probabilities are calibrated (see `Calibration`).
+    """
+
+    adapter: str
+    task: Task
+    recipe: Recipe = field(default_factory=Recipe)
+    temperature: float = 1.0
+
+
+def predict_each(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Any,
+    respondents: Sequence[Sequence[Respondent]],
+    on_progress: Callable[[list[int]], None] | None = None,
+    abstain_below: float = 0.0,
+    readings: Readings | None = None,
+) -> list[list[Prediction]]:
+    """What several adapters say to each row, each in its own task: `predict` for one text and many adapters.
+
+    The base model, and adapters that act from the question on (`IA3Config.acts_from`), share one reading of a row's text;
+    what they are asked about it goes through the model in common batches. Other adapters read for themselves.
+
+    Args:
+        model: an `IA3Model` that has the adapters, or whose bank has them.
+        tokenizer: its tokenizer.
+        rows: as of `predict`; a text is a row to each task that reads one column.
+        respondents: for each row those that answer it.
+        on_progress: called with the indices of the rows that each batch answered, once for each answer.
+        abstain_below: give no label where the best one's probability is lower.
+        readings: what the base model makes of the rows' texts, kept from call to call; None: kept for a few rows only, where
+            several ask about a text.
+
+    Returns:
+        For each row a prediction of each of its respondents, in their order.
+
+    Raises:
+        InputError: see `predict`; an error about a row in one adapter's task names the adapter.
+    """
+    items = items_of(rows)
+    if len(respondents) != len(items):
+        raise InputError(f"Expected respondents for each of the {len(items)} rows, found {len(respondents)}.")
+    _check([one.temperature for its in respondents for one in its], abstain_below)
+    scorer = Scorer(model, tokenizer, readings)
+    found: list[list[Prediction]] = [[] for _ in items]
+    for part in _parts([len(its) for its in respondents]):
+        asked = [(index, one) for index in part for one in respondents[index]]
+        wordings = []
+        for index, one in asked:
+            with about(f"Adapter {one.adapter!r}" if one.adapter != BASE else None):
+                wording = one.task.wording(items[index], index + 1)
+                _ = wording.prompt, wording.answers
+            wordings.append(wording)
+        scores = _scored(
+            scorer,
+            wordings,
+            [one.recipe for _, one in asked],
+            [one.adapter for _, one in asked],
+            None if on_progress is None else lambda done, asked=asked: on_progress([asked[i][0] for i in done]),
+        )
+        for (index, one), wording, values in zip(asked, wordings, scores, strict=True):
+            its = dict(zip(wording.answers, values.tolist(), strict=True))
+            found[index].append(Prediction.of(its, one.temperature, abstain_below))
+    return found
+
+
+def _parts(counts: Sequence[int]) -> Iterator[list[int]]:
+    """Rows, as indices, in parts of not many more than `_AT_ONCE` questions, given how many each row is asked."""
+    part: list[int] = []
+    filled = 0
+    for index, count in enumerate(counts):
+        part.append(index)
+        filled += count
+        if filled >= _AT_ONCE:
+            yield part
+            part, filled = [], 0
+    if part:
+        yield part
+
+
+def _check(temperatures: Sequence[float], abstain_below: float) -> None:
     for one in temperatures:
         if not (math.isfinite(one) and one > 0):
             raise InputError(f"Expected a temperature above 0, found {one}.")
     if not 0 <= abstain_below <= 1:
         raise InputError(f"Expected a threshold (abstain_below) from 0 to 1, found {abstain_below}.")
-    scorer = Scorer(model, tokenizer, readings)
-    scores = scorer.score(
-        scorer.questions(wordings, False, recipe.long_prompts, prefix),
-        length_normalization=recipe.length_normalization,
+
+
+def _scored(
+    scorer: Scorer,
+    wordings: Sequence[Wording],
+    recipes: Sequence[Recipe],
+    adapter_names: Sequence[str] | None,
+    on_progress: Callable[[list[int]], None] | None,
+    prefix: Prefix | None = None,
+) -> list[torch.Tensor]:
+    """The scores of each row's answers, by the recipe that each has."""
+    alike: dict[Literal["truncate", "refuse"], list[int]] = {}
+    for index, recipe in enumerate(recipes):
+        alike.setdefault(recipe.long_prompts, []).append(index)
+    questions = {}
+    for long_prompts, indices in alike.items():
+        some = scorer.questions([wordings[index] for index in indices], False, long_prompts, prefix)
+        questions.update(zip(indices, some, strict=True))
+    powers = [recipe.length_normalization for recipe in recipes]
+    return scorer.score(
+        [questions[index] for index in range(len(wordings))],
+        powers[0] if len(set(powers)) == 1 else powers,
         on_progress=on_progress,
         adapter_names=adapter_names,
         prefix=prefix,
     )
-    return [
-        Prediction.of(dict(zip(wording.answers, row.tolist(), strict=True)), one, abstain_below)
-        for wording, row, one in zip(wordings, scores, temperatures, strict=True)
-    ]

@@ -94,10 +94,10 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
 
 
-def normalized_scores(log_probs: torch.Tensor, mask: torch.Tensor, power: float = 1.0) -> torch.Tensor:
+def normalized_scores(log_probs: torch.Tensor, mask: torch.Tensor, power: float | torch.Tensor = 1.0) -> torch.Tensor:
     """β(x, y) = Σ_t log p(y_t | x, y_<t) / T^power for each choice (Liu et al. 2022, section 3.2): (B, C).
 
-    Minus infinity where a question has fewer than C choices.
+    Minus infinity where a question has fewer than C choices. The power is one for all, or one for each question (B, 1).
     """
     length = mask.sum(-1)
     scores = log_probs.sum(-1) / length.clamp(min=1).to(log_probs.dtype).pow(power)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -280,13 +280,16 @@ class Scorer:
     def score(
         self,
         questions: Sequence[Question],
-        length_normalization: float = 1.0,
+        length_normalization: float | Sequence[float] = 1.0,
         batch_tokens: int | None = None,
         on_progress: Callable[[list[int]], None] | None = None,
         adapter_names: Sequence[str] | None = None,
         prefix: Prefix | None = None,
     ) -> list[torch.Tensor]:
-        """`score_choices` for questions that are token ids already; with a prefix, those that were encoded for it."""
+        """`score_choices` for questions that are token ids already; with a prefix, those that were encoded for it.
+
+        `length_normalization` may be a number for each question.
+        """
         if adapter_names is not None:
             check: Callable | None = getattr(inside_wrappers(self.model), "check_adapter_names", None)
             if check is None:
@@ -300,11 +303,14 @@ class Scorer:
             questions = [replace(one, adapter=name) for one, name in zip(questions, adapter_names, strict=True)]
         device = next(self.model.parameters()).device
         results: list[torch.Tensor] = [torch.empty(0)] * len(questions)
+        power: Any = length_normalization
+        each = None if isinstance(power, (int, float)) else torch.tensor(power, dtype=torch.float32, device=device)
         divided = self.batches(questions, batch_tokens, prefix)
         with evaluating(self.model), torch.inference_mode():
             for group, batch in divided:
                 batch = to_device(batch, device)
-                scores = normalized_scores(self.log_probs(batch), batch["mask"], length_normalization).cpu()
+                power = power if each is None else each[group, None]
+                scores = normalized_scores(self.log_probs(batch), batch["mask"], power).cpu()
                 for row, index in zip(scores, group, strict=True):
                     question = questions[index]
                     results[index] = torch.tensor(question.as_listed(row[: len(question.choices)].tolist()))

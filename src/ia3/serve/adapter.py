@@ -59,6 +59,7 @@ class Adapter:
     users: int = 0
     retired: bool = False
     _settings: Settings | None = None
+    _acts_from: str | None = None
     _lock: Any = dataclasses.field(default_factory=threading.Lock)
 
     def settings(self) -> Settings:
@@ -67,6 +68,13 @@ class Adapter:
             if self._settings is None:
                 self._settings = read_settings(self.folder)
             return self._settings
+
+    def acts_from(self) -> str:
+        """Where its vectors act, see `IA3Config`. Read as `settings` are."""
+        with self._lock:
+            if self._acts_from is None:
+                self._acts_from = AdapterFolder(self.folder).config.acts_from
+            return self._acts_from
 
 
 def read_settings(folder: str) -> Settings:

@@ -204,19 +204,23 @@ def _writer(part: UploadFile) -> Callable[[Path], Awaitable[None]]:
 def _add_classification(app: FastAPI, server: Server) -> None:
     @app.post("/v1/classify", tags=["answers"])
     async def classify(request: Request) -> Any:
-        """The label and all labels' probabilities, for each text or row."""
+        """The label and all labels' probabilities, for each text or row, from one adapter or from each of several."""
         server.require_started()
         body = await read_body(request, ClassifyBody)
-        items = body.texts if body.texts is not None else body.rows or []
         note = request.scope["note"]
-        note |= {"adapter": body.adapter[:100], "texts": len(items)}
+        note |= {"texts": len(body.items), **({} if body.adapter is None else {"adapter": body.adapter[:100]})}
         if server.log_texts:
-            note["content"] = items
-        if len(items) > server.limits.texts:
-            raise Problem(422, f"Expected at most {server.limits.texts} texts, found {len(items)}.", "too_many")
-        adapter = server.store.get(body.adapter)
-        with server.queue.room(len(items)), server.store.using(adapter):
-            return JSONResponse(await server.settle(request, server.classify(body, adapter)))
+            note["content"] = body.items
+        if len(body.items) > server.limits.texts:
+            raise Problem(422, f"Expected at most {server.limits.texts} texts, found {len(body.items)}.", "too_many")
+        adapters = server.asked(body)
+        if body.adapters is not None:
+            note["adapters"] = len(adapters)
+        with contextlib.ExitStack() as held:
+            held.enter_context(server.queue.room(len(body.items) * len(adapters)))
+            for adapter in adapters:
+                held.enter_context(server.store.using(adapter))
+            return JSONResponse(await server.settle(request, server.classify(body, adapters)))
 
 
 def _describe(app: FastAPI) -> None:

@@ -128,7 +128,7 @@ class Engine(Protocol):
         """For each job, Σ_t log p(y_t | x, y_<t) / T^power of each choice, in the caller's order (see
         `Question.as_listed`).
 
-        Jobs of different calls and different adapters share batches.
+        Jobs of different calls and different adapters share batches, and jobs about one text may share its reading.
 
         Raises:
             AdapterFailed: a job's adapter cannot be used.

@@ -11,7 +11,7 @@ from heapq import nsmallest
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from ia3.errors import InputError, reason
-from ia3.serve.engine import GenerateJob, Piece, ScoreJob, normalized
+from ia3.serve.engine import GenerateJob, Piece, ScoreJob
 from ia3.serve.limits import turn_of
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ class _Asked:
 
         self.call, self.index, self.job = call, index, job
         self.sizes = sizes_of(job.question)
+        self.text = job.question.text
         self.turn = turn_of(tokens=sum(self.sizes))
 
     @property
@@ -343,7 +344,27 @@ class LocalEngine:
                     self.decoder.step()
 
     def _next_batch(self) -> list[_Asked]:
-        return self._out_of(self._asked, self._first(self._asked, self.batch))
+        batch = self._first(self._asked, self.batch)
+        return self._out_of(self._asked, batch + self._about_the_same(batch)[: self.batch - len(batch)])
+
+    def _about_the_same(self, batch: Sequence[_Asked]) -> list[_Asked]:
+        """What waits and asks about texts that are read for a batch anyway: it costs the question alone."""
+        texts = {one.text for one in batch if self._shares_text(one)}
+        if not texts:
+            return []
+        taken = set(map(id, batch))
+        with self._changed:
+            waiting = [one for one in self._asked if one.text in texts and not one.cancelled]
+        return [one for one in waiting if id(one) not in taken and self._shares_text(one)]
+
+    def _shares_text(self, asked: _Asked) -> bool:
+        """Whether its adapter leaves the text before the question as the base model reads it."""
+        if not asked.text or asked.job.adapter is None:
+            return bool(asked.text)
+        try:
+            return self.bank.acts_from(asked.job.adapter) == "question"
+        except Exception:  # whoever asks the adapter will hear why
+            return False
 
     def _next_texts(self, decoder: Decoder) -> list[Text]:
         """The texts that fit beside the running ones. If no text is running, one text always fits."""
@@ -395,17 +416,12 @@ class LocalEngine:
 
         questions = [asked.job.question for asked in batch]
         names = [asked.job.adapter or BASE for asked in batch]
-        # Compute sums, because jobs may have different length normalizations.
-        sums = self._scorer.score(questions, 0.0, adapter_names=names)
+        powers = [asked.job.length_normalization for asked in batch]
+        results = self._scorer.score(questions, powers, adapter_names=names)
         self.observe("score", len(batch), len(set(names)))
-        results = []
-        for asked, found in zip(batch, sums, strict=True):
-            question, power = asked.job.question, asked.job.length_normalization
-            lengths = question.as_listed(map(len, question.choices))
-            results.append([normalized(*each, power) for each in zip(found.tolist(), lengths, strict=True)])
         # Not earlier, because all questions are asked again if one fails.
         for asked, result in zip(batch, results, strict=True):
-            asked.call.give(asked.index, result)
+            asked.call.give(asked.index, result.tolist())
 
 
 def _settle(loop: asyncio.AbstractEventLoop, future: asyncio.Future, result: Any) -> None:

@@ -96,6 +96,7 @@ async def _generated(
     with contextlib.ExitStack() as entered:
         entered.enter_context(server.queue.room(len(body.prompts) if isinstance(body, CompletionBody) else 1))
         entered.enter_context(server.store.using(adapter))
+        await server.settle(request, server.require_continuing(adapter))
         prompts = await server.settle(request, prompts_of())
         jobs = server.jobs(body, adapter, prompts, wanted)
         pieces = server.generate(jobs)

@@ -46,9 +46,12 @@ def without_nulls(values: Any) -> Any:
 
 
 class ClassifyBody(Body):
-    """Texts, or rows of several columns, to label with an adapter."""
+    """Texts, or rows of several columns, to label with an adapter, or with several, each in its own task."""
 
-    adapter: str = Field(description="Its name, as in GET /v1/adapters.")
+    adapter: str | None = Field(None, description="Its name, as in GET /v1/adapters.")
+    adapters: Literal["*"] | Annotated[list[str], Field(min_length=1)] | None = Field(
+        None, description="Names of several, instead of adapter, or '*' for all: each answers each text."
+    )
     texts: list[str] | None = Field(None, min_length=1, description="For tasks with one column.")
     rows: list[dict[str, Value]] | None = Field(None, min_length=1, description="Column → value, instead of texts.")
     abstain_below: float = Field(
@@ -58,9 +61,16 @@ class ClassifyBody(Body):
 
     @model_validator(mode="after")
     def _one_of_both(self) -> ClassifyBody:
+        if (self.adapter is None) == (self.adapters is None):
+            raise ValueError("expected adapter or adapters, one of the two")
         if (self.texts is None) == (self.rows is None):
             raise ValueError("expected texts or rows, one of the two")
         return self
+
+    @property
+    def items(self) -> list[Any]:
+        """The texts, or the rows."""
+        return self.texts if self.texts is not None else self.rows or []
 
 
 class FolderBody(Body):

@@ -25,7 +25,6 @@ from ia3.task.rows import as_rows
 from ia3.task.sandbox import MOST_CHARACTERS, TooLong, bounded
 
 if TYPE_CHECKING:
-    from ia3.evaluation.prediction import Prediction
     from ia3.task.task import Row, Task
 
 logger = logging.getLogger(__name__)
@@ -159,6 +158,17 @@ class Server:
             close = self.store.close_to(name, self.engine.name)
             raise UnknownAdapter(f"There is no model {name[:100]!r}; {close}.") from None
 
+    async def require_continuing(self, adapter: Adapter | None) -> None:
+        """Raises `InputError` for an adapter that acts on what is asked about a text alone."""
+        place = "start"
+        with contextlib.suppress(InputError, OSError, RecursionError):  # the engine says what is wrong with its files
+            place = place if adapter is None else await asyncio.to_thread(adapter.acts_from)
+        if adapter is not None and place == "question":
+            raise InputError(
+                f"Adapter {adapter.name!r} answers questions behind a text (acts_from: question) and continues no texts; use "
+                f"/v1/classify, or train it with --acts-from start."
+            )
+
     def check_tokens(self, tokens: int) -> None:
         """Raise `TooLong` if a prompt has too many tokens."""
         most = self.limits.text_tokens
@@ -167,56 +177,87 @@ class Server:
 
     # Classification.
 
-    async def classify(self, body: ClassifyBody, adapter: Adapter) -> dict[str, Any]:
-        """The response to `/v1/classify`."""
-        settings = await asyncio.to_thread(adapter.settings)
-        rows = _rows(body, settings.task, adapter.name)
+    def asked(self, body: ClassifyBody) -> list[Adapter]:
+        """The adapters that a body names, each once.
+
+        Raises:
+            UnknownAdapter: one is not served, or none is there for "*".
+            UnusableAdapter: one cannot be used.
+            Problem: they are more questions than may wait.
+        """
+        if body.adapter is not None:
+            return [self.store.get(body.adapter)]
+        names = self.store.names if body.adapters == "*" else list(dict.fromkeys(body.adapters or []))
+        if not names:
+            raise UnknownAdapter("There are no adapters here yet.")
+        if len(names) * len(body.items) > self.limits.queue:
+            raise Problem(
+                422,
+                f"Expected at most {self.limits.queue} questions (texts × adapters), found {len(body.items)} × {len(names)}.",
+                "too_many",
+            )
+        return [self.store.get(name) for name in names]
+
+    async def classify(self, body: ClassifyBody, adapters: Sequence[Adapter]) -> dict[str, Any]:
+        """The response to `/v1/classify`: each adapter's prediction for each text, in its own task."""
+        several = body.adapters is not None
+        settings = await asyncio.to_thread(lambda: [adapter.settings() for adapter in adapters])
         jobs: list[ScoreJob] = []
         labels: list[list[str]] = []
-        key = None if body.without_adapter else adapter.key
-        # Texts of other requests have their turns in between.
-        for indices, characters in _groups(rows):
-            found = await self.blocking(self._questions, settings, rows, indices, key, characters=characters)
-            jobs += found[0]
-            labels += found[1]
+        for adapter, its in zip(adapters, settings, strict=True):
+            owner = f"Adapter {adapter.name!r}" if several else None
+            rows = _rows(body, its.task, adapter.name, owner)
+            key = None if body.without_adapter else adapter.key
+            # Texts of other requests have their turns in between.
+            for indices, characters in _groups(rows):
+                found = await self.blocking(self._questions, its, rows, indices, key, owner, characters=characters)
+                jobs += found[0]
+                labels += found[1]
         scores = await self.engine.score(jobs)
-        temperature = 1.0 if body.without_adapter else settings.temperature
-        return await asyncio.to_thread(self._predictions, body, adapter, jobs, labels, temperature, scores)
+        temperatures = [1.0 if body.without_adapter else its.temperature for its in settings for _ in body.items]
+        return await asyncio.to_thread(self._predictions, body, adapters, jobs, labels, temperatures, scores)
 
     def _questions(
-        self, settings: Settings, rows: Sequence[Row], indices: Sequence[int], key: str | None
+        self, settings: Settings, rows: Sequence[Row], indices: Sequence[int], key: str | None, owner: str | None
     ) -> tuple[list[ScoreJob], list[list[str]]]:
         """The jobs and labels of some rows."""
         task, recipe = settings.task, settings.recipe
         assert task is not None  # otherwise there are no rows
-        wordings = [task.wording(rows[index], index + 1) for index in indices]
-        questions = self.engine.questions(wordings, recipe)
-        labels = [list(wording.answers) for wording in wordings]
-        for question in questions:
-            with about(row=question.row):
-                self.check_tokens(len(question.prompt))
+        with about(owner):
+            wordings = [task.wording(rows[index], index + 1) for index in indices]
+            questions = self.engine.questions(wordings, recipe)
+            labels = [list(wording.answers) for wording in wordings]
+            for question in questions:
+                with about(row=question.row):
+                    self.check_tokens(len(question.prompt))
         return [ScoreJob(key, question, recipe.length_normalization) for question in questions], labels
 
     def _predictions(
         self,
         body: ClassifyBody,
-        adapter: Adapter,
+        adapters: Sequence[Adapter],
         jobs: Sequence[ScoreJob],
         labels: Sequence[list[str]],
-        temperature: float,
+        temperatures: Sequence[float],
         scores: Sequence[list[float]],
     ) -> dict[str, Any]:
+        """The response, of what there is for each text of the first adapter, then of the next."""
         from ia3.evaluation.prediction import Prediction
 
-        found: list[Prediction] = []
-        for names, values in zip(labels, scores, strict=True):
-            found.append(Prediction.of(dict(zip(names, values, strict=True)), temperature, body.abstain_below))
-        return {
-            "adapter": None if body.without_adapter else adapter.name,
-            "task": adapter.name,
-            "predictions": [{"label": item.label, "probabilities": item.probabilities} for item in found],
-            "usage": {"prompt_tokens": sum(len(job.question.prompt) for job in jobs)},
-        }
+        found = []
+        for names, values, temperature in zip(labels, scores, temperatures, strict=True):
+            item = Prediction.of(dict(zip(names, values, strict=True)), temperature, body.abstain_below)
+            found.append({"label": item.label, "probabilities": item.probabilities})
+        usage = {"prompt_tokens": sum(len(job.question.prompt) for job in jobs)}
+        names = [adapter.name for adapter in adapters]
+        if body.adapters is None:
+            [name] = names
+            which = {"adapter": None if body.without_adapter else name, "task": name}
+            return {**which, "predictions": found, "usage": usage}
+        which = {"adapters": None if body.without_adapter else names, "tasks": names}
+        count = len(body.items)
+        each = [dict(zip(names, found[index::count], strict=True)) for index in range(count)]
+        return {**which, "predictions": each, "usage": usage}
 
     # Generation.
 
@@ -332,11 +373,12 @@ class Server:
             await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _rows(body: ClassifyBody, task: Task | None, name: str) -> list[Row]:
+def _rows(body: ClassifyBody, task: Task | None, name: str, owner: str | None) -> list[Row]:
     """The rows in a body. Raises `InputError`."""
     if task is None:
         raise InputError(f"Adapter {name!r} has no task.yaml, so that it has no labels; use completions.")
-    return as_rows(body.rows if body.texts is None else body.texts, task)
+    with about(owner):
+        return as_rows(body.items, task)
 
 
 def _groups(rows: Sequence[Row]) -> Iterator[tuple[list[int], int]]:

@@ -365,6 +365,7 @@ class Store:
         its = self._in(folder)
         for adapter in its:
             with contextlib.suppress(InputError):  # damaged files fail their requests, as before
+                await asyncio.to_thread(adapter.acts_from)
                 await asyncio.to_thread(adapter.settings)
         await self._engine_of().keep([adapter.key for adapter in its], change)
 

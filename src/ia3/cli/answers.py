@@ -1,0 +1,154 @@
+"""What adapters answered to rows, for `ia3 predict`: as a file, as JSON, as a table."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ia3.cli.common import table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ia3.evaluation.prediction import Prediction
+    from ia3.task.task import Row, Task
+
+# Characters of a text in a table.
+_TEXT_WIDTH = 60
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an adapter answered to a row.
+
+    Attributes:
+        adapter: its name.
+        task: in which it was asked.
+        found: its answer.
+        zero_shot: the untrained model's in the same task; None: it was not asked.
+    """
+
+    adapter: str
+    task: Task
+    found: Prediction
+    zero_shot: Prediction | None = None
+
+
+def to_json(answers: Sequence[Answer], each: bool, named: bool = False, label: str = "label") -> dict[str, Any]:
+    """The answers to one row.
+
+    Args:
+        answers: one, or with `each` of several adapters, by whose names they are told apart.
+        each: every adapter answered the row.
+        named: say whose answer it is.
+        label: the name of the field with the label of the only answer.
+    """
+    if each:
+        return {"adapters": {one.adapter: to_json([one], False) for one in answers}}
+    [one] = answers
+    which = {"adapter": one.adapter} if named else {}
+    beside = {} if one.zero_shot is None else {"zero_shot": _labelled(one.zero_shot, "label")}
+    return {**which, **_labelled(one.found, label), **beside}
+
+
+def _labelled(found: Prediction, label: str) -> dict[str, Any]:
+    return {label: found.label, "probabilities": found.probabilities}
+
+
+def write(path: Path, rows: Sequence[Row], answers: Sequence[Sequence[Answer]], each: bool, delimiter: str) -> None:
+    """Rows with their answers as .csv or .jsonl, in whole or not at all; arguments as of `to_json`."""
+    from ia3.files import replacing
+
+    with replacing(path) as temporary:
+        if path.suffix.lower() == ".jsonl":
+            lines = [
+                json.dumps({**row, **to_json(its, each, label="prediction")}, ensure_ascii=False, default=str)
+                for row, its in zip(rows, answers, strict=True)
+            ]
+            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            return
+        text = io.StringIO()
+        cells = [_cells(its, each) for its in answers]
+        added = _columns(answers, each)
+        # All columns of all rows; those of an earlier prediction are replaced.
+        names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in added]
+        writer = csv.DictWriter(text, names + added, delimiter=delimiter, lineterminator="\n")
+        writer.writeheader()
+        for row, its in zip(rows, cells, strict=True):
+            # Lists, such as a row's answers, as tasks read them from a CSV file.
+            own = {
+                name: json.dumps(cell, ensure_ascii=False, default=str) if isinstance(cell, (list, dict)) else cell
+                for name, cell in row.items()
+            }
+            writer.writerow({**own, **its})
+        temporary.write_text(text.getvalue(), encoding="utf-8")
+
+
+def _parts(answer: Answer, each: bool) -> list[tuple[str, Prediction]]:
+    """What an answer has for the columns of a CSV file, by what their names begin with."""
+    whose = f"{answer.adapter} " if each else ""
+    beside = [] if answer.zero_shot is None else [(f"{whose}zero_shot_", answer.zero_shot)]
+    return [(whose, answer.found), *beside]
+
+
+def _columns(answers: Sequence[Sequence[Answer]], each: bool) -> list[str]:
+    """`prediction`, and `probability_…` of each label, for each adapter and for the untrained model beside it."""
+    labels: dict[str, dict[str, None]] = {}
+    for its in answers:
+        for start, found in (part for answer in its for part in _parts(answer, each)):
+            labels.setdefault(start, {}).update(dict.fromkeys(found.probabilities))
+    return [
+        name
+        for start, known in labels.items()
+        for name in (f"{start}prediction", *(f"{start}probability_{label}" for label in known))
+    ]
+
+
+def _cells(answers: Sequence[Answer], each: bool) -> dict[str, str]:
+    """A row's cells for `_columns`."""
+    cells = {}
+    for start, found in (part for answer in answers for part in _parts(answer, each)):
+        cells[f"{start}prediction"] = found.label or ""
+        cells.update({f"{start}probability_{label}": f"{value:.6f}" for label, value in found.probabilities.items()})
+    return cells
+
+
+def print_table(out: Console, rows: Sequence[Row], answers: Sequence[Sequence[Answer]], named: bool) -> None:
+    """A line for each answer; `named` says whose it is."""
+    from rich.markup import escape
+
+    pairs = [(row, answer) for row, its in zip(rows, answers, strict=True) for answer in its]
+    found = [answer.found for _, answer in pairs]
+    # With many labels, or different ones, or ones that leave no room, the best label's probability says enough.
+    labels = list(found[0].probabilities)
+    width = sum(max(len(name), len("100.0%")) + 3 for name in (*labels, max(labels, key=len)))
+    few = len(labels) <= 6 and width + _TEXT_WIDTH // 2 <= out.width
+    few = few and all(list(item.probabilities) == labels for item in found)
+    names = (["adapter"] if named else []) + ["text", "label"]
+    beside = any(answer.zero_shot is not None for _, answer in pairs)
+    numbers = [*(labels if few else ["probability"]), *(["zero-shot"] if beside else [])]
+    shown_rows = table(*names, *numbers, left=len(names))
+    shown_rows.columns[len(names) - 1].style = "bold"
+    for row, answer in pairs:
+        item = answer.found
+        values = item.probabilities.values() if few else [item.probabilities[item.best]]
+        column = next((name for name in answer.task.columns if name in row), next(iter(row), ""))
+        text = " ".join(str(row.get(column, "")).split())
+        cells = [escape(answer.adapter)] if named else []
+        cells += [escape(_shortened(text)), escape(item.label or "—"), *(f"{value:.1%}" for value in values)]
+        if answer.zero_shot is not None:
+            base = answer.zero_shot
+            cells.append(f"{escape(base.label or '—')} {base.probabilities[base.best]:.1%}")
+        shown_rows.add_row(*cells)
+    out.print(shown_rows)
+
+
+def _shortened(text: str) -> str:
+    """A long text without its middle: how it begins and how it ends tells it from others."""
+    beginning = _TEXT_WIDTH * 2 // 3
+    return text if len(text) <= _TEXT_WIDTH else f"{text[:beginning]} … {text[beginning + 3 - _TEXT_WIDTH :]}"
