@@ -1,6 +1,6 @@
-"""(IA)³: make a classifier out of a pretrained transformer and a few dozen labelled examples (arXiv:2205.05638).
+"""(IA)³: make a classifier from a pretrained transformer and a few dozen labelled examples (arXiv:2205.05638).
 
-Names are loaded when they are first used, so that `import ia3` does not wait for torch.
+Names are loaded at their first use, so that `import ia3` does not wait for torch.
 """
 
 from importlib import import_module
@@ -197,7 +197,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "PeftConfig":  # there is one kind of config here
+    if name == "PeftConfig":  # this package has only one config class
         return import_module("ia3.adapter.config").IA3Config
     if name in _HOMES:
         return getattr(import_module(f"ia3.{_HOMES[name]}"), name)

@@ -1,4 +1,4 @@
-"""A classifier of texts with scikit-learn's interface, the short way in: `FewShotClassifier`."""
+"""A text classifier with scikit-learn's interface: `FewShotClassifier`."""
 
 from __future__ import annotations
 
@@ -50,29 +50,29 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         classifier.predict(["I was charged twice this month"])
         classifier.save("adapters/tickets")
 
-    It is a scikit-learn estimator: pipelines, cross-validation, grid searches and `joblib.dump` take it. Training makes an
-    (IA)³ adapter and leaves the base model as it is. All classifiers of a process that name the same base model share it,
-    and the one that was used last stays in memory. `joblib.dump` stores the adapter alone; `predict` then loads the base
-    model by its name.
+    It is a scikit-learn estimator and works in pipelines, cross-validation, grid searches and `joblib.dump`. Training
+    makes an (IA)³ adapter and does not change the base model. All classifiers in a process share the base model if they
+    name the same one. The last base model stays in memory. `joblib.dump` stores only the adapter; `predict` then loads
+    the base model by its name.
 
     Rows are texts, or have several columns: a DataFrame, dictionaries, or an array, whose columns are "x0", "x1", ….
     Labels are texts, integers or booleans.
 
     Args:
         model: the base model: a folder, a hub id or "smollm2", as `load_base` takes it.
-        template: the prompt, a Jinja template that names columns; where rows are texts, it names one. None: made from
-            the columns and the labels.
+        template: the prompt, a Jinja template that names columns; one column if rows are texts. None: made from the
+            columns and the labels.
         choices: label → answer text. None: the labels.
-        task: a `Task`, its file or the name of a built-in one, with templates and choices of its own.
+        task: a `Task`, its file or the name of a built-in one, instead of template and choices.
         recipe: how to train: a `Recipe`, "paper", "small" or a file. None: the one for a model of that size.
-        dtype: of the base model's weights, as `load_base` takes it.
-        random_state: decides in which order training sees the rows.
-        verbose: show progress while training.
+        dtype: the type of the base model's weights, as `load_base` takes it.
+        random_state: decides the order in which training sees the rows, and the random templates.
+        verbose: show progress during training.
 
     Attributes:
         classes_: the labels, in the order of `predict_proba`'s columns.
-        task_: what the classifier asks the model, a `Task`.
-        recipe_: how it was trained, a `Recipe`.
+        task_: the `Task` of the classifier.
+        recipe_: the `Recipe` that it was trained with.
         temperature_: divides the scores; 1 unless a calibrated adapter was loaded.
         n_features_in_, feature_names_in_: the columns of a DataFrame or an array.
     """
@@ -98,22 +98,22 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self.verbose = verbose
 
     def __sklearn_tags__(self) -> Any:
-        """What scikit-learn may expect."""
+        """The estimator's capabilities for scikit-learn."""
         tags = super().__sklearn_tags__()
         tags.input_tags.string = tags.input_tags.dict = True
-        tags.input_tags.allow_nan = True  # an empty cell, in a row that has others
-        tags.classifier_tags.poor_score = True  # on numbers, which it reads as text
+        tags.input_tags.allow_nan = True  # a row may have empty cells beside others
+        tags.classifier_tags.poor_score = True  # for numbers, because it reads them as text
         return tags
 
     def fit(self, X: Any, y: Any) -> FewShotClassifier:
-        """Train on labelled rows, all of them.
+        """Train on all labelled rows.
 
         Args:
             X: N texts or rows.
-            y: their labels. A Series' name stands in the prompt.
+            y: N labels. If y is a Series, the prompt contains its name.
 
         Raises:
-            InputError: a row or label is missing or empty, all labels are one, `choices` or `task` lack one, or a
+            InputError: a row or label is missing or empty, all labels are equal, `choices` or `task` lack a label, or a
                 parameter names no model, task or recipe.
         """
         if y is None:
@@ -141,7 +141,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         return self
 
     def predict(self, X: Any) -> np.ndarray:
-        """The most probable label of each row, as labels were in `fit`."""
+        """The most probable label of each row (N,), with the type of the labels in `fit`."""
         best = self.predict_proba(X).argmax(axis=1)
         return self.classes_[best]
 
@@ -162,7 +162,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         return np.array([[item.probabilities[label] for label in self._labels] for item in found])
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Write the adapter's folder, as `ia3 train` does; every command takes it: `ia3 predict FOLDER "some text"`.
+        """Write the adapter's folder for the commands, as `ia3 train` does: `ia3 predict FOLDER "some text"`.
 
         Raises:
             NotFittedError: before `fit`.
@@ -175,16 +175,16 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     def load(
         cls, folder: str | os.PathLike, model: str | os.PathLike | None = None, dtype: str = "auto"
     ) -> FewShotClassifier:
-        """The classifier of a folder that `save` or `ia3 train` wrote.
+        """Load a classifier from a folder that `save` or `ia3 train` wrote.
 
         Args:
-            folder: the adapter's, or its hub id.
+            folder: the adapter's folder or hub id.
             model: the base model; None: the one that the adapter names.
-            dtype: of its weights.
+            dtype: the type of its weights.
 
         Raises:
-            InputError: no adapter there, or one for another model, without a task, or with answers that differ from row
-                to row.
+            InputError: the folder has no adapter, or one for another model, without a task, or with answers that differ
+                from row to row.
         """
         found = AdapterFolder(folder)
         task = found.required_task()
@@ -205,7 +205,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         return made
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the base model."""
+        """The state without the base model."""
         return {name: value for name, value in super().__getstate__().items() if name != "_base"}  # type: ignore[misc]
 
     def _keep(
@@ -217,7 +217,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         by_label: Mapping[str, Any],
         dtype: type | None = None,
     ) -> None:
-        """Become fitted; `by_label` has the task's labels as `predict` returns them."""
+        """Set the fitted attributes; `by_label` maps the task's labels to those that `predict` returns."""
         classes = np.array([*by_label.values()], dtype=dtype)
         order = classes.argsort()
         self.classes_, self._labels = classes[order], [[*by_label][i] for i in order]
@@ -226,16 +226,16 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
     @contextmanager
     def _lent(self) -> Iterator[tuple[IA3Model, PreTrainedTokenizerBase]]:
-        """Within `with`, the base model with this adapter in it, and its tokenizer."""
+        """In a `with` block, the base model with this adapter, and its tokenizer."""
         if "_base" not in vars(self):
             self._base = _base(*self._name_and_dtype, self._labels)
         with self._base.lent(self._files) as model:
             yield model, self._base.tokenizer
 
     def _items(self, X: Any, reset: bool) -> list[Any]:
-        """Texts or dictionaries. Without `reset`, a table has to have the columns that it had in `fit`."""
+        """X as texts or dictionaries. Without `reset`, a table must have the same columns as in `fit`."""
         if reset:
-            vars(self).pop("n_features_in_", None)  # which scikit-learn leaves there where it finds no columns
+            vars(self).pop("n_features_in_", None)  # scikit-learn keeps it if it finds no columns
         if hasattr(X, "iloc") and hasattr(X, "columns"):
             if reset or hasattr(self, "feature_names_in_"):
                 validate_data(self, X, reset=reset, skip_check_array=True)
@@ -253,7 +253,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         return items
 
     def _task(self, items: Sequence[Any], values: Sequence[Any], name: Any) -> Task:
-        """The task that the parameters describe, or that is made from rows and labels; `name` is that of the labels."""
+        """The task of the parameters, or one made from rows and labels; `name` is the label column."""
         task = _loaded("task", self.task, Task, Task.load)
         if task is not None:
             if self.template is not None or self.choices is not None:
@@ -279,12 +279,12 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
 
 class _Base:
-    """A base model that classifiers share: it has the adapter of one of them at a time.
+    """A base model that classifiers share. It holds one classifier's adapter at a time.
 
     Args:
-        name: finds it again.
-        dtype: of its weights.
-        labels: what an encoder's head tells apart.
+        name: the name or path to load it from.
+        dtype: the type of its weights.
+        labels: the labels of an encoder's head.
     """
 
     def __init__(self, name: str, dtype: str, labels: Sequence[str]) -> None:
@@ -294,12 +294,12 @@ class _Base:
         base, self.tokenizer = load_base(name, labels, dtype)
         self.name = str(base.name_or_path)
         self.model = IA3Model(base, {}).eval()
-        self._files: Files | None = None  # of the adapter that is in the model
+        self._files: Files | None = None  # the files of the adapter in the model
         self._lock = threading.RLock()
 
     @contextmanager
     def lent(self, files: Files) -> Iterator[IA3Model]:
-        """Within `with`, the model has the adapter of these files, and nobody else takes it."""
+        """In a `with` block, the model has the adapter of these files, and is locked for other threads."""
         with self._lock:
             if self._files is not files:
                 with tempfile.TemporaryDirectory() as folder:
@@ -310,7 +310,7 @@ class _Base:
             yield self.model
 
     def load(self, folder: AdapterFolder) -> Files:
-        """The files of an adapter that fits the model."""
+        """Load an adapter into the model, and return its files."""
         with self._lock:
             self._load(folder)
             return self._written()
@@ -318,7 +318,7 @@ class _Base:
     def train(
         self, task: Task, rows: Sequence[Row], recipe: Recipe, seed: int, verbose: bool, classes: Sequence[Any]
     ) -> Files:
-        """Train an adapter, and return its files; `classes` are the task's labels as the user has them."""
+        """Train an adapter, and return its files; `classes` are the task's labels with the user's types."""
         from ia3.adapter.config import IA3Config
         from ia3.adapter.pretrained import task_type
         from ia3.training.members import Member
@@ -362,26 +362,26 @@ class _Base:
             return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}
 
 
-# Base models that classifiers have, by what tells them apart; the one used last stays when no classifier has it.
+# Base models that classifiers use, by name, type, file stamps and labels. The one used last stays in memory.
 _BASES: weakref.WeakValueDictionary[tuple, _Base] = weakref.WeakValueDictionary()
 _USED_LAST: collections.deque[_Base] = collections.deque(maxlen=1)
 _LOADING = threading.Lock()
 
 
 def _base(name: str, dtype: str, labels: Sequence[str]) -> _Base:
-    """A base model of this name, loaded unless it is in memory."""
+    """The base model of this name, loaded if it is not in memory."""
     from ia3.adapter.config import TaskType
     from ia3.adapter.pretrained import find_base, task_type
 
     found, source = find_base(name)
     files = sorted(os.scandir(source), key=lambda file: file.name) if os.path.isdir(source) else []
     stamp = tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
-    # An encoder has a head for its labels; all other models serve any.
+    # An encoder has a head for its labels; other models serve any labels.
     key = (found, dtype, stamp)
     with _LOADING:
         base = _BASES.get(key) or _BASES.get((*key, *sorted(labels)))
         if base is None:
-            _USED_LAST.clear()  # so that memory need not hold both
+            _USED_LAST.clear()  # so that memory never holds both
             base = _Base(name, dtype, labels)
             head = sorted(labels) if task_type(base.model.model) == TaskType.SEQ_CLS else ()
             _BASES[(*key, *head)] = base
@@ -391,7 +391,7 @@ def _base(name: str, dtype: str, labels: Sequence[str]) -> _Base:
 
 @contextmanager
 def _own_randomness() -> Iterator[None]:
-    """Within `with`, whatever seeds the global generators or draws from them; afterwards they are as before."""
+    """Restore the global random generators after a `with` block."""
     import torch
 
     python, numpy = random.getstate(), np.random.get_state()
@@ -410,12 +410,12 @@ def _path(parameter: str, value: Any) -> str:
 
 
 def _loaded(name: str, value: Any, kind: type, load: Callable[[str], Any]) -> Any:
-    """A parameter that is an object of a kind, or a name or path of one; None as it is."""
+    """A parameter's object: itself if it has this type or is None, otherwise loaded from the name or path."""
     return value if value is None or isinstance(value, kind) else load(_path(name, value))
 
 
 def _is_array(X: Any) -> bool:
-    """Whether X is an array of rows without names, or lists that make one."""
+    """Whether X is an array of rows without column names, or lists that form one."""
     if isinstance(X, (list, tuple)):
         first = next(iter(X), None)
         return isinstance(first, (list, tuple, np.ndarray)) or (isinstance(first, numbers.Number) and first == first)
@@ -426,9 +426,9 @@ def _is_array(X: Any) -> bool:
 
 
 def _label_values(y: Any) -> Any:
-    """One label for each row, of one type, two different ones at least."""
+    """The labels y as an array, checked: one per row, all of one type, at least two different."""
     if isinstance(y, (list, tuple)) and len({isinstance(value, str) for value in y}) > 1:
-        y = np.array(y, dtype=object)  # numpy would make all of them texts
+        y = np.array(y, dtype=object)  # numpy would convert all to text
     values = column_or_1d(y, warn=True)
     for number, value in enumerate(values, 1):
         if is_missing(value):
@@ -447,12 +447,12 @@ def _label_values(y: Any) -> Any:
 
 
 def _in_words(label: Any) -> str:
-    """A label as tasks have it."""
+    """A label as text, the form that tasks use."""
     return as_text(label.item() if isinstance(label, np.generic) else label)
 
 
 def _labels_of(task: Task) -> list[str]:
-    """A task's labels. Raises `InputError` where each row has answers of its own."""
+    """A task's labels. Raises `InputError` if the answers differ from row to row."""
     if task.labels is None:
         raise InputError(
             f"Expected a task with the same labels for all rows, found {brief(task.name)}, whose answers differ from row "
@@ -462,7 +462,7 @@ def _labels_of(task: Task) -> list[str]:
 
 
 def _values_by_label(task: Task, rows: Sequence[Row], values: Sequence[Any]) -> dict[str, Any]:
-    """The task's labels as `predict` returns them: as they are in y, and one that y lacks in y's type."""
+    """Each task label → the label that `predict` returns: the one in y, or converted to y's type if y lacks it."""
     found: dict[str, Any] = {}
     for number, (row, value) in enumerate(zip(rows, values, strict=True), 1):
         label = task.label(row, number)

@@ -1,4 +1,4 @@
-"""The one error that is the user's to mend: what was expected, what was found, what to do, in one line."""
+"""The error that a user can fix: one line with what was expected, what was found and what to do."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
-# Of a message, and of a piece of input in it. What a file holds must not crowd out what to do about it.
+# The longest message, and the longest piece of input in it, so that input leaves room for the advice.
 _LONGEST = 600
 _LONGEST_PIECE = 200
 _LONGEST_NAME = 80
@@ -24,22 +24,22 @@ _repr.maxlist = _repr.maxtuple = _repr.maxset = _repr.maxfrozenset = _repr.maxdi
 class InputError(ValueError):
     """Bad input: a file, column, label, model, adapter or value that cannot be used.
 
-    Its text is one line that says what was expected, what was found and what to do. The command line prints it and exits
-    with code 2. The middle of a message that is too long is left out.
+    Its text is one line: what was expected, what was found and what to do. The command line prints it and exits with
+    code 2. If a message is too long, its middle is left out.
 
     >>> str(InputError("Expected a label, found none", "fill or drop the row", row=3, owner="Task 'tickets'"))
     "Task 'tickets': Expected a label, found none (row 3); fill or drop the row."
 
-    Whoever raises it sets what it knows; whoever knows more adds it (see `about`). The text is put together when it is
-    read.
+    The code that raises the error sets the fields that it knows; callers add more (see `about`). The text is composed
+    when it is read.
 
     Attributes:
         message: what was expected and what was found.
-        advice: what to do, without a full stop; empty where the message says it.
+        advice: what to do, without a full stop; empty if the message says it.
         row: the number of the row in its file or list, from 1.
-        owner: whose rows or files these are, such as a task or a member. A message that begins with a small letter goes on
-            from it: "Adapter 'tickets' holds NaN".
-        argument: the name of the argument to change, at which the advice ends.
+        owner: the owner of the rows or files, such as a task or a member. A message that begins with a small letter
+            continues the owner: "Adapter 'tickets' holds NaN".
+        argument: the name of the argument to change; the advice ends with it.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class InputError(ValueError):
         """The text.
 
         Args:
-            named: what the user calls an argument, by its name.
+            named: converts an argument's name to the user's name for it.
             owned: False leaves the owner out.
         """
         joint = " " if self.message[:1].islower() else ": "
@@ -78,7 +78,7 @@ class InputError(ValueError):
 
 
 class about:
-    """Within `with`, an `InputError` gets an owner, in front of the one that it has, and a row unless it has one."""
+    """In a `with` block, add an owner to an `InputError`, before the one that it has, and a row if it has none."""
 
     def __init__(self, owner: str | None = None, *, row: int | None = None) -> None:
         self._owner, self._row = owner, row
@@ -96,17 +96,17 @@ class about:
 
 
 def excerpt(text: str, limit: int = _LONGEST_PIECE) -> str:
-    """A text as one line of at most `limit` printable characters, without its middle when it is longer."""
+    """A text as one line of at most `limit` printable characters; a longer text loses its middle."""
     if len(text) > limit:
         end = limit // 3
         text = f"{text[: limit - end - 1]}…{text[-end:]}"
     text = re.sub(r"\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*", " ", text).strip()
-    # A control character would act on the terminal, and a lone surrogate cannot be printed.
+    # A control character would change the terminal, and a lone surrogate cannot be printed.
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def brief(value: Any, limit: int = _LONGEST_PIECE) -> str:
-    """A value's `repr` for an error message, at most `limit` characters long, however large or deep the value is."""
+    """A value's `repr` for an error message, with at most `limit` characters, also for large or deep values."""
     try:
         return excerpt(_repr.repr(value), limit)
     except ValueError:  # an integer of thousands of digits
@@ -114,19 +114,19 @@ def brief(value: Any, limit: int = _LONGEST_PIECE) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what another library's error says; its type when it says nothing."""
+    """The first line of another library's error; its type if it has no text."""
     if isinstance(error, RecursionError):
         return "it is nested too deep"
     return excerpt((str(error).strip().splitlines() or [type(error).__name__])[0])
 
 
 def shown(names: Iterable[Any], limit: int = 5, room: int = _LONGEST_PIECE) -> str:
-    """Names for an error message: the first few, quoted, and how many more there are.
+    """Names for an error message: the first few, quoted, and the number of further ones.
 
     Args:
-        names: of any kind.
-        limit: how many to list at most.
-        room: for how many characters; the first name has room in any case.
+        names: values of any type.
+        limit: the maximum of names to list.
+        room: the maximum of characters; the first name is always listed.
     """
     names = list(names)
     listed: list[str] = []
@@ -141,14 +141,14 @@ def shown(names: Iterable[Any], limit: int = 5, room: int = _LONGEST_PIECE) -> s
 
 
 def similar(name: str, names: Iterable[str]) -> str:
-    """For an error message about an unknown name: the names that come close to it, else the first few there are."""
+    """For an error message about an unknown name: similar names, or otherwise the first few names."""
     names = list(names)
     close = difflib.get_close_matches(name[:_LONGEST_PIECE], names)
     return f"close to it: {shown(close)}" if close else f"there are {shown(names)}"
 
 
 def problems(error: ValidationError, whole: str) -> str:
-    """What is wrong with the fields of a pydantic model, in one line; `whole` stands for the model itself."""
+    """The errors in the fields of a pydantic model, in one line; `whole` names the model itself."""
     found = [
         (".".join(map(str, item["loc"])) or whole, item["msg"].removeprefix("Value error, ").removesuffix("."))
         for item in error.errors(include_url=False, include_context=False, include_input=False)

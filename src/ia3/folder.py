@@ -1,4 +1,4 @@
-"""What an adapter's folder holds, for whoever knows tasks, recipes and calibrations: `AdapterFolder`."""
+"""An adapter's folder with its task, recipe and calibration: `AdapterFolder`."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ if TYPE_CHECKING:
 
 
 class AdapterFolder(StoredAdapter):
-    """What an adapter's folder, here or on the hub, holds: also as a task, a recipe and a calibration.
+    """An adapter's folder, on disk or on the hub, with its task, recipe and calibration.
 
         folder = AdapterFolder("adapters/tickets")
         folder.config, folder.task, folder.recipe, folder.calibration, folder.metrics
         tensors, header = folder.vectors()
 
-    Reading and writing are those of `StoredAdapter`.
+    It reads and writes files as `StoredAdapter` does.
     """
 
     @functools.cached_property
     def task(self) -> Task | None:
-        """What the adapter was trained on; None where the folder does not say. Raises `InputError` for a damaged file."""
+        """The task of the training; None if the folder has none. Raises `InputError` for a damaged file."""
         from ia3.task.task import Task
 
         data = self.text(TASK_NAME)
         return None if data is None else Task.from_file(self._named(TASK_NAME), data)
 
     def required_task(self) -> Task:
-        """The task. Raises `InputError` where there is none, too."""
+        """The task. Raises `InputError` also if there is none."""
         if self.task is not None:
             return self.task
         inner = [
@@ -44,7 +44,7 @@ class AdapterFolder(StoredAdapter):
         if inner:
             raise InputError(f"Expected an adapter's folder, found {str(self)!r}, which holds several: {shown(inner)}.")
         if self._on_hub:
-            locate(self.path, TASK_NAME, **self._place)  # says what the hub said
+            locate(self.path, TASK_NAME, **self._place)  # raises the hub's error
         raise InputError(
             f"Expected a {TASK_NAME} beside the adapter in {str(self)!r}, found none: it was not trained on a task; write "
             f"one, or use the adapter from Python."
@@ -52,7 +52,7 @@ class AdapterFolder(StoredAdapter):
 
     @functools.cached_property
     def recipe(self) -> Recipe:
-        """How the adapter was trained; the paper's where the folder does not say."""
+        """The recipe of the training; the paper's if the folder has none."""
         from ia3.training.recipe import Recipe
 
         data = self.text(RECIPE_NAME)
@@ -60,7 +60,7 @@ class AdapterFolder(StoredAdapter):
 
     @functools.cached_property
     def calibration(self) -> Calibration | None:
-        """What makes its probabilities mean what they say; None where it is not calibrated."""
+        """The calibration of its probabilities; None if it is not calibrated."""
         from ia3.evaluation.calibration import Calibration
 
         data = self.text(CALIBRATION_NAME)
@@ -68,21 +68,21 @@ class AdapterFolder(StoredAdapter):
 
     @property
     def temperature(self) -> float:
-        """The calibration's, or 1."""
+        """The calibration's temperature, or 1."""
         return 1.0 if self.calibration is None else self.calibration.temperature
 
     def seen(self) -> Callable[[Row], bool] | None:
-        """Whether the adapter was trained on a row, in the words of its task; None where the folder does not say."""
+        """A function: whether the adapter was trained on a row; None if the folder has no fingerprints."""
         if SEEN not in self.metrics:
             return None
         task, keys = self.required_task(), set(self.metrics[SEEN])
         return lambda row: row.keys() >= set(task.columns) and task.fingerprint(row) in keys
 
     def calibrate(self, calibration: Calibration) -> None:
-        """Store another calibration in the folder.
+        """Store a new calibration in the folder.
 
         Raises:
-            InputError: this is no folder here, or another adapter is in it by now.
+            InputError: the folder is not on disk, or holds another adapter by now.
         """
         if self._on_hub:
             raise InputError(f"Expected a folder here to store the calibration in, found {str(self)!r}.")

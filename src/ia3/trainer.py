@@ -22,11 +22,11 @@ from ia3.adapter.model import IA3Model
 
 
 class _ForAdapters(transformers.Trainer):
-    """What a trainer needs to know an `IA3Model` or `PeftModel`, as the original knows PEFT's models.
+    """Lets a trainer handle an `IA3Model` or `PeftModel` as the original handles PEFT's models.
 
-    The columns that a model takes and the labels that it knows are the wrapped model's; checkpoints hold adapters and
-    the state of training, not the base model; resuming and loading the best model read them back. Everything else,
-    and every other kind of model, is as in the original.
+    The columns and labels are the wrapped model's. Checkpoints hold adapters and the state of training, without the
+    base model; resuming and loading the best model read them. Everything else, and all other models, work as in the
+    original.
     """
 
     def __init__(self, model: nn.Module | None = None, *args: Any, **kwargs: Any) -> None:
@@ -41,7 +41,7 @@ class _ForAdapters(transformers.Trainer):
                 self.model_accepts_loss_kwargs = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
 
     def silence(self) -> None:
-        """Take out the callbacks that print: whoever shows progress does it alone."""
+        """Remove the callbacks that print, because the caller shows the progress."""
         for printing in (PrinterCallback, ProgressCallback):
             self.remove_callback(printing)
 
@@ -55,7 +55,7 @@ class _ForAdapters(transformers.Trainer):
 
     @property
     def trained_adapters(self) -> list[str]:
-        """The adapters that are read back from a checkpoint."""
+        """The names of adapters to read from a checkpoint."""
         model = self._adapted()
         return [] if model is None else model.active_adapters
 
@@ -73,12 +73,12 @@ class _ForAdapters(transformers.Trainer):
             super()._save(output_dir, state_dict)
             return
         folder = str(output_dir or self.args.output_dir)
-        # A state that was gathered from a wrapper's shards has the wrapper's names; unsharded, the model has it all.
+        # A state that is gathered from shards has the wrapper's names. Without shards, the model has all tensors.
         model.save_pretrained(folder, is_main_process=self.args.should_save, state_dict=state_dict)
         if self.args.should_save:
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
-            arguments = io.BytesIO()  # torch.save has an error of its own for a full disk
+            arguments = io.BytesIO()  # torch.save has its own error for a full disk
             torch.save(self.args, arguments)
             Path(folder, TRAINING_ARGS_NAME).write_bytes(arguments.getvalue())
 
@@ -99,17 +99,17 @@ class _ForAdapters(transformers.Trainer):
 
 
 class Trainer(_ForAdapters):
-    """`transformers.Trainer` for adapted models, whether PEFT is installed or not."""
+    """`transformers.Trainer` for adapted models, with or without PEFT installed."""
 
 
 class Seq2SeqTrainer(_ForAdapters, transformers.Seq2SeqTrainer):
-    """`transformers.Seq2SeqTrainer` for adapted models, whether PEFT is installed or not."""
+    """`transformers.Seq2SeqTrainer` for adapted models, with or without PEFT installed."""
 
 
 def last_checkpoint(folder: str | os.PathLike) -> str | None:
-    """The newest whole checkpoint that a `Trainer` left in a folder; None when there is none.
+    """The newest complete checkpoint of a `Trainer` in a folder; None if there is none.
 
-    One that was being written when the run ended has no `trainer_state.json` yet and does not count.
+    An incomplete checkpoint, from a run that ended while writing, has no `trainer_state.json`.
     """
     found = {}
     for state in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json"):

@@ -196,7 +196,7 @@ def test_an_adapters_training_rows_are_shown_and_are_no_test_rows(run, ia3, plac
     code, out, err = run("--json", **{**options, "test_data": data})
     assert code == 0, err
     assert json.loads((tmp_path / "out" / "compare.json").read_text())["test_rows"] == 60
-    assert f"{len(seen)} test rows are in the very words of training examples." in err
+    assert f"{len(seen)} test rows duplicate training examples." in err
     # An adapter that does not say what it has seen.
     metrics = json.loads((tmp_path / "adapter" / "metrics.json").read_text())
     del metrics["train_rows"]

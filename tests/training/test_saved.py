@@ -62,7 +62,7 @@ class TestTrainedInPython:
         assert code == 0 and json.loads(out)[0]["label"] in ("pos", "neg"), err
         code, out, err = command(capsys, "evaluate", folder, "--data", rows, "--json")
         assert code == 0 and json.loads(out)["rows"] == 24, err
-        assert "rows are in the very words of training examples" in " ".join(err.split())  # it says what it has seen
+        assert "rows duplicate training examples" in " ".join(err.split())  # it says what it has seen
         assert command(capsys, "inspect", folder, "--json")[0] == 0
         assert command(capsys, "merge", folder, "--output", tmp_path / "merged")[0] == 0
         assert Task.from_file(tmp_path / "merged" / "task.yaml").templates == TASK.templates

@@ -1,4 +1,4 @@
-"""A model with adapters in it, as far as adding, switching and removing them goes: `Adapted`, `find_adapted`."""
+"""Add, switch and remove adapters of a model: `Adapted`, `find_adapted`."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from ia3.errors import InputError, shown
 
 
 class Adapted(nn.Module):
-    """A base model that adapters are added to, made active in, and removed from; `IA3Model` does all else.
+    """A base model to which adapters are added, activated and removed; `IA3Model` does the rest.
 
     Args, attributes and errors: see `IA3Model`.
     """
 
-    # Names of ours that PEFT lacks contain "adapter" or "ia3", so that they hide none of the base model's.
+    # Our names that PEFT lacks contain "adapter" or "ia3", so that they hide no attribute of the base model.
 
     peft_type = PeftType.IA3
     prefix = "ia3_"
     tuner_layer_cls = IA3Layer
     uses_shared_state = False
 
-    # To transformers.Trainer: a quantized base can be trained, for adapters are.
+    # Tells transformers.Trainer that a quantized base model can be trained, because only adapters are.
     _hf_peft_config_loaded = True
 
     def __init__(
@@ -62,10 +62,10 @@ class Adapted(nn.Module):
 
     @contextmanager
     def _ia3_wrapping(self, model: nn.Module) -> Iterator[None]:
-        """Take a base model over: what adapters add within is kept, and all else frozen, unless something fails."""
+        """Take over a base model: freeze it, and keep what is added in the `with` block, unless that fails."""
         self.model = model
         self.peft_config: dict[str, IA3Config] = {}
-        self.adapter_folders: dict[str, StoredAdapter] = {}  # what belongs beside each adapter on disk
+        self.adapter_folders: dict[str, StoredAdapter] = {}  # the other files of each adapter's folder
         self._ia3_trainable: set[str] = set()  # the adapters to freeze when others become active
         quantized.release_dequantized(model)
         quantized.keep_plain_layout(model)
@@ -74,7 +74,7 @@ class Adapted(nn.Module):
             for path, module in base_modules(model).items()
             if quantized.is_quantized(module) and not quantized.passes_gradients(module)
         ]
-        # Layers that an earlier adapter left in the model go on asking their own object: it becomes this model's too.
+        # Layers of an earlier adapter in the model still use their `Routing`, so this model uses it too.
         self.ia3_routing = find_routing(model) or Routing()
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         try:
@@ -86,16 +86,16 @@ class Adapted(nn.Module):
         for parameter in trainable:
             parameter.requires_grad_(False)
 
-    # The pieces of the model that belong to adapters, by their path in the base model.
+    # The parts of the model that belong to adapters, by path in the base model.
 
     @property
     def ia3_layers(self) -> dict[str, IA3Layer]:
-        """The rescaled layers by their path in the base model."""
+        """The rescaled layers by path in the base model."""
         return wrappers(self.model)[0]
 
     @property
     def ia3_trained_modules(self) -> dict[str, TrainedModule]:
-        """The modules of `modules_to_save` by their path in the base model."""
+        """The modules of `modules_to_save` by path in the base model."""
         return wrappers(self.model)[1]
 
     def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
@@ -120,19 +120,19 @@ class Adapted(nn.Module):
         *,
         key_value_only: bool | None = None,
     ) -> None:
-        """Add another adapter, not active and frozen. `set_adapter` makes it active.
+        """Add another adapter. It is inactive and frozen; `set_adapter` activates it.
 
         Args:
-            adapter_name: a name that is not taken, without a dot.
-            peft_config: see `IA3Config`. Once the adapter is in, it is completed in place, as PEFT does.
-            low_cpu_mem_usage: create its vectors without memory, to be filled by a checkpoint.
-            autocast_adapter_dtype: float32 vectors; False: of their layers' dtype.
+            adapter_name: an unused name without a dot.
+            peft_config: see `IA3Config`. It is completed in place after the adapter is added, as in PEFT.
+            low_cpu_mem_usage: create vectors without memory (on the meta device), for a checkpoint to fill.
+            autocast_adapter_dtype: float32 vectors; False: vectors with the dtype of their layers.
             key_value_only: see `resolve`.
 
         Raises:
             InputError: the name is taken or not allowed, or the config does not fit the model.
         """
-        if isinstance(adapter_name, IA3Config):  # transformers' own mixin takes them in this order
+        if isinstance(adapter_name, IA3Config):  # the order of transformers' mixin
             adapter_name, peft_config = peft_config or "default", adapter_name  # type: ignore[assignment]
         self._ia3_check_name(adapter_name)
         if not isinstance(peft_config, IA3Config):
@@ -157,7 +157,7 @@ class Adapted(nn.Module):
             )
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter. When it was active, the first one that is left becomes active, with a warning, or none.
+        """Remove an adapter. If it was active, the first remaining adapter becomes active, with a warning.
 
         Raises:
             InputError: there is no such adapter, or it is merged into the weights.
@@ -182,16 +182,16 @@ class Adapted(nn.Module):
 
     @property
     def adapter_bank(self) -> Bank | None:
-        """The adapters that rows can have besides the model's own; see `AdapterBank`."""
+        """The bank of adapters that rows can use besides the model's own; see `AdapterBank`."""
         return self.ia3_routing.bank
 
     def attach_adapter_bank(self, bank: Bank, targets: Iterable[Target], modules: Sequence[str]) -> None:
-        """Let rows have the adapters of a bank, in place of an earlier bank's.
+        """Let rows use the adapters of a bank. It replaces an earlier bank.
 
         Args:
-            bank: holds them.
-            targets: the modules that they rescale.
-            modules: the paths of those that they train in full.
+            bank: the bank.
+            targets: the modules that its adapters rescale.
+            modules: the paths of modules that its adapters train in full.
         """
         wrap(self.model, self.ia3_routing, targets, modules)
         members = {**self.ia3_layers, **self.ia3_trained_modules}
@@ -203,21 +203,21 @@ class Adapted(nn.Module):
 
     @property
     def active_adapters(self) -> list[str]:
-        """The adapters in effect."""
+        """The active adapters."""
         return list(self.ia3_routing.active)
 
     @property
     def active_adapter(self) -> str | list[str]:
-        """The adapter in effect; a list unless it is exactly one."""
+        """The active adapter; a list unless it is exactly one."""
         active = self.active_adapters
         return active[0] if len(active) == 1 else active
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make one adapter active, or several, whose vectors multiply; they alone become trainable.
+        """Activate one adapter or several; the vectors of several multiply. Only these become trainable.
 
         Args:
             adapter_name: a name or a list of names.
-            inference_mode: leave them frozen.
+            inference_mode: keep them frozen.
 
         Raises:
             InputError: there is no such adapter, two of them train the same module in full (`modules_to_save`), or they
@@ -245,9 +245,9 @@ class Adapted(nn.Module):
         self.require_adapters(names)
         if requires_grad and self._ia3_blocking:
             warnings.warn(
-                f"{len(self._ia3_blocking)} modules are quantized in a way that passes no gradients on, such as "
-                f"{self._ia3_blocking[0]!r}: vectors below them will not be trained. Load the model with its weights alone "
-                f"quantized, or not quantized.",
+                f"{len(self._ia3_blocking)} modules are quantized so that they pass no gradients, such as "
+                f"{self._ia3_blocking[0]!r}: vectors below them will not be trained. Quantize only weights, or load the "
+                f"model without quantization.",
                 stacklevel=3,
             )
             self._ia3_blocking = []
@@ -256,17 +256,18 @@ class Adapted(nn.Module):
         self._ia3_sync_requires_grad(names)
 
     def _ia3_sync_requires_grad(self, names: Iterable[str]) -> None:
-        """Let parameters require gradients where their adapter is to be trained and adapters are on."""
+        """Set `requires_grad` of the adapters' parameters: true if the adapter is trainable and adapters are
+        enabled."""
         for name in names:
             for parameter in self.adapter_parameters(name):
                 parameter.requires_grad_(self.ia3_routing.enabled and name in self._ia3_trainable)
 
     def enable_adapter_layers(self) -> None:
-        """Switch the adapters on again, merged ones too, and let train those that did before."""
+        """Enable all adapters again, merged ones too. Adapters that were trainable before are trainable again."""
         self._ia3_switch_all(True)
 
     def disable_adapter_layers(self) -> None:
-        """Switch all adapters off, merged ones too: outputs equal the base model's, bit for bit. None is trainable."""
+        """Disable all adapters, merged ones too: outputs equal the base model's, bit for bit. None is trainable."""
         self._ia3_switch_all(False)
 
     def _ia3_switch_all(self, enabled: bool) -> None:
@@ -276,7 +277,7 @@ class Adapted(nn.Module):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within `with`, the base model. Afterwards everything is as it was before."""
+        """Disable all adapters in a `with` block, and restore the previous state afterwards."""
         enabled = self.ia3_routing.enabled
         self.disable_adapter_layers()
         try:
@@ -288,7 +289,8 @@ class Adapted(nn.Module):
     # Composing.
 
     def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
-        """Add an adapter whose vector in each module is Σ wᵢ·ℓᵢ; an adapter that leaves a module out counts as ones.
+        """Add an adapter whose vector in each module is Σ wᵢ·ℓᵢ; an adapter that does not target a module counts as
+        ones.
 
         Args:
             adapters: names of adapters.
@@ -356,25 +358,26 @@ class Adapted(nn.Module):
 
 
 def find_adapted(model: nn.Module) -> Adapted | None:
-    """The `IA3Model` in a model: itself, or inside a `PeftModel`, a compiled model, or a wrapper for parallel training."""
+    """The `IA3Model` in a model: itself, or inside a `PeftModel`, a compiled model, or a wrapper for parallel
+    training."""
     model = inside_wrappers(model)
     model = inside_wrappers(model._modules.get("base_model") or model)
     return model if isinstance(model, Adapted) else None
 
 
-# Names of PEFT's that concern (IA)³ and are not here, with the reason; docs/adapters.md lists them.
+# PEFT's names for (IA)³ that are missing here, with the reason; docs/adapters.md lists them.
 NOT_HERE = {
     "IA3Config.check_kwargs": "a hook for PEFT's own configs; it checks nothing for (IA)³",
-    "IA3Model.inject_adapter": "`add_adapter` adds an adapter to a model that has one, `inject_adapter_in_model` to any other",
+    "IA3Model.inject_adapter": "use `add_adapter` for a model that has an adapter, `inject_adapter_in_model` for any other",
     "PeftModel.get_prompt": "for prompt learning",
     "PeftModel.get_prompt_embedding_to_save": "for prompt learning",
-    "PeftMixedModel": "for adapters of several methods in one model; (IA)³ is not among those that PEFT mixes",
+    "PeftMixedModel": "for adapters of several methods in one model; PEFT does not mix (IA)³",
     "shift_tokens_right": "for prompt learning; transformers' models have their own",
 }
 
 
 def look_through(owner: nn.Module, inner: Any, name: str) -> Any:
-    """An attribute of what a model wraps. Raises `AttributeError` in the name of the wrapper."""
+    """An attribute of the wrapped object. Raises `AttributeError` with the wrapper's name."""
     try:
         return getattr(inner, name)
     except AttributeError as error:

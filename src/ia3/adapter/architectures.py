@@ -1,9 +1,10 @@
-"""The paper's choice of modules for an architecture: keys, values and the feed-forward's second input.
+"""The paper's default modules for each architecture: keys, values and the input of the feed-forward's second
+projection.
 
-transformers names a block's projections in a few dozen ways. The tables here say them once, for all architectures: which
-sibling names make keys and values, how a fused projection lays out its features, which names a feed-forward's two
-projections have. `default_sites` applies them to a model, and refuses one in which an attention or a feed-forward block
-is left without vectors.
+transformers has a few dozen naming schemes for the projections of a block. The tables here list them for all
+architectures: the names of key and value projections, the layout of fused projections, the names of a feed-forward's
+two projections. `default_sites` applies them to a model, and refuses a model if an attention or feed-forward block
+gets no vectors.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from transformers.pytorch_utils import Conv1D
 from ia3.adapter.rules import find_rule
 from ia3.errors import InputError, shown
 
-# Classes that read `weight` and `bias` of a projection that they own instead of calling it: torch's own always or on their
-# fast path, WavLM always, DeBERTa when its decoder takes several steps, BLOOM when it splits sums as in tensor-parallel
+# Classes that read `weight` and `bias` of a projection instead of calling it: torch's own classes always or on their
+# fast path, WavLM always, DeBERTa if its decoder takes several steps, BLOOM if it splits sums as in tensor-parallel
 # training (`slow_but_exact`).
 READS_WEIGHTS = frozenset(
     {"MultiheadAttention", "TransformerEncoderLayer", "WavLMAttention", "DisentangledSelfAttention", "BloomMLP"}
@@ -44,21 +45,21 @@ _TIME_FIRST = frozenset(
     }
 )
 
-# Generation that is guided puts a second batch, without the prompts, behind the first one here: a row is no block then.
+# Guided generation appends a second batch, without the prompts, here. Then the activations of a row are not one block.
 DOUBLED = frozenset({"dia", "janus", "musicgen", "musicgen_melody"})
 
-# Parts that get the images, videos or sounds of all rows one after the other, however many each row has.
+# Parts that get the images, videos or sounds of all rows in one sequence; each row may have any number.
 TOWER = re.compile(r"(^|\.)\w*(vision|visual|image|video|audio|speech|projector|merger|connector)\w*\.")
 
-# Experts that are modules of their own get a choice of tokens, and nobody tells them of which rows.
+# Experts that are separate modules get a selection of tokens without their rows.
 _SCATTERED = re.compile(r"(^|\.)experts\.(expert_)?\d+\.")
 
 
 def row_axis(path: str, parent: nn.Module) -> int | None:
-    """On which axis of its activations a module finds the rows of a batch; None: on none.
+    """The axis of a module's activations with the rows of a batch; None: there is none.
 
     Args:
-        path: the module's, in the base model.
+        path: the module's path in the base model.
         parent: the module that calls it.
     """
     if _SCATTERED.search(path):
@@ -69,7 +70,7 @@ def row_axis(path: str, parent: nn.Module) -> int | None:
 
 
 def uneven_media(config: PretrainedConfig | None, tokens: torch.Tensor) -> str | None:
-    """What rows of tokens (B, length) hold in different numbers of places: "image", "video", "audio"; None: nothing."""
+    """The medium ("image", "video", "audio") whose number of tokens differs among rows (B, length); None: no medium."""
     for kind in ("image", "video", "audio"):
         for name in (f"{kind}_token_id", f"{kind}_token_index"):
             token = getattr(config, name, None)
@@ -86,9 +87,8 @@ class Site:
 
     Attributes:
         path: dotted path in the base model of the module to rescale.
-        feedforward: whether its input is scaled (a second feed-forward projection, experts), not its output.
-        rescaled: for a fused projection, a boolean mask over its output features that says which are keys or values;
-            None when all are.
+        feedforward: whether its input is rescaled (a second feed-forward projection, experts), instead of its output.
+        rescaled: for a fused projection, a boolean mask of the output features that are keys or values; None: all are.
     """
 
     path: str
@@ -98,8 +98,8 @@ class Site:
 
 # --- Keys and values ----------------------------------------------------------------------------------------------
 
-# Sibling projections under one attention module. BiMultiHeadAttention attends both ways by one product of scores, which
-# the "text" side's vector scales for both.
+# Names of key and value projections in one attention module. BiMultiHeadAttention uses one product of scores for both
+# directions, so the vector of the "text" side rescales both.
 _KEY_VALUE = (
     "k_proj v_proj, key value, k v, k_lin v_lin, Wk Wv, k_head v_head, key_proj value_proj, linear_k linear_v, "
     "project_k project_v, projection_key projection_value, key_global value_global, layout_key layout_value, "
@@ -123,13 +123,13 @@ def _attribute(attention: nn.Module, *names: str) -> int | None:
 
 
 def _heads(attention: nn.Module) -> tuple[int, int]:
-    """How many heads the queries have, and how many the keys and the values."""
+    """The number of query heads, and of key/value heads."""
     heads = _attribute(attention, "num_attention_heads", "num_heads", "n_heads", "n_head") or 1
     return heads, _attribute(attention, "num_key_value_heads", "num_kv_heads", "kv_heads") or heads
 
 
 def _blocks(attention: nn.Module, features: int) -> torch.Tensor:
-    """[queries | keys | values], keys and values with as many heads as the queries or fewer."""
+    """[queries | keys | values]; keys and values may have fewer heads than queries."""
     heads, shared = _heads(attention)
     width = features // (heads + 2 * shared)
     return _mask(heads * width, 2 * shared * width)
@@ -142,7 +142,7 @@ def _by_head(attention: nn.Module, features: int) -> torch.Tensor:
 
 
 def _falcon(attention: nn.Module, features: int) -> torch.Tensor:
-    """For each key/value head its [queries | key | value]; one such head when "multi-query"; else by head."""
+    """For each key/value head, [its queries | key | value]; one such head if "multi-query"; otherwise by head."""
     if not hasattr(attention, "new_decoder_architecture"):  # BLOOM, GPT-NeoX, Persimmon
         return _by_head(attention, features)
     heads, shared = _heads(attention)
@@ -153,14 +153,14 @@ def _falcon(attention: nn.Module, features: int) -> torch.Tensor:
 
 
 def _gpt2(attention: nn.Module, features: int) -> torch.Tensor | None:
-    """[queries | keys | values]; without queries in cross-attention; GPTBigCode's: by head unless "multi-query"."""
+    """[queries | keys | values], without queries in cross-attention; GPTBigCode: by head unless "multi-query"."""
     if hasattr(attention, "q_attn"):
         return None
     return (_blocks if getattr(attention, "multi_query", True) else _by_head)(attention, features)
 
 
 def _codegen(attention: nn.Module, features: int) -> torch.Tensor:
-    """Four times [queries | values | keys], as the model was split for training."""
+    """Four times [queries | values | keys], because the model was split for training."""
     return _mask(features // 12, features // 6, repeat=4)
 
 
@@ -176,13 +176,13 @@ def _one_query(attention: nn.Module, features: int) -> torch.Tensor:
 
 
 def _delta_net(attention: nn.Module, features: int) -> torch.Tensor:
-    """[queries | keys | values] where values may be wider."""
+    """[queries | keys | values]; values may be wider."""
     width = _attribute(attention, "key_dim") or features // 3
     return _mask(width, features - width)
 
 
 def _delta_net_by_head(attention: nn.Module, features: int) -> torch.Tensor:
-    """For each key head [query | key | its values | as many gates]."""
+    """For each key head, [query | key | its values | the same number of gates]."""
     heads, width = _attribute(attention, "num_k_heads") or 1, _attribute(attention, "head_k_dim") or 0
     values = (features // heads - 2 * width) // 2
     return _mask(width, width + values, values, repeat=heads)
@@ -194,7 +194,7 @@ def _rotary_key(attention: nn.Module, features: int) -> torch.Tensor:
     return _mask(features - width, width)
 
 
-# Fused projections: what they are called → which of their output features are keys or values.
+# Fused projections: name → function for the mask of keys and values in the output features.
 _Layout = Callable[[nn.Module, int], "torch.Tensor | None"]
 _FUSED: dict[str, _Layout] = {
     "qkv": _blocks,
@@ -209,7 +209,7 @@ _FUSED: dict[str, _Layout] = {
     "in_proj_qkvz": _delta_net_by_head,
     "kv_a_proj_with_mqa": _rotary_key,
 }
-# Those whose name says too little, by the class of the attention.
+# Fused projections with an ambiguous name, by the class of the attention.
 _FUSED_IN: dict[tuple[str, str], _Layout] = {
     ("CodeGenAttention", "qkv_proj"): _codegen,
     ("MiniMaxLightningAttention", "qkv_proj"): _by_head,
@@ -219,7 +219,7 @@ _FUSED_IN: dict[tuple[str, str], _Layout] = {
 
 # --- Feed-forwards ------------------------------------------------------------------------------------------------
 
-# The second projection after what its sibling, the first, is called.
+# Name of the first projection → name of the second.
 _PAIRS = (
     "up_proj down_proj, gate_up_proj down_proj, gate_proj down_proj, fc1 fc2, wi wo, wi_0 wo, Wi Wo, lin1 lin2, c_fc c_proj, "
     "dense_h_to_4h dense_4h_to_h, fc_in fc_out, linear1 linear2, linear_1 linear_2, linear_fc1 linear_fc2, "
@@ -228,34 +228,34 @@ _PAIRS = (
     "input_linear output_linear, intermediate output"
 )
 _FIRST_SECOND = {tuple(names.split()) for names in _PAIRS.split(", ")}
-# Second projections in a module of their own, beside that of the first: BERT's `output.dense` and `intermediate.dense`.
+# Second projections in a separate module beside that of the first: BERT's `output.dense` and `intermediate.dense`.
 _OUTPUT = re.compile(r"(\w+_)?output(_\w+)?")
 _INTERMEDIATE = re.compile(r"(\w+_)?(intermediate|inter)(_\w+)?")
 
-# Gated ones, W_down(act(W_gate x) ⊙ W_up x): what the gate's projection and the other are called. A vector on the output
-# of the other is one on the input of the second.
+# Gated feed-forwards, W_down(act(W_gate x) ⊙ W_up x): names of W_gate and W_up. A vector on the output of W_up is the
+# same function as one on the input of W_down.
 _GATED = [tuple(names.split()) for names in ("wi_0 wi_1", "gate_proj up_proj", "w1 w3")]
-# Both in one: [gate | other].
+# Both in one projection: [W_gate | W_up].
 _GATE_AND_OTHER = ("gate_up_proj",)
-# Those in which something lies between: a norm, a clamp, another kind of adapter.
+# Gated feed-forwards with a further operation in between: a norm, a clamp, another type of adapter.
 _NOT_ONLY_GATED = {"BitNetMLP", "MiniMaxM3VLDenseMLP", "Zamba2MLP"}
 
-# What a feed-forward block, or the layer that has its projections directly, is called.
+# Names of feed-forward blocks, or of layers that hold the projections directly.
 _BLOCK = re.compile(
     r"\d+|\w*(mlp|ffn|ffw|feed_?forward|experts?)\w*|ff\d?|mixer|DenseReluDense|intermediate|module"
     r"|(deformable|text_enhancer)_layer"
 )
-# Names of second projections that other modules use too: only in a parent with a plain feed-forward's name.
+# Names of second projections that other modules use too. They count only in a parent with a feed-forward's name.
 _AMBIGUOUS = {"conv2", "conv_2", "dense2", "out_proj", "proj_out", "output_linear", "output"}
 _PLAIN = re.compile(r"(shared_)?mlp|ffn?|feed_forward\w*")
 
-# What stands between a tower and the language model, or beside the layers, and is rescaled only in layers of its own.
+# Modules between a tower and the language model, or beside the layers. Only layers inside them are rescaled.
 _BETWEEN = re.compile(r"\w*(projector|projection|merger|aligner|connector|classifier)\w*|\w+_layernorm")
 _LAYER = re.compile(r"(^|\.)(\w*(layers?|blocks?)|h)\.\d+(\.|$)")
 
 # --- Exceptions ---------------------------------------------------------------------------------------------------
 
-# Attentions without keys and values that a vector could scale one by one.
+# Attentions without separate keys and values for a vector.
 _REFUSED = {
     "DeepseekV4Attention": "one projection makes its keys and its values",
     "LSHSelfAttention": "one projection makes its queries and its keys",
@@ -282,7 +282,8 @@ class _Tree:
             self.children.setdefault(parent, {})[name] = module
 
     def projection(self, parent: str, name: str) -> str | None:
-        """The path of a projection, or of the one in a module that clips or normalizes its output; None without one."""
+        """The path of a projection, or of the one inside a module that clips or normalizes its output; None if
+        missing."""
         outer = f"{parent}.{name}" if parent else name
         for path in (outer, f"{outer}.linear", f"{outer}.convolution"):
             module = self.modules.get(path)
@@ -293,12 +294,12 @@ class _Tree:
         return None
 
     def projections(self, parent: str) -> list[str]:
-        """The paths of a module's own projections."""
+        """The paths of projections directly in a module."""
         found = (self.projection(parent, name) for name in self.children.get(parent, ()))
         return [path for path in found if path is not None]
 
     def key_value_sites(self, parent: str) -> Iterator[Site]:
-        """The keys and values that an attention module makes."""
+        """The sites of an attention module's keys and values."""
         names, attention = self.children.get(parent, {}), self.modules.get(parent, nn.Module())
         if isinstance(attention, nn.MultiheadAttention) or {"k", "v"} <= attention._parameters.keys():  # or XLNet's
             yield Site(parent, False)
@@ -317,11 +318,11 @@ class _Tree:
                 yield Site(path, False)
 
     def has_intermediate(self, layer: str) -> bool:
-        """Whether a layer has a module for its first feed-forward projection."""
+        """Whether a layer has a separate module for its first feed-forward projection."""
         return any(_INTERMEDIATE.fullmatch(name) for name in self.children.get(layer, ()))
 
     def feedforward_sites(self, parent: str) -> Iterator[Site]:
-        """The second projections, or the experts, that a module owns."""
+        """The sites of the second projections, or experts, directly in a module."""
         module, (above, _, called) = self.modules.get(parent), parent.rpartition(".")
         names = self.children.get(parent, {})
         raw = {} if module is None else module._parameters
@@ -360,18 +361,18 @@ class _Tree:
 
 
 def default_sites(modules: Mapping[str, nn.Module], config: PretrainedConfig | None) -> list[Site]:
-    """Where the paper's vectors go in a model: keys, values and the feed-forward's second input.
+    """The sites of the paper's vectors in a model: keys, values and the input of the feed-forward's second projection.
 
     Args:
-        modules: every module of the base model by its path, in the model's order, without any wrapper.
-        config: the model's config; None for a model that has none.
+        modules: path → module of the base model, in the model's order, without wrappers.
+        config: the model's config; None for a model without one.
 
     Returns:
         The sites in the model's order.
 
     Raises:
-        InputError: the architecture is not known, has attention that vectors cannot rescale or none at all, or the
-            rules leave one of its attention or feed-forward blocks out.
+        InputError: the architecture is unknown, has no attention or one that vectors cannot rescale, or the rules miss
+            one of its attention or feed-forward blocks.
     """
     model_type = _known(modules, config, "target_modules")
     tree = _Tree(modules)
@@ -389,10 +390,10 @@ def default_sites(modules: Mapping[str, nn.Module], config: PretrainedConfig | N
 
 
 def feedforward_sites(modules: Mapping[str, nn.Module], config: PretrainedConfig | None) -> list[Site]:
-    """The feed-forward half of `default_sites`, also of an architecture whose attention it refuses.
+    """The feed-forward sites of `default_sites`, also for an architecture whose attention it refuses.
 
     Raises:
-        InputError: the architecture is not known, or the rules leave one of its feed-forward blocks out.
+        InputError: the architecture is unknown, or the rules miss one of its feed-forward blocks.
     """
     model_type = _known(modules, config, "feedforward_modules")
     tree = _Tree(modules)
@@ -405,34 +406,35 @@ def feedforward_sites(modules: Mapping[str, nn.Module], config: PretrainedConfig
 
 
 def output_sites(modules: Mapping[str, nn.Module], sites: Iterable[Site]) -> dict[str, Site | None]:
-    """Where a vector on an output is the same function as one on a feed-forward's second input.
+    """Sites on outputs that are the same function as sites on the input of a feed-forward's second projection.
 
     Args:
         modules: see `default_sites`.
-        sites: of second projections or experts.
+        sites: the sites of second projections or experts.
 
     Returns:
-        For each site's path the one on an output; None in feed-forwards without a gate, whose activation lies between.
+        Path of a site → the site on an output; None for feed-forwards without a gate, where the activation is in
+        between.
     """
     tree = _Tree(modules)
     return {site.path: tree.output_site(site) for site in sites}
 
 
 def _features(projection: nn.Module) -> int:
-    """How many output features a projection has."""
+    """The number of output features of a projection."""
     names = ("out_features", "out_channels", "nf")
     return next(getattr(projection, name) for name in names if hasattr(projection, name))
 
 
 def _between(path: str) -> bool:
-    """Whether a module lies between the towers, or in a head, and in no layer there."""
+    """Whether a module is between the towers or in a head, and not inside a layer there."""
     parts = path.split(".")
     last = max((i for i, part in enumerate(parts) if _BETWEEN.fullmatch(part)), default=None)
     return last is not None and not _LAYER.search(".".join(parts[last + 1 :]))
 
 
 def _sites(tree: _Tree, find: Callable[[str], Iterator[Site]]) -> list[Site]:
-    """What a rule finds in all modules; a module that stands in several places counts once."""
+    """The sites that a rule finds in all modules; a module with several paths counts once."""
     found: dict[int, Site] = {}
     for parent in ("", *tree.modules):
         if not _between(parent):
@@ -442,7 +444,7 @@ def _sites(tree: _Tree, find: Callable[[str], Iterator[Site]]) -> list[Site]:
 
 
 def _uncovered(tree: _Tree, classes: re.Pattern[str], sites: list[Site], deep: bool) -> Iterator[str]:
-    """Modules of classes with certain names that have projections, themselves or deeper inside, but no site."""
+    """Modules whose class name matches and that have projections, directly or deeper inside, but no site."""
     covered = {id(tree.modules[path]) for site in sites for path in (site.path, *_parents(site.path))}
     for path, module in tree.modules.items():
         if classes.search(type(module).__name__) and id(module) not in covered and not _between(path):
@@ -469,7 +471,7 @@ def _parents(path: str) -> Iterator[str]:
 
 
 def _known(modules: Mapping[str, nn.Module], config: PretrainedConfig | None, field: str) -> str:
-    """The model type, or an error when transformers does not register it."""
+    """The model type. Raises an error if transformers does not register it."""
     model_type = getattr(config, "model_type", None)
     if model_type is None or model_type not in CONFIG_MAPPING_NAMES:
         _refuse(modules, model_type, field, "transformers does not register it")
@@ -477,7 +479,7 @@ def _known(modules: Mapping[str, nn.Module], config: PretrainedConfig | None, fi
 
 
 def candidates(modules: Mapping[str, nn.Module]) -> str:
-    """Module names that could be targets, for an error message."""
+    """Names of modules that could be targets, for an error message."""
     names = {path.rpartition(".")[2] for path, module in modules.items() if find_rule(module)}
     return shown(sorted(name for name in names if not name.isdecimal()) or sorted(names), 12, room=300)
 

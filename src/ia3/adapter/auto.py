@@ -1,4 +1,4 @@
-"""A saved adapter together with the base model that its config names: `AutoPeftModelForCausalLM` and its siblings."""
+"""Load a saved adapter with the base model that its config names: `AutoPeftModelForCausalLM` and others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ia3.files import HUB_ARGUMENTS, locate, reading
 
 
 class AutoPeftModel:
-    """Loads an adapter and, first, its base model, of the class that the adapter's config asks for."""
+    """Loads a base model, with the class in the adapter's config, and the adapter."""
 
     task_type: ClassVar[TaskType | None] = None
 
@@ -34,20 +34,20 @@ class AutoPeftModel:
         revision: str | None = None,
         **kwargs: Any,
     ) -> PeftModel:
-        """The base model that an adapter belongs to, with the adapter in it.
+        """Load an adapter's base model and the adapter.
 
         Args:
-            pretrained_model_name_or_path: the adapter's folder or hub repository. When a tokenizer lies there too,
-                with more tokens than the base model embeds, the embeddings grow to it.
+            pretrained_model_name_or_path: the adapter's folder or hub repository. If it also has a tokenizer with more
+                tokens than the base model's vocabulary, the embeddings are resized.
             adapter_name: the adapter's name in the model.
-            is_trainable: go on training it.
-            config: use this one, not the saved one.
+            is_trainable: make the adapter trainable.
+            config: a config to use instead of the saved one.
             revision: the adapter's revision on the hub.
-            **kwargs: what the base model's `from_pretrained` takes (`dtype`, `device_map`, …), and the hub's `token`,
+            **kwargs: arguments of the base model's `from_pretrained` (`dtype`, `device_map`, …), and the hub's `token`,
                 `cache_dir`, `subfolder`, ….
 
         Raises:
-            InputError: no adapter there; its task is another class's; its config names no base model, or one that
+            InputError: there is no adapter; its task needs another class; its config names no base model, or one that
                 cannot be loaded; or the adapter does not fit the base model.
         """
         place = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs} | {"revision": revision}
@@ -63,7 +63,7 @@ class AutoPeftModel:
         kwargs.pop("subfolder", None)  # the adapter's
         try:
             model = base_class.from_pretrained(source, **{"revision": config.revision, **kwargs})
-        except Exception as error:  # a damaged file, a missing package, another kind of model
+        except Exception as error:  # a damaged file, a missing package, another type of model
             raise InputError(
                 f"Cannot load the base model {brief(config.base_model_name_or_path)} as {base_class.__name__}: "
                 f"{reason(error)}"
@@ -87,7 +87,7 @@ class AutoPeftModel:
             return getattr(transformers, _BASE_CLASSES[task])
         mapping = config.auto_mapping or {}
         library, name = (str(mapping.get(key) or "") for key in ("parent_library", "base_model_class"))
-        # The file says what to import: nothing outside transformers, or a downloaded adapter could run any module.
+        # The file names the module to import. Allow only transformers, or a downloaded adapter could run any module.
         if library.split(".")[0] != "transformers":
             raise InputError(
                 f"Expected a task_type in the adapter's config, or an auto_mapping to a class of transformers, found "
@@ -95,7 +95,7 @@ class AutoPeftModel:
             )
         try:
             base_class = getattr(importlib.import_module(library), name)
-        except Exception as error:  # there is no such module or class, or what it imports is not installed
+        except Exception as error:  # there is no such module or class, or its imports are not installed
             raise InputError(
                 f"The base model's class {brief(name)} is not in this version's {brief(library)}."
             ) from error
@@ -130,19 +130,19 @@ class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
 
 
 class AutoPeftModelForSequenceClassification(AutoPeftModel):
-    """An adapter that classifies texts, and its base model."""
+    """An adapter for text classification, and its base model."""
 
     task_type = TaskType.SEQ_CLS
 
 
 class AutoPeftModelForTokenClassification(AutoPeftModel):
-    """An adapter that classifies tokens, and its base model."""
+    """An adapter for token classification, and its base model."""
 
     task_type = TaskType.TOKEN_CLS
 
 
 class AutoPeftModelForQuestionAnswering(AutoPeftModel):
-    """An adapter that marks answers in a text, and its base model."""
+    """An adapter for question answering, and its base model."""
 
     task_type = TaskType.QUESTION_ANS
 

@@ -1,4 +1,4 @@
-"""The model card that goes with saved adapters."""
+"""The model card of saved adapters."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ does not load such an adapter, and it cannot be merged: in both cases it would a
 
 
 def write_model_card(model: Adapted, folder: str | os.PathLike) -> None:
-    """Write a `README.md` that says what the first adapter is, unless the folder has one."""
+    """Write a `README.md` that describes the first adapter, unless the folder has one."""
     card = Path(folder, CARD_NAME)
     if card.exists():
         return
@@ -45,7 +45,8 @@ def write_model_card(model: Adapted, folder: str | os.PathLike) -> None:
 
 
 def update_model_card(model: Adapted, folder: str | os.PathLike) -> None:
-    """Let a folder's `README.md`, such as one that a trainer wrote, say in its head that this is an adapter, and of what."""
+    """Add to the metadata of a folder's `README.md`, such as a trainer's, that this is an adapter, and its base
+    model."""
     from huggingface_hub import metadata_load, metadata_save
 
     path = Path(folder, CARD_NAME)
@@ -63,13 +64,13 @@ def update_model_card(model: Adapted, folder: str | os.PathLike) -> None:
 
 
 def model_card(model: Adapted, name: str) -> str:
-    """The card of an adapter of a model."""
+    """The card of a model's adapter."""
     numbers = sum(parameter.numel() for parameter in model.adapter_parameters(name))
     return card_of(_base_name(model, name), numbers, model.peft_config[name].acts_from)
 
 
 def card_of(base: str | None, numbers: int, acts_from: str = "start") -> str:
-    """The card of an adapter of so many numbers."""
+    """The card of an adapter with this base model and number of parameters."""
     return _MODEL_CARD.format(
         base=f"base_model: {base}\n" if base else "",
         tags="\n".join(f'- "{tag}"' if ":" in tag else f"- {tag}" for tag in _tags(base)),

@@ -1,4 +1,4 @@
-"""An adapter on disk and on the hub, in PEFT's format: `save_adapter`, `load_adapter`."""
+"""Save and load adapters in PEFT's format, on disk and on the hub: `save_adapter`, `load_adapter`."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def load_peft_weights(
 
     Args:
         model_id: a folder or a hub repository.
-        device: where to put them; None: the processor's memory.
-        key_mapping: regular expression → replacement, for the part of a name behind "base_model.model."; the first
-            that matches counts.
+        device: the tensors' device; None: the CPU.
+        key_mapping: regular expression → replacement, for the part of a name after "base_model.model."; only the first
+            match is replaced.
         **hub_kwargs: `subfolder`, and the hub's `revision`, `token`, `cache_dir`, ….
 
     Raises:
@@ -44,7 +44,7 @@ def load_peft_weights(
 
 
 def _renamed(tensors: Tensors, mapping: Mapping[str, str] | None) -> Tensors:
-    """Tensors by other names; `mapping` as `load_peft_weights` has it."""
+    """Rename tensors; `mapping`: see `key_mapping` of `load_peft_weights`."""
 
     def renamed(key: str) -> str:
         name = key.removeprefix(PREFIX)
@@ -66,15 +66,15 @@ def save_adapter(
     save_embedding_layers: bool | Literal["auto"] = "auto",
     beside: Callable[[int], Mapping[str, bytes]] | None = None,
 ) -> None:
-    """Write one adapter into a folder, with what the model knows to belong beside it; see `StoredAdapter.write`.
+    """Write one adapter to a folder, with the other files that the model keeps for it; see `StoredAdapter.write`.
 
     Args:
-        model: has the adapter.
-        folder: where.
-        adapter_name: which.
-        safe_serialization: as safetensors; False: `torch.save`.
-        state_dict: the model's state, when it has been gathered already.
-        beside: other files than those that the model knows of, as of `StoredAdapter.write`.
+        model: the model with the adapter.
+        folder: the adapter's folder.
+        adapter_name: the adapter's name.
+        safe_serialization: write safetensors; False: use `torch.save`.
+        state_dict: the model's state, if it is gathered already.
+        beside: files instead of those that the model keeps, see `StoredAdapter.write`.
     """
     base = model.model
     config = dataclasses.replace(model.peft_config[adapter_name], inference_mode=True)
@@ -106,9 +106,9 @@ def load_adapter(
     ignore_mismatched_sizes: bool = False,
     **where: Any,
 ) -> _IncompatibleKeys:
-    """Add an adapter from a folder or the hub, or refill the one of that name. Nothing stays of one that does not fit.
+    """Add an adapter from a folder or the hub, or refill the one of that name. If it does not fit, nothing changes.
 
-    The model keeps what belongs beside it, for `save_adapter`.
+    The model keeps the other files of the folder, for `save_adapter`.
 
     Args: see `IA3Model.load_adapter`; `where` has `subfolder`, and the hub's `revision`, `token`, ….
 

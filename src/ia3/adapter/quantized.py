@@ -1,8 +1,8 @@
-"""Vectors multiplied into the weights of quantized Linear layers of bitsandbytes and torchao.
+"""Merge vectors into the weights of quantized Linear layers of bitsandbytes and torchao.
 
-A vector on the output side rescales rows of the weight (out, in), and so do the scales of the rows: it is folded into
-them exactly. A vector on the input side rescales columns, that share a scale; the weight is dequantized, rescaled and
-quantized anew with the same settings, and the error is measured.
+A vector on the output side rescales rows of the weight (out, in), as the rows' scales do, so it is folded into the
+scales exactly. A vector on the input side rescales columns, which share a scale. So the weight is dequantized,
+rescaled and quantized again with the same settings, and the error is measured.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from torch import nn
 
 from ia3.errors import InputError
 
-# Below it, a deviation is the rounding of float32 scales, not of quantized values.
+# A smaller error is rounding of float32 scales, not of quantized values.
 _EXACT = 1e-6
 
 
 class Format(NamedTuple):
-    """What is needed of a quantized weight (out, in).
+    """Functions for a quantized weight (out, in).
 
     Attributes:
-        dequantize: its values in float32.
-        requantize: a weight with the same settings and new float32 values.
-        fold: a weight with each row times an entry of a float32 vector (out,), through the scales alone; None when a
-            scale is shared by several rows.
+        dequantize: returns its values in float32.
+        requantize: returns a weight with the same settings and new float32 values.
+        fold: returns a weight with each row times an entry of a float32 vector (out,), by changing only the scales;
+            None if several rows share a scale.
     """
 
     dequantize: Callable[[Any], torch.Tensor]
@@ -40,17 +40,17 @@ def is_quantized(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     if not isinstance(module, nn.Linear) or weight is None:
         return False
-    if type(weight) is nn.Parameter:  # asked first: torch.compile cannot read a type's module
+    if type(weight) is nn.Parameter:  # checked first, because torch.compile cannot read a type's module
         return False
     package = type(weight).__module__.partition(".")[0]
     if package == "bitsandbytes":
-        # Both of its classes hold the unquantized weight at first; one of 4 bits may be stored as any dtype.
+        # Both classes first hold the unquantized weight. A 4-bit weight may be stored as any dtype.
         return weight.dtype == torch.int8 or getattr(weight, "bnb_quantized", False)
     return package == "torchao"
 
 
 def library(module: nn.Module) -> str | None:
-    """What quantized a module: "bnb 8bit", "bnb 4bit" or "torchao"; None when nothing has."""
+    """The library that quantized a module: "bnb 8bit", "bnb 4bit" or "torchao"; None if it is not quantized."""
     if not is_quantized(module):
         return None
     return {"Int8Params": "bnb 8bit", "Params4bit": "bnb 4bit"}.get(type(module.weight).__name__, "torchao")
@@ -60,20 +60,21 @@ def library(module: nn.Module) -> str | None:
 def rescaled(
     module: nn.Module, before: torch.Tensor | None, after: torch.Tensor | None
 ) -> tuple[dict[str, Any], float]:
-    """What turns W x + b into after ⊙ (W (before ⊙ x) + b) in a quantized Linear. The module is left as it is.
+    """The attributes that change W x + b to after ⊙ (W (before ⊙ x) + b) in a quantized Linear. The module is
+    unchanged.
 
     Args:
-        module: a Linear for which `is_quantized` holds.
+        module: a Linear for which `is_quantized` is true.
         before: a flat float32 vector over the input features.
         after: a flat float32 vector over the output features.
 
     Returns:
-        The attributes to set on the module, by name: parameters (as objects, that replace the old ones) and what else
-        the format keeps. And the relative error of the new weight in the Frobenius norm, 0.0 when the scales took the
-        vectors up exactly. Setting the old attributes again restores the module bit for bit.
+        The attributes to set on the module, by name: parameters (new objects) and other attributes of the format. And
+        the relative error of the new weight in the Frobenius norm, 0.0 if the scales represent the vectors exactly.
+        Setting the old attributes again restores the module bit for bit.
 
     Raises:
-        InputError: the weight's format is not one of those known here.
+        InputError: the weight's format is unknown.
     """
     weight = _weight(module)
     form = _FORMATS.get(type(weight).__name__)
@@ -97,7 +98,7 @@ def rescaled(
         deviation = (form.dequantize(new) - target).norm() / target.norm().clamp(min=torch.finfo(target.dtype).tiny)
         error = 0.0 if deviation <= _EXACT else deviation.item()
         if type(weight).__name__ == "Params4bit":
-            values["quant_state"] = new.quant_state  # the layer refers to it too
+            values["quant_state"] = new.quant_state  # the layer also refers to it
         elif type(weight).__name__ == "Int8Params":
             state: Any = copy.copy(module.state)
             state.CB = state.SCB = None  # the next forward pass moves them here from the weight
@@ -110,10 +111,10 @@ def rescaled(
 
 
 def passes_gradients(module: nn.Module) -> bool:
-    """Whether a quantized Linear hands gradients on to its input, as vectors below it need for training.
+    """Whether a quantized Linear passes gradients to its input, which vectors below it need for training.
 
-    torchao's layers that quantize activations too return none, without an error; nor do layers that
-    `keep_plain_layout` has to hold back.
+    torchao's layers that also quantize activations pass none, without an error. Neither do layers in the layout that
+    `keep_plain_layout` prevents.
     """
     weight: Any = module.weight
     quantizes_input = any(getattr(weight, name, None) for name in ("act_quant_kwargs", "activation_quantization"))
@@ -122,12 +123,12 @@ def passes_gradients(module: nn.Module) -> bool:
 
 
 def keep_plain_layout(model: nn.Module) -> None:
-    """Hold the 4-bit layers of bitsandbytes in a model to the layout that has gradients and can be saved.
+    """Keep the 4-bit layers of bitsandbytes in the layout that has gradients and can be saved.
 
-    On processors with AVX512-BF16, the first forward pass without gradients packs the weight for a kernel that has no
-    backward pass, rounds the scales to bfloat16 and needs in and out features that are multiples of the blocks; in
-    `state_dict`, bitsandbytes 0.50 then unpacks scales that are not quantized themselves in the wrong order. Layers
-    that are packed already are unpacked.
+    On processors with AVX512-BF16, the first forward pass without gradients packs the weight for another kernel. That
+    kernel has no backward pass, rounds the scales to bfloat16, and needs in and out features that are multiples of the
+    blocks. In `state_dict`, bitsandbytes 0.50 then unpacks unquantized scales in the wrong order. This function unpacks
+    layers that are packed already.
     """
     for module in model.modules():
         if is_quantized(module) and hasattr(module, "support_avx512bf16_for_cpu"):
@@ -140,9 +141,9 @@ def keep_plain_layout(model: nn.Module) -> None:
 
 
 def release_dequantized(model: nn.Module) -> None:
-    """Take the marks of a quantized file off a model that was dequantized when it was loaded (GGUF).
+    """Remove the marks of a quantized file from a model that was dequantized on loading (GGUF).
 
-    transformers leaves them on, and with them refuses to train or to save what is a plain floating-point model.
+    transformers keeps them, and then refuses to train or save a model that has plain floating-point weights.
     """
     config = getattr(model, "config", None)
     method = getattr(getattr(config, "quantization_config", None), "quant_method", None)
@@ -173,7 +174,7 @@ def _dequantize_int8(weight: Any) -> torch.Tensor:
 
 def _requantize_int8(weight: Any, values: torch.Tensor) -> Any:
     scales = values.abs().amax(dim=1)
-    steps = (scales / 127).clamp(min=torch.finfo(scales.dtype).tiny).unsqueeze(1)  # a row of zeros divides by it too
+    steps = (scales / 127).clamp(min=torch.finfo(scales.dtype).tiny).unsqueeze(1)  # no division by 0
     return _int8(weight, (values / steps).round().to(torch.int8), scales)
 
 
@@ -186,13 +187,13 @@ def _fold_int8(weight: Any, after: torch.Tensor) -> Any:
 
 
 def _plain_4bit(weight: Any) -> tuple[torch.Tensor, Any]:
-    """The packed values and a quantization state of its own with float32 scales, in the order of the blocks."""
+    """The packed values, and a new quantization state with float32 scales in the order of the blocks."""
     from bitsandbytes import functional  # pyright: ignore[reportMissingImports]
 
     values, state = weight.data, copy.copy(weight.quant_state)
     if getattr(state, "packing_format_for_cpu", False):
         absmax = state.absmax.T.reshape(-1)  # (in / blocksize, out) in this layout
-        state.original_nested = False  # else it would quantize the scales again
+        state.original_nested = False  # otherwise it would quantize the scales again
         values, state = functional._convert_weight_packed_for_cpu_inverse(values, state)
     elif state.nested:
         absmax = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
@@ -252,7 +253,7 @@ def _fold_4bit(weight: Any, after: torch.Tensor) -> Any:
 
 
 def _replace(weight: Any, **changes: Any) -> Any:
-    """A torchao tensor like another one but for some of its parts."""
+    """A copy of a torchao tensor with some parts replaced."""
     kinds = ("tensor_data_names", "tensor_attribute_names")
     names = [name for kind in kinds for prefix in ("", "optional_") for name in getattr(weight, prefix + kind, ())]
     return type(weight)(**{name: getattr(weight, name) for name in names} | changes)
@@ -288,7 +289,7 @@ def _requantize_scaled(weight: Any, values: torch.Tensor) -> Any:
 
 
 def _fold_scaled(weight: Any, after: torch.Tensor) -> Any:
-    # Where rows share a scale, each gets its own.
+    # If rows share a scale, each row gets a copy.
     rows = weight.block_size[0]
     changes = {"block_size": type(weight.block_size)([1, *weight.block_size[1:]])}
     changes["scale"] = weight.scale.float().repeat_interleave(rows, 0) * after.unsqueeze(1)
@@ -305,8 +306,8 @@ def _nibbles(packed: torch.Tensor) -> torch.Tensor:
 
 
 def _dequantize_opaque(weight: Any) -> torch.Tensor:
-    # The packing is a permutation that depends on the processor; the places of the entries, packed digit by digit in
-    # base 16, tell which.
+    # The packing is a permutation that depends on the processor. Pack the entries' positions, digit by digit in base
+    # 16, to find it.
     places = torch.arange(weight.shape.numel(), dtype=torch.int32).view(weight.shape)
     origin = torch.zeros(weight.shape.numel(), dtype=torch.int32)
     for shift in range(0, weight.shape.numel().bit_length(), 4):

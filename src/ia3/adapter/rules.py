@@ -1,6 +1,6 @@
 """How a vector rescales a module of each type: `Rule`, the table of them, and `register_rule`.
 
-A rule says how long the vector is, where it multiplies the activation, and which parameters do the same alone.
+A rule knows the vector's length, the activation that it multiplies, and the parameters that have the same effect.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class RowLayout(NamedTuple):
     """How a module's arguments hold the rows of a batch.
 
     Attributes:
-        axis: the axis of rows, or of adjacent blocks for each, in the first argument and in the results.
-        divide: arguments can be divided among adapters, those that are as long along it or hold tokens one after the
-            other; False: the module has to run on the whole batch for each of them.
-        copies: how many times the batch stands along the axis, one after the other.
-        results: of several results, the axis of rows in each, where it is not `axis` in all.
+        axis: the axis of rows, or of adjacent blocks per row, in the first argument and in the results.
+        divide: arguments of the same length along the axis, or with consecutive tokens, can be divided among adapters;
+            False: the module must run on the whole batch for each adapter.
+        copies: the number of consecutive copies of the batch along the axis.
+        results: the axis of rows in each of several results, if it is not always `axis`.
     """
 
     axis: int = 0
@@ -36,11 +36,11 @@ class RowLayout(NamedTuple):
 
 
 class Rule:
-    """How modules of one type are rescaled. Derive from it, or use `WeightRule`, and give it to `register_rule`.
+    """How modules of one type are rescaled. Derive a class from it, or use `WeightRule`, and call `register_rule`.
 
     Attributes:
-        axis: the axis of the module's input and output that holds features, from the end (-1 for the last). None: the
-            module's activations cannot be reached from outside, so its forward pass runs with rescaled parameters.
+        axis: the features' axis of the module's input and output, from the end (-1 for the last). None: the activations
+            are not accessible from outside, so the forward pass runs with rescaled parameters.
     """
 
     axis: int | None = None
@@ -49,8 +49,8 @@ class Rule:
         """The vector's shape, as a parameter and in a checkpoint.
 
         Args:
-            module: what is rescaled.
-            feedforward: whether on the input side, else on the output side.
+            module: the module to rescale.
+            feedforward: whether the vector is on the input side, instead of the output side.
 
         Raises:
             InputError: modules of this type cannot be rescaled on that side.
@@ -60,12 +60,12 @@ class Rule:
     def rescale(
         self, module: nn.Module, parameters: Mapping[str, torch.Tensor], vector: torch.Tensor, feedforward: bool
     ) -> Parameters:
-        """The parameters that change, with the vector multiplied in; differentiable, in the parameters' dtype.
+        """The changed parameters, multiplied by the vector; differentiable, in the parameters' dtype.
 
         Args:
-            module: what is rescaled.
-            parameters: its parameters by name, to be used in place of its own.
-            vector: flat.
+            module: the module to rescale.
+            parameters: name → parameter, to use instead of the module's own.
+            vector: the flat vector.
             feedforward: whether the vector is on the input side.
         """
         raise NotImplementedError
@@ -75,20 +75,20 @@ class Rule:
 
         Args:
             activation: (…, features, …).
-            vector: flat; or (B, features) for a batch of B rows with an adapter each. The activation's first axis then
-                holds the rows, or adjacent blocks of equal size for each (beams, tokens).
+            vector: flat; or (B, features) for a batch of B rows with different adapters. The activation's first axis
+                then has the rows, or adjacent blocks of equal size per row (beams, tokens).
 
         Raises:
-            InputError: that axis cannot be divided among the rows.
+            InputError: the axis cannot be divided among the rows.
         """
         assert self.axis is not None
         return (_multiply if vector.dim() == 1 else _multiply_rows)(activation, vector, self.axis)
 
     def rows(self, module: nn.Module) -> RowLayout:
-        """How the module's arguments hold the rows of a batch with an adapter for each; asked when `axis` is None.
+        """How the module's arguments hold the rows of a batch with different adapters; used if `axis` is None.
 
         Raises:
-            InputError: they do not, so that one batch can have one adapter only.
+            InputError: the arguments do not hold rows, so a batch can have only one adapter.
         """
         raise InputError(
             f"Rows of a {type(module).__name__} cannot have different adapters; give the model one adapter at a time "
@@ -97,7 +97,7 @@ class Rule:
 
 
 def check_rows(length: int, rows: int) -> None:
-    """Raise unless an axis of that length can hold blocks of equal size for each row of a mixed batch."""
+    """Raise unless an axis of this length divides into blocks of equal size for the rows of a mixed batch."""
     if length % rows:
         raise InputError(
             f"Expected a module's input to hold {rows} rows, or blocks of them, found {length}: this model mixes rows on "
@@ -113,7 +113,7 @@ def _multiply(tensor: torch.Tensor, vector: torch.Tensor, axis: int) -> torch.Te
 
 
 def _multiply_rows(tensor: torch.Tensor, vectors: torch.Tensor, axis: int) -> torch.Tensor:
-    """Each row, or block of rows, of a tensor times its own of the vectors (B, features) along one axis."""
+    """Each row, or block of rows, of a tensor times its vector of (B, features) along one axis."""
     count, length = len(vectors), tensor.shape[0]
     vectors = vectors.to(tensor.device).view(count, *[1] * (tensor.dim() + axis - 1), -1, *[1] * (-axis - 1))
     if length == count:
@@ -125,12 +125,11 @@ def _multiply_rows(tensor: torch.Tensor, vectors: torch.Tensor, axis: int) -> to
 
 @dataclass(frozen=True)
 class WeightRule(Rule):
-    """A module y = f(W, x) + b that is linear in x, with a parameter `weight` and perhaps a `bias` over the output.
+    """A module y = f(W, x) + b that is linear in x, with a parameter `weight` and optionally a `bias` on the output.
 
     Args:
-        inputs: the module's attribute that says how many input features there are; None: the input has no features
-            that could be rescaled.
-        outputs: the same for output features.
+        inputs: the module's attribute with the number of input features; None: the input has no features to rescale.
+        outputs: the attribute with the number of output features.
         weight_in: the weight's axis of input features, from the end.
         weight_out: the weight's axis of output features, from the end.
         axis: the activations' axis of features, from the end. The axes after it are spatial.
@@ -143,7 +142,7 @@ class WeightRule(Rule):
     axis: int = -1
 
     def shape(self, module: nn.Module, feedforward: bool) -> tuple[int, ...]:
-        """(1, in) and (out, 1); (1, channels, 1, …) on both sides where the features are channels: PEFT's shapes."""
+        """PEFT's shapes: (1, in) and (out, 1); (1, channels, 1, …) on both sides if the features are channels."""
         name = self.inputs if feedforward else self.outputs
         if name is None:
             raise InputError(
@@ -168,14 +167,14 @@ class WeightRule(Rule):
         groups: int = getattr(module, "groups", 1)
         if groups == 1:
             return {"weight": _multiply(weight, vector, self.weight_in)}
-        # A grouped convolution's outputs see only their own group's inputs: weight (out, in / groups, …).
+        # The outputs of a grouped convolution depend only on their group's inputs: weight (out, in / groups, …).
         outputs, inputs = weight.shape[:2]
         seen = vector.view(groups, 1, inputs).expand(-1, outputs // groups, -1).reshape(outputs, inputs)
         return {"weight": (weight * seen.view(outputs, inputs, *[1] * (weight.dim() - 2))).to(weight.dtype)}
 
 
 class _KeyValueRule(Rule):
-    """An attention that holds its projections as parameters of its own; the vector is [keys | values]."""
+    """An attention whose projections are its own parameters; the vector is [keys | values]."""
 
     def shape(self, module: nn.Module, feedforward: bool) -> tuple[int, ...]:
         if feedforward:
@@ -186,7 +185,7 @@ class _KeyValueRule(Rule):
         return (2 * self.width(module), 1)
 
     def width(self, module: nn.Module) -> int:
-        """How many features the keys have, and the values."""
+        """The number of features of the keys and of the values."""
         raise NotImplementedError
 
 
@@ -201,7 +200,7 @@ class MultiheadAttentionRule(_KeyValueRule):
     ) -> Parameters:
         key, value = vector.chunk(2)
         packed = torch.cat([torch.ones_like(key), vector])
-        # name → its factor, and the axis that it runs along; bias_k and bias_v are one more key and value.
+        # name → its factor, and the factor's axis; bias_k and bias_v are an additional key and value.
         factors = {
             "in_proj_weight": (packed, -2),
             "in_proj_bias": (packed, -1),
@@ -230,18 +229,18 @@ class XLNetAttentionRule(_KeyValueRule):
         return {name: (parameters[name] * part).to(parameters[name].dtype) for name, part in (("k", key), ("v", value))}
 
     def rows(self, module: nn.Module) -> RowLayout:
-        return RowLayout(1, divide=False, results=(1, 1, 2))  # of both streams, and their attention weights
+        return RowLayout(1, divide=False, results=(1, 1, 2))  # both streams, and their attention weights
 
 
 @dataclass(frozen=True)
 class ExpertsRule(Rule):
-    """Experts that are slices of one parameter: a vector for each expert's intermediate activation.
+    """Experts that are slices of one parameter, with a vector for each expert's intermediate activation.
 
     Args:
         parameter: the second feed-forward projections of all experts, of shape (experts, out, in), or
-            (experts, in, out) where the modules say so or the first projections' shape does; or (experts · in, out).
+            (experts, in, out) if the module or the shape of the first projections says so; or (experts · in, out).
         sorted: the module gets the tokens sorted by expert.
-        copied: the module gets all tokens once for each expert.
+        copied: the module gets a copy of all tokens for each expert.
     """
 
     parameter: str = "down_proj"
@@ -249,7 +248,7 @@ class ExpertsRule(Rule):
     copied: bool = False
 
     def shape(self, module: nn.Module, feedforward: bool) -> tuple[int, ...]:
-        """(experts, 1, in); (1, experts · in) where the parameter has two axes only."""
+        """(experts, 1, in); (1, experts · in) if the parameter has only two axes."""
         if not feedforward:
             raise InputError(
                 f"A {type(module).__name__} (experts as one parameter) can be rescaled only on the input side of the "
@@ -281,7 +280,7 @@ class ExpertsRule(Rule):
         return {self.parameter: _multiply(weight, vector, axis)}
 
     def rows(self, module: nn.Module) -> RowLayout:
-        """See `Rule.rows`. The router's choices come along with the tokens, as arguments of the same length."""
+        """See `Rule.rows`. The router's choices are arguments of the same length as the tokens."""
         if self.sorted:
             return super().rows(module)
         weight: torch.Tensor = getattr(module, self.parameter)
@@ -294,7 +293,7 @@ def _convolution(dimensions: int) -> WeightRule:
 
 _EXPERTS = ExpertsRule()
 
-# By type, or by the name of a type that lives in one of transformers' modeling files, which are not all to be imported.
+# By type, or by the name of a type in transformers' modeling files, to avoid importing them all.
 RULES: dict[type[nn.Module] | str, Rule] = {
     nn.Linear: WeightRule("in_features", "out_features", weight_in=-1, weight_out=-2),
     Conv1D: WeightRule("nx", "nf", weight_in=-2, weight_out=-1),
@@ -311,19 +310,19 @@ RULES: dict[type[nn.Module] | str, Rule] = {
 
 
 def register_rule(module_type: type[nn.Module], rule: Rule) -> None:
-    """Make modules of a type, and of types that derive from it, fit to be targets.
+    """Allow modules of a type, and of its subclasses, as targets.
 
     Args:
-        module_type: the type; a rule that it has already is replaced.
-        rule: for modules y = f(W, x) + b a `WeightRule`; otherwise an object of your own class derived from `Rule`.
+        module_type: the type; an existing rule is replaced.
+        rule: a `WeightRule` for modules y = f(W, x) + b; otherwise an object of your class derived from `Rule`.
     """
     RULES[module_type] = rule
 
 
 def find_rule(module: nn.Module) -> Rule | None:
-    """The rule of a module's type or of the nearest type that it derives from; None when there is none.
+    """The rule of a module's type or of its nearest base class; None if there is none.
 
-    Experts have a class in each architecture; they are known by their three-dimensional `down_proj`.
+    Experts have a different class in each architecture; their three-dimensional `down_proj` identifies them.
     """
     for cls in type(module).__mro__:
         if cls in RULES or cls.__name__ in RULES:
@@ -333,6 +332,6 @@ def find_rule(module: nn.Module) -> Rule | None:
 
 
 def rule_types() -> list[str]:
-    """The names of the types that have a rule, for an error message."""
+    """The names of types with a rule, for an error message."""
     names = [key if isinstance(key, str) else key.__name__ for key in RULES]
     return [*names, "experts with a three-dimensional down_proj"]

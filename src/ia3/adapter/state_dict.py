@@ -1,4 +1,4 @@
-"""An adapter's tensors in a model, by their names in a checkpoint: `get_peft_model_state_dict` and its counterpart."""
+"""Read and set an adapter's tensors: `get_peft_model_state_dict`, `set_peft_model_state_dict`."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ def get_peft_model_state_dict(
     """One adapter's tensors by their names in a checkpoint.
 
     Args:
-        model: a `PeftModel`, an `IA3Model`, or a model with an adapter injected into it, whose names have no prefix;
-            compiled or wrapped for parallel training or not.
-        state_dict: the model's state, when it has been gathered already (by FSDP, DeepSpeed, …). Names may be those
-            of the wrapped model.
-        adapter_name: which adapter.
-        unwrap_compiled: ignored: names never carry the compiler's part.
-        save_embedding_layers: the model's input and output embeddings too. "auto": when its vocabulary has another
-            size than the base model on disk, or on the hub, with a warning.
+        model: a `PeftModel`, an `IA3Model`, or a model with an injected adapter, whose names have no prefix; it may be
+            compiled or wrapped for parallel training.
+        state_dict: the model's state, if it is gathered already (by FSDP, DeepSpeed, …). Names may be those of the
+            wrapped model.
+        adapter_name: the adapter's name.
+        unwrap_compiled: ignored, because names never contain the compiler's prefix.
+        save_embedding_layers: include the model's input and output embeddings. "auto": include them, with a warning, if
+            the vocabulary's size differs from that of the base model on disk or on the hub.
 
     Raises:
-        InputError: there is no such adapter, or `state_dict` lacks a tensor of it.
+        InputError: there is no such adapter, or `state_dict` lacks one of its tensors.
     """
     base, outer = _base_of(model)
     state = None if state_dict is None else _State(state_dict)
@@ -48,7 +48,7 @@ def get_peft_model_state_dict(
     for path, layer in _layers(base):
         if adapter_name in layer.ia3_l:
             values = None if state is None else state[f"{path}.ia3_l.{adapter_name}"]
-            # The effective vector: what a fused projection's mask holds at one is one in the file.
+            # Save the effective vector: features that a fused projection's mask leaves out are ones.
             tensors[f"{outer}{path}.ia3_l"] = layer.vector(adapter_name, values).detach()
     for path, module in _trained(base):
         if adapter_name in module.modules_to_save:
@@ -63,7 +63,7 @@ def get_peft_model_state_dict(
         for path, embedding in _embeddings(base).items():
             for key, value in embedding.state_dict().items():
                 name = f"{outer}{path}.{key}"
-                if name not in tensors:  # an adapter's own copy (modules_to_save) comes first
+                if name not in tensors:  # an adapter's own copy (modules_to_save) has priority
                     tensors[name] = value if state is None else state[f"{path}.{key}"]
     return tensors
 
@@ -75,21 +75,22 @@ def set_peft_model_state_dict(
     ignore_mismatched_sizes: bool = False,
     low_cpu_mem_usage: bool = False,
 ) -> _IncompatibleKeys:
-    """Fill an adapter of the model from a checkpoint's tensors. All are checked first, so that none or all are set.
+    """Set an adapter's tensors from a checkpoint. All are checked first, so that none or all are set.
 
     Args:
-        model: as of `get_peft_model_state_dict`.
-        peft_model_state_dict: as `get_peft_model_state_dict` returns it. Embeddings among its tensors go into the base model.
-        adapter_name: which adapter.
-        ignore_mismatched_sizes: leave out the tensors that have another shape than in the model, with a warning.
-        low_cpu_mem_usage: ignored: vectors on the meta device are always filled.
+        model: see `get_peft_model_state_dict`.
+        peft_model_state_dict: the result of `get_peft_model_state_dict`. Embeddings among its tensors are set in the
+            base model.
+        adapter_name: the adapter's name.
+        ignore_mismatched_sizes: leave out tensors whose shape differs from the model's, with a warning.
+        low_cpu_mem_usage: ignored, because vectors on the meta device are always filled.
 
     Returns:
-        Missing and unexpected keys, as PEFT does; there are none, or an error is raised.
+        Missing and unexpected keys, as in PEFT. Both are empty; otherwise an error is raised.
 
     Raises:
-        InputError: no such adapter, or tensors are missing, surplus, of another shape, no floating-point numbers, or not
-            finite in the type that the model holds them in.
+        InputError: there is no such adapter, or tensors are missing, surplus, of another shape, not floating-point, or
+            not finite in the model's dtype.
     """
     base, outer = _base_of(model)
     found, originals = _divided(
@@ -109,7 +110,7 @@ def set_peft_model_state_dict(
         other = [key for key, value in own.items() if key in found and found[key].shape != value.shape]
         other += [key for key, value in expected.items() if originals[key].shape != value.shape]
         if other:
-            warnings.warn(f"Left out, for their shape is another than in the model: {shown(other, 3)}.", stacklevel=2)
+            warnings.warn(f"Left out, because their shapes differ from the model's: {shown(other, 3)}.", stacklevel=2)
         own = {key: value for key, value in own.items() if key not in other}
         expected = {key: value for key, value in expected.items() if key not in other}
         found = {key: value for key, value in found.items() if key not in other}
@@ -131,9 +132,9 @@ def set_peft_model_state_dict(
 
 
 def _divided(tensors: Tensors) -> tuple[Tensors, Tensors]:
-    """An adapter's tensors, and the base model's embeddings that PEFT saves under the names of what it put around them.
+    """Separate an adapter's tensors from the base model's embeddings, which PEFT saves under the names of its wrappers.
 
-    A module that an adapter trains in full is then there once more, under `modules_to_save`.
+    A module that an adapter trains in full also appears under `modules_to_save`.
     """
     found, originals = {}, {}
     for key, value in tensors.items():
@@ -146,7 +147,7 @@ def _divided(tensors: Tensors) -> tuple[Tensors, Tensors]:
 
 
 def _buffers(base: nn.Module, outer: str, adapter_name: str) -> set[str]:
-    """The names of an adapter's buffers: those of the modules that it trains in full."""
+    """The names of an adapter's buffers, in the modules that it trains in full."""
     return {
         f"{outer}{path}.{clean_name(key)}"
         for path, module in _trained(base)
@@ -156,29 +157,29 @@ def _buffers(base: nn.Module, outer: str, adapter_name: str) -> set[str]:
 
 
 def _fill(module: nn.Module, prefix: str, tensors: Tensors) -> None:
-    """Copy what a checkpoint has for a module into its parameters and buffers."""
+    """Copy a checkpoint's tensors into a module's parameters and buffers."""
     for key, value in module.state_dict(keep_vars=True).items():
         if f"{prefix}{clean_name(key)}" in tensors:
             value.copy_(tensors[f"{prefix}{clean_name(key)}"])
 
 
-# Names: a model's own, those inside wrappers, and a checkpoint's.
+# Names in a model, inside wrappers, and in a checkpoint.
 
 _WRAPPERS = {"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"}
 
 
 def clean_name(name: str) -> str:
-    """A parameter's or module's name without what FSDP, torch.compile and checkpointing put into it."""
+    """A parameter's or module's name without the parts that FSDP, torch.compile and checkpointing add."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _with_prefix(name: str, prefix: str) -> str:
-    """A checkpoint's name for a model whose names have a prefix, or have none."""
+    """A checkpoint's name for a model whose names have a prefix or not."""
     return prefix + name.removeprefix(PREFIX)
 
 
 class _State:
-    """A gathered state by the paths of the base model, whatever wrappers the model had around it."""
+    """A gathered state by paths of the base model, without the model's wrappers."""
 
     def __init__(self, state: Mapping[str, torch.Tensor]) -> None:
         self.state = {clean_name(key): value for key, value in state.items()}
@@ -197,22 +198,22 @@ def _base_of(model: nn.Module) -> tuple[nn.Module, str]:
 
 
 def _layers(base: nn.Module) -> list[tuple[str, IA3Layer]]:
-    """The rescaled layers, by their path in the base model without wrappers' parts."""
+    """The `IA3Layer`s by path in the base model, without parts of wrappers."""
     return [(clean_name(path), layer) for path, layer in wrappers(base)[0].items()]
 
 
 def _trained(base: nn.Module) -> list[tuple[str, TrainedModule]]:
-    """The modules trained in full, in the same way."""
+    """The modules trained in full, by the same paths."""
     return [(clean_name(path), module) for path, module in wrappers(base)[1].items()]
 
 
-# Embeddings, which go with an adapter when the vocabulary has grown for it.
+# Embeddings are saved with an adapter if the vocabulary has grown for it.
 
 
 def _embeddings(base: nn.Module) -> dict[str, nn.Module]:
-    """The input and output embeddings of a transformers model by their path."""
+    """The input and output embeddings of a transformers model, by path."""
     wanted = [unwrapped(module) for module in embeddings(base) if module is not None]
-    paths: dict[nn.Module, str] = {}  # one module may stand at several
+    paths: dict[nn.Module, str] = {}  # a module may have several
     for path, module in base_modules(base).items():
         if any(module is one for one in wanted):
             paths.setdefault(module, clean_name(path))
@@ -220,17 +221,17 @@ def _embeddings(base: nn.Module) -> dict[str, nn.Module]:
 
 
 def _vocabulary_was_resized(base: nn.Module) -> bool:
-    """Whether the model embeds another number of tokens than the one it was loaded from; if so, say what follows."""
+    """Whether the model's vocabulary differs in size from that of its source; if so, warn about the consequence."""
     config, name = getattr(base, "config", None), getattr(base, "name_or_path", "")
     size = vocabulary_size(config)
     if not size or not name:
         return False
     try:
         original = vocabulary_size(type(config).from_pretrained(find_base(name)[1]))  # type: ignore[union-attr]
-    except Exception as error:  # moved, deleted, or no network: whatever it is, one cannot tell
+    except Exception as error:  # moved, deleted or no network: the size is unknown
         warnings.warn(
-            f"Cannot read the config of the base model {name!r} ({reason(error)}): its vocabulary is taken to be as it was, "
-            f"and embeddings are not saved. If it was resized, give save_embedding_layers=True.",
+            f"Cannot read the config of the base model {name!r} ({reason(error)}): the vocabulary is assumed to be "
+            f"unchanged, and embeddings are not saved. If it was resized, give save_embedding_layers=True.",
             stacklevel=4,
         )
         return False
@@ -243,13 +244,13 @@ def _vocabulary_was_resized(base: nn.Module) -> bool:
 
 
 def vocabulary_size(config: Any) -> int | None:
-    """How many tokens a model of this config embeds; None when it does not say."""
+    """The vocabulary size in a config; None if it has none."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(text, "vocab_size", None)
 
 
 def _check_vocabulary(embeddings: Tensors, found: Tensors) -> None:
-    """Raise when a checkpoint brings embeddings of another size than the base model's."""
+    """Raise if a checkpoint's embeddings differ in size from the base model's."""
     for key, value in embeddings.items():
         if key in found and len(found[key]) != len(value):
             raise InputError(

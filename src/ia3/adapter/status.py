@@ -1,4 +1,4 @@
-"""What state a model's adapters are in: `get_layer_status` and `get_model_status`, with PEFT's fields."""
+"""The state of a model's adapters, with PEFT's fields: `get_layer_status`, `get_model_status`."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class TunerLayerStatus:
 
     Attributes:
         name: its path in the `IA3Model`.
-        module_type: its kind, such as "Linear".
-        enabled: adapters are not switched off.
-        active_adapters: the adapters in effect, in this layer or others.
-        merged_adapters: those of this layer that are multiplied into the weights.
+        module_type: its type, such as "Linear".
+        enabled: whether adapters are enabled.
+        active_adapters: the active adapters, in this layer or others.
+        merged_adapters: the adapters of this layer that are merged into the weights.
         requires_grad: adapter → whether its parameters here are trainable.
         available_adapters: the adapters that have parameters here.
-        devices: adapter → types of devices where these are.
-        quantization_backend: what quantized the base layer; None: nothing.
+        devices: adapter → the types of the devices of its parameters.
+        quantization_backend: the library that quantized the base layer; None: none.
     """
 
     name: str
@@ -47,16 +47,16 @@ class TunerLayerStatus:
 
 @dataclasses.dataclass
 class TunerModelStatus:
-    """The state of all adapters of a model; "irregular" where layers differ.
+    """The state of all adapters of a model; "irregular" if layers differ.
 
     Attributes:
         base_model_type: the base model's class.
         adapter_model_type: "IA3Model"; "None" for adapters injected into a model.
         peft_types: adapter → method.
         trainable_params, total_params: numbers of parameters.
-        num_adapter_layers: how many layers have adapters, or are trained in full.
+        num_adapter_layers: the number of layers that have adapters or are trained in full.
         enabled, active_adapters, merged_adapters, requires_grad, available_adapters, devices, quantization_backend:
-            as of `TunerLayerStatus`, for all layers.
+            see `TunerLayerStatus`, for all layers.
     """
 
     base_model_type: str
@@ -78,7 +78,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     """The state of each layer with adapters.
 
     Args:
-        model: a `PeftModel`, an `IA3Model`, or a model with an adapter injected into it.
+        model: a `PeftModel`, an `IA3Model`, or a model with an injected adapter.
 
     Raises:
         InputError: there are no such layers.
@@ -139,5 +139,5 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
 
 
 def _one(values: Sequence[Any]) -> Any:
-    """The value that all have; "irregular" when they differ."""
+    """The common value; "irregular" if the values differ."""
     return values[0] if all(value == values[0] for value in values) else "irregular"

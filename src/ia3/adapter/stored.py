@@ -1,4 +1,4 @@
-"""An adapter's folder as files: its config, its vectors, and whatever lies beside them, read and written as one."""
+"""The files of an adapter's folder: config, vectors and others, read and written together."""
 
 from __future__ import annotations
 
@@ -47,43 +47,43 @@ OWN_NAMES = (
     CALIBRATION_NAME,
     METRICS_NAME,
 )
-"""The files that are replaced together. A model card joins them unless a user wrote it."""
+"""The files that are replaced together, and the model card unless a user wrote it."""
 
-# What lies beside config and vectors, in the order in which it is written.
+# The other files beside config and vectors, in the order of writing.
 _BESIDE = (TASK_NAME, RECIPE_NAME, METRICS_NAME, CALIBRATION_NAME, CARD_NAME)
 
 SEEN = "train_rows"
 """The key of the training rows' fingerprints in metrics.json."""
 
-# In a model card that we wrote.
+# The mark of a model card that this package wrote.
 CARD_MARK = "<!-- Written by ia3, which replaces it with the adapter. Delete this line to keep a text of your own. -->"
 
-# In the safetensors header, where PEFT does not look: the adapter rescales only the key and value part of fused
-# projections, so that training goes on as it began; and the base model, all of the config that names and shapes of
-# tensors do not tell from another's.
+# Entries of the safetensors header, which PEFT does not read: that the adapter rescales only the key and value part of
+# fused projections, so that training can continue; and the base model, which names and shapes of tensors do not show.
 KEY_VALUE_ONLY = "ia3_key_value_only"
 _BASE = "ia3_base_model"
 
-# Beyond any count or time of a run, and safe to calculate with.
+# Larger than any count or time of a run, and safe to calculate with.
 _MOST = 10**15
 
 Tensors = dict[str, "torch.Tensor"]
 
 
 class StoredAdapter:
-    """The files of an adapter's folder, here or on the hub; they are read when they are asked for.
+    """The files of an adapter's folder, on disk or on the hub. They are read at first use.
 
         stored = StoredAdapter("adapters/tickets")
         stored.config, stored.text("task.yaml")
         tensors, header = stored.vectors()
 
-    A local folder's files are read at once, so that all are of one save, whoever writes to it meanwhile. Whatever takes
-    the path of an adapter's folder takes this object too. What the files beside the vectors mean, `ia3.folder` knows.
+    The small files of a local folder are read together, so that all belong to one save, even if another process writes.
+    All functions that take the path of an adapter's folder also take this object. `ia3.folder` interprets the files
+    beside the vectors.
 
     Args:
-        path: the folder or the hub's id.
-        subfolder: in it.
-        **hub_kwargs: `revision`, `token`, … as of the hub.
+        path: the folder or hub id.
+        subfolder: a subfolder of it.
+        **hub_kwargs: the hub's `revision`, `token`, …
     """
 
     def __init__(self, path: str | os.PathLike, subfolder: str | None = None, **hub_kwargs: Any) -> None:
@@ -104,7 +104,7 @@ class StoredAdapter:
 
     @classmethod
     def unsaved(cls, texts: Mapping[str, bytes]) -> Self:
-        """What belongs beside an adapter that is in no folder yet: files' contents by their names."""
+        """The other files of an adapter that has no folder yet: name → content."""
         stored = cls.__new__(cls)
         stored.path, stored._place, stored._folder = "", {}, Path()
         stored._on_hub, stored._version, stored._digest = False, None, None
@@ -123,11 +123,11 @@ class StoredAdapter:
         """A folder, its tensors and the header's entries, all of one save.
 
         Args:
-            path: the folder or the hub's id; or an object of this class, which is returned.
-            subfolder: in it.
-            config: its own config is used, so it has to be there.
-            pickled: take tensors that `torch.save` wrote as well.
-            **hub_kwargs: `revision`, `token`, … as of the hub.
+            path: the folder or hub id; or an object of this class, which is returned.
+            subfolder: a subfolder of it.
+            config: require the folder's config.
+            pickled: also accept tensors of `torch.save`.
+            **hub_kwargs: the hub's `revision`, `token`, …
 
         Raises:
             InputError: see `config` and `vectors`.
@@ -151,19 +151,19 @@ class StoredAdapter:
         return str(self.path)
 
     def text(self, name: str) -> bytes | None:
-        """A file's content; None where there is none."""
+        """A file's content; None if the file does not exist."""
         if self._on_hub and name not in self._texts:
             found = locate_beside(self.path, name, **self._place)
             self._texts[name] = None if found is None else Path(found).read_bytes()
         return self._texts.get(name)
 
     def _named(self, name: str) -> Path:
-        """A file's path, for an error message and for paths relative to it."""
+        """A file's path, for error messages and for paths relative to it."""
         return self._folder / name
 
     @functools.cached_property
     def config(self) -> IA3Config:
-        """The adapter's config. Raises `InputError` when there is none, or another method's."""
+        """The adapter's config. Raises `InputError` if it is missing or of another method."""
         data = None if self._on_hub else self._texts.get(CONFIG_NAME)
         if data is None:
             return IA3Config.from_pretrained(self.path, **self._place)
@@ -171,10 +171,10 @@ class StoredAdapter:
 
     @functools.cached_property
     def metrics(self) -> dict[str, Any]:
-        """What was measured, and the training rows' fingerprints; nothing where the folder has no metrics.json.
+        """The metrics, and the fingerprints of the training rows; empty if the folder has no metrics.json.
 
         Raises:
-            InputError: a file that is not of this kind.
+            InputError: the file has another format.
         """
         data, path = self.text(METRICS_NAME), self._named(METRICS_NAME)
         if data is None:
@@ -188,17 +188,17 @@ class StoredAdapter:
             or not all(isinstance(key, str) for key in seen)
             or not all(map(is_number, numbers))
         ):
-            raise InputError(f"Expected what ia3 train measured in {excerpt(str(path))}; delete it.")
+            raise InputError(f"Expected metrics of ia3 train in {excerpt(str(path))}, found something else; delete it.")
         return fields
 
     def vectors(self, pickled: bool = True) -> tuple[Tensors, dict[str, str]]:
         """The adapter's tensors by their names in the file, and the safetensors header's entries.
 
         Args:
-            pickled: take what `torch.save` wrote as well.
+            pickled: also accept a file of `torch.save`.
 
         Raises:
-            InputError: the file is missing, cut short or holds more than tensors; or the adapter has been replaced since
+            InputError: the file is missing, cut short or holds anything but tensors; or the adapter was replaced after
                 this object was made.
         """
         from ia3.adapter.tensors import read_tensors
@@ -210,12 +210,12 @@ class StoredAdapter:
         return tensors, header
 
     def require_unchanged(self) -> None:
-        """Raise `InputError` when another adapter is in the folder than when this object was made."""
+        """Raise `InputError` if the folder's adapter was replaced after this object was made."""
         if not self._on_hub and version(self._folder)[1] != self._version:
             raise InputError(f"The adapter in {str(self)!r} was replaced while it was being used; run this again.")
 
     def vectors_file(self, pickled: bool = True) -> str:
-        """The file of an adapter's tensors: safetensors, else `torch.save`'s. Raises `InputError` when there is none."""
+        """The file of an adapter's tensors: safetensors, else `torch.save`'s. Raises `InputError` if there is none."""
         names = (WEIGHTS_NAME, TORCH_WEIGHTS_NAME) if pickled else (WEIGHTS_NAME,)
         if not self._on_hub:
             where = current(self._folder)
@@ -232,23 +232,23 @@ class StoredAdapter:
             raise missing
 
     def check_base(self, header: Mapping[str, str]) -> None:
-        """Warn of a config from another save than the vectors, by the entries of their header.
+        """Warn if the entries of the vectors' header show that the config is from another save.
 
-        Other modules or sides are an error where tensors are set. For another base model all can fit.
+        Other modules or sides raise an error when tensors are set, but vectors can fit another base model.
         """
         named, saved = self.config.base_model_name_or_path, header.get(_BASE)
         if named and saved and Path(named).name != Path(saved).name:  # it may have moved
             warnings.warn(
                 f"{CONFIG_NAME} in {str(self)!r} names the base model {named!r}, but its vectors were saved for {saved!r}: "
-                f"they may be of two adapters.",
+                f"they may belong to two adapters.",
                 stacklevel=4,
             )
 
     def beside(self, tensors: Tensors) -> dict[str, bytes]:
-        """The files to save beside tensors. Of other vectors than this folder's, nothing that was measured is kept."""
+        """The other files to save with tensors. If the tensors differ from the folder's, metrics are left out."""
         try:
             texts = {name: data for name in _BESIDE if (data := self.text(name)) is not None}
-        except InputError as error:  # vectors that took hours are worth more than what belongs beside them
+        except InputError as error:  # save the vectors in any case; training may have taken hours
             warnings.warn(f"Saved without task, recipe and calibration: {error}", stacklevel=4)
             return {}
         measured = measured_in(texts.pop(METRICS_NAME, None))
@@ -256,7 +256,7 @@ class StoredAdapter:
             measured = {SEEN: measured[SEEN]} if SEEN in measured else {}
             texts.pop(CALIBRATION_NAME, None)
             texts.pop(CARD_NAME, None)
-        if CARD_MARK.encode() not in texts.get(CARD_NAME, b""):  # a user's, which stays where it is
+        if CARD_MARK.encode() not in texts.get(CARD_NAME, b""):  # a user's card stays where it is
             texts.pop(CARD_NAME, None)
         return texts | ({METRICS_NAME: to_json(measured).encode()} if measured else {})
 
@@ -269,20 +269,21 @@ class StoredAdapter:
         safe_serialization: bool = True,
         key_value_only: bool = False,
     ) -> None:
-        """Write an adapter and all that belongs beside it, in whole or not at all; see `replacing_adapter`.
+        """Write an adapter and the other files of its folder, atomically; see `replacing_adapter`.
 
-        What an earlier adapter left there goes. What is not ours stays: a user's README.md or metrics.json, all other
-        files, and where no adapter was yet, a task.yaml and a recipe.yaml.
+        The files of an earlier adapter are removed. A user's files stay: README.md or metrics.json, all other files,
+        and task.yaml and recipe.yaml if the folder had no adapter.
 
         Args:
-            path: the folder; made when it is not there.
-            config: the adapter's.
-            tensors: by their names in a checkpoint.
-            beside: the other files by their names; or what makes them of the size of the file of tensors.
-            safe_serialization: as safetensors; False: `torch.save`.
-            key_value_only: note that only the key and value part of fused projections is rescaled.
+            path: the folder; created if it does not exist.
+            config: the adapter's config.
+            tensors: name in a checkpoint → tensor.
+            beside: name → content of the other files; or a function that returns them for the size of the tensors'
+                file.
+            safe_serialization: write safetensors; False: use `torch.save`.
+            key_value_only: record that only the key and value part of fused projections is rescaled.
         """
-        # Safetensors takes neither views nor one memory under two names.
+        # safetensors accepts neither views nor tensors that share memory.
         tensors = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
         metadata = {"format": "pt"}
         if config.base_model_name_or_path:
@@ -301,12 +302,12 @@ class StoredAdapter:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of metrics.json is a number such as a run writes there."""
+    """Whether a value of metrics.json is a number that a run can write."""
     return isinstance(value, (int, float)) and 0 <= value <= _MOST
 
 
 def is_ours(card: Path) -> bool:
-    """Whether a model card may be replaced: it is not there, or we wrote it."""
+    """Whether a model card may be replaced: it does not exist, or this package wrote it."""
     try:
         return CARD_MARK.encode() in card.read_bytes()
     except FileNotFoundError:
@@ -314,7 +315,7 @@ def is_ours(card: Path) -> bool:
 
 
 def _staying(folder: Path) -> dict[str, bytes]:
-    """Of the files with our names in a folder, those that no adapter of ours left there."""
+    """The files with our names in a folder that are not from an adapter of ours."""
     found = {}
     if not (folder / CONFIG_NAME).exists():
         found = {name: (folder / name).read_bytes() for name in (TASK_NAME, RECIPE_NAME) if (folder / name).is_file()}
@@ -326,7 +327,7 @@ def _staying(folder: Path) -> dict[str, bytes]:
 
 
 def measured_in(data: bytes | None) -> dict[str, Any]:
-    """What a metrics.json of ours holds; nothing of another, or of none."""
+    """The content of our metrics.json; empty for another file or none."""
     try:
         found = json.loads(data or b"{}")
     except (ValueError, RecursionError):
@@ -345,9 +346,9 @@ def _write_tensors(tensors: Tensors, file: Path, metadata: dict[str, str], folde
         return
     try:
         save_file(tensors, file, metadata=metadata)
-    except SafetensorError as error:  # its own word for what the operating system refused
+    except SafetensorError as error:  # its error for a refusal of the operating system
         raise OSError(f"Cannot write {folder / file.name}: {error}") from error
-    # It writes the header's entries in a random order; the same adapter shall be the same bytes.
+    # safetensors writes the header's entries in random order. Sort them, so that equal adapters have equal bytes.
     with open(file, "r+b") as opened:
         size = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(size))
@@ -357,7 +358,7 @@ def _write_tensors(tensors: Tensors, file: Path, metadata: dict[str, str], folde
 
 
 def _digest(tensors: Tensors) -> str:
-    """What tells vectors from others, whatever their dtype."""
+    """A hash of vectors that does not depend on their dtype."""
     import torch
 
     found = hashlib.sha256()

@@ -20,7 +20,7 @@ from ia3.adapter.rules import find_rule, rule_types
 from ia3.adapter.trained import TrainedModule
 from ia3.errors import InputError, brief, reason, shown
 
-# Names of the heads that adapters for a task train in full; a model has at most one of them.
+# Names of heads that adapters for a task train in full. A model has at most one of them.
 _CLASSIFICATION = ("classifier", "score")
 TASK_HEADS = {"SEQ_CLS": _CLASSIFICATION, "TOKEN_CLS": _CLASSIFICATION, "QUESTION_ANS": ("qa_outputs",)}
 
@@ -31,9 +31,9 @@ class Target:
 
     Attributes:
         path: its dotted path in the base model.
-        module: the module itself, without any wrapper of ours.
-        feedforward: whether its input is rescaled, not its output.
-        rescaled: for a fused projection, a boolean mask of the features that are; None when all are.
+        module: the module, without our wrappers.
+        feedforward: whether its input is rescaled, instead of its output.
+        rescaled: for a fused projection, a boolean mask of the rescaled features; None: all features.
     """
 
     path: str
@@ -44,13 +44,13 @@ class Target:
 
 @dataclass(frozen=True)
 class Resolved:
-    """What a config means in a model.
+    """A config, resolved for a model.
 
     Attributes:
         targets: the modules to rescale, in the model's order.
         kept: the paths of modules to train in full.
-        config: a completed copy: what the config left open (`target_modules`, `feedforward_modules`) is filled with names
-            that PEFT reads in the same way, `modules_to_save` has the head of its task, and `fan_in_fan_out` is right.
+        config: a completed copy: `target_modules` and `feedforward_modules` have names that PEFT reads in the same way,
+            `modules_to_save` has the head of the task, and `fan_in_fan_out` is right.
     """
 
     targets: list[Target]
@@ -59,11 +59,11 @@ class Resolved:
 
 
 def walk(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The model's modules, adapters' wrappers in place of what they wrap, by their path in the base model."""
+    """The model's modules by path in the base model, with wrappers instead of the modules that they wrap."""
     found: list[tuple[str, nn.Module]] = []
 
     def visit(prefix: str, module: nn.Module) -> None:
-        for name, child in unwrapped(module)._modules.items():  # a module at two places twice
+        for name, child in unwrapped(module)._modules.items():  # a module at two paths appears twice
             if child is not None:
                 found.append((prefix + name, child))
                 visit(f"{prefix}{name}.", child)
@@ -73,12 +73,12 @@ def walk(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The base model's modules by their path, as if no adapter were there."""
+    """The base model's modules by path, without wrappers."""
     return {path: unwrapped(module) for path, module in walk(model)}
 
 
 def wrappers(model: nn.Module) -> tuple[dict[str, IA3Layer], dict[str, TrainedModule]]:
-    """What adapters put around modules, each once, by the path in the base model (the first of several)."""
+    """The wrappers by path in the base model, each once, with the first of several paths."""
     layers: dict[IA3Layer, str] = {}
     trained: dict[TrainedModule, str] = {}
     for path, module in walk(model):
@@ -90,12 +90,12 @@ def wrappers(model: nn.Module) -> tuple[dict[str, IA3Layer], dict[str, TrainedMo
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """A module without the wrapper that an adapter put around it."""
+    """A module without the wrapper of adapters."""
     return module.wrapped if isinstance(module, Member) else module
 
 
 def inside_wrappers(model: nn.Module) -> nn.Module:
-    """The model inside what compiles it or trains it in parallel (`torch.compile`, DDP, FSDP)."""
+    """The model inside the wrappers of `torch.compile`, DDP or FSDP."""
     while True:
         parts = [model._modules.get(name) for name in ("_orig_mod", "module", "_fsdp_wrapped_module")]
         inner = next((part for part in parts if part is not None), None)
@@ -105,23 +105,23 @@ def inside_wrappers(model: nn.Module) -> nn.Module:
 
 
 def embeddings(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
-    """The input and the output embeddings of a transformers model, as they stand in it; None for what it has not."""
+    """The input and output embeddings of a transformers model, with wrappers; None for a missing one."""
     found: list[nn.Module | None] = []
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         try:
             module = getattr(model, getter)()
-        except (AttributeError, NotImplementedError):  # no transformers model, or one without such a thing
+        except (AttributeError, NotImplementedError):  # no transformers model, or one without embeddings
             module = None
         found.append(module if isinstance(module, nn.Module) else None)
     return found[0], found[1]
 
 
 def matches(path: str, pattern: Iterable[str] | str) -> bool:
-    """Whether a module path is meant: by regular expression (a string), or by whole trailing components (a list)."""
+    """Whether a module path matches a regular expression (a string) or whole trailing components (a list)."""
     if isinstance(pattern, str):
         try:
             return re.fullmatch(pattern, path) is not None
-        except Exception as error:  # a repetition that is too large, or too many parentheses, fail in their own ways
+        except Exception as error:  # large repetitions or too many parentheses raise various errors
             raise InputError(
                 f"Expected a regular expression, found {brief(pattern)}: {reason(error)}; for one name, use a list."
             ) from error
@@ -129,16 +129,16 @@ def matches(path: str, pattern: Iterable[str] | str) -> bool:
 
 
 def resolve(model: nn.Module, config: IA3Config, key_value_only: bool | None = None) -> Resolved:
-    """What an adapter of this config rescales in a model, and what it trains in full.
+    """Find the modules that an adapter with this config rescales, and those that it trains in full.
 
     Args:
-        model: the base model, adapted already or not.
-        config: see `IA3Config`; it stays as it is.
-        key_value_only: rescale only the key and value part of fused projections. None: exactly when the config
-            leaves the choice of modules to the architecture.
+        model: the base model, adapted or not.
+        config: see `IA3Config`; it is not changed.
+        key_value_only: rescale only the key and value part of fused projections. None: only if the config leaves the
+            choice of modules to the architecture.
 
     Raises:
-        InputError: no module matches, a module's type cannot be rescaled, or the architecture is not known.
+        InputError: no module matches, a module's type cannot be rescaled, or the architecture is unknown.
     """
     config = copy.copy(config)
     heads = TASK_HEADS.get(config.task_type or "", ())
@@ -168,7 +168,7 @@ def _check_reads_first(model: nn.Module, config: IA3Config) -> None:
 
 
 def _resolve_targets(model: nn.Module, config: IA3Config, key_value_only: bool | None) -> list[Target]:
-    """The modules that a config names in a model, in the model's order. It completes the config."""
+    """The modules that a config names, in the model's order. Completes the config."""
     modules = base_modules(model)
     base_config = getattr(model, "config", None)
     config.chosen_by_architecture |= config.target_modules is None
@@ -215,10 +215,10 @@ def _resolve_targets(model: nn.Module, config: IA3Config, key_value_only: bool |
 def _moved_to_outputs(
     sites: list[Site], modules: dict[str, nn.Module], config: IA3Config, excluded: set[str]
 ) -> list[Site]:
-    """The architecture's sites, with those inputs that `feedforward_modules` leaves out exchanged for outputs.
+    """The architecture's sites. Inputs that `feedforward_modules` leaves out are replaced by outputs.
 
     In a gated feed-forward, rescaling the output of the projection beside the gate is the same function (PEFT's choice
-    for mT5). Where there is none, a config that leaves the modules to the architecture is refused.
+    for mT5). Without a gate, a config that leaves the modules to the architecture is refused.
     """
     named = config.feedforward_modules or ()
     by_default = config.target_modules is None
@@ -245,7 +245,7 @@ def _moved_to_outputs(
 
 
 def _trained_in_full(model: nn.Module, names: list[str]) -> list[str]:
-    """The paths of the modules that `modules_to_save` names; heads of a task may be missing."""
+    """The paths of modules that `modules_to_save` names. Heads of a task may be missing in the model."""
     modules = base_modules(model)
     chosen = [path for path in modules if matches(path, names)]
     unknown = [
@@ -265,13 +265,14 @@ def _trained_in_full(model: nn.Module, names: list[str]) -> list[str]:
 
 
 def _check_nesting(model: nn.Module, targets: list[str], kept: list[str]) -> None:
-    """Refuse an adapter on a part of a module that an adapter trains in full, or the reverse: copies would differ."""
+    """Refuse to rescale a part of a module that an adapter trains in full, or the reverse, because copies would
+    differ."""
     layers, trained = wrappers(model)
     outer = {*kept, *trained}
     nested = [(a, b) for a in sorted(outer) for b in sorted(outer) if a.startswith(f"{b}.")]
     if nested:
         a, b = nested[0]
-        raise InputError(f"Cannot train {a!r} in full beside {b!r}, which it is a part of (modules_to_save).")
+        raise InputError(f"Cannot train {a!r} in full beside {b!r}, which contains it (modules_to_save).")
     inner = {*targets, *layers}
     nested = [(a, b) for a in sorted(inner) for b in sorted(outer) if f"{a}.".startswith(f"{b}.")]
     if nested:
@@ -280,7 +281,7 @@ def _check_nesting(model: nn.Module, targets: list[str], kept: list[str]) -> Non
 
 
 def _check(target: Target) -> None:
-    """Raise unless the target's type has a rule that fits its side."""
+    """Raise unless the target's type has a rule for its side."""
     rule = find_rule(target.module)
     if rule is None:
         raise InputError(
@@ -294,7 +295,8 @@ def _check(target: Target) -> None:
 
 
 def check_callable(path: str, module: nn.Module) -> None:
-    """Raise for a container that only holds others, as `ModuleList`: an adapter's copy could not stand for it."""
+    """Raise for a container without a forward pass, such as `ModuleList`, because an adapter's copy cannot replace
+    it."""
     if type(module).forward is nn.Module.forward and hasattr(type(module), "__getitem__"):
         inner = [f"{path}.{name}" for name, _ in module.named_children()]
         around = path.rpartition(".")[0]
@@ -306,7 +308,7 @@ def check_callable(path: str, module: nn.Module) -> None:
 
 
 def shortest_names(paths: Iterable[str], others: Iterable[str]) -> set[str]:
-    """The shortest trailing components that name the paths and none of the others."""
+    """The shortest trailing components that match all of the paths and none of the others."""
     others = list(others)
     names: set[str] = set()
     for path in paths:
@@ -324,7 +326,7 @@ def _is_all_linear(config: IA3Config) -> bool:
 
 
 def _all_linear(model: nn.Module, modules: dict[str, nn.Module], config: IA3Config) -> list[str]:
-    """Every Linear and Conv1D but the output layer and the head that the task trains in full."""
+    """All Linear and Conv1D modules except the output layer and the head that the task trains in full."""
     _, output = embeddings(model)
     output = None if output is None else unwrapped(output)
     heads = TASK_HEADS.get(config.task_type or "", ())
@@ -336,16 +338,16 @@ def _all_linear(model: nn.Module, modules: dict[str, nn.Module], config: IA3Conf
 
 
 def _inside(path: str, names: Iterable[str]) -> bool:
-    """Whether a path is one of the named modules or lies in one."""
+    """Whether a path is one of the named modules or inside one."""
     names = list(names)
     parts = path.split(".")
     return any(matches(".".join(parts[: i + 1]), names) for i in range(len(parts)))
 
 
 def _complete(config: IA3Config, chosen: list[str], feedforward: list[str], modules: dict[str, nn.Module]) -> None:
-    """Write into the config what was resolved, in names that resolve to the same again."""
+    """Write the resolved modules into the config, as names that resolve to the same modules again."""
     if config.target_modules is None or _is_all_linear(config):
-        # As two lists of names, so that one is a subset of the other, as PEFT demands.
+        # Two lists of names, so that one is a subset of the other, as PEFT requires.
         config.feedforward_modules = shortest_names(feedforward, set(modules) - set(feedforward))
         first = shortest_names(set(chosen) - set(feedforward), set(modules) - set(chosen))
         config.target_modules = first | config.feedforward_modules

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint: read from any file, and checked against what a model holds."""
+"""The tensors of a checkpoint: read them from any file, and check them against a model."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ PREFIX = "base_model.model."
 
 Tensors = dict[str, torch.Tensor]
 
-# What a checkpoint may hold for a parameter of any of these types; of another type it is cast to.
+# The dtypes that a checkpoint may have for a parameter of any of these dtypes. Tensors are cast.
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def read_tensors(file: str) -> tuple[Tensors, dict[str, str]]:
-    """The tensors of a safetensors file, or of one that `torch.save` wrote, by name; and the former's header entries.
+    """The tensors by name of a safetensors or `torch.save` file, and the header entries of a safetensors file.
+
+    No code in the file is run.
 
     Raises:
-        InputError: the file is cut short, or holds more than tensors that it has all numbers of. Nothing in it is run.
+        InputError: the file is cut short, or holds anything but tensors with all their numbers.
     """
     if not file.endswith(".safetensors"):
         return _read_torch_weights(file), {}
@@ -38,15 +40,15 @@ def read_tensors(file: str) -> tuple[Tensors, dict[str, str]]:
 def _read_torch_weights(file: str) -> Tensors:
     expected = "a flat dictionary of tensors and nothing that runs code"
     with reading(file, expected, "is it cut short? Save it as safetensors"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what torch says of an odd pickle; the error is enough
-        # torch also reads what others have compressed, and a small file then fills the memory.
+        warnings.simplefilter("ignore")  # torch warns about odd pickles; the error is enough
+        # torch also reads compressed archives, and a small file could then fill the memory.
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
                 if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(file):
                     raise ValueError("it is compressed")
         try:
             tensors = torch.load(file, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:  # whose text says how to read it unsafely
+        except pickle.UnpicklingError as error:  # its text would say how to read the file unsafely
             raise ValueError("it is damaged or holds something else") from error
         if not isinstance(tensors, dict) or not all(isinstance(key, str) for key in tensors):
             raise TypeError("it holds something else")
@@ -57,7 +59,7 @@ def _read_torch_weights(file: str) -> Tensors:
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has a number in memory for each element; an expanded one claims any number of them."""
+    """Whether a tensor has a number in memory for each element. An expanded tensor may have any number of elements."""
     return (
         (tensor.layout, tensor.device.type) == (torch.strided, "cpu")
         and not (tensor.is_nested or tensor.is_quantized)
@@ -74,10 +76,10 @@ def check_tensors(
     """Raise `InputError` unless `found` fits.
 
     Args:
-        expected: by name, of the shape and type that the model holds; no matter with which values, or none.
-        found: has to have exactly these names and shapes, and values that are finite in these types.
-        adapter_name: for the message.
-        buffers: which of them may be infinite, as masks are.
+        expected: name → tensor with the model's shape and dtype; its values do not matter, and it may be a meta tensor.
+        found: must have exactly these names and shapes, and values that are finite in these dtypes.
+        adapter_name: the name for the message.
+        buffers: names of tensors that may be infinite, such as masks.
     """
     owner = f"Adapter {brief(adapter_name)}"
     missing, surplus = sorted(set(expected) - set(found)), sorted(set(found) - set(expected), key=str)
@@ -104,7 +106,7 @@ def check_tensors(
 
 
 def check_vector(name: str, tensor: torch.Tensor) -> None:
-    """Raise `InputError` unless all numbers of a tensor, one at least, lie along one of its dimensions."""
+    """Raise `InputError` unless a tensor has at least one number and at most one dimension longer than 1."""
     if not tensor.numel() or max(tensor.shape, default=0) != tensor.numel():
         raise InputError(f"Expected a vector, found {brief(name)} of shape {brief(tuple(tensor.shape))}.")
 
@@ -112,12 +114,12 @@ def check_vector(name: str, tensor: torch.Tensor) -> None:
 def wrong_values(
     found: Mapping[str, torch.Tensor], held: Mapping[str, torch.dtype], buffers: Container[str] = ()
 ) -> str | None:
-    """What is wrong with tensors' values, for an error message; None when they can be used.
+    """The problem with tensors' values, for an error message; None if there is none.
 
     Args:
-        found: as a file has them.
-        held: the type that each will be held in. A value that is finite in the file can be infinite in it.
-        buffers: which of them may be infinite.
+        found: the tensors of a file.
+        held: name → the dtype in the model. A value that is finite in the file can be infinite in it.
+        buffers: names of tensors that may be infinite.
     """
     foreign = {key: value.dtype for key, value in found.items() if value.dtype != held[key]}
     foreign = {key: dtype for key, dtype in foreign.items() if not {dtype, held[key]} <= set(_FLOATS)}
@@ -136,6 +138,6 @@ def wrong_values(
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
-    if tensor.is_floating_point() and tensor.dtype not in _FLOATS:  # 8-bit floats know no `isfinite`
+    if tensor.is_floating_point() and tensor.dtype not in _FLOATS:  # 8-bit floats have no `isfinite`
         tensor = tensor.float()
     return bool(torch.isfinite(tensor).all())

@@ -1,4 +1,4 @@
-"""A module that adapters train in full, with a copy for each: `TrainedModule`."""
+"""A module that adapters train in full, with a copy for each adapter: `TrainedModule`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class _Copies(nn.ModuleDict):
 
 
 class TrainedModule(Member):
-    """A module of `modules_to_save`: the original, and a trained copy for each adapter that saves one."""
+    """A module of `modules_to_save`: the original, and a trained copy for each adapter that has one."""
 
     _inner, _container = "original_module", "modules_to_save"
 
@@ -30,19 +30,19 @@ class TrainedModule(Member):
         super().__init__(original_module, _Copies, routing)
 
     def add(self, name: str) -> None:
-        """Give an adapter a copy of the original."""
+        """Add a copy of the original for an adapter."""
         module = copy.deepcopy(self.original_module)
         module.requires_grad_(True)
         self._hold(name, Held(module))
 
     @property
     def current(self) -> nn.Module:
-        """The copy of the acting adapter that has one, else the original."""
+        """The copy of the active adapter that has one, otherwise the original."""
         module = self.routing.module(self)
         return self.original_module if module is None else module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the current module returns; in a mixed batch, of each row its own adapter's."""
+        """The result of the current module; in a mixed batch, each row uses its adapter's copy."""
         rows = self.routing.rows
         if rows is None:
             return self.current(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Wrappers around the modules that adapters rescale or train in full: put into a base model, and taken out."""
+"""Add wrappers around the modules that adapters rescale or train in full, and remove them."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from ia3.errors import InputError, shown
 
 
 def find_routing(base: nn.Module) -> Routing | None:
-    """What the wrappers in a model ask; None when there are none."""
+    """The `Routing` that a model's wrappers share; None if there are no wrappers."""
     return next((module.routing for module in base.modules() if isinstance(module, Member)), None)
 
 
 def wrap(
     base: nn.Module, routing: Routing, targets: Iterable[Target], kept: Iterable[str]
 ) -> tuple[dict[IA3Layer, Target], list[TrainedModule]]:
-    """Put layers around the targets and the modules to train in full, where there are none yet; returns all."""
-    layers: dict[nn.Module, IA3Layer] = {}  # a module at several paths is one module, with one vector
+    """Wrap the targets and the modules to train in full, if they are not wrapped yet; return all wrappers."""
+    layers: dict[nn.Module, IA3Layer] = {}  # a module at several paths has one vector
     found: dict[IA3Layer, Target] = {}
     for target in targets:
         if target.module not in layers:
@@ -34,7 +34,7 @@ def wrap(
                 layer = IA3Layer(target.module, routing, weights_read, row_axis(target.path, parent))
             layers[target.module] = layer
             found[layer] = target
-    # At every path, named by the config or not: merging changes the module for all of them too.
+    # Wrap at every path, even those that the config does not name, because merging changes the module at all paths.
     full = tuple(f"{path}." for path in (*kept, *wrappers(base)[1]))
     for path, module in base_modules(base).items():
         if module in layers and not path.startswith(full):
@@ -52,7 +52,7 @@ def wrap(
 
 
 def _place(base: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """The module that owns the one at a path, and the name that it has there."""
+    """The parent of the module at a path, and the module's name there."""
     parent, _, name = path.rpartition(".")
     return unwrapped(base.get_submodule(parent)), name
 
@@ -60,7 +60,7 @@ def _place(base: nn.Module, path: str) -> tuple[nn.Module, str]:
 def insert(
     base: nn.Module, routing: Routing, name: str, targets: Iterable[Target], kept: Iterable[str], **vector: bool
 ) -> None:
-    """Give an adapter its vectors and its copies of modules, frozen. `vector`: see `IA3Layer.add`."""
+    """Add an adapter's vectors and copies of modules, frozen. `vector`: see `IA3Layer.add`."""
     layers, trained = wrap(base, routing, targets, kept)
     for layer, target in layers.items():
         layer.add(name, target.feedforward, rescaled=target.rescaled, **vector)
@@ -72,7 +72,7 @@ def insert(
 
 
 def remove(base: nn.Module, routing: Routing, name: str) -> None:
-    """Take an adapter out of all members, whichever `IA3Model` put it there."""
+    """Remove an adapter from all wrappers, whichever `IA3Model` added it."""
     for member in routing.members:
         if name in member.held:
             member.remove(name)
@@ -80,14 +80,14 @@ def remove(base: nn.Module, routing: Routing, name: str) -> None:
 
 
 def take_out_idle(base: nn.Module, routing: Routing) -> None:
-    """Take out the wrappers that no adapter needs any more, of the model's own or of the bank."""
+    """Remove wrappers that no adapter uses any more, neither the model's own nor the bank's."""
     idle = [member for member in routing.members if not member.held and not routing.serves_bank(member)]
     if idle:
         take_out(base, routing, {member: member.wrapped for member in idle})
 
 
 def take_out(base: nn.Module, routing: Routing, replacements: Mapping[Member, nn.Module]) -> None:
-    """Put plain modules where wrappers stand, at every path."""
+    """Replace wrappers by plain modules, at every path."""
     for parent in list(base.modules()):
         for name, child in list(parent._modules.items()):
             if isinstance(child, Member) and child in replacements:
@@ -97,13 +97,13 @@ def take_out(base: nn.Module, routing: Routing, replacements: Mapping[Member, nn
 
 
 def check_copies(base: nn.Module, routing: Routing, names: Iterable[str]) -> None:
-    """Raise when two of the adapters train the same module of the model in full: only one copy can act."""
+    """Raise if two adapters train the same module in full, because only one copy can be active."""
     names = list(dict.fromkeys(names))
     for member in routing.members if len(names) > 1 else ():
         owners = [name for name in names if name in member.held]
         if len(owners) > 1 and isinstance(member, TrainedModule):
             path = next(path for path, other in wrappers(base)[1].items() if other is member)
             raise InputError(
-                f"Adapters {shown(owners)} each train their own {path!r} (modules_to_save), and one alone can act; use "
-                f"one of them, or give rows an adapter each (adapter_names)."
+                f"Adapters {shown(owners)} each train their own {path!r} (modules_to_save), and only one can be "
+                f"active; use one of them, or a different adapter for each row (adapter_names)."
             )

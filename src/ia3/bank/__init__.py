@@ -1,4 +1,4 @@
-"""Thousands of adapters as the rows of one array, and a different one for each row of a batch: `AdapterBank`."""
+"""Thousands of adapters in one array, and a different adapter for each row of a batch: `AdapterBank`."""
 
 from ia3.bank.bank import AdapterBank, BankStatistics
 from ia3.bank.layout import Entry

@@ -1,4 +1,4 @@
-"""Thousands of adapters as the rows of one array, and a different one for each row of a batch: `AdapterBank`."""
+"""Thousands of adapters in one array, and a different adapter for each row of a batch: `AdapterBank`."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from ia3.bank.residency import Residency
 from ia3.errors import InputError, brief, shown, similar
 from ia3.files import current, locate, parse_bytes
 
-_RESERVED = (BASE, "__metadata__")  # the latter is no name in a safetensors file
+_RESERVED = (BASE, "__metadata__")  # safetensors does not allow the second name
 
 
 @dataclasses.dataclass(frozen=True)
 class BankStatistics:
-    """What a bank holds and has done.
+    """Numbers of a bank.
 
     Attributes:
         resident: adapters in memory.
-        known: adapters that can be asked for.
-        capacity: how many can be resident at once; None: as many as memory holds.
+        known: adapters that can be used.
+        capacity: the maximum of resident adapters; None: no limit but memory.
         pinned: adapters that stay resident.
-        row_bytes: memory for one.
-        resident_bytes: memory of the resident ones and the base model's row.
+        row_bytes: memory of one adapter.
+        resident_bytes: memory of the resident adapters and the base model's row.
         hits: distinct names that a gather or pin found resident, summed over calls.
-        misses: those that it had to load.
-        evictions: adapters that went out of memory to make room.
+        misses: distinct names that it had to load.
+        evictions: adapters that were evicted from memory.
         spilled: adapters in the spill file.
     """
 
@@ -58,29 +58,31 @@ class BankStatistics:
 class AdapterBank:
     """Adapters of one kind (the same modules, sides and `modules_to_save`) as rows of one array.
 
-    Row 0, by the name "__base__", is the base model: ones, and its own `modules_to_save`. An adapter is in memory, or at
-    its home (a folder, a record of an archive, of the spill file), from where it is loaded when it is asked for. Any number
-    of threads may use a bank at the same time. A deep copy is the same bank.
+    Row 0, with the name "__base__", is the base model: ones, and its own `modules_to_save`. An adapter is in memory or
+    at
+    its home: a folder, or a record of an archive or the spill file. It is loaded from there at its next use. Any
+    number of threads may use a bank at the same time. A deep copy is the same bank.
 
     Args:
-        model: gets the bank attached.
-        config: the adapters'. None: that of the model's first active adapter, else of its first.
-        dtype: of the array, torch.float32 or torch.bfloat16.
-        budget: memory for the array, in bytes or such as "512MB" or "2GiB": the least recently used adapters make room
-            for others. None: the array grows.
-        spill: a folder of this bank's own, for evicted adapters that came as tensors or whose folder has changed. None:
-            a temporary file.
+        model: the bank is attached to it.
+        config: the adapters' config. None: that of the model's first active adapter, or of its first adapter.
+        dtype: the array's dtype, torch.float32 or torch.bfloat16.
+        budget: memory for the array, in bytes or such as "512MB" or "2GiB"; the least recently used adapters are
+            evicted.
+            None: the array grows.
+        spill: a folder that only this bank uses, for evicted adapters that came as tensors or whose folder has changed.
+            None: a temporary file.
 
     Attributes:
-        config: what was resolved.
+        config: the resolved config.
         entries: the columns.
         targets: the modules that vectors rescale.
-        modules: paths of the modules of `modules_to_save`.
+        modules: the paths of the modules of `modules_to_save`.
         width: the number of columns.
-        dtype, device: of the array.
+        dtype, device: the array's dtype and device.
 
     Raises:
-        InputError: the config does not fit the model, or the budget holds no adapter, or `spill` is in use.
+        InputError: the config does not fit the model, the budget is too small for an adapter, or `spill` is in use.
     """
 
     def __init__(
@@ -100,7 +102,7 @@ class AdapterBank:
             config = model.peft_config[next(iter([*model.active_adapters, *model.peft_config]))]
         found = resolve(model.model, config, key_value_only=False)
         self.config, self.modules = found.config, found.kept
-        targets: dict[nn.Module, Target] = {}  # a module at several paths once
+        targets: dict[nn.Module, Target] = {}  # a module at several paths appears once
         for target in found.targets:
             targets.setdefault(target.module, target)
         self.targets = list(targets.values())
@@ -111,13 +113,14 @@ class AdapterBank:
         self.device = torch.device("cpu") if device.type == "meta" else device
         capacity = None if budget is None else _rows(budget, self._layout.row_bytes) - 1
 
-        # One writer at a time changes what is known and resident; gathers that find all that they need do not wait for it.
+        # One writer at a time changes the known and resident adapters. Gathers wait for it only if they miss an
+        # adapter.
         self._writer = threading.RLock()
         self._resident = Residency(self.width, dtype, self.device, capacity)
         self._stage = None if self.device.type == "cpu" else torch.empty(self.width, dtype=dtype, device="cpu")
-        self._homes: dict[str, Home | None] = {}  # of all that can be asked for; None: only in memory
+        self._homes: dict[str, Home | None] = {}  # name → home; None: only in memory
         self._roots: list[str] = []  # registered folders
-        self._deleted: set[str] = set()  # names that a registered folder still has
+        self._deleted: set[str] = set()  # deleted names that a registered folder still has
         self._files: list[RowFile] = []  # archives
         self._spill = None if spill is None else SpillFile(spill, self._layout)
         self._closed = False
@@ -138,7 +141,7 @@ class AdapterBank:
 
     @property
     def statistics(self) -> BankStatistics:
-        """What the bank holds and has done."""
+        """Numbers of the bank."""
         resident = self._resident
         return BankStatistics(
             resident=len(resident.rows) - 1,
@@ -155,23 +158,24 @@ class AdapterBank:
 
     @property
     def names(self) -> list[str]:
-        """All adapters that can be asked for, in memory or not; of registered folders those that have been seen."""
+        """The names of all known adapters, in memory or not; of registered folders, those that were seen."""
         return list(self._homes)
 
     def __len__(self) -> int:
         return len(self._homes)
 
     def __contains__(self, name: object) -> bool:
-        """Whether `gather` would know the name; "__base__" too."""
+        """Whether `gather` knows the name, including "__base__"."""
         return name == BASE or (isinstance(name, str) and (name in self._homes or self._find(name) is not None))
 
     # Reading.
 
     def gather(self, names: Sequence[str]) -> torch.Tensor:
-        """The adapters of a batch, one a row: a copy (len(names), width). What is not resident is loaded.
+        """A copy of the adapters of a batch, one per row: (len(names), width). Adapters that are not resident are
+        loaded.
 
         Raises:
-            InputError: a name is not known, an adapter cannot be loaded, or there are more than fit at once.
+            InputError: a name is unknown, an adapter cannot be loaded, or there are more than fit at once.
         """
         with self._leased(names) as (array, rows):
             index = torch.tensor([rows[name] for name in names], dtype=torch.int64, device=self.device)
@@ -188,14 +192,14 @@ class AdapterBank:
 
     @property
     def segments(self) -> list[tuple[str, bool, int]]:
-        """The columns of `matrix`: for which module, by its path, and whether for its input; and how many."""
+        """The columns of `matrix`: module path, whether for its input, and the number of columns."""
         return [(entry.path, entry.feedforward, entry.size) for entry in self.entries if entry.parameter is None]
 
     def matrix(self, names: Sequence[str]) -> tuple[torch.Tensor, dict[str, dict[str, torch.Tensor]]]:
-        """The adapters of a batch, one a row: their vectors, as columns, and the parameters of modules by path and name.
+        """The adapters of a batch, one per row: the vectors as columns, and the parameters of modules by path and name.
 
         Raises:
-            InputError: as of `gather`.
+            InputError: see `gather`.
         """
         rows = self.gather(names)
         vectors: list[torch.Tensor] = []
@@ -209,7 +213,7 @@ class AdapterBank:
 
     @contextmanager
     def _leased(self, names: Sequence[str]) -> Iterator[tuple[torch.Tensor, dict[str, int]]]:
-        """The array, and each name's row in it, which nobody overwrites within `with`."""
+        """The array, and each name's row, which is not overwritten during the `with` block."""
         distinct = dict.fromkeys(names)
         with self._resident.lease() as lease:
             yield self._resident.find(distinct, lease) or self._bring(names, distinct, lease)
@@ -217,7 +221,7 @@ class AdapterBank:
     def _bring(
         self, names: Sequence[str], distinct: Mapping[str, Any], lease: set[int]
     ) -> tuple[torch.Tensor, dict[str, int]]:
-        # Only the writer may wait for others' leases while it has one.
+        # Only the writer may wait for other leases while it holds one.
         with self._writing():
             for number, name in enumerate(names, 1):
                 if name != BASE and not self._is_known(name):
@@ -235,24 +239,24 @@ class AdapterBank:
             self._resident.touch(distinct, len(missing))
             return self._resident.array, rows
 
-    # Bringing adapters in.
+    # Adding adapters.
 
     def load(
         self, path: str | os.PathLike, name: str | None = None, subfolder: str | None = None, **hub_kwargs: Any
     ) -> str:
-        """Load an adapter from a folder or the hub, or refill the one of that name: gathers see the old or the new.
+        """Load an adapter from a folder or the hub, or refill the one of that name: gathers see the old or the new one.
 
         Args:
-            path: the folder or the hub's id.
-            name: None: the folder's own name, or the hub's id.
-            subfolder: in the folder or repository.
+            path: the folder or hub id.
+            name: the adapter's name; None: the folder's name, or the hub id.
+            subfolder: a subfolder of the folder or repository.
             **hub_kwargs: `revision`, `token`, …
 
         Returns:
-            Its name.
+            The adapter's name.
 
         Raises:
-            InputError: it is not there, or is no adapter of the bank's kind.
+            InputError: there is no adapter, or one of another kind than the bank's.
         """
         folder = os.path.abspath(os.path.join(path, subfolder or ""))
         given = os.path.basename(folder)
@@ -269,10 +273,10 @@ class AdapterBank:
         return name
 
     def add(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Add an adapter from tensors such as `get_peft_model_state_dict` returns.
+        """Add an adapter from tensors, as `get_peft_model_state_dict` returns them.
 
         Raises:
-            InputError: the name is taken or not allowed, or the tensors are not those of the bank's kind.
+            InputError: the name is taken or not allowed, or the tensors are of another kind than the bank's.
         """
         _check_name(name)
         with self._writing():
@@ -282,14 +286,14 @@ class AdapterBank:
             self._fill(name, lambda layout, row, name: layout.pack(tensors, row, name), None)
 
     def register(self, path: str | os.PathLike) -> list[str]:
-        """Make adapters known without loading them: the first gather that asks for one does.
+        """Register adapters without loading them. The first gather with an adapter loads it.
 
         Args:
-            path: a folder, in which every folder at any depth that holds an adapter is known by its relative path (with
-                slashes), those that appear later too; or an archive.
+            path: a folder, whose subfolders at any depth are adapters, with their relative path (with slashes) as name,
+                also if they appear later; or an archive.
 
         Returns:
-            The names found.
+            The found names.
 
         Raises:
             InputError: the path is no folder or archive of the bank's kind, or a name is known from another place.
@@ -305,24 +309,24 @@ class AdapterBank:
             return list(folders)
 
     def link(self, path: str | os.PathLike, name: str) -> None:
-        """Make the adapter of one folder known by a name of its own, without loading it: see `register`.
+        """Register the adapter of one folder with a given name, without loading it; see `register`.
 
         Raises:
-            InputError: the name is not allowed, or known from another place; or config and tensors are not of the bank's
-                kind, as far as can be seen without their numbers.
+            InputError: the name is not allowed, or known from another place; or config and tensors are of another kind
+                than the bank's. Numbers are not read.
         """
         with self._writing():
             self._layout.check_folder(os.path.abspath(path), name)
             self._add_homes({name: Folder(os.path.abspath(path))})
 
     def load_archive(self, path: str | os.PathLike) -> list[str]:
-        """Register an archive and load its adapters, as many as fit without evicting any.
+        """Register an archive, and load as many of its adapters as fit without eviction.
 
         Returns:
-            All its names.
+            All names of the archive.
 
         Raises:
-            InputError: see `register`; or a value is not finite.
+            InputError: a value is not finite; see also `register`.
         """
         with self._writing():
             before = set(self._homes)
@@ -342,9 +346,9 @@ class AdapterBank:
         return names
 
     def save_archive(self, path: str | os.PathLike, names: Iterable[str] | None = None) -> None:
-        """Write adapters (None: all) into one safetensors file, each as a tensor (width,) under its name.
+        """Write adapters (None: all) to one safetensors file, each as a tensor (width,) under its name.
 
-        It may be more than fits into memory: what is not resident is read from its home, and stays there.
+        They may be more than fit into memory: adapters that are not resident are read from their homes.
         """
         names = self.names if names is None else list(dict.fromkeys(names))
         with self._writing():
@@ -384,7 +388,7 @@ class AdapterBank:
         return list(records)
 
     def _add_homes(self, homes: Mapping[str, Home]) -> bool:
-        """Make all names known, or none. Returns whether any was not before."""
+        """Register all names, or none. Return whether any is new."""
         for name in homes:
             _check_name(name)
         known = {name: self._homes[name] for name in homes if name in self._homes}
@@ -399,10 +403,10 @@ class AdapterBank:
         self._deleted.difference_update(news)
         return bool(news)
 
-    # Taking adapters out, and keeping them in.
+    # Removing and pinning adapters.
 
     def delete(self, name: str) -> None:
-        """Forget an adapter; its files stay. Gathers that are running end with the values that they began with."""
+        """Remove an adapter; its files stay. Running gathers end with the values that they started with."""
         with self._writing():
             self._require([name])
             self._resident.drop(name)
@@ -411,26 +415,27 @@ class AdapterBank:
                 self._deleted.add(name)
 
     def pin(self, *names: str) -> None:
-        """Load adapters and keep them resident. Raises `InputError` as `gather` does."""
+        """Load adapters and keep them resident. Raises `InputError`, see `gather`."""
         with self._writing():
             self._require(names)
             with self._leased(names):
                 self._resident.pin(names)
 
     def unpin(self, *names: str) -> None:
-        """Let adapters be evicted again, when their turn comes."""
+        """Allow adapters to be evicted again."""
         with self._writing():
             self._require(names)
             self._resident.unpin(names)
 
     def close(self) -> None:
-        """Let go of all files and remove the spill file. What is resident can still be gathered, nothing be changed."""
+        """Close all files and remove the spill file. Resident adapters can still be gathered, but nothing can
+        change."""
         with self._writer:
             self._closed = True
             for file in (*self._files, *([] if self._spill is None else [self._spill])):
                 file.close()
 
-    # What is known.
+    # Known adapters.
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -440,7 +445,7 @@ class AdapterBank:
             yield
 
     def _is_known(self, name: str) -> bool:
-        """Whether there is such an adapter; one that has appeared in a registered folder becomes known."""
+        """Whether an adapter exists. A new one in a registered folder becomes known."""
         if name not in self._homes and isinstance(name, str):
             home = self._find(name)
             if home is not None:
@@ -448,7 +453,7 @@ class AdapterBank:
         return name in self._homes
 
     def _find(self, name: str) -> Folder | None:
-        """The folder of an adapter by that name in the first registered folder that has one."""
+        """The folder of an adapter in the first registered folder that has it."""
         parts = name.split("/")
         inside = not {"", ".", ".."}.intersection(parts) and "\\" not in name and not os.path.splitdrive(name)[0]
         if inside and name not in self._deleted:
@@ -463,11 +468,11 @@ class AdapterBank:
             if not self._is_known(name):
                 raise InputError(f"Unknown adapter {brief(name)}; {similar(str(name), self.names)}.")
 
-    # Filling rows, which is the writer's.
+    # Filling rows; only the writer does this.
 
     def _home(self, name: str) -> Home:
         home = self._homes[name]
-        assert home is not None  # only what is resident can do without
+        assert home is not None  # only a resident adapter can have no home
         return home
 
     def _reload(self, name: str) -> int:
@@ -475,7 +480,7 @@ class AdapterBank:
         return self._fill(name, home.read, home)
 
     def _fill(self, name: str, read: Callable[[Layout, torch.Tensor, str], None], home: Home | None) -> int:
-        """Read an adapter into a row, then let its name mean that row."""
+        """Read an adapter into a row, then assign the row to its name."""
         row, victim = self._resident.take(name)
         if victim is not None:
             self._keep(victim, row)
@@ -496,11 +501,11 @@ class AdapterBank:
         target = self._resident.array[row] if self._stage is None else self._stage
         read(self._layout, target, name)
         if target is self._stage:
-            self._resident.synchronize()  # whose lease has ended may still be read on the device
+            self._resident.synchronize()  # the device may still read rows after their lease has ended
             self._resident.array[row].copy_(target)
 
     def _keep(self, name: str, row: int) -> None:
-        """See to it that an adapter whose row is to be overwritten has a home; else it stays."""
+        """Make sure that an adapter has a home before its row is overwritten; otherwise it stays."""
         home = self._homes[name]
         try:
             if home is None or not home.holds():
@@ -517,7 +522,7 @@ class AdapterBank:
 
 
 def _rows(budget: int | str, row_bytes: int) -> int:
-    """How many rows a budget has room for, at least two."""
+    """The number of rows that fit a budget, at least two."""
     size = parse_bytes(budget, "a budget")
     rows = int(size // row_bytes)
     if rows < 2:

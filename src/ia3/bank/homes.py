@@ -1,4 +1,4 @@
-"""Where adapters' rows come from and go to: folders, archives, the spill file."""
+"""The homes of adapters: folders, archives, the spill file."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from ia3.bank.layout import DTYPES, Layout, file_stamp, memory, tensor_header
 from ia3.errors import InputError
 from ia3.files import reading, replacing
 
-_ENTRIES_KEY = "ia3_bank"  # in an archive's header
+_ENTRIES_KEY = "ia3_bank"  # key of an archive's header
 _SPILL_NAME = "ia3_bank.spill"
 
 
 class Home(Protocol):
-    """Where an adapter can be read from again."""
+    """The place to read an adapter from again."""
 
     def read(self, layout: Layout, row: torch.Tensor, name: str) -> None:
-        """Fill a row. Raises `InputError` when the adapter is not there any more or does not fit."""
+        """Fill a row. Raises `InputError` if the adapter no longer exists or does not fit."""
 
     def holds(self) -> bool:
-        """Whether it still holds what was read last."""
+        """Whether it still holds the adapter that was read last."""
         ...
 
     @property
@@ -40,7 +40,7 @@ class Home(Protocol):
 
 
 class Folder:
-    """An adapter's own folder as its home."""
+    """An adapter's folder as its home."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -75,9 +75,9 @@ class Record(NamedTuple):
     """A record of a file of rows as an adapter's home.
 
     Attributes:
-        file: where.
-        start: its first byte.
-        origin: of a spilled adapter, the home that no longer holds it.
+        file: the file of rows.
+        start: the record's first byte.
+        origin: for a spilled adapter, the home that no longer holds it.
     """
 
     file: RowFile
@@ -127,7 +127,7 @@ class RowFile:
         )
 
     def read(self, start: int, row: torch.Tensor) -> None:
-        """Fill a row from the bytes at `start`, cast when the file's dtype is another."""
+        """Fill a row from the bytes at `start`. It is cast if the file's dtype differs."""
         buffer = row if row.dtype == self._dtype else torch.empty(row.shape, dtype=self._dtype, device="cpu")
         self._file.seek(start)
         data = memory(buffer)
@@ -137,16 +137,16 @@ class RowFile:
             row.copy_(buffer)
 
     def close(self) -> None:
-        """Let go of the file, and remove it when it is a scratch file."""
+        """Close the file, and remove it if it is a scratch file."""
         self._finish()
 
 
 class SpillFile(RowFile):
-    """A scratch file for evicted adapters that have no other home; gone when it is closed or the process ends.
+    """A scratch file for evicted adapters without another home. It is removed when it is closed or the process ends.
 
     Args:
-        folder: made when it is not there. None: the system's temporary folder.
-        layout: of the rows.
+        folder: created if it does not exist. None: the system's temporary folder.
+        layout: the layout of the rows.
 
     Raises:
         InputError: another bank uses the folder.
@@ -165,7 +165,7 @@ class SpillFile(RowFile):
         return self._end // self._record_bytes - len(self._free)
 
     def write(self, row: torch.Tensor, origin: Home | None) -> Record:
-        """Write a row into a record that is free."""
+        """Write a row into a free record."""
         start = self._free[-1] if self._free else self._end
         self._file.seek(start)
         self._file.write(memory(row))
@@ -177,12 +177,12 @@ class SpillFile(RowFile):
         return Record(self, start, origin)
 
     def release(self, record: Record) -> None:
-        """Let a record be used for another adapter."""
+        """Free a record for another adapter."""
         self._free.append(record.start)
 
 
 def _open_alone(path: str) -> BufferedRandom:
-    """A new file that no other process or bank has open by this function."""
+    """Open a new file that no other process or bank has opened with this function."""
     try:
         import fcntl
     except ImportError:
@@ -214,14 +214,14 @@ def _discard(file: BufferedReader | BufferedRandom, path: str | None) -> None:
 def write_archive(
     path: str | os.PathLike, layout: Layout, config: IA3Config, names: Iterable[str], rows: Iterable[torch.Tensor]
 ) -> None:
-    """Write adapters into one safetensors file, each as a tensor (width,) under its name.
+    """Write adapters to one safetensors file, each as a tensor (width,) under its name.
 
     Args:
-        path: replaced in whole or not at all.
-        layout: of the rows; noted in the header, so that the file is read by banks of this layout alone.
-        config: the adapters', noted in the header.
-        names: theirs.
-        rows: as many; each is written before the next is asked for.
+        path: the file; it is replaced atomically.
+        layout: the layout of the rows, recorded in the header, so that only banks with this layout read the file.
+        config: the adapters' config, recorded in the header.
+        names: the adapters' names.
+        rows: one row per name; each is written before the next is requested.
     """
     metadata = {
         "format": "pt",
@@ -245,10 +245,10 @@ def write_archive(
 
 
 def open_archive(path: str | os.PathLike, layout: Layout) -> tuple[RowFile, dict[str, Record]]:
-    """The file that `write_archive` wrote, and where each adapter is in it.
+    """Open a file of `write_archive`; return it and the record of each adapter.
 
     Raises:
-        InputError: it is not there, no archive, cut short, or of adapters with another layout.
+        InputError: the file does not exist, is no archive, is cut short, or has another layout.
     """
     path = os.path.abspath(path)
     with reading(path, "an archive of adapters"):

@@ -1,7 +1,7 @@
-"""An adapter as one flat row of numbers: which tensor is where, and how a row is filled.
+"""An adapter as one flat row of numbers: the position of each tensor, and how to fill a row.
 
-The columns are in the order in which safetensors writes tensors of one dtype, names sorted, so that the data section of
-an adapter's file is its row.
+The columns have the order in which safetensors writes tensors of one dtype, sorted by name. So the data section of an
+adapter's file is its row.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from ia3.files import WEIGHTS_NAME, current, read_whole, reading
 
 T = TypeVar("T")
 
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}  # by safetensors' names
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}  # safetensors' names
 
-_REMEMBERED = 64  # configs and headers, so that many different ones take no memory
+_REMEMBERED = 64  # limit of cached configs and headers
 
 
 class Entry(NamedTuple):
@@ -40,8 +40,8 @@ class Entry(NamedTuple):
     Attributes:
         key: the tensor's name in a checkpoint.
         path: the module's path in the base model.
-        parameter: None for a vector (`ia3_l`); else the key in the state of a module of `modules_to_save`.
-        feedforward: of a vector, whether it scales the input.
+        parameter: None for a vector (`ia3_l`); otherwise the key in the state of a module of `modules_to_save`.
+        feedforward: for a vector, whether it rescales the input.
         shape: the tensor's shape in a checkpoint.
         start: the first of its columns.
         size: the number of its columns.
@@ -56,28 +56,28 @@ class Entry(NamedTuple):
     size: int
 
     def described(self) -> list:
-        """Name, shape, and a vector's side, as an archive holds them."""
+        """Name, shape and side, as an archive records them."""
         return [self.key, list(self.shape), None if self.parameter is not None else self.feedforward]
 
 
 def resolve_entries(
     model: Adapted, targets: Iterable[Target], kept: Iterable[str]
 ) -> tuple[tuple[Entry, ...], Tensors]:
-    """The columns of adapters that rescale `targets` and train the modules at `kept`; and the base model's tensors.
+    """The columns of adapters that rescale `targets` and train the modules at `kept`, and the base model's tensors.
 
     Raises:
-        InputError: a module to save has state that is no floating-point number, or has no memory.
+        InputError: a module of `modules_to_save` has state that is not floating-point, or on the meta device.
     """
     full = tuple(f"{path}." for path in (*kept, *model.ia3_trained_modules))
     modules = base_modules(model.model)
-    paths: dict[nn.Module, str] = {}  # the first of several, as in a checkpoint
+    paths: dict[nn.Module, str] = {}  # of several paths the first, as in a checkpoint
     for path, module in modules.items():
         if not path.startswith(full):
             paths.setdefault(module, path)
     parts: dict[str, tuple[str, str | None, bool, torch.Tensor]] = {}
     for target in targets:
         path, rule = paths[target.module], find_rule(target.module)
-        assert rule is not None  # or resolving had failed
+        assert rule is not None  # otherwise resolving had failed
         ones = torch.ones(rule.shape(target.module, target.feedforward), device="cpu")
         parts[f"{PREFIX}{path}.ia3_l"] = path, None, target.feedforward, ones
     for path in kept:
@@ -100,8 +100,8 @@ class Layout:
     """The columns of a row, and how a row is filled. Rows are tensors (width,) of `dtype` in the CPU's memory.
 
     Args:
-        entries: in order, without gaps.
-        targets: what the vectors rescale; an adapter's config must agree on the sides.
+        entries: the columns, in order and without gaps.
+        targets: the modules that the vectors rescale; an adapter's config must have the same sides.
         dtype: one of `DTYPES`.
     """
 
@@ -115,21 +115,22 @@ class Layout:
         self._header = {
             entry.key: tensor_header(dtype, entry.shape, entry.start * dtype.itemsize) for entry in self.entries
         }
-        self._known_configs: set[bytes] = set()  # raw bytes that were found good
+        self._known_configs: set[bytes] = set()  # raw bytes of valid configs
         self._known_headers: set[bytes] = set()
 
     def tensors(self, row: torch.Tensor) -> Tensors:
-        """The named tensors that a row consists of, as views."""
+        """The named tensors of a row, as views."""
         return {entry.key: row[entry.start : entry.start + entry.size].view(entry.shape) for entry in self.entries}
 
     def check_finite(self, row: torch.Tensor, name: str) -> None:
-        """Raise `InputError` when a row of adapter `name` holds NaN or infinite values."""
-        # Both spread into the sum, which takes a quarter of the time; a sum may also overflow without them.
+        """Raise `InputError` if a row of adapter `name` holds NaN or infinite values."""
+        # Both spread into the sum, which takes a quarter of the time. A sum may also overflow without them.
         if not math.isfinite(row.sum()) and not torch.isfinite(row).all():
             check_tensors(self._expected, self.tensors(row), name)
 
     def pack(self, tensors: Mapping[str, torch.Tensor], row: torch.Tensor, name: str) -> None:
-        """Fill a row with an adapter's tensors. Raises `InputError` unless they are exactly the layout's, and finite."""
+        """Fill a row with an adapter's tensors. Raises `InputError` unless they are exactly the layout's, and
+        finite."""
         check_tensors(self._expected, tensors, name)
         for key, part in self.tensors(row).items():
             part.copy_(tensors[key].detach())
@@ -138,27 +139,27 @@ class Layout:
         """Fill a row from an adapter's folder.
 
         Returns:
-            What changes when the file of tensors does.
+            A stamp that changes with the file of tensors.
 
         Raises:
-            InputError: no adapter, not finite, another method, or other modules, sides or shapes.
+            InputError: there is no adapter, it has another method, other modules, sides or shapes, or is not finite.
         """
         with reading(folder, "an adapter"):
             return read_whole(folder, lambda: self._read_folder(folder, row, name))
 
     def check_folder(self, folder: str, name: str) -> None:
-        """Raise what `read_folder` would but for numbers that are not finite, which are read only where a file is laid out
-        in another way."""
+        """Raise the errors of `read_folder`, except for numbers that are not finite. Numbers are read only if the file
+        has another layout."""
         with reading(folder, "an adapter"):
             if read_whole(folder, lambda: self._open(folder, name, lambda file, status: True)):
                 return
         self.read_folder(folder, torch.empty(self.width, dtype=self.dtype), name)
 
     def _open(self, folder: str, name: str, use: Callable[[BufferedReader, os.stat_result], T]) -> T | None:
-        """What `use` makes of an adapter's file that is laid out as a row; None when it is not."""
+        """The result of `use` for an adapter's file whose data is a row; None if it is not."""
         where = current(folder)
         if not (where / CONFIG_NAME).is_file():
-            _ = StoredAdapter(folder).config  # says what is wrong
+            _ = StoredAdapter(folder).config  # raises the error
         self._check_config(where / CONFIG_NAME, name)
         with contextlib.suppress(FileNotFoundError), open(where / WEIGHTS_NAME, "rb") as file:
             status = os.fstat(file.fileno())
@@ -181,7 +182,7 @@ class Layout:
         return stamp
 
     def _is_row(self, file: BufferedReader, size: int) -> bool:
-        """Whether what follows the safetensors header, at which the file then stands, is exactly a row."""
+        """Whether the data after the safetensors header is exactly a row. Moves the file to that position."""
         length = int.from_bytes(file.read(8), "little")
         if size != 8 + length + self.row_bytes:
             return False
@@ -191,7 +192,7 @@ class Layout:
         try:
             tensors = json.loads(header)
             tensors.pop("__metadata__", None)
-        except Exception:  # the reader of all other files says what is wrong
+        except Exception:  # the reader of all other files raises the error
             return False
         if tensors != self._header:
             return False
@@ -207,7 +208,7 @@ class Layout:
         with about(owner):
             config = IA3Config.from_json(data, path)
         named = config.feedforward_modules
-        if named is not None:  # else the shapes tell
+        if named is not None:  # otherwise the shapes decide
             wrong = [path for path, side in self._sides.items() if matches(path, named) is not side]
             if wrong:
                 raise InputError(
@@ -239,12 +240,12 @@ def tensor_header(dtype: torch.dtype, shape: Sequence[int], start: int) -> dict[
 
 
 def memory(row: torch.Tensor) -> Any:
-    """A row's memory, to read into and write from."""
+    """A row's memory, for reading and writing files."""
     return row.view(torch.uint8).numpy()
 
 
 def file_stamp(status: os.stat_result) -> tuple[int, ...]:
-    """What tells a file from another, and from itself before it was written."""
+    """A stamp that differs between files, and changes when a file is written."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 

@@ -1,4 +1,4 @@
-"""Which adapter is in which row of one array, who reads it, and who goes next: `Residency`."""
+"""The adapters in the rows of an array, leases of readers, and eviction: `Residency`."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from ia3.errors import InputError, reason
 class Residency:
     """Rows of an array by adapter name, for any number of readers and one writer at a time.
 
-    A reader leases the rows that it is going to read: until its lease ends nobody overwrites them, whatever becomes of
-    their names. One lock guards the tables; it is never held while rows are read, written or moved. That there is one
-    writer, for `hold` and all that stands below it, the caller sees to by a lock of its own.
+    A reader leases the rows that it reads. Leased rows are not overwritten, even if their names change. One lock guards
+    the tables; it is never held while rows are read, written or moved. `hold` and the methods below it are for the
+    writer; the caller makes sure, with another lock, that there is only one.
 
     Args:
-        width: columns of the array.
-        dtype, device: of the array.
-        capacity: how many adapters there is room for; None: the array grows.
+        width: the number of columns.
+        dtype, device: the array's dtype and device.
+        capacity: the maximum of adapters; None: the array grows.
 
     Attributes:
-        array: (rows, width). Growing replaces it; leased rows stay what they were in the old one.
+        array: (rows, width). Growing replaces it; leased rows stay unchanged in the old array.
         rows: name → row.
         pinned: names that are never evicted.
         hits, misses, evictions: see `BankStatistics`.
@@ -42,7 +42,7 @@ class Residency:
         self.hits = self.misses = self.evictions = 0
         self._lock = threading.Condition(threading.Lock())  # notified when a lease ends
         self._leases: dict[int, set[int]] = {}
-        self._recent: OrderedDict[str, None] = OrderedDict()  # those that may be evicted, the next one first
+        self._recent: OrderedDict[str, None] = OrderedDict()  # names that may be evicted, the next one first
         self._free: list[int] = []
         self._top = 1  # the first row that was never used
 
@@ -50,7 +50,7 @@ class Residency:
 
     @contextmanager
     def lease(self) -> Iterator[set[int]]:
-        """A set of rows that are not overwritten within `with`, to be filled by `find` or `hold`."""
+        """A set of rows, filled by `find` or `hold`, that are not overwritten during the `with` block."""
         lease: set[int] = set()
         try:
             yield lease
@@ -60,7 +60,8 @@ class Residency:
                 self._lock.notify_all()
 
     def find(self, names: Mapping[str, Any], lease: set[int]) -> tuple[torch.Tensor, dict[str, int]] | None:
-        """Lease the rows of distinct names when all are resident: the array and each name's row in it, else None."""
+        """Lease the rows of distinct names if all are resident; return the array and each name's row, otherwise
+        None."""
         with self._lock:
             try:
                 rows = {name: self.rows[name] for name in names}
@@ -73,19 +74,19 @@ class Residency:
     # For the writer.
 
     def hold(self, names: Mapping[str, Any], lease: set[int]) -> dict[str, int]:
-        """Lease the rows of those names that are resident. The writer may add rows to the lease."""
+        """Lease the rows of the resident names. The writer may add rows to the lease."""
         with self._lock:
             rows = {name: self.rows[name] for name in names if name in self.rows}
             self._hold(rows, lease)
             return rows
 
     def touch(self, names: Mapping[str, Any], missed: int) -> None:
-        """Distinct names were asked for, of which some had to be loaded: the last to be evicted now."""
+        """Record the use of distinct names, `missed` of which were loaded. They become the last to be evicted."""
         with self._lock:
             self._touch(names, missed)
 
     def require_room(self, names: Iterable[str]) -> None:
-        """Raise `InputError` unless distinct names can be resident all at once, beside what is pinned."""
+        """Raise `InputError` unless all distinct names can be resident at once, beside the pinned ones."""
         if self.capacity is None:
             return
         others = sum(name != BASE and name not in self.pinned for name in names)
@@ -97,9 +98,9 @@ class Residency:
             )
 
     def take(self, name: str) -> tuple[int, str | None]:
-        """A row that nobody reads, to be filled for an adapter, and the adapter that was evicted from it, if any.
+        """A row without readers, to fill for an adapter, and the adapter that was evicted from it, if any.
 
-        It waits for other threads' leases when these are on all that could go; `require_room` has said that some could.
+        If all rows that could be evicted are leased, it waits for other threads. Call `require_room` first.
         """
         if self.capacity is None and self.is_full:
             self.reserve(len(self.array) // 2)
@@ -117,7 +118,7 @@ class Residency:
             self._top += 1
             return self._top - 1, None
         if self.capacity is not None:
-            own = [name] if name in self.rows else []  # to refill an adapter, no other has to go
+            own = [name] if name in self.rows else []  # refilling an adapter needs no eviction
             for victim in chain(own, self._recent):
                 if self.rows[victim] not in leased:
                     self._recent.pop(victim, None)
@@ -135,7 +136,7 @@ class Residency:
                 self._recent.move_to_end(name, last=False)
 
     def put(self, name: str, row: int) -> None:
-        """Let a name mean a row that was taken, from now on."""
+        """Assign a row of `take` to a name."""
         with self._lock:
             if name in self.rows:
                 self._free.append(self.rows[name])
@@ -145,12 +146,12 @@ class Residency:
                 self._recent.move_to_end(name)
 
     def give_back(self, row: int) -> None:
-        """Let go of a row that was taken."""
+        """Free a row of `take`."""
         with self._lock:
             self._free.append(row)
 
     def drop(self, name: str) -> None:
-        """Forget a name, resident or not."""
+        """Remove a name, resident or not."""
         with self._lock:
             self._recent.pop(name, None)
             self.pinned.discard(name)
@@ -158,14 +159,14 @@ class Residency:
                 self._free.append(self.rows.pop(name))
 
     def pin(self, names: Iterable[str]) -> None:
-        """Never evict these, which are resident."""
+        """Never evict these resident names."""
         with self._lock:
             for name in names:
                 self.pinned.add(name)
                 self._recent.pop(name, None)
 
     def unpin(self, names: Iterable[str]) -> None:
-        """Let these be evicted again, when their turn comes."""
+        """Allow these names to be evicted again."""
         with self._lock:
             for name in names:
                 if name in self.pinned:
@@ -179,7 +180,7 @@ class Residency:
         return not self._free and self._top == len(self.array)
 
     def reserve(self, more: int) -> None:
-        """Make the array longer, by so many rows that were never used."""
+        """Add `more` unused rows to the array."""
         array = _empty(self._top + more, self.array.shape[1], self.array.dtype, self.array.device)
         array[: self._top] = self.array[: self._top]
         self.synchronize()
@@ -187,7 +188,7 @@ class Residency:
             self.array = array
 
     def synchronize(self) -> None:
-        """Wait until the device has done what was asked of it: a lease ends before that."""
+        """Wait until the device has finished, because a lease ends before its reads do."""
         if self.array.is_cuda:
             torch.cuda.synchronize(self.array.device)
 
@@ -206,9 +207,9 @@ class Residency:
 
 
 def _empty(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """An array whose pages take memory when they are first written."""
+    """An array whose pages take memory at their first write."""
     try:
-        with torch.inference_mode(False):  # such tensors could not be changed outside of it
+        with torch.inference_mode(False):  # inference tensors could not be changed outside of it
             return torch.empty(rows, width, dtype=dtype, device=device)
     except RuntimeError as error:
         raise InputError(

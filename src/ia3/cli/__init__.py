@@ -1,4 +1,4 @@
-"""The command line, `ia3`: one file a command."""
+"""The command line, `ia3`: one file per command."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ia3.errors import InputError, excerpt, reason
 
 app = typer.Typer(
     name="ia3",
-    help="Adapt a pretrained transformer to a task from a few dozen labelled examples, by (IA)³ and T-Few.\n\n"
-    "Start with: ia3 train (a real model, real data, no download site; about five minutes on two cores).",
+    help="Adapt a pretrained transformer to a task with a few dozen labelled examples, using (IA)³ and T-Few.\n\n"
+    "Start with: ia3 train (real model, real data, no download; about five minutes on two cores).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -37,7 +37,7 @@ app.command("serve")(serve.serve)
 app.add_typer(tasks.app, name="tasks")
 
 
-# Options that are not called as the arguments that they give.
+# Options whose names differ from their arguments.
 _OPTIONS = {"per_label": "--examples-per-label", "source": "--data"}
 
 
@@ -48,7 +48,7 @@ def _version(wanted: bool) -> None:
 
 
 class _Notices(logging.Handler):
-    """Prints what the package has to say on standard error, each line once."""
+    """Prints the package's messages on standard error, each once."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -67,7 +67,7 @@ class _Notices(logging.Handler):
 
 @contextmanager
 def _our_lines_alone() -> Iterator[None]:
-    """Within `with`, logs and warnings of the package are lines of the command, and other libraries' show errors only."""
+    """In a `with` block, print the package's logs and warnings as lines of the command; of libraries only errors."""
     notices, own, others = _Notices(), logging.getLogger("ia3"), logging.lastResort
     level = None if others is None else others.level
     own.addHandler(notices)
@@ -113,12 +113,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _option(argument: str) -> str:
-    """The option that gives an argument of the package."""
+    """The command's option for an argument of the package."""
     return _OPTIONS.get(argument, f"--{argument.replace('_', '-')}")
 
 
 def _is_failed_write(error: Exception) -> bool:
-    """Whether torch or safetensors could not write; they say so in errors of their own."""
+    """Whether the error means that torch or safetensors could not write; they have their own error types for it."""
     text = str(error)
     return type(error).__name__ == "SafetensorError" or "iostream error" in text or "PytorchStreamWriter" in text
 

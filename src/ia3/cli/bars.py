@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 class Bars(Progress):
-    """Shows what an experiment tells, within `with`.
+    """Shows an experiment's progress in a `with` block.
 
     Args:
-        out: where people read.
+        out: the console for people.
     """
 
     def __init__(self, out: Console) -> None:

@@ -1,4 +1,4 @@
-"""What the commands share: options, the console, loading an adapter with its task and base model."""
+"""Shared code of the commands: options, the console, loading an adapter with its task and base model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ia3.folder import AdapterFolder
     from ia3.training.recipe import Recipe
 
-# Of random generators.
+# The largest seed of random generators.
 MAX_SEED = 2**32 - 1
 
 AdapterArgument = typer.Argument(help="Folder (or hub id) of a trained adapter.", show_default=False)
@@ -45,12 +45,12 @@ LabelColumnOption = typer.Option(None, help="Column with the label. \\[default: 
 TestDataOption = typer.Option(
     None,
     "--test-data",
-    help="Labelled rows to measure on. \\[default: the task's, else rows of --data that training leaves over]",
+    help="Labelled test rows. \\[default: the task's, else rows of --data that are not used for training]",
     show_default=False,
 )
 TemplateOption = typer.Option(
     None,
-    help="Jinja template of the prompt, such as '{{ text }} Sentiment:'. \\[default: made from column and labels]",
+    help="Jinja template of the prompt, such as '{{ text }} Sentiment:'. \\[default: made from columns and labels]",
     show_default=False,
 )
 ChoicesOption = typer.Option(
@@ -58,25 +58,27 @@ ChoicesOption = typer.Option(
 )
 DelimiterOption = typer.Option(
     None,
-    help="What separates columns in .csv and .tsv files: ';', 'tab', … \\[default: what each file shows]",
+    help="Delimiter between columns of .csv and .tsv files: ';', 'tab', … \\[default: detected in each file]",
     show_default=False,
 )
 ExamplesOption = typer.Option(
     None,
     min=0,
-    help="Training examples of each label, drawn at random; 0: all rows, as they are. \\[default: 16, or as many as there are]",
+    help="Training examples per label, drawn at random; 0: all rows. \\[default: 16, or all if a label has fewer]",
     show_default=False,
 )
-TestRowsOption = typer.Option(200, min=0, help="Measure on at most so many test rows, drawn at random; 0: on all.")
+TestRowsOption = typer.Option(200, min=0, help="Maximum of test rows, drawn at random; 0: all.")
 RecipeOption = typer.Option(
     None,
     "--recipe",
-    help="How to train: 'paper', 'small' or a recipe.yaml. \\[default: small for models under 1B, else paper]",
+    help="Training recipe: 'paper', 'small' or a recipe.yaml. \\[default: small for models under 1B, else paper]",
     show_default=False,
 )
-StepsOption = typer.Option(None, min=1, help="Optimizer steps, at most. \\[default: the recipe's]", show_default=False)
+StepsOption = typer.Option(
+    None, min=1, help="Maximum of optimizer steps. \\[default: the recipe's]", show_default=False
+)
 InitOption = typer.Option(
-    None, help="Adapter to start from, a folder or hub id, such as one of ia3 pretrain.", show_default=False
+    None, help="Adapter with initial vectors, a folder or hub id, such as one of ia3 pretrain.", show_default=False
 )
 ActsFromOption = typer.Option(
     None,
@@ -94,26 +96,26 @@ BaseOption = typer.Option(
 DtypeOption = typer.Option(
     "auto",
     "--dtype",
-    help=f"Of the base model's weights: {', '.join(DTYPES)}. auto: bfloat16 for language models where this "
-    "machine multiplies it, which halves memory and nearly halves time and rounds scores; else as they are stored.",
+    help=f"Type of the base model's weights: {', '.join(DTYPES)}. auto: bfloat16 for language models on machines that multiply "
+    "it, which halves memory and nearly halves time; scores are rounded. On other machines the stored type.",
 )
-JsonOption = typer.Option(False, "--json", help="Print machine-readable JSON on standard output and nothing else.")
+JsonOption = typer.Option(False, "--json", help="Print only JSON on standard output, for programs.")
 
 
 def console(json_output: bool = False) -> Console:
-    """Where people read: standard output, or standard error when standard output carries JSON."""
+    """The console for people: standard output, or standard error if standard output has JSON."""
     from rich.console import Console
 
     return Console(stderr=json_output, highlight=False)
 
 
 def print_json(value: Any) -> None:
-    """The machine-readable result, one JSON document."""
+    """Print the result for programs, as one JSON document."""
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def quiet() -> None:
-    """Let no library talk into the command's own output, before any loads what talks when it is loaded."""
+    """Silence the log messages of libraries. Call it before they import modules that log on import."""
     import torch  # noqa: F401 (sets the levels of its loggers)
     import transformers
 
@@ -126,14 +128,14 @@ def quiet() -> None:
 
 
 def table(*names: str, left: int = 1, title: str | None = None) -> Table:
-    """A table whose first columns say what a row is, and whose others are numbers.
+    """A table: the first columns describe a line, the others are numbers.
 
-    On a narrow screen cells go on in a further line: none loses its end, which may be all that tells it from others.
+    On a narrow screen cells fold and keep their ends, which may be the only difference between two cells.
 
     Args:
-        names: of the columns.
-        left: how many of them are no numbers.
-        title: above the table.
+        names: the columns' names.
+        left: how many of the first columns hold text.
+        title: the title above the table.
     """
     from rich.markup import escape
     from rich.table import Table
@@ -150,9 +152,9 @@ def load_adapted(
     """A base model with the adapter of a folder in it, and its tokenizer.
 
     Args:
-        folder: the adapter's.
-        model: the base; None: the one that the adapter names.
-        dtype: of its weights, as `load_base` takes it.
+        folder: the adapter's folder.
+        model: the base model; None: the one that the adapter names.
+        dtype: the type of its weights, as `load_base` takes it.
     """
     base, tokenizer = load_base_of(folder, model, dtype)
     from ia3.adapter.model import IA3Model
@@ -163,19 +165,19 @@ def load_adapted(
 def load_base_of(
     folder: AdapterFolder, model: str | None, dtype: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model of an adapter, without it; arguments as of `load_adapted`."""
+    """The base model of an adapter, without the adapter. The arguments are those of `load_adapted`."""
     return _load_base([folder], model, dtype)
 
 
 def load_bank(
     folders: Mapping[str, AdapterFolder], model: str | None, dtype: str
 ) -> tuple[IA3Model, PreTrainedTokenizerBase]:
-    """A base model whose bank holds adapters by name, and its tokenizer.
+    """A base model with a bank of adapters, and its tokenizer.
 
     Args:
-        folders: name → the adapter's folder; one at least.
-        model: the base; None: the one that all of them name.
-        dtype: of its weights, as `load_base` takes it.
+        folders: name → the adapter's folder; at least one.
+        model: the base model; None: the one that all adapters name.
+        dtype: the type of its weights, as `load_base` takes it.
     """
     base, tokenizer = _load_base([*folders.values()], model, dtype)
     from ia3.adapter.model import IA3Model
@@ -214,26 +216,26 @@ def _load_base(
 
 
 def recipe_for(model: str, recipe: str | None, **changes: Any) -> Recipe:
-    """The recipe that is asked for, else the one for a model of that size, with some fields changed."""
+    """The given recipe, or by default the one for a model of that size, with some fields changed."""
     from ia3.training.recipe import Recipe
 
     if recipe is None:
         quiet()
     chosen = (Recipe.for_model(model) if recipe is None else Recipe.load(recipe)).changed(**changes)
     if chosen.init is not None:
-        IA3Config.from_pretrained(chosen.init)  # now, and not when the model has been loaded
+        IA3Config.from_pretrained(chosen.init)  # so that an error comes before the model is loaded
     return chosen
 
 
 def require_folder(path: Path) -> None:
-    """Refuse a file where --output has to be a folder."""
+    """Refuse a file for --output, which must be a folder."""
     if path.is_file():
         raise InputError(f"Expected a folder for --output, found the file {str(path)!r}.")
 
 
 @contextmanager
 def saying_how_to_go_on() -> Iterator[None]:
-    """Within `with`, a run that is interrupted while it trains ends with a line on how to go on, and exit code 130."""
+    """In a `with` block: if training is interrupted, say how to continue and exit with code 130."""
     from ia3.evaluation.checkpoints import Interrupted
 
     try:
@@ -247,10 +249,10 @@ def saying_how_to_go_on() -> Iterator[None]:
 
 
 def say_seen(out: Console, draws: Sequence[Draw]) -> None:
-    """Say how many rows of a task are in words that training sees; one number, or the smallest and the largest."""
+    """Say how many test rows duplicate training examples: one number, or the smallest and the largest of several."""
     for what, counts in {
-        "rows in the very words of training examples are left out of the test rows.": [one.left_out for one in draws],
-        "test rows are in the very words of training examples.": [one.repeated for one in draws],
+        "duplicates of training examples are left out of the test rows.": [one.left_out for one in draws],
+        "test rows duplicate training examples.": [one.repeated for one in draws],
     }.items():
         if any(counts):
             span = " to ".join(dict.fromkeys(map(str, (min(counts), max(counts)))))

@@ -1,4 +1,4 @@
-"""`ia3 compare`: zero-shot, in-context learning and T-Few on one task and model, how good they are and what they cost."""
+"""`ia3 compare`: accuracy and cost of zero-shot, in-context learning and T-Few on one task and model."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def compare(
     ),
     dtype: str = DtypeOption,
     data: str | None = typer.Option(
-        None, "--data", "-d", help="Labelled rows to draw examples from. \\[default: the task's]", show_default=False
+        None, "--data", "-d", help="Labelled rows: examples and shots. \\[default: the task's]", show_default=False
     ),
     text_column: str | None = TextColumnOption,
     label_column: str | None = LabelColumnOption,
@@ -66,16 +66,18 @@ def compare(
     template: str | None = TemplateOption,
     choices: str | None = ChoicesOption,
     shots: str | None = typer.Option(
-        None, help="Examples in context: 4,8,16. \\[default: 8,16, as far as they fit]", show_default=False
+        None, help="Numbers of shots: 4,8,16. \\[default: 8,16, if they fit the context]", show_default=False
     ),
     adapter: str | None = typer.Option(
-        None, help="A trained adapter's folder, to measure in place of training one.", show_default=False
+        None, help="Folder of a trained adapter to evaluate, instead of training one.", show_default=False
     ),
     examples_per_label: int | None = ExamplesOption,
     test_rows: int = TestRowsOption,
     recipe: str | None = RecipeOption,
     steps: int | None = StepsOption,
-    seed: int = typer.Option(0, min=0, max=MAX_SEED, help="Decides which examples are drawn, and their order."),
+    seed: int = typer.Option(
+        0, min=0, max=MAX_SEED, help="Random seed; decides which examples are drawn, and their order."
+    ),
     output: Path | None = typer.Option(
         None,
         "--output",
@@ -85,13 +87,13 @@ def compare(
     ),
     json_output: bool = JsonOption,
 ) -> None:
-    """Compare T-Few with zero-shot and in-context learning: how often they are right, and what they cost.
+    """Compare accuracy and cost of T-Few, zero-shot and in-context learning.
 
-    Without arguments: SmolLM2-135M on food reviews. The columns are those of the paper's Table 1, and some more: FLOPs to
+    Without arguments: SmolLM2-135M on food reviews. The costs are those of the paper's Table 1 and some more: FLOPs to
     label one example, FLOPs to train, bytes of keys and values, bytes on disk, seconds.
 
-    In-context learning's shots are read once and their keys and values are kept; what it costs to read them again for
-    each example stands beside it. Writes a picture, compare.png, and the numbers, compare.json.
+    In-context learning reads the shots once and keeps their keys and values; the table also has the cost of reading
+    them again for each example. Writes a picture, compare.png, and the numbers, compare.json.
     """
     from ia3.evaluation.drawing import drawn
 
@@ -115,8 +117,8 @@ def compare(
     examples, test = chosen.examples, chosen.test
     if not test:
         raise InputError(
-            "Expected labelled rows to measure on (--test-data): training leaves none over; give some, or train on fewer "
-            "(--examples-per-label)."
+            "Expected labelled rows to measure on (--test-data): none remain after training; give some, or train on "
+            "fewer (--examples-per-label)."
         )
     for count in counts or ():
         if not 1 <= count <= len(examples):
@@ -146,8 +148,8 @@ def compare(
     missing = [str(count) for count in USUAL_SHOTS if counts is None and count not in drawn_shots]
     if missing and comparison.reads_examples:
         out.print(
-            f"No {' and no '.join(missing)} examples in context: there are {len(examples)}, and they have to fit into the "
-            f"model's context with the longest test row.",
+            f"No {' and no '.join(missing)} examples in context: there are {len(examples)} training examples, and "
+            f"shots must fit into the model's context with the longest test row.",
             style="yellow",
             soft_wrap=True,
         )
@@ -162,7 +164,7 @@ def compare(
 
 
 def print_comparison(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A column for each method, which leaves room for names and numbers on a narrow screen; costs are rounded."""
+    """A column per method, so that names and numbers fit a narrow screen; costs are rounded."""
     lines: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "accuracy": lambda row: f"{row['accuracy']:.1%}",
         "macro-F1": lambda row: f"{row['macro_f1']:.1%}",

@@ -1,4 +1,4 @@
-"""`ia3 convert`: another library's (IA)³ checkpoint as an adapter folder."""
+"""`ia3 convert`: convert another library's (IA)³ checkpoint to an adapter folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def convert(
     ),
     json_output: bool = JsonOption,
 ) -> None:
-    """Convert an (IA)³ checkpoint of T-Few's authors, AdapterHub or PEFT's pickled format; what has no equal is refused."""
+    """Convert an (IA)³ checkpoint of T-Few's authors, AdapterHub or PEFT's .bin to an adapter folder."""
     out = console(json_output)
     with out.status("Converting …"):
         from ia3.adapter import convert as conversion

@@ -1,4 +1,4 @@
-"""`ia3 evaluate`: how good a trained adapter is on labelled rows."""
+"""`ia3 evaluate`: metrics of a trained adapter on labelled rows."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ def evaluate(
     calibrate: bool = typer.Option(
         False,
         "--calibrate",
-        help="Fit the temperature of the adapter's probabilities to these rows, but for those that it was trained on, "
+        help="Fit the temperature of the adapter's probabilities to these rows, except its training rows, "
         "and store it in the folder.",
     ),
     model: str | None = ModelOption,
     dtype: str = DtypeOption,
     json_output: bool = JsonOption,
 ) -> None:
-    """Measure a trained adapter on labelled rows: accuracy, macro-F1, each label's precision and recall, and how well
-    its probabilities are calibrated."""
+    """Evaluate a trained adapter on labelled rows: accuracy, macro-F1, each label's precision and recall, and the
+    calibration of its probabilities."""
     from ia3.errors import InputError
     from ia3.evaluation.calibration import Calibration
     from ia3.evaluation.drawing import read
@@ -66,7 +66,7 @@ def evaluate(
     if calibrate and not unseen:
         raise InputError("Expected rows for --calibrate that the adapter was not trained on, found none.")
     if len(unseen) < len(rows):
-        text = f"{len(rows) - len(unseen)} of {len(rows)} rows are in the very words of training examples"
+        text = f"{len(rows) - len(unseen)} of {len(rows)} rows duplicate training examples"
         text += "; probabilities are calibrated without them." if calibrate else "."
         out.print(text, style="yellow", markup=False, soft_wrap=True)
     with out.status("Loading …"):

@@ -1,4 +1,4 @@
-"""`ia3 inspect`: what an adapter rescales, and how much. Reads the adapter alone; no base model is loaded."""
+"""`ia3 inspect`: what an adapter rescales, and by how much. Reads only the adapter and loads no base model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ia3.folder import AdapterFolder
 
 def inspect(
     adapter: str = AdapterArgument,
-    top: int = typer.Option(5, min=0, help="How many of the largest and smallest scalings to list."),
+    top: int = typer.Option(5, min=0, help="Number of the largest and smallest scalings to list."),
     json_output: bool = JsonOption,
 ) -> None:
     """Show what an adapter rescales: modules, sizes, and the largest and smallest scalings by layer and kind."""

@@ -22,7 +22,7 @@ def merge(
     model: str | None = ModelOption,
     json_output: bool = JsonOption,
 ) -> None:
-    """Multiply an adapter into its base model and save that: a plain transformers model, with tokenizer."""
+    """Merge an adapter into its base model, and save a plain transformers model with its tokenizer."""
     out = console(json_output)
     if output.exists() and (output.is_file() or any(output.iterdir())):
         raise InputError(f"Expected --output to be a new or empty folder, found {str(output)!r}; choose another.")

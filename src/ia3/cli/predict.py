@@ -51,17 +51,17 @@ def predict(
         None,
         "--output",
         "-o",
-        help="Write rows with label and probabilities to a .csv or .jsonl file; a .csv has the delimiter of a .csv that was "
-        "read.",
+        help="Write rows with label and probabilities to a .csv or .jsonl file. A .csv has the delimiter "
+        "of a .csv input.",
         show_default=False,
     ),
     adapter_column: str | None = typer.Option(
         None,
-        help="Column of --data with the name of each row's adapter: ADAPTER is then the folder of all of them.",
+        help="Column of --data with the name of each row's adapter; ADAPTER is then the folder of all adapters.",
         show_default=False,
     ),
     abstain_below: float = typer.Option(
-        0.0, min=0.0, max=1.0, help="Give no label where the best one's probability is lower."
+        0.0, min=0.0, max=1.0, help="Give no label if the best label's probability is lower."
     ),
     model: str | None = ModelOption,
     dtype: str = DtypeOption,
@@ -139,7 +139,7 @@ def predict(
 
 
 def _recipe_of(folders: Sequence[AdapterFolder]) -> Recipe:
-    """The recipe of all adapters, which decides how they are scored."""
+    """The recipe of all adapters, which decides how rows are scored."""
     first, *others = folders
     for other in others:
         for name in ("length_normalization", "long_prompts"):
@@ -153,7 +153,7 @@ def _recipe_of(folders: Sequence[AdapterFolder]) -> Recipe:
 
 
 def _adapter_of_each(folder: Path, rows: Sequence[Row], column: str) -> list[str]:
-    """The adapter that a column names for each row, a subfolder of `folder`."""
+    """The adapter of each row, named by a column: a subfolder of `folder`."""
     if not folder.is_dir():
         raise InputError(f"Expected a folder of adapters with --adapter-column, found no {str(folder)!r} here.")
     there = adapter_folders(str(folder))
@@ -175,7 +175,7 @@ def _adapter_of_each(folder: Path, rows: Sequence[Row], column: str) -> list[str
 
 
 def _delimiter_like(data: str | None, delimiter: str | None) -> str:
-    """What separates the columns of a CSV file that is written: what does in the one that was read."""
+    """The delimiter of the CSV file to write: that of the CSV file that was read."""
     from ia3.task.reading import as_delimiter, delimiter_of
 
     if data is None or Path(data).suffix.lower() != ".csv":
@@ -240,6 +240,6 @@ def _print_table(
 
 
 def _shortened(text: str) -> str:
-    """A long text without its middle: how it begins and how it ends tells it from others."""
+    """A long text without its middle. Its start and end distinguish it from others."""
     beginning = _TEXT_WIDTH * 2 // 3
     return text if len(text) <= _TEXT_WIDTH else f"{text[:beginning]} … {text[beginning + 3 - _TEXT_WIDTH :]}"

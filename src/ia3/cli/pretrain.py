@@ -1,4 +1,4 @@
-"""`ia3 pretrain`: vectors from a mixture of tasks, for `ia3 train --init`."""
+"""`ia3 pretrain`: initial vectors from a mixture of tasks, for `ia3 train --init`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def pretrain(
     tasks: str = typer.Option(
         ...,
         "--tasks",
-        help="What to draw from: built-in tasks (see ia3 tasks) and task files, rte,cb,mine.yaml.",
+        help="Tasks of the mixture: built-in tasks (see ia3 tasks) and task files, rte,cb,mine.yaml.",
         show_default=False,
     ),
     output: Path = typer.Option(..., "--output", "-o", help="Folder of the adapter.", show_default=False),
@@ -43,26 +43,26 @@ def pretrain(
     recipe: str | None = typer.Option(
         None,
         "--recipe",
-        help="How to train, but for the loss: 'paper', 'small' or a recipe.yaml. \\[default: the paper's "
+        help="Training recipe, except the loss: 'paper', 'small' or a recipe.yaml. \\[default: the paper's "
         "pre-training, batches of 16]",
         show_default=False,
     ),
     cap: int | None = typer.Option(
         None,
         min=1,
-        help="More rows than this do not make a task more frequent. \\[default: 500,000]",
+        help="Maximum of rows that count for a task's share of the mixture. \\[default: 500,000]",
         show_default=False,
     ),
-    seed: int = typer.Option(0, min=0, max=MAX_SEED, help="Decides what is drawn."),
-    resume: bool = typer.Option(False, "--resume", help="Go on from the last checkpoint of an interrupted run."),
+    seed: int = typer.Option(0, min=0, max=MAX_SEED, help="Random seed; decides which rows are drawn."),
+    resume: bool = typer.Option(False, "--resume", help="Continue from the last checkpoint of an interrupted run."),
     json_output: bool = JsonOption,
 ) -> None:
-    """Train vectors on a mixture of tasks, for ia3 train to start from: ia3 train --init FOLDER.
+    """Train initial vectors for ia3 train on a mixture of tasks: ia3 train --init FOLDER.
 
-    Each example is a row of a task, drawn in proportion to the tasks' sizes, in the words of one of its templates, with
-    its right answer. The loss is that answer's likelihood alone.
+    Each training example is a row of a task, rendered by one of its templates, with the right answer. Tasks are drawn
+    in proportion to their sizes. The loss is only the answer's likelihood.
 
-    Writes adapter_config.json and adapter_model.safetensors (which PEFT reads too), recipe.yaml, metrics.json and
+    Writes adapter_config.json and adapter_model.safetensors (which PEFT also reads), recipe.yaml, metrics.json and
     README.md into the output folder.
     """
     out = console(json_output)

@@ -1,4 +1,4 @@
-"""`ia3 raft`: the eleven tasks of RAFT, from their rows to a submission."""
+"""`ia3 raft`: the eleven tasks of RAFT, from rows to a submission."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 def raft(
     tasks: str | None = typer.Option(
-        None, "--tasks", help="Some of them: ade_corpus_v2,overruling. \\[default: all eleven]", show_default=False
+        None, "--tasks", help="Some of the tasks: ade_corpus_v2,overruling. \\[default: all eleven]", show_default=False
     ),
     data: Path | None = typer.Option(
         None,
@@ -46,16 +46,16 @@ def raft(
     dtype: str = DtypeOption,
     recipe: str | None = RecipeOption,
     init: str | None = InitOption,
-    folds: int = typer.Option(5, min=2, help="Cross-validate on the training rows in so many parts."),
-    seed: int = typer.Option(0, min=0, max=MAX_SEED, help="Decides the parts, and the order of examples."),
+    folds: int = typer.Option(5, min=2, help="Number of cross-validation parts of the training rows."),
+    seed: int = typer.Option(0, min=0, max=MAX_SEED, help="Random seed; decides the parts, and the order of examples."),
     output: Path = typer.Option(Path("adapters", "raft"), "--output", "-o", help="Folder of results."),
-    resume: bool = typer.Option(False, "--resume", help="Do not repeat the tasks that are finished in the folder."),
+    resume: bool = typer.Option(False, "--resume", help="Skip tasks that are finished in the folder."),
     json_output: bool = JsonOption,
 ) -> None:
-    """Train and cross-validate on each task of the RAFT benchmark, and write predictions as its leaderboard takes them.
+    """Train and cross-validate on each task of the RAFT benchmark, and write predictions for its leaderboard.
 
-    Each task has 50 training rows. Macro-F1 is measured on them by cross-validation; the adapter that labels the test rows
-    is trained on all of them, with all three terms of the loss, and all 77 answers of banking_77.
+    Each task has 50 training rows. Cross-validation measures macro-F1 on them. The adapter that labels the test rows is
+    trained on all of them, with all three loss terms, and with all 77 answers of banking_77.
 
     Writes TASK/predictions.csv (columns ID and Label) and the adapter, as ia3 train does, into the output folder.
     """

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def print_table(out: Console, results: dict[str, Any]) -> None:
-    """One adapter's results."""
+    """Print the results of one adapter."""
     if "trained" in results:
         scores = table("", *METRICS.values(), title=f"{results['test_rows']} test rows")
         for key, name in METHODS.items():
@@ -34,12 +34,12 @@ def print_table(out: Console, results: dict[str, Any]) -> None:
 
 
 def print_fleet_table(out: Console, members: Mapping[str, dict[str, Any]], seeds: Mapping[str, Sequence[str]]) -> None:
-    """A fleet's results: a row for each member, each group of seeds' median and interquartile range, and their mean.
+    """Print the results of several adapters: a line per adapter, the median and IQR of each group, and the mean.
 
     Args:
         out: the console.
-        members: results by the member's name.
-        seeds: names of members that differ in the seed alone, by what they share.
+        members: the results, by the adapter's name.
+        seeds: groups of adapters that differ only in the seed: what they share → their names.
     """
     from rich.markup import escape
 
@@ -65,7 +65,7 @@ def print_fleet_table(out: Console, members: Mapping[str, dict[str, Any]], seeds
 
 
 def _cells(some: Sequence[dict[str, Any]]) -> list[str]:
-    """For each method accuracy and macro-F1: median and interquartile range, or the value where all have the same."""
+    """Accuracy and macro-F1 of each method: median and interquartile range, or the value if all are equal."""
     cells = []
     for method in METHODS:
         texts = []
@@ -79,7 +79,7 @@ def _cells(some: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _means(groups: Sequence[Sequence[dict[str, Any]]]) -> list[str]:
-    """For each method the mean over groups of their median accuracies and macro-F1s."""
+    """Accuracy and macro-F1 of each method: the mean of the groups' medians."""
     cells = []
     for method in METHODS:
         medians = [

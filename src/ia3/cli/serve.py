@@ -1,4 +1,4 @@
-"""`ia3 serve`: any number of adapters of one model over HTTP."""
+"""`ia3 serve`: serve any number of adapters of one model over HTTP."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOKEN_VARIABLE = "IA3_SERVE_TOKEN"
 
 
 class EngineKind(str, Enum):
-    """What runs the model."""
+    """The engine that runs the model."""
 
     LOCAL = "local"
     VLLM = "vllm"
@@ -34,55 +34,56 @@ def serve(
         None,
         "--adapters",
         "-a",
-        help="Folder whose subfolders are the adapters; uploads go there too. \\[default: adapters, where ia3 train puts them]",
+        help="Folder with adapters in subfolders; also for uploads. \\[default: adapters, where ia3 train puts them]",
         show_default=False,
     ),
-    host: str = typer.Option("127.0.0.1", help="Address to listen at. Others than loopback need a token."),
-    port: int = typer.Option(8000, min=0, max=65535, help="Port to listen at; 0: any that is free."),
+    host: str = typer.Option("127.0.0.1", help="Address to listen on. All but loopback need a token."),
+    port: int = typer.Option(8000, min=0, max=65535, help="Port to listen on; 0: any free port."),
     token_file: Path | None = typer.Option(
         None,
         "--token-file",
-        help=f"File with the token that clients have to show. \\[default: the environment variable {TOKEN_VARIABLE}]",
+        help=f"File with the token that clients must send. \\[default: the environment variable {TOKEN_VARIABLE}]",
         show_default=False,
     ),
     memory: str | None = typer.Option(
         None,
-        help="Memory for adapters' vectors, such as 2GiB; the least recently used make room. \\[default: no limit]",
+        help="Memory for adapters' vectors, such as 2GiB; the least recently used are evicted. \\[default: no limit]",
         show_default=False,
     ),
     engine: EngineKind = typer.Option(
-        EngineKind.LOCAL, help="What runs the model: this process, or vLLM (docs/vllm.md), which needs to be installed."
+        EngineKind.LOCAL, help="Engine that runs the model: this process, or vLLM if it is installed (docs/vllm.md)."
     ),
-    max_adapters: int = typer.Option(20_000, min=1, help="Adapters at most."),
-    max_batch: int = typer.Option(64, min=1, help="Rows of a pass through the model, at most."),
-    max_texts: int = typer.Option(_DEFAULTS.texts, min=1, help="Texts of a request, at most."),
+    max_adapters: int = typer.Option(20_000, min=1, help="Maximum of adapters."),
+    max_batch: int = typer.Option(64, min=1, help="Maximum of rows per pass through the model."),
+    max_texts: int = typer.Option(_DEFAULTS.texts, min=1, help="Maximum of texts per request."),
     max_text_tokens: int | None = typer.Option(
-        None, min=1, help="Tokens of a prompt, at most. \\[default: as many as the model takes]", show_default=False
+        None, min=1, help="Maximum of tokens per prompt. \\[default: the model's context]", show_default=False
     ),
     max_text_characters: int | None = typer.Option(
         None,
         min=1,
-        help="Characters of a prompt, at most, before it is tokenized. \\[default: 16 a token that it may have, or 10000]",
+        help="Maximum of characters per prompt. \\[default: 16 per token that it may have, at least 10000]",
         show_default=False,
     ),
-    max_new_tokens: int = typer.Option(_DEFAULTS.new_tokens, min=1, help="Tokens to generate for a prompt, at most."),
-    max_body: int = typer.Option(_DEFAULTS.body_bytes, min=1, help="Bytes of a request, at most."),
-    max_upload: int = typer.Option(_DEFAULTS.upload_bytes, min=1, help="Bytes of an uploaded adapter, at most."),
+    max_new_tokens: int = typer.Option(_DEFAULTS.new_tokens, min=1, help="Maximum of new tokens per prompt."),
+    max_body: int = typer.Option(_DEFAULTS.body_bytes, min=1, help="Maximum of bytes per request."),
+    max_upload: int = typer.Option(_DEFAULTS.upload_bytes, min=1, help="Maximum of bytes per upload."),
     queue: int = typer.Option(
-        _DEFAULTS.queue, min=1, help="Texts that may wait or be under way; further requests get status 429."
+        _DEFAULTS.queue, min=1, help="Maximum of waiting and running texts; further requests get status 429."
     ),
     deadline: float = typer.Option(
-        _DEFAULTS.deadline, min=0.001, help="Seconds that a request may take; then it gets status 504."
+        _DEFAULTS.deadline, min=0.001, help="Maximum of seconds per request; then it gets status 504."
     ),
-    log_texts: bool = typer.Option(False, "--log-texts", help="Log what clients send, too."),
+    log_texts: bool = typer.Option(False, "--log-texts", help="Also log the texts that clients send."),
 ) -> None:
     """Serve adapters of one model over HTTP: labels and probabilities, and OpenAI's completions.
 
-    Without arguments: SmolLM2-135M with the adapters that ia3 train has put into ./adapters; a page to try them is at
+    Without arguments: SmolLM2-135M with the adapters in ./adapters, where ia3 train puts them. A page to try them is at
     http://127.0.0.1:8000, the API at /docs.
 
-    Requests of different adapters share batches, so thousands of adapters are as fast as one. SIGHUP reads the adapters'
-    folder again; SIGTERM and Ctrl-C finish what was accepted. Logs are JSON lines on standard error, without texts.
+    Requests for different adapters share batches, so thousands of adapters are as fast as one. SIGHUP reads the
+    adapters' folder again. SIGTERM and Ctrl-C finish accepted requests and end. Logs are JSON lines on standard error,
+    without texts.
     """
     if max_texts > queue:
         raise InputError(f"Expected a --queue of at least --max-texts ({max_texts}), found {queue}.")
@@ -136,7 +137,7 @@ def serve(
 
 
 def _token(file: Path | None) -> str | None:
-    """The token that clients have to show; None: there is none."""
+    """The token that clients must send, or None."""
     if file is not None:
         if not file.is_file():
             raise InputError(f"Expected a file with the token, found no {str(file)!r}.")

@@ -1,4 +1,4 @@
-"""`ia3 tasks`: the tasks that come with the package, and what one of them asks."""
+"""`ia3 tasks`: list the built-in tasks, and show one of them."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def show(
         None,
         "--data",
         "-d",
-        help="Rows to take an example from: .csv, .jsonl, … \\[default: the task's made-up row]",
+        help="File with the row to show: .csv, .jsonl, … \\[default: the task's invented row]",
         show_default=False,
     ),
     delimiter: str | None = DelimiterOption,
-    row: int = typer.Option(1, min=1, help="Which row of --data, counted from 1."),
+    row: int = typer.Option(1, min=1, help="Number of the row in --data, from 1."),
     json_output: bool = JsonOption,
 ) -> None:
-    """Print a task, and an example row in the words of each of its templates. Nothing is downloaded without --data."""
+    """Print a task, and a row in the wording of each template. Without --data, nothing is downloaded."""
     from ia3.evaluation.drawing import read
     from ia3.task.reading import require_delimited
     from ia3.task.task import Task
@@ -97,7 +97,7 @@ def _summary(task: Task) -> dict[str, Any]:
 
 
 def _rendered(task: Task, row: Row, number: int | None) -> list[dict[str, Any]]:
-    """The row in the words of each template; its label, where it has one."""
+    """The row in the wording of each template, and its label, if it has one."""
     found = []
     for index, template in enumerate(task.templates):
         labelled = template.says_answer or task.label_column in row

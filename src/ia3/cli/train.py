@@ -1,4 +1,4 @@
-"""`ia3 train`: from a few labelled examples to adapters, and how much better they are than the untrained model."""
+"""`ia3 train`: train adapters from a few labelled examples and compare them with the untrained model."""
 
 from __future__ import annotations
 
@@ -69,7 +69,10 @@ def train(
         show_default=False,
     ),
     tasks: str | None = typer.Option(
-        None, "--tasks", help="Several, an adapter for each: rte,cb,a.yaml. All train at once.", show_default=False
+        None,
+        "--tasks",
+        help="Several tasks, one adapter per task: rte,cb,a.yaml. All train at once.",
+        show_default=False,
     ),
     test_data: str | None = TestDataOption,
     delimiter: str | None = DelimiterOption,
@@ -86,25 +89,25 @@ def train(
         None,
         min=0,
         max=MAX_SEED,
-        help="Decides which examples are drawn, and their order. \\[default: 0]",
+        help="Random seed; decides which examples are drawn, and their order. \\[default: 0]",
         show_default=False,
     ),
     seeds: str | None = typer.Option(
-        None, "--seeds", help="Several, an adapter for each: 0,1,2. All train at once.", show_default=False
+        None, "--seeds", help="Several seeds, one adapter per seed: 0,1,2. All train at once.", show_default=False
     ),
     learning_rates: str | None = typer.Option(
         None,
         "--learning-rates",
-        help="Several, an adapter for each: 1e-3,3e-3. All train at once. \\[default: the recipe's]",
+        help="Learning rates, one adapter per rate: 1e-3,3e-3. All train at once. \\[default: the recipe's]",
         show_default=False,
     ),
     folds: int = typer.Option(
         0,
         min=0,
-        help="Cross-validate on the training examples in so many parts, and calibrate probabilities by them; 0: do not.",
+        help="Number of cross-validation parts of the training examples, to calibrate probabilities; 0: none.",
     ),
     all_templates: bool = typer.Option(
-        False, "--all-templates", help="Measure with each of the task's templates, and report the median."
+        False, "--all-templates", help="Evaluate each of the task's templates, and report the median."
     ),
     output: Path | None = typer.Option(
         None,
@@ -113,21 +116,22 @@ def train(
         help="Folder of the adapter. \\[default: adapters/NAME; adapters/fleet with --tasks]",
         show_default=False,
     ),
-    resume: bool = typer.Option(False, "--resume", help="Go on from the last checkpoint of an interrupted run."),
+    resume: bool = typer.Option(False, "--resume", help="Continue from the last checkpoint of an interrupted run."),
     json_output: bool = JsonOption,
 ) -> None:
     """Train an adapter, and compare it with the untrained model.
 
-    Without arguments: SmolLM2-135M learns from 32 food reviews whether a review is great, and is tested on 200 others.
+    Without arguments: SmolLM2-135M learns from 32 food reviews whether a review is great. It is tested on 200 others.
 
     With your own data: ia3 train --data train.csv --text-column text --label-column label
 
-    --seeds, --tasks and --learning-rates train many adapters at once, one for each combination, in about the memory of
-    one model and each as it would have been trained alone. Each has its own folder in the output folder, such as seed-0,
-    TASK/seed-0 or seed-0-lr-0.001. The paper's protocol is: ia3 train --tasks rte,cb,copa --seeds 0,1,2,3,4 --all-templates
+    --seeds, --tasks and --learning-rates train one adapter for each combination. All train at once in about the memory
+    of one model, and each gets the result of a separate run. Each has a subfolder of the output folder, such as seed-0,
+    TASK/seed-0 or seed-0-lr-0.001. The paper's protocol is: ia3 train --tasks rte,cb,copa --seeds 0,1,2,3,4
+    --all-templates
 
-    Writes adapter_config.json and adapter_model.safetensors (which PEFT reads too, with --acts-from start), task.yaml,
-    recipe.yaml, metrics.json and README.md into the output folder.
+    Writes adapter_config.json and adapter_model.safetensors (which PEFT also reads, with --acts-from start), task.yaml, recipe.yaml,
+    metrics.json and README.md into the output folder.
     """
     from ia3.evaluation.experiment import Experiment
 
@@ -198,7 +202,7 @@ def _together(one: str, value: Any, other: str, others: Any) -> None:
 
 
 def _check_folds(trials: Sequence[Trial], folds: int) -> None:
-    """Refuse --folds that some trial's examples cannot be divided into."""
+    """Refuse --folds if the examples of a trial cannot be divided into that many parts."""
     from ia3.evaluation.calibration import fold_of_each
 
     for trial in trials:
@@ -207,10 +211,10 @@ def _check_folds(trials: Sequence[Trial], folds: int) -> None:
 
 
 def folder_of(root: str, name: str) -> Path:
-    """The folder in `root` that a task's results go into by default.
+    """The default folder for a task's results, in `root`.
 
     Raises:
-        InputError: a name that leads elsewhere.
+        InputError: the name leads to another place.
     """
     from ia3.evaluation.experiment import names_a_folder
 
@@ -222,7 +226,7 @@ def folder_of(root: str, name: str) -> Path:
 
 
 def numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
-    """Numbers with commas between them, each once."""
+    """Different numbers, separated by commas."""
     try:
         found = [kind(part) for part in text.split(",")]
     except ValueError:
@@ -237,7 +241,7 @@ def numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
 
 
 def _sources(files: str, delimiter: str | None) -> list[Source]:
-    """Several tasks, which name folders and therefore differ in their names."""
+    """Several tasks with their rows. Their names must differ, because they name folders."""
     from ia3.evaluation.experiment import TAKEN, names_a_folder
 
     paths = [part.strip() for part in files.split(",") if part.strip()]
@@ -267,7 +271,7 @@ def source_of(
     template: str | None = None,
     delimiter: str | None = None,
 ) -> Source:
-    """The task and rows that options of these names describe; the embedded ones without any."""
+    """The task and rows that these options describe; without options, the embedded ones."""
     from ia3.evaluation.drawing import Source, read
     from ia3.task.reading import name_of, require_delimited
     from ia3.task.task import Task
@@ -304,7 +308,7 @@ def source_of(
 
 
 def _describe(out: Console, experiment: Experiment, checkpoint: str | None) -> None:
-    """Say what will be done."""
+    """Say what the run will do."""
     by_task: dict[int, list[Trial]] = {}
     for trial in experiment.trials:
         by_task.setdefault(id(trial.task), []).append(trial)
@@ -318,7 +322,7 @@ def _describe(out: Console, experiment: Experiment, checkpoint: str | None) -> N
         out.print(text, markup=False, style="bold", soft_wrap=True)
         say_seen(out, draws)
         count = len(task.templates)
-        more = "" if count == 1 else f" ({count} templates are drawn from; the first measures)"
+        more = "" if count == 1 else f" (training draws from {count} templates; evaluation uses the first)"
         out.print(f"The prompt, and its answer choices{more}:", style="dim")
         example = (first.examples or first.test)[0]
         for line in task.templates[0].prompt.rstrip().splitlines():

@@ -1,4 +1,4 @@
-"""Probabilities that mean what they say: `cross_validate`, `Calibration`."""
+"""Calibrated probabilities: `cross_validate`, `Calibration`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ia3.task.task import Task
     from ia3.training.recipe import Recipe
 
-# Where the best temperature is looked for: an adapter that knows its examples by heart is sure of everything.
+# The range to search for the temperature. It is wide because an adapter that memorized its examples is overconfident.
 _LOWEST, _HIGHEST = 0.05, 20.0
 
 # Bins of the expected calibration error, as in Guo et al. 2017.
@@ -36,13 +36,13 @@ _BINS = 15
 
 
 class Calibration(BaseModel):
-    """A temperature that turns scores into probabilities, and how good these are (Guo et al. 2017, arXiv:1706.04599).
+    """A temperature for the probabilities, and their quality (Guo et al. 2017, arXiv:1706.04599).
 
-    p = softmax(scores / temperature). One number does not change which answer is best.
+    p = softmax(scores / temperature). The temperature does not change the best answer.
 
     Attributes:
-        temperature: above 1 where the adapter is too sure of itself.
-        rows: the labelled rows that it was fitted on, none of which the adapter had learned.
+        temperature: above 1 if the adapter is overconfident.
+        rows: the number of labelled rows that it was fitted on, none of them training rows.
         log_loss, log_loss_before: mean of -log p(right label) in nats, with the temperature and with 1.
         calibration_error, calibration_error_before: the expected calibration error of the best label's probability, in
             15 bins, from 0 to 1.
@@ -59,14 +59,14 @@ class Calibration(BaseModel):
 
     @classmethod
     def fit(cls, predictions: Sequence[Prediction], labels: Sequence[str]) -> Calibration:
-        """The temperature that gives the right labels of N rows the lowest log-loss.
+        """Fit the temperature with the lowest log-loss on N rows.
 
         Args:
-            predictions: of rows that the adapter has not learned.
-            labels: the right ones.
+            predictions: N predictions for rows that the adapter was not trained on.
+            labels: N right labels.
 
         Raises:
-            InputError: no rows, or not as many labels.
+            InputError: there are no rows, or the numbers of predictions and labels differ.
         """
         from scipy.optimize import minimize_scalar
 
@@ -86,7 +86,7 @@ class Calibration(BaseModel):
 
     @staticmethod
     def quality(predictions: Sequence[Prediction], labels: Sequence[str], temperature: float) -> dict[str, float]:
-        """`log_loss` and `calibration_error` of predictions with some temperature."""
+        """`log_loss` and `calibration_error` of predictions at a temperature."""
         scores = [prediction.scores for prediction in predictions]
         return {
             "log_loss": _log_loss(scores, labels, temperature),
@@ -95,7 +95,7 @@ class Calibration(BaseModel):
 
     @classmethod
     def from_json(cls, data: bytes, path: str | os.PathLike) -> Calibration:
-        """The one in what was read from `path`. Raises `InputError` for a damaged file."""
+        """The calibration in the content of `path`. Raises `InputError` for a damaged file."""
         advice = "calibrate anew"
         with reading(path, "a calibration", advice):
             try:
@@ -105,7 +105,7 @@ class Calibration(BaseModel):
                 raise InputError(f"Cannot use {where}: {problems(error, 'calibration')}; {advice}.") from error
 
     def to_json(self) -> str:
-        """What `from_json` reads."""
+        """The JSON that `from_json` reads."""
         return json.dumps(self.model_dump(), indent=2) + "\n"
 
 
@@ -130,13 +130,13 @@ def _calibration_error(scores: Sequence[Mapping[str, float]], labels: Sequence[s
 
 
 def fold_of_each(task: Task, rows: Any, folds: int, seed: int = 0) -> list[int]:
-    """The fold that `cross_validate` puts each labelled row into, from 0; nothing is trained or loaded for it.
+    """The fold of each labelled row in `cross_validate`, from 0. Nothing is trained or loaded.
 
-    Folds are stratified, where a label has as many rows as there are folds. Rows in the same words share one: an adapter
-    that has seen one of them has seen them all.
+    Folds are stratified if a label has at least as many rows as there are folds. Duplicate rows share a fold, because
+    an adapter that has seen one of them has seen all.
 
     Raises:
-        InputError: more folds than rows in different words, fewer than two, or a fold whose other rows show one label only.
+        InputError: more folds than distinct rows, fewer than two folds, or a fold whose other rows have only one label.
     """
     from sklearn.model_selection import KFold, StratifiedKFold
 
@@ -149,9 +149,9 @@ def fold_of_each(task: Task, rows: Any, folds: int, seed: int = 0) -> list[int]:
             f"Expected from 2 folds to as many as there are different rows ({len(label_of)}), found {folds}."
         )
     labels = list(label_of.values())
-    # Where all labels have fewer rows than there are folds, there is nothing to balance.
+    # If all labels have fewer rows than there are folds, the folds cannot be balanced.
     kind = StratifiedKFold if max(Counter(labels).values()) >= folds else KFold
-    with warnings.catch_warnings():  # a label with fewer rows than folds is missing in some: that is all right
+    with warnings.catch_warnings():  # a label with fewer rows than folds is missing in some folds, which is fine
         warnings.simplefilter("ignore", UserWarning)
         parts = kind(folds, shuffle=True, random_state=seed).split(labels, labels)
         different = list(label_of)
@@ -179,26 +179,25 @@ def cross_validate(
     stage: Stage | None = None,
     readings: Readings | None = None,
 ) -> list[Prediction]:
-    """Predictions for labelled rows by adapters that have not seen them: each fold's by one trained on the others.
+    """Predict each fold of the labelled rows with an adapter that is trained on the other folds.
 
-    What folds are, `fold_of_each` says. The adapters are trained all at once, each as a run alone would, and removed at
-    the end.
+    `fold_of_each` describes the folds. The adapters train all at once, with the results of separate runs, and are
+    removed at the end.
 
     Args:
-        model: gets an adapter for each fold, for the time; its own stay as they are, trainable ones trainable and active
-            ones active.
-        tokenizer: the model's.
-        task: says what the rows mean.
+        model: gets an adapter per fold during the call; its own adapters stay as they are, trainable and active or not.
+        tokenizer: the model's tokenizer.
+        task: the task of the rows.
         rows: N labelled rows, as `as_rows` takes them.
         recipe: how to train.
-        folds: how many parts.
-        seed: decides the parts, and each fold's order.
-        output_dir: the folder that the trainer names; nothing is written to it.
-        stage: told of the steps that are done.
-        readings: of the rows' texts, which all folds share; None: kept for this call.
+        folds: the number of folds.
+        seed: decides the folds, and the order of examples in training.
+        output_dir: the trainer's output folder; nothing is written to it.
+        stage: shows the progress in steps.
+        readings: keeps the rows' texts, which all folds share; None: kept during this call.
 
     Returns:
-        A prediction for each row, in the rows' order.
+        N predictions, in the rows' order.
 
     Raises:
         InputError: see `fold_of_each`.
@@ -253,7 +252,7 @@ def cross_validate(
 
 @contextmanager
 def _kept_as_it_is(model: IA3Model) -> Iterator[None]:
-    """Within `with`, adapters may come and go; afterwards those of before are active, trainable or frozen as they were."""
+    """Restore the active, trainable and frozen adapters after a `with` block that adds and removes others."""
     active, modes = model.active_adapters, [(module, module.training) for module in model.modules()]
     trainable = {
         name: [(parameter, parameter.requires_grad) for parameter in model.adapter_parameters(name)]
@@ -266,6 +265,6 @@ def _kept_as_it_is(model: IA3Model) -> Iterator[None]:
         for module, mode in modes:
             module.training = mode
         for name, parameters in trainable.items():
-            model.set_requires_grad(name, any(learns for _, learns in parameters))  # so that the model knows, too
+            model.set_requires_grad(name, any(learns for _, learns in parameters))  # so that the model's record agrees
             for parameter, learns in parameters:
                 parameter.requires_grad_(learns)

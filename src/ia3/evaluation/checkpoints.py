@@ -1,4 +1,4 @@
-"""Runs that can be interrupted: their settings, the checkpoint to go on from, and whether it is of the same run."""
+"""Runs that can be interrupted and resumed: their settings and checkpoints."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from pydantic import BaseModel
 from ia3.errors import InputError, shown
 from ia3.files import read_json, write_json
 
-# Settings that a resumed run must share with the one that was interrupted.
+# The file of settings that a resumed run must share with the interrupted one.
 RUN_NAME = "run.json"
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run was interrupted while it trained.
+    """A run was interrupted during training.
 
     Attributes:
-        checkpoint: what it can go on from; None: there is none yet.
+        checkpoint: the checkpoint to resume from; None: there is none yet.
     """
 
     def __init__(self, checkpoint: str | None) -> None:
@@ -32,8 +32,8 @@ class Interrupted(KeyboardInterrupt):
 
 
 def settings_of(**settings: Any) -> dict[str, Any]:
-    """All that decides a run's result, as JSON: tasks and recipes as their fields, and a list of rows as what differs
-    when rows do."""
+    """All settings that decide a run's result, as JSON. Tasks and recipes become their fields, a list of rows becomes a
+    fingerprint."""
     return {name: _stored(value) for name, value in settings.items()}
 
 
@@ -49,12 +49,12 @@ def _stored(value: Any) -> Any:
 
 @contextmanager
 def interruptible(checkpoints: Path, settings: dict[str, Any], checkpoint: str | None) -> Iterator[None]:
-    """Within `with`, a run trains and saves checkpoints.
+    """Allow a run to train and save checkpoints in a `with` block.
 
     Args:
-        checkpoints: their folder.
-        settings: all that decides the result; they are stored beside the checkpoints.
-        checkpoint: what the run goes on from; None: it begins, and the checkpoints of an earlier one go.
+        checkpoints: the folder of checkpoints.
+        settings: all settings that decide the result; they are stored beside the checkpoints.
+        checkpoint: the checkpoint to resume from; None: start again and delete the checkpoints of an earlier run.
 
     Raises:
         Interrupted: on a keyboard interrupt.
@@ -71,15 +71,15 @@ def interruptible(checkpoints: Path, settings: dict[str, Any], checkpoint: str |
 
 
 def checkpoint_of(checkpoints: Path, settings: dict[str, Any], parts: str) -> str:
-    """The checkpoint to go on from.
+    """The checkpoint to resume from.
 
     Args:
-        checkpoints: their folder.
-        settings: all that decides the result.
-        parts: the one of them that holds settings by name, such as "members".
+        checkpoints: the folder of checkpoints.
+        settings: all settings that decide the result.
+        parts: the key of the settings of each adapter or task by name, such as "members".
 
     Raises:
-        InputError: there is none, or it is of a run with other settings.
+        InputError: there is none, or it belongs to a run with other settings.
     """
     from ia3.trainer import last_checkpoint
 
@@ -93,7 +93,7 @@ def checkpoint_of(checkpoints: Path, settings: dict[str, Any], parts: str) -> st
 
 
 def require_same(path: Path, settings: dict[str, Any], parts: str = "") -> None:
-    """Refuse to go on with a run whose stored settings are others (`InputError`); arguments as of `checkpoint_of`."""
+    """Raise `InputError` if the stored settings of a run differ; the arguments are those of `checkpoint_of`."""
     try:
         earlier = read_json(path)
     except InputError as error:
@@ -110,7 +110,7 @@ def require_same(path: Path, settings: dict[str, Any], parts: str = "") -> None:
 
 
 def _differences(earlier: dict[str, Any], now: dict[str, Any], parts: str) -> list[str]:
-    """The settings in which two runs differ, by name."""
+    """The names of the settings in which two runs differ."""
     different = [key for key in now if key != parts and earlier.get(key) != now[key]]
     before, after = earlier.get(parts, {}), now.get(parts, {})
     if not isinstance(before, dict) or list(before) != list(after):

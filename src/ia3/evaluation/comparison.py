@@ -1,4 +1,4 @@
-"""Zero-shot, in-context learning and T-Few on one task and model, how good they are and what they cost: `Comparison`."""
+"""Accuracy and cost of zero-shot, in-context learning and T-Few on one task and model: `Comparison`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ia3.task.task import Row, Task
     from ia3.training.recipe import Recipe
 
-# Shots when none are asked for, as far as the rows and the model's context allow.
+# Default numbers of shots, if the rows and the model's context allow them.
 USUAL_SHOTS = (8, 16)
 
 T_FEW = "t-few"
@@ -37,20 +37,20 @@ T_FEW = "t-few"
 
 @dataclass
 class Comparison:
-    """One task and model, and the rows that all methods share.
+    """Compares methods on one task and model, with the same rows.
 
         comparison = Comparison(base, tokenizer, task, examples, test, recipe=Recipe.small())
         rows = comparison.run(comparison.shots([4, 8]))
 
     Attributes:
-        base: the model; `t_few` puts an adapter into it.
+        base: the model; `t_few` adds an adapter to it.
         tokenizer: its tokenizer.
-        task: what the rows mean.
-        examples: what T-Few learns from, and shots are drawn from.
-        test: what is measured on.
-        recipe: how T-Few trains, and by which all methods' answers are scored.
-        seed: decides shots and the order of training.
-        adapter: a trained one to measure in place of training one; None: train one.
+        task: the task of the rows.
+        examples: labelled rows for training and for shots.
+        test: the test rows.
+        recipe: how T-Few trains; it also decides how answers are scored for all methods.
+        seed: decides the shots and the order of training.
+        adapter: a trained adapter to evaluate; None: train one.
     """
 
     base: PreTrainedModel
@@ -69,10 +69,10 @@ class Comparison:
         self.cache_bytes = costs.cache_bytes_per_token(self.base)
 
     def shots(self, counts: Sequence[int] | None = None) -> dict[int, list[Row]]:
-        """The shots by their number; of the usual ones those that fit.
+        """Number of shots → the shots. By default, those of the usual numbers that fit.
 
         Raises:
-            InputError: numbers were asked for, and one does not fit into the model's context.
+            InputError: a given number does not fit into the model's context.
         """
         if not self.reads_examples:
             if counts:
@@ -99,11 +99,11 @@ class Comparison:
         return found
 
     def run(self, shots: Mapping[int, Sequence[Row]], progress: Progress | None = None) -> list[dict[str, Any]]:
-        """The numbers of each method.
+        """Accuracy and costs, one dictionary per method.
 
         Args:
-            shots: examples in context by their number; see `shots`.
-            progress: told how it gets on.
+            shots: number of shots → the shots; see `shots`.
+            progress: shows the progress.
         """
         self._progress = progress or Progress()
         rows = [self.zero_shot()]
@@ -111,7 +111,7 @@ class Comparison:
         return [*rows, self.t_few()]
 
     def zero_shot(self) -> dict[str, Any]:
-        """The model as it is."""
+        """The model without training or shots."""
         return self._row("zero-shot", self._measure("zero-shot", self.base))
 
     def in_context(self, shots: Sequence[Row]) -> dict[str, Any]:
@@ -120,7 +120,7 @@ class Comparison:
         started = time.perf_counter()
         prefix = Prefix(self.base, self.tokenizer, text)
         seconds = time.perf_counter() - started
-        with costs.count_flops() as counter:  # again, because counting takes time of its own
+        with costs.count_flops() as counter:  # a second time, because counting is slow and would change the timing
             Prefix(self.base, self.tokenizer, text)
         measured = self._measure(f"{count}-shot", self.base, prefix)
         again = counter.get_total_flops() if prefix.is_cached else 0
@@ -134,7 +134,7 @@ class Comparison:
         )
 
     def t_few(self) -> dict[str, Any]:
-        """The model with an adapter: a trained one, or one that is trained now."""
+        """The model with an adapter: the given one, or one that is trained here."""
         if self.adapter is not None:
             model = IA3Model.from_pretrained(self.base, self.adapter)
             size = Path(self.adapter.vectors_file()).stat().st_size
@@ -163,7 +163,7 @@ class Comparison:
         }
 
     def _recorded(self, model: IA3Model, adapter: StoredAdapter) -> dict[str, Any]:
-        """What an adapter's training cost, as far as its folder says; None where it does not."""
+        """The costs of an adapter's training; None for each that its folder does not record."""
         found = adapter.metrics
         steps, examples = found.get("steps"), found.get("train_examples")
         flops: dict[str, Any] = dict.fromkeys(("training_flops", "training_flops_estimate"))
@@ -179,7 +179,7 @@ class Comparison:
         }
 
     def _training_flops(self, model: IA3Model, recipe: Recipe, examples: int, steps: int) -> dict[str, float]:
-        """What so many steps on so many examples take: counted, and by the paper's estimate."""
+        """The FLOPs of training steps on examples: counted, and by the paper's estimate."""
         seen = costs.examples_seen(examples, recipe, steps)
         questions = Scorer(self.base, self.tokenizer).questions(self.task.wordings(self.examples))
         tokens = seen * sum(map(row_length, questions)) / len(questions)
@@ -208,7 +208,7 @@ class Comparison:
 
     @property
     def reads_examples(self) -> bool:
-        """Whether the model can have examples in context; a classifier cannot."""
+        """Whether the model can read shots; an encoder cannot."""
         return task_type(self.base) != TaskType.SEQ_CLS
 
     @property
@@ -234,7 +234,7 @@ class Comparison:
         }
 
     def save(self, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write what `run` returned into a folder: a picture, compare.png, and the numbers, compare.json."""
+        """Write the result of `run` to a folder: a picture, compare.png, and the numbers, compare.json."""
         settings = {
             "model": self.base.name_or_path,
             "task": self.task.name,
@@ -249,7 +249,7 @@ class Comparison:
 
 
 def draw(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> None:
-    """A picture of accuracy against FLOPs an example, on a logarithmic scale."""
+    """Draw accuracy against FLOPs per example, on a logarithmic scale."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")

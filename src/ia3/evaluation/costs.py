@@ -1,4 +1,4 @@
-"""What a method costs, as in the paper's comparison with in-context learning (Liu et al. 2022, section 4.2)."""
+"""The cost of a method, as in the paper's comparison with in-context learning (Liu et al. 2022, section 4.2)."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ if TYPE_CHECKING:
     from ia3.adapter.model import IA3Model
     from ia3.training.recipe import Recipe
 
-# FLOPs are counted in so many batches of all lengths, after the clock was stopped: counting takes time of its own.
+# Number of batches, of different lengths, to count FLOPs in. This happens after timing, because counting is slow.
 _COUNTED_BATCHES = 4
 
-# Steps of training that are counted; the others are taken to be like them.
+# Number of training steps to count FLOPs in; the others are assumed to be equal.
 _COUNTED_STEPS = 4
 
 
 def count_flops() -> FlopCounterMode:
-    """Counts the floating-point operations of matrix products within `with`; then ask `get_total_flops()`.
+    """Count the floating-point operations of matrix products in a `with` block; `get_total_flops()` returns them.
 
-    A product of (m, k) and (k, n) has 2·m·k·n of them. Attention counts in full, masked places too. PyTorch's counter
-    does not know the fused attention of CPUs, so that its formula is added here.
+    A product of (m, k) and (k, n) has 2·m·k·n operations. Attention counts in full, masked positions included.
+    PyTorch's counter does not know the fused attention of CPUs, so its formula is added here.
     """
 
     def forward(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
@@ -60,21 +60,21 @@ def count_flops() -> FlopCounterMode:
 
 
 def estimated_flops(parameters: int, tokens: float, encoder_decoder: bool = False, training: bool = False) -> float:
-    """The paper's estimate for N parameters: 2·N a token in a decoder; N in an encoder-decoder, each of whose tokens goes
-    through one half; three times that to train (Kaplan et al. 2020)."""
+    """The paper's estimate for N parameters: 2·N per token in a decoder; N in an encoder-decoder, where each token goes
+    through one half; three times as many for training (Kaplan et al. 2020)."""
     return (1 if encoder_decoder else 2) * parameters * tokens * (3 if training else 1)
 
 
 def count_parameters(model: nn.Module) -> int:
-    """N of the estimate: all parameters of the base model, embeddings too."""
+    """N of the estimate: the number of all parameters of the base model, embeddings included."""
     return sum(parameter.numel() for name, parameter in base_of(model).named_parameters() if "ia3_l" not in name)
 
 
 def cache_bytes_per_token(model: nn.Module) -> int:
-    """Bytes of keys and values that a model keeps for each token; 0 for one that keeps none.
+    """Bytes of keys and values per token; 0 for a model without a key/value cache.
 
-    2 · layers · key-value heads · head width · bytes of a number. In an encoder-decoder these are the decoder's, for its
-    own tokens and for those of the encoder, which it attends to as well.
+    2 · layers · key-value heads · head width · bytes per number. In an encoder-decoder, the cache is the decoder's, for
+    its own tokens and for the encoder's tokens that it attends to.
     """
     base = base_of(model)
     both = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
@@ -90,13 +90,13 @@ def cache_bytes_per_token(model: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Measured:
-    """Predictions for rows, and what one of them costs.
+    """Predictions for rows, and the mean cost of one.
 
     Attributes:
-        predictions: one a row.
-        flops: operations an example; with a prefix, what is done anew for each example.
-        tokens: an example's, a mean; the prefix's too.
-        seconds: wall time of scoring an example, in batches.
+        predictions: one per row.
+        flops: operations per row; with a prefix, only those that each row needs again.
+        tokens: mean tokens of a row, the prefix included.
+        seconds: wall time to score one row, in batches.
     """
 
     predictions: list[Prediction]
@@ -114,18 +114,18 @@ def measure(
     on_progress: Callable[[list[int]], None] | None = None,
     recipe: Recipe | None = None,
 ) -> Measured:
-    """Predict rows' labels, and measure.
+    """Predict the labels of rows, and measure the cost.
 
-    FLOPs are counted in the batches of prediction, padding in them too: in up to four of different lengths, and the others
-    are taken to have as many for each place in their rows. What rows share and the model reads once is counted in full,
-    and each of them has a part of it.
+    FLOPs are counted in at most four prediction batches of different lengths, padding included. The other batches are
+    assumed to have the same FLOPs per position. A shared prefix that the model reads once is counted in full, and each
+    row gets its share.
 
     Args:
         model, tokenizer, task, rows, prefix, on_progress, recipe: see `predict`; at least one row.
     """
     rows = as_rows(rows, task)
     longest = max(rows, key=lambda row: len(task.prompt(row)))
-    predict(model, tokenizer, task, [longest], recipe=recipe, prefix=prefix)  # decides how rows are laid out
+    predict(model, tokenizer, task, [longest], recipe=recipe, prefix=prefix)  # decides how rows are packed
     started = time.perf_counter()
     predictions = predict(model, tokenizer, task, rows, on_progress, recipe=recipe, prefix=prefix)
     seconds = time.perf_counter() - started
@@ -151,12 +151,12 @@ def measure(
 
 
 def _places(batch: Batch) -> int:
-    """How many tokens a batch's rows have room for."""
+    """The number of token positions in a batch, padding included."""
     return sum(batch[name].numel() for name in ("input_ids", "decoder_input_ids") if name in batch)
 
 
 def examples_seen(rows: int, recipe: Recipe, steps: int) -> int:
-    """How many examples so many steps go through, each as often as it comes: an epoch's last batch holds what is left."""
+    """The number of examples in all steps, with repeats. The last batch of an epoch may be smaller."""
     epochs, more = divmod(steps, math.ceil(rows / recipe.batch_size))
     return epochs * rows + min(more * recipe.batch_size, rows)
 
@@ -176,14 +176,14 @@ class ExampleFlops(NamedTuple):
 def example_flops(
     model: IA3Model, tokenizer: PreTrainedTokenizerBase, task: Task, rows: Any, recipe: Recipe
 ) -> ExampleFlops:
-    """FLOPs of training the active adapter on an example: means over up to four steps.
+    """FLOPs of training the active adapter on one example: the mean of at most four steps.
 
-    They are counted apart from training, because counting takes other kernels, which round otherwise. Nothing is
-    trained, and no gradient is left.
+    Counting runs separately from training, because it uses other kernels, which round differently. It trains nothing
+    and leaves no gradients.
 
     Args:
-        model, tokenizer, recipe: as of `TFewTrainer`.
-        task, rows: as of its `Member`.
+        model, tokenizer, recipe: see `TFewTrainer`.
+        task, rows: see `Member`.
     """
     scorer = Scorer(model, tokenizer, Readings() if model.waits_for_question() else None)
     examples = training_examples(scorer, task, rows, recipe, seed=0)
@@ -196,9 +196,9 @@ def example_flops(
     for parameter in frozen:
         parameter.requires_grad_()
     try:
-        with evaluating(model):  # afterwards, modes are as they were
-            model.train()  # what rows may share depends on it
-            for questions in steps:  # whether packing and sharing are exact is tried once, and not each step
+        with evaluating(model):  # restores the modes afterwards
+            model.train()  # sharing of prefixes depends on it
+            for questions in steps:  # the test whether packing and sharing are exact runs once, not in each step
                 for _ in scorer.training_batches(questions):
                     pass
             with count_flops() as reading:

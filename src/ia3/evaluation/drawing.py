@@ -1,4 +1,4 @@
-"""Which rows an experiment trains on and which it measures on: `Source`, `drawn`."""
+"""Divide rows into training examples and test rows: `Source`, `drawn`."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from ia3.task.task import Row, Task, few_shot
 
 
 def read(source: str, task: Task | None = None, delimiter: str | None = None) -> list[dict[str, Any]]:
-    """The rows of a file or a data set.
+    """Read the rows of a file or a data set.
 
     Args:
-        source: as `read_rows` takes it.
-        task: how its class labels are read, and which delimiter its own files have.
-        delimiter: what separates columns; it holds for sources that have one, and `require_delimited` says whether there
-            are any.
+        source: a file or data set, as `read_rows` takes it.
+        task: decides how class labels are read, and the delimiter of its own files.
+        delimiter: the delimiter between columns, used only for sources that have one (see `require_delimited`).
     """
     if task is None:
         return read_rows(source, delimiter=delimiter if is_delimited(source) else None)
@@ -30,7 +29,7 @@ def read(source: str, task: Task | None = None, delimiter: str | None = None) ->
 
 @dataclass(frozen=True)
 class Source:
-    """A task with the rows to draw training examples from, and the test rows, where they are given."""
+    """A task with the rows to draw training examples from, and given test rows or None."""
 
     task: Task
     rows: Sequence[Row]
@@ -38,7 +37,7 @@ class Source:
 
     @functools.cached_property
     def fingerprints(self) -> list[str]:
-        """That of each row to draw from."""
+        """The fingerprint of each row to draw from."""
         return [self.task.fingerprint(row, number) for number, row in enumerate(self.rows, 1)]
 
     def check(self) -> None:
@@ -49,13 +48,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Draw:
-    """What is trained on, and what is measured on.
+    """Training examples and test rows.
 
     Attributes:
-        examples: the rows that were drawn.
-        test: the given test rows, or those that training leaves over.
-        left_out: how many more it would leave over, but for their words, which training sees in another row.
-        repeated: how many of the given test rows are in words that training sees; they stay.
+        examples: the drawn training examples.
+        test: the given test rows, or the rows that are not used for training.
+        left_out: the number of rows that are left out of the test rows because they duplicate a training example.
+        repeated: the number of given test rows that duplicate a training example; they stay.
     """
 
     examples: list[Row]
@@ -67,15 +66,15 @@ class Draw:
 def drawn(
     source: Source, per_label: int | None, test_rows: int, seed: int, seen: Callable[[Row], bool] | None = None
 ) -> Draw:
-    """Training examples and test rows.
+    """Draw training examples and test rows.
 
     Args:
-        source: what to draw from.
-        per_label: how many examples of each label; None: the usual number, as far as there are; 0: all rows.
-        test_rows: at most so many; 0: all.
+        source: the rows to draw from.
+        per_label: examples per label; None: 16, or all if a label has fewer; 0: all rows.
+        test_rows: the maximum of test rows; 0: all.
         seed: decides the draw.
-        seen: what an adapter that is trained already has learned from: these rows are its examples, each once, where
-            the source has any of them, and no test rows where none are given.
+        seen: whether a trained adapter was trained on a row. If the source has such rows, they are the examples, each
+            once. They are not used as test rows, unless test rows are given.
     """
     learned: dict[str, Row] = {}
     if seen is not None:
@@ -90,7 +89,7 @@ def drawn(
         return key in known or (seen is not None and seen(row))
 
     def sampled(rows: Sequence[Row]) -> list[Row]:
-        # Of given test rows the same whatever the seed, so that runs can be compared.
+        # The sample of given test rows does not depend on the seed, so that runs can be compared.
         return random.Random(0).sample(rows, test_rows) if 0 < test_rows < len(rows) else list(rows)
 
     if source.test is not None:

@@ -1,4 +1,4 @@
-"""From labelled rows to adapters, and how much better they are than the untrained model: `Experiment`."""
+"""Train adapters on labelled rows and compare them with the untrained model: `Experiment`."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from ia3.training.recipe import Recipe
 
 T = TypeVar("T")
 
-# What a task cannot be named when its adapter's folder stands beside these.
+# Names that a task cannot have, because its adapter's folder is beside these.
 TAKEN = ("checkpoints", "metrics.json")
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One adapter of an experiment.
+    """One task, seed and learning rate of an experiment. It produces one adapter.
 
     Attributes:
-        name: of its folder within the experiment's, such as "seed-0"; "" for a single adapter in that folder itself.
-        shared: the same without the seed.
-        task: what its rows mean.
-        seed: decided which examples were drawn, and decides their order.
-        learning_rate: None: the recipe's.
-        examples: what it learns from.
-        test: what it is measured on; none: not at all.
+        name: its subfolder in the experiment's folder, such as "seed-0"; "" for a single adapter in the folder itself.
+        shared: the name without the seed.
+        task: the task of its rows.
+        seed: decides which examples are drawn, and their order.
+        learning_rate: the learning rate; None: the recipe's.
+        examples: the training examples.
+        test: the test rows; empty: the trial is not evaluated.
     """
 
     name: str
@@ -51,19 +51,19 @@ class Trial:
     test: Sequence[Row]
 
     def titled(self, text: str) -> str:
-        """A text about this trial, with the name where there are several."""
+        """A text about this trial, with the trial's name if there are several."""
         return f"{text} {self.name}".strip()
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of an experiment.
+    """The outcome of an experiment.
 
     Attributes:
-        folder: where the adapters are.
-        trials: each one's results by its name.
-        groups: names of trials that differ in the seed alone, by what they share.
-        several: whether each adapter has its own folder in `folder`.
+        folder: the folder of the adapters.
+        trials: name of a trial → its results.
+        groups: groups of trials that differ only in the seed: what they share → their names.
+        several: whether each adapter has a subfolder of `folder`.
     """
 
     folder: Path
@@ -73,7 +73,8 @@ class Outcome:
 
     @property
     def results(self) -> dict[str, Any]:
-        """What metrics.json says: a single adapter's results; or those of all, and a summary over seeds."""
+        """The content of metrics.json: a single adapter's results, or those of all adapters with a summary over
+        seeds."""
         if self.several:
             return {"members": self.trials, "summary": summary(self.trials, self.groups)}
         return self.trials[""]
@@ -81,30 +82,30 @@ class Outcome:
 
 @dataclass
 class Experiment:
-    """Draw examples, measure the untrained model, train, measure again, save; what `ia3 train` does.
+    """Draw examples, evaluate the untrained model, train, evaluate again, save; this is what `ia3 train` does.
 
         outcome = Experiment(task, rows, folder="adapters/tickets").run()
         outcome.results["zero_shot"], outcome.results["trained"], outcome.folder
 
-    A list of tasks (with a list of each one's rows), of seeds or of learning rates trains an adapter for each
-    combination, all at once, in a folder of its own within `folder`, such as "seed-0" or "rte/seed-0-lr-0.001".
+    Lists of tasks (with a list of rows for each), of seeds or of learning rates train one adapter for each combination.
+    All train at once. Each adapter gets a subfolder of `folder`, such as "seed-0" or "rte/seed-0-lr-0.001".
 
     Attributes:
-        task: what the rows mean.
+        task: the task of the rows.
         rows: labelled rows to draw examples from, as `as_rows` takes them; None: those that the task names.
-        test: labelled rows to measure on; None: the rows that training leaves over, or, without `rows`, those that the
-            task names.
-        folder: where the results go.
+        test: labelled test rows; None: the rows that are not used for training, or, without `rows`, the test rows that
+            the task names.
+        folder: the folder for the results.
         model: the base model, as `load_base` takes it.
-        dtype: of its weights, as `load_base` takes it.
-        memory: what is kept of texts that are read once takes at most so much, see `Readings`.
+        dtype: the type of its weights, as `load_base` takes it.
+        memory: the maximum that `Readings` keep, in bytes or such as "2GiB".
         recipe: how to train; None: the one for a model of that size.
-        examples_per_label: how many are drawn; None: 16, or as many as there are; 0: all rows as they are.
-        test_rows: measure on at most so many, drawn at random; 0: on all.
+        examples_per_label: examples to draw per label; None: 16, or all if a label has fewer; 0: all rows.
+        test_rows: the maximum of test rows, drawn at random; 0: all.
         seed: decides which examples are drawn, and their order.
-        learning_rate: None: the recipe's.
-        folds: cross-validate on the examples in so many parts, and calibrate by them; 0: do not.
-        all_templates: measure with each of a task's templates and report the median, not with the first alone.
+        learning_rate: the learning rate; None: the recipe's.
+        folds: the number of cross-validation parts of the examples, to calibrate the probabilities; 0: none.
+        all_templates: evaluate each of a task's templates and report the median, instead of the first template only.
     """
 
     task: Task | Sequence[Task]
@@ -124,7 +125,7 @@ class Experiment:
 
     @property
     def several(self) -> bool:
-        """Whether each adapter gets a folder of its own."""
+        """Whether each adapter gets a subfolder."""
         return any(map(_is_list, (self.task, self.seed, self.learning_rate)))
 
     @functools.cached_property
@@ -132,7 +133,7 @@ class Experiment:
         """Each task with its rows.
 
         Raises:
-            InputError: not as many rows and test rows as tasks, or tasks whose names cannot name folders.
+            InputError: the numbers of tasks, rows and test rows differ, or a task's name cannot name a folder.
         """
         if not _is_list(self.task):
             return [source_of(self.task, self.rows, self.test)]  # type: ignore[arg-type]
@@ -150,7 +151,7 @@ class Experiment:
 
     @functools.cached_property
     def draws(self) -> list[list[Draw]]:
-        """For each task a draw with each seed. Raises `InputError` for rows that do not fit their task, or are too few."""
+        """For each task, the draw of each seed. Raises `InputError` if rows do not fit their task or are too few."""
         found = []
         for source in self.sources:
             source.check()
@@ -160,7 +161,7 @@ class Experiment:
 
     @functools.cached_property
     def trials(self) -> list[Trial]:
-        """The adapters: a trial for each task, seed and learning rate; errors as of `sources` and `draws`."""
+        """A trial for each task, seed and learning rate. The errors are those of `sources` and `draws`."""
         found = []
         for source, draws in zip(self.sources, self.draws, strict=True):
             for seed, draw in zip(_listed(self.seed), draws, strict=True):
@@ -175,7 +176,7 @@ class Experiment:
 
     @property
     def folders(self) -> list[Path]:
-        """All folders that results go into."""
+        """All folders for results."""
         folder = Path(self.folder)
         paths = [path for trial in self.trials for path in (folder / trial.name, (folder / trial.name).parent, folder)]
         return list(dict.fromkeys(paths))
@@ -187,11 +188,11 @@ class Experiment:
 
     @functools.cached_property
     def chosen_recipe(self) -> Recipe:
-        """How all adapters are trained."""
+        """The recipe of all adapters."""
         return Recipe.for_model(self.model) if self.recipe is None else self.recipe
 
     def settings(self) -> dict[str, Any]:
-        """All that decides the result."""
+        """All settings that decide the result."""
         members = {
             trial.name: {
                 "task": trial.task,
@@ -210,15 +211,15 @@ class Experiment:
         )
 
     def checkpoint(self) -> str:
-        """The checkpoint to go on from.
+        """The checkpoint to resume from.
 
         Raises:
-            InputError: there is none, or it is of a run with other settings.
+            InputError: there is none, or it belongs to a run with other settings.
         """
         return checkpoint_of(self.checkpoints, self.settings(), "members")
 
     def check(self) -> None:
-        """Raise `InputError` for what cannot be run, before a model is loaded."""
+        """Raise `InputError` if the experiment cannot run, before a model is loaded."""
         files = [str(path) for path in self.folders if path.is_file()]
         if files:
             raise InputError(f"Expected a folder for the results, found the file {files[0]!r}.")
@@ -232,15 +233,15 @@ class Experiment:
                 fold_of_each(trial.task, trial.examples, self.folds, trial.seed)
 
     def run(self, progress: Progress | None = None, resume: bool = False) -> Outcome:
-        """Do all of it.
+        """Run the experiment.
 
         Args:
-            progress: told how it gets on.
-            resume: go on from the last checkpoint of an interrupted run.
+            progress: shows the progress.
+            resume: continue from the last checkpoint of an interrupted run.
 
         Raises:
             InputError: see `check`, `checkpoint` and `load_base`.
-            Interrupted: on a keyboard interrupt while adapters are trained.
+            Interrupted: on a keyboard interrupt during training.
         """
         from ia3.evaluation.running import Running
 
@@ -254,7 +255,7 @@ class Experiment:
             trial.name: running.results(trial, before[trial.name], after[trial.name], metrics, seconds)
             for trial in self.trials
         }
-        # Before they are cross-validated: what has been trained is not lost to what comes after it.
+        # Before cross-validation, so that the trained adapters are not lost if it fails.
         results = {trial.name: running.save(trial, found[trial.name]) for trial in self.trials}
         if self.folds:
             for trial in self.trials:
@@ -271,7 +272,7 @@ class Experiment:
 
 
 def source_of(task: Task, rows: Any = None, test: Any = None) -> Source:
-    """A task and its rows; arguments as of `Experiment`. Raises `InputError` where there are no rows."""
+    """A task and its rows; the arguments are those of `Experiment`. Raises `InputError` if there are no rows."""
     if rows is None:
         if task.train is None:
             raise InputError(

@@ -1,6 +1,6 @@
-"""In-context learning: labelled examples ("shots") stand before each prompt, and nothing is trained.
+"""In-context learning: shots (labelled examples) stand before each prompt, and nothing is trained.
 
-The shots are the same for every prompt, so a decoder reads them once, and each prompt attends to their keys and values.
+All prompts have the same shots, so a decoder reads them once, and each prompt attends to their keys and values.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 
 
 def draw_shots(rows: Any, task: Task, count: int, seed: int = 0, balanced: bool = True) -> list[Row]:
-    """A random draw of labelled rows to show in context, in random order.
+    """Draw random shots from labelled rows, in random order.
 
     Args:
-        rows: to draw from, as `as_rows` takes them.
-        task: knows their labels.
-        count: how many.
-        seed: decides the draw and the order. A larger draw of the same seed holds the smaller ones.
-        balanced: as equally many of each label as `count` and `rows` allow; else as it comes.
+        rows: the rows to draw from, as `as_rows` takes them.
+        task: the task of the rows.
+        count: the number of shots.
+        seed: decides the draw and the order. A larger draw with the same seed contains the smaller ones.
+        balanced: balance the labels as far as `count` and `rows` allow; otherwise draw regardless of labels.
 
     Raises:
-        InputError: there are fewer rows, or a label is not known.
+        InputError: there are too few rows, or a label is unknown.
     """
     rows = as_rows(rows, task)
     if count < 1 or count > len(rows):
@@ -57,7 +57,7 @@ def draw_shots(rows: Any, task: Task, count: int, seed: int = 0, balanced: bool 
 
 
 def shots_text(task: Task, shots: Any, template: int = 0) -> str:
-    """Shots as the model reads them: each one's prompt with the right answer, blank lines between."""
+    """The text of the shots: each prompt with its right answer, separated by blank lines."""
     return SEPARATOR.join(
         wording.prompt + task.separator + wording.answers[wording.label] for wording in task.wordings(shots, template)
     )
@@ -71,7 +71,7 @@ def fitting(
     rows: Any,
     template: int = 0,
 ) -> int:
-    """How many of the shots, counted from the first, fit into the model's context with the longest of the rows."""
+    """The number of shots, from the first, that fit into the model's context together with the longest row."""
     limit, shots = Scorer(model, tokenizer).max_length, as_rows(shots, task)
     if limit is None:
         return len(shots)
@@ -93,10 +93,10 @@ def shots_prefix(
     rows: Any,
     template: int = 0,
 ) -> Prefix:
-    """Shots, read by the model, to stand before the prompts of rows.
+    """The shots as a `Prefix` for the prompts of rows. The model reads them.
 
     Raises:
-        InputError: with the longest of the rows they do not fit into the model's context; see `Wording`.
+        InputError: they do not fit into the model's context together with the longest row; see also `Wording`.
     """
     shots = as_rows(shots, task)
     count = fitting(model, tokenizer, task, shots, rows, template)
@@ -118,20 +118,20 @@ def predict_in_context(
     template: int = 0,
     recipe: Recipe | None = None,
 ) -> list[Prediction]:
-    """As `predict`, with labelled examples before each prompt.
+    """Predict like `predict`, with shots before each prompt.
 
     Args:
         model: a causal language model or an encoder-decoder, adapted or not.
         tokenizer: its tokenizer.
-        task: says what rows and shots mean.
-        rows: to label, as `predict` takes them.
-        shots: the labelled examples, rows too, in the order in which they are shown; at least one.
+        task: the task of rows and shots.
+        rows: the rows to label, as `predict` takes them.
+        shots: labelled rows, at least one, in the order of the prompt.
         on_progress: called with the indices of the rows that each batch finished.
-        template: the index of the task's template that shots and prompts are worded in.
+        template: the index of the task's template for shots and prompts.
         recipe: see `predict`.
 
     Raises:
-        InputError: see `shots_prefix`; or there are no shots.
+        InputError: there are no shots; see also `shots_prefix`.
     """
     rows = as_rows(rows, task)
     prefix = shots_prefix(model, tokenizer, task, shots, rows, template)

@@ -25,9 +25,9 @@ class Prediction:
     """A row's label, and the probability of each label.
 
     Attributes:
-        label: the most probable one; None: its probability is below the threshold that was asked for.
-        probabilities: label → probability; they add up to 1.
-        scores: label → length-normalized log-probability of its answer text, of which probabilities are made.
+        label: the most probable label; None: its probability is below the threshold.
+        probabilities: label → probability; the sum is 1.
+        scores: label → length-normalized log-probability of its answer text. Probabilities are computed from scores.
     """
 
     label: str | None
@@ -36,15 +36,15 @@ class Prediction:
 
     @property
     def best(self) -> str:
-        """The most probable label; of equally probable ones the first by the alphabet."""
+        """The most probable label; of equally probable labels, the first in alphabetical order."""
         return min(self.probabilities, key=lambda label: (-self.probabilities[label], label))
 
     @classmethod
     def of(cls, scores: Mapping[str, float], temperature: float = 1.0, abstain_below: float = 0.0) -> Prediction:
-        """The softmax of the scores, divided by a temperature. No result depends on the order of the labels."""
+        """The softmax of scores / temperature. The result does not depend on the order of the labels."""
         highest = max(scores.values())
         powers = {label: math.exp((score - highest) / temperature) for label, score in scores.items()}
-        total = math.fsum(powers.values())  # exact, so the same in any order
+        total = math.fsum(powers.values())  # exact in any order
         probabilities = {label: power / total for label, power in powers.items()}
         found = cls(None, probabilities, dict(scores))
         return replace(found, label=found.best) if probabilities[found.best] >= abstain_below else found
@@ -64,27 +64,27 @@ def predict(
     prefix: Prefix | None = None,
     readings: Readings | None = None,
 ) -> list[Prediction]:
-    """The label whose answer text has the best length-normalized log-probability, for each row.
+    """Predict for each row the label whose answer text has the best length-normalized log-probability.
 
     Probabilities are the softmax of these scores, the distribution that the length-normalized loss trains.
 
     Args:
         model: a language model, adapted or not.
         tokenizer: its tokenizer.
-        task: says what the rows mean; or a task for each row. Labels of rows are not read.
+        task: the task of the rows, or a task for each row. Labels of rows are not read.
         rows: a DataFrame, a `datasets.Dataset`, dictionaries, one dictionary, or texts; see `as_rows`.
         on_progress: called with the indices of the rows that each batch finished.
-        adapter_names: for each row the adapter that answers it; None: the active ones.
-        temperature: divides the scores, so that probabilities are calibrated (see `Calibration`); or one for each row.
-        abstain_below: give no label where the best one's probability is lower.
-        template: the index of the task's template to ask with.
-        recipe: its length normalization, and what it does about long prompts; None: the paper's.
-        prefix: a text that stands before each row's prompt, such as examples in context (see `predict_in_context`).
-        readings: what the base model makes of the rows' texts, kept from call to call (see `Readings`).
+        adapter_names: the adapter for each row; None: the active adapters.
+        temperature: divides the scores to calibrate the probabilities (see `Calibration`); one number, or one per row.
+        abstain_below: give no label if the best label's probability is lower.
+        template: the index of the task's template to use.
+        recipe: decides length normalization and what to do about long prompts; None: the paper's.
+        prefix: a text before each row's prompt, such as shots (see `predict_in_context`).
+        readings: keeps what the base model reads of the rows' texts from call to call (see `Readings`).
 
     Raises:
-        InputError: see `Scorer.questions` and `score_choices`; not as many tasks or temperatures as rows; or a
-            temperature or threshold out of range.
+        InputError: the numbers of tasks or temperatures and rows differ, or a temperature or threshold is out of range;
+            see also `Scorer.questions` and `score_choices`.
     """
     items, recipe = items_of(rows, task if isinstance(task, Task) else None), recipe or Recipe()
     tasks = [task] * len(items) if isinstance(task, Task) else list(task)

@@ -1,4 +1,4 @@
-"""Vectors from a mixture of tasks, for training to start from, saved with what was measured: `Pretraining`."""
+"""Train initial vectors on a mixture of tasks and save them with metrics: `Pretraining`."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class Pretraining:
     """Train vectors on a mixture of tasks and save them; what `ia3 pretrain` does.
 
     Attributes:
-        tasks: with their labelled rows.
-        folder: of the adapter.
+        tasks: the tasks with their labelled rows.
+        folder: the adapter's folder.
         model: the base model, as `load_base` takes it.
-        dtype: of its weights.
-        recipe: how to train, but for the loss, which is the right answer's likelihood; None: the paper's.
-        cap: more rows than this do not make a task more frequent.
-        seed: decides what is drawn.
+        dtype: the type of its weights.
+        recipe: how to train, except the loss, which is the right answer's likelihood; None: the paper's.
+        cap: the maximum of rows that count for a task's share.
+        seed: decides which rows are drawn.
     """
 
     tasks: Sequence[tuple[Task, Sequence[Row]]]
@@ -50,7 +50,7 @@ class Pretraining:
 
     @property
     def plan(self) -> Recipe:
-        """How the vectors are trained."""
+        """The recipe of the training."""
         return likelihood_only(self.recipe or PRETRAINING)
 
     @property
@@ -59,7 +59,7 @@ class Pretraining:
         return Path(self.folder) / "checkpoints"
 
     def settings(self) -> dict[str, Any]:
-        """All that decides the result."""
+        """All settings that decide the result."""
         tasks = {
             task.name: {"task": task, "rows": rows} for task, rows in sorted(self.tasks, key=lambda pair: pair[0].name)
         }
@@ -68,23 +68,23 @@ class Pretraining:
         )
 
     def checkpoint(self) -> str:
-        """The checkpoint to go on from.
+        """The checkpoint to resume from.
 
         Raises:
-            InputError: there is none, or it is of a run with other settings.
+            InputError: there is none, or it belongs to a run with other settings.
         """
         return checkpoint_of(self.checkpoints, self.settings(), "tasks")
 
     def run(self, progress: Progress | None = None, resume: bool = False) -> dict[str, Any]:
-        """Do all of it; returns what metrics.json says.
+        """Train and save; return the content of metrics.json.
 
         Args:
-            progress: told how it gets on.
-            resume: go on from the last checkpoint of an interrupted run.
+            progress: shows the progress.
+            resume: continue from the last checkpoint of an interrupted run.
 
         Raises:
             InputError: see `checkpoint`, `load_base` and `Mixture`.
-            Interrupted: on a keyboard interrupt while vectors are trained.
+            Interrupted: on a keyboard interrupt during training.
         """
         from transformers import set_seed
 
@@ -99,7 +99,7 @@ class Pretraining:
             seed=self.seed,
             logging_steps=logged,
             save_strategy="steps",
-            save_steps=logged * max(1, min(100, plan.steps // 4) // logged),  # no logged mean goes over a checkpoint
+            save_steps=logged * max(1, min(100, plan.steps // 4) // logged),  # no logged mean spans a checkpoint
             save_total_limit=2,
             disable_tqdm=True,
         )

@@ -1,4 +1,4 @@
-"""How an experiment gets on: `Progress`, which whoever wants to show it derives from."""
+"""The progress of an experiment: `Progress`. Derive a class from it to show progress."""
 
 from __future__ import annotations
 
@@ -11,45 +11,45 @@ if TYPE_CHECKING:
 
 
 class Stage:
-    """A part of the work that is counted, in rows or optimizer steps. This one shows nothing."""
+    """A part of the work, counted in rows or optimizer steps. This class shows nothing."""
 
     def advance(self, count: int) -> None:
-        """So many more are done."""
+        """Add `count` finished rows or steps."""
 
     def reach(self, done: int) -> None:
-        """So many are done."""
+        """Set the number of finished rows or steps to `done`."""
 
     def note(self, text: str) -> None:
-        """Say this beside the count, in place of what was said before."""
+        """Show a text beside the count. It replaces the previous text."""
 
     def end(self) -> None:
-        """There is no more to do, however many were done."""
+        """End the stage, even if fewer than `total` are finished."""
 
 
 class Progress:
-    """What an experiment tells while it works. This one shows nothing; derive from it to show something."""
+    """An experiment calls these methods while it runs. This class shows nothing; derive a class from it."""
 
     def heading(self, text: str) -> None:
-        """What comes next is about this."""
+        """Show a heading for what follows."""
 
     def say(self, text: str) -> None:
-        """Something worth knowing."""
+        """Show a message."""
 
     def waiting(self, text: str) -> contextlib.AbstractContextManager[Any]:
-        """Within `with`, something goes on that cannot be counted."""
+        """Show a text during a `with` block whose work cannot be counted."""
         return contextlib.nullcontext()
 
     def stage(self, title: str, total: int, done: int = 0) -> Stage:
-        """Something begins that has so many parts, some of which may be done already."""
+        """Begin a stage of `total` rows or steps, of which `done` are finished already."""
         return Stage()
 
 
 def training_stages(progress: Progress, titles: Mapping[str, str]) -> TrainerCallback:
-    """A trainer's callback that shows steps and losses.
+    """A trainer callback that shows steps and losses.
 
     Args:
-        progress: where.
-        titles: of a stage for each loss, by its name in the trainer's logs.
+        progress: shows them.
+        titles: name of a loss in the trainer's logs → title of its stage.
     """
     from transformers import TrainerCallback
 

@@ -1,4 +1,4 @@
-"""The RAFT benchmark (Alex et al. 2021, arXiv:2109.14076), from its rows to a submission: `Raft`."""
+"""The RAFT benchmark (Alex et al. 2021, arXiv:2109.14076), from rows to a submission: `Raft`."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ _COMMAND = "ia3 raft"
 
 @dataclass
 class Raft:
-    """Cross-validate and train on each of some tasks, and label their test rows; what `ia3 raft` does.
+    """Cross-validate and train on tasks, and label their test rows; this is what `ia3 raft` does.
 
     Attributes:
-        tasks: with their rows, by name.
-        folder: where results go, a folder for each task.
+        tasks: name → task with its rows.
+        folder: the folder for results, with a subfolder per task.
         model: the base model, as `load_base` takes it.
         recipe: how to train.
-        dtype: of the base model's weights.
-        folds: cross-validate in so many parts.
+        dtype: the type of the base model's weights.
+        folds: the number of cross-validation parts.
         seed: decides the parts, and the order of examples.
     """
 
@@ -55,7 +55,7 @@ class Raft:
     _loaded: tuple[IA3Model, PreTrainedTokenizerBase] | None = field(default=None, init=False, repr=False)
 
     def settings(self, name: str) -> dict[str, Any]:
-        """All that decides a task's result."""
+        """All settings that decide a task's result."""
         one = self.tasks[name]
         fields = {"task": one.task, "training rows": one.train, "test rows": one.test}
         return settings_of(
@@ -63,29 +63,29 @@ class Raft:
         )
 
     def finished(self) -> dict[str, dict[str, Any]]:
-        """The results of the tasks that an earlier run has finished in the folder.
+        """The results of tasks that an earlier run has finished in the folder.
 
         Raises:
-            InputError: one was run with other settings, or its files are not all there.
+            InputError: a task was run with other settings, or lacks files.
         """
         return {name: self._earlier(name) for name in self.tasks if Path(self.folder, name, RUN_NAME).is_file()}
 
     def run(self, progress: Progress | None = None, resume: bool = False) -> dict[str, Any]:
-        """Do all tasks; returns the results of each ("tasks"), and their mean.
+        """Run all tasks; return the results of each ("tasks") and their mean.
 
         Args:
-            progress: told how it gets on.
-            resume: do not repeat the tasks that are `finished`.
+            progress: shows the progress.
+            resume: skip tasks that are `finished`.
         """
         finished = self.finished() if resume else {}
-        for name in self.tasks:  # those of an earlier run too, whose settings would be found in place of this run's
+        for name in self.tasks:  # an earlier run may have other settings
             if name not in finished:
                 Path(self.folder, name, RUN_NAME).unlink(missing_ok=True)
         results = {}
         for name in self.tasks:
             if name not in finished:
                 finished[name] = self.run_task(name, progress or Progress())
-                # The last file: with it, a task is finished.
+                # This is the last file; it marks the task as finished.
                 write_json(Path(self.folder, name, RUN_NAME), self.settings(name))
             results[name] = finished[name]
         means = {
@@ -97,7 +97,7 @@ class Raft:
         return summary
 
     def run_task(self, name: str, progress: Progress) -> dict[str, Any]:
-        """Cross-validate, train, predict, save; returns the results."""
+        """Cross-validate, train, predict and save; return the results."""
         from transformers import set_seed
 
         from ia3.evaluation.prediction import predict
@@ -140,15 +140,15 @@ class Raft:
         return results
 
     def _with_new_adapter(self, task: Task) -> tuple[IA3Model, PreTrainedTokenizerBase]:
-        """The base model with an adapter that has learned nothing. It is loaded once, but for a classifier, whose head is
-        a task's."""
+        """The base model with an untrained adapter. It is loaded once; an encoder once per task, because its head has
+        the task's labels."""
         from ia3.adapter.config import TaskType
         from ia3.adapter.pretrained import load_base, task_type
         from ia3.evaluation.running import with_adapters
 
         base: Any
         if self._loaded is None or task_type(self._loaded[0].model) == TaskType.SEQ_CLS:
-            self._loaded = None  # before another one is in memory
+            self._loaded = None  # frees memory before the next one is loaded
             base, tokenizer = load_base(self.model, task.labels, self.dtype)
         else:
             adapted, tokenizer = self._loaded
@@ -157,7 +157,7 @@ class Raft:
         return self._loaded
 
     def _earlier(self, name: str) -> dict[str, Any]:
-        """A finished task's results, when its settings are the same."""
+        """A finished task's results, if its settings are the same."""
         folder = Path(self.folder, name)
         require_same(folder / RUN_NAME, self.settings(name))
         if not (folder / PREDICTIONS_NAME).is_file():
@@ -171,7 +171,7 @@ class Raft:
             numbers += [found["test_rows"], found["seconds"]]
         except (InputError, KeyError, TypeError) as cause:
             raise error from cause
-        # Another command's adapter in the same folder is measured otherwise, and has labelled no test rows.
+        # An adapter of another command has other metrics and no predictions.
         if found.get("command") != _COMMAND or not all(map(is_number, numbers)):
             raise error
         return {key: value for key, value in found.items() if key != SEEN}

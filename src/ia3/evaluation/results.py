@@ -1,4 +1,4 @@
-"""What an experiment leaves: an adapter's folder with its metrics and its model card; and metrics of several together."""
+"""The results of an experiment: an adapter's folder with metrics and model card, and summaries of several adapters."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
 
 
 def majority(labels: Sequence[str]) -> str:
-    """The most frequent label, the first one of several."""
+    """The most frequent label; of several, the first."""
     return Counter(labels).most_common(1)[0][0]
 
 
 def majority_metrics(task: Task, labels: Sequence[str]) -> dict[str, float]:
-    """The metrics of always answering with the majority: the bar that any method has to pass."""
+    """The metrics of always predicting the most frequent label, the baseline for any method."""
     return task.metrics(labels, [majority(labels)] * len(labels))
 
 
 def median_metrics(some: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Each metric's median over templates, the paper's way to measure (Liu et al. 2022, section 3.1)."""
+    """The median of each metric over templates, as the paper reports it (Liu et al. 2022, section 3.1)."""
     return {metric: statistics.median(scores[metric] for scores in some) for metric in some[0]}
 
 
 def report(task: Task, predictions: Sequence[Prediction], labels: Sequence[str], temperature: float) -> dict[str, Any]:
-    """How good predictions of labelled rows are: metrics, probabilities' quality, and each label's precision and recall."""
+    """Evaluate predictions of labelled rows: metrics, calibration, and precision and recall of each label."""
     import numpy as np
     from sklearn.metrics import precision_recall_fscore_support
 
@@ -63,7 +63,7 @@ def report(task: Task, predictions: Sequence[Prediction], labels: Sequence[str],
 
 
 def summary(members: Mapping[str, dict[str, Any]], seeds: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """For each group of seeds, method and metric: median and interquartile range, as numbers between 0 and 1."""
+    """The median and interquartile range for each group of seeds, method and metric, between 0 and 1."""
     found: dict[str, Any] = {}
     for shared, names in seeds.items():
         some = [members[name] for name in names if "trained" in members[name]]
@@ -76,7 +76,7 @@ def summary(members: Mapping[str, dict[str, Any]], seeds: Mapping[str, Sequence[
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """The median, and between which values the middle half lies."""
+    """The median and the interquartile range of values."""
     import numpy as np
 
     low, median, high = np.percentile(values, [25, 50, 75]).tolist()
@@ -93,9 +93,9 @@ def save_trained(
     examples: Sequence[Row],
     calibration: Calibration | None = None,
 ) -> dict[str, Any]:
-    """Save an adapter and all that belongs to it; returns the results with the adapter's size.
+    """Save an adapter with all files of its folder; return the results with the adapter's size.
 
-    What the examples were that it learned from, metrics.json says in fingerprints, for programs alone.
+    metrics.json records the training examples as fingerprints, for programs.
     """
     texts = {TASK_NAME: task.to_yaml()}
     if calibration is not None:
@@ -117,8 +117,8 @@ def save_measured(
     card: Callable[[dict[str, Any]], str],
     texts: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Save an adapter with its recipe, its metrics, a model card that is made of them and other files, in whole or not
-    at all; returns the metrics with the adapter's size."""
+    """Save an adapter with its recipe, its metrics, a model card made from them, and other files, atomically; return
+    the metrics with the adapter's size."""
     from ia3.adapter.checkpoint import save_adapter
 
     measured = dict(results)

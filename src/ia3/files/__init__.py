@@ -1,4 +1,4 @@
-"""Files: found here or on the hub, read with whatever they hold, and replaced in whole or not at all."""
+"""Files: find them on disk or on the hub, read them safely, replace them atomically."""
 
 from ia3.files.atomic import TEMPORARY, alone, has_unfinished, new_folder, replacing
 from ia3.files.formats import parse_bytes, parse_json, read_fields, read_json, reading, to_json, write_json

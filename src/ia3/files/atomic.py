@@ -1,4 +1,4 @@
-"""Files and folders that are written in whole or not at all, whoever is killed meanwhile."""
+"""Write files and folders atomically, even if the process is killed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pathlib import Path
 
 from ia3.errors import InputError
 
-# What is made on the way to a result is named so, and nobody else's files are.
+# The prefix of temporary files and folders. No other files have it.
 TEMPORARY = ".ia3-"
 
-# Without locks, what was not touched for so many seconds is no writer's any more.
+# Without locks: a temporary file that was not changed for this many seconds has no writer any more.
 _ABANDONED = 3600
 
 # Seconds to wait for another process that puts its files into the same folder, which takes milliseconds.
@@ -25,7 +25,7 @@ _PATIENCE = 60
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary name beside `path` to write to; renamed to it at the end, removed when anything goes wrong."""
+    """A temporary name beside `path` to write to. It is renamed to `path` at the end, or removed after an error."""
     path = Path(path)
     with temporary_in(path.parent, path.name, path.suffix) as temporary:
         yield temporary
@@ -36,10 +36,10 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary folder beside `path` to write to; renamed to it at the end, removed when anything goes wrong.
+    """A temporary folder beside `path` to write to. It is renamed to `path` at the end, or removed after an error.
 
     Raises:
-        OSError: `path` holds something already.
+        OSError: `path` is not empty.
     """
     path = Path(os.path.abspath(path))
     with temporary_in(path.parent, path.name) as temporary:
@@ -50,15 +50,15 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def has_unfinished(folder: str | os.PathLike) -> bool:
-    """Whether there is a folder that a killed writer left something unfinished in."""
+    """Whether a folder holds unfinished files of a killed writer."""
     return os.path.isdir(folder) and any(name.startswith(TEMPORARY) for name in os.listdir(folder))
 
 
 @contextmanager
 def temporary_in(parent: Path, name: str, suffix: str | None = None) -> Iterator[Path]:
-    """A new file (with a suffix) or folder (None) in `parent`, removed at the end unless it has been renamed.
+    """A new file (with a suffix) or folder (None) in `parent`, removed at the end unless it was renamed.
 
-    It is locked for as long, which tells it from what killed writers left there under the same name; that goes first.
+    It is locked during that time. This distinguishes it from leftovers of killed writers, which are removed first.
     """
     parent.mkdir(parents=True, exist_ok=True)
     prefix = f"{TEMPORARY}{name}."
@@ -71,10 +71,10 @@ def temporary_in(parent: Path, name: str, suffix: str | None = None) -> Iterator
             os.close(handle)
             path = Path(created)
         with contextlib.ExitStack() as stack:
-            if os.name == "posix":  # elsewhere what is open cannot be renamed
+            if os.name == "posix":  # elsewhere open files cannot be renamed
                 try:
                     handle = os.open(path, os.O_RDONLY)
-                except FileNotFoundError:  # another writer took it for abandoned
+                except FileNotFoundError:  # another writer removed it as a leftover
                     continue
                 stack.callback(os.close, handle)
                 if _lock(handle) is False or not path.exists():
@@ -91,7 +91,7 @@ def _remove_abandoned(parent: Path, prefix: str, suffix: str) -> None:
         if not (name.startswith(prefix) and name.endswith(suffix)):
             continue
         path = parent / name
-        with contextlib.suppress(OSError):  # gone meanwhile, or somebody else's
+        with contextlib.suppress(OSError):  # removed meanwhile, or of another user
             handle = os.open(path, os.O_RDONLY)
             try:
                 locked = _lock(handle)
@@ -109,21 +109,21 @@ def _remove(path: Path) -> None:
 
 
 def _lock(handle: int) -> bool | None:
-    """Lock an open file or folder until it is closed. False: another has; None: there are no locks here."""
+    """Lock an open file or folder until it is closed. False: it is locked already; None: locks are not supported."""
     try:
         import fcntl
 
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except (ImportError, OSError):  # Windows; a network's file system
+    except (ImportError, OSError):  # Windows, or a network file system
         return None
     return True
 
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Within `with`, no other process puts files in place in a folder."""
+    """Keep other processes from replacing files in a folder during a `with` block."""
     if os.name != "posix":
         yield
         return
@@ -142,7 +142,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def settle(path: Path) -> None:
-    """Let a file, or a folder and all within, be on the disk, and as readable as what is not made to be private."""
+    """Flush a file, or a folder and its content, to disk, and give it the permissions of ordinary files."""
     umask = os.umask(0)
     os.umask(umask)
     for one in [*path.rglob("*"), path]:
@@ -151,13 +151,13 @@ def settle(path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Let what was written be on the disk, so that no later step is there before it when the power fails."""
+    """Flush to disk, so that after a power failure no later step is on disk without this one."""
     if os.name != "posix" and path.is_dir():
         return
     handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
     try:
         os.fsync(handle)
-    except OSError:  # a file system that cannot
+    except OSError:  # the file system does not support it
         pass
     finally:
         os.close(handle)

@@ -1,4 +1,4 @@
-"""JSON and YAML, read with whatever they hold, and written."""
+"""Read JSON and YAML safely, and write JSON."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from typing import Any
 from ia3.errors import InputError, brief, excerpt, reason
 from ia3.files.atomic import replacing
 
-# Of lists and mappings inside each other, and of values when YAML's aliases are followed. What people write stays far
-# below; what goes beyond would exhaust the stack or the memory of whoever walks through it.
+# Limits of nested levels, and of values with YAML's aliases expanded. Ordinary files stay far below. Larger ones could
+# exhaust the stack or the memory.
 _DEEPEST = 50
 _MOST_VALUES = 1_000_000
 
-# What to do about a file that somebody else made.
+# The advice for a file from another source.
 _AGAIN = "copy or download it again"
 
 
 @contextmanager
 def reading(path: str | os.PathLike, expected: str, advice: str = _AGAIN) -> Iterator[None]:
-    """Within `with`, content that may come from anywhere is read; whatever its reader raises becomes an `InputError`.
+    """Convert all errors of reading untrusted content in a `with` block to `InputError`.
 
-    A damaged or hostile file makes a reader fail in ways of its own: `RecursionError` for what is nested too deep,
-    `OverflowError` for a number, `MemoryError` for a size, `KeyError` for a field. To the user they are one: the file
-    is not what it should be. An `InputError` raised inside passes as it is.
+    A damaged or hostile file can raise many errors: `RecursionError` for deep nesting, `OverflowError` for a number,
+    `MemoryError` for a size, `KeyError` for a field. For the user they mean the same: the file is invalid. An
+    `InputError` passes unchanged.
 
     Args:
         path: the file or folder, for the message.
-        expected: what it should be.
-        advice: what to do about it.
+        expected: the expected content.
+        advice: what to do.
     """
     where = excerpt(os.fspath(path))
     try:
@@ -49,27 +49,27 @@ def reading(path: str | os.PathLike, expected: str, advice: str = _AGAIN) -> Ite
 
 
 def parse_json(data: bytes | str, path: str | os.PathLike, advice: str = _AGAIN) -> Any:
-    """What JSON says.
+    """Parse JSON.
 
     Args:
         data: the text.
-        path: where it stands, for an error message.
-        advice: what to do about it.
+        path: its file, for an error message.
+        advice: what to do, for an error message.
 
     Raises:
-        InputError: no JSON, or values that this program could not walk through or print.
+        InputError: the text is not JSON, or has values beyond the limits.
     """
     with reading(path, "JSON", advice):
         text = data if isinstance(data, str) else data.decode("utf-8")
         values = json.loads(text)
-        # All are rare, and this is fast.
+        # This check is fast, and such values are rare.
         if text.count("[") + text.count("{") > _DEEPEST or re.search(r"\\u[dD][89a-fA-F]|\d{300}", text):
             _measure(values, {})
         return values
 
 
 def read_json(path: str | os.PathLike, advice: str = _AGAIN) -> dict[str, Any]:
-    """The fields of a JSON file. Raises `InputError` as `parse_json` does, and when there is no object."""
+    """The fields of a JSON file. Raises `InputError` as `parse_json`, and if it holds no object."""
     with reading(path, "JSON", advice):
         data = Path(path).read_bytes()
     values = parse_json(data, path, advice)
@@ -81,12 +81,12 @@ def read_json(path: str | os.PathLike, advice: str = _AGAIN) -> dict[str, Any]:
 
 
 def to_json(value: Any) -> str:
-    """A value as we write JSON files."""
+    """A value as JSON, in the format of our files."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, in whole or not at all."""
+    """Write a JSON file atomically."""
     with replacing(path) as temporary:
         temporary.write_text(to_json(value), encoding="utf-8")
 
@@ -95,13 +95,13 @@ def read_fields(path: Path, loader: Any, such_as: str, data: bytes | None = None
     """The fields of a YAML file.
 
     Args:
-        path: the file, which is there.
-        loader: PyYAML's class for it.
+        path: the existing file.
+        loader: the PyYAML loader class.
         such_as: names of fields, for an error message.
-        data: what was read from it already; None: read it.
+        data: the file's content, if it was read already; None: read it.
 
     Raises:
-        InputError: no YAML, no mapping, or values that this program could not walk through or print.
+        InputError: the file is not YAML or not a mapping, or has values beyond the limits.
     """
     import yaml
 
@@ -109,7 +109,7 @@ def read_fields(path: Path, loader: Any, such_as: str, data: bytes | None = None
         text = (path.read_bytes() if data is None else data).decode("utf-8")
         try:
             values = yaml.load(text, Loader=loader)
-        except yaml.YAMLError as error:  # which says in its last lines what is wrong, and where
+        except yaml.YAMLError as error:  # its last lines say what is wrong, and where
             raise ValueError(" ".join(str(error).split())) from error
         if _measure(values, {})[0] > _MOST_VALUES:
             raise ValueError(f"more than {_MOST_VALUES} values, aliases followed")
@@ -119,15 +119,15 @@ def read_fields(path: Path, loader: Any, such_as: str, data: bytes | None = None
 
 
 def _measure(value: Any, known: dict[int, tuple[int, int]], depth: int = 0) -> tuple[int, int]:
-    """How many values a value holds, itself included, and in how many levels.
+    """The number of values in a value, itself included, and its number of levels.
 
     Args:
-        value: of JSON or YAML, in which aliases make one list stand in many places, or within itself.
-        known: what has been found, by the object's identity.
-        depth: in how many levels it stands.
+        value: a value of JSON or YAML, where aliases can repeat a list or put it inside itself.
+        known: identity of an object → its result.
+        depth: the number of levels around it.
 
     Raises:
-        ValueError: there are too many levels, or a text holds half a surrogate pair, which no file or terminal takes.
+        ValueError: there are too many levels, or a text has a lone surrogate, which cannot be written or printed.
         OverflowError: an integer has hundreds of digits.
     """
     if isinstance(value, str):

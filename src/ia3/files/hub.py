@@ -1,4 +1,4 @@
-"""Files found here or on the Hugging Face hub."""
+"""Find files on disk or on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ia3.files.formats import reading
 from ia3.files.saves import current
 
 
-@functools.cache  # an answer is remembered, so that not each of an adapter's files costs a request more; an error is not
+@functools.cache  # caches the answer to save requests, but not an error
 def _reach_hub() -> None:
     from huggingface_hub import constants, get_session
 
@@ -23,29 +23,29 @@ def _reach_hub() -> None:
 
 
 def hub_answers() -> bool:
-    """Whether the hub can be reached. Where it cannot, huggingface_hub would ask six times in half a minute for each
-    file that is not on this machine, and log each failure; `local_files_only` spares that."""
+    """Whether the hub can be reached. If not, `local_files_only` is set; otherwise huggingface_hub would try six times
+    in half a minute for each missing file, and log each failure."""
     try:
         _reach_hub()
-    except Exception:  # no network, no such host, a firewall, HF_HUB_OFFLINE: as the HTTP library of the day says it
+    except Exception:  # no network, no such host, a firewall, HF_HUB_OFFLINE: each HTTP library has other errors
         return False
     return True
 
 
 def locate(path: str | os.PathLike, filename: str, subfolder: str | None = None, **hub_kwargs: Any) -> str:
-    """The file of a local adapter folder, or of a hub repository, downloaded.
+    """The path of a file in a local adapter folder, or downloaded from a hub repository.
 
     Raises:
-        InputError: there is no such folder, repository or file.
+        InputError: the folder, repository or file does not exist.
     """
     folder = Path(path, subfolder) if subfolder else Path(path)
-    # `os.path` takes a name that no file can have for one that is not there; `pathlib` raises.
+    # For a name that no file can have, `os.path` says that it does not exist; `pathlib` raises.
     for where in (current(folder), folder):
         if os.path.isfile(where / filename):
             return str(where / filename)
     if os.path.exists(folder):
         raise InputError(f"Can't find {filename!r} in {brief(str(folder))}: expected the folder of a saved adapter.")
-    if folder.parent != Path() and os.path.isdir(folder.parent):  # a name mistyped beside others, no hub repository
+    if folder.parent != Path() and os.path.isdir(folder.parent):  # a mistyped local name, not a hub id
         with reading(folder.parent, "a folder of adapters"):
             others = sorted(child.name for child in folder.parent.iterdir() if child.is_dir())
         raise InputError(
@@ -58,7 +58,7 @@ def locate(path: str | os.PathLike, filename: str, subfolder: str | None = None,
         hub_kwargs["local_files_only"] = True
     try:
         return hf_hub_download(str(path), filename, subfolder=subfolder, **hub_kwargs)
-    except Exception as error:  # whatever the hub, the network or the name's form raised, the user's answer is the same
+    except Exception as error:  # hub, network or invalid name: the user gets the same error
         hub = f"answered: {reason(error)}" if answers else "cannot be reached."
         raise InputError(
             f"Can't find {filename!r} at {brief(str(path))}: no such folder here, and the hub {hub}"
@@ -68,10 +68,10 @@ def locate(path: str | os.PathLike, filename: str, subfolder: str | None = None,
 def locate_beside(
     path: str | os.PathLike, filename: str, subfolder: str | None = None, **hub_kwargs: Any
 ) -> str | None:
-    """A file that a hub repository may have beside an adapter, found as by `locate`; None where it has none.
+    """The path of an optional file beside an adapter, as `locate` finds it; None if it does not exist.
 
     Raises:
-        InputError: there is no such repository, or the hub does not say whether there is such a file.
+        InputError: the repository does not exist, or the hub does not answer.
     """
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -82,7 +82,7 @@ def locate_beside(
         cause = error.__cause__
         if isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError):
             return None
-        # Without a network: what the hub said when the adapter was downloaded.
+        # Without a network, use the hub's answer from the adapter's download.
         name = f"{subfolder}/{filename}" if subfolder else filename
         known = {key: hub_kwargs[key] for key in ("cache_dir", "revision") if hub_kwargs.get(key)}
         if isinstance(cause, LocalEntryNotFoundError) and not isinstance(
@@ -93,14 +93,14 @@ def locate_beside(
 
 
 HUB_ARGUMENTS = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
-"""Of a call's keyword arguments, those that say where on the hub an adapter is."""
+"""Keyword arguments for an adapter's place on the hub."""
 
 
 def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments that say where on the hub something is.
+    """Keyword arguments for the hub, checked.
 
     Raises:
-        InputError: one that `huggingface_hub.hf_hub_download` does not take.
+        InputError: `huggingface_hub.hf_hub_download` does not take an argument.
     """
     if not kwargs:
         return {}
@@ -119,23 +119,23 @@ def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 def upload(
     save: Callable[[str], Any], repo_id: str, private: bool | None = None, token: str | None = None, **kwargs: Any
 ) -> str:
-    """Upload to a hub repository, made when it is not there, what `save` writes into a folder.
+    """Upload the files that `save` writes to a hub repository, which is created if it does not exist.
 
     Args:
-        save: takes the folder.
+        save: a function that writes the files to a folder.
         repo_id: owner/name.
-        private: for a new repository.
-        token: of the hub; None: the one that is logged in.
-        **kwargs: as of `huggingface_hub.upload_folder`.
+        private: whether a new repository is private.
+        token: the hub's token; None: that of the login.
+        **kwargs: arguments of `huggingface_hub.upload_folder`.
 
     Returns:
-        The commit's address.
+        The URL of the commit.
     """
     from huggingface_hub import HfApi
 
     known = inspect.signature(HfApi.upload_folder).parameters
     unknown = [name for name in kwargs if name not in known and "kwargs" not in known]
-    if unknown:  # before a repository is made
+    if unknown:  # raise before a repository is created
         raise InputError(f"Unknown arguments {shown(unknown)}; expected those of huggingface_hub.upload_folder.")
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id

@@ -1,4 +1,4 @@
-"""An adapter's files, replaced together: what a reader finds is always of one save."""
+"""Replace an adapter's files together, so that readers always find the files of one save."""
 
 from __future__ import annotations
 
@@ -19,36 +19,38 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 TORCH_WEIGHTS_NAME = "adapter_model.bin"
 
-# The hidden folder of an adapter's files that are complete, and on their way to their places; see `replacing_adapter`.
+# The hidden folder of complete files that are not in their places yet; see `replacing_adapter`.
 PENDING = ".ia3-saved"
 _STAGED = "save"
 
-# Often enough for a reader whom a writer keeps overtaking.
+# Number of attempts of a reader while writers keep replacing the files.
 _ATTEMPTS = 100
 
 
 @contextmanager
 def replacing_adapter(folder: str | os.PathLike, names: Sequence[str]) -> Iterator[Path]:
-    """A hidden folder within an adapter's folder to write files to; at the end they replace those of `names`, all or none.
+    """A hidden folder in an adapter's folder to write files to. At the end they replace the files of `names`, all or
+    none.
 
-    Renaming the hidden folder to `PENDING` is the one step that decides. Before it the old files are there, untouched.
-    After it the new ones count: `current` sends readers to them until each has its place, and where the writer was
-    killed in between, the next one finishes its work.
+    One step decides: renaming the hidden folder to `PENDING`. Before it, the old files are valid and unchanged. After
+    it,
+    the new files are valid: `current` directs readers to them until each is in its place. If the writer is killed in
+    between, the next writer finishes its work.
 
-    Why not exchange the whole folder for a new one (`renameat2`): it may be a mount point, a link, somebody's working
-    directory or a container's volume, all of which would go on seeing the old one. And it holds what is not ours, such as
-    tokenizers, checkpoints, logs and other adapters, which would have to move one by one while others use it.
+    Why not replace the whole folder (`renameat2`)? It may be a mount point, a link, a working directory or a
+    container's volume, which would still show the old folder. And it holds other files, such as tokenizers,
+    checkpoints, logs and other adapters, which would have to move one by one while they are in use.
 
-    Programs that do not know of `PENDING`, such as PEFT, see the files at their places alone. For them a config that
-    changes goes before the other files change and comes back after them: they find all old files, all new ones, or no
-    adapter, but no new file beside an old one.
+    Programs that do not know `PENDING`, such as PEFT, see only the files in their places. For them, a changed config is
+    removed before the other files change and appears after them. They find all old files, all new files, or no adapter,
+    but never a mixture.
 
     Args:
-        folder: made when it is not there.
-        names: what belongs to an adapter. A file that is not written is removed; others that are written join them.
+        folder: created if it does not exist.
+        names: the names of an adapter's files. Those that are not written are removed; other written files are added.
 
     Raises:
-        InputError: another process does not let go of the folder, or one of `names` is a folder.
+        InputError: another process keeps the folder locked, or one of `names` is a folder.
     """
     folder = Path(folder)
     with temporary_in(folder, _STAGED) as staged:
@@ -62,7 +64,7 @@ def replacing_adapter(folder: str | os.PathLike, names: Sequence[str]) -> Iterat
 
 
 def take_over(source: str | os.PathLike, folder: str | os.PathLike, names: Sequence[str]) -> None:
-    """As `replacing_adapter`, with the files of another folder of the same file system, which goes."""
+    """The same as `replacing_adapter`, with the files of another folder on the same file system, which is removed."""
     folder = Path(folder)
     settle(Path(source))
     with alone(folder):
@@ -73,15 +75,15 @@ def take_over(source: str | os.PathLike, folder: str | os.PathLike, names: Seque
 
 
 def _finish(folder: Path, names: Sequence[str]) -> None:
-    """Do what a killed writer had left to do in a folder."""
+    """Finish the work of a killed writer in a folder."""
     if current(folder) != folder:
         _put_in_place(folder, names)
-    elif (folder / PENDING).exists():  # somebody else, such as PEFT, has saved here since
+    elif (folder / PENDING).exists():  # another program, such as PEFT, has saved here since
         shutil.rmtree(folder / PENDING)
 
 
 def _put_in_place(folder: Path, names: Sequence[str]) -> None:
-    """Let the files in `PENDING` take their places; those that have theirs already are left."""
+    """Move the files in `PENDING` to their places, except those that are there already."""
     pending, links = folder / PENDING, {}
     for name in os.listdir(pending):
         source, target, link = pending / name, folder / name, pending / f"{TEMPORARY}{name}"
@@ -89,12 +91,12 @@ def _put_in_place(folder: Path, names: Sequence[str]) -> None:
             continue
         link.unlink(missing_ok=True)
         try:
-            os.link(source, link)  # so that the one in PENDING stays until all are in place
+            os.link(source, link)  # so that the file in PENDING stays until all are in place
         except OSError:  # a file system without hard links
             shutil.copy2(source, link)
             flush(link)
         links[name] = link
-    # As near to each other as can be, and the config last.
+    # As quickly as possible, and the config last.
     core = (WEIGHTS_NAME, TORCH_WEIGHTS_NAME, CONFIG_NAME)
     for name in sorted({*names, *links}, key=lambda name: core.index(name) if name in core else -1):
         if name == core[0] and not _same(pending / CONFIG_NAME, folder / CONFIG_NAME):
@@ -118,34 +120,34 @@ def _same(one: Path, other: Path) -> bool:
 
 
 def current(folder: str | os.PathLike) -> Path:
-    """Where the files of an adapter's folder are: in it, or until they have their places in `PENDING` within it."""
+    """The folder with an adapter's valid files: its folder, or `PENDING` in it until they are in their places."""
     pending = os.path.join(folder, PENDING)
     if not os.path.isdir(pending):
         return Path(folder)
-    with contextlib.suppress(OSError):  # no config in place: it is on its way
+    with contextlib.suppress(OSError):  # without a config in its place, PENDING is valid
         saved, found = (os.stat(os.path.join(where, CONFIG_NAME)) for where in (pending, folder))
-        # Since a writer was killed, a program that knows nothing of PENDING has saved.
+        # After a writer was killed, a program that does not know PENDING has saved.
         if found.st_mtime_ns > saved.st_mtime_ns:
             return Path(folder)
     return Path(pending)
 
 
 def version(folder: str | os.PathLike) -> tuple[Path, tuple[int, ...] | None]:
-    """What tells one save into an adapter's folder from the next: where its files are, and its config's stamp."""
+    """An identifier of a save in an adapter's folder: the place of its files, and its config's stamp."""
     where = current(folder)
     try:
-        status = os.stat(where / CONFIG_NAME)  # which is a new file each time
+        status = os.stat(where / CONFIG_NAME)  # each save makes a new file
     except OSError:
         return where, None
     return where, (status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def read_whole(folder: str | os.PathLike, read: Callable[[], T]) -> T:
-    """What `read` makes of an adapter's files, all of one save: it is called again when they are replaced meanwhile.
+    """The result of `read` for an adapter's files, all of one save. It is called again if they are replaced meanwhile.
 
     Args:
-        folder: the adapter's.
-        read: opens the files where `current` says that they are.
+        folder: the adapter's folder.
+        read: reads the files in the folder that `current` returns.
     """
     for _ in range(_ATTEMPTS):
         before = version(folder)
@@ -161,7 +163,7 @@ def read_whole(folder: str | os.PathLike, read: Callable[[], T]) -> T:
 
 
 def is_unused(folder: str | os.PathLike) -> bool:
-    """Whether a folder is not there, or holds nothing but what killed writers left before they had all of it."""
+    """Whether a folder does not exist, or holds only incomplete files of killed writers."""
     path = Path(folder)
     return not os.path.lexists(path) or (
         path.is_dir() and all(name.startswith(TEMPORARY) and name != PENDING for name in os.listdir(path))

@@ -1,1 +1,1 @@
-"""Any number of adapters of one model over HTTP: `ia3 serve`."""
+"""Serve any number of adapters of one model over HTTP: `ia3 serve`."""

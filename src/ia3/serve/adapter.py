@@ -1,4 +1,4 @@
-"""One adapter that is served, and what stands beside it in its folder: `Adapter`."""
+"""A served adapter, and the other files of its folder: `Adapter`."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from ia3.training.recipe import Recipe
 
 FILES = {WEIGHTS_NAME: True, CONFIG_NAME: True, TASK_NAME: False, RECIPE_NAME: False, CALIBRATION_NAME: False}
-"""Names of an adapter's files, and whether they have to be there."""
+"""Name of an adapter's file → whether it is required."""
 
 
 class Settings(NamedTuple):
-    """What stands beside an adapter.
+    """The settings in an adapter's folder.
 
     Attributes:
-        task: None: it is for completions only.
-        recipe: the paper's, where there is none.
-        temperature: of its calibration; 1 where there is none.
-        calibrated: whether there is one.
+        task: the adapter's task; None: the adapter is only for completions.
+        recipe: the adapter's recipe; the paper's if there is none.
+        temperature: the calibration's temperature; 1 if there is none.
+        calibrated: whether the adapter has a calibration.
     """
 
     task: Task | None
@@ -41,15 +41,15 @@ class Settings(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class Adapter:
-    """One content of an adapter; when its files are replaced, another one takes its name.
+    """One version of an adapter. If its files are replaced, a new object takes its name.
 
     Attributes:
-        name: what clients call it.
-        key: what the engine calls it.
-        folder: where it is.
-        stamp: changes when its files do.
-        users: requests that are under way with it.
-        retired: it is served no more; the engine forgets it when its last user has gone.
+        name: its name for clients.
+        key: its name for the engine.
+        folder: its folder.
+        stamp: changes when its files change.
+        users: the number of running requests that use it.
+        retired: it is no longer served; the engine drops it after its last request.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Adapter:
     _lock: Any = dataclasses.field(default_factory=threading.Lock)
 
     def settings(self) -> Settings:
-        """Read once, on a thread that may block. Raises `InputError` for damaged files."""
+        """The settings, read once, on a thread that may block. Raises `InputError` for damaged files."""
         with self._lock:
             if self._settings is None:
                 self._settings = read_settings(self.folder)
@@ -70,7 +70,7 @@ class Adapter:
 
 
 def read_settings(folder: str) -> Settings:
-    """The settings in an adapter's folder. Raises `InputError` for files that are damaged or cannot be read."""
+    """The settings in an adapter's folder. Raises `InputError` for damaged or unreadable files."""
     try:
         found = AdapterFolder(folder)
         return Settings(found.task, found.recipe, found.temperature, calibrated=found.calibration is not None)
@@ -79,7 +79,8 @@ def read_settings(folder: str) -> Settings:
 
 
 def stamp_of(folder: str) -> tuple | None:
-    """Changes when an adapter's files do; None for a folder or files that are links, or without the vectors' file."""
+    """A stamp that changes with an adapter's files; None if the folder or files are links, or the vectors are
+    missing."""
     if os.path.realpath(folder) != folder:
         return None
     found, where = {}, current(folder)

@@ -1,4 +1,4 @@
-"""The application and its own routes; `openai` has the others."""
+"""The application and its routes, except those of `openai`."""
 
 from __future__ import annotations
 
@@ -100,19 +100,19 @@ def _add_pages(app: FastAPI, server: Server) -> None:
 
     @app.get("/ready", tags=["operation"])
     async def ready() -> Any:
-        """200 when requests are answered; 503 while the model is loaded, and when the server shuts down."""
+        """200 if requests are answered; 503 while the model loads or the server shuts down."""
         if not server.ready:
             raise Problem(503, "Not ready.", "not_ready", {"Retry-After": "2"})
         return {"status": "ready"}
 
     @app.get("/metrics", tags=["operation"])
     async def metrics() -> Response:
-        """Numbers for Prometheus."""
+        """Metrics for Prometheus."""
         return Response(server.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/v1/models", tags=["models"])
     async def models() -> Any:
-        """The base model and all adapters, as OpenAI lists models."""
+        """The base model and all adapters, in OpenAI's format for models."""
         server.require_started()
         names = [server.engine.name, *server.store.names]
         return {
@@ -122,14 +122,14 @@ def _add_pages(app: FastAPI, server: Server) -> None:
 
     @app.get("/v1/models/{name:path}", tags=["models"])
     async def model(name: str) -> Any:
-        """One of them."""
+        """The base model or an adapter."""
         server.require_started()
         server.adapter(name)
         return {"id": name, "object": "model", "created": 0, "owned_by": "ia3"}
 
 
 def _described(adapter: Adapter) -> dict[str, Any]:
-    """An adapter for a client. Blocks."""
+    """The description of an adapter for a client. Blocks."""
     found = adapter.settings()
     task = found.task
     return {
@@ -145,20 +145,20 @@ def _described(adapter: Adapter) -> dict[str, Any]:
 def _add_adapters(app: FastAPI, server: Server) -> None:
     @app.get("/v1/adapters", tags=["adapters"])
     async def adapters() -> Any:
-        """Names of all adapters."""
+        """The names of all adapters."""
         server.require_started()
         return {"base": server.engine.name, "adapters": [{"name": name} for name in server.store.names]}
 
     @app.get("/v1/adapters/{name:path}", tags=["adapters"])
     async def adapter(name: str) -> Any:
-        """An adapter: its columns and labels."""
+        """An adapter's columns and labels."""
         server.require_started()
         return await asyncio.to_thread(_described, server.store.get(name))
 
     @app.post("/v1/adapters", tags=["adapters"], status_code=201)
     async def admit(request: Request) -> Any:
         """Upload an adapter's files (multipart/form-data: `name`, `files`), or name a folder below the adapters' root
-        (application/json). One that is served already is replaced; requests that are under way end with the old one."""
+        (application/json). It replaces a served adapter of that name; running requests end with the old one."""
         server.require_started()
         if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             body = await read_body(request, FolderBody)
@@ -169,13 +169,13 @@ def _add_adapters(app: FastAPI, server: Server) -> None:
             try:
                 async with request.form(max_files=8, max_fields=8) as form:
                     found, new = await _upload(server, form)
-            except HTTPException as error:  # of the form's parser
+            except HTTPException as error:  # from the form's parser
                 raise InputError(f"Expected multipart/form-data: {error.detail}") from error
         return JSONResponse(await asyncio.to_thread(_described, found), 201 if new else 200)
 
     @app.delete("/v1/adapters/{name:path}", tags=["adapters"])
     async def remove(name: str) -> Any:
-        """Serve an adapter no more. Its files are deleted when they were uploaded."""
+        """Stop serving an adapter. Its files are deleted if they were uploaded."""
         server.require_started()
         await server.store.remove(name)
         return {"name": name, "deleted": True}
@@ -204,7 +204,7 @@ def _writer(part: UploadFile) -> Callable[[Path], Awaitable[None]]:
 def _add_classification(app: FastAPI, server: Server) -> None:
     @app.post("/v1/classify", tags=["answers"])
     async def classify(request: Request) -> Any:
-        """A label and each label's probability, for each text or row."""
+        """The label and all labels' probabilities, for each text or row."""
         server.require_started()
         body = await read_body(request, ClassifyBody)
         items = body.texts if body.texts is not None else body.rows or []
@@ -220,7 +220,7 @@ def _add_classification(app: FastAPI, server: Server) -> None:
 
 
 def _describe(app: FastAPI) -> None:
-    """The bodies, which are read by hand, in the OpenAPI document."""
+    """Add the request bodies, which FastAPI does not parse, to the OpenAPI document."""
     made = app.openapi
 
     def openapi() -> dict[str, Any]:

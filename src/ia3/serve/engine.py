@@ -1,10 +1,10 @@
-"""What answers requests: the `Engine` protocol, and the work it gets. Nothing here needs torch.
+"""The `Engine` protocol, and the jobs of an engine. Nothing here needs torch.
 
-The HTTP side (`app`, `store`) knows names of adapters, tasks and limits; an engine knows keys, tokens and vectors.
+The HTTP side (`app`, `store`) handles names of adapters, tasks and limits; an engine handles keys, tokens and vectors.
 
-Threads: every `async` method of an engine is called on the server's one event loop, and must not block it; the plain
-methods say where they are called. When the task that awaits a method is cancelled (the client has left, or the
-request's deadline has passed), work that has not begun must be dropped, and generation must stop.
+Threads: every `async` method of an engine is called on the server's event loop, and must not block it; the other
+methods document their thread. If the task that awaits a method is cancelled (the client disconnected, or the deadline
+passed), the engine must drop work that has not begun, and stop generation.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 
 
 class AdapterFailed(InputError):
-    """One job cannot be done because of its adapter: its files are gone, damaged, or not for this model."""
+    """A job failed because of its adapter: its files are missing, damaged, or not for this model."""
 
 
 @dataclass(frozen=True)
 class ScoreJob:
-    """A question whose answer choices are to be scored.
+    """A question with answer choices to score.
 
     Attributes:
-        adapter: the key of the adapter that answers, as given to `Engine.add`; None: the base model.
-        question: prompt and choices as token ids, of `Engine.questions`.
-        length_normalization: the power of a choice's token count that its log-probability is divided by.
+        adapter: the adapter's key, as given to `Engine.add`; None: the base model.
+        question: prompt and choices as token ids, from `Engine.questions`.
+        length_normalization: a log-probability is divided by this power of the choice's token count.
     """
 
     adapter: str | None
@@ -44,16 +44,16 @@ class ScoreJob:
 
 @dataclass(frozen=True)
 class GenerateJob:
-    """A text to be continued.
+    """A prompt to continue.
 
     Attributes:
-        adapter: as of `ScoreJob`.
-        prompt: token ids, one at least; with `max_tokens` within the engine's context length.
-        max_tokens: how many tokens to generate at most, 1 at least.
-        temperature: of sampling; 0: the most probable token; else large enough to divide by.
+        adapter: see `ScoreJob`.
+        prompt: at least one token id; together with `max_tokens` within the engine's context length.
+        max_tokens: the maximum of tokens to generate, at least 1.
+        temperature: the sampling temperature; 0: the most probable token; otherwise large enough to divide by.
         top_p: sample among the most probable tokens whose probabilities reach this sum, above 0; 1: among all.
-        stop: texts that end the generation; the text ends before them.
-        seed: makes sampling repeatable; None: it is not.
+        stop: texts that end the generation; the generated text ends before them.
+        seed: makes sampling repeatable; None: sampling differs each time.
     """
 
     adapter: str | None
@@ -70,9 +70,9 @@ class Piece:
     """The next piece of a generated text.
 
     Attributes:
-        text: it may be empty; nothing that belongs to a stop text, and no half characters.
-        tokens: how many have been generated up to here.
-        finish: on the last piece, "stop" (the model or a stop text ended it) or "length".
+        text: the text, possibly empty, without parts of a stop text and without incomplete characters.
+        tokens: the number of generated tokens so far.
+        finish: for the last piece, "stop" (the model or a stop text ended it) or "length".
     """
 
     text: str
@@ -81,25 +81,26 @@ class Piece:
 
 
 def normalized(log_probability: float, tokens: int, power: float) -> float:
-    """Σ_t log p(y_t | x, y_<t) / T^power, as `Scorer.score` has it: 0 where T^power is more than a float can be."""
+    """Σ_t log p(y_t | x, y_<t) / T^power, as in `Scorer.score`; 0 if T^power overflows a float."""
     return log_probability * tokens**-power
 
 
 class Engine(Protocol):
     """A base model and adapters by key.
 
-    A key stands for one content for ever: when an adapter's files change, the server adds them under a new key, sends new
-    requests there, and drops the old key when the last request that uses it has ended.
+    The content of a key never changes. If an adapter's files change, the server adds them with a new key, uses it for
+    new requests, and drops the old key after its last request.
 
     Attributes:
-        name: the base model's, for `/v1/models`.
-        tokenizer: the base model's (transformers), once `start` is done. Used on one thread other than the event loop's.
-        context_length: how many tokens prompt and continuation may have together; None: no limit is known.
+        name: the base model's name, for `/v1/models`.
+        tokenizer: the base model's tokenizer (transformers), after `start`. It is used on one thread, not the event
+            loop's.
+        context_length: the maximum of tokens of prompt and continuation together; None: unknown.
         generates: whether the model continues texts; False for encoders and encoder-decoders.
-        observe: set by the server before `start`: may be called, on any thread, with what a batch did ("score",
-            "prefill", "decode", or "step" for what mixes these), its rows, and how many different adapters they have.
-        on_end: set by the server before `start`: called, on the event loop, with the error by which an engine that had
-            started has ended. It answers nothing any more, and has let fail what waited.
+        observe: set by the server before `start`. It may be called, on any thread, with the type of a batch ("score",
+            "prefill", "decode", or "step" for a mixture), its rows, and its number of different adapters.
+        on_end: set by the server before `start`. It is called, on the event loop, with the error that ended a started
+            engine. The engine then answers nothing more, and all waiting jobs have failed.
     """
 
     name: str
@@ -110,13 +111,13 @@ class Engine(Protocol):
     on_end: Callable[[BaseException], None]
 
     async def start(self) -> None:
-        """Load the model: it may take minutes. Called once, before all others. Raises `InputError`."""
+        """Load the model, which may take minutes. Called once, before all other methods. Raises `InputError`."""
 
     async def stop(self) -> None:
-        """Let go of the model. Called once, when no job is left; perhaps while `start` is under way."""
+        """Release the model. Called once, when no job is left, possibly during `start`."""
 
     def questions(self, wordings: Sequence[Wording], recipe: Recipe) -> list[Question]:
-        """Rows in words as questions that fit the model. Blocks: called on a thread of its own.
+        """The questions of wordings, which fit the model's context. Blocks, so it is called on a separate thread.
 
         Raises:
             InputError: a row cannot be used.
@@ -124,47 +125,47 @@ class Engine(Protocol):
         ...
 
     async def score(self, jobs: Sequence[ScoreJob]) -> list[list[float]]:
-        """For each job Σ_t log p(y_t | x, y_<t) / T^power of each choice, in the order in which the caller listed them (see
+        """For each job, Σ_t log p(y_t | x, y_<t) / T^power of each choice, in the caller's order (see
         `Question.as_listed`).
 
         Jobs of different calls and different adapters share batches.
 
         Raises:
             AdapterFailed: a job's adapter cannot be used.
-            InputError: scores that are not numbers.
+            InputError: scores are NaN.
         """
         ...
 
     def generate(self, job: GenerateJob) -> AsyncIterator[Piece]:
-        """The continuation, piece by piece; the last piece, and no other, has a `finish`. Errors: see `score`.
+        """The continuation, piece by piece; only the last piece has a `finish`. Errors: see `score`.
 
-        An asynchronous generator: called and iterated on the event loop. Closing it stops the generation.
+        This is an asynchronous generator, used on the event loop. Closing it stops the generation.
         """
         ...
 
     async def add(self, key: str, folder: str, check: bool) -> None:
-        """Make an adapter known under a new key.
+        """Add an adapter with a new key.
 
         Args:
             key: letters, digits and `._-/@`.
-            folder: with adapter_config.json and adapter_model.safetensors.
-            check: read all of it now; False: what says whether it fits, and its numbers when it is first asked for.
+            folder: the folder with adapter_config.json and adapter_model.safetensors.
+            check: read everything now; False: check whether it fits, and read its numbers at first use.
 
         Raises:
-            InputError: it is no adapter, or does not fit the model.
+            InputError: the folder has no adapter, or one that does not fit the model.
         """
 
     async def keep(self, keys: Sequence[str], change: Callable[[], None]) -> None:
-        """Call what takes a folder away, so that the adapters whose folder it is go on until they are dropped.
+        """Call a function that removes a folder, but keep its adapters usable until they are dropped.
 
         Args:
-            keys: of all adapters in that folder. Those that cannot be read are lost.
-            change: quick; called on any thread. What it raises is raised.
+            keys: the keys of all adapters in the folder. Unreadable adapters are lost.
+            change: a quick function; it is called on any thread, and its errors are raised.
         """
 
     async def drop(self, key: str) -> None:
-        """Forget an adapter that no job uses any more."""
+        """Remove an adapter that no job uses any more."""
 
     def statistics(self) -> dict[str, Any]:
-        """Numbers for `/metrics`, any of `resident`, `hits`, `misses`, `evictions`. Called on the event loop."""
+        """Numbers for `/metrics`: any of `resident`, `hits`, `misses`, `evictions`. Called on the event loop."""
         ...

@@ -1,4 +1,4 @@
-"""What every request passes before it is looked at: `Gate`; and connections that never say anything."""
+"""Checks of every request before its route: `Gate`; and timeouts of idle connections."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ from ia3.serve.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-# Without a token: nothing about adapters, nothing that takes work.
+# Routes that need no token: nothing about adapters, and no work.
 _OPEN = {"/", "/health", "/ready", "/docs", "/openapi.json"}
 _OPEN_BELOW = "/static-offline-docs/"
 
-# The path of uploads, which may be longer than other bodies.
+# The path of uploads, whose bodies may be larger.
 UPLOADS = "/v1/adapters"
 
-# Headers that decide something, and so stand once.
+# Headers that must not be repeated, because they decide something.
 _SINGLE = {
     b"authorization", b"content-encoding", b"content-length", b"content-type", b"expect", b"host", b"origin",
     b"transfer-encoding",
 }  # fmt: skip
 
-# Others than these are one in `/metrics`: anybody can make up more.
+# Methods in `/metrics`. All others count as one, because clients can invent any number.
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 
-# A client that does not take what it is sent is cut off so long after the deadline, which it may have to be told.
+# Seconds after the deadline until a client that does not read is disconnected. The response may be about the deadline.
 _TAKING_SECONDS = 2.0
 
-# So much of a body that is too large is read and thrown away, so that the client hears why.
+# Bytes of a too large body to read and discard, so that the client gets the error.
 _DISCARDED_BYTES, _DISCARDED_SECONDS = 8 << 20, 2.0
 
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
@@ -52,16 +52,16 @@ LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 class Gate:
     """An ASGI application around another one: token, origin, size and time of the body, metrics, logs, errors.
 
-    A request's scope gets `deadline` (a time of `time.monotonic`), `note` (what handlers want logged) and `identity`. Its
+    A request's scope gets `deadline` (a time of `time.monotonic`), `note` (values for the log) and `identity`. Its
     `state` has `abort` of `impatient`.
 
     Args:
         app: the application.
-        limits: of bodies and time.
-        metrics: count requests.
-        token: what clients have to show; None: nothing.
-        hosts: names that the server goes by when there is no token, so that no web page elsewhere can reach it by one of
-            its own that points here.
+        limits: the limits of bodies and time.
+        metrics: counts requests.
+        token: the token that clients must send; None: none.
+        hosts: the server's host names if there is no token. So a web page of another site cannot reach it through a
+            host name that points here.
     """
 
     def __init__(self, app: Any, limits: Limits, metrics: Metrics, token: str | None, hosts: set[str]) -> None:
@@ -92,7 +92,7 @@ class Gate:
             ended = message["type"] == "http.response.body" and not message.get("more_body")
 
         def cut_off() -> None:
-            if status:  # else it has nothing to take yet
+            if status:  # otherwise there is nothing to read yet
                 note["error"] = "the client did not take its answer in time"
                 scope["state"]["abort"]()
 
@@ -133,7 +133,7 @@ class Gate:
     def _check(self, scope: Any) -> None:
         counts = Counter(name for name, _ in scope["headers"])
         twice = sorted(name.decode("latin-1") for name in _SINGLE if counts[name] > 1)
-        if twice:  # whoever reads them later may take another one than is checked here
+        if twice:  # later code may read another value than the one checked here
             raise Problem(
                 400, f"Expected one header {twice[0]!r}, found {counts[twice[0].encode()]}.", "duplicate_header"
             )
@@ -143,7 +143,7 @@ class Gate:
             origin = headers.get(b"origin", b"").decode("latin-1")
             try:
                 host, its = urlsplit("//" + headers.get(b"host", b"localhost").decode("latin-1")), urlsplit(origin)
-            except ValueError:  # brackets that are no address
+            except ValueError:  # brackets without a valid address
                 raise Problem(400, "Expected Host and Origin as HTTP has them.") from None
             if host.hostname not in self._hosts or (origin and its.netloc != host.netloc):
                 raise Problem(
@@ -151,7 +151,7 @@ class Gate:
                 )
         elif path not in _OPEN and not path.startswith(_OPEN_BELOW):
             kind, _, given = headers.get(b"authorization", b"").partition(b" ")
-            # Compared in any case, in constant time.
+            # Always compare, and in constant time.
             right = hmac.compare_digest(given.strip(), self._token)
             if kind.lower() != b"bearer" or not right:
                 raise Problem(
@@ -160,7 +160,7 @@ class Gate:
                 )  # fmt: skip
 
     def _reading(self, scope: Any, receive: Callable) -> Callable:
-        """`receive`, until the body is too large or too late."""
+        """`receive` with limits: raises if the body is too large or too late."""
         headers = dict(scope["headers"])
         upload = scope["path"] == UPLOADS and headers.get(b"content-type", b"").lower().startswith(b"multipart/")
         most = self._limits.upload_bytes + (1 << 16) if upload else self._limits.body_bytes
@@ -170,7 +170,7 @@ class Gate:
         async def receiving() -> Any:
             nonlocal read, ended
             if ended:
-                return await receive()  # the client's leaving
+                return await receive()  # the client disconnected
             try:
                 if declared.isdigit() and int(declared[:20]) > most:
                     await _discard(receive, 0)
@@ -193,18 +193,18 @@ _SAFETY = [(b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-stor
 
 
 def described(error: BaseException) -> dict[str, Any]:
-    """An unexpected error for the log: its type and frames, not its message, which may hold a text."""
+    """An unexpected error for the log: its type and frames, without its message, which may contain a client's text."""
     frames = traceback.extract_tb(error.__traceback__)[-12:]
     return {"error": type(error).__name__, "frames": [f"{each.filename}:{each.lineno} {each.name}" for each in frames]}
 
 
 def unexpected(identity: str) -> Problem:
-    """What a client is told about an error of ours."""
+    """The response for an internal error."""
     return Problem(500, f"Something went wrong here; see the server's log for {identity}.")
 
 
 class _Broken(Exception):
-    """A response that had begun cannot be ended: the connection is closed."""
+    """A started response cannot be completed; the connection is closed."""
 
 
 def _too_large(most: int) -> Problem:
@@ -239,9 +239,9 @@ async def respond(problem: Problem, send: Callable) -> None:
 
 
 def impatient(seconds: float) -> type[H11Protocol]:
-    """uvicorn's protocol, for connections whose next request's head has to come within so many seconds.
+    """uvicorn's protocol with a timeout in seconds for the head of the next request on a connection.
 
-    The `state` of their requests' scopes has `abort`, which closes the connection whatever is still to be sent.
+    The `state` of a request's scope has `abort`, which closes the connection even if data remains to be sent.
     """
 
     class Impatient(H11Protocol):
@@ -252,13 +252,13 @@ def impatient(seconds: float) -> type[H11Protocol]:
 
         def _look(self, idle: Any) -> None:
             waiting = self.cycle is None or self.cycle.response_complete
-            if waiting and self.cycle is idle:  # since the last look
+            if waiting and self.cycle is idle:  # idle since the last check
                 self.transport.close()
             else:
                 self._timer = self.loop.call_later(seconds, self._look, self.cycle if waiting else self)
 
         def send_400_response(self, msg: str) -> None:
-            """What is no HTTP, or has a header twice that says how long the body is."""
+            """Answer a request that is not HTTP, or repeats a header for the body's length."""
             error = sys.exc_info()[1]
             problem = Problem(400, f"Expected a request as HTTP has it: {error or msg}"[:200], "invalid")
             body = json.dumps(problem.body()).encode()

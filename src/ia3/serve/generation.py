@@ -1,4 +1,4 @@
-"""Texts that are continued together, a token of each at a time, with an adapter each: `Decoder`."""
+"""Generate many texts together, one token of each per step, with different adapters: `Decoder`."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 
     from ia3.adapter.model import IA3Model
 
-# Texts that come to no more tokens than these go on together, whatever their lengths.
+# Texts with at most this many tokens are generated together, whatever their lengths.
 _SHORT = 256
 
-# So many tokens hold what a tokenizer looks back at: a space, the bytes of a character.
+# The number of previous tokens that a tokenizer needs for the next one: a space, the bytes of a character.
 _LOOKED_BACK = 8
 
 
 def adapter_failure(bank: AdapterBank, adapter: str | None) -> AdapterFailed | None:
-    """Why an adapter cannot be used; None when it can."""
+    """Why an adapter cannot be used; None if it can."""
     try:
         bank.gather([adapter or BASE])
-    except Exception as error:  # also of a file that may not be read, JSON that is too deep, a disk that is full
+    except Exception as error:  # also an unreadable file, too deep JSON, a full disk
         if isinstance(error, InputError):
             return AdapterFailed(error.message, error.advice, owner=error.owner)
         return AdapterFailed(f"{type(error).__name__}: {reason(error)}")
@@ -44,16 +44,16 @@ def adapter_failure(bank: AdapterBank, adapter: str | None) -> AdapterFailed | N
 
 
 class Text:
-    """A text that is being continued.
+    """A text in generation.
 
     Attributes:
-        job: what is wanted.
-        tell: takes its pieces, or why there are no more; called on the thread that decodes.
-        cancelled: nobody waits for it any more; set on any thread.
-        sizes: of the prompt, and of what is read with it, see `groups_of_sizes`.
-        turn: when it begins, see `turn_of`.
-        tokens: how many it comes to at most, with its prompt.
-        count: how many have been chosen.
+        job: the job.
+        tell: takes its pieces, or the error that ends it; called on the decoding thread.
+        cancelled: the client no longer waits; set on any thread.
+        sizes: the sizes of the prompt and of the tokens read with it, see `groups_of_sizes`.
+        turn: its start time, see `turn_of`.
+        tokens: the maximum of its tokens, prompt included.
+        count: the number of chosen tokens.
     """
 
     def __init__(self, job: GenerateJob, tell: Callable[[Piece | Exception], None]) -> None:
@@ -66,7 +66,7 @@ class Text:
         self.count = 0
         self._stream: DecodeStream | None = None
         self._along = ""  # see `_said`
-        self._held = ""  # it may be the beginning of a stop text
+        self._held = ""  # text held back, which may be the start of a stop text
         self._chance = torch.Generator()
         if job.seed is None:
             self._chance.seed()
@@ -74,7 +74,7 @@ class Text:
             self._chance.manual_seed(job.seed % 2**63)
 
     def take(self, logits: torch.Tensor, tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> int | None:
-        """Choose the next token by its logits (vocabulary,), and tell what it says; None when it was the last."""
+        """Choose the next token from logits (vocabulary,), and send its text; None if it was the last."""
         token = self.choose(logits.float().cpu())
         self.count += 1
         stopped = token in ends
@@ -92,9 +92,9 @@ class Text:
         return None if stopped else token
 
     def _said(self, token: int, tokenizer: PreTrainedTokenizerBase) -> str:
-        """What one more token adds: nothing, where it is a part of a character."""
+        """The text that one more token adds; empty if the token is part of a character."""
         if self._stream is None:
-            # What a token says may depend on what stands before it: the first word of a text may lose its space.
+            # A token's text may depend on the tokens before it: the first word of a text may lose its space.
             before = list(self.job.prompt[-_LOOKED_BACK:])
             self._stream = DecodeStream(ids=before, skip_special_tokens=True)
             # A character that the prompt leaves open brings what stands before it along.
@@ -108,7 +108,7 @@ class Text:
         return said
 
     def choose(self, logits: torch.Tensor) -> int:
-        """The next token, by its logits (vocabulary,)."""
+        """The next token, chosen from logits (vocabulary,)."""
         if not torch.isfinite(logits).all():
             raise InputError("The model gives NaN or infinite scores; is the adapter or the base broken?")
         if self.job.temperature == 0:
@@ -116,13 +116,13 @@ class Text:
         probabilities = torch.softmax((logits - logits.max()) / self.job.temperature, -1)
         if self.job.top_p < 1:
             ordered, index = probabilities.sort(descending=True)
-            # A token counts while those before it have not reached the sum: the first always does.
+            # A token is kept if those before it have not reached the sum, so the first is always kept.
             ordered[ordered.cumsum(0) - ordered >= self.job.top_p] = 0
             return int(index[torch.multinomial(ordered, 1, generator=self._chance)])
         return int(torch.multinomial(probabilities, 1, generator=self._chance))
 
     def _possible_stop(self, text: str) -> int:
-        """How many last characters may be the beginning of a stop text."""
+        """The number of last characters that may be the start of a stop text."""
         longest = max(map(len, self.job.stop), default=1) - 1
         sizes = range(min(longest, len(text)), 0, -1)
         return next((n for n in sizes if any(stop.startswith(text[len(text) - n :]) for stop in self.job.stop)), 0)
@@ -133,20 +133,20 @@ def _decoded(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
 
 
 class _Group:
-    """Texts that are at their next token together: R rows, padded on the left to T columns.
+    """Texts that are generated together: R rows, padded on the left to T columns.
 
     Attributes:
-        texts: of the rows.
-        tokens: the last of each, which the cache has not yet (R,).
-        mask: which columns of the cache hold something (R, T).
-        cache: keys and values of what was read.
+        texts: the rows' texts.
+        tokens: the last token of each row, which is not in the cache yet (R,).
+        mask: which columns of the cache are in use (R, T).
+        cache: the key/value cache.
     """
 
     def __init__(self, texts: list[Text], tokens: list[int], mask: torch.Tensor, cache: Any) -> None:
         self.texts, self.tokens, self.mask, self.cache = texts, tokens, mask, cache
 
     def keep(self, tokens: Sequence[int | None]) -> None:
-        """Go on with those texts that have a next token, in place."""
+        """Keep the texts that have a next token, in place."""
         rows = [row for row, token in enumerate(tokens) if token is not None]
         self.tokens = [token for token in tokens if token is not None]
         if len(rows) == len(self.texts):
@@ -157,18 +157,18 @@ class _Group:
         index = torch.tensor(rows, device=self.mask.device)
         self.cache.batch_select_indices(index)
         self.mask = self.mask[index]
-        first = int(self.mask.any(0).int().argmax())  # columns that only rows which have left needed
+        first = int(self.mask.any(0).int().argmax())  # drop columns that only removed rows needed
         if first and _joinable(self.cache):
             self.mask = self.mask[:, first:]
             for layer in self.cache.layers:
                 layer.keys, layer.values = layer.keys[..., first:, :], layer.values[..., first:, :]
 
     def join(self, other: _Group) -> None:
-        """Take in another group's rows."""
+        """Add another group's rows."""
         width = max(self.mask.shape[1], other.mask.shape[1])
 
         def both(mine: torch.Tensor, its: torch.Tensor, after: int) -> torch.Tensor:
-            # Padded on the left of the column axis, which has so many axes behind it.
+            # Pad on the left of the column axis; this is the number of axes after it.
             padded = [F.pad(x, (*[0] * (2 * after), width - x.shape[-1 - after], 0)) for x in (mine, its)]
             return torch.cat(padded)
 
@@ -180,24 +180,24 @@ class _Group:
 
 
 def _joinable(cache: Any) -> bool:
-    """Whether a cache is one of plain keys and values, column by column."""
+    """Whether a cache has only keys and values, column by column."""
     return all(type(layer) is DynamicLayer for layer in getattr(cache, "layers", [None]))
 
 
 class Decoder:
-    """Continues texts; one thread at a time may use it.
+    """Generates texts. Only one thread at a time may use it.
 
-    New texts are read in one pass and then join those under way that come to about as many tokens: padding to the longest
-    at most doubles the memory for keys and values. Where a model's cache is more than keys and values by column (windows,
-    recurrent layers), each text is by itself.
+    New texts are read in one pass. They then join running texts with a similar number of tokens, so padding to the
+    longest at most doubles the memory for keys and values. If a model's cache has more than keys and values by column
+    (windows, recurrent layers), each text runs separately.
 
     Args:
-        model: its bank has the jobs' adapters.
-        tokenizer: the model's.
+        model: the model, whose bank has the jobs' adapters.
+        tokenizer: the model's tokenizer.
         observe: see `Engine.observe`.
 
     Attributes:
-        ends: tokens that end a text.
+        ends: the tokens that end a text.
     """
 
     def __init__(
@@ -215,28 +215,28 @@ class Decoder:
 
     @property
     def texts(self) -> list[Text]:
-        """Those under way."""
+        """The running texts."""
         return [text for group in list(self._groups.values()) for text in group.texts]
 
     @property
     def running(self) -> int:
-        """How many texts are under way."""
+        """The number of running texts."""
         return len(self.texts)
 
     @property
     def held(self) -> int:
-        """Keys and values, padding included, that texts under way hold: rows times columns."""
+        """The keys and values of running texts, padding included: rows times columns."""
         return sum(group.mask.numel() for group in list(self._groups.values()))
 
     def columns(self, more: Iterable[Text] = ()) -> int:
-        """Keys and values, padding included, that texts under way and these may come to hold: rows times the longest."""
+        """The maximum of keys and values of running texts and these, padding included: rows times the longest text."""
         tokens: dict[int, list[int]] = {}
         for text in chain(self.texts, more):
             tokens.setdefault(self._kind(text), []).append(text.tokens)
         return sum(len(each) * max(each) for each in tokens.values())
 
     def begin(self, texts: Sequence[Text]) -> None:
-        """Read prompts, say the first token of each, and go on with them in `step`. What fails tells its texts so."""
+        """Read prompts and generate the first token of each; `step` continues. Errors are sent to their texts."""
         kinds: dict[int, list[Text]] = {}
         for text in texts:
             kinds.setdefault(self._kind(text), []).append(text)
@@ -244,7 +244,7 @@ class Decoder:
             self._begin(kind, its)
 
     def step(self) -> None:
-        """The next token of every text. What fails tells its texts so."""
+        """Generate the next token of every text. Errors are sent to their texts."""
         for group in self._groups.values():
             try:
                 self._advance(group)
@@ -253,7 +253,7 @@ class Decoder:
         self._groups = {kind: group for kind, group in self._groups.items() if group.texts}
 
     def _kind(self, text: Text) -> int:
-        """Texts of one kind go on together."""
+        """The kind of a text; texts of one kind run together."""
         return (max(text.tokens, _SHORT) - 1).bit_length() if self._joins else id(text)
 
     def _begin(self, kind: int, texts: list[Text]) -> None:
@@ -271,7 +271,7 @@ class Decoder:
             usable = self._usable(texts)
             if len(usable) == len(texts) == 1:
                 texts[0].tell(error)
-            elif len(usable) == len(texts):  # together they may have been too much
+            elif len(usable) == len(texts):  # together they may have been too large
                 for text in texts:
                     self._begin(kind, [text])
             elif usable:
@@ -285,7 +285,7 @@ class Decoder:
                 groups[1].join(group)
             elif group.texts:
                 self._groups[kind] = group
-        except Exception as error:  # their caches may be joined by half
+        except Exception as error:  # their caches may be joined only in part
             self._groups.pop(kind, None)
             for each in groups:
                 self._end(each, error)
@@ -301,7 +301,7 @@ class Decoder:
             usable = set(map(id, self._usable(group.texts)))
             if len(usable) == len(group.texts):
                 raise
-            # Vectors are looked up before the cache is touched, so that the others can go on.
+            # Vectors are looked up before the cache changes, so that the other texts can continue.
             group.keep(
                 [token if id(text) in usable else None for text, token in zip(group.texts, group.tokens, strict=True)]
             )
@@ -309,7 +309,7 @@ class Decoder:
             self._take(group, logits)
 
     def _read(self, kind: str, group: _Group, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Let the model read tokens, with which a group's mask is this one; the logits (R, vocabulary) behind them."""
+        """Read tokens with the model; `mask` is the group's mask with them. Return the next logits (R, vocabulary)."""
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         options: dict[str, Any] = {"position_ids": positions, "logits_to_keep": 1, "past_key_values": group.cache}
         names = [text.job.adapter or BASE for text in group.texts]
@@ -331,15 +331,15 @@ class Decoder:
         for text, its in zip(group.texts, logits, strict=True):
             try:
                 nexts.append(text.take(its, self._tokenizer, self.ends))
-            except Exception as error:  # of this text alone
+            except Exception as error:  # an error of this text only
                 text.tell(error)
                 nexts.append(None)
         group.keep(nexts)
 
     def _usable(self, texts: Iterable[Text]) -> list[Text]:
-        """Those whose adapter can be used; the others are told that it cannot."""
+        """The texts whose adapter can be used; the others get the error."""
         bank = self._model.adapter_bank
-        assert isinstance(bank, AdapterBank)  # the engine has made it
+        assert isinstance(bank, AdapterBank)  # made by the engine
         failures = {adapter: adapter_failure(bank, adapter) for adapter in {text.job.adapter for text in texts}}
         usable = []
         for text in texts:

@@ -1,4 +1,4 @@
-"""What a server takes: sizes, numbers, times."""
+"""Limits of a server: sizes, numbers, times."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-# The client has left: nobody reads this status, but logs and metrics (nginx' number for it).
+# The client disconnected. Only logs and metrics use this status (nginx' number for it).
 CLIENT_GONE = 499
 
-# About as long as a small model takes to read them on a processor; and a turn's longest wait.
+# About the time of a small model on a CPU to read them; and the longest wait for a turn.
 _SECONDS_A_CHARACTER, _SECONDS_A_TOKEN, _LONGEST_WAIT = 0.00025, 0.001, 10.0
 
 
@@ -19,16 +19,16 @@ class Limits:
     """Limits of a server.
 
     Attributes:
-        body_bytes: of a JSON body.
-        upload_bytes: of an uploaded adapter, all files together.
-        texts: texts, rows or prompts of a request.
-        text_tokens: tokens of a prompt; None: as many as the model takes.
-        text_characters: characters of a prompt, before it is tokenized; None: as many as `text_tokens` or the model's
-            context can be (`most_characters`).
-        new_tokens: tokens that a request may generate, a prompt.
-        queue: texts accepted and not yet answered; further requests get 429.
-        deadline: seconds from a request's head to its answer; then 504.
-        uploads: at a time, each of which may take as much room for temporary files as its body is long; then 429.
+        body_bytes: bytes of a JSON body.
+        upload_bytes: bytes of an uploaded adapter, all files together.
+        texts: texts, rows or prompts per request.
+        text_tokens: tokens per prompt; None: the model's context.
+        text_characters: characters per prompt, checked before tokenization; None: the maximum for `text_tokens` or the
+            model's context (`most_characters`).
+        new_tokens: new tokens per prompt.
+        queue: accepted texts without an answer yet; further requests get 429.
+        deadline: seconds from a request's head to its response; then 504.
+        uploads: uploads at once, each of which may need temporary files as large as its body; further ones get 429.
     """
 
     body_bytes: int = 1 << 20
@@ -43,13 +43,13 @@ class Limits:
 
 
 class Problem(Exception):
-    """What a client is told instead of an answer, in OpenAI's form.
+    """An error response in OpenAI's form.
 
     Attributes:
         status: the HTTP status.
-        message: one line.
-        code: for programs.
-        headers: of the response.
+        message: one line for people.
+        code: a code for programs.
+        headers: the response's headers.
     """
 
     def __init__(
@@ -68,12 +68,12 @@ class Problem(Exception):
 
 @dataclass
 class Queue:
-    """How many texts, or other things, are accepted and not yet answered. Used on the event loop.
+    """Counts accepted texts, or other items, without an answer yet. Used on the event loop.
 
     Attributes:
-        most: how many there may be.
-        things: what they are, for the error message.
-        length: how many there are.
+        most: the maximum.
+        things: the items' name for the error message.
+        length: the current number.
     """
 
     most: int
@@ -82,7 +82,7 @@ class Queue:
 
     @contextlib.contextmanager
     def room(self, more: int) -> Iterator[None]:
-        """Within `with`, so many are accepted. Raises `Problem` (429) when there is no room for them."""
+        """Accept `more` items during a `with` block. Raises `Problem` (429) if there is no room."""
         if self.length + more > self.most:
             raise Problem(
                 429,
@@ -98,13 +98,14 @@ class Queue:
 
 
 def turn_of(characters: int = 0, tokens: int = 0) -> float:
-    """When the turn of work that is asked for now comes (a time of `time.monotonic`).
+    """The turn of work that is requested now, a time of `time.monotonic`.
 
-    Work for shorter texts that comes within this time goes first; however long a text is, its turn comes.
+    Work for shorter texts that arrives within this time goes first. The wait is limited, so long texts also get their
+    turn.
     """
     return time.monotonic() + min(characters * _SECONDS_A_CHARACTER + tokens * _SECONDS_A_TOKEN, _LONGEST_WAIT)
 
 
 def left(deadline: float) -> float:
-    """Seconds until a time of `time.monotonic`, 0 when it has passed."""
+    """Seconds until a time of `time.monotonic`; 0 if it has passed."""
     return max(0.0, deadline - time.monotonic())

@@ -1,4 +1,4 @@
-"""One model in this process: `LocalEngine`, whose thread mixes the requests of different adapters in its batches."""
+"""The engine in this process: `LocalEngine`. Its thread mixes requests for different adapters in its batches."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 _Result = TypeVar("_Result")
 
-# From so many candidates for each row of a batch, those of similar length are chosen.
+# Candidates per row of a batch. Those of similar length are chosen.
 _LOOK_AHEAD = 2
 
-# A prompt of so many tokens is tried at the start, so that the first request does not wait for it (see `trials`).
+# Tokens of a prompt to test at the start, so that the first request does not wait for the test (see `trials`).
 _TRIED_TOKENS = 256
 
 
@@ -52,12 +52,12 @@ class _Call:
             _settle(self.loop, self.future, self._results)
 
     def fail(self, error: Exception) -> None:
-        self.cancelled = True  # its other jobs are in vain
+        self.cancelled = True  # its other jobs are useless now
         _settle(self.loop, self.future, error)
 
 
 class _Asked:
-    """A job that waits for its batch."""
+    """A waiting job."""
 
     def __init__(self, call: _Call, index: int, job: ScoreJob) -> None:
         from ia3.scoring.question import sizes_of
@@ -75,12 +75,12 @@ _Item = TypeVar("_Item", "_Asked", "Text")
 
 
 class Waiting(NamedTuple):
-    """How much waits for an engine's thread.
+    """The numbers of items that wait for an engine's thread.
 
     Attributes:
         orders: functions to call between two batches.
-        questions: to be scored.
-        texts: to be begun.
+        questions: questions to score.
+        texts: texts to start.
     """
 
     orders: int
@@ -92,22 +92,23 @@ class LocalEngine:
     """See `Engine`. One thread owns the model: it alternates between a batch of questions and a token of each text.
 
     Args:
-        model: the base's name, as `load_base` takes it.
-        kinds: adapters' configs; the first that fits the model says which modules all adapters of this engine rescale.
-            None of them: as `ia3 train` chooses.
-        name: as it is served; None: `model`.
-        labels: gives those of a classifier's head; called on the engine's thread.
-        memory: for adapters' vectors, in bytes or such as "2GiB"; the least recently used make room. None: no limit.
-        batch: rows of a batch at most.
-        batch_tokens: tokens of what is asked together at most, padding included; see `pass_tokens` for what goes through
-            the model at once.
-        cache_tokens: tokens at most, padding included, whose keys and values are kept for texts under way; one text
+        model: the base model's name, as `load_base` takes it.
+        kinds: adapters' configs; the first that fits the model decides which modules all adapters of this engine
+            rescale. If none fits, the default modules.
+        name: the served name; None: `model`.
+        labels: returns the labels of an encoder's head; called on the engine's thread.
+        memory: memory for adapters' vectors, in bytes or such as "2GiB"; the least recently used are evicted. None: no
+            limit.
+        batch: the maximum of rows in a batch.
+        batch_tokens: the maximum of tokens of questions in a batch, padding included; `pass_tokens` limits a single
+            pass.
+        cache_tokens: the maximum of tokens in the key/value caches of running texts, padding included; a single text
             may have more.
-        dtype: of the model's weights, as `load_base` takes it.
+        dtype: the type of the model's weights, as `load_base` takes it.
 
     Attributes:
-        batch: rows of a batch at most; fewer than asked for where the bank has less room.
-        decoder: continues texts, once `start` is done; None where the model continues none.
+        batch: the maximum of rows in a batch; less than requested if the bank has less room.
+        decoder: generates texts, after `start`; None if the model cannot generate.
     """
 
     def __init__(
@@ -136,30 +137,30 @@ class LocalEngine:
         self._bank: AdapterBank | None = None
         self.decoder: Decoder | None = None
         self._thread: threading.Thread | None = None
-        # What the thread has to do, under its condition.
+        # The thread's work, guarded by its condition.
         self._changed = threading.Condition()
         self._orders: deque[Callable[[], None]] = deque()
         self._asked: deque[_Asked] = deque()
         self._texts: deque[Text] = deque()
         self._stopping = False
-        # On the event loop: what to call when the thread ends by an error, and that error.
+        # On the event loop: functions to call if an error ends the thread, and that error.
         self._waiting: set[Callable[[BaseException], None]] = set()
         self._error: BaseException | None = None
 
     @property
     def bank(self) -> AdapterBank:
-        """The adapters, once `start` is done."""
+        """The adapters, after `start`."""
         assert self._bank is not None
         return self._bank
 
     @property
     def running(self) -> int:
-        """How many texts are under way."""
+        """The number of running texts."""
         return 0 if self.decoder is None else self.decoder.running
 
     @property
     def waiting(self) -> Waiting:
-        """How much waits for the thread."""
+        """The numbers of items that wait for the thread."""
         return Waiting(len(self._orders), len(self._asked), len(self._texts))
 
     # On the event loop.
@@ -225,7 +226,7 @@ class LocalEngine:
                 bank.load(folder, key) if check else bank.link(folder, key)
             except InputError:
                 raise
-            except Exception as error:  # a file that may not be read, JSON that is too deep
+            except Exception as error:  # an unreadable file, too deep JSON
                 raise InputError(f"This adapter cannot be read: {reason(error)}.") from error
 
         await self.between_batches(read)
@@ -233,9 +234,9 @@ class LocalEngine:
     async def keep(self, keys: Sequence[str], change: Callable[[], None]) -> None:
         def changed() -> None:
             for key in keys:
-                with contextlib.suppress(Exception):  # what cannot be read now never could
+                with contextlib.suppress(Exception):  # an unreadable adapter could not be used before either
                     self.bank.gather([key])
-            # From here on, the bank saves what it has to evict: its folder holds it no more.
+            # From now on, the bank spills these adapters when it evicts them, because their folder is gone.
             change()
 
         await self.between_batches(changed)
@@ -250,7 +251,7 @@ class LocalEngine:
         return {name: getattr(found, name) for name in ("resident", "hits", "misses", "evictions")}
 
     async def between_batches(self, function: Callable[[], _Result]) -> _Result:
-        """What a function gives that the model's thread calls between two batches."""
+        """Call a function on the model's thread between two batches; return its result."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[_Result] = loop.create_future()
 
@@ -268,7 +269,7 @@ class LocalEngine:
 
     @contextlib.contextmanager
     def _answered(self, fail: Callable[[BaseException], None]) -> Iterator[None]:
-        """Within `with`, someone waits for the thread, and is told when it ends by an error."""
+        """Call `fail` if an error ends the thread during the `with` block."""
         if self._error is not None:
             raise self._error
         self._waiting.add(fail)
@@ -345,7 +346,7 @@ class LocalEngine:
         return self._out_of(self._asked, self._first(self._asked, self.batch))
 
     def _next_texts(self, decoder: Decoder) -> list[Text]:
-        """Those for which there is room beside the texts under way; of one alone there is nothing to wait for."""
+        """The texts that fit beside the running ones. If no text is running, one text always fits."""
         texts: list[Text] = []
         for text in self._first(self._texts, self.batch - decoder.running):
             if (texts or decoder.running) and decoder.columns([*texts, text]) > self._cache_tokens:
@@ -354,7 +355,7 @@ class LocalEngine:
         return self._out_of(self._texts, texts)
 
     def _first(self, queue: deque[_Item], most: int) -> list[_Item]:
-        """What comes next (see `turn_of`), and others of similar length, in their order."""
+        """The next items (see `turn_of`): the first, and others of similar length, in order."""
         from ia3.scoring.batch import groups_of_sizes
 
         with self._changed:
@@ -367,7 +368,7 @@ class LocalEngine:
         return [waiting[index] for index in chosen]
 
     def _out_of(self, queue: deque[_Item], taken: list[_Item]) -> list[_Item]:
-        """Take these, and all that nobody waits for any more, out of a queue, to which others may have been added."""
+        """Remove these and all cancelled items from a queue, to which others may have been added."""
         its = set(map(id, taken))
         with self._changed:
             kept = [one for one in queue if id(one) not in its and not one.cancelled]
@@ -376,7 +377,8 @@ class LocalEngine:
         return taken
 
     def _answer(self, batch: list[_Asked]) -> None:
-        """Answer a batch; when that fails, each by itself, so that one broken adapter is the others' no trouble."""
+        """Answer a batch. If that fails, answer each question separately, so that a broken adapter fails only its
+        own."""
         from ia3.serve.generation import adapter_failure
 
         try:
@@ -393,7 +395,7 @@ class LocalEngine:
 
         questions = [asked.job.question for asked in batch]
         names = [asked.job.adapter or BASE for asked in batch]
-        # Sums, because jobs may differ in how they are normalized.
+        # Compute sums, because jobs may have different length normalizations.
         sums = self._scorer.score(questions, 0.0, adapter_names=names)
         self.observe("score", len(batch), len(set(names)))
         results = []
@@ -401,18 +403,18 @@ class LocalEngine:
             question, power = asked.job.question, asked.job.length_normalization
             lengths = question.as_listed(map(len, question.choices))
             results.append([normalized(*each, power) for each in zip(found.tolist(), lengths, strict=True)])
-        # Only now: had one failed, all would be asked once more.
+        # Not earlier, because all questions are asked again if one fails.
         for asked, result in zip(batch, results, strict=True):
             asked.call.give(asked.index, result)
 
 
 def _settle(loop: asyncio.AbstractEventLoop, future: asyncio.Future, result: Any) -> None:
-    """Give a future its result or error, from another thread."""
+    """Set a future's result or error from another thread."""
     _call_on(loop, _set, future, result)
 
 
 def _set(future: asyncio.Future, result: Any) -> None:
-    if not future.done():  # whoever waited may be gone
+    if not future.done():  # the waiting task may be cancelled
         if isinstance(result, BaseException):
             future.set_exception(result)
         else:

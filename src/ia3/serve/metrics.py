@@ -1,4 +1,4 @@
-"""Numbers for Prometheus. Every name begins with `ia3_`."""
+"""Metrics for Prometheus. Every name begins with `ia3_`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Metrics:
-    """What a server counts.
+    """The metrics of a server.
 
     Args:
-        gauges: asked whenever the numbers are: `queue`, `adapters`, and what `Engine.statistics` gives.
+        gauges: returns the current `queue`, `adapters` and the numbers of `Engine.statistics`.
     """
 
     def __init__(self, gauges: Callable[[], dict[str, Any]]) -> None:
@@ -39,7 +39,7 @@ class Metrics:
         self._registry.register(self)  # type: ignore[arg-type]
 
     def request(self, method: str, route: str, status: int, seconds: float) -> None:
-        """Count a request that has ended."""
+        """Count a finished request."""
         self._requests.labels(method, route, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
@@ -53,7 +53,7 @@ class Metrics:
         self._tokens.inc(tokens)
 
     def collect(self) -> Iterator[Any]:
-        """What is asked for at the time."""
+        """The current values of the gauges."""
         found = self._gauges()
         for key, name, text in (
             ("queue", "ia3_queue_length", "Texts accepted and not yet answered"),
@@ -71,5 +71,5 @@ class Metrics:
                 yield CounterMetricFamily(name, text, value=found[key])
 
     def text(self) -> bytes:
-        """In Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)

@@ -99,7 +99,7 @@ async def _generated(
         prompts = await server.settle(request, prompts_of())
         jobs = server.jobs(body, adapter, prompts, wanted)
         pieces = server.generate(jobs)
-        # What is wrong is found out before the first piece, when a status can still be given.
+        # Wait for the first piece, so that errors before it still get a status.
         first = await server.settle(request, anext(pieces))  # type: ignore[arg-type]
         held = entered.pop_all()
     usage_in = sum(map(len, prompts))
@@ -135,7 +135,7 @@ def _usage(prompt: int, completion: int) -> dict[str, int]:
 
 
 class _Stream(StreamingResponse):
-    """Server-sent events; what they hold is let go even when the client leaves before the first."""
+    """Server-sent events, which release their resources even if the client disconnects before the first."""
 
     def __init__(self, held: contextlib.ExitStack, events: AsyncGenerator[bytes, None]) -> None:
         super().__init__(events, media_type="text/event-stream")

@@ -1,4 +1,4 @@
-"""The process: a socket, signals, logs."""
+"""The server's process: socket, signals, logs."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from ia3.serve.server import Server
 
 logger = logging.getLogger(__name__)
 
-# A connection that says nothing for so long is closed.
+# Seconds until an idle connection is closed.
 _IDLE_SECONDS = 30.0
 
-# Between the closing of the port and that of idle connections: requests on their way still come in.
+# Seconds between closing the port and closing idle connections, so that requests in transit still arrive.
 _GRACE_SECONDS = 0.3
 
-# What has come in by then is read within so many seconds; a client that never stops sending is no reason to wait.
+# Seconds to read requests that have arrived by then. A client that keeps sending must not delay the end.
 _READING_SECONDS = 10.0
 
 
@@ -54,7 +54,7 @@ class _Uvicorn(uvicorn.Server):
         self._server = server
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop listening, when all that has come in is read; then finish it."""
+        """Stop listening after all received data is read; then finish the requests."""
         self._server.closing = True
         await self._read_all([each for server in self.servers for each in server.sockets])
         for server in self.servers:
@@ -64,12 +64,12 @@ class _Uvicorn(uvicorn.Server):
         await super().shutdown(sockets)
 
     async def _read_all(self, listening: Iterable[Any]) -> None:
-        """Wait until no connection waits to be accepted, and none that is idle has bytes that are not read.
+        """Wait until no connection waits to be accepted, and no idle connection has unread bytes.
 
-        However busy the machine is: else uvicorn would close what looks idle.
+        Otherwise, on a busy machine, uvicorn would close connections that look idle.
         """
         end, quiet = time.monotonic() + _READING_SECONDS, 0
-        while quiet < 3 and time.monotonic() < end:  # a connection is not among `connections` at once
+        while quiet < 3 and time.monotonic() < end:  # a connection appears in `connections` with a delay
             poll = select.poll()
             for each in listening:
                 poll.register(each.fileno(), select.POLLIN)
@@ -83,10 +83,10 @@ class _Uvicorn(uvicorn.Server):
 
 
 def run(server: Server, host: str, port: int) -> None:
-    """Serve until a signal comes; then finish what was accepted.
+    """Serve until a signal arrives; then finish accepted requests.
 
     Raises:
-        InputError: the address cannot be listened at, or the model cannot be loaded, or its engine has ended.
+        InputError: the address is not available, the model cannot be loaded, or its engine has ended.
     """
     listening = _listen(host, port)
     _log_to_stderr()
@@ -120,7 +120,7 @@ def run(server: Server, host: str, port: int) -> None:
 
     def hang_up() -> None:
         task = asyncio.ensure_future(reload())
-        tasks.add(task)  # the loop itself holds tasks weakly
+        tasks.add(task)  # the loop holds tasks only weakly
         task.add_done_callback(tasks.discard)
 
     async def reload() -> None:
@@ -128,7 +128,7 @@ def run(server: Server, host: str, port: int) -> None:
             return
         try:
             found = await server.store.reload()
-        except (InputError, OSError) as error:  # what is served goes on
+        except (InputError, OSError) as error:  # serving continues as before
             logger.error("reload failed", extra={"fields": {"reason": reason(error)}})
         except Exception:
             logger.exception("reload failed")
@@ -150,7 +150,7 @@ def run(server: Server, host: str, port: int) -> None:
 
 @contextlib.contextmanager
 def _exiting_cleanly():
-    """uvicorn raises the signal that ended it once more: SIGTERM then means success."""
+    """Exit with success after SIGTERM, although uvicorn raises the signal again."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -179,7 +179,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _allow_connections() -> None:
-    """As many open files as the system lets this process have: a connection is one."""
+    """Raise the limit of open files to the system's maximum, because each connection needs one."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 

@@ -1,4 +1,4 @@
-"""Bodies of requests. What is not named here is refused."""
+"""Request bodies. Unknown fields are refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _Body = TypeVar("_Body", bound="Body")
 
 Value = str | int | float | bool | None
 
-# What nobody has set: OpenAI's clients may send it, and it asks for nothing.
+# Default values of unsupported fields. OpenAI's clients may send them.
 _UNSET: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
@@ -35,13 +35,13 @@ _UNSET: dict[str, tuple[Any, ...]] = {
 
 
 class Body(BaseModel):
-    """A JSON object whose fields are known, and whose numbers are finite."""
+    """A JSON object with known fields and finite numbers."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 def without_nulls(values: Any) -> Any:
-    """A JSON object without its nulls, by which clients say that they leave a field to its default."""
+    """A JSON object without nulls, which clients send for default values."""
     return {key: value for key, value in values.items() if value is not None} if isinstance(values, dict) else values
 
 
@@ -64,7 +64,7 @@ class ClassifyBody(Body):
 
 
 class FolderBody(Body):
-    """A folder below the adapters' root, to be served or read again."""
+    """A folder below the adapters' root, to serve or read again."""
 
     folder: str
     name: str | None = Field(None, description="By default the folder's path.")
@@ -77,7 +77,7 @@ class StreamOptions(Body):
     include_obfuscation: bool = False
 
 
-# Each is looked for at every token.
+# Each stop text is searched for at every token.
 _Stop = Annotated[str, Field(max_length=1000)]
 
 
@@ -98,7 +98,7 @@ class _Generation(Body):
         if not isinstance(values, dict):
             return values
         for name, neutral in _UNSET.items():
-            # False is 0 to Python, and not to OpenAI.
+            # False equals 0 in Python, but not for OpenAI.
             known = [each for each in neutral if isinstance(each, bool) is isinstance(values.get(name), bool)]
             if values.get(name) is not None and values[name] not in known:
                 raise ValueError(f"{name} is not supported, except as {neutral[0]!r}")
@@ -141,12 +141,12 @@ class Message(Body):
     content: str | list[TextPart]
     name: str | None = None
 
-    # Answers that are sent back have fields for what is not supported, such as `refusal`.
+    # Clients send earlier responses back, which have unsupported fields such as `refusal`.
     _nulls = model_validator(mode="before")(without_nulls)
 
     @property
     def text(self) -> str:
-        """What it says."""
+        """The message's text."""
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 

@@ -1,4 +1,4 @@
-"""What the routes share: `Server`."""
+"""The shared code of the routes: `Server`."""
 
 from __future__ import annotations
 
@@ -32,32 +32,32 @@ logger = logging.getLogger(__name__)
 
 OPENAI = ("/v1/completions", "/v1/chat/completions")
 
-# Less is the most probable token, as in other servers.
+# A lower temperature takes the most probable token, as in other servers.
 _LEAST_TEMPERATURE, _LEAST_TOP_P = 1e-5, 1e-9
 
-# Characters of what a client is told is wrong, which may repeat what it said.
+# The maximum of characters of an error message, which may repeat the client's input.
 _MOST_SAID = 1000
 
-# Rows of a request whose texts have so many characters are rendered and tokenized in one turn.
+# The number of characters that are rendered and tokenized in one turn.
 _TOGETHER = 20_000
 
 _Result = TypeVar("_Result")
 
 
 class Server:
-    """What the routes share.
+    """The state and the work that routes share.
 
     Args:
-        engine: answers.
-        store: adapters.
-        limits: of requests.
-        token: what clients have to show; None: nothing.
+        engine: runs the model.
+        store: the adapters.
+        limits: the limits of requests.
+        token: the token that clients must send; None: none.
         hosts: see `Gate`.
-        log_texts: log what clients send.
+        log_texts: log the texts that clients send.
 
     Attributes:
-        metrics: what is counted.
-        on_failure: called when the model cannot be loaded, or its engine has ended: there is nothing left to serve.
+        metrics: the metrics.
+        on_failure: called if the model cannot be loaded or its engine has ended, so nothing can be served.
         worker: renders and tokenizes.
         ready: the model is loaded and runs, and the server is not shutting down.
     """
@@ -91,41 +91,41 @@ class Server:
         return self.started and not self.closing and not self.failed
 
     def fail(self, error: BaseException) -> None:
-        """There is no model, or no more."""
+        """Record that the model failed to load or its engine has ended."""
         self.failed = True
         if not isinstance(error, InputError):
             logger.error("the engine has failed", exc_info=error)
         self.on_failure(error)
 
     async def start(self) -> None:
-        """Load the model, then serve what the store has found."""
+        """Load the model, then serve the store's adapters."""
         await self.engine.start()
         await self.store.open(self.engine)
         self.started = True
 
     async def stop(self) -> None:
-        """When no request is left."""
+        """Stop the engine and the worker. Call it when no request is left."""
         self.worker.stop()
         await self.engine.stop()
 
     def require_started(self) -> None:
-        """Raises `Problem` (503)."""
+        """Raise `Problem` (503) unless the model is loaded."""
         if not self.started:
             raise Problem(503, "The model is still being loaded; try again soon.", "not_ready", {"Retry-After": "2"})
 
     async def blocking(self, function: Callable[..., _Result], *args: Any, characters: int = 0) -> _Result:
-        """Call what renders or tokenizes so many characters on the thread that does so."""
+        """Call a function that renders or tokenizes `characters` on the worker's thread."""
         return await self.worker.call(characters, function, *args)
 
     def _most_characters(self) -> int | None:
-        """Of a prompt, where that is the server's to say: longer ones are refused. None: the task's recipe says what is
-        done about prompts that are longer than the context."""
+        """The server's limit of characters per prompt; longer prompts are refused. None: no limit, and the recipe
+        decides what to do about prompts that are longer than the context."""
         if self.limits.text_characters is not None:
             return self.limits.text_characters
         return None if self.limits.text_tokens is None else most_characters(self.limits.text_tokens)
 
     async def settle(self, request: Request, work: Coroutine[Any, Any, _Result]) -> _Result:
-        """The result of a coroutine, which is cancelled at the request's deadline or when its client leaves."""
+        """The result of a coroutine. It is cancelled at the request's deadline or when the client disconnects."""
 
         async def leaving() -> None:
             while (await request.receive())["type"] != "http.disconnect":
@@ -146,11 +146,11 @@ class Server:
             await asyncio.gather(task, gone, return_exceptions=True)
 
     def late(self) -> Problem:
-        """A deadline that has passed."""
+        """The `Problem` for a passed deadline."""
         return Problem(504, f"There was no answer within {self.limits.deadline:g} seconds.", "deadline")
 
     def adapter(self, name: str) -> Adapter | None:
-        """The adapter that a `model` field names; None: the base model. Raises `UnknownAdapter`."""
+        """The adapter in a `model` field; None: the base model. Raises `UnknownAdapter`."""
         if name == self.engine.name:
             return None
         try:
@@ -160,7 +160,7 @@ class Server:
             raise UnknownAdapter(f"There is no model {name[:100]!r}; {close}.") from None
 
     def check_tokens(self, tokens: int) -> None:
-        """Raises `TooLong` for a prompt that has more than so many."""
+        """Raise `TooLong` if a prompt has too many tokens."""
         most = self.limits.text_tokens
         if most is not None and tokens > most:
             raise TooLong(f"Expected prompts of at most {most} tokens, found {tokens}.")
@@ -174,7 +174,7 @@ class Server:
         jobs: list[ScoreJob] = []
         labels: list[list[str]] = []
         key = None if body.without_adapter else adapter.key
-        # Others' texts have their turns in between.
+        # Texts of other requests have their turns in between.
         for indices, characters in _groups(rows):
             found = await self.blocking(self._questions, settings, rows, indices, key, characters=characters)
             jobs += found[0]
@@ -186,9 +186,9 @@ class Server:
     def _questions(
         self, settings: Settings, rows: Sequence[Row], indices: Sequence[int], key: str | None
     ) -> tuple[list[ScoreJob], list[list[str]]]:
-        """Jobs and labels of some rows."""
+        """The jobs and labels of some rows."""
         task, recipe = settings.task, settings.recipe
-        assert task is not None  # or there are no rows
+        assert task is not None  # otherwise there are no rows
         wordings = [task.wording(rows[index], index + 1) for index in indices]
         questions = self.engine.questions(wordings, recipe)
         labels = [list(wording.answers) for wording in wordings]
@@ -221,7 +221,7 @@ class Server:
     # Generation.
 
     async def completion_prompts(self, body: CompletionBody) -> list[list[int]]:
-        """Token ids of each prompt."""
+        """The token ids of each prompt."""
         return [await self.blocking(self._tokens, prompt, characters=len(prompt)) for prompt in body.prompts]
 
     def _tokens(self, prompt: str | list[int]) -> list[int]:
@@ -240,7 +240,7 @@ class Server:
         return ids
 
     async def chat_prompt(self, body: ChatBody) -> list[list[int]]:
-        """Token ids of a conversation, by the model's chat template."""
+        """The token ids of a conversation, with the model's chat template."""
         characters = sum(len(message.text) for message in body.messages)
         self._check_characters(characters)
         return [await self.blocking(self._chat_tokens, body, characters=characters)]
@@ -263,7 +263,7 @@ class Server:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
 
     def _check_characters(self, characters: int) -> None:
-        """Raises `Problem` (422) for a prompt that is too long to be tokenized."""
+        """Raise `Problem` (422) if a prompt is too long to tokenize."""
         most, context = self._most_characters(), self.engine.context_length
         if most is None:
             most = MOST_CHARACTERS if context is None else most_characters(context)
@@ -273,7 +273,7 @@ class Server:
     def jobs(
         self, body: CompletionBody | ChatBody, adapter: Adapter | None, prompts: list[list[int]], wanted: int | None
     ) -> list[GenerateJob]:
-        """What to generate. Raises `Problem` (400) where it does not fit."""
+        """The generation jobs. Raises `Problem` (400) if they do not fit the context."""
         context, most = self.engine.context_length, self.limits.new_tokens
         if wanted is not None and wanted > most:
             raise Problem(400, f"Expected max_tokens of at most {most}, found {wanted}.", "too_long")
@@ -293,7 +293,7 @@ class Server:
                     adapter=None if adapter is None else adapter.key,
                     prompt=prompt,
                     max_tokens=wanted or min(most, room),
-                    # Below these there is one token left, and numbers that are none.
+                    # Below these limits only one token is left, or numbers become NaN.
                     temperature=body.temperature if body.temperature >= _LEAST_TEMPERATURE else 0.0,
                     top_p=max(body.top_p, _LEAST_TOP_P),
                     stop=body.stops,
@@ -303,7 +303,7 @@ class Server:
         return made
 
     async def generate(self, jobs: Sequence[GenerateJob]) -> AsyncGenerator[tuple[int, Piece], None]:
-        """Pieces of all jobs as they come, each with its job's index."""
+        """The pieces of all jobs in order of arrival, each with its job's index."""
         pieces: asyncio.Queue[tuple[int, Piece | BaseException]] = asyncio.Queue()
 
         async def run(index: int, job: GenerateJob) -> None:
@@ -333,14 +333,14 @@ class Server:
 
 
 def _rows(body: ClassifyBody, task: Task | None, name: str) -> list[Row]:
-    """The rows that a task is asked about. Raises `InputError`."""
+    """The rows in a body. Raises `InputError`."""
     if task is None:
         raise InputError(f"Adapter {name!r} has no task.yaml, so that it has no labels; use completions.")
     return as_rows(body.rows if body.texts is None else body.texts, task)
 
 
 def _groups(rows: Sequence[Row]) -> Iterator[tuple[list[int], int]]:
-    """Indices of rows for one turn each, and the characters of their texts."""
+    """The row indices of each turn, and the number of characters of their texts."""
     group: list[int] = []
     characters = 0
     for index, row in enumerate(rows):
@@ -355,7 +355,7 @@ def _groups(rows: Sequence[Row]) -> Iterator[tuple[list[int], int]]:
 
 
 def problem_of(error: Exception, path: str) -> Problem | None:
-    """What a client is told about an error; None: it is not the client's."""
+    """The response for a client's error; None for other errors."""
     openai = path in OPENAI
     if isinstance(error, Problem):
         if error.status == 422 and openai:
@@ -379,7 +379,7 @@ def problem_of(error: Exception, path: str) -> Problem | None:
 
 
 def told(server: Server, scope: Any, error: Exception) -> Problem:
-    """What a client is told about an error; the log is told the rest."""
+    """The response for any error. Details go to the log."""
     problem = problem_of(error, scope["path"])
     if isinstance(error, AdapterFailed):
         scope["note"]["reason"] = str(error)

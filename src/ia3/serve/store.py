@@ -1,4 +1,4 @@
-"""Which adapters are served: found below one folder, uploaded into it, replaced and removed: `Store`."""
+"""The served adapters: find them in a folder, upload, replace and remove them: `Store`."""
 
 from __future__ import annotations
 
@@ -29,36 +29,36 @@ logger = logging.getLogger(__name__)
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}(/[A-Za-z0-9][A-Za-z0-9._-]{0,99})*")
 
-# Finding close names takes too long among thousands.
+# The maximum of names to search for similar ones, because the search is slow.
 _NEAR = 100
 
-# So many adapters that cannot be served are named in the log, a line each.
+# The maximum of unusable adapters to name in the log, one line each.
 _MOST_LOGGED = 50
 
-# Characters of a reason.
+# The maximum of characters of a reason.
 _MOST_REASON = 400
 
-# In a folder that came over HTTP, and may be replaced and deleted over HTTP.
+# The file that marks an uploaded folder, which may be replaced and deleted over HTTP.
 _UPLOADED = ".uploaded"
 
-# Folders that are on their way in, or out.
+# Prefix of temporary folders of uploads and removals.
 _COMING, _GOING = ".upload-", ".deleted-"
 
 
 class UnknownAdapter(InputError):
-    """No adapter of that name is served."""
+    """No adapter with this name is served."""
 
 
 class UnusableAdapter(InputError):
-    """An adapter of that name is there, and cannot be served with this base model."""
+    """The adapter with this name cannot be served with this base model."""
 
 
 class Conflict(InputError):
-    """What is asked for cannot be done with the adapters that there are."""
+    """The request conflicts with the existing adapters."""
 
 
 class NotStored(InputError):
-    """The adapters' folder takes no files."""
+    """The adapters' folder cannot be written to."""
 
 
 @contextlib.contextmanager
@@ -73,20 +73,20 @@ def _storing() -> Iterator[None]:
 
 
 class Store:
-    """The adapters of a server, by name. All methods but those that say otherwise are called on the event loop.
+    """The adapters of a server, by name. Unless documented otherwise, methods are called on the event loop.
 
     Args:
         root: the folder whose subfolders are the adapters; relative paths are their names.
-        max_adapters: how many adapters there may be.
-        base: the base model's name as served, which no adapter can have.
+        max_adapters: the maximum of adapters.
+        base: the base model's served name, which no adapter can have.
 
     Attributes:
         root: the folder's real path.
-        max_adapters: how many adapters there may be.
-        found: name → folder and stamp of those that were there when the store was made.
+        max_adapters: the maximum of adapters.
+        found: name → folder and stamp of adapters that existed when the store was made.
 
     Raises:
-        InputError: too many adapters, or the root is an adapter itself.
+        InputError: there are too many adapters, or the root is itself an adapter.
     """
 
     def __init__(self, root: str | os.PathLike, max_adapters: int = 20_000, base: str = "") -> None:
@@ -99,21 +99,21 @@ class Store:
             )
         self._engine: Engine | None = None
         self._adapters: dict[str, Adapter] = {}
-        self._names: list[str] = []  # sorted, made anew when adapters have come or gone
-        self._unusable: dict[str, str] = {}  # name → why, in words for clients
-        self._removed: set[str] = set()  # whose folders are there, and not to be served
+        self._names: list[str] = []  # sorted, updated when adapters are added or removed
+        self._unusable: dict[str, str] = {}  # name → reason for clients
+        self._removed: set[str] = set()  # names whose folders exist but must not be served
         self._changing = asyncio.Lock()
         self._version = 0
         self._clean()
         self.found = self._scan()
 
     def kinds(self, base_model: str) -> list[IA3Config]:
-        """The different configs of adapters, the most frequent first, but those for models of other names last."""
+        """The different configs of adapters, the most frequent first; those for models with other names last."""
         found: dict[str, tuple[IA3Config, list[bool]]] = {}
         for folder, _ in self.found.values():
             with contextlib.suppress(InputError, RecursionError, OSError):
                 config = IA3Config.from_pretrained(folder)
-                # A model's folder may have moved since.
+                # A model's folder may have moved.
                 own = Path(config.base_model_name_or_path or base_model).name == Path(base_model).name
                 kind = dataclasses.replace(config, base_model_name_or_path=None, inference_mode=True)
                 found.setdefault(kind.to_json(), (config, []))[1].append(own)
@@ -121,14 +121,14 @@ class Store:
         return [config for config, _ in ranked]
 
     def labels(self) -> list[str] | None:
-        """The labels of the first adapter's task, which a classifier's head has; None where there is none. Blocks."""
+        """The labels of the first adapter's task, for an encoder's head; None if there is none. Blocks."""
         for folder, _ in self.found.values():
             task = read_settings(folder).task
             return None if task is None else task.labels
         return None
 
     async def open(self, engine: Engine) -> None:
-        """Give the engine, which has started, what was found. The log names what cannot be served."""
+        """Add the found adapters to the started engine. The log names unusable ones."""
         async with self._changing:
             self._engine = engine
             for name, (folder, stamp) in self.found.items():
@@ -140,13 +140,13 @@ class Store:
 
     @property
     def names(self) -> list[str]:
-        """All that are served, in alphabetical order."""
+        """The names of served adapters, in alphabetical order."""
         if not self._names:
             self._names = sorted(self._adapters)
         return self._names
 
     def close_to(self, name: str, *others: str) -> str:
-        """For an error message, names that come close; of many, among those near it in the alphabet."""
+        """Similar names for an error message; among many names, only alphabetical neighbours are searched."""
         place = bisect.bisect(self.names, name)
         return similar(name[:100], [*others, *self.names[max(0, place - _NEAR) : place + _NEAR]])
 
@@ -157,7 +157,8 @@ class Store:
         return len(self._adapters)
 
     def get(self, name: str) -> Adapter:
-        """Raises `UnknownAdapter`, with names that come close, or `UnusableAdapter`, with the reason."""
+        """The adapter with this name. Raises `UnknownAdapter` with similar names, or `UnusableAdapter` with the
+        reason."""
         if name in self._unusable:
             raise UnusableAdapter(self._unusable[name])
         if name not in self._adapters:
@@ -166,7 +167,7 @@ class Store:
 
     @contextlib.contextmanager
     def using(self, adapter: Adapter | None) -> Iterator[None]:
-        """Within `with`, the engine does not forget an adapter."""
+        """Keep the engine from dropping an adapter during a `with` block."""
         if adapter is None:
             yield
             return
@@ -179,17 +180,17 @@ class Store:
                 self._forget(adapter)
 
     def public(self, message: str) -> str:
-        """A message without paths of this machine."""
+        """A message for clients, without paths on this machine."""
         inside = re.escape(self.root + os.sep) + rf"({re.escape(_COMING)}\w+/)?"
         return re.sub(inside, "", message).replace(self.root, "the root")
 
     # Changes, one at a time.
 
     async def reload(self) -> dict[str, list[str]]:
-        """Look at the root again. Requests that are under way end with the vectors that they began with.
+        """Read the root again. Running requests end with the vectors that they started with.
 
         Returns:
-            Names of adapters: "added", "changed", "removed", "failed".
+            Names of adapters by "added", "changed", "removed", "failed".
         """
         async with self._changing:
             found = await asyncio.to_thread(self._scan)
@@ -199,9 +200,9 @@ class Store:
             wanted = {name: place for name, place in found.items() if name not in self._removed}
             stamps = dict(found.values())
             for name, adapter in self._adapters.items():
-                if adapter.folder != self._folder(name):  # served by another name than its own
+                if adapter.folder != self._folder(name):  # served with another name than its folder's
                     if name in wanted:
-                        logger.warning("Adapter %r is not served: another one goes by its name", name)
+                        logger.warning("Adapter %r is not served: another adapter has its name", name)
                         done["failed"].append(name)
                         del wanted[name]
                     if adapter.folder in stamps:
@@ -214,7 +215,7 @@ class Store:
                     await self._serve(name, folder, stamp, check=name in before)
                     done["changed" if name in before else "added"].append(name)
                 except InputError as error:
-                    if name in before:  # it goes on as it was
+                    if name in before:  # it stays as it was
                         logger.warning("Adapter %r is not reloaded: %s", name, error.worded(owned=False))
                     else:
                         self._refuse(name, error)
@@ -227,15 +228,15 @@ class Store:
             return done
 
     async def admit(self, folder: str, name: str | None) -> Adapter:
-        """Serve, or read again, an adapter in a folder below the root.
+        """Serve an adapter in a folder below the root, or read it again.
 
         Args:
-            folder: relative to the root.
-            name: None: the folder's relative path.
+            folder: the path relative to the root.
+            name: the adapter's name; None: the folder's relative path.
 
         Raises:
-            InputError: no such folder, one outside the root, or no adapter that can be used.
-            Conflict: the name is the base's or another adapter's, or there are too many.
+            InputError: the folder does not exist, is outside the root, or has no usable adapter.
+            Conflict: the name is the base model's or another adapter's, or there are too many adapters.
         """
         if not NAME.fullmatch(folder):
             raise InputError(f"Expected a folder below the adapters' root such as 'tickets', found {folder!r}.")
@@ -245,8 +246,8 @@ class Store:
             stamp = await asyncio.to_thread(stamp_of, path)
             if stamp is None:
                 raise UnknownAdapter(
-                    f"There is no adapter's folder {folder!r} below the adapters' root, with {CONFIG_NAME} and "
-                    f"{WEIGHTS_NAME} that are no links."
+                    f"There is no adapter's folder {folder!r} below the adapters' root with {CONFIG_NAME} and "
+                    f"{WEIGHTS_NAME} (not links)."
                 )
             self._require_free(name, path)
             await asyncio.to_thread(read_settings, path)
@@ -255,19 +256,19 @@ class Store:
             return adapter
 
     async def upload(self, name: str, files: Mapping[str, Callable[[Path], Awaitable[None]]]) -> tuple[Adapter, bool]:
-        """Admit an adapter that came over HTTP; it replaces an uploaded one of that name.
+        """Add an uploaded adapter; it replaces an earlier upload with that name.
 
         Args:
-            name: without slashes.
-            files: name → what writes the file to a path.
+            name: a name without slashes.
+            files: name → function that writes the file to a path.
 
         Returns:
             The adapter, and whether it is new.
 
         Raises:
-            InputError: see `uploads.check`; or vectors that do not fit the model or are not finite.
-            Conflict: see `admit`; or an adapter of that name that was not uploaded.
-            NotStored: the root takes no files.
+            InputError: the vectors do not fit the model or are not finite; see also `uploads.check`.
+            Conflict: an adapter with that name exists that was not uploaded; see also `admit`.
+            NotStored: the root cannot be written to.
         """
         if "/" in self._checked(name):
             raise InputError(f"Expected a name without slashes for an upload, found {name!r}.")
@@ -291,7 +292,7 @@ class Store:
                     raise Conflict(
                         f"There is another {name!r} below the adapters' root, not uploaded; choose another name."
                     )
-                # Read where it is, before anything is replaced.
+                # Read it in its temporary place, before anything is replaced.
                 new = name not in self._adapters
                 trial = await self._prepare(name, temporary, check=True)
                 await self._engine_of().drop(trial.key)
@@ -306,10 +307,10 @@ class Store:
             shutil.rmtree(temporary, ignore_errors=True)
 
     async def remove(self, name: str) -> None:
-        """Serve an adapter no more, and delete its files when they were uploaded.
+        """Stop serving an adapter, and delete its files if they were uploaded.
 
         Raises:
-            UnknownAdapter: there is none.
+            UnknownAdapter: there is no such adapter.
             NotStored: its files cannot be deleted.
         """
         async with self._changing:
@@ -332,7 +333,7 @@ class Store:
     # Under the lock.
 
     def _refuse(self, name: str, error: InputError) -> None:
-        """Note why an adapter is not served, in words for clients: without folders."""
+        """Record why an adapter is not served, in a message for clients, without paths."""
         why = error.worded(owned=False)
         base = self._engine_of().name
         with contextlib.suppress(InputError, RecursionError, OSError):
@@ -349,21 +350,21 @@ class Store:
             logger.warning("not served", extra={"fields": {"more": len(self._unusable) - _MOST_LOGGED}})
 
     def _require_free(self, name: str, folder: str) -> None:
-        """Raise `Conflict` unless nothing, or what is in that folder, goes by a name."""
+        """Raise `Conflict` if an adapter in another folder has this name."""
         served = self._adapters.get(name)
         other = (current(self._folder(name)) / CONFIG_NAME).is_file() and folder != self._folder(name)
         if other or (served is not None and served.folder != folder):
             raise Conflict(f"There is another adapter {name!r}; choose another name, or remove that one.")
 
     def _in(self, folder: str) -> list[Adapter]:
-        """Those that are served from a folder."""
+        """The adapters that are served from a folder."""
         return [adapter for adapter in self._adapters.values() if adapter.folder == folder]
 
     async def _take_away(self, folder: str, change: Callable[[], None]) -> None:
-        """Rename a folder, so that requests which have come or come in meanwhile end with what it held."""
+        """Rename a folder. Requests that have arrived or arrive meanwhile end with its old content."""
         its = self._in(folder)
         for adapter in its:
-            with contextlib.suppress(InputError):  # damaged files are its users' trouble, as before
+            with contextlib.suppress(InputError):  # damaged files fail their requests, as before
                 await asyncio.to_thread(adapter.settings)
         await self._engine_of().keep([adapter.key for adapter in its], change)
 
@@ -417,7 +418,7 @@ class Store:
         return os.path.join(self.root, *name.split("/"))
 
     def _checked(self, name: str) -> str:
-        if not FILES.keys().isdisjoint(str(name).split("/")):  # it would not be found again, or hide another one's file
+        if not FILES.keys().isdisjoint(str(name).split("/")):  # would hide another's file, or be lost
             raise InputError(f"Expected an adapter's name that is none of its files', found {name[:200]!r}.")
         if not isinstance(name, str) or not NAME.fullmatch(name) or len(name) > 200:
             raise InputError(
@@ -429,7 +430,7 @@ class Store:
         return name
 
     def _scan(self) -> dict[str, tuple[str, tuple]]:
-        """Name → folder and stamp of all adapters below the root. May be called on any thread."""
+        """Name → folder and stamp, for all adapters below the root. May be called on any thread."""
         if not os.path.isdir(self.root):
             return {}
         found, skipped = {}, []
@@ -450,17 +451,17 @@ class Store:
         return found
 
     def _clean(self) -> None:
-        """Remove what a process that was killed has left in the root, unless another server works there now."""
+        """Remove leftovers of a killed process in the root, unless another server uses it now."""
         try:
             import fcntl
 
             claimed = os.open(self.root, os.O_RDONLY)
-            weakref.finalize(self, os.close, claimed)  # the lock is held for as long
+            weakref.finalize(self, os.close, claimed)  # holds the lock until then
             fcntl.flock(claimed, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for name in os.listdir(self.root):
                 if name.startswith((_COMING, _GOING)):
                     shutil.rmtree(os.path.join(self.root, name), ignore_errors=True)
-        except (ImportError, OSError):  # elsewhere than on POSIX; no root yet; another server's
+        except (ImportError, OSError):  # not POSIX, no root yet, or another server's lock
             return
 
     def _checked_upload(self, folder: str) -> None:
@@ -471,7 +472,7 @@ class Store:
 
 
 def _exchange(folder: str, final: str) -> None:
-    """Put a folder into another's place, or its files into that of the other's."""
+    """Replace a folder by another, or its files by the other's."""
     if os.path.lexists(final):
         take_over(folder, final, OWN_NAMES)
     else:

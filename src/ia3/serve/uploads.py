@@ -1,4 +1,4 @@
-"""What a file that comes over HTTP may be, before anything else reads it."""
+"""Check uploaded files before other code reads them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ia3.serve.adapter import FILES
 from ia3.task import sandbox
 from ia3.task.template import has_jinja
 
-# Of the small ones.
+# The limit of bytes of each small file.
 _MOST_BYTES = 1 << 20
 _DEEPEST = 20
 
-# What a template of others may hold: nothing whose work or result can grow beyond its own length and the row's.
+# Allowed parts of an uploaded template: work and result cannot grow beyond the length of the template and the row.
 _HARMLESS = (
     nodes.Template, nodes.Output, nodes.TemplateData, nodes.Name, nodes.Const, nodes.Getattr, nodes.Getitem, nodes.If,
     nodes.CondExpr, nodes.Compare, nodes.Operand, nodes.And, nodes.Or, nodes.Not, nodes.Test, nodes.Filter, nodes.Concat,
@@ -30,10 +30,10 @@ _FILTERS = {
     "truncate", "upper",
 }  # fmt: skip
 
-# Of a YAML file, 10,000 labels and their answers: reading them takes a second.
+# The limit of values in a YAML file: 10,000 labels and their answers, which take a second to read.
 _MOST_VALUES = 20_000
 
-# Columns and filters in all templates of a file: each can be as long, and take as long, as a request's body.
+# The limit of columns and filters in all templates of a file. Each can be as long and as slow as a request's body.
 _MOST_PARTS = 256
 
 
@@ -50,9 +50,9 @@ def check_names(files: Iterable[str]) -> None:
 
 
 def check(folder: Path) -> None:
-    """Raise `InputError` unless the small files in a folder are harmless to read and use.
+    """Raise `InputError` unless the small files in a folder are safe to read and use.
 
-    Vectors are the engine's to check, which knows their shapes.
+    The engine checks the vectors, because it knows their shapes.
     """
     for name in FILES:
         path = folder / name
@@ -60,7 +60,7 @@ def check(folder: Path) -> None:
             continue
         if path.stat().st_size > _MOST_BYTES:
             raise InputError(f"Expected {name} of at most {_MOST_BYTES} bytes, found {path.stat().st_size}.")
-        with reading(name, "YAML of little depth", "correct it"):
+        with reading(name, f"YAML with at most {_DEEPEST} levels", "correct it"):
             text = path.read_text(encoding="utf-8")
             if name.endswith(".yaml"):
                 _check_yaml(text, name)
@@ -70,7 +70,7 @@ def check(folder: Path) -> None:
     for field in ("target_modules", "exclude_modules", "feedforward_modules"):
         value = getattr(config, field)
         if isinstance(value, str) and value != "all-linear":
-            # Matching it can take for ever.
+            # Matching a pattern can take forever.
             raise InputError(f"Expected {field} of an uploaded config as a list of names, found a regular expression.")
 
 
@@ -78,10 +78,10 @@ def _check_yaml(text: str, name: str) -> None:
     depth = parts = values = 0
     for event in yaml.parse(text):
         if isinstance(event, yaml.AliasEvent):
-            raise InputError(f"Expected YAML without aliases in {name}: they can stand for more than memory holds.")
+            raise InputError(f"Expected YAML without aliases in {name}: they can expand to more than fits into memory.")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > _DEEPEST:
-            raise InputError(f"Expected YAML of little depth in {name}.")
+            raise InputError(f"Expected YAML with at most {_DEEPEST} levels in {name}, found more.")
         if not isinstance(event, yaml.ScalarEvent):
             continue
         values += 1
@@ -96,7 +96,7 @@ def _check_yaml(text: str, name: str) -> None:
 
 
 def _check_template(source: str, name: str) -> int:
-    """How many columns and filters it has. Checked before it is compiled."""
+    """Check a template before it is compiled; return its number of columns and filters."""
     try:
         tree = sandbox.parse(source)
     except ValueError as error:
@@ -113,7 +113,7 @@ def _check_template(source: str, name: str) -> int:
 
 
 def _is_harmless(node: nodes.Filter) -> bool:
-    if node.name == "replace":  # by nothing that is longer, or that another filter makes longer, as upper does with ß
+    if node.name == "replace":  # the new text must not be longer, not even after another filter (upper makes ß longer)
         values = [str(arg.value) for arg in node.args if isinstance(arg, nodes.Const)]
         its = len(values) == len(node.args) == 2 and not node.kwargs
         return its and 0 < len(values[1]) <= len(values[0]) and values[1].isascii()

@@ -27,37 +27,37 @@ if TYPE_CHECKING:
 
 _Result = TypeVar("_Result")
 
-# Of absolute paths, which are none of a client's business.
+# Absolute paths, which clients must not see.
 _FOLDERS = re.compile(r"(?<!\S)/\S*/")
 
-# So often is vLLM asked whether its processes are still there.
+# Seconds between checks whether vLLM's processes still run.
 _WATCH_SECONDS = 1.0
 
-# Of so many tokens can one request ask the log-probabilities.
+# The maximum of tokens per request for log-probabilities.
 _TOKENS_ASKED = 128
 
-# What vLLM's processes put around an error on its way here.
+# The text that vLLM's processes add around an error.
 _WRAPPED = re.compile(
     r"^Call to add_lora method failed: (?:Worker failed with error '(?=.*', please check))?(.*?)(?:', please check.*)?$"
 )
 
 
 class VllmEngine:
-    """See `Engine`. vLLM batches, caches prefixes, and loads and evicts adapters; the plugin makes it take (IA)³.
+    """See `Engine`. vLLM batches, caches prefixes, and loads and evicts adapters; the plugin adds (IA)³ to it.
 
-    A question is a request for each inner node of the tree of its choices: what stands before, one token, and the
-    log-probabilities there of the tokens that follow. They share the prompt by prefix caching; choices of one token
-    each are one request. (Log-probabilities of a prompt, the other way, would read each prompt anew for each choice.)
-    What is observed is vLLM's steps: how many prompts and texts got a token, and how many different adapters the requests
-    have that are under way.
+    A question becomes one request for each inner node of the tree of its choices. The request has the tokens up to the
+    node, generates one token, and returns the log-probabilities of the tokens that follow in the tree. The requests
+    share the prompt through prefix caching. If each choice is one token, one request is enough. (Log-probabilities of
+    a prompt would read the prompt again for each choice.) `observe` gets vLLM's steps: how many prompts and texts got
+    a token, and the number of different adapters of the running requests.
 
     Args:
-        model: the base's name, a decoder-only model.
-        name: as it is served; None: `model`.
-        slots: different adapters in a step at most.
-        adapters: how many there are at most. All that have been asked for stay in memory: vLLM would end when it had to
-            read one again and could not.
-        **settings: others of vLLM's `AsyncEngineArgs`, such as `dtype`, `max_model_len`, `tensor_parallel_size`.
+        model: the name of the base model, a decoder-only model.
+        name: the served name; None: `model`.
+        slots: the maximum of different adapters in a step.
+        adapters: the maximum of adapters. Adapters stay in memory after their first use, because vLLM would end if it
+            had to read one again and could not.
+        **settings: other fields of vLLM's `AsyncEngineArgs`, such as `dtype`, `max_model_len`, `tensor_parallel_size`.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class VllmEngine:
         self.generates = True
         self.observe: Callable[[str, int, int], None] = lambda kind, rows, adapters: None
         self.on_end: Callable[[BaseException], None] = lambda error: None
-        self._most = 2 * adapters + slots  # one that is replaced is there twice, as long as requests use it
+        self._most = 2 * adapters + slots  # a replaced adapter exists twice while requests use it
         self._settings = {"max_loras": slots, "max_cpu_loras": self._most, **settings}
         self._engine: Any = None
         self._scorer: Scorer
@@ -85,7 +85,7 @@ class VllmEngine:
         self._watching = asyncio.ensure_future(self._watch())
 
     async def _watch(self) -> None:
-        """Tell when vLLM's processes have ended: it says so to requests only."""
+        """Watch for the end of vLLM's processes, because vLLM reports it only to requests."""
         while not self._engine.errored:
             await asyncio.sleep(_WATCH_SECONDS)
         self.on_end(self._engine.dead_error)
@@ -116,7 +116,7 @@ class VllmEngine:
             with reading(path, "a model and its tokenizer"):
                 config = AutoConfig.from_pretrained(path)
                 self.tokenizer = AutoTokenizer.from_pretrained(path)
-            with torch.device("meta"):  # its shape says how questions are to be asked
+            with torch.device("meta"):  # its architecture decides how questions are asked
                 shape = AutoModelForCausalLM.from_config(config)
             dtype = str(config.dtype or "auto").removeprefix("torch.")  # vLLM's "auto" rounds float32 down
             arguments = AsyncEngineArgs(model=path, **{"dtype": dtype, **fixed, **self._settings})
@@ -135,7 +135,7 @@ class VllmEngine:
         engine, self._engine = self._engine, None
         if engine is not None:
             await asyncio.get_running_loop().run_in_executor(None, engine.shutdown)
-            engine.shutdown = lambda: None  # called once more when it goes, which fails at the interpreter's end
+            engine.shutdown = lambda: None  # its finalizer calls it again, which fails at the interpreter's end
 
     def questions(self, wordings: Sequence[Wording], recipe: Recipe) -> list[Question]:
         return self._scorer.questions(wordings, False, recipe.long_prompts)
@@ -160,7 +160,7 @@ class VllmEngine:
                 node = tree.parents[node]
             return [*question.prompt, *reversed(tokens)]
 
-        # The prompt first, so that the others find it in the cache.
+        # Ask the prompt first, so that the other requests find it in the cache.
         found = {0: await self._next(text(0), follow.pop(0), adapter, question.read)}
         others = await _together(
             [self._next(text(node), tokens, adapter, question.read) for node, tokens in follow.items()]
@@ -177,7 +177,7 @@ class VllmEngine:
         return question.as_listed(scores)
 
     async def _next(self, text: list[int], tokens: set[int], adapter: Any, read: int) -> dict[int, float]:
-        """The log-probabilities of these tokens behind a text, of which so many tokens stand before the question."""
+        """The log-probabilities of these tokens after a text, whose first `read` tokens stand before the question."""
         from vllm import SamplingParams
 
         from ia3.vllm.from_question import PLACE
@@ -195,7 +195,7 @@ class VllmEngine:
             async for output in self._generate(text, sampling, adapter):
                 for entry in output.outputs[0].logprobs or ():
                     found.update({token: entry[token].logprob for token in some})
-        if len(found) < len(asked) or not all(value <= 0 for value in found.values()):  # NaN is not
+        if len(found) < len(asked) or not all(value <= 0 for value in found.values()):  # false for NaN too
             raise InputError("The model gives scores that are not numbers", "is the adapter or the base broken?")
         return found
 
@@ -208,7 +208,7 @@ class VllmEngine:
             {"prompt_token_ids": list(text)}, sampling, f"ia3-{next(self._requests)}", lora_request=adapter
         )
         try:
-            async with contextlib.aclosing(made) as outputs:  # vLLM gives up what is closed
+            async with contextlib.aclosing(made) as outputs:  # vLLM aborts a closed request
                 async for output in outputs:
                     yield output
         except VLLMClientError as error:  # a request that vLLM or the plugin refuses
@@ -248,18 +248,19 @@ class VllmEngine:
 
         if len(self._adapters) >= self._most:
             raise InputError(f"Expected at most {self._most} adapters at a time, found one more; allow more of them.")
-        IA3Config.from_pretrained(folder)  # vLLM would take other adapters when they are asked for
+        IA3Config.from_pretrained(folder)  # refuse other adapters, which vLLM would accept
         self._adapters[key] = LoRARequest(key, next(self._ids), folder)
         acts_from_question(self._adapters[key])  # which the plugin remembers: the folder may change
         if check:
             try:
                 await self._request(key)
-            except AdapterFailed as error:  # which is about a job
+            except AdapterFailed as error:  # its text is about a job
                 del self._adapters[key]
                 raise InputError(_FOLDERS.sub("", error.message), owner=error.owner) from error
 
     async def _request(self, key: str | None) -> Any:
-        """vLLM's request for an adapter, which it has read once: what it refuses then would end it later."""
+        """vLLM's request for an adapter. vLLM reads the adapter here once, because an error inside a step would end
+        it."""
         if key is None:
             return None
         if key not in self._adapters:
@@ -280,7 +281,7 @@ class VllmEngine:
 
     async def keep(self, keys: Sequence[str], change: Callable[[], None]) -> None:
         for key in keys:
-            with contextlib.suppress(AdapterFailed):  # what cannot be read now never could
+            with contextlib.suppress(AdapterFailed):  # an unreadable adapter could not be used before either
                 await self._request(key)
         await asyncio.get_running_loop().run_in_executor(None, change)
 
@@ -295,7 +296,7 @@ class VllmEngine:
 
 
 def _stat_logger(stepped: Callable[[int], None]) -> Any:
-    """What vLLM tells of its steps: how many tokens one has generated, one for each request that is past its prompt."""
+    """A logger of vLLM's steps: the number of generated tokens, one for each request after its prompt."""
     from vllm.v1.metrics.loggers import StatLoggerBase
 
     class StatLogger(StatLoggerBase):
@@ -313,7 +314,7 @@ def _stat_logger(stepped: Callable[[int], None]) -> Any:
 
 
 async def _together(parts: Sequence[Coroutine[Any, Any, _Result]]) -> list[_Result]:
-    """The results of all; when one fails, or nobody waits any more, the others are cancelled."""
+    """The results of all coroutines. If one fails or the caller is cancelled, the others are cancelled."""
     tasks = [asyncio.ensure_future(part) for part in parts]
     try:
         return list(await asyncio.gather(*tasks))

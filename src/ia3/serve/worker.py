@@ -1,4 +1,4 @@
-"""The thread that renders and tokenizes, beside the event loop: `Worker`."""
+"""A thread beside the event loop that renders and tokenizes: `Worker`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _Result = TypeVar("_Result")
 
 
 class Worker:
-    """One thread, for tokenizers are not for several at once. Of what waits, work for short texts goes before long ones.
+    """A single thread, because tokenizers are not thread-safe. Work for short texts goes before long ones.
 
     Args:
-        bounds: a context manager around each piece of work, given a function that raises when nobody waits for its result
-            any more.
+        bounds: makes a context manager around each piece of work, from a function that raises if the caller no longer
+            waits for the result.
     """
 
     def __init__(self, bounds: Callable[[Callable[[], None]], Any]) -> None:
@@ -30,12 +30,12 @@ class Worker:
         threading.Thread(target=self._work, name="ia3-tokens", daemon=True).start()
 
     async def call(self, characters: int, function: Callable[..., _Result], *args: Any) -> _Result:
-        """Call a function on the thread. When the task that awaits it is cancelled, the function ends at its next
-        checkpoint, or never begins.
+        """Call a function on the thread. If the awaiting task is cancelled, the function ends at its next checkpoint or
+        does not begin.
 
         Args:
-            characters: of the texts that it is about.
-            function: may block.
+            characters: the number of characters of its texts.
+            function: a function that may block.
             *args: its arguments.
         """
         future: Future[_Result] = Future()
@@ -64,11 +64,11 @@ class Worker:
 
     @property
     def waiting(self) -> int:
-        """How much work has not begun."""
+        """The number of calls that have not begun."""
         return self._waiting.qsize()
 
     def stop(self) -> None:
-        """End the thread, after what it is doing."""
+        """End the thread after its current call."""
         self._waiting.put((-1.0, next(self._numbers), None))
 
     def _work(self) -> None:
@@ -77,4 +77,4 @@ class Worker:
             if run is None:
                 return
             run()
-            del run  # with all that it holds
+            del run  # and all objects that it holds

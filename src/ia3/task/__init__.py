@@ -1,1 +1,1 @@
-"""Rows become questions in words: data, templates, tasks; `task.py` is where to begin."""
+"""Rows become prompts and answers: data, templates, tasks. Start with `task.py`."""

@@ -1,4 +1,4 @@
-"""Published collections of prompts (Bach et al. 2022, arXiv:2202.01279), read from their YAML files as tasks."""
+"""Read the YAML files of published prompt collections as tasks (Bach et al. 2022, arXiv:2202.01279)."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ logger = logging.getLogger(__name__)
 
 
 def read_prompts(path: str | os.PathLike, names: Sequence[str] | None = None) -> Task:
-    """A task of a collection's templates.
+    """A task with a collection's templates.
 
-    Its labels are the places of answers, "0", "1", …, in each template's own list of them. Class labels of hub data
-    sets are read as numbers, as the templates expect them.
+    Its labels are the positions of answers, "0", "1", …, in each template's list. Class labels of hub data sets are
+    read as numbers, as the templates expect.
 
     Args:
         path: the collection's `templates.yaml`.
-        names: which templates, by name; None: all that ask the data set's original task of every row, and let choose
-            between as many answers as most of them do.
+        names: the templates to use, by name; None: all templates that ask the data set's original task for every row
+            and have the most common number of answers.
 
     Raises:
-        InputError: no such file, no collection, or no template that can be used.
+        InputError: the file does not exist, is not a collection, or has no usable template.
     """
     path = Path(path)
     return task_of(read_yaml(path), path, names)
 
 
 def task_of(values: Mapping[str, Any], path: Path, names: Sequence[str] | None = None) -> Task:
-    """`read_prompts` for a file that has been read."""
+    """The same as `read_prompts`, for the content of a file."""
     entries = values.get("templates")
     if not isinstance(entries, Mapping) or not all(isinstance(entry, Mapping) for entry in entries.values()):
         raise InputError(f"Expected a collection of prompts in {path}, a mapping `templates`; found none.")
@@ -52,7 +52,7 @@ def task_of(values: Mapping[str, Any], path: Path, names: Sequence[str] | None =
         )
     found = {name: _template(name, by_name[name], chosen=names is not None) for name in names or by_name}
     used = [template for template in found.values() if isinstance(template, Template)]
-    # All templates of a task have the same labels, so as many answers.
+    # All templates of a task have the same labels, so the same number of answers.
     sizes = [len(template.choices) if isinstance(template.choices, dict) else None for template in used]
     usual = Counter(sizes).most_common(1)[0][0] if sizes else None
     unused = {name: why for name, why in found.items() if isinstance(why, str)}
@@ -63,7 +63,7 @@ def task_of(values: Mapping[str, Any], path: Path, names: Sequence[str] | None =
     reasons = "; ".join(f"{why} ({shown(its, 3)})" for why, its in by_reason.items())
     if len(unused) == len(found) or (names is not None and unused):
         raise InputError(
-            f"Expected templates in {path} that choose between as many answers each, found others: {reasons or 'none'}."
+            f"Expected templates in {path} with the same number of answers, found others: {reasons or 'none'}."
         )
     if unused:
         logger.info("%s: %d of %d templates cannot be used: %s.", path, len(unused), len(found), reasons)
@@ -80,7 +80,7 @@ def task_of(values: Mapping[str, Any], path: Path, names: Sequence[str] | None =
 
 
 def _template(name: str, entry: Mapping[str, Any], chosen: bool) -> Template | str:
-    """A template, or why it cannot be used; unless `chosen` by its name, it has to ask the original task of every row."""
+    """A template, or why it is unusable. Unless it is `chosen` by name, it must ask the original task for every row."""
     metadata = entry.get("metadata")
     if not chosen and str(metadata.get("original_task") if isinstance(metadata, Mapping) else None).lower() != "true":
         return "not the original task"
@@ -102,7 +102,7 @@ def _template(name: str, entry: Mapping[str, Any], chosen: bool) -> Template | s
 
 
 def _is_conditional(prompt: str) -> bool:
-    """Whether all that a template says stands under a condition without an `else`."""
+    """Whether all text of a template depends on a condition without an `else`."""
     said = [
         node
         for node in parse(prompt).body

@@ -1,4 +1,4 @@
-"""RAFT (Alex et al. 2021, arXiv:2109.14076): its eleven tasks, their rows, and predictions as its leaderboard takes them."""
+"""RAFT (Alex et al. 2021, arXiv:2109.14076): its eleven tasks, their rows, and predictions for its leaderboard."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RAFT_TASKS = (
     "twitter_complaints",
 )
 
-# What every task has to train on.
+# The number of training rows of every task.
 TRAIN_ROWS = 50
 
 PREDICTIONS_NAME = "predictions.csv"
@@ -41,7 +41,7 @@ class RaftTask:
     """A task of the benchmark.
 
     Attributes:
-        task: what its rows mean.
+        task: the task of the rows.
         train: labelled rows.
         test: rows to predict, with a column `ID`; their labels are not public.
     """
@@ -58,11 +58,10 @@ class RaftTask:
             name: one of `RAFT_TASKS`.
             data: a folder with NAME/train.csv and NAME/test_unlabeled.csv, such as the `data` folder of the hub's
                 `ought/raft`; None: the hub's.
-            delimiter: of these files, as of `read_rows`.
+            delimiter: the delimiter of these files, see `read_rows`.
 
         Raises:
-            InputError: no such task or file, a column that is missing, a label that the task does not know, or test rows
-                whose IDs are missing or the same.
+            InputError: a task, file or column is missing, a label is unknown, or test rows have missing or equal IDs.
         """
         if name not in RAFT_TASKS:
             raise InputError(f"Expected a task of RAFT, found {name!r}; {similar(name, RAFT_TASKS)}.")
@@ -93,10 +92,10 @@ def _check_ids(rows: Sequence[Row]) -> None:
 
 
 def write_predictions(path: str | os.PathLike, rows: Iterable[Row], labels: Iterable[str]) -> None:
-    """Write a submission's file for a task, in whole or not at all: columns `ID` and `Label`, a line for each test row.
+    """Write the submission file of a task, atomically: columns `ID` and `Label`, a line per test row.
 
     Args:
-        path: the leaderboard wants it to be TASK/predictions.csv.
+        path: the file; the leaderboard expects TASK/predictions.csv.
         rows: the test rows, with a column `ID`.
         labels: the class name of each.
     """

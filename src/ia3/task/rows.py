@@ -1,4 +1,4 @@
-"""Rows as Python holds them: a data frame, a data set, dictionaries, plain texts. `as_rows` makes one list of all."""
+"""Rows in Python: a data frame, a data set, dictionaries or texts. `as_rows` converts all to a list of dictionaries."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ if TYPE_CHECKING:
 
 
 def as_rows(rows: Any, task: Task | None = None) -> list[Row]:
-    """Rows as a list of dictionaries. Every public function that takes rows reads them by this one.
+    """Rows as a list of dictionaries. Every public function that takes rows uses this function.
 
     Args:
-        rows: a pandas DataFrame; a `datasets.Dataset`, whose class labels get their names where the task knows them; a
-            dictionary, which is one row, or, where every value is a list, columns; or anything that gives rows one by one,
-            each a dictionary or a text. Dictionaries come back as they are, not as copies.
-        task: says which column a text is; it has to read one column only.
+        rows: a pandas DataFrame; a `datasets.Dataset`, whose class labels become names if the task knows them; a
+            dictionary, which is one row, or columns if every value is a list; or an iterable of dictionaries or texts.
+            Dictionaries are not copied.
+        task: names the column of a text; it must read exactly one column.
 
     Raises:
-        InputError: anything else.
+        InputError: rows of another type.
     """
     return [as_row(item, task, number) for number, item in enumerate(items_of(rows, task), 1)]
 
 
 def items_of(rows: Any, task: Task | None = None) -> list[Any]:
-    """What `as_row` makes rows of, one by one; arguments and errors as of `as_rows`."""
-    # A library whose object this is has been imported; none is imported to find out.
+    """The items that `as_row` converts to rows; arguments and errors are those of `as_rows`."""
+    # If this is a library's object, the library is imported already. So no import is needed to check.
     pandas, datasets = sys.modules.get("pandas"), sys.modules.get("datasets")
     if pandas is not None and isinstance(rows, pandas.DataFrame):
         return _of_frame(rows)
@@ -61,7 +61,7 @@ def items_of(rows: Any, task: Task | None = None) -> list[Any]:
 
 
 def as_row(item: Any, task: Task | None = None, number: int | None = None) -> Row:
-    """One row as a dictionary; arguments and errors as of `as_rows`, which are about the row of that number."""
+    """One row as a dictionary; arguments and errors are those of `as_rows`. Errors name the row by `number`."""
     if isinstance(item, Mapping):
         return item
     if isinstance(item, str):
@@ -89,8 +89,8 @@ def of_dataset(
 
     Args:
         data: the data set.
-        class_names: False leaves class labels numbers.
-        task: its own `class_names` hold, and its label column gets names only where it knows one of them.
+        class_names: convert class labels from numbers to names.
+        task: its `class_names` take precedence, and its label column becomes names only if the task knows one of them.
     """
     import datasets
 
@@ -109,7 +109,7 @@ def of_dataset(
 
 
 def _of_frame(frame: pandas.DataFrame) -> list[dict[str, Any]]:
-    """The rows of a data frame, with Python's own values, and None for what is missing."""
+    """The rows of a data frame, with Python values, and None for missing values."""
     names = [str(name) for name in frame.columns]
     if len(set(names)) < len(names):
         raise InputError(f"Expected a DataFrame whose columns differ, found {shown(names, 20)}.")
@@ -121,7 +121,7 @@ def _of_frame(frame: pandas.DataFrame) -> list[dict[str, Any]]:
 
 
 def _of_mapping(rows: Mapping[Any, Any], task: Task | None) -> list[Any]:
-    """A dictionary as one row, or, where every value is a list, as columns."""
+    """A dictionary as one row, or as columns if every value is a list."""
     values = list(rows.values())
     if rows and all(isinstance(value, Mapping) for value in values):
         raise InputError(

@@ -1,8 +1,9 @@
-"""Jinja for templates of strangers: bounds on a template before it is compiled, and on its work while it renders.
+"""Jinja for untrusted templates: limits on a template before it is compiled, and on its work while it renders.
 
-Jinja's own sandbox keeps a template away from Python's internals. It does not keep it from taking minutes to compile, or
-from making a text that memory does not hold: `{{ "a" * 10**10 }}` is one line, and Jinja computes it at compile time.
-Here nothing is computed at compile time, and every operation is paid for, by the size of what it reads, before it runs.
+Jinja's own sandbox protects Python's internals from a template. But a template can still take minutes to compile, or
+make
+a text that does not fit into memory: `{{ "a" * 10**10 }}` is one line, and Jinja computes it at compile time. Here
+nothing is computed at compile time, and each operation costs steps, by the size of what it reads, before it runs.
 """
 
 from __future__ import annotations
@@ -27,21 +28,21 @@ from jinja2.utils import Namespace
 
 from ia3.errors import InputError, reason
 
-# Of a template: characters of its source, parts of its tree, and how deep they are nested. Python compiles no more than 100
-# blocks or 200 parentheses inside each other.
+# Limits of a template: characters of its source, parts of its tree, and nesting depth. Python compiles at most 100
+# nested blocks or 200 nested parentheses.
 MOST_SOURCE, MOST_PARTS, DEEPEST = 100_000, 2_000, 50
 
-# Of a text that a template makes or works on, also in between.
+# The limit of characters of a text that a template makes or reads, also of intermediate texts.
 MOST_CHARACTERS = 10_000_000
 
-# Of one rendering: a step is an operation, a turn of a loop, an item or 64 characters that an operation reads, all of which
-# take about as long; a call takes longer.
+# The limit of steps of one rendering. A step is an operation, a loop iteration, an item or 64 characters that an
+# operation reads; all take about the same time. A call takes longer.
 MOST_STEPS, _CHARACTERS_A_STEP, _STEPS_A_CALL = 2_000_000, 64, 8
 
-# Of a whole number (3,000 digits); and of what a text is widened by, such as `center` takes, or JSON's indentation.
+# Limits of an integer (3,000 digits), and of a width, such as that of `center` or of JSON's indentation.
 _MOST_BITS, _WIDEST, _WIDEST_JSON = 10_000, 10_000, 8
 
-# What can make more of a text than a few times its length: they multiply it by a width, or by another text.
+# Operations that can make a text many times longer: they multiply it by a width or by another text.
 _WIDENING = {
     "center", "ljust", "rjust", "zfill", "expandtabs", "translate", "to_bytes", "indent", "wordwrap", "tojson", "batch",
     "slice", "round",
@@ -52,11 +53,11 @@ _COMPUTED_WIDTH = re.compile(r"%[^A-Za-z%(]*\*|\{[^{}]+\{")
 
 
 class TooLong(InputError):
-    """A template gives more characters than are wanted."""
+    """A template's text is longer than the limit."""
 
 
 class TooMuch(InputError):
-    """A template is more work than a prompt can be worth."""
+    """A template takes more steps than the limit."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,11 @@ _LIMITS: ContextVar[_Limits] = ContextVar("limits", default=_Limits())  # noqa: 
 
 @contextlib.contextmanager
 def bounded(characters: int | None = None, check: Callable[[], None] | None = None) -> Iterator[None]:
-    """Within `with`, on this thread, templates give texts of at most so many characters, else `TooLong`.
+    """Limit the length of templates' texts in a `with` block on this thread. Longer texts raise `TooLong`.
 
     Args:
-        characters: None, or more than are allowed already: no change.
-        check: called again and again while templates render and between other steps of work; what it raises ends them.
+        characters: the limit; None, or more than the current limit: no change.
+        check: called repeatedly while templates render and between other steps of work; it may raise to stop them.
     """
     now = _LIMITS.get()
     token = _LIMITS.set(
@@ -87,17 +88,17 @@ def bounded(characters: int | None = None, check: Callable[[], None] | None = No
 
 
 def most_characters() -> int:
-    """How many characters a template may give here, see `bounded`."""
+    """The current limit of characters, see `bounded`."""
     return _LIMITS.get().characters
 
 
 def checkpoint() -> None:
-    """A place between two steps of work: raises when nobody waits for them any more, see `bounded`."""
+    """Call the current `check` between two steps of work, see `bounded`."""
     _LIMITS.get().check()
 
 
 def parse(source: str) -> nodes.Template:
-    """A template's tree, which is small enough to be compiled. Raises `ValueError` (one line)."""
+    """A template's tree, checked to be small enough to compile. Raises `ValueError` (one line)."""
     if len(source) > MOST_SOURCE:
         raise ValueError(f"expected a template of at most {MOST_SOURCE} characters, found {len(source)}")
     try:
@@ -105,7 +106,7 @@ def parse(source: str) -> nodes.Template:
         tree = _ENVIRONMENT.parse(source) if tokens <= 10 * MOST_PARTS else None
     except RecursionError:
         raise ValueError(f"expected a template of at most {DEEPEST} levels, found more") from None
-    except (jinja2.TemplateError, ValueError) as error:  # the latter of numbers that are too long
+    except (jinja2.TemplateError, ValueError) as error:  # ValueError: a number is too long
         raise _error_in(error) from error
     level, depth, parts = [tree] if tree is not None else [], 0, 0
     while level:
@@ -121,7 +122,7 @@ def parse(source: str) -> nodes.Template:
 
 
 def names_in(tree: nodes.Template) -> set[str]:
-    """The names that a template expects to be given: `jinja2.meta` finds them, here without computing constants."""
+    """The variables that a template uses, as `jinja2.meta` finds them, but without computing constants."""
     generator = jinja2.meta.TrackingCodeGenerator(_ENVIRONMENT)
     generator.optimizer = None
     generator.visit(tree)
@@ -133,7 +134,7 @@ def _error_in(error: Exception) -> ValueError:
 
 
 class _Code(CodeGenerator):
-    """Python code of a template, in which what Jinja leaves to Python's operators is paid for as well."""
+    """Python code of a template, in which operators that Jinja leaves to Python cost steps too."""
 
     def visit_Concat(self, node: nodes.Concat, frame: Any) -> None:
         self.write("environment.joined((")
@@ -167,13 +168,13 @@ class _Code(CodeGenerator):
 
 
 class _Work:
-    """What a rendering may still do."""
+    """The remaining steps of a rendering."""
 
     def __init__(self, limits: _Limits) -> None:
         self.characters, self._left, self._check = limits.characters, MOST_STEPS, limits.check
 
     def pay(self, *values: Any, steps: int = 1) -> None:
-        """For an operation that takes so many steps and reads values. Raises `TooMuch`."""
+        """Pay for an operation that takes `steps` and reads values. Raises `TooMuch`."""
         self._left -= steps + sum(map(_steps, values))
         if self._left < 0:
             raise TooMuch(f"it takes more than {MOST_STEPS} steps")
@@ -184,12 +185,12 @@ _WORK: ContextVar[_Work] = ContextVar("work")
 
 
 def _steps(value: Any) -> int:
-    """Steps that it takes to go through a value once. Raises `TooMuch` when it is larger than any may be."""
+    """The steps to read a value once. Raises `TooMuch` if the value is larger than the limit."""
     items, characters, waiting = 0, 0, [value]
     while waiting:
         one = waiting.pop()
         if isinstance(one, str):
-            characters += str.__len__(one)  # the length of a cell that holds a list is that of the list
+            characters += str.__len__(one)  # len() of a cell with a list is that of the list
         elif isinstance(one, bytes):
             characters += len(one)
         elif isinstance(one, int):
@@ -216,17 +217,17 @@ def _check_length(characters: int) -> None:
 
 
 def _length(value: Any) -> int:
-    """How many characters a value has as text, at most, but for escapes."""
+    """The maximum of characters of a value as text, without escapes."""
     return str.__len__(value) if isinstance(value, str) else _CHARACTERS_A_STEP * (1 + _steps(value))
 
 
 def _number(value: Any) -> int | None:
-    """A value as a number of times or places, where it is one to Python."""
+    """A value as a count or width, if Python accepts it as one."""
     return operator.index(value) if hasattr(type(value), "__index__") else None
 
 
 def _grown(name: str, first: Any, rest: list[Any]) -> int:
-    """How many characters an operation (a filter, a method of `first`, an operator) makes at most; 0: it multiplies
+    """The maximum of characters that an operation (a filter, a method of `first`, an operator) makes; 0: it multiplies
     nothing."""
     text = first.decode("latin-1") if isinstance(first, bytes) else first if isinstance(first, str) else None
     numbers = [abs(number) for number in map(_number, rest) if number is not None]
@@ -255,10 +256,10 @@ def _grown(name: str, first: Any, rest: list[Any]) -> int:
 
 
 class Environment(jinja2.sandbox.SandboxedEnvironment):
-    """Where templates are compiled and rendered.
+    """Compiles and renders templates.
 
     Args:
-        shown: what a value is printed as.
+        shown: converts a value to what is printed.
     """
 
     intercepted_binops = frozenset(jinja2.sandbox.SandboxedEnvironment.default_binop_table)
@@ -272,30 +273,30 @@ class Environment(jinja2.sandbox.SandboxedEnvironment):
 
         super().__init__(undefined=jinja2.StrictUndefined, optimized=False, finalize=finalize)
         self.globals["zip"] = zip  # published templates use it
-        del self.globals["lipsum"], self.filters["urlize"]  # no use, and much work
+        del self.globals["lipsum"], self.filters["urlize"]  # useless and expensive
         for kind in (self.filters, self.tests):
             kind.update({name: _paid(name, function) for name, function in kind.items()})
 
     def compiled(self, tree: nodes.Template) -> jinja2.Template:
-        """A tree of `parse` as a template. Raises `ValueError` (one line)."""
+        """Compile a tree of `parse` to a template. Raises `ValueError` (one line)."""
         try:
             code = self.compile(tree)
-        except Exception as error:  # Python's compiler has limits of its own
+        except Exception as error:  # Python's compiler has limits too
             raise _error_in(error) from error
         return jinja2.Template.from_code(self, code, self.make_globals(None))
 
     def rendered(self, template: jinja2.Template, values: Mapping[str, Any]) -> str:
-        """What a template gives. Raises `TooLong`, `TooMuch`, or what is wrong in it."""
+        """Render a template. Raises `TooLong`, `TooMuch`, or the template's own errors."""
         token = _WORK.set(_Work(_LIMITS.get()))
         try:
             return template.render(values)
         finally:
             _WORK.reset(token)
 
-    # What the code of templates calls.
+    # The code of templates calls these.
 
     def concat(self, pieces: Iterable[str]) -> str:  # type: ignore[override]
-        """The pieces of a text, or of a part of it."""
+        """Join the pieces of a text, or of a part of it."""
         found, left = [], _WORK.get().characters
         for piece in pieces:
             left -= len(piece)
@@ -308,23 +309,23 @@ class Environment(jinja2.sandbox.SandboxedEnvironment):
         return "".join(found)
 
     def joined(self, values: tuple[Any, ...]) -> str:
-        """`~`."""
-        _WORK.get().pay(values)  # together they are no longer than one may be
+        """The operator `~`."""
+        _WORK.get().pay(values)  # together they may be as long as one text
         return "".join(map(str, values))
 
     def paid(self, value: Any) -> Any:
-        """What an operator reads, or a slice has copied."""
+        """Pay for a value that an operator reads or a slice has copied."""
         _WORK.get().pay(value)
         return value
 
     def turns(self, items: Iterable[Any]) -> Iterator[Any]:
-        """Of a loop."""
+        """Pay for each iteration of a loop."""
         for item in items:
             _WORK.get().pay()
             yield item
 
     def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """A method, a macro, a function."""
+        """Call a method, a macro or a function."""
         method = getattr(function, "__wrapped__", function)  # Jinja wraps `format`
         owner = [method.__self__] if hasattr(method, "__self__") else []
         run = functools.partial(super().call, context, function)
@@ -332,7 +333,7 @@ class Environment(jinja2.sandbox.SandboxedEnvironment):
         return _operate(getattr(method, "__name__", ""), run, owner, args, kwargs)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """An operator of arithmetic."""
+        """Apply an arithmetic operator."""
         if isinstance(left, int) and isinstance(right, int):
             bits = {"**": left.bit_length() * right, "*": left.bit_length() + right.bit_length()}.get(operator, 0)
             if bits > _MOST_BITS:
@@ -345,9 +346,9 @@ class Environment(jinja2.sandbox.SandboxedEnvironment):
 
 
 def _paid(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter or test that is paid for."""
+    """Wrap a filter or test so that it costs steps."""
 
-    @functools.wraps(function)  # with what Jinja notes at it
+    @functools.wraps(function)  # keeps Jinja's marks
     def run(*args: Any, **kwargs: Any) -> Any:
         return _operate(name, function, [], args, kwargs)
 
@@ -357,8 +358,8 @@ def _paid(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 def _operate(
     name: str, function: Callable[..., Any], owner: list[Any], args: Iterable[Any], kwargs: dict[str, Any]
 ) -> Any:
-    """Call what is an operation on its owner, if it has one, and its arguments."""
-    work = _WORK.get()  # there is none, and so an error, where Jinja tries to compute a constant
+    """Pay for an operation on its owner, if it has one, and its arguments, and call it."""
+    work = _WORK.get()  # raises an error if Jinja tries to compute a constant, because no work is set
     if name == "replace":  # the order counts
         args = [*args, *(kwargs.pop(key) for key in ("old", "new", "count") if key in kwargs)]
     args = [list(islice(value, MOST_STEPS)) if isinstance(value, Iterator) else value for value in args]
@@ -374,9 +375,9 @@ def _operate(
     return found
 
 
-# What Jinja passes along.
+# Arguments that Jinja adds.
 _JINJAS = (jinja2.Environment, jinja2.runtime.Context, nodes.EvalContext)
 _JINJAS_NAMES = ("_loop_vars", "_block_vars", "caller")
 
-# Whatever looks at a tree of `parse` does so by this environment's rules.
+# Code that reads a tree of `parse` uses the rules of this environment.
 _ENVIRONMENT = Environment()

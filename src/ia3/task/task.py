@@ -1,4 +1,4 @@
-"""What a task is: a template that turns a row into a prompt, an answer text for each label, a metric."""
+"""A task: templates that turn a row into a prompt, an answer text for each label, a metric."""
 
 from __future__ import annotations
 
@@ -35,33 +35,33 @@ from ia3.task.wording import Wording
 
 logger = logging.getLogger(__name__)
 
-# How YAML says that there is no value.
+# YAML's spellings of no value.
 NOTHING = ("", "~", "null")
 
-# Training examples of each label when no number is asked for.
+# The default number of training examples per label.
 _USUAL_EXAMPLES = 16
 
-# With more labels than this, a made template and an error message do not list them.
+# The maximum of labels that a made template and an error message list.
 _MOST_LISTED = 10
 
-# Of a task: templates, and characters of all of them together.
+# Limits of a task: the number of templates, and the characters of all templates together.
 MOST_TEMPLATES, _MOST_WORDS = 256, 200_000
 
 
 def read_yaml(path: Path, data: bytes | None = None) -> dict[str, Any]:
-    """The fields in a YAML file, in which everything is text: `yes` and `1` are words and labels here, not true and a
-    number, and tags mean nothing. `data` is what was read from it already."""
+    """The fields of a YAML file, with all values as text: `yes` and `1` are labels here, not true and a number. Tags
+    are ignored. `data` is the file's content, if it was read already."""
     if data is None and not os.path.isfile(path):
         raise InputError(f"Expected a task file, found no {brief(str(path))}.")
     return read_fields(path, _Loader, "template and choices", data)
 
 
 class _UnknownLabel(InputError):
-    """A label that is none of the task's."""
+    """A label is not one of the task's."""
 
 
 def _label(value: Any) -> str:
-    """A label as text; more than one is refused, and none: as text it would be the class "None" or "nan"."""
+    """A label as text. Several labels are refused, and so is none, which would become the text "None" or "nan"."""
     if isinstance(value, (list, tuple, set, dict)):
         raise _several(value)
     if value is None or value != value:  # NaN differs from itself
@@ -77,33 +77,33 @@ def _several(found: Any) -> InputError:
 
 
 def embedded_tasks() -> list[str]:
-    """The names of the tasks that come with the package, in alphabetical order."""
+    """The names of the built-in tasks, in alphabetical order."""
     files = (resources.files("ia3.task") / "tasks").iterdir()
     return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
 
 
 class Task(BaseModel):
-    """A classification task in words.
+    """A classification task.
 
     Attributes:
-        name: for folders and tables.
-        templates: ways to put it into words, one at least; a text is a prompt. `template` instead gives a single one.
-        label_column: the column that holds the label.
-        choices: label → answer text; or a list of labels that are their own answer texts. Labels are compared as text,
-            and their order has no meaning. A text can be a Jinja template, when answers stand in columns:
-            `{{ choice1 }}`. A single text instead is a Jinja template that gives a row's answers with `|||` between
-            them, as many as the row has, or a list of them: `{{ endings }}`; their labels are their places, "0", "1", ….
-            None: every template has its own.
-        aliases: what labels are called in other copies of the data → label.
-        separator: stands between prompt and answer text.
-        metric: the task's headline number.
-        truncate: columns to shorten, the first one first, when a prompt is longer than the model's context; none: the
-            longest of a row.
-        class_names: read class labels of hub data sets by their names, else as numbers.
-        train, test: where labelled rows are, as `read_rows` takes them.
-        delimiter: what separates columns in those of them that are `.csv` or `.tsv` files; None: what they show.
+        name: the name for folders and tables.
+        templates: one or more templates; a text is a prompt. `template` instead sets a single one.
+        label_column: the column with the label.
+        choices: label → answer text; or a list of labels that are their own answer texts. Labels are compared as text;
+            their order does not matter. An answer text can be a Jinja template, if answers are in columns:
+            `{{ choice1 }}`. A single text is a Jinja template that gives all answers of a row, separated by `|||` or
+            as a
+            list: `{{ endings }}`. Their labels are their positions, "0", "1", …. None: every template has its own.
+        aliases: a label's name in other copies of the data → label.
+        separator: the text between prompt and answer text.
+        metric: the metric to show during training.
+        truncate: columns to shorten, in this order, if a prompt is longer than the model's context; empty: the longest
+            column of a row.
+        class_names: read class labels of hub data sets as names, otherwise as numbers.
+        train, test: sources of labelled rows, as `read_rows` takes them.
+        delimiter: the delimiter of sources that are `.csv` or `.tsv` files; None: detect it in each file.
         description: a sentence for people.
-        example: a row for people.
+        example: an example row for people.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -132,7 +132,7 @@ class Task(BaseModel):
             values = {**values, "templates": [values["template"]]}
             del values["template"]
         if isinstance(values, Mapping) and isinstance(values.get("templates"), Sequence):
-            # Each is compiled, which takes longer than reading it.
+            # Each template is compiled, which takes longer than reading it.
             length = sum(len(str(template)) for template in values["templates"])
             if len(values["templates"]) > MOST_TEMPLATES or length > _MOST_WORDS:
                 raise ValueError(
@@ -169,7 +169,7 @@ class Task(BaseModel):
             if own is None:
                 which = repr(template.name) if template.name else f"template {self.templates.index(template) + 1}"
                 raise ValueError(f"expected choices, or each template's own, found none for {which}")
-            # Where answers differ from row to row, so does their number: any labels fit.
+            # If answers differ from row to row, so may their number, so any labels fit.
             labels = sorted(own) if isinstance(own, dict) else "places"
             if known is not None and labels != known:
                 theirs, mine = (shown(each) if isinstance(each, list) else each for each in (known, labels))
@@ -200,10 +200,10 @@ class Task(BaseModel):
 
     @classmethod
     def load(cls, name: str | os.PathLike) -> Task:
-        """A task that comes with the package, by its name, or one from a YAML file.
+        """Load a built-in task by its name, or a task from a YAML file.
 
         Raises:
-            InputError: neither; or see `from_file`.
+            InputError: there is no such task or file; see also `from_file`.
         """
         text = os.fspath(name)
         if text in embedded_tasks():
@@ -223,10 +223,10 @@ class Task(BaseModel):
 
         Args:
             path: the file.
-            data: what was read from it already; None: read it.
+            data: the file's content, if it was read already; None: read it.
 
         Raises:
-            InputError: no such file, no YAML, or a field that is missing, unknown or of the wrong kind.
+            InputError: the file does not exist or is not YAML, or a field is missing, unknown or of the wrong type.
         """
         path = Path(path)
         values = read_yaml(path, data)
@@ -245,7 +245,7 @@ class Task(BaseModel):
 
     @classmethod
     def create(cls, values: Mapping[str, Any], where: str = "the task") -> Task:
-        """A task of fields; what is wrong with them is said in one line (`InputError`)."""
+        """Make a task from fields. Raises `InputError`, one line, for wrong fields."""
         with reading(where, "a task", "correct it"):
             try:
                 return cls.model_validate(dict(values))
@@ -254,7 +254,7 @@ class Task(BaseModel):
 
     @classmethod
     def embedded(cls, name: str) -> Task:
-        """A task that comes with the package."""
+        """A built-in task."""
         file = resources.files("ia3.task") / "tasks" / f"{name}.yaml"
         with resources.as_file(file) as path:
             return cls.from_file(path)
@@ -269,19 +269,20 @@ class Task(BaseModel):
         template: str | None = None,
         name: str = "task",
     ) -> Task:
-        """A task made from labelled rows: what is not given is taken from column names and labels.
+        """Make a task from labelled rows. Column names and labels replace missing arguments.
 
         Args:
-            rows: at least one, as `as_rows` takes them.
-            label_column: None: "label".
-            text_column: one, or several, which the prompt names. None: "text", or the only column beside the label. Not
+            rows: at least one row, as `as_rows` takes them.
+            label_column: the column with the label; None: "label".
+            text_column: one or several columns for the prompt. None: "text", or the only column beside the label. Not
                 needed with a template.
-            choices: None: every label, as it is written, with spaces for underscores.
-            template: None: the text, or each column's name and text, a question that lists the labels, "Answer:".
+            choices: label → answer text; None: each label, with spaces instead of underscores.
+            template: the prompt; None: the text, or each column's name and text, a question that lists the labels, and
+                "Answer:".
             name: the task's name.
 
         Raises:
-            InputError: a column is missing, or there is one label only.
+            InputError: a column is missing, or all labels are equal.
         """
         rows = as_rows(rows)
         if not rows:
@@ -298,7 +299,7 @@ class Task(BaseModel):
             found = {number: row.get(label_column) for number, row in enumerate(rows, 1)}
             labels = sorted({_label(value) for value in found.values() if not is_missing(value)})
             for number, value in found.items():
-                if str(value).strip().lower() == "nan":  # what is missing, as pandas writes it
+                if str(value).strip().lower() == "nan":  # pandas writes missing values so
                     raise InputError(
                         f"Expected a label in column {label_column!r}, found {str(value)!r}",
                         "fill or drop the row, or name the labels with",
@@ -323,7 +324,7 @@ class Task(BaseModel):
         return cls.create({"name": name, "template": template, "label_column": label_column, "choices": dict(choices)})
 
     def to_yaml(self) -> str:
-        """What `from_file` reads."""
+        """The YAML that `from_file` reads."""
         values = self.model_dump(exclude_defaults=True) | {"name": self.name}
         if self.templates == [Template(prompt=self.templates[0].prompt)]:
             del values["templates"]
@@ -331,13 +332,13 @@ class Task(BaseModel):
         return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the task as YAML, in whole or not at all."""
+        """Write the task as YAML, atomically."""
         with replacing(path) as temporary:
             temporary.write_text(self.to_yaml(), encoding="utf-8")
 
     @functools.cached_property
     def labels(self) -> list[str] | None:
-        """The labels; None where each row has answers of its own, whose labels are their places."""
+        """The labels; None if answers differ from row to row and their labels are positions."""
         own = self.choices_of(0)
         return None if isinstance(own, str) else list(own)
 
@@ -349,16 +350,16 @@ class Task(BaseModel):
         return sorted({name for names in (*prompts, *map(columns_of, own)) for name in names})
 
     def choices_of(self, template: int) -> Choices:
-        """The answers in the words of a template, by its index."""
+        """The choices of a template, by its index."""
         own = self.templates[template].choices
         return self.choices if own is None else own  # type: ignore[return-value]
 
     def wording(self, row: Any, number: int | None = None, template: int = 0) -> Wording:
-        """A row in the words of a template; arguments as of `Wording`."""
+        """A row's wording; the arguments are those of `Wording`."""
         return Wording(self, row, number, template)
 
     def wordings(self, rows: Any, template: int = 0) -> list[Wording]:
-        """Rows, as `as_rows` takes them, in the words of a template."""
+        """The wordings of rows, which may have any form that `as_rows` takes."""
         return [self.wording(row, number, template) for number, row in enumerate(as_rows(rows, self), 1)]
 
     def prompt(self, row: Row, number: int | None = None, template: int = 0) -> str:
@@ -374,11 +375,11 @@ class Task(BaseModel):
         return self.wording(row, number, template).label
 
     def fingerprint(self, row: Row, number: int | None = None) -> str:
-        """What stands for all that a model reads of a row, in the first template's words; see `Wording`."""
+        """The fingerprint of a row's wording in the first template; see `Wording`."""
         return self.wording(row, number).fingerprint
 
     def known_label(self, row: Row, answers: Mapping[str, str]) -> str:
-        """What the label column says, as one of the labels of a row's answers; errors as of `Wording.label`."""
+        """The label in the label column, as one of the labels of `answers`; errors are those of `Wording.label`."""
         if self.label_column not in row:
             raise InputError(f"Expected a label column {self.label_column!r}, found the columns {shown(row, 20)}.")
         label = _label(row[self.label_column])
@@ -392,13 +393,13 @@ class Task(BaseModel):
         return label
 
     def check(self, rows: Any, labelled: bool = True) -> None:
-        """Raise what `prompt`, `answers` and `label` would raise for the first row, in the file's order, that cannot be
-        used, in the words of any template; and name all labels of the rows that the task does not know."""
+        """Raise the error of the first unusable row, in the file's order: an error of `prompt`, `answers` or `label` in
+        any template. If a label is unknown, the error names all unknown labels of the rows."""
         for _ in self.checked(rows, labelled):
             pass
 
     def checked(self, rows: Any, labelled: bool = True) -> Iterator[list[Wording]]:
-        """Each row in the words of each template, where `check` finds nothing wrong with it."""
+        """Check rows as `check` does; return the wordings of each row, one per template."""
         rows = as_rows(rows, self)
         for number, row in enumerate(rows, 1):
             wordings = [self.wording(row, number, template) for template in range(len(self.templates))]
@@ -423,7 +424,7 @@ class Task(BaseModel):
             raise InputError(error.message, hint, row=error.row) from error
 
     def metrics(self, labels: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-        """Accuracy, and F1 averaged over the labels that occur: both between 0 and 1."""
+        """Accuracy, and F1 averaged over the labels that occur; both are between 0 and 1."""
         from sklearn.metrics import accuracy_score, f1_score
 
         f1 = f1_score(labels, predictions, average="macro", zero_division=0)  # type: ignore[arg-type]
@@ -434,16 +435,16 @@ class Task(BaseModel):
 
 
 def few_shot(rows: Any, task: Task, per_label: int | None = None, seed: int = 0) -> list[Row]:
-    """A random draw of equally many rows for each label, in random order.
+    """Draw the same number of random rows for each label, in random order.
 
     Args:
-        rows: to draw from, as `as_rows` takes them.
-        task: knows their labels.
-        per_label: how many of each; None: 16, or as many as a label has.
+        rows: the rows to draw from, as `as_rows` takes them.
+        task: the task of the rows.
+        per_label: rows per label; None: 16, or all if a label has fewer.
         seed: decides the draw.
 
     Raises:
-        InputError: a label has fewer rows than asked for.
+        InputError: a label has fewer rows than `per_label`.
     """
     if per_label is not None and per_label < 1:
         raise InputError(f"Expected at least one training example for each label (per_label), found {per_label}.")
@@ -470,7 +471,7 @@ def few_shot(rows: Any, task: Task, per_label: int | None = None, seed: int = 0)
 
 
 class _Loader(yaml.BaseLoader):
-    """YAML in which every value is text, nothing a number, and a key stands once."""
+    """A YAML loader that reads every value as text and refuses repeated keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[str] = set()
@@ -482,7 +483,7 @@ class _Loader(yaml.BaseLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """YAML in which text of several lines stays readable."""
+    """A YAML dumper that keeps text of several lines readable."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
@@ -499,7 +500,7 @@ def _choose(asked: str | None, columns: list[str], usual: str, argument: str, ta
         if asked is None:
             which = argument.replace("_", " ")
             raise InputError(
-                f"Expected to be told the {which}: the columns are {shown(rest, 20)}", "give", argument=argument
+                f"Expected the name of the {which}: the columns are {shown(rest, 20)}", "give", argument=argument
             )
     elif asked not in columns:
         raise InputError(f"Expected a column {asked!r}, found the columns {shown(columns, 20)}", argument=argument)
@@ -517,7 +518,7 @@ def _made_template(text_columns: Sequence[str], label_column: str, answers: list
 
 
 def _field(column: str) -> str:
-    """The template of a column's text."""
+    """A template that gives a column's text."""
     text = f"{{{{ {column} }}}}"
     with contextlib.suppress(ValidationError):
         if Template(prompt=text).columns == (column,):
@@ -526,5 +527,5 @@ def _field(column: str) -> str:
 
 
 def _in_words(column: str) -> str:
-    """A column's name as a template's text."""
+    """A column's name as text of a template."""
     return verbatim(column.replace("_", " "))

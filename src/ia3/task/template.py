@@ -1,4 +1,4 @@
-"""One way to put a task into words: a Jinja template that turns a row into a prompt, and answer texts."""
+"""Templates: a Jinja template that turns a row into a prompt, with answer texts."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from ia3.task import sandbox
 Row = Mapping[str, Any]
 
 Choices = dict[str, str] | str
-"""Label → answer text, each a Jinja template; or a Jinja template of a row's answer texts, whose labels are places."""
+"""Label → answer text, each a Jinja template; or a template of a row's answers, whose labels are positions."""
 
 # Between a prompt and its answer, and between answer choices, in published prompt collections.
 BAR = "|||"
 
-# Of a task's answers, so many may be templates: each is compiled.
+# The maximum of a task's answers that may be templates, because each is compiled.
 _MOST_ANSWERS = 256
 
-# What a template sees beside columns: the row by column, and the row's answer texts.
+# Variables of a template beside the columns: the whole row, and the row's answer texts.
 _GIVEN = {"row", "answer_choices"}
 
 
 _ENVIRONMENT = sandbox.Environment()
-# Where a row's answers are wanted, a list is one.
+# Here a list stays a list, because it holds a row's answers.
 _LISTS = sandbox.Environment(lambda value: BAR.join(map(str, value)) if isinstance(value, (list, _List)) else value)
 
 
 def parse(source: str) -> jinja2.nodes.Template:
-    """A template as a tree; `ValueError` says what is wrong with it."""
-    _compiled(source)  # finds filters that do not exist, too
+    """A template as a tree. Raises `ValueError` for an invalid template."""
+    _compiled(source)  # also finds unknown filters
     return sandbox.parse(source)
 
 
@@ -57,7 +57,7 @@ def _prompt_tree(source: str) -> jinja2.nodes.Template:
 
 
 def _cut_at_bar(node: jinja2.nodes.Node) -> bool:
-    """Take out what a template says behind `|||`, also where both stand inside a condition; whether there was any."""
+    """Remove the text of a template after `|||`, also inside a condition; return whether there was any."""
     found = False
     for _, value in node.iter_fields():
         children = value if isinstance(value, list) else [value]
@@ -85,7 +85,7 @@ def _sees_answers(source: str) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def _columns(source: str) -> tuple[str, ...]:
-    """The columns that a template names in front of `|||`, by themselves or as `row["…"]`, in alphabetical order."""
+    """The columns that a template names before `|||`, directly or as `row["…"]`, in alphabetical order."""
     if not has_jinja(source):
         return ()
     tree = _prompt_tree(source)
@@ -123,12 +123,12 @@ def has_jinja(source: str) -> bool:
 
 
 def verbatim(text: str) -> str:
-    """A template that gives the text, whatever it holds."""
+    """A template that gives exactly this text."""
     return f"{{{{ {quoted(text)} }}}}" if has_jinja(text) or BAR in text else text
 
 
 def quoted(text: str) -> str:
-    """A text as it is written in a template's expression, without what means something outside of it."""
+    """A text as a string literal in a template's expression, without characters that end the expression."""
     return repr(text).replace("|", "\\x7c")
 
 
@@ -147,7 +147,7 @@ def is_missing(value: Any) -> bool:
 
 
 def choices_as_text(value: Any) -> Any:
-    """Choices as written in a file: labels and texts as text, a list as its own answers."""
+    """Choices from a file: labels and answers as text; a list of labels becomes label → label."""
     if isinstance(value, (list, tuple)):
         _require_texts(value)
         value = {label: label for label in value}
@@ -188,14 +188,14 @@ def columns_of(choices: Choices) -> set[str]:
 
 
 def answers_of(choices: Choices, row: Row) -> dict[str, str]:
-    """Label → answer text, for a row. Raises `InputError` where there are none, or two that are the same."""
+    """Label → answer text, for a row. Raises `InputError` if there are none or two are equal."""
     if isinstance(choices, dict) and not any(map(has_jinja, choices.values())):
         return choices
     require(row, columns_of(choices))
     if isinstance(choices, dict):
         texts, most = [], sandbox.most_characters()
         for source in choices.values():
-            with sandbox.bounded(most - sum(map(len, texts))):  # of all together
+            with sandbox.bounded(most - sum(map(len, texts))):  # of all answers together
                 texts.append(_render(_compiled(source), row).strip())
     else:
         texts = [part.strip() for part in _render(_compiled(choices, _LISTS), row, _LISTS).split(BAR)]
@@ -211,12 +211,12 @@ def _render(template: jinja2.Template, row: Row, environment: sandbox.Environmen
         return environment.rendered(template, {**values, "row": values, **seen})
     except sandbox.TooLong:
         raise
-    except Exception as error:  # a template can do anything wrong that a program can
+    except Exception as error:  # a template can raise any error
         raise InputError(f"Cannot render the template: {reason(error)}", f"the columns are {shown(row, 20)}") from error
 
 
 def require(row: Row, names: Iterable[str]) -> None:
-    """Raise `InputError` when a template names a column that is not there."""
+    """Raise `InputError` if the row lacks a column that a template names."""
     missing = sorted(name for name in names if name not in row)
     if missing:
         raise InputError(
@@ -225,17 +225,17 @@ def require(row: Row, names: Iterable[str]) -> None:
 
 
 def items_of(value: Any) -> list[Any] | None:
-    """The items of a cell that is a list, or, in a file that has only text, a list as JSON; else None."""
+    """The items of a cell that is a list, or a list as JSON in a text file; otherwise None."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
-        except (ValueError, RecursionError):  # a text that begins with a bracket
+        except (ValueError, RecursionError):  # a text that starts with a bracket, but is no JSON
             return None
     return value if isinstance(value, list) else None
 
 
 class _List(str):
-    """A list that a cell of a file holds as JSON: templates go through its items, and print it as it is written."""
+    """A list that a cell of a file holds as JSON. Templates iterate over its items, and print the cell's text."""
 
     items: list[Any]
 
@@ -258,7 +258,7 @@ def _cell(value: Any) -> Any:
 
 
 class _Digits(str):
-    """Digits of a file that has no numbers, only text: they index, compare, subtract and count as both."""
+    """Digits in a text file. They index, compare, subtract and count both as text and as a number."""
 
     __slots__ = ()
     __hash__ = str.__hash__
@@ -283,21 +283,21 @@ class _Digits(str):
 
 
 def _numbered(row: Row) -> Row:
-    """The row with numbers where files have digits: published templates use labels as positions."""
+    """The row with digits as numbers, because published templates use labels as positions."""
     return {key: _Digits(v.strip()) if isinstance(v, str) and v.strip().isdecimal() else v for key, v in row.items()}
 
 
 class Template(BaseModel):
-    """One way to put a task into words.
+    """A template of a task: prompt and answer texts.
 
     Attributes:
-        name: for tables; may be empty.
+        name: the name for tables; may be empty.
         prompt: a Jinja template. It sees a row's columns by name, and the whole row as `row`, for names that are no
-            identifiers: `{{ row["Review Text"] }}`; and the answer texts as a list, `answer_choices`. What stands behind
-            `|||` is the right answer's text, as in `target`.
-        choices: answer texts in this template's own words, in the forms of `Task.choices`; None: the task's.
+            identifiers: `{{ row["Review Text"] }}`; and the answer texts as a list, `answer_choices`. Text after `|||`
+            is the right answer's text, like `target`.
+        choices: the answer texts of this template, in the forms of `Task.choices`; None: the task's.
         target: a Jinja template of the right answer's text that sees a row and its `answer_choices`; None: the row's
-            label says it.
+            label decides.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -317,7 +317,7 @@ class Template(BaseModel):
             try:
                 for part in parts:
                     parse(part)
-            except ValueError:  # it stands inside a condition, or inside a text
+            except ValueError:  # inside a condition or a text
                 return value
             if len(parts) > 2 or value.get("target") is not None:
                 raise ValueError(f"expected one answer behind {BAR}, found several")
@@ -353,15 +353,15 @@ class Template(BaseModel):
 
     @property
     def says_answer(self) -> bool:
-        """Whether the template, and not a label, says which answer is right."""
+        """Whether the template says which answer is right, instead of a label."""
         return self.target is not None or _says_answer(self.prompt)
 
     def fill(self, row: Row, answers: Iterable[str] = ()) -> str:
-        """The prompt of a row, which may be empty, without white space at its end.
+        """The prompt of a row, without trailing white space. It may be empty.
 
         Args:
             row: column → value.
-            answers: the row's answer texts, if the template sees them.
+            answers: the row's answer texts, if the template uses them.
 
         Raises:
             InputError: the template cannot be rendered.
@@ -374,7 +374,7 @@ class Template(BaseModel):
         return "" if behind is None else _render(behind, {}, answer_choices=list(answers)).rstrip()
 
     def right_answer(self, row: Row, answers: Iterable[str]) -> str:
-        """The right answer's text, where the template says it; arguments and errors as of `fill`."""
+        """The right answer's text, if the template says it; arguments and errors are those of `fill`."""
         whole = self.prompt if self.target is None else self.target
         text = _render(_compiled(whole), _numbered(row), answer_choices=list(answers))
         return (text.rpartition(BAR)[2] if self.target is None else text).strip()

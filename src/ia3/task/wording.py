@@ -1,4 +1,4 @@
-"""A row in words: `Wording`, what a model is asked about it."""
+"""A row rendered by a template: `Wording`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 class Wording:
-    """A row in the words of one of its task's templates. Each part is rendered when it is first asked for, and once.
+    """A row rendered by one of its task's templates. Each part is rendered once, at its first use.
 
     Args:
-        task: says what the row means.
-        row: column → value; or a text, where the task reads one column.
-        number: the row's place in its file, for errors.
+        task: the task of the row.
+        row: column → value; or a text, if the task reads one column.
+        number: the row's number in its file, for errors.
         template: the index of one of the task's templates.
 
     Attributes:
@@ -40,7 +40,7 @@ class Wording:
         """Label → answer text.
 
         Raises:
-            InputError: the choices name a column that is not there; a text is empty, or two are the same.
+            InputError: the row lacks a column that the choices name, an answer is empty, or two are equal.
         """
         with about(row=self.number):
             return answers_of(self._choices, self._read(self.row))
@@ -50,7 +50,7 @@ class Wording:
         """The prompt.
 
         Raises:
-            InputError: the template names a column that is not there, or all that it names are empty.
+            InputError: the row lacks a column that the template names, or all these columns are empty.
         """
         names = self.template.columns
         with about(row=self.number):
@@ -63,7 +63,7 @@ class Wording:
             return text
 
     def filled(self, row: Row) -> str:
-        """What the template makes of a row with other cells, such as shorter ones, beside the same answers."""
+        """The prompt of a row with other cells, such as shorter ones, but with the same answers."""
         with about(row=self.number):
             return self.template.fill(self._read(row), self._seen)
 
@@ -86,7 +86,7 @@ class Wording:
         """The row's label.
 
         Raises:
-            InputError: the column is missing, the label is not known, or there are several.
+            InputError: the column is missing, the label is unknown, or there are several.
         """
         with about(row=self.number):
             if not self.template.says_answer:
@@ -99,12 +99,12 @@ class Wording:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """What stands for all that a model reads of the row: rows of one fingerprint are one and the same to it, whatever
-        their labels."""
+        """A hash of the prompt and answers. A model cannot distinguish rows with equal fingerprints; labels may
+        differ."""
         return hashlib.sha256(json.dumps([self.prompt, *self.answers.values()]).encode()).hexdigest()[:16]
 
     def _read(self, row: Row) -> Row:
-        """A row without its label, which a template that goes through the whole row would give away."""
+        """A row without its label, so that a template that prints the whole row does not reveal it."""
         column = self.task.label_column
         if column not in row or self.template.says_answer:
             return row

@@ -1,4 +1,4 @@
-"""The average of what is trained over the steps: `MovingAverage`."""
+"""The average of trained parameters over steps: `MovingAverage`."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from torch import nn
 
 
 class MovingAverage:
-    """The exponential moving average of the parameters that an optimizer trains, over its steps.
+    """The exponential moving average of an optimizer's parameters over its steps.
 
-    It is kept in the optimizer's state, so that checkpoints have it. Of the first steps it is the mean, up to the one
-    from which on the decay forgets faster. Parameters that have no gradient in a step, such as those of a member that
-    has stopped, keep theirs.
+    The optimizer's state holds it, so checkpoints have it. For the first 1 / (1 - decay) steps it is the plain
+    mean. Parameters without a gradient in a step, such as those of a stopped member, keep their average.
 
     Args:
-        optimizer: what is stepped, not a wrapper around it.
-        decay: from 0, the last step alone, to below 1; the mean is over about (1 + decay) / (1 - decay) steps.
+        optimizer: the optimizer itself, not a wrapper.
+        decay: from 0 (only the last step) to below 1; it averages about (1 + decay) / (1 - decay) steps.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, decay: float) -> None:
@@ -35,7 +34,7 @@ class MovingAverage:
                 average.lerp_(parameter.detach(), max(1 - self.decay, 1 / steps))
 
     def use(self) -> None:
-        """Let the parameters be their average."""
+        """Set the parameters to their average."""
         with torch.no_grad():
             for parameter in self._parameters():
                 if "average" in self.optimizer.state[parameter]:

@@ -23,23 +23,23 @@ from ia3.training.stopping import StopAtFloor
 
 
 class ChoiceTrainer(Trainer):
-    """Trains a model to choose among answers, by T-Few's loss; a classifier by cross-entropy alone.
+    """Trains a model to choose among answers with T-Few's loss; an encoder with cross-entropy only.
 
-    The loss is a sum over members, whose examples share the batches: for each a mean over its own. A member stops early
-    and is averaged by itself. A process trains on one device, the first that it sees (`CUDA_VISIBLE_DEVICES`); several
-    devices take several processes (`torchrun`).
+    Members share the batches. The loss is the sum over members of the mean over each member's examples. Each member has
+    its own early stopping and average. A process trains on one device, the first visible one (`CUDA_VISIBLE_DEVICES`);
+    several devices need several processes (`torchrun`).
 
     Args:
-        scorer: of the model, which may be any, adapted or not.
-        args: all about steps and optimizer.
-        train_dataset: `Example`s, a list of them for a batch if the members train in step (see `Steps`).
-        recipe: its loss (a classifier's is cross-entropy always), its early stopping, and its average.
-        members: whose examples they are.
+        scorer: the scorer of the model, which may be adapted or not.
+        args: steps, batch size and optimizer.
+        train_dataset: `Example`s; if several members train, one list of them per step (see `Steps`).
+        recipe: decides the loss (always cross-entropy for an encoder), early stopping and average.
+        members: the names of the members.
         eval_dataset: `Example`s for `evaluate()`, or several data sets by name.
         **kwargs: the other arguments of `transformers.Trainer`.
     """
 
-    # `compute_loss` returns a mean over the batch, whatever arguments the wrapped model takes.
+    # `compute_loss` returns a mean over the batch, for any arguments of the wrapped model.
     loss_is_scaled_for_ga = False
 
     def __init__(
@@ -54,13 +54,13 @@ class ChoiceTrainer(Trainer):
     ) -> None:
         self.recipe, self.scorer = recipe, scorer
         self._loss_weights = recipe.loss_weights
-        if not scorer.family.reads_answers:  # the likelihood of the right label is cross-entropy
+        if not scorer.family.reads_answers:  # then the likelihood of the right label is the cross-entropy
             others = dict.fromkeys(("unlikelihood_weight", "length_normalized_weight"), 0.0)
             self._loss_weights |= {"likelihood_weight": 1.0, **others}
         self.stopping = StopAtFloor(recipe.early_stopping, members)
         self._average: MovingAverage | None = None
-        # `Trainer` would spread one process over all the devices it sees (`nn.DataParallel`) and copy the model to each
-        # of them in every step. This is how it keeps a model on one device that is split over several.
+        # `Trainer` would spread one process over all visible devices (`nn.DataParallel`) and copy the model to each of
+        # them in every step. With `_n_gpu` 1, as for a model that is split over devices, it does not.
         args = copy(args)
         args._n_gpu = min(args.n_gpu, 1)
         super().__init__(
@@ -73,21 +73,21 @@ class ChoiceTrainer(Trainer):
             **kwargs,
         )
         self.add_callback(self.stopping)
-        # Several processes have to pass through the model, forward and backward, equally often: each once a batch.
+        # All processes must make the same number of forward and backward passes: one per batch.
         self._one_process = self.args.world_size == 1 and not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """The arguments' optimizer; with the recipe's `ema_decay` it averages what it trains."""
+        """The arguments' optimizer; with the recipe's `ema_decay` it averages the parameters."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        stepped = getattr(optimizer, "optimizer", optimizer)  # the one of an earlier training has a wrapper around it
+        stepped = getattr(optimizer, "optimizer", optimizer)  # that of an earlier training is wrapped
         if self.recipe.ema_decay and (self._average is None or self._average.optimizer is not stepped):
             self._average = MovingAverage(stepped, self.recipe.ema_decay)
         return optimizer
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As `transformers.Trainer.train`; the result is the average over steps where the recipe has an `ema_decay`.
+        """Train as `transformers.Trainer.train`. With the recipe's `ema_decay`, the result is the average over steps.
 
-        With `load_best_model_at_end` it is the best checkpoint, whose vectors are those of its step.
+        With `load_best_model_at_end` the result is the best checkpoint, with the vectors of its step.
         """
         self.scorer.foresee(self._foreseen())
         self._describe()
@@ -97,15 +97,15 @@ class ChoiceTrainer(Trainer):
         return output
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As `transformers.Trainer.evaluate`; `eval_dataset` may be labelled rows, where the trainer has one task."""
+        """Evaluate as `transformers.Trainer.evaluate`. With one task, `eval_dataset` may also be labelled rows."""
         return super().evaluate(self._asked(eval_dataset), *args, **kwargs)
 
     def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        """As `transformers.Trainer.predict`; `test_dataset` may be labelled rows, where the trainer has one task."""
+        """Predict as `transformers.Trainer.predict`. With one task, `test_dataset` may also be labelled rows."""
         return super().predict(self._asked(test_dataset), *args, **kwargs)
 
     def _asked(self, dataset: Any) -> Any:
-        """Labelled rows as examples; a name, examples or None as they are."""
+        """Labelled rows as examples; a name, examples or None unchanged."""
         if dataset is None or isinstance(dataset, str):
             return dataset
         if isinstance(dataset, list) and dataset and isinstance(dataset[0], Example):
@@ -113,18 +113,19 @@ class ChoiceTrainer(Trainer):
         return self._held_out(dataset)
 
     def _held_out(self, rows: Any) -> list[Example]:
-        """Labelled rows as examples to measure on."""
+        """Labelled rows as evaluation examples."""
         raise InputError("Expected rows of one task, found a trainer of several; give each member its eval_rows.")
 
     def _describe(self) -> None:
-        """Let the model know what belongs beside its adapters in a folder, so that every command can use them."""
+        """Give the model the other files of its adapters' folders (task, recipe, …), so that every command can use
+        them."""
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_checkpoint(*args, **kwargs)
         self._describe()
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
-        if self.stopping.all_stopped:  # a run that goes on from where it stopped
+        if self.stopping.all_stopped:  # a resumed run that has already stopped
             self.control.should_training_stop = True
             return None
         return super()._run_epoch(*args, **kwargs)
@@ -132,25 +133,26 @@ class ChoiceTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Forward and backward, in the words of templates drawn for this step; returns the loss, summed over members.
+        """Forward and backward with the templates drawn for this step; return the loss, summed over members.
 
-        They go part by part, so that memory holds the activations of one; together where several processes train.
+        Parts of the batch run one after another, so that memory holds the activations of one part. With several
+        processes the whole batch runs at once.
         """
         inputs = self._drawn(inputs)
         if not self._one_process:
             return super().training_step(model, inputs, num_items_in_batch)
-        model.train()  # before anything is shared: an evaluation shares more
+        model.train()  # before prefixes are shared: evaluation shares more
         inputs = _some(inputs, [i for i, name in enumerate(inputs["members"]) if self.stopping.learns(name)])
         losses = []
         for group, batch in self.scorer.through(model).training_batches(inputs["questions"]):
             part = {**_some(inputs, group), "batch": batch}
             losses.append(super().training_step(model, part, num_items_in_batch))
-        if not losses:  # nobody learns any more
+        if not losses:  # all members have stopped
             return torch.zeros((), device=self.args.device)
         return torch.stack(losses[::-1]).sum()
 
     def _foreseen(self) -> list[Question]:
-        """Questions that training is known to ask."""
+        """Questions that training will ask, as far as known."""
         dataset: Any = self.train_dataset
         examples: list[Example] = dataset if isinstance(dataset, list) else getattr(dataset, "examples", [])
         return [question for example in examples for question in example.questions]
@@ -169,13 +171,13 @@ class ChoiceTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """T-Few's loss of a batch; with `return_outputs`, the index of the best-scoring choice of each question too."""
+        """T-Few's loss of a batch; with `return_outputs`, also the index of the best choice of each question (B,)."""
         losses, best = self._losses(model, inputs)
         total = torch.stack(list(losses.values())).sum()
         return (total, best) if return_outputs else total
 
     def _mean(self, loss: torch.Tensor) -> float:
-        """A batch's term of the loss over all processes and, as each of its parts gives a share, over an optimizer step."""
+        """The mean loss over all processes and, because each part gives a share, over the optimizer step."""
         if self.args.world_size > 1:
             loss = self.accelerator.reduce(loss, "mean")  # type: ignore[assignment]
         return float(loss) / self.current_gradient_accumulation_steps
@@ -187,7 +189,8 @@ class ChoiceTrainer(Trainer):
         best = torch.empty_like(inputs["label"])
         losses: dict[str, list[torch.Tensor]] = {}
         doubts: dict[str, list[torch.Tensor]] = {}
-        # The loss is a mean, so that the parts of a batch add up: parts of similar length, of which little is padding.
+        # The loss is a mean over the batch, so the parts add up. Parts have similar lengths, so there is little
+        # padding.
         for group, part in self._parts(scorer, inputs):
             asked = [questions[i] for i in group]
             part = to_device(part, best.device)
@@ -208,7 +211,7 @@ class ChoiceTrainer(Trainer):
         return {name: torch.stack(parts).sum() for name, parts in losses.items()}, best
 
     def _parts(self, scorer: Scorer, inputs: dict[str, Any]) -> Iterator[tuple[list[int], Batch]]:
-        """A batch's questions in parts that go through the model at once: indices, and the part."""
+        """Divide a batch's questions into parts for single passes: indices, and the part."""
         questions = inputs["questions"]
         if scorer.model.training and ("batch" in inputs or not self._one_process):
             batch = inputs["batch"] if "batch" in inputs else scorer.collate(questions)
@@ -230,13 +233,13 @@ class ChoiceTrainer(Trainer):
 
 
 def _some(inputs: dict[str, Any], indices: list[int]) -> dict[str, Any]:
-    """Some of a batch's questions; `counts` stay those of the whole."""
+    """Some of a batch's questions; `counts` stay those of the whole batch."""
     lists = {name: [inputs[name][i] for i in indices] for name in ("questions", "members")}
     return {**inputs, "label": inputs["label"][indices], **lists}
 
 
 def _by_member(members: Sequence[str]) -> dict[str, list[int] | slice]:
-    """Which questions are whose; a slice when all are one member's, for then nothing has to be copied."""
+    """Member → indices of its questions; a slice if all belong to one member, to avoid copies."""
     names = list(dict.fromkeys(members))
     if len(names) == 1:
         return {names[0]: slice(None)}

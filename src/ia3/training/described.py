@@ -1,4 +1,4 @@
-"""What a trainer knows of an adapter and its folder has to hold: the task, the recipe, which rows it learned from."""
+"""Files that a trainer adds to an adapter's folder: the task, the recipe, fingerprints of the training rows."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 def described(
     task: Task, recipe: Recipe, rows: Sequence[Mapping[str, Any]], before: StoredAdapter | None = None
 ) -> StoredAdapter:
-    """What belongs beside an adapter that is being trained, in no folder yet.
+    """The other files of an adapter in training, which has no folder yet.
 
     Args:
-        task: what it is trained on.
-        recipe: how.
-        rows: its training rows.
-        before: what stood beside it until now; of the same task, its training rows count as well.
+        task: the task of the training.
+        recipe: the recipe of the training.
+        rows: the training rows.
+        before: the adapter's previous files; if the task is the same, their training rows are kept too.
     """
     seen = [task.fingerprint(row) for row in rows]
     texts = {TASK_NAME: task.to_yaml().encode(), RECIPE_NAME: recipe.to_yaml().encode()}
-    with contextlib.suppress(InputError):  # a hub that does not answer keeps nobody from training
+    with contextlib.suppress(InputError):  # training must not fail if the hub does not answer
         if before is not None and before.text(TASK_NAME) == texts[TASK_NAME]:
             seen = list(dict.fromkeys([*measured_in(before.text(METRICS_NAME)).get(SEEN, []), *seen]))
     metrics = {"task": task.name, "recipe": recipe.name, "train_examples": len(seen), SEEN: seen}

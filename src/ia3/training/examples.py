@@ -1,4 +1,4 @@
-"""Rows as a trainer has them: `Example`, and batches of them."""
+"""Training rows as a trainer uses them: `Example`, and batches of examples."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
     from ia3.training.recipe import Recipe
 
 ONE = "default"
-"""What a trainer calls the one member that nobody has named."""
+"""The name of a single member without a name."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A row, as a question in the words of each template that may be drawn.
+    """A labelled row, as a question for each template that may be drawn.
 
     Attributes:
-        questions: one for each template.
-        key: with the step, decides which is drawn; differs from row to row.
-        member: whose loss it counts in.
+        questions: one per template.
+        key: decides, with the step, which question is drawn; it differs from row to row.
+        member: the member that the example trains.
     """
 
     questions: tuple[Question, ...]
@@ -37,28 +37,28 @@ class Example:
     member: str = ONE
 
     def drawn(self, step: int) -> Question:
-        """The question that is asked in a step, the same whenever and in whatever batch it is asked."""
+        """The question of a step. It does not depend on the batch."""
         if len(self.questions) == 1:
             return self.questions[0]
         return random.Random(f"{self.key} {step}").choice(self.questions)
 
     def of(self, member: str, adapter: str | None) -> Example:
-        """The same for a member, with questions that name an adapter; None: that ask the active ones."""
+        """The same example for a member, with questions for an adapter; None: for the active adapters."""
         return Example(tuple(replace(question, adapter=adapter) for question in self.questions), self.key, member)
 
 
 def training_examples(scorer: Scorer, task: Task, rows: Any, recipe: Recipe, seed: int) -> list[Example]:
-    """Labelled rows as examples.
+    """Labelled rows as training examples.
 
     Args:
-        scorer: prompts are shortened to what its model has positions for.
-        task: says what the rows mean.
-        rows: as `as_rows` takes them.
-        recipe: says which templates are drawn.
+        scorer: shortens prompts to the context of its model.
+        task: the task of the rows.
+        rows: labelled rows, as `as_rows` takes them.
+        recipe: decides which templates are drawn.
         seed: decides the draw.
 
     Raises:
-        InputError: rows do not fit the task (see `Scorer.questions`), or show one label only.
+        InputError: rows do not fit the task (see `Scorer.questions`), or all have the same label.
     """
     wordings = list(task.checked(rows))
     labels = list(dict.fromkeys(its[0].label for its in wordings))
@@ -73,7 +73,7 @@ def training_examples(scorer: Scorer, task: Task, rows: Any, recipe: Recipe, see
 
 
 def evaluation_examples(scorer: Scorer, task: Task, rows: Any, recipe: Recipe) -> list[Example]:
-    """Labelled rows in the words of the task's first template; arguments and errors as of `training_examples`."""
+    """Labelled rows as examples of the first template; arguments and errors are those of `training_examples`."""
     wordings = task.wordings(rows)
     if not wordings:
         raise InputError("Expected labelled rows to measure on, found none.")
@@ -81,9 +81,9 @@ def evaluation_examples(scorer: Scorer, task: Task, rows: Any, recipe: Recipe) -
 
 
 def collate_examples(examples: Sequence[Example]) -> dict[str, Any]:
-    """A batch: the examples' `label`, as the task lists them (B,); their `questions` in the first template's words, packed
-    later where the model is at hand; their `members`; `counts`, how many of them each member has, which stay those of the
-    whole when the batch is divided; and `examples`, where another template could be drawn."""
+    """A batch of examples as a dictionary: `label` (B,), the index of each right choice; `questions` of the first
+    template, which are packed later, with the model; `members`; `counts`, the number of examples per member in the
+    whole batch, kept when it is divided; and `examples`, if another template may be drawn."""
     questions = [example.questions[0] for example in examples]
     members = [example.member for example in examples]
     labels = [-100 if question.label is None else question.listed(question.label) for question in questions]

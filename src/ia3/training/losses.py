@@ -10,12 +10,12 @@ from torch.nn import functional as F
 from ia3.errors import InputError
 from ia3.scoring.batch import normalized_scores
 
-# Keeps -log(1 - p) and its gradient finite where a wrong token has become certain.
+# Keeps -log(1 - p) and its gradient finite if a wrong token has probability 1.
 _EPSILON = 1e-3
 
 
 class TFewLoss(NamedTuple):
-    """The three terms, each a mean over the questions of a batch, and their weighted sum `total`."""
+    """The three terms, each the mean over the questions of a batch, and their weighted sum `total`."""
 
     total: torch.Tensor
     likelihood: torch.Tensor
@@ -34,15 +34,15 @@ def tfew_loss(
 ) -> TFewLoss:
     """L = a L_LM + b L_UL + c L_LN for B questions of at most C choices of at most T tokens.
 
-    With y the right choice, ŷ⁽ⁿ⁾ the wrong ones, β the length-normalized log-probability:
+    y is the right choice, ŷ⁽ⁿ⁾ are the wrong ones, β is the length-normalized log-probability:
 
     - likelihood, L_LM = -1/T Σ_t log p(y_t | x, y_<t)
-    - unlikelihood, L_UL = -Σ_n Σ_t log(1 - p(ŷ⁽ⁿ⁾_t | x, ŷ⁽ⁿ⁾_<t)) / Σ_n T⁽ⁿ⁾; p is taken times 1 - 0.001
+    - unlikelihood, L_UL = -Σ_n Σ_t log(1 - p(ŷ⁽ⁿ⁾_t | x, ŷ⁽ⁿ⁾_<t)) / Σ_n T⁽ⁿ⁾, with p multiplied by 1 - 0.001
     - length-normalized, L_LN = -log(exp β(x, y) / (exp β(x, y) + Σ_n exp β(x, ŷ⁽ⁿ⁾)))
 
     Args:
         log_probs: (B, C, T), the log-probability of each choice token.
-        mask: (B, C, T), whether there is such a token.
+        mask: (B, C, T), whether the choice has this token.
         labels: (B,), the index of the right choice.
         likelihood_weight: a, 1 in the paper.
         unlikelihood_weight: b, 1 in the paper.
@@ -50,7 +50,7 @@ def tfew_loss(
         length_normalization: the power of T in β.
 
     Raises:
-        InputError: shapes do not fit, or a label is no choice of its question.
+        InputError: shapes do not fit, or a label is not the index of a choice.
     """
     if log_probs.dim() != 3 or mask.shape != log_probs.shape or labels.shape != log_probs.shape[:1]:
         raise InputError(

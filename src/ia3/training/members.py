@@ -1,4 +1,4 @@
-"""What a trainer trains: each `Member` an adapter with its task and rows; how several of them train in step."""
+"""The adapters that a trainer trains: a `Member` is an adapter with its task and examples; several train together."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class Member:
     """An adapter to train, with its task and rows.
 
     Attributes:
-        task: says what the rows mean.
-        rows: labelled rows to learn from: a list of dictionaries, a DataFrame, a `datasets.Dataset` (see `as_rows`).
-        name: the adapter's name in the model; one member may leave it out and train what is active.
-        seed: decides the order of the rows and the draw of templates; None: the arguments'.
-        learning_rate: the highest; None: the arguments'.
+        task: the task of the rows.
+        rows: labelled training rows: a list of dictionaries, a DataFrame, a `datasets.Dataset` (see `as_rows`).
+        name: the adapter's name in the model; a single member may leave it out and train the active adapter.
+        seed: decides the order of the rows and the random templates; None: the arguments' seed.
+        learning_rate: the peak learning rate; None: the arguments'.
         eval_rows: labelled rows for `evaluate()`.
-        title: what errors call it, if not by its name.
+        title: the member's name in errors; None: `name`.
     """
 
     task: Task
@@ -47,17 +47,17 @@ class Member:
     title: str | None = None
 
     def seed_in(self, args: TrainingArguments) -> int:
-        """What decides its order: the arguments' `data_seed` where they have one, else its own, else their `seed`."""
+        """The seed of its order: the arguments' `data_seed` if set, else the member's, else the arguments' `seed`."""
         return next(seed for seed in (args.data_seed, self.seed, args.seed) if seed is not None)
 
     @property
     def owner(self) -> str:
-        """What errors call it."""
+        """The member's name in errors."""
         return repr(self.title) if self.title else f"Member {self.name!r}"
 
 
 def listed(members: Member | Iterable[Member]) -> list[Member]:
-    """One member or several as a list. Raises `InputError` for none, and for what is no member."""
+    """One member or several as a list. Raises `InputError` if there are none, or for other objects."""
     found = [members] if isinstance(members, Member) else list(members)
     if not found:
         raise InputError("Expected at least one member, found none; for example Member(task, rows).")
@@ -69,9 +69,9 @@ def listed(members: Member | Iterable[Member]) -> list[Member]:
 
 
 def only_active(members: Sequence[Member], model: nn.Module) -> bool:
-    """Whether the members train what is active in the model, and nothing else.
+    """Whether the members train only the active adapters of the model.
 
-    Their questions then name no adapter, and models that cannot tell rows apart can be trained too.
+    Their questions then name no adapter, so models without a different adapter per row can be trained too.
     """
     [first, *others] = members
     adapted = find_adapted(model)
@@ -80,10 +80,10 @@ def only_active(members: Sequence[Member], model: nn.Module) -> bool:
 
 
 def by_name(members: Sequence[Member], model: nn.Module) -> dict[str, Member]:
-    """Members by their names; one without has the active adapter's.
+    """Name → member; a member without a name gets that of the active adapter.
 
     Raises:
-        InputError: a name that is missing, given twice or no adapter's, merged adapters, or a learning rate that is none.
+        InputError: a name is missing, repeated or not an adapter's, adapters are merged, or a learning rate is invalid.
     """
     adapted = find_adapted(model)
     if len(members) == 1 and members[0].name is None:
@@ -114,7 +114,7 @@ def _names(members: Sequence[Member]) -> list[str]:
 
 
 def arguments_of_one(args: TrainingArguments, member: Member) -> TrainingArguments:
-    """The arguments with a member's own seed and learning rate."""
+    """The arguments with a member's seed and learning rate."""
     args = copy(args)
     if member.seed is not None:
         args.data_seed = member.seed_in(args)
@@ -124,7 +124,7 @@ def arguments_of_one(args: TrainingArguments, member: Member) -> TrainingArgumen
 
 
 def check_in_step(args: TrainingArguments, kwargs: Mapping[str, Any]) -> None:
-    """Raise `InputError` for what would make several members' training another one than alone, or nothing at all."""
+    """Raise `InputError` for arguments with which several members would not train as separate runs do."""
     strategy = getattr(args, "train_sampling_strategy", "random")
     seedable = getattr(args.accelerator_config, "use_seedable_sampler", True)
     alone = args.world_size == 1 and not args.deepspeed and not args.fsdp
@@ -143,7 +143,7 @@ def check_in_step(args: TrainingArguments, kwargs: Mapping[str, Any]) -> None:
 
 
 def check_batch(examples: Sequence[Example], args: TrainingArguments) -> None:
-    """Raise `InputError` for rows that are too few for a batch, where only whole ones are taken."""
+    """Raise `InputError` if incomplete batches are dropped and the rows are too few for one batch."""
     size = args.per_device_train_batch_size
     if args.dataloader_drop_last and len(examples) < size:
         raise InputError(
@@ -152,12 +152,12 @@ def check_batch(examples: Sequence[Example], args: TrainingArguments) -> None:
 
 
 class Steps(Dataset):
-    """The examples of each step of members that train in step: a batch of each member, which it would have had alone.
+    """The examples of each step of several members: for each member the batch that a separate run has in that step.
 
     Args:
-        members: each one's examples.
-        seeds: and what decides their order.
-        args: `max_steps` of them, and batches' size.
+        members: the examples of each member.
+        seeds: the seed of each member's order.
+        args: their `max_steps` and batch size are used.
     """
 
     def __init__(self, members: Iterable[list[Example]], seeds: Iterable[int], args: TrainingArguments) -> None:
@@ -174,7 +174,7 @@ class Steps(Dataset):
 
 
 def _batches(examples: list[Example], args: TrainingArguments, seed: int) -> list[list[Example]]:
-    """The batch of each step of a run alone: epoch after epoch, in the orders that accelerate draws from the seed."""
+    """The batch of each step of a single run: epoch after epoch, in the order that accelerate draws from the seed."""
     sampler = SeedableRandomSampler(examples, data_seed=seed)  # counts its epochs itself
     found: list[list[Example]] = []
     while len(found) < args.max_steps:
@@ -184,7 +184,7 @@ def _batches(examples: list[Example], args: TrainingArguments, seed: int) -> lis
 
 
 class MemberLosses:
-    """Each member's losses in the steps in which it learned: since the last log, and before it."""
+    """The losses of each member in the steps that trained it: since the last log, and before."""
 
     def __init__(self, members: Iterable[str]) -> None:
         self._steps, self._logged_steps = Counter[str](), Counter[str]()
@@ -192,25 +192,25 @@ class MemberLosses:
         self._logged_sums = dict.fromkeys(self._sums, 0.0)
 
     def add(self, losses: Mapping[str, torch.Tensor]) -> None:
-        """Parts of the current step's losses."""
+        """Add parts of the current step's losses."""
         for name, loss in losses.items():
             self._sums[name] += loss.detach()
 
     def end_step(self, learning: Iterable[str]) -> None:
-        """These members have made a step."""
+        """End the step of these members."""
         self._steps.update(learning)
 
     def means(self) -> dict[str, float]:
-        """Means over the steps since the last log, of those that made any."""
+        """Mean losses over the steps since the last log, for members that made a step."""
         return {name: float(self._sums[name]) / steps for name, steps in self._steps.items()}
 
     def begin_anew(self) -> None:
-        """What is there has been logged."""
+        """Start again after a log."""
         self._logged_steps += self._steps
         self._logged_sums = {name: total + float(self._sums[name]) for name, total in self._logged_sums.items()}
         self._steps = Counter()
         self._sums = dict.fromkeys(self._sums, 0.0)
 
     def logged_means(self) -> dict[str, float]:
-        """Means over all steps that have been logged."""
+        """Mean losses over all logged steps."""
         return {name: total / max(self._logged_steps[name], 1) for name, total in self._logged_sums.items()}

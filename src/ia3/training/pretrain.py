@@ -1,4 +1,4 @@
-"""Vectors from a mixture of tasks, for training to start from: `MixtureTrainer`."""
+"""Train initial vectors on a mixture of tasks: `MixtureTrainer`."""
 
 from __future__ import annotations
 
@@ -30,40 +30,40 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# How the paper's vectors were pre-trained (Liu et al. 2022, section 3.4).
+# The recipe of the paper's pre-training (Liu et al. 2022, section 3.4).
 PRETRAINING = Recipe(name="pretraining", steps=100_000, batch_size=16, unlikelihood=0, length_normalized=0)
 
-# More rows than this do not make a task more frequent (Sanh et al. 2021, arXiv:2110.08207, section 4).
+# The maximum of rows that count for a task's share (Sanh et al. 2021, arXiv:2110.08207, section 4).
 CAP = 500_000
 
-# Questions kept as token ids, some 4 kB each.
+# Number of questions to cache as token ids, about 4 kB each.
 _KEPT = 16_384
 
 
 def likelihood_only(recipe: Recipe) -> Recipe:
-    """The recipe with L_LM as its loss, and all its steps: a mixture has no floor to stop at."""
+    """The recipe with L_LM as its loss and without early stopping, because a mixture has no floor."""
     only = {"likelihood": 1.0, "unlikelihood": 0.0, "length_normalized": 0.0, "early_stopping": None}
     return Recipe.create({**recipe.model_dump(), **only})
 
 
 class Mixture(Dataset):
-    """Draws from several tasks: of each, one row in the words of one template, with its right answer alone.
+    """Draws from several tasks. A draw is a row, rendered by one template, with only its right answer.
 
-    A draw is of task t with probability min(rows of t, cap) / Σ over tasks of the same. A task's rows come in a random
-    order, another one each time that all have been seen. Templates are drawn from evenly. The i-th draw is the same
-    whenever it is asked for, and whatever the order in which tasks are given. Rows become token ids when drawn.
+    Task t is drawn with probability min(rows of t, cap) / Σ over tasks of the same. A task's rows come in a random
+    order, a new one each time that all have been seen. Templates are drawn uniformly. The i-th draw is always the same,
+    also if the tasks are given in another order. Rows are tokenized when they are drawn.
 
     Args:
-        tasks: with their labelled rows, as `as_rows` takes them.
-        scorer: whose questions they become.
-        recipe: which templates are drawn, and what to do about long prompts.
-        draws: how many.
+        tasks: tasks with their labelled rows, as `as_rows` takes them.
+        scorer: makes the questions.
+        recipe: decides which templates are drawn, and what to do about long prompts.
+        draws: the number of draws.
         cap: see above.
         seed: decides the draws.
 
     Raises:
-        InputError: no tasks, one without rows, two of a name, a cap below 1, or a row that does not fit its task; and
-            when drawn, a prompt that is too long.
+        InputError: there are no tasks, a task has no rows, two have the same name, the cap is below 1, or a row does
+            not fit its task; when drawn, a prompt is too long.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Mixture(Dataset):
             self.tasks.append((task, rows))
         sizes = np.array([min(len(rows), cap) for _, rows in self.tasks], dtype=float)
         self._shares = sizes / sizes.sum()
-        # Whose turn it is (draws,), and how often it had been before (draws,).
+        # The task of each draw (draws,), and the number of earlier draws of that task (draws,).
         self._turns = np.random.default_rng(seed).choice(len(sizes), size=draws, p=self._shares)
         self._before = np.zeros(draws, dtype=np.int64)
         for index in range(len(sizes)):
@@ -102,28 +102,28 @@ class Mixture(Dataset):
         self._order = functools.lru_cache(maxsize=2 * len(sizes))(self._shuffled)
         self._question = functools.lru_cache(maxsize=_KEPT)(self._encoded)
         self._cut: set[tuple[int, int, int]] = set()
-        for index, (task, _) in enumerate(self.tasks):  # answers that a tokenizer cannot tell apart show at once
+        for index, (task, _) in enumerate(self.tasks):  # finds answers with equal tokens before training
             for template in range(len(task.templates)):
                 self._question(index, 0, template)
 
     @property
     def shares(self) -> dict[str, float]:
-        """The probability of each task, by its name."""
+        """Name of a task → its probability."""
         return dict(zip((task.name for task, _ in self.tasks), self._shares.tolist(), strict=True))
 
     @property
     def drawn(self) -> dict[str, int]:
-        """How many of the draws are of each task, by its name."""
+        """Name of a task → its number of draws."""
         counts = Counter(self._turns.tolist())
         return {task.name: counts[index] for index, (task, _) in enumerate(self.tasks)}
 
     @property
     def cut(self) -> int:
-        """How many rows, in the words of a template each, have been shortened to the model's context."""
+        """The number of prompts that were shortened to the model's context."""
         return len(self._cut)
 
     def draw(self, index: int) -> tuple[int, int, int]:
-        """A draw as indices: of the task, of its row, and of its template."""
+        """A draw as the indices of its task, row and template."""
         which = int(self._turns[index])
         task, rows = self.tasks[which]
         epoch, place = divmod(int(self._before[index]), len(rows))
@@ -154,24 +154,24 @@ class Mixture(Dataset):
 
 
 class MixtureTrainer(ChoiceTrainer):
-    """Trains the active adapter on a `Mixture` of tasks with the likelihood term alone (Liu et al. 2022, section 3.4).
+    """Trains the active adapter on a `Mixture` of tasks with only the likelihood term (Liu et al. 2022, section 3.4).
 
-    L_LM = -(1/T) Σ_t log p(y_t | x, y_<t), T the tokens of the right answer, a mean over the batch.
+    L_LM = -(1/T) Σ_t log p(y_t | x, y_<t), with T tokens in the right answer; the loss is the mean over the batch.
 
-    Logs and checkpoints are as in a `TFewTrainer` of one member; to the arguments, the whole training is one epoch.
+    Logs and checkpoints are those of a `TFewTrainer` with one member. The whole training counts as one epoch.
 
     Args:
         model: an `IA3Model` around a causal language model or an encoder-decoder.
         args: `recipe.training_arguments(…)`, or any `TrainingArguments` with `max_steps`.
         processing_class: the model's tokenizer.
-        tasks: what to draw from, with labelled rows: lists of dictionaries, DataFrames, `datasets.Dataset`s.
-        recipe: its templates, and what it does about long prompts; None: `PRETRAINING`.
-        cap: more rows than this do not make a task more frequent.
+        tasks: tasks with labelled rows: lists of dictionaries, DataFrames, `datasets.Dataset`s.
+        recipe: decides templates and long prompts; None: `PRETRAINING`.
+        cap: the maximum of rows that count for a task's share.
         **kwargs: the other arguments of `transformers.Trainer`.
 
     Raises:
-        InputError: see `Mixture`; a model with a classification head, whose answers are one task's labels; or arguments
-            without `max_steps`.
+        InputError: the model has a classification head, whose labels are one task's, or the arguments lack `max_steps`;
+            see also `Mixture`.
     """
 
     def __init__(
@@ -202,13 +202,13 @@ class MixtureTrainer(ChoiceTrainer):
         model = self._adapted()
         if model is not None:
             for name in self.trained_adapters:
-                model.adapter_folders.pop(name, None)  # no one task stands beside them
+                model.adapter_folders.pop(name, None)  # they have no single task
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
-        return SequentialSampler(self.mixture)  # what is drawn is in a random order already
+        return SequentialSampler(self.mixture)  # draws are already in random order
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As `transformers.Trainer.train`."""
+        """Train as `transformers.Trainer.train`."""
         result = super().train(*args, **kwargs)
         if self.mixture.cut:
             logger.warning("%d prompts were longer than the model's context, and cut.", self.mixture.cut)

@@ -12,28 +12,28 @@ from ia3.training.recipe import EarlyStopping
 
 
 class StopAtFloor(TrainerCallback, ExportableState):
-    """Stops each member when the term that it has to choose by has stayed at the floor, and training when all have.
+    """Stops a member when its length-normalized term L_LN has reached the floor, and training when all have stopped.
 
     Args:
-        rule: what the floor is; None: nobody stops.
-        members: their names.
+        rule: the floor and the number of steps; None: no early stopping.
+        members: the members' names.
     """
 
     def __init__(self, rule: EarlyStopping | None, members: Sequence[str]) -> None:
         self.rule = rule
         self.members = list(members)
-        self.stopped: dict[str, int] = {}  # and after which step
+        self.stopped: dict[str, int] = {}  # name → the step after which it stopped
         self._step: dict[str, float] = {}
         self._last: dict[str, list[float]] = {name: [] for name in members}
 
     def add(self, losses: Mapping[str, float]) -> None:
-        """Parts of the current step's length-normalized term."""
+        """Add parts of the current step's length-normalized term."""
         for name, loss in losses.items():
             self._step[name] = self._step.get(name, 0.0) + loss
 
     @property
     def all_stopped(self) -> bool:
-        """Whether nobody learns any more."""
+        """Whether all members have stopped."""
         return len(self.stopped) == len(self.members)
 
     def learns(self, name: str) -> bool:
@@ -41,7 +41,7 @@ class StopAtFloor(TrainerCallback, ExportableState):
         return name not in self.stopped
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin anew, or go on from the state of a checkpoint."""
+        """Start again, or resume from the state of a checkpoint."""
         self._step = {}
         saved = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
         found = [None] * len(self.members) if saved is None else saved["attributes"]["learners"]
@@ -50,7 +50,7 @@ class StopAtFloor(TrainerCallback, ExportableState):
         self._last = {name: its["last"] if its else [] for name, its in pairs}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look at the step's losses."""
+        """Check the step's losses."""
         if self.rule is not None:
             for name, loss in self._step.items():
                 last = self._last[name] = [*self._last[name], loss][-self.rule.steps :]
@@ -61,6 +61,6 @@ class StopAtFloor(TrainerCallback, ExportableState):
         self._step = {}
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint has to keep."""
+        """The state for a checkpoint."""
         found = [{"stopped": self.stopped.get(name), "last": self._last[name]} for name in self.members]
         return {"args": {}, "attributes": {"learners": found}}

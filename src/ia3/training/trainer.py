@@ -1,4 +1,4 @@
-"""One trainer, of one adapter or many at once: `TFewTrainer`."""
+"""The trainer of one adapter or many at once: `TFewTrainer`."""
 
 from __future__ import annotations
 
@@ -38,43 +38,43 @@ if TYPE_CHECKING:
 
 
 class TFewTrainer(ChoiceTrainer):
-    """Trains an adapter on a task, or several at once, with T-Few's three losses; a classifier with cross-entropy alone.
+    """Trains one adapter or several at once with T-Few's three losses; an encoder with cross-entropy only.
 
         TFewTrainer(model, recipe.training_arguments("run"), tokenizer, Member(task, rows), recipe).train()
 
-    `evaluate()` measures loss and the task's metrics on the member's `eval_rows`, in the words of the task's first
-    template; checkpoints hold the adapters and the state of training, and `train(resume_from_checkpoint=…)` goes on from
-    one. A process trains on one device, the first that it sees (`CUDA_VISIBLE_DEVICES`); several devices take several
-    processes (`torchrun`).
+    `evaluate()` measures the loss and the task's metrics on the member's `eval_rows`, with the task's first template.
+    Checkpoints hold the adapters and the state of training; `train(resume_from_checkpoint=…)` resumes from one. A
+    process trains on one device, the first visible one (`CUDA_VISIBLE_DEVICES`); several devices need several processes
+    (`torchrun`).
 
-    Several members, which are several tasks, several seeds of a task, or several learning rates, train in step. A step is
-    a step of every member: a batch of `per_device_train_batch_size` rows of each, all of which go through the model
-    together, in parts of limited size. Each adapter ends where one member with its seed and its learning rate would end
-    alone, to rounding: it sees its rows in the same order and the same words, it stops early when it would have stopped,
-    and its loss, the norm to which its gradients are clipped, and the optimizer's state are its own. Random draws within
-    the model are not: dropout in the base model falls on other numbers than in a run alone.
+    Several members (several tasks, seeds or learning rates) train together. Each step has a batch of
+    `per_device_train_batch_size` examples for every member. All go through the model together, in parts of limited
+    size.
+    Each adapter has the result of a separate run, to rounding: the same order and wordings of its examples, the same
+    early stop, and a separate loss, gradient clipping and optimizer state. Only random draws in the model, such as
+    dropout in the base model, differ from a separate run.
 
-    Logs of several have the sum of the members' losses (`loss`) and each one's (`loss/NAME`); the metrics of `train()`
-    have `train_loss` and `train_loss/NAME`, means over its steps. `evaluate()` measures each member that has `eval_rows`:
-    `eval_NAME_loss`, `eval_NAME_accuracy`, …. To the arguments, the whole training is one epoch.
+    With several members, logs have the sum of the losses (`loss`) and each member's loss (`loss/NAME`). The metrics of
+    `train()` have `train_loss` and `train_loss/NAME`, the means over a member's steps. `evaluate()` measures each
+    member that has `eval_rows`: `eval_NAME_loss`, `eval_NAME_accuracy`, …. The whole training counts as one epoch.
 
     Args:
-        model: an `IA3Model` around a causal language model, an encoder-decoder, or a classifier of the task's labels.
-            Adapters of members with names become trainable, and all others are frozen; one member without a name trains
-            what is active, as it is, in any other model too.
-        args: `recipe.training_arguments(…)`, or any `TrainingArguments`, which say all about steps and optimizer. Several
-            members need `max_steps`. `data_seed`, when it is given, decides every member's order.
+        model: an `IA3Model` around a causal language model, an encoder-decoder, or an encoder with a head for the
+            task's labels. Adapters of named members become trainable, and all others are frozen. A single member
+            without a name trains the active parameters of any model as they are.
+        args: `recipe.training_arguments(…)`, or any `TrainingArguments`; they decide steps and optimizer. Several
+            members need `max_steps`. If `data_seed` is set, it decides the order of all members.
         processing_class: the model's tokenizer.
-        members: who learns what: a `Member`, or several with names.
-        recipe: its loss (a classifier's is cross-entropy always), its templates, its early stopping and what it does
-            about long prompts; None: the paper's.
-        readings: where what the base model makes of the rows' texts is kept, for adapters that act from the question on;
-            None: in the trainer.
-        **kwargs: the other arguments of `transformers.Trainer`; several members take no `optimizers`.
+        members: a `Member`, or several with names.
+        recipe: decides the loss (always cross-entropy for an encoder), templates, early stopping and long prompts;
+            None: the paper's.
+        readings: keeps what the base model reads of the rows' texts, for adapters that act from the question on; None: the
+            trainer keeps it.
+        **kwargs: the other arguments of `transformers.Trainer`; not `optimizers` with several members.
 
     Raises:
-        InputError: see `listed` and `by_name`; rows do not fit a member's task (see `Scorer.questions`), or show one label
-            only; or arguments have no meaning for several members.
+        InputError: rows do not fit a member's task (see `Scorer.questions`), or all have the same label, or arguments
+            do not apply to several members; see also `listed` and `by_name`.
     """
 
     def __init__(
@@ -123,45 +123,45 @@ class TFewTrainer(ChoiceTrainer):
         if named and adapted is not None:
             adapted.set_requires_grad([name for name in adapted.peft_config if name not in self.members], False)
             adapted.set_requires_grad(list(self.members))
-        # Each member's parameters, where there are several.
+        # The parameters of each member, if there are several.
         self._parameters: dict[str, list[nn.Parameter]] = {}
         if self._in_step and adapted is not None:
             self._parameters = {name: list(adapted.adapter_parameters(name)) for name in self.members}
         self._each = MemberLosses(self.members)
         super().__init__(scorer, args, train_dataset, recipe, list(self.members), eval_dataset, **kwargs)
         if self._in_step:
-            # Whatever asks for clipping, here or in `Trainer`, asks the accelerator.
+            # `Trainer` and this class clip gradients through the accelerator.
             self.accelerator.clip_grad_norm_ = self._clip_each  # type: ignore[method-assign]
 
     def _of(self, name: str, examples: Sequence[Example]) -> list[Example]:
-        """Examples of a member. They name its adapter, unless that is active."""
+        """The examples as a member's. They name its adapter, unless members train only the active adapters."""
         return [example.of(name, None if self._active else name) for example in examples]
 
     @property
     def trained_adapters(self) -> list[str]:
-        """The members' adapters, or those that are active."""
+        """The names of the members' adapters, or of the active ones."""
         return super().trained_adapters if self._active else list(self.members)
 
     def steps_of(self, name: str) -> int:
-        """After how many steps a member stopped, or how many there have been."""
+        """The number of steps of a member, up to its early stop."""
         return self.stopping.stopped.get(name, self.state.global_step)
 
     def logged_as(self, name: str) -> str:
-        """What logs call a member's loss; the metrics of `train()` have `train_` before it."""
+        """The name of a member's loss in logs; the metrics of `train()` prepend `train_`."""
         return f"loss/{name}" if self._in_step else "loss"
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As `transformers.Trainer.train`; the result is the average over steps where the recipe has an `ema_decay`.
+        """Train as `transformers.Trainer.train`. With the recipe's `ema_decay`, the result is the average over steps.
 
-        With `load_best_model_at_end` it is the best checkpoint, whose vectors are those of its step.
+        With `load_best_model_at_end` the result is the best checkpoint, with the vectors of its step.
         """
         self._each = MemberLosses(self.members)
         return super().train(*args, **kwargs)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Loss and metrics of each member that has `eval_rows`, or of the one that is named (`eval_dataset`).
+        """Loss and metrics of each member with `eval_rows`, or of the member that `eval_dataset` names.
 
-        The rows of one member may also be given here.
+        With one member, `eval_dataset` may also be labelled rows.
         """
         if isinstance(eval_dataset, str) and eval_dataset in self.members:
             if self._measures_each:
@@ -177,11 +177,12 @@ class TFewTrainer(ChoiceTrainer):
         return self._of(name, evaluation_examples(self.scorer, member.task, rows, self.recipe))
 
     def _describe(self) -> None:
-        """Let the model know what belongs beside its adapters in a folder, so that every command can use them."""
+        """Give the model the other files of its adapters' folders (task, recipe, …), so that every command can use
+        them."""
         model = self._adapted()
         if model is not None:
             for name in self.trained_adapters:
-                # Several that are active at once are one member.
+                # Several active adapters are one member.
                 member = self.members.get(name) or next(iter(self.members.values()))
                 before = model.adapter_folders.get(name)
                 model.adapter_folders[name] = described(member.task, self.recipe, member.rows, before)
@@ -189,7 +190,8 @@ class TFewTrainer(ChoiceTrainer):
     # Several members.
 
     def get_train_dataloader(self) -> DataLoader:
-        """As `transformers.Trainer`'s; of several members a batch of all for each step, in order."""
+        """The dataloader of `transformers.Trainer`; with several members, one batch of all members per step, in
+        order."""
         if not self._in_step:
             return super().get_train_dataloader()
         steps = DataLoader(
@@ -202,7 +204,7 @@ class TFewTrainer(ChoiceTrainer):
         return self.accelerator.prepare(steps)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """The arguments' optimizer; of several members with groups of parameters of one each, at its learning rate."""
+        """The arguments' optimizer; with several members, one parameter group per member, with its learning rate."""
         made = self.optimizer is not None
         optimizer = super().create_optimizer(*args, **kwargs)
         if self._in_step and not made:
@@ -217,7 +219,7 @@ class TFewTrainer(ChoiceTrainer):
         return optimizer
 
     def _clip_each(self, parameters: Any, max_norm: float, norm_type: float = 2) -> torch.Tensor:
-        """Clip each member's gradients to a norm of their own; returns that of all, before. (`parameters` are all.)"""
+        """Clip each member's gradients separately; return the norm of all gradients before. `parameters` are all."""
         self.accelerator.unscale_gradients()
         norms = [nn.utils.clip_grad_norm_(mine, max_norm, norm_type) for mine in self._parameters.values()]
         return torch.linalg.vector_norm(torch.stack(norms), norm_type)
@@ -225,7 +227,7 @@ class TFewTrainer(ChoiceTrainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """As `ChoiceTrainer.training_step`, for the members that have not stopped."""
+        """The same as `ChoiceTrainer.training_step`, for members that have not stopped."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._each.end_step(name for name in self.members if self.stopping.learns(name))
         return loss
@@ -237,7 +239,7 @@ class TFewTrainer(ChoiceTrainer):
         return losses, best
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log, and with the sum of several members' losses each one's."""
+        """Log; with several members, also each member's loss."""
         if self._in_step and "loss" in logs:
             logs |= {self.logged_as(name): mean for name, mean in self._each.means().items()}
         if self._in_step and ("loss" in logs or "train_loss" in logs):
@@ -248,7 +250,7 @@ class TFewTrainer(ChoiceTrainer):
 
 
 def metrics_of(task: Task) -> Callable[[Any], dict[str, float]]:
-    """A task's metrics as the `compute_metrics` of a trainer whose predictions are indices of choices."""
+    """The task's metrics as `compute_metrics` for a trainer whose predictions are indices of choices."""
 
     def name(index: int) -> str:
         return str(index) if task.labels is None else task.labels[index]

@@ -1,1 +1,1 @@
-"""(IA)³ adapters wherever vLLM takes LoRA adapters; `plugin.py` is where to begin. Nothing here serves."""
+"""(IA)³ adapters wherever vLLM takes LoRA adapters. Start with `plugin.py`. The server is in `ia3.serve`."""

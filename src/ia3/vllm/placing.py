@@ -1,4 +1,4 @@
-"""Where an adapter's vectors land in an engine that has fused projections: `place`."""
+"""Place an adapter's vectors in an engine with fused projections: `place`."""
 
 from __future__ import annotations
 
@@ -19,15 +19,14 @@ _SUFFIX = ".ia3_l"
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer of the engine, in its whole width (over all tensor-parallel ranks).
+    """A linear layer of the engine, with its full width over all tensor-parallel ranks.
 
     Attributes:
-        parts: the dotted paths, as the engine names them, of the projections that are fused in it; of one that is not
-            fused, its own.
+        parts: the engine's dotted paths of the fused projections; for a layer that is not fused, its own path.
         widths: the output features of each part.
         inputs: the input features, which all parts share.
-        bias_apart: the bias is added later, by someone else, so that the output cannot be rescaled here.
-        other_order: the weights were put into another order than the base model's, so that a vector would not fit.
+        bias_apart: the bias is added later, in other code, so the output cannot be rescaled here.
+        other_order: the weights have another order than the base model's, so a vector would not fit.
     """
 
     parts: tuple[str, ...]
@@ -39,11 +38,11 @@ class Layer:
 
 @dataclass
 class Scales:
-    """What an adapter does to one layer.
+    """An adapter's vectors for one layer.
 
     Attributes:
         inputs: (1, inputs), or None.
-        outputs: for each part (width, 1), or None.
+        outputs: (width, 1) or None for each part.
     """
 
     inputs: torch.Tensor | None = None
@@ -54,7 +53,7 @@ def read_config(folder: str | os.PathLike) -> IA3Config | None:
     """The config of an (IA)³ adapter's folder; None for another method's, and when there is no adapter at all.
 
     Raises:
-        InputError: it is no JSON, or has fields that cannot be used.
+        InputError: it is not JSON, or has fields that cannot be used.
     """
     path = os.path.join(folder, CONFIG_NAME)
     try:
@@ -65,14 +64,14 @@ def read_config(folder: str | os.PathLike) -> IA3Config | None:
 
 
 def read_vectors(folder: str | os.PathLike, name: str) -> tuple[IA3Config, Tensors]:
-    """An adapter's config, and its vectors by the path of the module in the base model, as the file has them.
+    """An adapter's config, and its vectors by module path in the base model, as in the file.
 
     Args:
-        folder: in PEFT's format or ours, with safetensors.
-        name: the adapter's, for error messages.
+        folder: the folder, in PEFT's format or ours, with safetensors.
+        name: the adapter's name, for error messages.
 
     Raises:
-        InputError: no (IA)³ adapter, no safetensors, or more than vectors (`modules_to_save`).
+        InputError: the folder has no (IA)³ adapter or no safetensors, or more than vectors (`modules_to_save`).
     """
     its, tensors, _ = AdapterFolder.whole(folder, pickled=False)
     config = its.config
@@ -93,17 +92,18 @@ def place(
     name: str,
     elsewhere: Callable[[str], bool] = lambda path: False,
 ) -> dict[str, Scales]:
-    """Each layer's share of an adapter, in float32.
+    """An adapter's vectors for each layer, in float32.
 
     Args:
-        vectors: (1, in) for an input, (out, 1) for an output, by the module's path as the engine names it.
-        layers: the engine's layers that can be rescaled, by their path.
-        name: the adapter's, for error messages.
-        elsewhere: whether a path that is no layer here is another worker's.
+        vectors: the engine's module path → (1, in) for an input, (out, 1) for an output.
+        layers: path → layer of the engine that can be rescaled.
+        name: the adapter's name, for error messages.
+        elsewhere: whether a path without a layer here belongs to another worker.
 
     Raises:
-        InputError: a vector is for no layer, of the wrong shape or type, or not finite in float32; it rescales the input of a part of a
-            fused layer, or an output whose bias is added elsewhere, or whose features are in another order.
+        InputError: a vector has no layer, a wrong shape or type, or is not finite in float32; or it rescales the input
+            of a part of a fused layer, an output whose bias is added elsewhere, or one whose features have another
+            order.
     """
     sites = {part: (path, number) for path, layer in layers.items() for number, part in enumerate(layer.parts)}
     lost = sorted(path for path in vectors if path not in sites and not elsewhere(path))

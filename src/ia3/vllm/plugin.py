@@ -1,12 +1,12 @@
 """The vLLM plugin: (IA)³ adapters wherever vLLM takes LoRA adapters.
 
-Every touch on vLLM's internals is in this file and, for adapters that act from the question on, in `from_question`.
+All uses of vLLM's internals are in this file and, for adapters that act from the question on, in `from_question`.
 
-vLLM keeps what differs between adapters in slots, knows the slot of each token of a step, and puts a wrapper around each
-linear layer. Here the wrappers get a table more for each side that is rescaled, a row a slot and a last row of ones:
-`tokens × width` factors are one gather from it. The rest (loading, eviction, scheduling, prefix caching) is vLLM's.
+vLLM keeps the weights of adapters in slots, knows the slot of each token of a step, and wraps each linear layer. The
+plugin adds a table to the wrapper for each rescaled side, with a row per slot and a last row of ones. One gather from
+it gives the `tokens × width` factors. The rest (loading, eviction, scheduling, prefix caching) is vLLM's.
 
-Nothing is imported from vLLM before vLLM asks for the plugin (`register`, entry point `vllm.general_plugins`).
+Nothing is imported from vLLM before vLLM loads the plugin (`register`, entry point `vllm.general_plugins`).
 """
 
 # pyright: reportMissingImports=false
@@ -36,24 +36,24 @@ SUPPORTED = "0.32"
 ONLY = "ia3_only"
 """The key of vLLM's `additional_config` that makes an engine serve (IA)³ adapters only."""
 
-# Architectures whose fused query-key-value projection vLLM has in the base model's order.
+# Architectures whose fused query/key/value projection has the base model's order in vLLM.
 _PLAIN_ORDER = ("phi3",)
 
-_logger = logging.getLogger("vllm.ia3")  # below vLLM's own, so that its handlers and level hold
+_logger = logging.getLogger("vllm.ia3")  # a child of vLLM's logger, to use its handlers and level
 
 
 def register() -> None:
-    """Let vLLM take (IA)³ adapters. In a version that is not supported, warn once and refuse such adapters."""
+    """Add support for (IA)³ adapters to vLLM. In an unsupported version, warn once and refuse such adapters."""
     problem = unsupported()
     if problem is None:
         _install()
     else:
-        _logger.warning("%s Everything else works as without it.", problem)
+        _logger.warning("%s Everything else works as without ia3.", problem)
         _refuse(problem)
 
 
 def unsupported() -> str | None:
-    """Why (IA)³ adapters cannot be served by the vLLM that is installed; None when they can."""
+    """Why the installed vLLM cannot serve (IA)³ adapters; None if it can."""
     import vllm
 
     if ".".join(vllm.__version__.split(".")[:2]) != SUPPORTED:
@@ -74,7 +74,7 @@ def unsupported() -> str | None:
 
 
 def _missing() -> list[str]:
-    """The names that this plugin builds on and vLLM does not have."""
+    """The names that this plugin needs and vLLM lacks."""
     from vllm.lora import model_manager, utils, worker_manager
     from vllm.lora.layers import LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA
     from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
@@ -109,7 +109,7 @@ def _missing() -> list[str]:
 
 
 def _refuse(problem: str) -> None:
-    """Say why an (IA)³ adapter is refused, where vLLM would stumble over its config."""
+    """Refuse an (IA)³ adapter with the reason, before vLLM fails on its config."""
     try:
         from vllm.lora.worker_manager import WorkerLoRAManager
 
@@ -126,13 +126,13 @@ def _refuse(problem: str) -> None:
 
 
 class Routing:
-    """Which row of the layers' tables each token of a step takes.
+    """The row of the layers' tables for each token of a step.
 
-    On a CPU nothing is compiled and a step's adapters are known, so what no token of it needs is left out. Elsewhere
-    the forward pass may be traced once for all steps: the two flags stay as they are.
+    On a CPU nothing is compiled and a step's adapters are known, so work that no token needs is left out. Elsewhere the
+    forward pass may be traced once for all steps, so the two flags do not change.
 
     Attributes:
-        rows: (tokens,) the row of each; past the step's end the last one, which holds ones.
+        rows: (tokens,) the row of each token; after the step's end, the last row, which holds ones.
         rescales: whether any token of the step has an (IA)³ adapter.
         lora: whether any has a LoRA adapter.
     """
@@ -144,13 +144,13 @@ class Routing:
         self.by_step = self.rows.device.type == "cpu"
 
     def update(self, slots: torch.Tensor, rescales: bool, lora: bool) -> None:
-        """Take over the slot of each token of the next step, negative for those without an adapter."""
+        """Set the slot of each token of the next step; negative for tokens without an adapter."""
         self.route(slots)
         if self.by_step:
             self.rescales, self.lora = rescales, lora
 
     def route(self, slots: torch.Tensor, texts: Sequence[slice] = ()) -> None:
-        """Take over the slots alone, but for the tokens that stand before the question: no adapter acts on those."""
+        """Set the slots alone; no adapter acts on tokens before the question."""
         count = len(slots)
         self.rows[:count] = torch.where(slots < 0, self.identity, slots)
         self.rows[count:] = self.identity
@@ -159,11 +159,12 @@ class Routing:
 
 
 class Rescaling:
-    """Mixed into vLLM's wrappers of linear layers: rescales the input before and the output after.
+    """A mixin for vLLM's wrappers of linear layers that rescales input and output.
 
     Attributes:
-        input_scales: (slots + 1, inputs of this rank) in float32, the last row ones; on a CPU None until a vector comes.
-        output_scales: (slots + 1, outputs of this rank), likewise.
+        input_scales: (slots + 1, inputs of this rank) in float32, the last row is ones; on a CPU None until a vector is
+            set.
+        output_scales: (slots + 1, outputs of this rank), the same for outputs.
         span: the outputs that any vector changes.
     """
 
@@ -188,7 +189,7 @@ class Rescaling:
             self.span = slice(0, sum(self.output_slices))
 
     def _table(self, width: int) -> torch.Tensor:
-        with torch.inference_mode(False):  # the first vector may come within a step, the next one outside
+        with torch.inference_mode(False):  # the first vector may be set inside a step, the next one outside
             return torch.ones(self.slots + 1, width, device=self.device)
 
     def _local_inputs(self) -> int:
@@ -205,7 +206,7 @@ class Rescaling:
                 table[index] = 1
 
     def set_scales(self, index: int, scales: Scales) -> None:
-        """Fill a slot, which holds ones, with this rank's share of an adapter's vectors for this layer."""
+        """Fill a slot, which holds ones, with this rank's share of an adapter's vectors for the layer."""
         if scales.inputs is not None:
             if self.input_scales is None:
                 self.input_scales = self._table(self._local_inputs())
@@ -222,19 +223,19 @@ class Rescaling:
                     seen += [self.span.start, self.span.stop]
                 self.span = slice(min(seen), max(seen))
 
-    # A vector has the shape of a LoRA matrix of rank 1, so vLLM's own slicing of those among tensor-parallel ranks
-    # is the slicing of the projections that it belongs to, with keys and values that several ranks share.
+    # A vector has the shape of a LoRA matrix of rank 1. So vLLM's slicing of LoRA matrices among tensor-parallel ranks
+    # also slices vectors, including keys and values that several ranks share.
 
     def sliced_inputs(self, vector: torch.Tensor) -> torch.Tensor:
         """This rank's share of (1, inputs), flat."""
         return (self.slice_lora_a(vector) if self.tp_size > 1 else vector).flatten()
 
     def sliced_outputs(self, parts: list[torch.Tensor | None]) -> torch.Tensor:
-        """This rank's share of the parts' (width, 1), flat, with ones for parts that have no vector."""
+        """This rank's share of the parts' (width, 1), flat, with ones for parts without a vector."""
         if self.n_slices == 1:
             (vector,) = parts
             return (self.slice_lora_b(vector) if self.tp_size > 1 else vector).flatten()  # type: ignore[union-attr]
-        if len(parts) == 1:  # stored as one, several here
+        if len(parts) == 1:  # one in the checkpoint, several here
             parts = list(parts[0].split(list(self.base_layer.output_sizes)))  # type: ignore[union-attr]
         shares = self.slice_lora_b(parts) if self.tp_size > 1 else parts
         return torch.cat(
@@ -256,7 +257,7 @@ class Rescaling:
         return output
 
     def _factors(self, table: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """Each token's row, in the shape of the activations (…, tokens, width) that they are for."""
+        """Each token's row of the table, in the shape of the activations (…, tokens, width)."""
         if like.dim() == 2:
             return table.index_select(0, self.routing.rows[: like.shape[0]])
         shape = like.shape[:-1]
@@ -269,13 +270,13 @@ class Rescaling:
 
 
 def _spare(device: torch.device, slots: int) -> tuple[int]:
-    """How many slots of LoRA matrices to make. vLLM's code for CPUs takes index -1, no adapter, for the last one: there
-    it gets one more, which stays zero."""
+    """The number of slots of LoRA matrices. vLLM's CPU code uses the last slot for index -1 (no adapter), so on CPUs
+    there is an additional slot, which stays zero."""
     return (slots + 1 if device.type == "cpu" else slots,)
 
 
 def _install() -> None:
-    """Put this plugin's classes where vLLM looks for its own. Doing it again changes nothing."""
+    """Replace vLLM's classes by the plugin's. A second call changes nothing."""
     from vllm import envs
     from vllm.exceptions import LoRAAdapterNotFoundError
     from vllm.lora import utils, worker_manager
@@ -290,7 +291,7 @@ def _install() -> None:
         return
 
     class IA3Adapter(LoRAModel):
-        """An adapter as vLLM's caches hold it."""
+        """An adapter in vLLM's caches."""
 
         def __init__(self, number: int, placed: dict[str, Scales], name: str, config: IA3Config) -> None:
             super().__init__(number, 1, {})
@@ -298,7 +299,7 @@ def _install() -> None:
             self.from_question = config.acts_from == "question"
 
     class Manager(LRUCacheLoRAModelManager):
-        """Knows, beside LoRA adapters, (IA)³ adapters and the layers that they rescale."""
+        """A manager that also handles (IA)³ adapters and the layers that they rescale."""
 
         def __init__(self, *args: Any, lora_config: Any, vllm_config: Any, **kwargs: Any) -> None:
             extra = vllm_config.additional_config
@@ -307,7 +308,7 @@ def _install() -> None:
                 raise InputError(f"Expected true or false for {ONLY} in additional_config, found {only!r}.")
             self.ia3_only = only
             if only:
-                lora_config.max_lora_rank = 1  # the matrices are not used: as small as can be
+                lora_config.max_lora_rank = 1  # the matrices are not used, so make them as small as possible
             self.ia3_places = from_question.Places()
             self.ia3_texts: list[slice] = []
             super().__init__(*args, lora_config=lora_config, vllm_config=vllm_config, **kwargs)
@@ -326,7 +327,7 @@ def _install() -> None:
             super()._create_lora_modules()
 
         def ia3_layers(self) -> dict[str, Layer]:
-            """The layers that can be rescaled, in their whole width."""
+            """The layers that can be rescaled, with their full width."""
             kind = getattr(self.model.config.get_text_config(), "model_type", None)
             found = {}
             for path, module in self.modules.items():
@@ -344,7 +345,7 @@ def _install() -> None:
                 if len(parts) == 1:
                     widths = [sum(widths)]
                 elif len(parts) != len(widths):
-                    continue  # a part of several slices: whatever is for it is refused
+                    continue  # a part of several slices; vectors for it are refused
                 order = fused and len(parts) == 1 and kind not in _PLAIN_ORDER
                 found[path] = Layer(
                     parts, tuple(widths), base.input_size, bool(base.bias is not None and base.skip_bias_add), order
@@ -352,7 +353,7 @@ def _install() -> None:
             return found
 
         def ia3_place(self, vectors: dict[str, torch.Tensor], name: str) -> dict[str, Scales]:
-            """Each layer's share of an adapter's vectors, which are by the module's path in the base model."""
+            """An adapter's vectors for each layer, from vectors by module path in the base model."""
             mapper = getattr(self.model, "hf_to_vllm_mapper", None)
             if mapper is not None:
                 rename = mapper.get_rename_mapper()._map_name
@@ -367,7 +368,7 @@ def _install() -> None:
                 super()._add_adapter(lora)
 
         def activate_adapter(self, lora_id: int) -> bool:
-            activated = super().activate_adapter(lora_id)  # it resets the slot of each layer
+            activated = super().activate_adapter(lora_id)  # this resets the slot of each layer
             adapter = self._registered_adapters[lora_id]
             if activated and isinstance(adapter, IA3Adapter):
                 slot = self.lora_index_to_id.index(lora_id)
@@ -438,7 +439,7 @@ def _install() -> None:
             )
         return IA3Adapter(lora_request.lora_int_id, manager.ia3_place(vectors, name), name, config)
 
-    # Attributes of classes, where vLLM looks at each use; names of its modules are copied all over it.
+    # Replace attributes of classes, which vLLM looks up at each use. Names in its modules are copied to other modules.
     utils._all_lora_classes = tuple(
         type(each.__name__, (Rescaling, each), {}) if issubclass(each, BaseLinearLayerWithLoRA) else each
         for each in utils._all_lora_classes
