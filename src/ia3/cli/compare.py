@@ -148,8 +148,8 @@ def compare(
     missing = [str(count) for count in USUAL_SHOTS if counts is None and count not in drawn_shots]
     if missing and comparison.reads_examples:
         out.print(
-            f"No {' and no '.join(missing)} examples in context: there are {len(examples)} training examples, and "
-            f"shots must fit into the model's context with the longest test row.",
+            f"No {' and no '.join(missing)} examples in context: there are {len(examples)}, and they must fit "
+            f"into the model's context with the longest test row.",
             style="yellow",
             soft_wrap=True,
         )

@@ -57,7 +57,7 @@ def predict(
     ),
     adapters: str | None = typer.Option(
         None,
-        help="Several adapters answer each row: their names with commas between them, such as a,b; ADAPTER is then the folder of all adapters.",
+        help="Several adapters answer each row: their names, such as a,b; ADAPTER is then the folder of all adapters.",
         show_default=False,
     ),
     all_adapters: bool = typer.Option(

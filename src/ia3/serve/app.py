@@ -204,7 +204,7 @@ def _writer(part: UploadFile) -> Callable[[Path], Awaitable[None]]:
 def _add_classification(app: FastAPI, server: Server) -> None:
     @app.post("/v1/classify", tags=["answers"])
     async def classify(request: Request) -> Any:
-        """The label and all labels' probabilities, for each text or row, by one adapter or by several."""
+        """The label and all labels' probabilities, for each text or row, from one adapter or from each of several."""
         server.require_started()
         body = await read_body(request, ClassifyBody)
         note = request.scope["note"]
