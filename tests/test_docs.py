@@ -40,7 +40,7 @@ def test_every_block_is_named_once_and_run_here_or_by_ci():
         # Those of docs/serve.md run in serve/test_docs.py.
         "serve", "serve-classify", "serve-completions", "serve-openai", "serve-adapters", "serve-operation",
         "ia3.service", "Dockerfile",
-        "vllm-serve", "vllm-requests", "vllm-python", "vllm-classify",  # run by tests/with_vllm/test_server.py
+        "vllm-serve", "vllm-requests", "vllm-python", "vllm-question", "vllm-classify",  # run by tests/with_vllm/test_server.py
     }  # fmt: skip
 
 

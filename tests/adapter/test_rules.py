@@ -825,11 +825,8 @@ def of_two(base: nn.Module, feedforward: bool, **kwargs) -> IA3Layer:
 
 def mixed(layer: nn.Module, names, *args, **kwargs):
     routing = layer.routing
-    routing.rows = routing.gather(names, "ab")
-    try:
+    with routing.passing(routing.gather(names, "ab"), None):
         result = layer(*args, **kwargs)
-    finally:
-        routing.rows = None
     return result if isinstance(layer, Weights) else first(result)
 
 

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 import ia3
 from ia3 import AdapterBank, IA3Config, InputError, get_peft_model_state_dict

@@ -136,7 +136,7 @@ def test_answers_of_each_row_are_no_labels_of_an_encoder(ia3, place, tmp_path):
     options = {"model": place / "model", "task": tmp_path / "task.yaml", "data": tmp_path / "rows.jsonl"}
     code, out, err = ia3("train", "--json", **options, examples_per_label=0, output=tmp_path / "out")
     assert (code, out) == (2, "")
-    assert "take a generative model for answers that differ from row to row" in err.splitlines()[-1]
+    assert "use a generative model for answers that differ from row to row" in err.splitlines()[-1]
 
 
 def test_an_encoders_adapter_without_its_task(ia3, tmp_path):

@@ -140,6 +140,8 @@ class Adapted(nn.Module):
         found = resolve(self.model, peft_config, key_value_only)
         vector = {"ones": found.config.init_ia3_weights, "meta": low_cpu_mem_usage, "float32": autocast_adapter_dtype}
         insert(self.model, self.ia3_routing, adapter_name, found.targets, found.kept, **vector)
+        if found.config.acts_from == "question":
+            self.ia3_routing.from_question.add(adapter_name)
         vars(peft_config).update(vars(found.config))
         self.peft_config[adapter_name] = peft_config
 
@@ -167,6 +169,7 @@ class Adapted(nn.Module):
             raise InputError(f"Adapter {adapter_name!r} is merged into the weights; call unmerge_adapter() first.")
         remove(self.model, self.ia3_routing, adapter_name)
         del self.peft_config[adapter_name]
+        self.ia3_routing.from_question.discard(adapter_name)
         self.adapter_folders.pop(adapter_name, None)
         self._ia3_trainable.discard(adapter_name)
         if adapter_name in self.ia3_routing.active:

@@ -124,6 +124,7 @@ class IA3Model(Adapted):
     def _ia3_emptied(self) -> nn.Module:
         self.peft_config.clear()
         self.adapter_folders.clear()
+        self.ia3_routing.from_question.clear()
         self._ia3_trainable.clear()
         self.ia3_routing.attach(None, {})
         self.ia3_routing.switch(active=(), merged=())
@@ -355,15 +356,16 @@ class IA3Model(Adapted):
     def _ia3_passing(self) -> bool:
         """Whether a pass has to say more than the active adapters do, or stands within one that does."""
         routing = self.ia3_routing
-        return routing.rows is not None or routing.starts is not None or self.waits_for_question()
+        return routing.rows is not None or routing.starts is not None or routing.waits
 
     def waits_for_question(self, adapter_names: Sequence[str] | None = None) -> bool:
         """Whether one of these adapters, or of the active ones, acts from the question on alone (`IA3Config.acts_from`)."""
         routing = self.ia3_routing
+        if adapter_names is None:
+            return routing.waits
         if not routing.enabled or routing.merged:
             return False
-        names = routing.active if adapter_names is None else adapter_names
-        return any(self._ia3_acts_from(name) == "question" for name in dict.fromkeys(names))
+        return any(self._ia3_acts_from(name) == "question" for name in dict.fromkeys(adapter_names))
 
     def _ia3_acts_from(self, name: str) -> str | None:
         """As of `IA3Config`; None for no adapter's name."""
@@ -372,6 +374,7 @@ class IA3Model(Adapted):
         bank = self.ia3_routing.bank
         return None if bank is None or name == BASE else bank.acts_from(name)
 
+    @uncompiled
     def _ia3_places(
         self,
         names: Sequence[str] | None,

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
+from torch._dynamo.eval_frame import skip_code
 from torch.nn import functional as F
 
 from ia3.adapter.rows import BASE, Rows, Sides, Starts
@@ -184,6 +185,8 @@ class Routing:
         vectors: tables of the adapters whose vectors a forward pass multiplies by: none while some are merged.
         modules: tables of the adapters whose own copies of `modules_to_save` are used.
         bank: adapters that the layers do not hold themselves.
+        from_question: names of the adapters that act from the question on (`IA3Config.acts_from`).
+        waits: whether one of them is among those whose vectors act; compiled code looks at it, and not at names.
         rows: which adapter acts on which row, in this thread; None: the `vectors` and `modules` act on all.
         starts: from which place of each row on they act, in this thread; None: on all places.
     """
@@ -195,6 +198,7 @@ class Routing:
         self._local = _Local()
         self.bank: Bank | None = None
         self._banked: dict[str, int] = {}
+        self.from_question: set[str] = set()
         self.switch(active=(), enabled=True, merged=())
 
     # What a forward pass asks.
@@ -235,6 +239,8 @@ class Routing:
         finally:
             local.rows, local.starts = before
 
+    skip_code(passing.__wrapped__.__code__)  # type: ignore[attr-defined]  # dynamo compiles no generators
+
     def act_everywhere(self, *_: Any) -> None:
         """Let adapters act on all places from here on, as in passes behind the first one of a generation."""
         self._local.starts = None
@@ -252,6 +258,7 @@ class Routing:
         if merged is not None:
             self.merged = tuple(merged)
         vectors, modules = self._acting
+        self.waits = not self.from_question.isdisjoint(vectors)
         self.vectors: Sequence[Any] = tuple(self._table(name) for name in vectors)
         self.modules: Sequence[Any] = tuple(self._table(name) for name in modules)
 

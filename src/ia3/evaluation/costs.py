@@ -198,6 +198,7 @@ def example_flops(
     try:
         with evaluating(model):  # restores the modes afterwards
             model.train()  # sharing of prefixes depends on it
+            scorer.foresee([question for questions in steps for question in questions])
             for questions in steps:  # the test whether packing and sharing are exact runs once, not in each step
                 for _ in scorer.training_batches(questions):
                     pass
