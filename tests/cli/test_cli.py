@@ -501,7 +501,11 @@ class TestAdapterFolders:
         import huggingface_hub
 
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args, **kwargs: pytest.fail("asked the hub"))
-        self.fails(ia3, place / "adaptr", f"Can't find the folder 'adaptr' in '{place}'; there are 'adapter', 'for-peft', 'model'")
+        self.fails(
+            ia3,
+            place / "adaptr",
+            f"Can't find the folder 'adaptr' in '{place}'; there are 'adapter', 'for-peft', 'model'",
+        )
 
     def test_that_are_not_there(self, ia3, tmp_path):
         self.fails(ia3, tmp_path / "nowhere", "nowhere")

@@ -213,7 +213,8 @@ def example_flops(
                         loss = tfew_loss(scorer.log_probs(batch), batch["mask"], batch["label"], **recipe.loss_weights)
                         loss.total.backward()
         seen = sum(map(len, steps))
-        return ExampleFlops(reading.get_total_flops() / seen, counter.get_total_flops() / seen)
+        texts = len({question.text for questions in steps for question in questions})
+        return ExampleFlops(reading.get_total_flops() / texts, counter.get_total_flops() / seen)
     finally:
         model.zero_grad()
         for parameter in frozen:
