@@ -479,7 +479,7 @@ def test_a_layer_that_stops_gradients_is_named(tmp_path):
     tiny.build("llama").save_pretrained(tmp_path)
     config = transformers.TorchAoConfig(ao.Int8DynamicActivationInt8WeightConfig())
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
-    with pytest.warns(UserWarning, match=r"14 modules .* pass(es)? no gradients on, such as 'model.layers.0"):
+    with pytest.warns(UserWarning, match=r"14 modules .* pass(es)? no gradients, such as 'model.layers.0"):
         model = tiny.adapt("llama", ia3, base=base)
     assert torch.isfinite(tiny.logits(model, "llama")).all()
 

@@ -105,7 +105,8 @@ def fill(family: Decoder, cache: DynamicCache, ids: torch.Tensor, **inputs: Any)
     known = inspect.signature(family.base.forward).parameters
     if "past_key_values" not in known:
         return None
-    options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+    # As an index, which gathers: the slice that a number gives is multiplied row by row (see `last_logits`).
+    options: dict[str, Any] = {"logits_to_keep": torch.tensor([-1])} if "logits_to_keep" in known else {}
     length = cache.get_seq_length() + ids.shape[1]
     try:
         family.model(input_ids=ids, past_key_values=cache, use_cache=True, return_dict=True, **inputs, **options)

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
     from ia3.adapter.model import IA3Model
 
+# As an index, not a number: the slice that a number gives is not contiguous, and bfloat16 products of such are slow.
+_LAST = torch.tensor([-1])
+
 # Texts with at most this many tokens are generated together, whatever their lengths.
 _SHORT = 256
 
@@ -311,7 +314,7 @@ class Decoder:
     def _read(self, kind: str, group: _Group, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Read tokens with the model; `mask` is the group's mask with them. Return the next logits (R, vocabulary)."""
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        options: dict[str, Any] = {"position_ids": positions, "logits_to_keep": 1, "past_key_values": group.cache}
+        options: dict[str, Any] = {"position_ids": positions, "logits_to_keep": _LAST, "past_key_values": group.cache}
         names = [text.job.adapter or BASE for text in group.texts]
         with torch.inference_mode():
             found = self._model(
