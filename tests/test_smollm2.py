@@ -66,14 +66,18 @@ def test_the_main_job(smollm2, tmp_path, capsys):
     assert metrics["test_rows"] == 24 and metrics["train_examples"] == 32
     assert os.path.getsize(tmp_path / "adapter" / "adapter_model.safetensors") == metrics["adapter_bytes"] < 250_000
 
+    # The kind of adapter that acts on the whole text, in float32, whose scores are compared to four digits.
+    exact = ("--dtype", "float32")
+    start = ("--acts-from", "start", *exact)
+    ia3("train", "--steps", 6, "--test-rows", 0, *start, "--output", tmp_path / "for-peft")
     texts = ["Best coffee that I ever had, five stars!", "Stale, and half of the cans were dented."]
-    found = json.loads(ia3("predict", tmp_path / "adapter", *texts, "--json"))
-    ia3("merge", tmp_path / "adapter", "--output", tmp_path / "merged")
-    task = Task.from_file(tmp_path / "adapter" / "task.yaml")
+    found = json.loads(ia3("predict", tmp_path / "for-peft", *texts, *exact, "--json"))
+    ia3("merge", tmp_path / "for-peft", "--output", tmp_path / "merged")
+    task = Task.from_file(tmp_path / "for-peft" / "task.yaml")
     rows = [{"review": text} for text in texts]
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    by_peft = peft.PeftModel.from_pretrained(smollm2[0], tmp_path / "adapter").eval()
+    by_peft = peft.PeftModel.from_pretrained(smollm2[0], tmp_path / "for-peft").eval()
     for model in (merged, by_peft):
         for ours, theirs in zip(found, predict(model, tokenizer, task, rows), strict=True):
             assert ours["label"] == theirs.label
