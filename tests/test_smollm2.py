@@ -69,7 +69,7 @@ def test_the_main_job(smollm2, tmp_path, capsys):
     # The kind of adapter that acts on the whole text, in float32, whose scores are compared to four digits.
     exact = ("--dtype", "float32")
     start = ("--acts-from", "start", *exact)
-    ia3("train", "--steps", 6, "--test-rows", 0, *start, "--output", tmp_path / "for-peft")
+    ia3("train", "--steps", 3, "--test-rows", 8, *start, "--output", tmp_path / "for-peft")
     texts = ["Best coffee that I ever had, five stars!", "Stale, and half of the cans were dented."]
     found = json.loads(ia3("predict", tmp_path / "for-peft", *texts, *exact, "--json"))
     ia3("merge", tmp_path / "for-peft", "--output", tmp_path / "merged")
