@@ -55,9 +55,21 @@ class SharedLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The beginning's keys and values before these, in each row."""
-        rows = key_states.shape[0]
-        keys, values = (shared.expand(rows, -1, -1, -1) for shared in (self.keys, self.values))
-        return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
+        return joined(self.keys, key_states), joined(self.values, value_states)
+
+
+def joined(before: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """Keys or values (B, heads, L, width) behind those (1 or B, heads, S, width) of a text that was read before."""
+    return torch.cat([before.expand(len(own), -1, -1, -1), own], dim=-2)
+
+
+def continued(before: DynamicCache | None, rows: int = 1) -> DynamicCache:
+    """A cache of `DynamicLayer`s that goes on from one of a single row, for so many rows; None: an empty one."""
+    cache = DynamicCache()
+    for number, layer in enumerate([] if before is None else before.layers):
+        keys, values = (one.expand(rows, -1, -1, -1) for one in (layer.keys, layer.values))  # type: ignore[union-attr]
+        cache.update(keys, values, number)
+    return cache
 
 
 def read(
@@ -74,9 +86,7 @@ def read(
     Returns:
         None for a model that keeps no keys and values, or something else.
     """
-    cache = DynamicCache()
-    for number, layer in enumerate([] if before is None else before.layers):
-        cache.update(layer.keys, layer.values, number)  # type: ignore[arg-type]
+    cache = continued(before)
     ids = torch.tensor([list(tokens)[cache.get_seq_length() :]], device=next(family.model.parameters()).device)
     names = None if adapter is None else [adapter]
     if waits_for_question(family.model, names):
@@ -84,14 +94,14 @@ def read(
             filled = fill(family, cache, ids)
     else:
         filled = fill(family, cache, ids, **({} if names is None else {"adapter_names": names}))
-    if filled is None:
+    if not filled:
         return None
-    filled.layers = [SharedLayer(layer.keys, layer.values) for layer in filled.layers]  # type: ignore[union-attr]
-    return filled
+    cache.layers = [SharedLayer(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[union-attr]
+    return cache
 
 
-def fill(family: Decoder, cache: DynamicCache, ids: torch.Tensor, **inputs: Any) -> DynamicCache | None:
-    """A cache that a pass through the model has put the keys and values of tokens (B, L) into, behind those it had.
+def fill(family: Decoder, cache: DynamicCache, ids: torch.Tensor, **inputs: Any) -> bool:
+    """Put the keys and values of tokens (B, L) into a cache, behind those it has, by a pass through the model.
 
     Args:
         family: of the model.
@@ -100,34 +110,45 @@ def fill(family: Decoder, cache: DynamicCache, ids: torch.Tensor, **inputs: Any)
         **inputs: other arguments of the model.
 
     Returns:
-        None for a model that keeps no keys and values, or something else.
+        Whether the cache now has them: False for a model that keeps no keys and values, or something else.
     """
     known = inspect.signature(family.base.forward).parameters
     if "past_key_values" not in known:
-        return None
+        return False
     # As an index, which gathers: the slice that a number gives is multiplied row by row (see `last_logits`).
     options: dict[str, Any] = {"logits_to_keep": torch.tensor([-1])} if "logits_to_keep" in known else {}
     length = cache.get_seq_length() + ids.shape[1]
     try:
         family.model(input_ids=ids, past_key_values=cache, use_cache=True, return_dict=True, **inputs, **options)
-        whole = bool(cache.layers) and all(
+        return bool(cache.layers) and all(
             type(layer) is DynamicLayer and layer.get_seq_length() == length for layer in cache.layers
         )
     except Exception as error:  # a model with another kind of cache says so in its own way
         logger.info("%s: its cache is of another kind (%s).", type(family.base).__name__, reason(error))
-        whole = False
-    return cache if whole else None
+        return False
 
 
-def packed_behind(family: Decoder, questions: Sequence[Question], cache: DynamicCache) -> Batch:
-    """A packed row for each question, which goes on from S tokens: `attention_mask` (B, 1, L, S + L), positions from S on."""
-    before = cache.get_seq_length()
+def packed_behind(
+    family: Decoder, questions: Sequence[Question], cache: DynamicCache, sizes: Sequence[int] | None = None
+) -> Batch:
+    """A packed row for each question, which goes on from S tokens: `attention_mask` (B, 1, L, S + L), positions from S on.
+
+    Args:
+        family: of the model.
+        questions: B of them, without the tokens.
+        cache: the tokens' keys and values.
+        sizes: how many of its S places each row's tokens take, the first ones; None: all.
+    """
+    length = cache.get_seq_length()
     batch = family.pack(questions)
     mask = batch["attention_mask"]
+    taken = torch.tensor([length] * len(mask) if sizes is None else sizes)[:, None]
+    before = torch.zeros((len(mask), length), dtype=mask.dtype)
+    before.masked_fill_(torch.arange(length) >= taken, torch.finfo(mask.dtype).min)
     return {
         **batch,
-        "attention_mask": torch.cat([torch.zeros((*mask.shape[:3], before), dtype=mask.dtype), mask], dim=-1),
-        "position_ids": batch["position_ids"] + before,
+        "attention_mask": torch.cat([before[:, None, None].expand(*mask.shape[:3], length), mask], dim=-1),
+        "position_ids": batch["position_ids"] + taken,
         "past_key_values": cache,
     }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,13 +19,21 @@ from ia3.adapter.targets import inside_wrappers
 from ia3.errors import InputError
 from ia3.files import parse_bytes
 from ia3.scoring.batch import Batch, groups, groups_of_sizes, padded, pass_tokens, training_groups
-from ia3.scoring.beginning import common_tokens, fill, is_exact_behind, may_continue, pays, room_behind
+from ia3.scoring.beginning import (
+    common_tokens,
+    continued,
+    fill,
+    is_exact_behind,
+    joined,
+    may_continue,
+    packed_behind,
+    pays,
+    room_behind,
+)
 from ia3.scoring.decoder import Decoder
 from ia3.scoring.family import Family, evaluating, frozen
 from ia3.scoring.question import Question, row_length
 from ia3.scoring.trials import Size, judged, size_of, verdicts_of
-
-logger = logging.getLogger(__name__)
 
 MEMORY = "2GiB"
 """What readings take at most, where nobody says how much."""
@@ -52,7 +59,7 @@ class Reading:
 class TextsLayer(DynamicLayer):
     """A layer's keys and values of texts, one for each row of a batch, which the row has before its own.
 
-    Rows are padded on the right, as `Readings.rows` masks them. What a batch adds is handed back and not kept, and memory
+    Rows are padded on the right, as `rows_behind` has them masked. What a batch adds is handed back and not kept, and memory
     holds one layer's padded keys and values at a time.
     """
 
@@ -73,13 +80,8 @@ class TextsLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The texts' keys and values before these, in each row."""
-        before = (pad_sequence(texts, batch_first=True).transpose(1, 2) for texts in self._texts)
-        rows = len(key_states)
-        keys, values = (
-            torch.cat([its.expand(rows, -1, -1, -1), own], dim=-2)
-            for its, own in zip(before, (key_states, value_states), strict=True)
-        )
-        return keys, values
+        keys, values = (pad_sequence(texts, batch_first=True).transpose(1, 2) for texts in self._texts)
+        return joined(keys, key_states), joined(values, value_states)
 
 
 class Readings:
@@ -255,16 +257,13 @@ def read_texts(family: Decoder, texts: Sequence[Text]) -> dict[Text, Reading] | 
     size = size if pays(size, len(texts)) else 0
     with evaluating(family.model), frozen(family.model), torch.no_grad():
         start = DynamicCache()
-        if size and fill(family, start, torch.tensor([texts[0][:size]], device=device)) is None:
+        if size and not fill(family, start, torch.tensor([texts[0][:size]], device=device)):
             return None
         for group in groups_of_sizes([(len(text) - size, 0) for text in texts], pass_tokens(family.model)):
             # Without a mask: no token sees the padding behind it, and attention is faster so.
             ids, _ = padded([texts[i][size:] for i in group], family.pad_token_id)
-            cache = DynamicCache()
-            for number, layer in enumerate(start.layers):
-                keys, values = (one.expand(len(group), -1, -1, -1) for one in (layer.keys, layer.values))  # type: ignore[union-attr]
-                cache.update(keys, values, number)
-            if fill(family, cache, ids.to(device)) is None:
+            cache = continued(start, len(group))
+            if not fill(family, cache, ids.to(device)):
                 return None
             for row, index in enumerate(group):
                 length = len(texts[index])
@@ -277,19 +276,9 @@ def read_texts(family: Decoder, texts: Sequence[Text]) -> dict[Text, Reading] | 
 
 
 def rows_behind(family: Decoder, questions: Sequence[Question], readings: Sequence[Reading]) -> Batch:
-    """A packed row for each question, which goes on from its text of S tokens at most: `attention_mask` (B, 1, L, S + L)."""
-    sizes = torch.tensor([question.read for question in questions])
-    length = int(sizes.max())
-    batch = family.pack([question.behind(question.read) for question in questions])
-    mask = batch["attention_mask"]
-    before = torch.zeros((len(mask), length), dtype=mask.dtype)
-    before.masked_fill_(torch.arange(length) >= sizes[:, None], torch.finfo(mask.dtype).min)
+    """A packed row for each question, which goes on from its own text; see `packed_behind`."""
+    sizes = [question.read for question in questions]
     cache = DynamicCache()
-    layers: Any = [TextsLayer(readings, number, length) for number in range(len(readings[0].layers))]
+    layers: Any = [TextsLayer(readings, number, max(sizes)) for number in range(len(readings[0].layers))]
     cache.layers = layers
-    return {
-        **batch,
-        "attention_mask": torch.cat([before[:, None, None].expand(*mask.shape[:3], length), mask], dim=-1),
-        "position_ids": batch["position_ids"] + sizes[:, None],
-        "past_key_values": cache,
-    }
+    return packed_behind(family, [question.behind(question.read) for question in questions], cache, sizes)

@@ -22,7 +22,7 @@ from ia3.scoring.batch import (
     to_device,
     training_groups,
 )
-from ia3.scoring.beginning import beginnings
+from ia3.scoring.beginning import Beginning, beginnings
 from ia3.scoring.decoder import Decoder
 from ia3.scoring.families import family_of
 from ia3.scoring.family import evaluating
@@ -210,13 +210,9 @@ class Scorer:
         if prefix is not None:
             yield from prefix.batches(self.family, questions, batch_tokens)
             return
-        apart, readings = self._apart(questions)
-        if readings is not None and isinstance(self.family, Decoder):
-            for group, batch in readings.batches(self.family, [questions[i] for i in apart], batch_tokens):
-                yield [apart[i] for i in group], batch
-        left = sorted({*range(len(questions))} - {*apart})
-        for indices, beginning in beginnings(self.family, [questions[i] for i in left]):
-            indices = [left[i] for i in indices]
+        left, behind_texts = self._behind_texts(questions, batch_tokens)
+        yield from behind_texts
+        for indices, beginning in self._beginnings(questions, left):
             some = [questions[i] for i in indices]
             if beginning is None:
                 self._try_packing(some)
@@ -226,6 +222,25 @@ class Scorer:
             some = beginning.behind(some)
             for group in groups(some, beginning.room(some, batch_tokens)):
                 yield [indices[i] for i in group], beginning.packed([some[i] for i in group])
+
+    def _behind_texts(
+        self, questions: Sequence[Question], batch_tokens: int, training: bool = False
+    ) -> tuple[list[int], Iterator[tuple[list[int], Batch]]]:
+        """Batches of questions that are asked of what was read of their texts, and the indices of the others."""
+        apart, readings = self._apart(questions)
+        if readings is None or not isinstance(self.family, Decoder):
+            return [*range(len(questions))], iter(())
+        some = [questions[i] for i in apart]
+        made = readings.batches(self.family, some, batch_tokens, training)
+        left = sorted({*range(len(questions))} - {*apart})
+        return left, (([apart[i] for i in group], batch) for group, batch in made)
+
+    def _beginnings(
+        self, questions: Sequence[Question], indices: Sequence[int]
+    ) -> Iterator[tuple[list[int], Beginning | None]]:
+        """`beginnings` of some of the questions."""
+        for group, beginning in beginnings(self.family, [questions[i] for i in indices]):
+            yield [indices[i] for i in group], beginning
 
     def _apart(self, questions: Sequence[Question]) -> tuple[list[int], Readings | None]:
         """Questions that are asked of what was read of their texts, as indices, and where that is."""
@@ -250,14 +265,9 @@ class Scorer:
         all: gradients add up in the same order.
         """
         batch_tokens = pass_tokens(self.model)
-        apart, readings = self._apart(questions)
-        if readings is not None and isinstance(self.family, Decoder):
-            some = [questions[i] for i in apart]
-            for group, batch in readings.batches(self.family, some, batch_tokens, training=True):
-                yield [apart[i] for i in group], batch
-        left = sorted({*range(len(questions))} - {*apart})
-        for indices, beginning in beginnings(self.family, [questions[i] for i in left]):
-            indices = [left[i] for i in indices]
+        left, behind_texts = self._behind_texts(questions, batch_tokens, training=True)
+        yield from behind_texts
+        for indices, beginning in self._beginnings(questions, left):
             some = [questions[i] for i in indices]
             if beginning is None:
                 self._try_packing(some)

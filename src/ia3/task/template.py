@@ -113,6 +113,13 @@ def _compiled_question(source: str) -> jinja2.Template | None:
     return _ENVIRONMENT.compiled(_tree_of(behind)) if behind else None
 
 
+@functools.lru_cache(maxsize=1024)
+def _question(source: str, answers: tuple[str, ...]) -> str:
+    """`Template.question`, once for all rows that have the same answers."""
+    behind = _compiled_question(source)
+    return "" if behind is None else _render(behind, {}, answer_choices=list(answers)).rstrip()
+
+
 def _tree_of(nodes: list[jinja2.nodes.Node]) -> jinja2.nodes.Template:
     return jinja2.nodes.Template(nodes, lineno=1)
 
@@ -370,8 +377,7 @@ class Template(BaseModel):
 
     def question(self, answers: Iterable[str] = ()) -> str:
         """What a prompt ends in behind the last that it takes of a row: "…?" of "{{ text }} …?". Arguments as of `fill`."""
-        behind = _compiled_question(self.prompt)
-        return "" if behind is None else _render(behind, {}, answer_choices=list(answers)).rstrip()
+        return _question(self.prompt, tuple(answers))
 
     def right_answer(self, row: Row, answers: Iterable[str]) -> str:
         """The right answer's text, if the template says it; arguments and errors are those of `fill`."""
