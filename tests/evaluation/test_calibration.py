@@ -16,6 +16,7 @@ from ia3 import (
     IA3Model,
     InputError,
     Prediction,
+    Readings,
     Recipe,
     Task,
     cross_validate,
@@ -156,6 +157,12 @@ class TestPredict:
 
 class TestCrossValidation:
     TASK = Task(template="review : {{ text }} answer :", choices={"pos": "good", "neg": "not good"})
+
+    def test_all_folds_share_the_readings_that_are_given(self, tmp_path):
+        rows = [{"text": f"{row['text']} and the tea", "label": row["label"]} for row in words.rows(8)]
+        recipe, readings = Recipe.small().changed(steps=2), Readings()
+        cross_validate(adapted(), words.tokenizer(), self.TASK, rows, recipe, 2, output_dir=tmp_path, readings=readings)
+        assert readings.read == len({row["text"] for row in rows})
 
     def test_each_row_is_predicted_by_an_adapter_that_has_not_seen_it(self, tmp_path, monkeypatch):
         from ia3.training import trainer

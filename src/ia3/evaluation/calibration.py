@@ -218,7 +218,7 @@ def cross_validate(
     names = list(itertools.islice(free, folds))
     base = base_of(model)
     config = {"task_type": task_type(base), "acts_from": recipe.place(base, task)}
-    readings = readings or Readings()
+    readings = Readings() if readings is None else readings
     by_fold = [names[fold] for fold in each]
     added: list[str] = []
     with _kept_as_it_is(model):
