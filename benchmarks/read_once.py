@@ -119,7 +119,7 @@ def many_part(options: argparse.Namespace) -> dict[str, Any]:
     """Many adapters on one text, against as many rows in mixed batches."""
     base, tokenizer = load_base(options.model, dtype=options.dtype)
     model = IA3Model(base, {"asks": IA3Config(task_type="CAUSAL_LM", acts_from="question")}).eval()
-    entries = get_peft_model_state_dict(model)
+    entries = get_peft_model_state_dict(model, adapter_name="asks")
     names = [f"a{number}" for number in range(options.adapters)]
     chance = random.Random(0)
     text, tail = (chance.choices(range(1000, 20000), k=size) for size in (TEXT, TAIL))
@@ -155,7 +155,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--parts", default=",".join(PARTS))
     options = parser.parse_args()
-    print(json.dumps({name: PARTS[name](options) for name in options.parts.split(",")}, indent=2))
+    for name in options.parts.split(","):
+        print(json.dumps({name: PARTS[name](options)}, indent=2), flush=True)
 
 
 if __name__ == "__main__":
