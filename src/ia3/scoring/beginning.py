@@ -119,7 +119,9 @@ def fill(family: Decoder, cache: DynamicCache, ids: torch.Tensor, **inputs: Any)
     options: dict[str, Any] = {"logits_to_keep": torch.tensor([-1])} if "logits_to_keep" in known else {}
     length = cache.get_seq_length() + ids.shape[1]
     try:
-        found = family.model(input_ids=ids, past_key_values=cache, use_cache=True, return_dict=True, **inputs, **options)
+        found = family.model(
+            input_ids=ids, past_key_values=cache, use_cache=True, return_dict=True, **inputs, **options
+        )
         filled = bool(cache.layers) and all(
             type(layer) is DynamicLayer and layer.get_seq_length() == length for layer in cache.layers
         )

@@ -308,9 +308,7 @@ class Scorer:
         if not self.family.reads_answers:
             raise InputError(f"Expected a language model, found a {type(self.family.base).__name__}.")
         # Of the answers, no more than a place to ask at.
-        asked = [
-            replace(one, choices=[one.choices[0][:1]], label=None, adapter=None, order=None) for one in questions
-        ]
+        asked = [replace(one, choices=[one.choices[0][:1]], label=None, adapter=None, order=None) for one in questions]
         results: list[torch.Tensor] = [torch.empty(0)] * len(asked)
         with evaluating(self.model), frozen(self.model), torch.no_grad():
             apart, readings = self._apart(asked)
