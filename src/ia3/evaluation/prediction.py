@@ -230,20 +230,14 @@ def _scored(
         some = scorer.questions([wordings[index] for index in indices], False, long_prompts, prefix)
         by_index.update(zip(indices, some, strict=True))
     questions = [by_index[index] for index in range(len(wordings))]
-    # A row is done when it has been asked last.
     asks = [index for index, its in enumerate(opinions) if its.vectors]
-    heads = [index for index, its in enumerate(opinions) if its.fitted is not None]
-    if heads and prefix is not None:
+    # A row is done when it has been asked last.
+    alone = {index for index, its in enumerate(opinions) if not its.vectors}
+    by_head = _by_head(
+        scorer, questions, opinions, lambda done: on_progress and on_progress([*alone.intersection(done)])
+    )
+    if by_head and prefix is not None:
         raise InputError("Expected vectors alone behind a prefix, found a head.")
-    alone = set(heads) - set(asks)
-    said: dict[int, dict[str, float]] = {}
-    if heads:
-        report = on_progress and (lambda done: on_progress([i for i in (heads[k] for k in done) if i in alone]))
-        states = scorer.states([questions[index] for index in heads], report).numpy()
-        for index, row in zip(heads, states, strict=True):
-            head = opinions[index].fitted
-            assert head is not None
-            said[index] = dict(zip(head.labels, head.log_probs(row[None])[0].tolist(), strict=True))
     powers = [recipes[index].length_normalization for index in asks]
     scores = scorer.score(
         [questions[index] for index in asks],
@@ -256,5 +250,28 @@ def _scored(
     found = []
     for index, (wording, its) in enumerate(zip(wordings, opinions, strict=True)):
         values = by_vectors[index].tolist() if index in by_vectors else [0.0] * len(wording.answers)
-        found.append(its.together(dict(zip(wording.answers, values, strict=True)), said.get(index)))
+        found.append(its.together(dict(zip(wording.answers, values, strict=True)), by_head.get(index)))
+    return found
+
+
+def _by_head(
+    scorer: Scorer, questions: Sequence[Question], opinions: Sequence[Opinions], on_progress: Callable[[list[int]], Any]
+) -> dict[int, dict[str, float]]:
+    """Index of a row whose opinions have a head → label → log-probability. What is asked twice is read once."""
+    same: dict[tuple[int, ...], list[int]] = {}
+    for index, (question, its) in enumerate(zip(questions, opinions, strict=True)):
+        if its.fitted is not None:
+            same.setdefault((question.read, *question.prompt), []).append(index)
+    groups = list(same.values())
+    if not groups:
+        return {}
+    found = {}
+    states = scorer.states(
+        [questions[its[0]] for its in groups], lambda done: on_progress([i for group in done for i in groups[group]])
+    )
+    for its, row in zip(groups, states.numpy(), strict=True):
+        for index in its:
+            head = opinions[index].fitted
+            assert head is not None
+            found[index] = dict(zip(head.labels, head.log_probs(row[None])[0].tolist(), strict=True))
     return found

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy.special import log_softmax
 
-from ia3.errors import InputError, brief, excerpt, shown
+from ia3.errors import InputError, brief, excerpt
 
 _STRENGTH = 10.0
 """Inverse strength of the penalty, scikit-learn's `C`, on features of length 1 on average."""

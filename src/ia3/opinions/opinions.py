@@ -17,8 +17,11 @@ from ia3.opinions.head import Head
 
 VECTORS, HEAD = "vectors", "head"
 
-# Weights are pulled to this one, as strongly as a few rows would: opinions of one model err together.
-_USUAL, _SPREAD = 0.8, 0.7
+USUAL = 0.8
+"""The weight of an opinion where nothing is known: below 1, for those of one model err together."""
+
+# How far the logarithms of weights are from that.
+_SPREAD = 0.7
 
 # A sum has to be better than its best part by so many nats a row, or the part answers alone.
 _GAIN = 0.005
@@ -96,7 +99,7 @@ class Opinions(BaseModel):
 def weigh(held_out: Mapping[str, np.ndarray], y: Sequence[int]) -> dict[str, float]:
     """Weights with the lowest log-loss on rows that no opinion was formed on.
 
-    A logarithmic opinion pool: weights above 0, their logarithms pulled to a usual one (see `_USUAL`). The best opinion
+    A logarithmic opinion pool: weights above 0, their logarithms pulled to a usual one (see `USUAL`). The best opinion
     alone, if the others add nothing.
 
     Args:
@@ -112,10 +115,10 @@ def weigh(held_out: Mapping[str, np.ndarray], y: Sequence[int]) -> dict[str, flo
 
         def loss(logs: np.ndarray) -> float:
             log_probs = log_softmax(np.tensordot(np.exp(logs), parts, 1), axis=1)
-            pulled = ((logs - math.log(_USUAL)) / _SPREAD) ** 2 / 2
+            pulled = ((logs - math.log(USUAL)) / _SPREAD) ** 2 / 2
             return float(-log_probs[rows, list(y)].sum() + pulled.sum())
 
-        found = minimize(loss, np.full(len(names), math.log(_USUAL)), method="Nelder-Mead")
+        found = minimize(loss, np.full(len(names), math.log(USUAL)), method="Nelder-Mead")
         return loss(found.x), dict(zip(names, np.exp(found.x).tolist(), strict=True))
 
     together = fitted(list(held_out))
