@@ -14,9 +14,7 @@ from ia3.adapter.stored import (
     CALIBRATION_NAME,
     CARD_MARK,
     CARD_NAME,
-    HEAD_NAME,
     METRICS_NAME,
-    OPINIONS_NAME,
     RECIPE_NAME,
     SEEN,
     TASK_NAME,
@@ -114,9 +112,7 @@ def save_trained(
         results = {**results, "calibration": calibration.model_dump()}
         texts[CALIBRATION_NAME] = calibration.to_json()
     if opinions is not None:
-        texts[OPINIONS_NAME] = opinions.to_json()
-        if opinions.fitted is not None:
-            texts[HEAD_NAME] = opinions.fitted.to_bytes()
+        texts |= opinions.files()
     card = functools.partial(_model_card, folder, task, recipe)
     seen = {SEEN: [task.fingerprint(row) for row in examples]}
     results = save_measured(folder, model, adapter, recipe, {**results, **seen}, card, texts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import warnings
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ _SURENESS = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
 _USUAL, _SPREAD = 1.4, 0.7
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Head:
     """A linear classifier on hidden states of some places.
 
@@ -110,69 +111,109 @@ def fit_head(
     Args:
         states: (N, places, width), as `Scorer.states` gives them.
         labels: the label of each row, of at least two.
-        folds: the fold of each row, from 0 (see `fold_of_each`); None: no cross-validation, and places at even distances.
+        folds: the fold of each row, from 0 (see `fold_of_each`); None: no cross-validation.
 
     Returns:
-        The head; and with folds what held-out rows were given, log-probabilities (N, K) by regressions, places and a
-        number that were chosen without them. Its labels are in alphabetical order.
+        The head; and with folds what held-out rows are given, log-probabilities (N, K): regressions and places were chosen
+        without them. Without folds, or with two, places are taken at even distances. Labels are in alphabetical order.
     """
     names = sorted(set(labels))
     y = np.array([names.index(label) for label in labels])
-    states = states.astype(np.float64)
     step = -(-states.shape[1] // next((most for work, most in _TRIED if len(y) * len(names) <= work), 4))
-    # From the last layers on, which are close to the answer.
+    # From the last layer on, which is closest to the answer.
     tried = list(range(states.shape[1] - 1, -1, -step))[::-1]
-    if folds is None:
-        chosen, sureness, held_out = tried[:: max(1, len(tried) // _BEST)][-_BEST:], _USUAL, None
-    else:
-        of_each = np.asarray(folds)
-        found = np.stack([_held_out(states[:, place], y, len(names), of_each) for place in tried])
-        losses = -found[:, np.arange(len(y)), y]
-        held_out = np.zeros(found.shape[1:])
-        for fold in np.unique(of_each):
-            others = of_each != fold
-            held_out[~others] = found[_best(losses[:, others])][:, ~others].mean(0)
+    features = [_Features(states[:, place]) for place in tried]
+    chosen, sureness, held_out = list(range(len(tried)))[:: max(1, len(tried) // _BEST)][-_BEST:], _USUAL, None
+    if folds is not None:
+        held_out, chosen = _held_out(features, y, len(names), np.asarray(folds), chosen)
         sureness = _sureness(held_out, y)
         held_out = log_softmax(held_out * sureness, axis=1)
-        chosen = [tried[index] for index in sorted(_best(losses))]
-    fitted = [_fit(states[:, place], y, len(names)) for place in chosen]
+    fitted = [features[index].classifier(y, len(names)) for index in chosen]
     weight = np.stack([weight for weight, _ in fitted], axis=1) * sureness / len(chosen)
     bias = np.stack([bias for _, bias in fitted]).sum(0) * sureness / len(chosen)
-    head = Head(tuple(names), tuple(chosen), weight.astype(np.float32), bias.astype(np.float32), of=states.shape[1])
+    places = tuple(tried[index] for index in chosen)
+    head = Head(tuple(names), places, weight.astype(np.float32), bias.astype(np.float32), states.shape[1])
     return head, held_out
 
 
-def _best(losses: np.ndarray) -> np.ndarray:
-    """The places with the lowest mean loss (places, rows)."""
-    return np.argsort(losses.mean(1), kind="stable")[:_BEST]
+class _Features:
+    """A place's hidden states (N, width), standardized, and turned so that there are no more features than rows.
+
+    A penalized regression is the same in any rotation of its features.
+    """
+
+    def __init__(self, states: np.ndarray) -> None:
+        states = states.astype(np.float64)
+        self._mean, self._scale = states.mean(0), (states.std(0) + 1e-6) * np.sqrt(states.shape[1])
+        rotated, sizes, self._back = np.linalg.svd((states - self._mean) / self._scale, full_matrices=False)
+        self.values = rotated * sizes
+
+    def classifier(self, y: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Weights (K, width) and biases (K,) on the states as they are, of a regression on all rows."""
+        weight, bias = _regression(self.values, y, count)
+        weight = weight @ self._back / self._scale
+        return weight, bias - weight @ self._mean
 
 
-def _fit(features: np.ndarray, y: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Weights (K, width) and biases (K,) on features as they are; a label without rows gets none, and a low bias."""
+def _regression(values: np.ndarray, y: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Weights (K, features) and biases (K,); a label without rows gets no weights, and a low bias."""
     from sklearn.linear_model import LogisticRegression
 
-    mean, scale = features.mean(0), (features.std(0) + 1e-6) * np.sqrt(features.shape[1])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of regressions that have not converged to the last digit
-        model: Any = LogisticRegression(C=_STRENGTH, max_iter=200).fit((features - mean) / scale, y)
-    weight, bias = model.coef_, model.intercept_
-    if len(model.classes_) == 2:  # scikit-learn has one row for two labels
-        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
-    weight = weight / scale
-    bias = bias - weight @ mean
-    whole, low = np.zeros((count, features.shape[1])), np.full(count, bias.min() - np.log(len(y) + 1))
-    whole[model.classes_], low[model.classes_] = weight, bias
+    whole, low = np.zeros((count, values.shape[1])), np.zeros(count)
+    labels = np.unique(y)
+    if len(labels) > 1:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of regressions that have not converged to the last digit
+            model: Any = LogisticRegression(C=_STRENGTH, max_iter=200).fit(values, y)
+        weight, bias = model.coef_, model.intercept_
+        if len(labels) == 2:  # scikit-learn has one row for two labels
+            weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+        whole[labels], low[labels] = weight, bias
+    low[np.setdiff1d(np.arange(count), labels)] = low.min() - np.log(len(y) + 1)
     return whole, low
 
 
-def _held_out(features: np.ndarray, y: np.ndarray, count: int, folds: np.ndarray) -> np.ndarray:
-    """The log-probabilities (N, K) of each fold's rows by a regression on the others."""
-    found = np.zeros((len(y), count))
-    for fold in np.unique(folds):
-        rest = folds != fold
-        weight, bias = _fit(features[rest], y[rest], count)
-        found[~rest] = log_softmax(features[~rest] @ weight.T + bias, axis=1)
-    return found
+def _held_out(
+    features: Sequence[_Features], y: np.ndarray, count: int, folds: np.ndarray, even: list[int]
+) -> tuple[np.ndarray, list[int]]:
+    """The log-probabilities (N, K) of each fold's rows by regressions on the others, and the best places of all rows.
+
+    A fold's places are those that answer best for each of the other folds without both: a choice that has seen the labels
+    of a fold is too sure of it.
+    """
+    numbers = np.unique(folds)
+    rows = np.arange(len(y))
+
+    def without(*left_out: int) -> np.ndarray:
+        """The log-probabilities (places, N, K) by regressions on the rows of other folds."""
+        rest = ~np.isin(folds, left_out)
+        found = []
+        for one in features:
+            weight, bias = _regression(one.values[rest], y[rest], count)
+            found.append(log_softmax(one.values @ weight.T + bias, axis=1))
+        return np.stack(found)
+
+    by_fold = {fold: without(fold) for fold in numbers}
+    if len(numbers) < 3:
+        choices = dict.fromkeys(numbers, even)
+        best = even
+    else:
+        losses = {fold: np.zeros((len(features), len(y))) for fold in numbers}
+        for first, second in itertools.combinations(numbers, 2):
+            found = -without(first, second)[:, rows, y]
+            losses[first][:, folds == second] = found[:, folds == second]
+            losses[second][:, folds == first] = found[:, folds == first]
+        choices = {fold: _best(losses[fold][:, folds != fold]) for fold in numbers}
+        best = _best(sum(-by_fold[fold][:, rows, y] * (folds == fold) for fold in numbers))
+    held_out = np.zeros((len(y), count))
+    for fold in numbers:
+        held_out[folds == fold] = by_fold[fold][choices[fold]].mean(0)[folds == fold]
+    return held_out, best
+
+
+def _best(losses: np.ndarray) -> list[int]:
+    """The places with the lowest mean loss (places, rows), in order."""
+    return sorted(np.argsort(losses.mean(1), kind="stable")[:_BEST].tolist())
 
 
 def _sureness(log_probs: np.ndarray, y: np.ndarray) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -11,8 +10,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 from scipy.special import log_softmax
 
+from ia3.adapter.stored import HEAD_NAME, OPINIONS_NAME
 from ia3.errors import InputError, excerpt, problems
-from ia3.files import parse_json, reading
+from ia3.files import parse_json, reading, to_json
 from ia3.opinions.head import Head
 
 VECTORS, HEAD = "vectors", "head"
@@ -75,9 +75,10 @@ class Opinions(BaseModel):
             found[label] = self.vectors * said + self.head * head.get(label, least)
         return found
 
-    def to_json(self) -> str:
-        """The JSON that `from_json` reads."""
-        return json.dumps(self.model_dump(), indent=2) + "\n"
+    def files(self) -> dict[str, bytes]:
+        """What stands in an adapter's folder: name → content."""
+        found = {OPINIONS_NAME: to_json(self.model_dump()).encode()}
+        return found if self.fitted is None else {**found, HEAD_NAME: self.fitted.to_bytes()}
 
     @classmethod
     def from_json(cls, data: bytes, path: str | os.PathLike, head: Head | None) -> Opinions:
