@@ -181,12 +181,24 @@ def test_merging_is_refused(merge):
 @pytest.mark.parametrize(
     ("arch", "fields", "says"),
     [
-        ("t5", {"task_type": "CAUSAL_LM"}, "decoder-only .* found a T5ForConditionalGeneration and task_type CAUSAL_LM"),
+        (
+            "t5",
+            {"task_type": "CAUSAL_LM"},
+            "decoder-only .* found a T5ForConditionalGeneration and task_type CAUSAL_LM",
+        ),
         ("t5", {"modules_to_save": ["lm_head"]}, "Expected no modules_to_save"),
-        ("t5", {"target_modules": ["encoder.block.0.layer.0.SelfAttention.k"]}, r"leaves none of .* \(only modules of the decoder\)"),
+        (
+            "t5",
+            {"target_modules": ["encoder.block.0.layer.0.SelfAttention.k"]},
+            r"leaves none of .* \(only modules of the decoder\)",
+        ),
         ("t5", {"target_modules": ["shared"]}, r"leaves none of .* \(only modules of the decoder\)"),
         ("llama", {"modules_to_save": ["lm_head"]}, "Expected no modules_to_save"),
-        ("bert", {"task_type": "SEQ_CLS"}, "decoder-only .* found a BertForSequenceClassification and task_type SEQ_CLS"),
+        (
+            "bert",
+            {"task_type": "SEQ_CLS"},
+            "decoder-only .* found a BertForSequenceClassification and task_type SEQ_CLS",
+        ),
         ("llama", {"acts_from": "middle"}, "Expected `acts_from` to be 'start' or 'question'"),
     ],
 )
@@ -338,7 +350,9 @@ class TestEncoderDecoders:
     def test_merging_is_refused(self, arch, merge):
         model = self.build(arch)
         before = tiny.state(model)
-        with pytest.raises(InputError, match="found 'asks', which acts from the question on: such adapters stay beside"):
+        with pytest.raises(
+            InputError, match="found 'asks', which acts from the question on: such adapters stay beside"
+        ):
             getattr(model, merge)()
         assert tiny.same_bits(tiny.state(model), before)
 
@@ -347,6 +361,7 @@ class TestEncoderDecoders:
         model.save_pretrained(tmp_path)
         written = json.loads((tmp_path / "adapter_config.json").read_text())
         assert (written["peft_type"], written["acts_from"]) == ("IA3_FROM_QUESTION", "question")
+        assert "in the decoder alone" in (tmp_path / "README.md").read_text()
         assert written["target_modules"] == sorted(tiny.TARGETS[arch][0])  # the decoder's, as `acts_from` says
         again = PeftModel.from_pretrained(tiny.build(arch), tmp_path)
         assert sorted(again.base_model.ia3_layers) == sorted(model.ia3_layers)
@@ -396,7 +411,7 @@ class TestEncoderDecoders:
             check(bank, ("asks", "__base__", "asks"))
             bank.link(tmp_path / "folders" / "asks", "again")
         else:
-            with pytest.raises(InputError, match="reads.*encoder"):
+            with pytest.raises(InputError, match=r"reads.*encoder"):
                 bank.gather(["reads"])
         bank.save_archive(tmp_path / "archive", ["asks"])
         again = IA3Model(tiny.build(arch), {})
