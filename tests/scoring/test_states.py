@@ -74,8 +74,12 @@ class TestDecoder:
 class TestOthers:
     def test_an_encoder_decoder_gives_means_of_its_encoder(self):
         base = tiny.build("t5")
-        questions = asked()
+        questions = [replace(one, read=len(one.prompt)) for one in [*asked(), Question([7, 8], [[3]])]]
         found = scorer(base).states(questions)
+        one = scorer(base)
+        one.readings = Readings("1MB")
+        torch.testing.assert_close(one.states(questions[:-1]), found[:-1], rtol=1e-4, atol=1e-5)
+        assert one.readings.read == len(questions) - 1
         for question, states in zip(questions, found, strict=True):
             with torch.no_grad():
                 layers = base.get_encoder()(torch.tensor([question.prompt]), output_hidden_states=True).hidden_states

@@ -70,7 +70,9 @@ class Head:
         from safetensors.numpy import save
 
         described = {"labels": list(self.labels), "places": list(self.places), "of": self.of}
-        return save({"weight": self.weight, "bias": self.bias}, {"ia3_head": json.dumps(described, ensure_ascii=False)})
+        # The library writes an array's memory, whatever its strides.
+        tensors = {name: np.ascontiguousarray(getattr(self, name)) for name in ("weight", "bias")}
+        return save(tensors, {"ia3_head": json.dumps(described, ensure_ascii=False)})
 
     @classmethod
     def from_bytes(cls, data: bytes, path: str | Path) -> Head:

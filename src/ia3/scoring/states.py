@@ -10,7 +10,6 @@ import torch
 from ia3.errors import InputError
 from ia3.scoring.batch import Batch, groups_of_sizes, padded, pass_tokens, to_device
 from ia3.scoring.decoder import output_of
-from ia3.scoring.encoder_decoder import EncoderDecoder
 from ia3.scoring.family import Family
 from ia3.scoring.question import Question
 
@@ -45,18 +44,14 @@ def telling(length: int) -> int:
 
 
 def whole_states(family: Family, questions: Sequence[Question]) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """The states of questions that are read whole: indices, and float32 (B, places, width); see `Scorer.states`."""
+    """The states of a decoder's questions that are read whole: indices, and float32 (B, places, width).
+
+    See `Scorer.states`.
+    """
     device = next(family.model.parameters()).device
     for group in groups_of_sizes([(len(one.prompt), 0) for one in questions], pass_tokens(family.model)):
         some = [questions[i] for i in group]
-        ids, mask = padded([one.prompt for one in some], family.pad_token_id)
-        if isinstance(family, EncoderDecoder):
-            encoder = family.base.get_encoder()
-            output = encoder(ids.to(device), mask.to(device), output_hidden_states=True, return_dict=True)
-            layers = hidden_states(family, output)
-            means = [total(layers, row, 0, len(one.prompt)) / len(one.prompt) for row, one in enumerate(some)]
-            yield group, torch.stack(means)
-            continue
+        ids, _ = padded([one.prompt for one in some], family.pad_token_id)
         # Without a mask: no token sees the padding behind it.
         batch = {"input_ids": ids, "keep": torch.tensor(1), "acts_from": torch.tensor([one.read for one in some])}
         layers = _layers(family, to_device(batch, device))
