@@ -262,9 +262,9 @@ class Experiment:
         results = {trial.name: running.save(trial, found[trial.name]) for trial in self.trials}
         for trial in self.trials:
             if running.forms_opinions:
-                more, opinions = running.opinions(trial)
+                more, opinions, calibration = running.opinions(trial)
                 found[trial.name].update(more)
-                results[trial.name] = running.save(trial, found[trial.name], opinions=opinions)
+                results[trial.name] = running.save(trial, found[trial.name], calibration, opinions)
             elif self.folds:
                 found[trial.name]["cross_validation"], calibration = running.cross_validate(trial)
                 results[trial.name] = running.save(trial, found[trial.name], calibration)

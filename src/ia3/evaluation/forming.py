@@ -77,7 +77,7 @@ def form_opinions(
     names = sorted(set(labels))
     count = folds or min(_FOLDS, *Counter(labels).values())
     each = fold_of_each(task, rows, count, seed) if count > 1 else None
-    stage = progress.stage(f"{title}: a head on hidden states".strip(": "), len(rows))
+    stage = progress.stage(f"Head {title}".strip(), len(rows))
     scorer = Scorer(model, tokenizer, readings)
     questions = scorer.questions(task.wordings(rows), labelled=False, long_prompts=recipe.long_prompts)
     states = scorer.states(questions, lambda done: stage.advance(len(done))).numpy()
@@ -97,7 +97,7 @@ def form_opinions(
             None,
             f"usual weights: {len(rows)} rows of {len(names)} labels take long",
         )
-    stage = progress.stage(f"{title}: cross-validation".strip(": "), recipe.steps)
+    stage = progress.stage(f"Cross-validation {title}".strip(), recipe.steps)
     found = cross_validate(model, tokenizer, task, rows, recipe, count, seed, output_dir, stage, readings)
     by_vectors = log_softmax(np.array([[one.scores[name] for name in names] for one in found]), axis=1)
     weights = weigh({VECTORS: by_vectors, HEAD: by_head}, y)

@@ -157,8 +157,9 @@ class Running:
             folder, self.model, adapter, trial.task, self.recipe, results, trial.examples, calibration, opinions
         )
 
-    def opinions(self, trial: Trial) -> tuple[dict[str, Any], Opinions]:
+    def opinions(self, trial: Trial) -> tuple[dict[str, Any], Opinions, Calibration | None]:
         """Form a trial's opinions, and measure them: what is known of them beside `results`, and they themselves."""
+        from ia3.evaluation.calibration import Calibration
         from ia3.evaluation.forming import form_opinions
         from ia3.evaluation.prediction import Prediction
         from ia3.opinions.opinions import Opinions
@@ -180,9 +181,11 @@ class Running:
         )
         opinions, found = formed.opinions, {"weights": formed.opinions.model_dump(), "why": formed.why}
         results: dict[str, Any] = {"opinions": found}
+        calibration = None
         if formed.held_out is not None:
             labels = [task.label(row) for row in trial.examples]
             results["cross_validation"] = task.metrics(labels, [one.best for one in formed.held_out])
+            calibration = Calibration.as_it_is(formed.held_out, labels)
         if opinions.fitted is not None and trial.test:
             alone = Opinions.of({"head": 1.0}, opinions.fitted)
             title = trial.titled("With a head")
@@ -194,7 +197,7 @@ class Running:
                 found[name] = _scores(trial, some, 0)
             results["trained"] = _scores(trial, together, 0)
             _note(stages.get(title), task, [results["trained"]])
-        return results, opinions
+        return results, opinions, calibration
 
     def cross_validate(self, trial: Trial) -> tuple[Scores, Calibration]:
         """What a trial's examples have by adapters that have not seen them, and how they calibrate its own."""
