@@ -135,8 +135,11 @@ def train(
     TASK/seed-0 or seed-0-lr-0.001. The paper's protocol is: ia3 train --tasks rte,cb,copa --seeds 0,1,2,3,4
     --all-templates
 
-    Writes adapter_config.json and adapter_model.safetensors (which PEFT also reads, with --acts-from start), task.yaml, recipe.yaml,
-    metrics.json and README.md into the output folder.
+    Beside the vectors a head on the model's hidden states answers; cross-validation on the training examples weighs both
+    (--opinions).
+
+    Writes adapter_config.json and adapter_model.safetensors (which PEFT also reads, with --acts-from start), opinions.json,
+    head.safetensors, calibration.json, task.yaml, recipe.yaml, metrics.json and README.md into the output folder.
     """
     from ia3.evaluation.experiment import Experiment
 
