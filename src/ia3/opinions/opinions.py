@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from typing import Annotated
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 from scipy.special import log_softmax
 
 from ia3.adapter.stored import HEAD_NAME, OPINIONS_NAME
-from ia3.errors import InputError, excerpt, problems
+from ia3.errors import InputError, excerpt, problems, shown
 from ia3.files import parse_json, reading, to_json
 from ia3.opinions.head import Head
+
+Share = Annotated[float, Field(gt=0, le=1)]
 
 VECTORS, HEAD = "vectors", "head"
 
@@ -28,23 +31,53 @@ _GAIN = 0.005
 
 
 class Opinions(BaseModel):
-    """What a folder's parts say to a row, and how much each counts: p = softmax(Σ weight · log p of each opinion).
+    """What a folder's parts say to a row, and how much each counts.
+
+    p(label) = softmax(Σ weight · log p of each opinion + log prior(label) - log seen(label))
 
     Attributes:
         vectors: the weight of the answers' scores with the adapter's vectors; 0: they are not asked.
         head: the weight of a linear head on the frozen model's hidden states (`Head`); 0: there is none.
+        seen: label → its share of the training examples; empty: as where predictions are made.
+        prior: label → its share where predictions are made.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     vectors: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     head: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    seen: dict[str, Share] = {}
+    prior: dict[str, Share] = {}
     _fitted: Head | None = PrivateAttr(default=None)
+
+    @model_validator(mode="after")
+    def _shares_go_together(self) -> Opinions:
+        if self.seen.keys() != self.prior.keys():
+            raise ValueError(f"expected shares of the same labels, found {shown(self.seen)} and {shown(self.prior)}")
+        return self
 
     @classmethod
     def of(cls, weights: Mapping[str, float], head: Head | None = None) -> Opinions:
         """Opinions with these weights, and the head where it counts."""
-        made = cls(vectors=weights.get(VECTORS, 0.0), head=weights.get(HEAD, 0.0))
+        return cls(vectors=weights.get(VECTORS, 0.0), head=weights.get(HEAD, 0.0))._with(head)
+
+    def toward(self, prior: Mapping[str, float], seen: Mapping[str, float] | None = None) -> Opinions:
+        """The opinions for a place where labels have other shares.
+
+        p'(label) ∝ p(label) · prior(label) / seen(label) (Saerens et al. 2002).
+
+        Args:
+            prior: label → share there, of all labels.
+            seen: label → share of the training examples; None: as before.
+        """
+        seen = self.seen if seen is None else seen
+        if seen.keys() != prior.keys():
+            raise InputError(f"Expected shares of the labels {shown(seen, 20)}, found {shown(prior, 20)}.")
+        made = type(self)(vectors=self.vectors, head=self.head, seen=dict(seen), prior=dict(prior))
+        return made._with(self.fitted)
+
+    def _with(self, head: Head | None) -> Opinions:
+        made = self.model_copy()
         if made.head and head is None:
             raise InputError("Expected a head with the weight of one, found none.")
         made._fitted = head if made.head else None
@@ -62,8 +95,9 @@ class Opinions(BaseModel):
             vectors: label → score by the vectors, of all labels; not looked at where these do not count.
             head: label → log-probability by the head, of those that it knows.
         """
+        moved = {label: math.log(self.prior[label] / self.seen[label]) for label in self.seen}
         if not self.head:
-            return {label: self.vectors * score for label, score in vectors.items()}
+            return {label: self.vectors * score + moved.get(label, 0.0) for label, score in vectors.items()}
         assert head is not None
         # A label that had no training rows is less probable than any that had.
         least = min(head.values()) - math.log(len(head) + 1)
@@ -72,7 +106,7 @@ class Opinions(BaseModel):
         found = {}
         for label, score in vectors.items():
             said = score - highest - math.log(total) if self.vectors else 0.0
-            found[label] = self.vectors * said + self.head * head.get(label, least)
+            found[label] = self.vectors * said + self.head * head.get(label, least) + moved.get(label, 0.0)
         return found
 
     def files(self) -> dict[str, bytes]:
@@ -94,7 +128,7 @@ class Opinions(BaseModel):
                 raise InputError(
                     f"Expected an opinion that counts in {excerpt(os.fspath(path))}, found none; {advice}."
                 )
-            return cls.of(found.model_dump(), head)
+            return found._with(head)
 
 
 def weigh(held_out: Mapping[str, np.ndarray], y: Sequence[int]) -> dict[str, float]:
