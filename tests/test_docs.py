@@ -34,7 +34,7 @@ def test_every_block_is_named_once_and_run_here_or_by_ci():
     assert set(blocks("command")) == set(re.findall(r"\$\(readme (\w+)\)", (ROOT / ".ci" / "run").read_text()))
     assert set(blocks("example")) == {
         "train", "template", "classifier", "classifier-frame", "python", "peft", "modules", "rule", "several", "mixed", "question", "readings", "bank", "auto", "convert",
-        "families", "task.yaml", "task", "task-python", "pairs.yaml", "cause.yaml", "endings.yaml", "tasks",
+        "families", "task.yaml", "task", "task-python", "suggest", "pairs.yaml", "cause.yaml", "endings.yaml", "tasks",
         "prompts-python", "fleet", "fleet-python", "many", "many-python", "compare", "compare-python",
         "pretrain", "pretrain-python", "raft", "mine.yaml", "recipe", "recipe-python", "experiment-python", "benchmarks",
         # Those of docs/serve.md run in serve/test_docs.py.
@@ -91,7 +91,21 @@ def place(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "name", ["train", "template", "convert", "task", "fleet", "many", "tasks", "compare", "pretrain", "raft", "recipe"]
+    "name",
+    [
+        "train",
+        "template",
+        "convert",
+        "task",
+        "suggest",
+        "fleet",
+        "many",
+        "tasks",
+        "compare",
+        "pretrain",
+        "raft",
+        "recipe",
+    ],
 )
 def test_commands(name, place, monkeypatch, capsys):
     monkeypatch.chdir(place)
@@ -100,6 +114,8 @@ def test_commands(name, place, monkeypatch, capsys):
         program, *arguments = shlex.split(command)
         assert program == "ia3"
         if arguments[:2] == ["compare", "--adapter"]:
+            arguments += ["--model", "model"]
+        elif arguments[:2] == ["tasks", "suggest"]:
             arguments += ["--model", "model"]
         elif arguments[0] in ("train", "pretrain", "compare"):  # the tiny model learns in a moment
             arguments += ["--model", "model", "--steps", "2"]

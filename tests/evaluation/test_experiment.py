@@ -97,7 +97,7 @@ def test_it_is_what_the_command_runs(place, task, tmp_path, capsys):
     for results in (printed, ours := dict(outcome.results)):
         results.pop("train_seconds")
     assert printed == {"output": str(tmp_path / "train"), **ours}
-    titles = {"Zero-shot": 24, "Training": 8, "Trained": 24, "Cross-validation": 8}
+    titles = {"Zero-shot": 24, "Balancing": 16, "Training": 8, "Trained": 24, "Cross-validation": 8}
     assert {title: stage.total for title, stage in told.stages.items()} == titles
     assert all(stage.done == stage.total or stage.ended for stage in told.stages.values())
     assert told.stages["Trained"].text == f"accuracy {ours['trained']['accuracy']:.1%}"

@@ -91,7 +91,7 @@ class Experiment:
     All train at once. Each adapter gets a subfolder of `folder`, such as "seed-0" or "rte/seed-0-lr-0.001".
 
     Attributes:
-        task: the task of the rows.
+        task: the task of the rows. If `Task.infer` made it without a template, the training examples choose its wording.
         rows: labelled rows to draw examples from, as `as_rows` takes them; None: those that the task names.
         test: labelled test rows; None: the rows that are not used for training, or, without `rows`, the test rows that
             the task names.
@@ -253,12 +253,12 @@ class Experiment:
         after = running.trained()
         found = {
             trial.name: running.results(trial, before[trial.name], after[trial.name], metrics, seconds)
-            for trial in self.trials
+            for trial in running.trials
         }
         # Before cross-validation, so that the trained adapters are not lost if it fails.
-        results = {trial.name: running.save(trial, found[trial.name]) for trial in self.trials}
+        results = {trial.name: running.save(trial, found[trial.name]) for trial in running.trials}
         if self.folds:
-            for trial in self.trials:
+            for trial in running.trials:
                 found[trial.name]["cross_validation"], calibration = running.cross_validate(trial)
                 results[trial.name] = running.save(trial, found[trial.name], calibration)
         groups: dict[str, list[str]] = {}
