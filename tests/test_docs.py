@@ -113,9 +113,7 @@ def test_commands(name, place, monkeypatch, capsys):
     for command in commands:
         program, *arguments = shlex.split(command)
         assert program == "ia3"
-        if arguments[:2] == ["compare", "--adapter"]:
-            arguments += ["--model", "model"]
-        elif arguments[:2] == ["tasks", "suggest"]:
+        if arguments[:2] in (["compare", "--adapter"], ["tasks", "suggest"]):
             arguments += ["--model", "model"]
         elif arguments[0] in ("train", "pretrain", "compare"):  # the tiny model learns in a moment
             arguments += ["--model", "model", "--steps", "2"]
