@@ -33,7 +33,7 @@ def test_every_block_is_named_once_and_run_here_or_by_ci():
     assert None not in names and len(set(names)) == len(names)
     assert set(blocks("command")) == set(re.findall(r"\$\(readme (\w+)\)", (ROOT / ".ci" / "run").read_text()))
     assert set(blocks("example")) == {
-        "train", "template", "classifier", "classifier-frame", "python", "peft", "modules", "rule", "several", "mixed", "question", "readings", "bank", "auto", "convert",
+        "train", "template", "classifier", "classifier-frame", "python", "peft", "modules", "rule", "several", "mixed", "question", "question-decoder", "readings", "bank", "auto", "convert",
         "families", "task.yaml", "task", "task-python", "suggest", "pairs.yaml", "cause.yaml", "endings.yaml", "tasks",
         "prompts-python", "fleet", "fleet-python", "many", "many-python", "compare", "compare-python",
         "pretrain", "pretrain-python", "raft", "mine.yaml", "recipe", "recipe-python", "experiment-python", "benchmarks",
@@ -154,7 +154,7 @@ def test_the_benchmarks_command(place, monkeypatch, capsys):
         ["peft"],
         ["modules", "several"],
         ["modules", "mixed", "bank"],
-        ["modules", "mixed", "question", "readings"],
+        ["modules", "mixed", "question", "question-decoder", "readings"],
         ["rule"],
         ["task-python"],
     ],

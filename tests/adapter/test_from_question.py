@@ -181,9 +181,24 @@ def test_merging_is_refused(merge):
 @pytest.mark.parametrize(
     ("arch", "fields", "says"),
     [
-        ("t5", {}, "decoder-only .* found an encoder-decoder"),
+        (
+            "t5",
+            {"task_type": "CAUSAL_LM"},
+            "decoder-only .* found a T5ForConditionalGeneration and task_type CAUSAL_LM",
+        ),
+        ("t5", {"modules_to_save": ["lm_head"]}, "Expected no modules_to_save"),
+        (
+            "t5",
+            {"target_modules": ["encoder.block.0.layer.0.SelfAttention.k"]},
+            r"leaves none of .* \(only modules of the decoder\)",
+        ),
+        ("t5", {"target_modules": ["shared"]}, r"leaves none of .* \(only modules of the decoder\)"),
         ("llama", {"modules_to_save": ["lm_head"]}, "Expected no modules_to_save"),
-        ("bert", {"task_type": "SEQ_CLS"}, "decoder-only .* found task_type SEQ_CLS"),
+        (
+            "bert",
+            {"task_type": "SEQ_CLS"},
+            "decoder-only .* found a BertForSequenceClassification and task_type SEQ_CLS",
+        ),
         ("llama", {"acts_from": "middle"}, "Expected `acts_from` to be 'start' or 'question'"),
     ],
 )
@@ -200,6 +215,21 @@ def test_active_adapters_are_of_one_kind(mixed):
     with pytest.raises(InputError, match="all act from the start of a text, or all from the question on"):
         mixed.set_adapter(["asks", "reads"])
     assert mixed.active_adapters == ["asks", "asks too"]
+
+
+def test_weighted_adapters_act_from_where_theirs_do(mixed):
+    with pytest.raises(InputError, match="all act from the start of a text, or all from the question on"):
+        mixed.add_weighted_adapter(["asks", "reads"], [0.5, 0.5], "both")
+    mixed.add_weighted_adapter(["asks", "asks too"], [0.5, 0.5], "mean")
+    try:
+        with pytest.raises(InputError, match="Expected acts_from, the place"):
+            mixed(tokens(), adapter_names=["mean"] * 3)
+        mixed.set_adapter("mean")
+        with pytest.raises(InputError, match="Expected acts_from, the place"):
+            mixed(tokens())
+    finally:
+        mixed.set_adapter("asks")
+        mixed.delete_adapter("mean")
 
 
 def test_a_bank_holds_adapters_of_both_kinds(tmp_path):
@@ -236,3 +266,171 @@ def test_a_bank_holds_adapters_of_both_kinds(tmp_path):
     AdapterBank(last, IA3Config(task_type="CAUSAL_LM")).load(tmp_path / "asks")
     shutil.rmtree(tmp_path / "asks")
     check(last, ("asks",) * 3)  # what is in memory does not need its folder
+
+
+@pytest.mark.parametrize("arch", ["t5", "bart"])
+class TestEncoderDecoders:
+    """The encoder reads as the base model does; vectors act in the decoder."""
+
+    def build(self, arch: str, names=("asks",), **fields):
+        config = {"task_type": "SEQ_2_SEQ_LM", "acts_from": "question", **fields}
+        model = IA3Model(tiny.build(arch), {name: IA3Config(**config) for name in names})
+        for seed, name in enumerate(names):
+            tiny.randomize(model, seed + 1, name)
+        return model
+
+    def start(self, arch: str, model, name: str = "asks"):
+        """A model whose adapter acts from the start, with the same vectors in the decoder and ones in the encoder."""
+        other = IA3Model(tiny.build(arch), IA3Config(task_type="SEQ_2_SEQ_LM"))
+        with torch.no_grad():
+            for path, layer in model.ia3_layers.items():
+                if name in layer.held:
+                    other.ia3_layers[path].ia3_l["default"].copy_(layer.ia3_l[name])
+        return other
+
+    def mixed(self, arch: str):
+        model = self.build(arch, ("asks", "asks too"))
+        model.add_adapter("reads", IA3Config(task_type="SEQ_2_SEQ_LM"))
+        tiny.randomize(model, 7, "reads")
+        return model
+
+    @torch.no_grad()
+    def test_vectors_act_in_the_decoder_alone(self, arch):
+        model = self.build(arch)
+        names = {name.split(".layers.0.")[-1].split(".layer.0.")[-1] for name in model.ia3_layers}
+        assert any(name.startswith(("SelfAttention", "self_attn")) for name in names)
+        assert any("EncDecAttention" in name or "encoder_attn" in name for name in model.ia3_layers)
+        assert any(name.endswith(("wo", "fc2")) for name in model.ia3_layers)
+        assert all(".decoder." in f".{name}" for name in model.ia3_layers)
+        whole, inputs = self.start(arch, model), tiny.batch(arch)
+        found = model(**inputs).logits
+        assert tiny.relative_error(found, whole(**inputs).logits) < 1e-6
+        with model.disable_adapter():
+            base = model(**inputs).logits
+        assert torch.equal(base, tiny.build(arch)(**inputs).logits)
+        assert tiny.relative_error(found, base) > 1e-3
+        states = tiny.build(arch).get_encoder()(inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        asked = {key: value for key, value in inputs.items() if key != "input_ids"}
+        assert tiny.relative_error(model(encoder_outputs=states, **asked).logits, found) < 1e-6
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("beams", [1, 2])
+    def test_generation(self, arch, beams):
+        model, inputs = self.mixed(arch), tiny.batch(arch)
+        inputs.pop("labels")
+        options = {"max_new_tokens": 6, "num_beams": beams, "do_sample": False, "eos_token_id": None}
+        expected = self.start(arch, model).generate(**inputs, **options)
+        assert torch.equal(model.generate(**inputs, **options), expected)
+        names = ["asks", "reads", "asks"]
+        found = model.generate(**inputs, adapter_names=names, **options)
+        for name in names:
+            model.set_adapter(name)
+            alone = model.generate(**inputs, **options)
+            for row in range(3):
+                assert names[row] != name or torch.equal(found[row], alone[row])
+
+    @torch.no_grad()
+    def test_rows_of_both_kinds_in_one_batch(self, arch):
+        model = self.mixed(arch)
+        names = ["asks", "reads", "__base__", "asks too", "reads", "asks"]
+        inputs = tiny.batch(arch, rows=len(names))
+        found = model(**inputs, adapter_names=names).logits
+        for row, name in enumerate(names):
+            model.ia3_routing.switch(active=() if name == "__base__" else (name,))
+            assert tiny.relative_error(found[row], model(**inputs).logits[row]) < 2e-6
+
+    def test_no_place_is_taken(self, arch):
+        model = self.build(arch)
+        for names in (None, ["asks"] * 3):
+            with pytest.raises(InputError, match="Expected no acts_from for an encoder-decoder, found"):
+                model(**tiny.batch(arch), adapter_names=names, acts_from=[1, 2, 3])
+        assert model.ia3_routing.rows is None
+
+    @pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+    def test_merging_is_refused(self, arch, merge):
+        model = self.build(arch)
+        before = tiny.state(model)
+        with pytest.raises(
+            InputError, match="found 'asks', which acts from the question on: such adapters stay beside"
+        ):
+            getattr(model, merge)()
+        assert tiny.same_bits(tiny.state(model), before)
+
+    def test_a_folder_comes_back_and_peft_refuses_it(self, arch, tmp_path):
+        model, inputs = self.build(arch, ("default",)), tiny.batch(arch)
+        model.save_pretrained(tmp_path)
+        written = json.loads((tmp_path / "adapter_config.json").read_text())
+        assert (written["peft_type"], written["acts_from"]) == ("IA3_FROM_QUESTION", "question")
+        assert "in the decoder alone" in (tmp_path / "README.md").read_text()
+        assert written["target_modules"] == sorted(tiny.TARGETS[arch][0])  # the decoder's, as `acts_from` says
+        again = PeftModel.from_pretrained(tiny.build(arch), tmp_path)
+        assert sorted(again.base_model.ia3_layers) == sorted(model.ia3_layers)
+        with torch.no_grad():
+            assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+        with pytest.raises(KeyError, match="IA3_FROM_QUESTION"):
+            peft.PeftModel.from_pretrained(tiny.build(arch), tmp_path)
+
+    def test_a_weighted_adapter(self, arch, tmp_path):
+        model, inputs = self.build(arch, ("asks", "asks too")), tiny.batch(arch)
+        model.add_weighted_adapter(["asks", "asks too"], [1.0, 0.0], "default")
+        model.save_pretrained(tmp_path, selected_adapters=["default"])
+        again = PeftModel.from_pretrained(tiny.build(arch), tmp_path)
+        with torch.no_grad():
+            assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("holds", ["both kinds", "the question's kind"])
+    def test_a_bank(self, arch, holds, tmp_path):
+        asks, inputs = self.build(arch, ("default",)), tiny.batch(arch, rows=3)
+        reads = IA3Model(tiny.build(arch), IA3Config(task_type="SEQ_2_SEQ_LM"))
+        tiny.randomize(reads, 5)
+        asks.save_pretrained(tmp_path / "folders" / "asks")
+        reads.save_pretrained(tmp_path / "folders" / "reads")
+        both, base = holds == "both kinds", tiny.build(arch)(**inputs).logits
+        expected = {"asks": asks(**inputs).logits, "reads": reads(**inputs).logits, "__base__": base}
+        config = IA3Config(task_type="SEQ_2_SEQ_LM", acts_from="start" if both else "question")
+
+        def bank_of(**options):
+            return AdapterBank(IA3Model(tiny.build(arch), {}), config, **options)
+
+        def check(bank, names):
+            model = bank_model[bank]
+            found = model(**inputs, adapter_names=list(names)).logits
+            for row, name in enumerate(names):
+                assert tiny.relative_error(found[row], expected[name][row]) < 2e-6
+                assert model.waits_for_question([name]) is (name == "asks")
+
+        bank_model = {}
+        served = IA3Model(tiny.build(arch), {})
+        bank = AdapterBank(served, config, budget=2 * AdapterBank(served, config).statistics.row_bytes)
+        bank_model[bank] = served
+        bank.register(tmp_path / "folders")
+        check(bank, ("asks", "__base__", "asks"))
+        if both:
+            check(bank, ("reads", "__base__", "reads"))  # and "asks" makes room
+            check(bank, ("asks", "__base__", "asks"))
+            bank.link(tmp_path / "folders" / "asks", "again")
+        else:
+            with pytest.raises(InputError, match=r"reads.*encoder"):
+                bank.gather(["reads"])
+        bank.save_archive(tmp_path / "archive", ["asks"])
+        again = IA3Model(tiny.build(arch), {})
+        last = AdapterBank(again, config)
+        bank_model[last] = again
+        last.load_archive(tmp_path / "archive")
+        check(last, ("asks", "asks", "__base__"))
+
+    def test_a_bank_refuses_an_adapter_that_says_one_kind_and_is_of_the_other(self, arch, tmp_path):
+        reads = IA3Model(tiny.build(arch), IA3Config(task_type="SEQ_2_SEQ_LM"))
+        tiny.randomize(reads, 5)
+        reads.save_pretrained(tmp_path)
+        path = tmp_path / "adapter_config.json"
+        config = json.loads(path.read_text()) | {"peft_type": "IA3_FROM_QUESTION", "acts_from": "question"}
+        path.write_text(json.dumps(config))
+        bank = AdapterBank(IA3Model(tiny.build(arch), {}), IA3Config(task_type="SEQ_2_SEQ_LM"))
+        with pytest.raises(InputError, match="encoder"):
+            bank.load(tmp_path, "wrong")
+        with pytest.raises(InputError, match="encoder"):
+            bank.link(tmp_path, "wrong")
+        with pytest.raises(InputError, match="encoder"):
+            PeftModel.from_pretrained(tiny.build(arch), tmp_path)

@@ -57,6 +57,46 @@ def test_trains_evaluates_and_predicts(ia3, place):
         assert list(item["probabilities"]) == ["pos", "neg"] and sum(item["probabilities"].values()) == pytest.approx(1)
 
 
+def test_acting_from_the_question_on(ia3, place, tmp_path):
+    options = {"model": place / "model", "task": place / "task.yaml", "steps": 20, "output": tmp_path / "asks"}
+    code, _, err = ia3("train", acts_from="question", **options)
+    if "t5" not in str(place):
+        assert code == 2 and "found a BertForSequenceClassification, which generates no text" in " ".join(err.split())
+        return
+    assert code == 0, err
+    assert json.loads((tmp_path / "asks" / "adapter_config.json").read_text())["peft_type"] == "IA3_FROM_QUESTION"
+    assert json.loads((place / "adapter" / "adapter_config.json").read_text())["peft_type"] == "IA3"  # auto
+    metrics = json.loads((tmp_path / "asks" / "metrics.json").read_text())
+    code, out, err = ia3("evaluate", tmp_path / "asks", "--json")
+    assert code == 0, err
+    assert json.loads(out)["accuracy"] == metrics["trained"]["accuracy"]
+    code, _, err = ia3("merge", tmp_path / "asks", "--output", tmp_path / "merged")
+    assert code == 2 and "which acts from the question on" in " ".join(err.split())
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("first", ["asks", "reads"])
+def test_adapters_of_both_kinds_answer_about_each_text(ia3, place, first, tmp_path):
+    if "t5" not in str(place):
+        pytest.skip("an encoder has one kind")
+    options = {"model": place / "model", "task": place / "task.yaml", "steps": 3}
+    second = "reads" if first == "asks" else "asks"
+    for name, folder in ((first, "a"), (second, "b")):
+        kind = "question" if name == "asks" else "start"
+        code, _, err = ia3("train", acts_from=kind, output=tmp_path / "all" / folder, **options)
+        assert code == 0, err
+    code, out, err = ia3("predict", tmp_path / "all", "--all-adapters", "--data", place / "test.jsonl", "--json")
+    assert code == 0, err
+    together = json.loads(out)
+    for folder in "ab":
+        _, out, _ = ia3("predict", tmp_path / "all" / folder, "--data", place / "test.jsonl", "--json")
+        for one, other in zip(json.loads(out), together, strict=True):
+            found = (
+                other["adapters"][folder]["probabilities"] if "adapters" in other else other[folder]["probabilities"]
+            )
+            assert found == pytest.approx(one["probabilities"], abs=1e-4)
+
+
 def test_merged_models_answer_alike(ia3, place, tmp_path):
     code, out, err = ia3("merge", place / "adapter", "--output", tmp_path / "merged", "--json")
     assert code == 0, err

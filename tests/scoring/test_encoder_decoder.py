@@ -2,6 +2,7 @@
 
 import math
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from ia3 import (
     IA3Model,
     InputError,
     Member,
+    Readings,
     Recipe,
     Scorer,
     Task,
@@ -130,6 +132,11 @@ def test_every_architecture_scores_as_each_choice_alone(name, attention):
     assert ("question" not in batch) is (name in PACKED)
     check(model, scores(model, batch), MADE)
     check(model, scores(model, scorer(model).family.plain_rows(MADE)), MADE)
+    asks, read = scorer(model), [replace(question, read=len(question.prompt)) for question in MADE]
+    asks.readings = Readings()
+    for found, question in zip(asks.score(read), MADE, strict=True):
+        check(model, found[None], [question])
+    assert asks.readings.read == 2  # the encoder's states of all but a short prompt are kept
     assert not any("compute_bias" in vars(module) or module._forward_pre_hooks for module in model.modules())
 
 

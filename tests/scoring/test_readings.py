@@ -1,5 +1,6 @@
 """Texts that are read once: whatever is asked of what they left scores, and teaches, as whole rows do."""
 
+import itertools
 import random
 from dataclasses import replace
 
@@ -9,8 +10,23 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ia3 import IA3Config, IA3Model, InputError, Readings, Scorer, Task
+from ia3 import (
+    IA3Config,
+    IA3Model,
+    InputError,
+    Member,
+    Readings,
+    Recipe,
+    Scorer,
+    Task,
+    TFewTrainer,
+    predict,
+    predict_each,
+)
+from ia3.evaluation.prediction import Respondent
 from ia3.scoring import readings as room
+from ia3.scoring import scorer as scoring
+from ia3.scoring.encoder_decoder import EncoderDecoder
 from ia3.scoring.question import Question
 from ia3.training.losses import tfew_loss
 from support import tiny, words
@@ -214,6 +230,233 @@ class TestAdapters:
         for one, other in zip(found[1], plain[1], strict=True):
             assert torch.allclose(one, other, atol=1e-5)
         assert not kept or asks.readings.read == 5
+
+
+def whole(questions):
+    """The same, to be asked in whole rows: nothing of them is a text that was read."""
+    return [replace(question, read=0) for question in questions]
+
+
+def prompts(count: int = 6, seed: int = 0, adapter: str | None = None) -> list[Question]:
+    """Questions to an encoder-decoder, with closed prompts and choices."""
+    found = []
+    for question in asked(count, seed, adapter):
+        prompt, choices = [*question.text, tiny.EOS], [[*choice, tiny.EOS] for choice in question.choices]
+        found.append(replace(question, prompt=prompt, choices=choices, read=len(prompt)))
+    return found
+
+
+def different(count: int, first: int = 0) -> list[dict[str, str]]:
+    """Labelled rows, no two of them the same to the tokenizer."""
+    told = [
+        (word, label)
+        for pair in zip(words.GOOD, words.BAD, strict=True)
+        for word, label in zip(pair, ("pos", "neg"), strict=True)
+    ]
+    found = [
+        {"text": f"the {what} was {word} today", "label": label}
+        for what in ("tea", "soup", "cake")
+        for word, label in told
+    ]
+    return found[first : first + count]
+
+
+def in_decoder(arch: str, names=("default",), kind: str = "question"):
+    config = {"task_type": "SEQ_2_SEQ_LM", "acts_from": kind}
+    model = IA3Model(tiny.build(arch), {name: IA3Config(**config) for name in names})
+    for seed, name in enumerate(names):
+        tiny.randomize(model, seed + 1, name)
+    return model
+
+
+def count_prompts(monkeypatch) -> list[int]:
+    """How many prompts the encoder reads in each of its passes from now on."""
+    passes = []
+    encode = EncoderDecoder.encode
+    monkeypatch.setattr(
+        EncoderDecoder, "encode", lambda self, ids, mask: passes.append(len(ids)) or encode(self, ids, mask)
+    )
+    return passes
+
+
+@pytest.mark.parametrize("arch", ["t5", "bart"])
+class TestEncoderDecoders:
+    """The encoder reads each prompt once; vectors act in the decoder."""
+
+    def test_all_that_does_not_act_in_the_encoder_shares_its_states(self, arch, monkeypatch):
+        names = ("one", "two")
+        model = in_decoder(arch, names)
+        asks, plain = with_readings(model), scorer(model)
+        seen = []
+        for name in (*names, "__base__"):
+            questions = prompts(adapter=name)
+            seen.append(torch.cat(asks.score(questions)))
+            assert torch.allclose(seen[-1], torch.cat(plain.score(whole(questions))), atol=1e-5)
+        assert not any(torch.allclose(one, other, atol=1e-3) for one, other in itertools.pairwise(seen))
+        assert asks.readings.read == len(asks.readings) == 5
+        passes = count_prompts(monkeypatch)
+        mixed = [
+            replace(one, adapter=[*names, "__base__"][i % 3], choices=[[9, 1], [7, 8, 1]])
+            for i, one in enumerate(prompts())
+        ]
+        found = asks.score(mixed)
+        assert not passes and asks.readings.read == 5
+        assert torch.allclose(torch.cat(found), torch.cat(plain.score(whole(mixed))), atol=1e-5)
+        with model.disable_adapter():
+            assert torch.allclose(torch.cat(asks.score(prompts())), seen[-1], atol=1e-5)
+
+    def test_prompts_are_read_several_a_pass_and_kept_without_padding(self, arch, monkeypatch):
+        model = in_decoder(arch).to(torch.bfloat16)
+        asks, questions = with_readings(model), prompts(20)
+        asks.score(questions)
+        texts = {question.text for question in questions}
+        assert asks.readings.nbytes == sum(map(len, texts)) * tiny.HIDDEN * 2
+        asks.readings.clear()
+        passes = count_prompts(monkeypatch)
+        asks.foresee(questions)
+        assert sum(passes) == len(texts) and len(passes) < len(texts) / 2
+
+    def test_one_that_acts_from_the_start_reads_for_itself(self, arch):
+        model = in_decoder(arch, ("asks",))
+        model.add_adapter("reads", IA3Config(task_type="SEQ_2_SEQ_LM"))
+        tiny.randomize(model, 9, "reads")
+        asks = with_readings(model)
+        model.set_adapter("reads")  # which the encoder must not hear of when it reads for the other
+        questions = [replace(one, adapter=["asks", "reads"][i % 2]) for i, one in enumerate(prompts())]
+        found = asks.score(questions)
+        assert asks.readings.read == 3
+        assert torch.allclose(torch.cat(found), torch.cat(scorer(model).score(whole(questions))), atol=1e-5)
+        model.merge_adapter()
+        asks.score(prompts())
+        assert asks.readings.read == 3
+
+    @pytest.mark.parametrize("texts", [1.2, 2.5])
+    def test_memory_holds_what_it_may_and_the_rest_is_read_again(self, arch, texts):
+        model, questions = in_decoder(arch), prompts()
+        asks, expected = with_readings(model), scorer(model).score(whole(questions))
+        asks.score(questions)
+        most = max(one.nbytes for one in asks.readings._kept.values())
+        asks.readings = Readings(int(most * texts))
+        for _ in range(2):
+            found = asks.score(questions)
+            assert 0 < asks.readings.nbytes <= asks.readings.memory
+            assert torch.allclose(torch.cat(found), torch.cat(expected), atol=1e-5)
+        assert asks.readings.read > 5
+        asks.readings = Readings(100)
+        with pytest.raises(InputError, match=r"Expected memory for at least one text, which takes .* found 100;"):
+            asks.score(questions)
+
+    def test_one_prompt_for_many_adapters_is_read_once_within_a_call(self, arch, monkeypatch):
+        model = in_decoder(arch, [f"member{i}" for i in range(8)])
+        text = [*range(3, 43), tiny.EOS]
+        questions = [Question(text, [[3, 1], [4, 5, 1]], adapter=name, read=41) for name in model.peft_config]
+        expected = scorer(model).score(whole(questions))
+        scorer(model).score(questions)  # tries
+        passes = count_prompts(monkeypatch)
+        found = scorer(model).score(questions)
+        assert passes == [1]
+        assert torch.allclose(torch.cat(found), torch.cat(expected), atol=1e-5)
+
+    @pytest.mark.parametrize("again", [False, True])
+    def test_gradients_are_those_of_whole_rows(self, arch, again):
+        """Also where layers are computed again in the backward pass, so that rows are plain."""
+
+        def gradients(asks, questions):
+            model.zero_grad()
+            model.train()
+            for group, batch in asks.training_batches(questions):
+                assert ("question" in batch) is again
+                loss = tfew_loss(asks.log_probs(batch), batch["mask"], batch["label"]).total * len(group)
+                loss.backward()
+            return [one.grad.clone() for _, one in sorted(tiny.adapter_parameters(model).items())]
+
+        model, questions = in_decoder(arch), prompts()
+        if again:
+            model.model.gradient_checkpointing_enable({"use_reentrant": False})
+        asks = with_readings(model)
+        found, plain = gradients(asks, questions), gradients(scorer(model), whole(questions))
+        for one, other in zip(found, plain, strict=True):
+            assert other.abs().max() > 0
+            assert torch.allclose(one, other, atol=1e-5)
+        assert asks.readings.read == 5
+
+    @pytest.mark.parametrize("adapters", [["default"], ["one", "two"]])
+    def test_training_makes_the_steps_of_whole_rows(self, arch, adapters, tmp_path, monkeypatch):
+        """With a template drawn for each example and step, after a zero-shot evaluation, and evaluated in between."""
+        task = Task(
+            templates=["review : {{ text }} answer :", "{{ text }} , what is it ?", "is it good ? {{ text }}"],
+            choices={"pos": "good", "neg": "not good"},
+        )
+        rows, test = different(10), different(6, first=10)
+
+        def trained(readings: bool):
+            model = IA3Model(
+                tiny.build(arch, vocab_size=len(words.VOCABULARY)),
+                {name: IA3Config(task_type="SEQ_2_SEQ_LM", acts_from="question") for name in adapters},
+            ).double()
+            arguments = Recipe(steps=6).training_arguments(
+                tmp_path, learning_rate=0.05, save_strategy="no", disable_tqdm=True, eval_strategy="steps", eval_steps=3
+            )
+            one = len(adapters) == 1
+            members = [Member(task, rows, None if one else name, i, eval_rows=test) for i, name in enumerate(adapters)]
+            kept = Readings()
+            with monkeypatch.context() as patch:
+                if not readings:
+                    patch.setattr(scoring, "askable", lambda family, questions: [False] * len(questions))
+                with model.disable_adapter():
+                    before = predict(model, words.closing(), task, test, readings=kept)
+                trainer = TFewTrainer(model, arguments, words.closing(), members, readings=kept)
+                trainer.train()
+            logs = [one for entry in trainer.state.log_history for key, one in entry.items() if key.endswith("loss")]
+            vectors = [parameter.detach() for name in adapters for parameter in model.adapter_parameters(name)]
+            return kept.read, logs, vectors, [one.scores for one in before]
+
+        found, plain = trained(True), trained(False)
+        assert (found[0], plain[0]) == (3 * 10 + 6, 0)
+        assert found[1] == pytest.approx(plain[1], abs=1e-6) and len(set(found[1])) > 5
+        for one, other in zip(found[2], plain[2], strict=True):
+            assert (other - 1).abs().max() > 1e-3
+            torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+        for one, other in zip(found[3], plain[3], strict=True):
+            assert one == pytest.approx(other, abs=1e-6)
+
+    def test_several_adapters_answer_about_a_text_that_is_read_once(self, arch):
+        names = ("one", "two", "three")
+        model = IA3Model(
+            tiny.build(arch, vocab_size=len(words.VOCABULARY)),
+            {name: IA3Config(task_type="SEQ_2_SEQ_LM", acts_from="question") for name in names},
+        )
+        for seed, name in enumerate(names):
+            tiny.randomize(model, seed, name)
+        task = Task(template="review : {{ text }} answer :", choices={"pos": "good", "neg": "not good"})
+        rows, readings = different(5), Readings()
+        everyone = [[Respondent(name, task) for name in (*names, "__base__")]] * 5
+        found = predict_each(model, words.closing(), rows, everyone, readings=readings)
+        assert readings.read == 5
+        for place, name in enumerate((*names, "__base__")):
+            expected = predict(model, words.closing(), task, rows, adapter_names=[name] * 5)
+            for answers, one in zip(found, expected, strict=True):
+                assert answers[place].scores == pytest.approx(one.scores, abs=1e-5)
+
+    def test_an_encoder_that_mixes_the_rows_of_a_batch_reads_for_each_question(self, arch):
+        model = in_decoder(arch)
+
+        def mix(module, args, kwargs, output):
+            return type(output)(last_hidden_state=output.last_hidden_state * (1 + 0.1 * len(output.last_hidden_state)))
+
+        model.model.get_encoder().register_forward_hook(mix, with_kwargs=True)
+        asks = with_readings(model)
+        asks.score(prompts())
+        assert asks.readings.read == 0
+
+    def test_a_prompt_is_a_text_as_it_stands(self, arch):
+        asks = Scorer(tiny.build(arch, vocab_size=len(words.VOCABULARY)), words.closing())
+        task = Task(template="is it good ? {{ text }}", choices={"pos": "good", "neg": "bad"})
+        for question in (
+            *asks.questions(task.wordings([{"text": "the tea", "label": "pos"}])),
+            *asks.encode(["the tea was"], [["good", "bad"]]),
+        ):
+            assert question.text == tuple(question.prompt) and question.prompt[-1] == tiny.EOS
 
 
 class TestWhereTheQuestionBegins:

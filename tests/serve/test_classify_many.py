@@ -7,9 +7,10 @@ import pytest
 
 from ia3 import IA3Config, get_peft_model, load_base
 from ia3.scoring import readings
+from ia3.scoring.encoder_decoder import EncoderDecoder
 from ia3.scoring.scorer import Scorer
 from ia3.serve.limits import Limits
-from support import words
+from support import tiny, words
 from support.serving import Running, save_adapter
 
 TEXTS = [row["text"] for row in words.rows(5, seed=7)]
@@ -198,3 +199,28 @@ def test_an_adapter_that_acts_from_the_question_on_continues_no_texts(serving):
 def test_the_description_names_adapters(serving):
     schemas = serving.http.get("/openapi.json").json()["components"]["schemas"]
     assert "'*'" in schemas["ClassifyBody"]["properties"]["adapters"]["description"]
+
+
+def test_an_encoder_decoder_serves_adapters_of_both_kinds(start, tmp_path, monkeypatch):
+    """Most act in the decoder alone, and share what the encoder made of a text; one acts in the encoder, too."""
+    tiny.build("t5", vocab_size=len(words.VOCABULARY)).save_pretrained(tmp_path / "model")
+    words.closing().save_pretrained(tmp_path / "model")
+    asks = [f"asks/{number}" for number in range(3)]
+    for seed, name in enumerate([*asks, "reads"]):
+        config = IA3Config(task_type="SEQ_2_SEQ_LM", acts_from="start" if name == "reads" else "question")
+        save_adapter(tmp_path / "adapters" / name, get_peft_model(load_base(str(tmp_path / "model"))[0], config), seed)
+    server = start(tmp_path)
+    names = [*asks, "reads"]
+    texts = [" ".join([text] * 8) for text in TEXTS]
+    found = ask(server, names, texts)
+    assert found.status_code == 200, found.text
+    read = []
+    encoded = EncoderDecoder.encoded
+    monkeypatch.setattr(EncoderDecoder, "encoded", lambda self, prompts: read.extend(prompts) or encoded(self, prompts))
+    again = ask(server, names, texts).json()["predictions"]
+    assert len(read) == len(set(read)) == len(set(texts))
+    for name in names:
+        alone = server.classify(name, texts).json()["predictions"]
+        for several, item, other in zip(found.json()["predictions"], again, alone, strict=True):
+            for one in (several, item):
+                assert one[name]["probabilities"] == pytest.approx(other["probabilities"], abs=1e-5)

@@ -139,6 +139,32 @@ def vectors(adapted, name="default"):
     return torch.cat([parameter.detach().flatten() for parameter in adapted.adapter_parameters(name)])
 
 
+class TestPlace:
+    """From where adapters act."""
+
+    @pytest.mark.parametrize(
+        ("arch", "expected"),
+        [
+            ("llama", {"auto": "question", "start": "start", "question": "question"}),
+            ("t5", {"auto": "start", "start": "start", "question": "question"}),
+            ("bert", {"auto": "start", "start": "start"}),
+        ],
+    )
+    def test_of_each_family(self, arch, expected):
+        for wanted, place in expected.items():
+            assert Recipe(acts_from=wanted).place(tiny.build(arch), TASK) == place
+
+    def test_a_template_that_ends_in_the_text(self):
+        recipe = Recipe(acts_from="question")
+        with pytest.raises(InputError, match="found a template that ends in it"):
+            recipe.place(tiny.build("llama"), SEVERAL)
+        assert recipe.place(tiny.build("t5"), SEVERAL) == "question"  # the encoder reads the whole prompt anyway
+
+    def test_what_generates_no_text(self):
+        with pytest.raises(InputError, match="found a BertForSequenceClassification, which generates no text"):
+            Recipe(acts_from="question").place(tiny.build("bert"), TASK)
+
+
 class TestTemplates:
     @given(key=st.text(max_size=5), step=st.integers(0, 10**6))
     def test_the_draw_depends_on_row_and_step_alone(self, key, step):

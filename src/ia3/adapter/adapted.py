@@ -18,7 +18,16 @@ from ia3.adapter.merging import sync_weights
 from ia3.adapter.routing import Bank, Routing
 from ia3.adapter.rows import BASE
 from ia3.adapter.stored import StoredAdapter
-from ia3.adapter.targets import Target, base_modules, inside_wrappers, resolve, shortest_names, wrappers
+from ia3.adapter.targets import (
+    Target,
+    base_modules,
+    has_encoder,
+    inside_wrappers,
+    outside_decoder,
+    resolve,
+    shortest_names,
+    wrappers,
+)
 from ia3.adapter.trained import TrainedModule
 from ia3.adapter.wrapping import check_copies, find_routing, insert, remove, take_out_idle, wrap
 from ia3.errors import InputError, shown
@@ -140,10 +149,14 @@ class Adapted(nn.Module):
         found = resolve(self.model, peft_config, key_value_only)
         vector = {"ones": found.config.init_ia3_weights, "meta": low_cpu_mem_usage, "float32": autocast_adapter_dtype}
         insert(self.model, self.ia3_routing, adapter_name, found.targets, found.kept, **vector)
-        if found.config.acts_from == "question":
-            self.ia3_routing.from_question.add(adapter_name)
         vars(peft_config).update(vars(found.config))
-        self.peft_config[adapter_name] = peft_config
+        self._ia3_keep_config(adapter_name, peft_config)
+
+    def _ia3_keep_config(self, name: str, config: IA3Config) -> None:
+        self.peft_config[name] = config
+        # In an encoder-decoder such an adapter has no vectors in the encoder, and acts wherever it has some.
+        if config.acts_from == "question" and not has_encoder(self.model):
+            self.ia3_routing.from_question.add(name)
 
     def _ia3_check_name(self, name: str) -> None:
         if name in self.peft_config:
@@ -229,11 +242,7 @@ class Adapted(nn.Module):
         names = [adapter_name] if isinstance(adapter_name, str) else list(dict.fromkeys(adapter_name))
         self.require_adapters(names)
         check_copies(self.model, self.ia3_routing, names)
-        if len({self.peft_config[name].acts_from for name in names}) > 1:
-            raise InputError(
-                f"Expected adapters that all act from the start of a text, or all from the question on (acts_from), found "
-                f"both among {shown(names)}; activate those of one kind."
-            )
+        self._ia3_require_one_kind(names)
         if self.ia3_routing.merged:
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
             self.ia3_routing.switch(merged=())
@@ -241,6 +250,14 @@ class Adapted(nn.Module):
         self.ia3_routing.switch(active=names)
         self.set_requires_grad([name for name in self._ia3_trainable if name not in names], False)
         self.set_requires_grad(names, not inference_mode)
+
+    def _ia3_require_one_kind(self, names: Iterable[str]) -> None:
+        names = list(names)
+        if len({self.peft_config[name].acts_from for name in names}) > 1:
+            raise InputError(
+                f"Expected adapters that all act from the start of a text, or all from the question on (acts_from), found "
+                f"both among {shown(names)}; choose those of one kind."
+            )
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Make adapters trainable, or freeze them, whether they are active or not."""
@@ -302,10 +319,12 @@ class Adapted(nn.Module):
 
         Raises:
             InputError: a name is unknown or taken, the lists differ in length, two adapters rescale different sides
-                of one module, or more than one trains a module of `modules_to_save`.
+                of one module or act from different places (`acts_from`), or more than one trains a module of
+                `modules_to_save`.
         """
         self._ia3_check_name(adapter_name)
         self.require_adapters(adapters)
+        self._ia3_require_one_kind(adapters)
         if len(adapters) != len(weights) or not adapters:
             raise InputError(
                 f"Expected one weight for each adapter, found {len(adapters)} adapters and {len(weights)} weights."
@@ -328,6 +347,8 @@ class Adapted(nn.Module):
         }
 
         modules = set(base_modules(self.model))
+        if has_encoder(self.model) and self.peft_config[adapters[0]].acts_from == "question":
+            modules -= outside_decoder(self.model)
         feedforward = {target.path for target in targets if target.feedforward}
         second = shortest_names(feedforward, modules - feedforward)
         first = shortest_names(set(layers) - feedforward, modules - set(layers))
@@ -339,7 +360,7 @@ class Adapted(nn.Module):
             modules_to_save=list(owners) or None,
         )
         insert(self.model, self.ia3_routing, adapter_name, targets, list(owners))
-        self.peft_config[adapter_name] = config
+        self._ia3_keep_config(adapter_name, config)
         with torch.no_grad():
             for layer in layers.values():
                 vector = layer.ia3_l[adapter_name]

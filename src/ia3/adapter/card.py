@@ -29,8 +29,9 @@ model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
 """
 
-_FROM_QUESTION = """The vectors act from the question on, behind a text that the base model reads as it is (`acts_from: question`). PEFT
-does not load such an adapter, and it cannot be merged: in both cases it would act on the text too, as another function.
+_FROM_QUESTION = """The vectors act from the question on, behind a text that the base model reads as it is (`acts_from: question`); in an
+encoder-decoder, in the decoder alone. PEFT does not load such an adapter: there it would act on the text too, as another function.
+It cannot be merged.
 
 """
 

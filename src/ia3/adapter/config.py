@@ -53,7 +53,7 @@ class PeftType(str, Enum):
 
 
 # What a file says in place of "IA3" when vectors act from the question on: PEFT refuses a peft_type that it does not know,
-# while it would only warn of an unknown key, and let the vectors act on the whole text.
+# while it would only warn of an unknown key, and let the vectors act on the whole text, or look for an encoder's.
 _FROM_QUESTION = "IA3_FROM_QUESTION"
 
 
@@ -99,7 +99,8 @@ class IA3Config:
         init_ia3_weights: start from ones, which change nothing. False: random vectors, for tests.
         acts_from: "start" rescales the activations of all tokens, as PEFT does; "question" only those from the question
             on, so that the frozen model reads the text in front of it once for any number of adapters and questions (see
-            `IA3Model.forward`). PEFT refuses to load such an adapter, and it cannot be merged.
+            `IA3Model.forward`). In an encoder-decoder these are the decoder's: of the targets, only its modules have
+            vectors. PEFT refuses to load such an adapter, and it cannot be merged.
 
     Raises:
         InputError: `feedforward_modules` is no subset of `target_modules` (two lists), or a type is not known.

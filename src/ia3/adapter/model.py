@@ -21,6 +21,7 @@ from ia3.adapter.merging import check_finite, merge_for_good, sync_weights, unlo
 from ia3.adapter.mixing import check_generation, check_media
 from ia3.adapter.routing import SameRows
 from ia3.adapter.rows import BASE, Rows, Starts, row_count, row_shape, uncompiled
+from ia3.adapter.targets import has_encoder
 from ia3.adapter.wrapping import check_copies
 from ia3.errors import InputError, brief, shown, similar
 from ia3.files import hub_arguments, upload
@@ -58,9 +59,12 @@ class IA3Model(Adapted):
         self.require_adapters(names)
         waiting = [name for name in names if self.peft_config[name].acts_from == "question"]
         if waiting:
+            why = "merged weights would act on the text too, which is another function"
+            if has_encoder(self.model):
+                why = "such adapters stay beside the weights, in encoder-decoders as in decoders"
             raise InputError(
                 f"Expected adapters that act from the start of a text, found {shown(waiting)}, which acts from the question "
-                f"on: merged weights would act on the text too, which is another function. Leave it apart."
+                f"on: {why}. Leave it apart."
             )
         return names
 
@@ -313,12 +317,14 @@ class IA3Model(Adapted):
             adapter_names: an adapter for each row of the batch, "__base__" for none; None: the active adapters for all.
             acts_from: for each row the place (from 0, padding counts) where its question begins, from which adapters with
                 `acts_from="question"` act. None: everywhere, which is right where all places are behind a text that was
-                read before (`past_key_values`), and else an error for such adapters.
+                read before (`past_key_values`), and else an error for such adapters. An encoder-decoder takes none: there
+                they act in the decoder.
             **kwargs: the wrapped model's.
 
         Raises:
             InputError: `adapter_names` is not a name a row, a name is unknown, adapters are merged, or the model mixes
-                rows in a way that does not allow it; `acts_from` is missing, or is no place for each row.
+                rows in a way that does not allow it; `acts_from` is missing, or is no place for each row, or the model is
+                an encoder-decoder.
         """
         if adapter_names is None and acts_from is None and not self._ia3_passing:
             return self.model(*args, **kwargs)
@@ -361,11 +367,10 @@ class IA3Model(Adapted):
     def waits_for_question(self, adapter_names: Sequence[str] | None = None) -> bool:
         """Whether one of these adapters, or of the active ones, acts from the question on alone (`IA3Config.acts_from`)."""
         routing = self.ia3_routing
-        if adapter_names is None:
-            return routing.waits
         if not routing.enabled or routing.merged:
             return False
-        return any(self._ia3_acts_from(name) == "question" for name in dict.fromkeys(adapter_names))
+        names = routing.active if adapter_names is None else adapter_names
+        return any(self._ia3_acts_from(name) == "question" for name in dict.fromkeys(names))
 
     def _ia3_acts_from(self, name: str) -> str | None:
         """As of `IA3Config`; None for no adapter's name."""
@@ -384,6 +389,13 @@ class IA3Model(Adapted):
     ) -> tuple[Rows | None, Starts | None]:
         """Which adapter acts on which row of the batch that these arguments hold, and from which place of it on."""
         rows = self._ia3_rows(names, args, kwargs)
+        if has_encoder(self.model):
+            if acts_from is not None:
+                raise InputError(
+                    f"Expected no acts_from for an encoder-decoder, found {brief(acts_from)}: adapters that act from the "
+                    f"question on act in its decoder. Leave it out."
+                )
+            return rows, None
         if not self.waits_for_question(names):
             return rows, None
         if acts_from is None:

@@ -185,7 +185,8 @@ class Routing:
         vectors: tables of the adapters whose vectors a forward pass multiplies by: none while some are merged.
         modules: tables of the adapters whose own copies of `modules_to_save` are used.
         bank: adapters that the layers do not hold themselves.
-        from_question: names of the adapters that act from the question on (`IA3Config.acts_from`).
+        from_question: names of the adapters that act from a place of each row on (`IA3Config.acts_from`); not an
+            encoder-decoder's, which have no vectors in the encoder.
         waits: whether one of them is among those whose vectors act; compiled code looks at it, and not at names.
         rows: which adapter acts on which row, in this thread; None: the `vectors` and `modules` act on all.
         starts: from which place of each row on they act, in this thread; None: on all places.

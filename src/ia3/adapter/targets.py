@@ -153,18 +153,31 @@ def resolve(model: nn.Module, config: IA3Config, key_value_only: bool | None = N
 
 def _check_reads_first(model: nn.Module, config: IA3Config) -> None:
     """Raise unless what a model makes of a text does not depend on the question behind it, whatever an adapter does there."""
-    base = getattr(model, "config", None)
-    if getattr(base, "is_encoder_decoder", False) or config.task_type not in (None, "CAUSAL_LM"):
-        found = "an encoder-decoder" if config.task_type is None else f"task_type {config.task_type}"
+    if config.task_type not in (None, "SEQ_2_SEQ_LM" if has_encoder(model) else "CAUSAL_LM"):
         raise InputError(
-            f"Expected a decoder-only language model (task_type CAUSAL_LM) for acts_from='question', found {found}; use "
-            f"acts_from='start'."
+            f"Expected a decoder-only language model (task_type CAUSAL_LM) or an encoder-decoder (SEQ_2_SEQ_LM) for "
+            f"acts_from='question', found a {type(model).__name__} and task_type {config.task_type}; use acts_from='start'."
         )
     if config.modules_to_save:
         raise InputError(
             f"Expected no modules_to_save beside acts_from='question', found {shown(config.modules_to_save)}: they are trained "
             f"in full, and act on the text too. Use acts_from='start'."
         )
+
+
+def has_encoder(model: nn.Module) -> bool:
+    """Whether a model is an encoder-decoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def outside_decoder(model: nn.Module) -> set[str]:
+    """The paths of an encoder-decoder's modules that an adapter with `acts_from="question"` leaves as they are.
+
+    These are all but the decoder's own. A module that encoder and decoder share reads the text, too.
+    """
+    encoder, decoder = ({*part.modules()} for part in (model.get_encoder(), model.get_decoder()))  # type: ignore[operator]
+    own = decoder - encoder
+    return {path for path, module in walk(model) if module not in own}
 
 
 def _resolve_targets(model: nn.Module, config: IA3Config, key_value_only: bool | None) -> list[Target]:
@@ -177,6 +190,8 @@ def _resolve_targets(model: nn.Module, config: IA3Config, key_value_only: bool |
     kept = config.modules_to_save or []
     leave_out = config.exclude_modules
     excluded = {path for path in modules if (leave_out and matches(path, leave_out)) or (kept and _inside(path, kept))}
+    frozen = outside_decoder(model) if config.acts_from == "question" and has_encoder(model) else set()
+    excluded |= frozen
 
     masks: dict[str, torch.Tensor | None] = {}
     sites = default_sites(modules, base_config) if config.target_modules is None or key_value_only else []
@@ -194,11 +209,14 @@ def _resolve_targets(model: nn.Module, config: IA3Config, key_value_only: bool |
     asked = config.target_modules if config.target_modules is not None else f"the keys and values of {model_type}"
     chosen = [path for path in paths if path not in excluded]
     if not chosen:
-        what = "exclude_modules leaves none of the" if paths else "No module matches the"
+        what, how = "No module matches the", ""
+        if paths and frozen.issuperset(paths):
+            what, how = "acts_from='question' leaves none of the", " (only modules of the decoder)"
+        elif paths:
+            what, how = "exclude_modules leaves none of the", f" (exclude_modules {brief(config.exclude_modules)})"
         raise InputError(
-            f"{what} target_modules {brief(sorted(asked) if isinstance(asked, set) else asked)}"
-            + (f" (exclude_modules {brief(config.exclude_modules)})" if paths else "")
-            + f"; modules that can be rescaled: {candidates(modules)}."
+            f"{what} target_modules {brief(sorted(asked) if isinstance(asked, set) else asked)}{how}; modules that can be "
+            f"rescaled: {candidates({path: module for path, module in modules.items() if path not in frozen})}."
         )
     if config.feedforward_modules is None:
         expected = {site.path for site in (sites or feedforward_sites(modules, base_config)) if site.feedforward}
@@ -208,7 +226,8 @@ def _resolve_targets(model: nn.Module, config: IA3Config, key_value_only: bool |
     targets = [Target(path, modules[path], path in feedforward, masks.get(path)) for path in chosen]
     for target in targets:
         _check(target)
-    _complete(config, chosen, feedforward, modules)
+    # `acts_from` itself leaves out the encoder, so that names need not.
+    _complete(config, chosen, feedforward, {path: one for path, one in modules.items() if path not in frozen})
     return targets
 
 

@@ -16,7 +16,7 @@ from ia3.adapter.adapted import Adapted
 from ia3.adapter.config import CONFIG_NAME, IA3Config, adapter_folders
 from ia3.adapter.rows import BASE
 from ia3.adapter.stored import StoredAdapter
-from ia3.adapter.targets import Target, resolve
+from ia3.adapter.targets import Target, has_encoder, outside_decoder, resolve
 from ia3.bank.homes import Folder, Home, Record, RowFile, SpillFile, open_archive, write_archive
 from ia3.bank.layout import DTYPES, Layout, resolve_entries
 from ia3.bank.residency import Residency
@@ -57,6 +57,9 @@ class BankStatistics:
 
 class AdapterBank:
     """Adapters of one kind (the same modules, sides and `modules_to_save`) as rows of one array.
+
+    Where the config's adapters act from the start, adapters of the same modules that act from the question on fit too; in
+    an encoder-decoder, their rows have ones for the encoder.
 
     Row 0, with the name "__base__", is the base model: ones, and its own `modules_to_save`. An adapter is in memory or
     at
@@ -107,7 +110,8 @@ class AdapterBank:
             targets.setdefault(target.module, target)
         self.targets = list(targets.values())
         entries, base = resolve_entries(model, self.targets, self.modules)
-        self._layout = Layout(entries, self.targets, dtype)
+        reading = outside_decoder(model.model) if has_encoder(model.model) else ()
+        self._layout = Layout(entries, self.targets, dtype, reading)
         self.entries, self.width, self.dtype = entries, self._layout.width, dtype
         device = next(model.model.parameters()).device
         self.device = torch.device("cpu") if device.type == "meta" else device

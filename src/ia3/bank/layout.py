@@ -10,7 +10,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -103,20 +103,29 @@ class Layout:
         entries: the columns, in order and without gaps.
         targets: the modules that the vectors rescale; an adapter's config must have the same sides.
         dtype: one of `DTYPES`.
+        reading: the paths of modules, such as an encoder's, for which adapters that act from the question on have no
+            vectors. Their rows hold ones there.
     """
 
-    def __init__(self, entries: Iterable[Entry], targets: Iterable[Target], dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        entries: Iterable[Entry],
+        targets: Iterable[Target],
+        dtype: torch.dtype,
+        reading: Collection[str] = (),
+    ) -> None:
         self.entries = tuple(entries)
         self.dtype = dtype
         self.width = sum(entry.size for entry in self.entries)
         self.row_bytes = self.width * dtype.itemsize
         self._sides = {target.path: target.feedforward for target in targets}
+        self._reading = {entry.key: entry.path for entry in self.entries if entry.path in reading}
         self._expected = {entry.key: torch.empty(entry.shape, dtype=dtype, device="meta") for entry in self.entries}
         self._header = {
             entry.key: tensor_header(dtype, entry.shape, entry.start * dtype.itemsize) for entry in self.entries
         }
-        self._known_configs: set[bytes] = set()  # raw bytes of valid configs
-        self._known_headers: set[bytes] = set()
+        self._known_configs: dict[bytes, str] = {}  # raw bytes of valid configs → from where they act
+        self._known_headers: dict[bytes, bool] = {}
 
     def tensors(self, row: torch.Tensor) -> Tensors:
         """The named tensors of a row, as views."""
@@ -128,12 +137,13 @@ class Layout:
         if not math.isfinite(row.sum()) and not torch.isfinite(row).all():
             check_tensors(self._expected, self.tensors(row), name)
 
-    def pack(self, tensors: Mapping[str, torch.Tensor], row: torch.Tensor, name: str) -> None:
+    def pack(self, tensors: Mapping[str, torch.Tensor], row: torch.Tensor, name: str, acts_from: str = "start") -> None:
         """Fill a row with an adapter's tensors. Raises `InputError` unless they are exactly the layout's, and
         finite."""
-        check_tensors(self._expected, tensors, name)
+        absent = self._reading if acts_from == "question" else ()
+        check_tensors({key: value for key, value in self._expected.items() if key not in absent}, tensors, name)
         for key, part in self.tensors(row).items():
-            part.copy_(tensors[key].detach())
+            part.fill_(1.0) if key in absent else part.copy_(tensors[key].detach())
 
     def read_folder(self, folder: str, row: torch.Tensor, name: str) -> tuple[int, ...]:
         """Fill a row from an adapter's folder.
@@ -160,7 +170,8 @@ class Layout:
         where = current(folder)
         if not (where / CONFIG_NAME).is_file():
             _ = StoredAdapter(folder).config  # raises the error
-        self._check_config(where / CONFIG_NAME, name)
+        if self._check_config(where / CONFIG_NAME, name) == "question" and self._reading:
+            return None
         with contextlib.suppress(FileNotFoundError), open(where / WEIGHTS_NAME, "rb") as file:
             status = os.fstat(file.fileno())
             if self._is_row(file, status.st_size):
@@ -178,7 +189,7 @@ class Layout:
         if stamp is None:
             its = StoredAdapter(folder)
             stamp = file_stamp(os.stat(its.vectors_file()))
-            self.pack(its.vectors()[0], row, name)
+            self.pack(its.vectors()[0], row, name, its.config.acts_from)
         return stamp
 
     def _is_row(self, file: BufferedReader, size: int) -> bool:
@@ -196,20 +207,24 @@ class Layout:
             return False
         if tensors != self._header:
             return False
-        _remember(self._known_headers, header)
+        _remember(self._known_headers, header, True)
         return True
 
-    def _check_config(self, path: Path, name: str) -> None:
+    def _check_config(self, path: Path, name: str) -> str:
+        """From where the adapter of a config acts. Raises `InputError` if it is not of the layout's kind."""
         with open(path, "rb") as file:
             data = file.read()
         if data in self._known_configs:
-            return
+            return self._known_configs[data]
         owner = f"Adapter {brief(name)}"
         with about(owner):
             config = IA3Config.from_json(data, path)
         named = config.feedforward_modules
         if named is not None:  # otherwise the shapes decide
-            wrong = [path for path, side in self._sides.items() if matches(path, named) is not side]
+            absent = set(self._reading.values()) if config.acts_from == "question" else ()
+            wrong = [
+                path for path, side in self._sides.items() if path not in absent and matches(path, named) is not side
+            ]
             if wrong:
                 raise InputError(
                     f"rescales another side (input, output) than the adapters here at {shown(wrong, 3)}: its "
@@ -217,7 +232,8 @@ class Layout:
                     "keep it apart from them",
                     owner=owner,
                 )
-        _remember(self._known_configs, data)
+        _remember(self._known_configs, data, config.acts_from)
+        return config.acts_from
 
     def check_described(self, found: Any, path: str) -> None:
         """Raise `InputError` unless an archive's description of its entries is this layout's."""
@@ -249,7 +265,7 @@ def file_stamp(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _remember(known: set[bytes], data: bytes) -> None:
+def _remember(known: dict[bytes, T], data: bytes, value: T) -> None:
     if len(known) >= _REMEMBERED:
         known.clear()
-    known.add(data)
+    known[data] = value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ import typer
 from ia3.adapter.config import CONFIG_NAME, IA3Config, TaskType
 from ia3.adapter.pretrained import DTYPES, EMBEDDED_MODEL
 from ia3.errors import InputError, shown
+from ia3.scoring import MEMORY
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -83,12 +85,13 @@ InitOption = typer.Option(
 ActsFromOption = typer.Option(
     None,
     help="Where vectors act: from the 'start' of a text, as PEFT's do, which PEFT loads and which can be merged; from the 'question' "
-    "behind it, so that each text is read once for all adapters, which is several times faster; or 'auto': from the question "
-    "where the model and the templates allow it. \\[default: the recipe's]",
+    "behind it, so that each text is read once for all adapters, which is several times faster (in an encoder-decoder: in the "
+    "decoder alone, so that the encoder reads each prompt once); or 'auto': from the question where the model is a decoder and "
+    "the templates allow it. \\[default: the recipe's]",
     show_default=False,
 )
 MemoryOption = typer.Option(
-    "2GiB", help="Keep at most so much of what is read once (512MB, 2GiB, …); the rest is read again."
+    MEMORY, help="Keep at most so much of what is read once (512MB, 2GiB, …); the rest is read again."
 )
 BaseOption = typer.Option(
     EMBEDDED_MODEL, "--model", "-m", help="Base model: a folder, a hub id or 'smollm2' (embedded)."
@@ -184,7 +187,8 @@ def load_bank(
     from ia3.bank import AdapterBank
 
     adapted = IA3Model(base, {}).eval()
-    bank = AdapterBank(adapted, next(iter(folders.values())).config)
+    # With columns for adapters of both kinds.
+    bank = AdapterBank(adapted, dataclasses.replace(next(iter(folders.values())).config, acts_from="start"))
     for name, folder in folders.items():
         bank.load(folder, name)
         folder.require_unchanged()

@@ -18,6 +18,7 @@ from ia3.evaluation.drawing import Draw, Source, drawn, read
 from ia3.evaluation.progress import Progress
 from ia3.evaluation.results import summary
 from ia3.files import parse_bytes, write_json
+from ia3.scoring import MEMORY
 from ia3.task.rows import as_rows
 from ia3.task.task import Row, Task
 from ia3.training.recipe import Recipe
@@ -121,7 +122,7 @@ class Experiment:
     learning_rate: float | Sequence[float] | None = None
     folds: int = 0
     all_templates: bool = False
-    memory: int | str = "2GiB"
+    memory: int | str = MEMORY
 
     @property
     def several(self) -> bool:

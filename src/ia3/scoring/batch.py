@@ -32,6 +32,7 @@ Batch = dict[str, Any]
 - `position` (B, C, T): where the prediction of each choice token stands among the R·K projected positions;
 - `token` (B, C, T): the choice token; `mask` (B, C, T): whether there is one;
 - `label` (B,): the right choice; -100 where it is not known;
+- `encoder_outputs`: where an encoder has read the prompts before, its output, in place of `input_ids`;
 - `past_key_values`: where rows continue a text that was read before, its keys and values (see `Prefix`);
 - `acts_from` (R,): a decoder's, the place in each row where the question begins;
 - `adapter_names`: where questions say it, the adapter of each of the R rows.

@@ -166,7 +166,7 @@ def room_behind(before: int, longest: int, batch_tokens: int) -> int:
     return min(batch_tokens, max(_CACHED_TOKENS * longest // (before + longest), 1))
 
 
-def is_exact_behind(family: Decoder, layout: Layout, question: Question, moved: Question) -> bool | None:
+def is_exact_behind(family: Family, layout: Layout, question: Question, moved: Question) -> bool | None:
     """Whether a layout of rows that go on from what was read before is exact; None: its scores are no numbers.
 
     One or two choices of two questions are scored in whole rows, without the cache; that is about what reading the tokens
@@ -288,12 +288,12 @@ def beginnings(family: Family, questions: Sequence[Question]) -> Iterator[tuple[
         yield sorted(rest), None
 
 
-def may_continue(family: Decoder) -> bool:
-    """Whether rows may attend to keys and values that another pass computed."""
+def may_continue(family: Family) -> bool:
+    """Whether rows may attend to keys and values, or to an encoder's states, that another pass computed."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return False  # processes have to pass through the model equally often
-    # Layers that are computed again keep no cache.
-    return not (family.model.training and torch.is_grad_enabled() and family.recomputes)
+    # Layers that are computed again keep no cache, and an encoder-decoder needs none here.
+    return family.has_encoder or not (family.model.training and torch.is_grad_enabled() and family.recomputes)
 
 
 def may_share(family: Decoder) -> bool:

@@ -11,19 +11,48 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ia3.adapter.targets import inside_wrappers
-from ia3.scoring.batch import Batch, additive_mask, answers_of, names_of, padded, prompts_of
+from ia3.scoring.batch import (
+    Batch,
+    additive_mask,
+    answers_of,
+    groups_of_sizes,
+    names_of,
+    padded,
+    pass_tokens,
+    prompts_of,
+)
 from ia3.scoring.family import Family
 from ia3.scoring.question import Question, tree_of
 
 # What of a batch is the decoder's.
 _DECODER = ("decoder_input_ids", "decoder_attention_mask")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What an encoder made of a prompt of S tokens.
+
+    Attributes:
+        states: its last hidden states (S, width), which the decoder attends to.
+        output: the class of the encoder's output, in which the model takes them back.
+    """
+
+    states: torch.Tensor
+    output: type
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        return self.states.nbytes
 
 
 class EncoderDecoder(Family):
@@ -91,21 +120,47 @@ class EncoderDecoder(Family):
             **answers_of(questions, paths),
         }
 
+    def ask(self, *args: Any, **kwargs: Any) -> list[Question]:
+        """As `Family.ask`. The encoder reads a prompt whole, whatever the decoder is asked about it."""
+        return [replace(question, read=len(question.prompt)) for question in super().ask(*args, **kwargs)]
+
+    def encode(self, ids: torch.Tensor, mask: torch.Tensor) -> Any:
+        """The encoder's output for prompts (B, S)."""
+        encoder: nn.Module = self.base.get_encoder()
+        return encoder(input_ids=ids, attention_mask=mask, return_dict=True)
+
+    def encoded(self, prompts: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], Encoded]:
+        """What the encoder, as it is now, makes of prompts that differ, several a pass."""
+        found = {}
+        device = next(self.model.parameters()).device
+        for group in groups_of_sizes([(len(prompt), 0) for prompt in prompts], pass_tokens(self.model)):
+            made = self.encode(*(one.to(device) for one in padded([prompts[i] for i in group], self.pad_token_id)))
+            for row, index in enumerate(group):
+                states = made.last_hidden_state[row, : len(prompts[index])].clone()
+                found[prompts[index]] = Encoded(states, type(made))
+        return found
+
+    def behind(self, batch: Batch, encoded: Sequence[Encoded]) -> Batch:
+        """A batch, packed or not, whose prompts the encoder has read: with `encoder_outputs` in place of `input_ids`."""
+        states = pad_sequence([one.states for one in encoded], batch_first=True)
+        left = {key: value for key, value in batch.items() if key != "input_ids"}
+        return {**left, "encoder_outputs": encoded[0].output(last_hidden_state=states)}
+
     def logits(self, batch: Batch) -> torch.Tensor:
         """The logits at each place of the decoder's rows: (R, K, vocabulary)."""
         inputs = {key: batch[key] for key in ("attention_mask", *_DECODER)}
         names = {key: batch[key] for key in ("adapter_names",) if key in batch}
         options: dict[str, Any] = {"use_cache": False, "return_dict": True}
         if "question" not in batch:
-            inputs["input_ids"] = batch["input_ids"]
+            inputs |= {key: batch[key] for key in ("input_ids", "encoder_outputs") if key in batch}
             with decoder_positions(self.base, batch["decoder_position_ids"]):
                 return self.model(**inputs, **names, **options).logits
-        owners = batch["question"]
-        having: Callable = getattr(inside_wrappers(self.model), "adapter_rows", lambda _: nullcontext())
-        with having(names.get("adapter_names")):
-            encoder: nn.Module = self.base.get_encoder()
-            known = encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], return_dict=True)
-        known = known.__class__(last_hidden_state=known.last_hidden_state[owners])
+        owners, known = batch["question"], batch.get("encoder_outputs")
+        if known is None:
+            having: Callable = getattr(inside_wrappers(self.model), "adapter_rows", lambda _: nullcontext())
+            with having(names.get("adapter_names")):
+                known = self.encode(batch["input_ids"], batch["attention_mask"])
+        known = type(known)(last_hidden_state=known.last_hidden_state[owners])
         inputs["attention_mask"] = batch["attention_mask"][owners]
         if names:
             names["adapter_names"] = [names["adapter_names"][owner] for owner in owners.tolist()]

@@ -25,7 +25,8 @@ class Question:
             say it, or none does.
         order: for each of `choices`, its index in the caller's list; None: the same.
         read: how many of the prompt's first tokens are the text that stands before what is asked about it. They are the same
-            whatever is asked; adapters with `acts_from="question"` act on the others. 0: it begins with the question.
+            whatever is asked; adapters with `acts_from="question"` act on the others. 0: it begins with the question. An
+            encoder reads the whole prompt before the decoder is asked.
         cut: the column whose end was cut off, so that the prompt fits; None: the row is whole.
         row: the number of its row, for errors.
     """

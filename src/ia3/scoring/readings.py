@@ -18,6 +18,7 @@ from ia3.adapter.rows import BASE
 from ia3.adapter.targets import inside_wrappers
 from ia3.errors import InputError
 from ia3.files import parse_bytes
+from ia3.scoring import MEMORY
 from ia3.scoring.batch import Batch, groups, groups_of_sizes, padded, pass_tokens, training_groups
 from ia3.scoring.beginning import (
     common_tokens,
@@ -31,22 +32,23 @@ from ia3.scoring.beginning import (
     room_behind,
 )
 from ia3.scoring.decoder import Decoder
+from ia3.scoring.encoder_decoder import Encoded, EncoderDecoder
 from ia3.scoring.family import Family, evaluating, frozen
-from ia3.scoring.question import Question, row_length
-from ia3.scoring.trials import Size, judged, size_of, verdicts_of
-
-MEMORY = "2GiB"
-"""What readings take at most, where nobody says how much."""
+from ia3.scoring.question import Question, row_length, sizes_of
+from ia3.scoring.trials import Size, collate, judged, size_of, verdicts_of
 
 # A text of fewer tokens is read anew with each question: a pass of its own would cost more.
 _LEAST = 4
+
+# A decoder's layer makes keys and values of each of an encoder's states. A token's pass through it costs over four times that.
+_STATES = 4
 
 Text = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What the frozen model made of a text of S tokens: for each layer keys and values (S, heads, width)."""
+    """What a frozen decoder made of a text of S tokens: for each layer keys and values (S, heads, width)."""
 
     layers: Sequence[tuple[torch.Tensor, torch.Tensor]]
 
@@ -85,7 +87,8 @@ class TextsLayer(DynamicLayer):
 
 
 class Readings:
-    """Texts that a decoder has read, each once: the keys and values of what stands before a question.
+    """Texts that a model has read, each once: a decoder's keys and values of what stands before a question, and an
+    encoder's last hidden states of a prompt.
 
     >>> readings = Readings("1GiB")
     >>> scorer = Scorer(model, tokenizer, readings)
@@ -114,7 +117,7 @@ class Readings:
         self.nbytes = self.read = 0
         self._base: nn.Module | None = None
         self._token_bytes = 0
-        self._kept: OrderedDict[Text, Reading] = OrderedDict()
+        self._kept: OrderedDict[Text, Reading | Encoded] = OrderedDict()
 
     def __len__(self) -> int:
         """How many texts are kept."""
@@ -126,7 +129,7 @@ class Readings:
         self.nbytes = 0
 
     def batches(
-        self, family: Decoder, questions: Sequence[Question], batch_tokens: int, training: bool = False
+        self, family: Family, questions: Sequence[Question], batch_tokens: int, training: bool = False
     ) -> Iterator[tuple[list[int], Batch]]:
         """Questions of `askable` in batches of rows that go on from their texts: indices, and the batch.
 
@@ -139,27 +142,24 @@ class Readings:
         for part in self._fitting(family, questions):
             readings = self._have(family, [questions[i].text for i in part])
             some = [questions[i] for i in part]
-            tails = [question.behind(question.read) for question in some]
-            longest = max(question.read for question in some)
-            room = room_behind(longest, max(map(row_length, tails)), batch_tokens)
-            divided = list((training_groups if training else groups)(tails, room))
+            divided = _divided(family, some, batch_tokens, training)
             for group in reversed(divided) if training else divided:
                 asked = [some[i] for i in group]
                 yield [part[i] for i in group], rows_behind(family, asked, [readings[one.text] for one in asked])
 
-    def foresee(self, family: Decoder, questions: Sequence[Question]) -> None:
+    def foresee(self, family: Family, questions: Sequence[Question]) -> None:
         """Read the texts of questions of `askable` that memory holds at once, in fewer passes than as their turn comes."""
         self._own(family)
         part = next(self._fitting(family, questions))
         self._have(family, [questions[i].text for i in part])
 
-    def _own(self, family: Decoder) -> None:
+    def _own(self, family: Family) -> None:
         """Let go of another model's texts."""
         if self._base is not family.base:
             self.clear()
             self._base, self._token_bytes = family.base, 0
 
-    def exact(self, family: Decoder, questions: Sequence[Question]) -> bool:
+    def exact(self, family: Family, questions: Sequence[Question]) -> bool:
         """Whether rows that go on from texts are exact for all of these questions."""
         verdicts = verdicts_of(family, "behind texts")
 
@@ -167,9 +167,9 @@ class Readings:
             return question.read, *size_of(question.behind(question.read))
 
         def is_exact(question: Question) -> bool | None:
-            # Beside it a row with another text, half as long, and one token to ask with.
+            # Beside it a row with another text, half as long, and a decoder's one token to ask with.
             moved = replace(question, prompt=[*question.text[: question.read // 2 + 1], question.prompt[-1]])
-            moved = replace(moved, read=len(moved.prompt) - 1)
+            moved = replace(moved, read=len(moved.prompt) - (0 if family.has_encoder else 1))
             found = read_texts(family, list(dict.fromkeys([question.text, moved.text])))
             if found is None:
                 return False
@@ -179,7 +179,7 @@ class Readings:
 
         return judged(verdicts, questions, size, family.max_length, is_exact)
 
-    def _fitting(self, family: Decoder, questions: Sequence[Question]) -> Iterator[list[int]]:
+    def _fitting(self, family: Family, questions: Sequence[Question]) -> Iterator[list[int]]:
         """Questions, as indices, in parts whose texts the memory holds at once; those of one text together."""
         by_text: dict[Text, list[int]] = {}
         for index, question in enumerate(questions):
@@ -204,7 +204,7 @@ class Readings:
             filled += size
         yield part
 
-    def _have(self, family: Decoder, texts: Sequence[Text]) -> dict[Text, Reading]:
+    def _have(self, family: Family, texts: Sequence[Text]) -> dict[Text, Reading | Encoded]:
         """The readings of texts, which fit at once: those that are kept, and the others read now in place of the oldest."""
         found = {text: self._kept[text] for text in texts if text in self._kept}
         missing = [text for text in dict.fromkeys(texts) if text not in found]
@@ -225,7 +225,7 @@ class Readings:
 
 def askable(family: Family, questions: Sequence[Question]) -> list[bool]:
     """Which questions are asked of what the frozen model made of their texts: nothing else acts on these."""
-    if not isinstance(family, Decoder) or not may_continue(family):
+    if not family.reads_answers or not may_continue(family):
         return [False] * len(questions)
     adapted = find_adapted(family.model)
     known: dict[str | None, bool] = {None: True, BASE: True}
@@ -241,42 +241,66 @@ def askable(family: Family, questions: Sequence[Question]) -> list[bool]:
     return [known[question.adapter] and question.read >= _LEAST for question in questions]
 
 
-def read_texts(family: Decoder, texts: Sequence[Text]) -> dict[Text, Reading] | None:
-    """What the frozen model makes of texts, several a pass; with what all begin, such as an instruction, read once.
+def read_texts(family: Family, texts: Sequence[Text]) -> dict[Text, Reading | Encoded] | None:
+    """What the frozen model makes of texts, several a pass.
 
     Args:
         family: of the model, adapted or not.
         texts: that differ.
 
     Returns:
-        None for a model that keeps no keys and values.
+        None for a decoder that keeps no keys and values.
     """
-    found: dict[Text, Reading] = {}
+    with evaluating(family.model), frozen(family.model), torch.no_grad():
+        if isinstance(family, EncoderDecoder):
+            return {**family.encoded(texts)}
+        assert isinstance(family, Decoder)
+        return _read(family, texts)
+
+
+def _read(family: Decoder, texts: Sequence[Text]) -> dict[Text, Reading | Encoded] | None:
+    """`read_texts` of a decoder. What all texts begin with, such as an instruction, is read once."""
+    found: dict[Text, Reading | Encoded] = {}
     device = next(family.model.parameters()).device
     size = common_tokens([list(text) for text in texts])
     size = size if pays(size, len(texts)) else 0
-    with evaluating(family.model), frozen(family.model), torch.no_grad():
-        start = DynamicCache()
-        if size and not fill(family, start, torch.tensor([texts[0][:size]], device=device)):
+    start = DynamicCache()
+    if size and not fill(family, start, torch.tensor([texts[0][:size]], device=device)):
+        return None
+    for group in groups_of_sizes([(len(text) - size, 0) for text in texts], pass_tokens(family.model)):
+        # Without a mask: no token sees the padding behind it, and attention is faster so.
+        ids, _ = padded([texts[i][size:] for i in group], family.pad_token_id)
+        cache = continued(start, len(group))
+        if not fill(family, cache, ids.to(device)):
             return None
-        for group in groups_of_sizes([(len(text) - size, 0) for text in texts], pass_tokens(family.model)):
-            # Without a mask: no token sees the padding behind it, and attention is faster so.
-            ids, _ = padded([texts[i][size:] for i in group], family.pad_token_id)
-            cache = continued(start, len(group))
-            if not fill(family, cache, ids.to(device)):
-                return None
-            for row, index in enumerate(group):
-                length = len(texts[index])
-                kept = [
-                    [one[row, :, :length].transpose(0, 1).clone() for one in (layer.keys, layer.values)]  # type: ignore[index,union-attr]
-                    for layer in cache.layers
-                ]
-                found[texts[index]] = Reading([(keys, values) for keys, values in kept])
+        for row, index in enumerate(group):
+            length = len(texts[index])
+            kept = [
+                [one[row, :, :length].transpose(0, 1).clone() for one in (layer.keys, layer.values)]  # type: ignore[index,union-attr]
+                for layer in cache.layers
+            ]
+            found[texts[index]] = Reading([(keys, values) for keys, values in kept])
     return found
 
 
-def rows_behind(family: Decoder, questions: Sequence[Question], readings: Sequence[Reading]) -> Batch:
-    """A packed row for each question, which goes on from its own text; see `packed_behind`."""
+def _divided(family: Family, questions: Sequence[Question], batch_tokens: int, training: bool) -> list[list[int]]:
+    """Indices of questions, in groups for one batch of `rows_behind` each."""
+    if family.has_encoder:
+        sizes = [
+            (-(-prompt // _STATES), 2 * tree + 1 if training else tree) for prompt, tree in map(sizes_of, questions)
+        ]
+        return list(groups_of_sizes(sizes, batch_tokens))
+    tails = [question.behind(question.read) for question in questions]
+    room = room_behind(max(question.read for question in questions), max(map(row_length, tails)), batch_tokens)
+    return list((training_groups if training else groups)(tails, room))
+
+
+def rows_behind(family: Family, questions: Sequence[Question], readings: Sequence[Any]) -> Batch:
+    """Rows that go on from what was read of their own texts: a decoder's packed ones, see `packed_behind`; an
+    encoder-decoder's as its model takes them."""
+    if isinstance(family, EncoderDecoder):
+        return family.behind(collate(family, questions), readings)
+    assert isinstance(family, Decoder)
     sizes = [question.read for question in questions]
     cache = DynamicCache()
     layers: Any = [TextsLayer(readings, number, max(sizes)) for number in range(len(readings[0].layers))]

@@ -160,19 +160,19 @@ class Scorer:
             labels = [list(its).index(wording.label) for its, wording in zip(answers, wordings, strict=True)]
         texts = [[wording.task.separator + text for text in wording.answers.values()] for wording in wordings]
         prompts, tokens = [one.prompt for one in fits], [one.tokens for one in fits]
-        asked = [0] * len(wordings)
-        if isinstance(family, Decoder):
-            texts_of = [wording.text_of(prompt) for wording, prompt in zip(wordings, prompts, strict=True)]
-            asked = question_lengths(self.tokenizer, prompts, tokens, texts_of, tokens_of)
         numbers = [wording.number for wording in wordings]
         if prefix is not None:
             questions = prefix.ask(prompts, tokens, texts, labels, numbers)
         else:
             questions = family.ask(prompts, tokens, texts, labels, numbers, [list(its) for its in answers], limit)
-        return [
-            replace(question, cut=fit.cut, read=max(len(question.prompt) - length, 0) if length else 0)
-            for question, fit, length in zip(questions, fits, asked, strict=True)
-        ]
+        if isinstance(family, Decoder):
+            texts_of = [wording.text_of(prompt) for wording, prompt in zip(wordings, prompts, strict=True)]
+            asked = question_lengths(self.tokenizer, prompts, tokens, texts_of, tokens_of)
+            questions = [
+                replace(question, read=max(len(question.prompt) - length, 0) if length else 0)
+                for question, length in zip(questions, asked, strict=True)
+            ]
+        return [replace(question, cut=fit.cut) for question, fit in zip(questions, fits, strict=True)]
 
     def prefix(self, text: str, separator: str = SEPARATOR) -> Prefix:
         """A text that stands before many prompts, read by the model as it is now; see `Prefix`."""
@@ -187,9 +187,9 @@ class Scorer:
     def foresee(self, questions: Sequence[Question]) -> None:
         """Find out once which rows are exact for all of these, so that no batch of them has to; and read their texts."""
         apart, readings = self._apart(questions)
-        if readings is not None and isinstance(self.family, Decoder):
+        if readings is not None:
             readings.foresee(self.family, [questions[i] for i in apart])
-        taken = {*apart}
+        taken = set() if self.family.has_encoder else {*apart}  # behind an encoder's states rows are packed as all are
         self._try_packing([question for i, question in enumerate(questions) if i not in taken])
 
     def _try_packing(self, questions: Sequence[Question]) -> None:
@@ -228,7 +228,7 @@ class Scorer:
     ) -> tuple[list[int], Iterator[tuple[list[int], Batch]]]:
         """Batches of questions that are asked of what was read of their texts, and the indices of the others."""
         apart, readings = self._apart(questions)
-        if readings is None or not isinstance(self.family, Decoder):
+        if readings is None:
             return [*range(len(questions))], iter(())
         some = [questions[i] for i in apart]
         made = readings.batches(self.family, some, batch_tokens, training)
@@ -244,8 +244,6 @@ class Scorer:
 
     def _apart(self, questions: Sequence[Question]) -> tuple[list[int], Readings | None]:
         """Questions that are asked of what was read of their texts, as indices, and where that is."""
-        if not isinstance(self.family, Decoder):
-            return [], None
         found = [i for i, ok in enumerate(askable(self.family, questions)) if ok]
         readings = self.readings
         if readings is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
@@ -304,6 +305,8 @@ class LocalEngine:
         kinds = [*self._kinds, IA3Config(task_type=family)]
         for number, kind in enumerate(kinds):
             try:
+                # With columns for both kinds: adapters of either may be uploaded.
+                kind = dataclasses.replace(kind, acts_from="start")
                 self._bank = AdapterBank(self._model, kind, budget=self._memory)
                 break
             except InputError:

@@ -68,7 +68,7 @@ class Recipe(BaseModel):
         long_prompts: "truncate" shortens a field of the row (see `Task.truncate`), "refuse" stops.
         init: an adapter's folder or hub id to start from; None: ones.
         acts_from: where new vectors act, see `IA3Config`: "start" or "question"; "auto": from the question on where the
-            model is a decoder and the task's templates ask behind the row (see `place`).
+            model is a decoder and the task's templates ask behind the row (see `place`), from the start in encoder-decoders.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -176,10 +176,12 @@ class Recipe(BaseModel):
         from ia3.adapter.config import TaskType
         from ia3.adapter.pretrained import task_type
 
-        found = None
+        found, kind = None, task_type(model)
+        if kind == TaskType.SEQ_2_SEQ_LM:  # the encoder reads any prompt before the decoder is asked
+            return "question" if self.acts_from == "question" else "start"
         templates = task.templates if self.templates == "random" else task.templates[:1]
-        if task_type(model) != TaskType.CAUSAL_LM:
-            found = f"a {type(model).__name__}, which is no decoder-only language model"
+        if kind != TaskType.CAUSAL_LM:
+            found = f"a {type(model).__name__}, which generates no text"
         elif not all(template.asks_behind for template in templates):
             first = next(template for template in templates if not template.asks_behind)
             found = f"a template that ends in it: {brief(first.prompt, 80)}"
@@ -188,7 +190,7 @@ class Recipe(BaseModel):
                 f"Expected a text that can be read before the question (acts_from: question) in task {task.name!r}, found "
                 f"{found}; let the adapter act from the start."
             )
-        if found is not None and task_type(model) == TaskType.CAUSAL_LM:
+        if found is not None and kind == TaskType.CAUSAL_LM:
             logger.warning(
                 "Task %r: the adapter acts from the start, because nothing stands behind the text in its template.",
                 task.name,
