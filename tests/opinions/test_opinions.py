@@ -58,8 +58,8 @@ class TestWeigh:
         assert found["head"] > found["vectors"] > 0
 
     def test_an_opinion_that_adds_nothing_is_not_asked(self):
-        noise = log_softmax(np.random.default_rng(2).normal(size=(90, 3)) * 2, axis=1)
-        assert set(weigh({"vectors": noise, "head": opinion(Y, 0.95)}, Y)) == {"head"}
+        wrong = log_softmax(np.random.default_rng(2).normal(size=(90, 3)) * 4, axis=1)
+        assert set(weigh({"vectors": wrong, "head": opinion(Y, 0.95)}, Y)) == {"head"}
 
     def test_the_sum_is_no_worse_than_each(self):
         parts = {"vectors": opinion(Y, 0.75), "head": opinion(Y, 0.75, seed=3)}
@@ -75,7 +75,7 @@ class TestWeigh:
     def test_with_few_rows_weights_stay_near_the_usual(self):
         sure = np.log(np.array([[0.999, 0.001], [0.001, 0.999]]))
         found = weigh({"vectors": sure, "head": sure}, [0, 1])
-        assert all(0.3 < weight < 2 for weight in found.values())
+        assert all(0.5 < weight < 1.3 for weight in found.values())
 
 
 class TestFiles:

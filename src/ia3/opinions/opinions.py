@@ -23,11 +23,11 @@ VECTORS, HEAD = "vectors", "head"
 USUAL = 0.8
 """The weight of an opinion where nothing is known: below 1, for those of one model err together."""
 
-# How far the logarithms of weights are from that.
-_SPREAD = 0.7
+# How far the logarithms of weights are from that: a few dozen rows are no reason to trust one opinion alone.
+_SPREAD = 0.5
 
-# A sum has to be better than its best part by so many nats a row, or the part answers alone.
-_GAIN = 0.005
+# An opinion with a smaller part of the largest weight is not asked.
+_LEAST = 0.1
 
 
 class Opinions(BaseModel):
@@ -134,8 +134,8 @@ class Opinions(BaseModel):
 def weigh(held_out: Mapping[str, np.ndarray], y: Sequence[int]) -> dict[str, float]:
     """Weights with the lowest log-loss on rows that no opinion was formed on.
 
-    A logarithmic opinion pool: weights above 0, their logarithms pulled to a usual one (see `USUAL`). The best opinion
-    alone, if the others add nothing.
+    A logarithmic opinion pool: weights above 0, their logarithms pulled to a usual one (see `USUAL`). An opinion that is
+    hardly heard is left out, and the others are weighed again.
 
     Args:
         held_out: name of an opinion → log-probabilities (N, K).
@@ -143,19 +143,15 @@ def weigh(held_out: Mapping[str, np.ndarray], y: Sequence[int]) -> dict[str, flo
     """
     from scipy.optimize import minimize
 
-    rows = np.arange(len(y))
+    rows, parts = np.arange(len(y)), np.stack(list(held_out.values()))
 
-    def fitted(names: Sequence[str]) -> tuple[float, dict[str, float]]:
-        parts = np.stack([held_out[name] for name in names])
+    def loss(logs: np.ndarray) -> float:
+        log_probs = log_softmax(np.tensordot(np.exp(logs), parts, 1), axis=1)
+        pulled = ((logs - math.log(USUAL)) / _SPREAD) ** 2 / 2
+        return float(-log_probs[rows, list(y)].sum() + pulled.sum())
 
-        def loss(logs: np.ndarray) -> float:
-            log_probs = log_softmax(np.tensordot(np.exp(logs), parts, 1), axis=1)
-            pulled = ((logs - math.log(USUAL)) / _SPREAD) ** 2 / 2
-            return float(-log_probs[rows, list(y)].sum() + pulled.sum())
-
-        found = minimize(loss, np.full(len(names), math.log(USUAL)), method="Nelder-Mead")
-        return loss(found.x), dict(zip(names, np.exp(found.x).tolist(), strict=True))
-
-    together = fitted(list(held_out))
-    alone = min((fitted([name]) for name in held_out), key=lambda one: one[0])
-    return together[1] if together[0] < alone[0] - _GAIN * len(y) else alone[1]
+    weights = np.exp(minimize(loss, np.full(len(parts), math.log(USUAL)), method="Nelder-Mead").x)
+    heard = {
+        name: its for name, its, weight in zip(held_out, parts, weights, strict=True) if weight >= _LEAST * max(weights)
+    }
+    return dict(zip(held_out, weights.tolist(), strict=True)) if len(heard) == len(parts) else weigh(heard, y)
