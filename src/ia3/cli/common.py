@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ia3.adapter.config import CONFIG_NAME, IA3Config, TaskType
+from ia3.adapter.config import CONFIG_NAME, IA3Config
 from ia3.adapter.pretrained import DTYPES, EMBEDDED_MODEL
 from ia3.errors import InputError, shown
 from ia3.scoring import MEMORY
@@ -211,12 +211,12 @@ def _load_base(
                 f"give --model if they are the same."
             )
     quiet()
-    from ia3.adapter.pretrained import load_base
+    from ia3.adapter.pretrained import HEADED, load_base
 
-    labels = None
-    if first.config.task_type == TaskType.SEQ_CLS and first.task is not None:
+    kind, labels = first.config.task_type, None
+    if kind in HEADED and first.task is not None:
         labels = first.task.labels
-    return load_base(name, labels, dtype)
+    return load_base(name, labels, dtype, kind)
 
 
 def recipe_for(model: str, recipe: str | None, **changes: Any) -> Recipe:

@@ -131,6 +131,12 @@ def plain_rows(questions: Sequence[Question], pad_token_id: int = 0) -> Batch:
 
 def last_logits(model: nn.Module, base: nn.Module, batch: Batch) -> torch.Tensor:
     """The logits at the last K places of each row of `input_ids`; the one place that a classifier has."""
+    logits = output_of(model, base, batch).logits
+    return logits[:, None] if logits.dim() == 2 else logits[:, -int(batch["keep"]) :]
+
+
+def output_of(model: nn.Module, base: nn.Module, batch: Batch) -> Any:
+    """What the model makes of a batch, with the logits at the last K places of each row."""
     known = inspect.signature(base.forward).parameters
     inputs = {key: batch[key] for key in _INPUTS if key in batch and key in known}
     names = batch.get("adapter_names")
@@ -143,5 +149,4 @@ def last_logits(model: nn.Module, base: nn.Module, batch: Batch) -> torch.Tensor
     # vocabulary's matrix anew for each row. (A model on several devices would divide the indices among them.)
     last: Any = keep if isinstance(model, nn.DataParallel) else torch.arange(-keep, 0)
     options: dict[str, Any] = {"use_cache": "past_key_values" in batch, "logits_to_keep": last, "return_dict": True}
-    logits = model(**inputs, **{key: value for key, value in options.items() if key in known}).logits
-    return logits[:, None] if logits.dim() == 2 else logits[:, -keep:]
+    return model(**inputs, **{key: value for key, value in options.items() if key in known})
