@@ -59,12 +59,12 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     Labels are texts, integers or booleans.
 
     Args:
-        model: the base model: a folder, a hub id or "smollm2", as `load_base` takes it.
+        model: the base model: a folder, a hub id, "smollm2" or "minilm", as `load_base` takes it.
         template: the prompt, a Jinja template that names columns; one column if rows are texts. None: made from the
             columns and the labels.
         choices: label → answer text. None: the labels.
         task: a `Task`, its file or the name of a built-in one, instead of template and choices.
-        recipe: how to train: a `Recipe`, "paper", "small" or a file. None: the one for a model of that size.
+        recipe: how to train: a `Recipe`, "paper", "small", "sentence" or a file. None: the one for a model of that kind and size.
         dtype: the type of the base model's weights, as `load_base` takes it.
         random_state: decides the order in which training sees the rows, and the random templates.
         verbose: show progress during training.

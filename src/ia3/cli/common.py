@@ -37,7 +37,7 @@ ModelOption = typer.Option(
     None,
     "--model",
     "-m",
-    help="Base model: a folder, a hub id or 'smollm2'. \\[default: the adapter's own]",
+    help="Base model: a folder, a hub id, 'smollm2' or 'minilm'. \\[default: the adapter's own]",
     show_default=False,
 )
 TextColumnOption = typer.Option(
@@ -73,7 +73,7 @@ TestRowsOption = typer.Option(200, min=0, help="Maximum of test rows, drawn at r
 RecipeOption = typer.Option(
     None,
     "--recipe",
-    help="Training recipe: 'paper', 'small' or a recipe.yaml. \\[default: small for models under 1B, else paper]",
+    help="Training recipe: 'paper', 'small', 'sentence' or a recipe.yaml. \\[default: the one for the model]",
     show_default=False,
 )
 StepsOption = typer.Option(
@@ -94,7 +94,7 @@ MemoryOption = typer.Option(
     MEMORY, help="Keep at most so much of what is read once (512MB, 2GiB, …); the rest is read again."
 )
 BaseOption = typer.Option(
-    EMBEDDED_MODEL, "--model", "-m", help="Base model: a folder, a hub id or 'smollm2' (embedded)."
+    EMBEDDED_MODEL, "--model", "-m", help="Base model: a folder, a hub id, 'smollm2' or 'minilm' (from packages)."
 )
 DtypeOption = typer.Option(
     "auto",
