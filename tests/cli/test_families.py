@@ -192,6 +192,25 @@ def test_an_encoders_adapter_without_its_task(ia3, tmp_path):
     assert code == 2 and "Expected YAML in" in err and "task.yaml" in err and len(err.strip().splitlines()) == 1
 
 
+def test_an_adapter_with_a_head_of_peft_answers_with_it(ia3, tmp_path):
+    """Its config asks for transformers' class, not for a sentence encoder."""
+    model = tiny.classifier(vocab_size=len(words.VOCABULARY), num_labels=2)
+    model.base_model.save_pretrained(tmp_path / "model")
+    words.enclosing().save_pretrained(tmp_path / "model")
+    adapted = IA3Model(model, IA3Config(task_type="SEQ_CLS"))
+    tiny.randomize(adapted)
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "model")
+    adapted.save_pretrained(tmp_path / "adapter")
+    task = Task(template=TEMPLATE, choices={"pos": "good", "neg": "not good"})
+    task.save(tmp_path / "adapter" / "task.yaml")
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, words.rows(4))))
+    code, out, err = ia3("predict", tmp_path / "adapter", "--json", data=tmp_path / "rows.jsonl")
+    assert code == 0, err
+    expected = predict(adapted, words.enclosing(), task, words.rows(4))
+    for one, item in zip(json.loads(out), expected, strict=True):
+        assert one["probabilities"] == pytest.approx(item.probabilities, abs=1e-4)
+
+
 INTENTS = ["card_arrival", "exchange_rate", "lost_or_stolen_card", "top_up_failed", "change_pin"]
 DATA = SHARED / "banking77"
 
