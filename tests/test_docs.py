@@ -36,7 +36,7 @@ def test_every_block_is_named_once_and_run_here_or_by_ci():
         "train", "template", "classifier", "classifier-frame", "python", "peft", "modules", "rule", "several", "mixed", "question", "question-decoder", "readings", "bank", "auto", "convert",
         "families", "task.yaml", "task", "task-python", "pairs.yaml", "cause.yaml", "endings.yaml", "tasks",
         "prompts-python", "fleet", "fleet-python", "many", "many-python", "compare", "compare-python",
-        "pretrain", "pretrain-python", "raft", "mine.yaml", "recipe", "recipe-python", "experiment-python", "benchmarks",
+        "pretrain", "pretrain-python", "raft", "opinions", "opinions-python", "mine.yaml", "recipe", "recipe-python", "experiment-python", "benchmarks",
         # Those of docs/serve.md run in serve/test_docs.py.
         "serve", "serve-classify", "serve-completions", "serve-openai", "serve-adapters", "serve-operation",
         "ia3.service", "Dockerfile",
@@ -91,7 +91,21 @@ def place(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "name", ["train", "template", "convert", "task", "fleet", "many", "tasks", "compare", "pretrain", "raft", "recipe"]
+    "name",
+    [
+        "train",
+        "template",
+        "convert",
+        "task",
+        "fleet",
+        "many",
+        "tasks",
+        "compare",
+        "pretrain",
+        "raft",
+        "recipe",
+        "opinions",
+    ],
 )
 def test_commands(name, place, monkeypatch, capsys):
     monkeypatch.chdir(place)
@@ -244,6 +258,15 @@ def test_an_experiment_in_python(place, monkeypatch, capsys):
     assert capsys.readouterr().out.count("accuracy") == 3
     its = ia3.AdapterFolder("adapters/tried")
     assert its.calibration is not None and its.metrics["trained"] == scope["outcome"].results["trained"]
+
+
+def test_opinions_in_python(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    folder = ia3.AdapterFolder("adapters/quick")
+    assert folder.opinions.model_dump() == {"vectors": 0.0, "head": 1.0}
+    capsys.readouterr()
+    exec(compile(blocks("example")["opinions-python"], "opinions-python", "exec"), {})
+    assert "Prediction(label=" in capsys.readouterr().out
 
 
 def test_an_encoder_in_python(place, monkeypatch, capsys):

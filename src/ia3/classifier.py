@@ -26,6 +26,7 @@ from ia3.adapter.stored import METRICS_NAME
 from ia3.errors import InputError, brief, shown
 from ia3.files import CONFIG_NAME, to_json
 from ia3.folder import AdapterFolder
+from ia3.opinions.opinions import Opinions
 from ia3.task.rows import as_row, items_of
 from ia3.task.task import Task
 from ia3.task.template import Row, as_text, is_missing
@@ -74,6 +75,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         task_: the `Task` of the classifier.
         recipe_: the `Recipe` that it was trained with.
         temperature_: divides the scores; 1 unless a calibrated adapter was loaded.
+        opinions_: what answers, and how much each part counts (`Opinions`).
         n_features_in_, feature_names_in_: the columns of a DataFrame or an array.
     """
 
@@ -136,8 +138,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         by_label = _values_by_label(task, rows, values)
         base = _base(name, self.dtype, [*by_label])
         recipe = recipe or Recipe.for_model(name)
-        self._files = base.train(task, rows, recipe, int(seed), self.verbose, [*by_label.values()])
-        self._keep(base, task, recipe, 1.0, by_label, object if values.dtype == object else None)
+        self._files, opinions = base.train(task, rows, recipe, int(seed), self.verbose, [*by_label.values()])
+        self._keep(base, task, recipe, 1.0, opinions, by_label, object if values.dtype == object else None)
         return self
 
     def predict(self, X: Any) -> np.ndarray:
@@ -158,7 +160,15 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         task = self.task_
         rows = [as_row(item, task, number) for number, item in enumerate(self._items(X, reset=False), 1)]
         with self._lent() as (model, tokenizer):
-            found = predict(model, tokenizer, task, rows, temperature=self.temperature_, recipe=self.recipe_)
+            found = predict(
+                model,
+                tokenizer,
+                task,
+                rows,
+                temperature=self.temperature_,
+                recipe=self.recipe_,
+                opinions=self.opinions_,
+            )
         return np.array([[item.probabilities[label] for label in self._labels] for item in found])
 
     def save(self, folder: str | os.PathLike) -> None:
@@ -201,7 +211,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         made = cls(name, task=task, recipe=found.recipe, dtype=dtype)
         base = _base(_path("model", name), dtype, labels, found.config.task_type)
         made._files = base.load(found)
-        made._keep(base, task, found.recipe, found.temperature, dict(zip(labels, values, strict=True)))
+        made._keep(base, task, found.recipe, found.temperature, found.opinions, dict(zip(labels, values, strict=True)))
         return made
 
     def __getstate__(self) -> dict[str, Any]:
@@ -214,6 +224,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         task: Task,
         recipe: Recipe,
         temperature: float,
+        opinions: Opinions,
         by_label: Mapping[str, Any],
         dtype: type | None = None,
     ) -> None:
@@ -221,7 +232,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         classes = np.array([*by_label.values()], dtype=dtype)
         order = classes.argsort()
         self.classes_, self._labels = classes[order], [[*by_label][i] for i in order]
-        self.task_, self.recipe_, self.temperature_ = task, recipe, temperature
+        self.task_, self.recipe_, self.temperature_, self.opinions_ = task, recipe, temperature, opinions
         self._base, self._name_and_dtype = base, (base.name, self.dtype)
 
     @contextmanager
@@ -318,10 +329,13 @@ class _Base:
 
     def train(
         self, task: Task, rows: Sequence[Row], recipe: Recipe, seed: int, verbose: bool, classes: Sequence[Any]
-    ) -> Files:
-        """Train an adapter, and return its files; `classes` are the task's labels with the user's types."""
+    ) -> tuple[Files, Opinions]:
+        """Train an adapter; return its files and opinions. `classes` are the task's labels with the user's types."""
         from ia3.adapter.config import IA3Config
         from ia3.adapter.pretrained import task_type
+        from ia3.evaluation.forming import form_opinions, may_form
+        from ia3.evaluation.progress import Progress
+        from ia3.scoring.readings import Readings
         from ia3.training.members import Member
         from ia3.training.trainer import TFewTrainer
 
@@ -336,16 +350,24 @@ class _Base:
                 self.model.peft_config["default"].base_model_name_or_path = self.name
             self.model.set_adapter("default")
             arguments = recipe.training_arguments(folder, seed=seed, save_strategy="no", disable_tqdm=not verbose)
-            trainer = TFewTrainer(self.model, arguments, self.tokenizer, Member(task, rows), recipe)
+            readings = Readings() if self.model.waits_for_question() else None
+            trainer = TFewTrainer(self.model, arguments, self.tokenizer, Member(task, rows), recipe, readings)
             if not verbose:
                 trainer.silence()
-            trainer.train()
+            if recipe.opinions != "head":
+                trainer.train()
             self.model.eval()
-            files = self._written()
+            files, opinions = self._written(), Opinions()
+            if recipe.opinions != "vectors" and may_form(task, trainer.scorer.family.reads_answers):
+                formed = form_opinions(
+                    Progress(), "", self.model, self.tokenizer, task, rows, recipe, 0, seed, folder, readings
+                )
+                opinions = formed.opinions
+                files |= opinions.files()
             metrics = json.loads(files[METRICS_NAME])
             metrics[_CLASSES] = [value.item() if isinstance(value, np.generic) else value for value in classes]
             files[METRICS_NAME] = to_json(metrics).encode()
-        return files
+        return files, opinions
 
     def _load(self, folder: AdapterFolder | str) -> None:
         self._remove()

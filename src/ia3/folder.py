@@ -6,12 +6,13 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ia3.adapter.stored import CALIBRATION_NAME, RECIPE_NAME, SEEN, TASK_NAME, StoredAdapter
+from ia3.adapter.stored import CALIBRATION_NAME, HEAD_NAME, OPINIONS_NAME, RECIPE_NAME, SEEN, TASK_NAME, StoredAdapter
 from ia3.errors import InputError, shown
 from ia3.files import alone, current, locate, replacing
 
 if TYPE_CHECKING:
     from ia3.evaluation.calibration import Calibration
+    from ia3.opinions.opinions import Opinions
     from ia3.task.task import Row, Task
     from ia3.training.recipe import Recipe
 
@@ -57,6 +58,18 @@ class AdapterFolder(StoredAdapter):
 
         data = self.text(RECIPE_NAME)
         return Recipe() if data is None else Recipe.from_file(self._named(RECIPE_NAME), data)
+
+    @functools.cached_property
+    def opinions(self) -> Opinions:
+        """What answers, and how much each part counts; the vectors alone if the folder does not say."""
+        from ia3.opinions.head import Head
+        from ia3.opinions.opinions import Opinions
+
+        data, tensors = self.text(OPINIONS_NAME), self.text(HEAD_NAME)
+        if data is None:
+            return Opinions()
+        head = None if tensors is None else Head.from_bytes(tensors, self._named(HEAD_NAME))
+        return Opinions.from_json(data, self._named(OPINIONS_NAME), head)
 
     @functools.cached_property
     def calibration(self) -> Calibration | None:

@@ -38,9 +38,9 @@ def place(tmp_path_factory):
         folder / "test.csv",
     ]
     arguments += ["--template", words.TEMPLATE, "--choices", CHOICES, "--steps", "8"]
-    for acts_from, name in (("auto", "adapter"), ("start", "for-peft")):
+    for name, options in {"adapter": (), "for-peft": ("--acts-from", "start", "--opinions", "vectors")}.items():
         with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in [*arguments, "--acts-from", acts_from, "--output", folder / name]])
+            main([str(argument) for argument in [*arguments, *options, "--output", folder / name]])
         assert not ended.value.code
     return folder
 
@@ -72,7 +72,10 @@ class TestTrain:
             "README.md",
             "adapter_config.json",
             "adapter_model.safetensors",
+            "calibration.json",
+            "head.safetensors",
             "metrics.json",
+            "opinions.json",
             "recipe.yaml",
             "task.yaml",
         ]

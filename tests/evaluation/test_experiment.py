@@ -92,15 +92,24 @@ def test_it_is_what_the_command_runs(place, task, tmp_path, capsys):
     printed = json.loads(capsys.readouterr().out)
     names = sorted(path.name for path in (tmp_path / "train").iterdir())
     assert sorted(path.name for path in outcome.folder.iterdir()) == names
-    for name in (VECTORS, "task.yaml", "recipe.yaml", "calibration.json", "adapter_config.json"):
+    for name in (
+        VECTORS,
+        "task.yaml",
+        "recipe.yaml",
+        "calibration.json",
+        "opinions.json",
+        "head.safetensors",
+        "adapter_config.json",
+    ):
         assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "train" / name).read_bytes()
     for results in (printed, ours := dict(outcome.results)):
         results.pop("train_seconds")
     assert printed == {"output": str(tmp_path / "train"), **ours}
-    titles = {"Zero-shot": 24, "Training": 8, "Trained": 24, "Cross-validation": 8}
+    titles = {"Zero-shot": 24, "Training": 8, "Trained": 24, "Head": 16, "Cross-validation": 8, "With a head": 24}
     assert {title: stage.total for title, stage in told.stages.items()} == titles
     assert all(stage.done == stage.total or stage.ended for stage in told.stages.values())
-    assert told.stages["Trained"].text == f"accuracy {ours['trained']['accuracy']:.1%}"
+    assert told.stages["Trained"].text == f"accuracy {ours['opinions']['vectors']['accuracy']:.1%}"
+    assert told.stages["With a head"].text == f"accuracy {ours['trained']['accuracy']:.1%}"
     assert "loss" in told.stages["Training"].text and told.waited == ["Loading the model …"]
 
 

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 TASK_NAME = "task.yaml"
 RECIPE_NAME = "recipe.yaml"
+OPINIONS_NAME = "opinions.json"
+HEAD_NAME = "head.safetensors"
 CALIBRATION_NAME = "calibration.json"
 METRICS_NAME = "metrics.json"
 CARD_NAME = "README.md"
@@ -44,13 +46,15 @@ OWN_NAMES = (
     TORCH_WEIGHTS_NAME,
     TASK_NAME,
     RECIPE_NAME,
+    OPINIONS_NAME,
+    HEAD_NAME,
     CALIBRATION_NAME,
     METRICS_NAME,
 )
 """The files that are replaced together, and the model card unless a user wrote it."""
 
 # The other files beside config and vectors, in the order of writing.
-_BESIDE = (TASK_NAME, RECIPE_NAME, METRICS_NAME, CALIBRATION_NAME, CARD_NAME)
+_BESIDE = (TASK_NAME, RECIPE_NAME, OPINIONS_NAME, HEAD_NAME, METRICS_NAME, CALIBRATION_NAME, CARD_NAME)
 
 SEEN = "train_rows"
 """The key of the training rows' fingerprints in metrics.json."""
@@ -206,7 +210,8 @@ class StoredAdapter:
         file = self.vectors_file(pickled)
         tensors, header = read_tensors(file)
         self.require_unchanged()
-        self._digest = _digest(tensors) if self._on_hub or {CALIBRATION_NAME, METRICS_NAME} & set(self._texts) else None
+        measured = {OPINIONS_NAME, CALIBRATION_NAME, METRICS_NAME} & set(self._texts)
+        self._digest = _digest(tensors) if self._on_hub or measured else None
         return tensors, header
 
     def require_unchanged(self) -> None:
@@ -245,7 +250,8 @@ class StoredAdapter:
             )
 
     def beside(self, tensors: Tensors) -> dict[str, bytes]:
-        """The other files to save with tensors. If the tensors differ from the folder's, metrics are left out."""
+        """The other files to save with tensors. If the tensors differ from the folder's, what was found out with those is left
+        out: metrics, opinions, calibration."""
         try:
             texts = {name: data for name in _BESIDE if (data := self.text(name)) is not None}
         except InputError as error:  # save the vectors in any case; training may have taken hours
@@ -254,8 +260,8 @@ class StoredAdapter:
         measured = measured_in(texts.pop(METRICS_NAME, None))
         if self._digest is not None and _digest(tensors) != self._digest:
             measured = {SEEN: measured[SEEN]} if SEEN in measured else {}
-            texts.pop(CALIBRATION_NAME, None)
-            texts.pop(CARD_NAME, None)
+            for name in (OPINIONS_NAME, HEAD_NAME, CALIBRATION_NAME, CARD_NAME):
+                texts.pop(name, None)
         if CARD_MARK.encode() not in texts.get(CARD_NAME, b""):  # a user's card stays where it is
             texts.pop(CARD_NAME, None)
         return texts | ({METRICS_NAME: to_json(measured).encode()} if measured else {})

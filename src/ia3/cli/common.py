@@ -90,6 +90,14 @@ ActsFromOption = typer.Option(
     "the templates allow it. \\[default: the recipe's]",
     show_default=False,
 )
+OpinionsOption = typer.Option(
+    None,
+    "--opinions",
+    help="What answers: the trained 'vectors' alone, as in the paper; the 'head', a linear classifier on the frozen model's "
+    "hidden states, which takes seconds and trains no vectors; or 'auto': both, weighed by cross-validation on the training "
+    "examples. \\[default: the recipe's]",
+    show_default=False,
+)
 MemoryOption = typer.Option(
     MEMORY, help="Keep at most so much of what is read once (512MB, 2GiB, …); the rest is read again."
 )

@@ -74,7 +74,15 @@ def evaluate(
         from ia3.evaluation.prediction import predict as predict_rows
     with Bars(out) as bars:
         stage = bars.stage("Evaluating", len(rows))
-        found = predict_rows(adapted, tokenizer, task, rows, lambda done: stage.advance(len(done)), recipe=recipe)
+        found = predict_rows(
+            adapted,
+            tokenizer,
+            task,
+            rows,
+            lambda done: stage.advance(len(done)),
+            recipe=recipe,
+            opinions=folder.opinions,
+        )
     fitted = None
     if calibrate:
         fitted = Calibration.fit([found[number] for number in unseen], [labels[number] for number in unseen])

@@ -46,3 +46,9 @@ def merge(
         print_json({"output": str(output), "bytes": size, "model_class": type(merged).__name__})
     else:
         out.print(f"{type(merged).__name__} saved in {output} ({size / 1e6:.0f} MB).", markup=False)
+        if folder.opinions.head:
+            out.print(
+                "The adapter's head is not in it, so its answers differ; train with --opinions vectors for the same ones.",
+                style="yellow",
+                soft_wrap=True,
+            )

@@ -168,10 +168,12 @@ def _answered(
             temperature=folder.temperature,
             abstain_below=abstain_below,
             recipe=folder.recipe,
+            opinions=folder.opinions,
         )
         return [[Answer(_ALONE, task, item)] for item in alone]
     respondents = {
-        name: Respondent(name, tasks[name], folder.recipe, folder.temperature) for name, folder in known.items()
+        name: Respondent(name, tasks[name], folder.recipe, folder.temperature, folder.opinions)
+        for name, folder in known.items()
     }
     # Adapters of one task have one untrained model beside them, which is asked once.
     untrained: dict[str, Respondent] = {}

@@ -17,15 +17,22 @@ def print_table(out: Console, results: dict[str, Any]) -> None:
     """Print the results of one adapter."""
     if "trained" in results:
         scores = table("", *METRICS.values(), title=f"{results['test_rows']} test rows")
+        opinions = results.get("opinions", {})
         for key, name in METHODS.items():
+            if key == "trained":
+                for opinion, its in {"vectors": "vectors alone", "head": "head alone"}.items():
+                    if opinion in opinions:
+                        weight = f" (weight {opinions['weights'][opinion]:.2f})"
+                        scores.add_row(its + weight, *(f"{opinions[opinion][metric]:.1%}" for metric in METRICS))
             style = "bold" if key == "trained" else None
             scores.add_row(name, *(f"{results[key][metric]:.1%}" for metric in METRICS), style=style)
         out.print(scores)
     if "cross_validation" in results:
-        scores, calibration = results["cross_validation"], results["calibration"]
+        scores = results["cross_validation"]
+        temperature = f"; temperature {results['calibration']['temperature']:.2f}" if "calibration" in results else ""
         out.print(
-            f"Cross-validated on the examples: accuracy {scores['accuracy']:.1%}, macro-F1 {scores['macro_f1']:.1%}; "
-            f"temperature {calibration['temperature']:.2f}"
+            f"Cross-validated on the examples: accuracy {scores['accuracy']:.1%}, macro-F1 {scores['macro_f1']:.1%}"
+            f"{temperature}"
         )
     out.print(
         f"{results['steps']} steps in {results['train_seconds']:.0f} s; {results['trainable_parameters']:,} trained "

@@ -22,6 +22,7 @@ from ia3.cli.common import (
     JsonOption,
     LabelColumnOption,
     MemoryOption,
+    OpinionsOption,
     RecipeOption,
     StepsOption,
     TemplateOption,
@@ -84,6 +85,7 @@ def train(
     steps: int | None = StepsOption,
     init: str | None = InitOption,
     acts_from: str | None = ActsFromOption,
+    opinions: str | None = OpinionsOption,
     memory: str = MemoryOption,
     seed: int | None = typer.Option(
         None,
@@ -104,10 +106,13 @@ def train(
     folds: int = typer.Option(
         0,
         min=0,
-        help="Number of cross-validation parts of the training examples, to calibrate probabilities; 0: none.",
+        help="Number of cross-validation parts of the training examples, to weigh opinions by, or to calibrate the "
+        "probabilities of vectors alone; 0: at most 4 for opinions, otherwise none.",
     ),
     all_templates: bool = typer.Option(
-        False, "--all-templates", help="Evaluate each of the task's templates, and report the median."
+        False,
+        "--all-templates",
+        help="Evaluate each of the task's templates, and report the median; vectors answer alone.",
     ),
     output: Path | None = typer.Option(
         None,
@@ -130,8 +135,11 @@ def train(
     TASK/seed-0 or seed-0-lr-0.001. The paper's protocol is: ia3 train --tasks rte,cb,copa --seeds 0,1,2,3,4
     --all-templates
 
-    Writes adapter_config.json and adapter_model.safetensors (which PEFT also reads, with --acts-from start), task.yaml, recipe.yaml,
-    metrics.json and README.md into the output folder.
+    Beside the vectors a head on the model's hidden states answers; cross-validation on the training examples weighs both
+    (--opinions).
+
+    Writes adapter_config.json and adapter_model.safetensors (which PEFT also reads, with --acts-from start), opinions.json,
+    head.safetensors, calibration.json, task.yaml, recipe.yaml, metrics.json and README.md into the output folder.
     """
     from ia3.evaluation.experiment import Experiment
 
@@ -176,7 +184,7 @@ def train(
         require_folder(path)
     if folds:
         _check_folds(experiment.trials, folds)
-    experiment.recipe = recipe_for(model, recipe, steps=steps, init=init, acts_from=acts_from)
+    experiment.recipe = recipe_for(model, recipe, steps=steps, init=init, acts_from=acts_from, opinions=opinions)
     _describe(out, experiment, experiment.checkpoint() if resume else None)
 
     quiet()

@@ -58,6 +58,13 @@ class Calibration(BaseModel):
     calibration_error_before: float
 
     @classmethod
+    def as_it_is(cls, predictions: Sequence[Prediction], labels: Sequence[str]) -> Calibration:
+        """What N predictions are worth whose probabilities are fitted already, as opinions' are; the temperature is 1."""
+        found = cls.quality(predictions, labels, 1.0)
+        before = {f"{name}_before": value for name, value in found.items()}
+        return cls(temperature=1.0, rows=len(labels), **found, **before)
+
+    @classmethod
     def fit(cls, predictions: Sequence[Prediction], labels: Sequence[str]) -> Calibration:
         """Fit the temperature with the lowest log-loss on N rows.
 

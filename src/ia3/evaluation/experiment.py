@@ -105,8 +105,10 @@ class Experiment:
         test_rows: the maximum of test rows, drawn at random; 0: all.
         seed: decides which examples are drawn, and their order.
         learning_rate: the learning rate; None: the recipe's.
-        folds: the number of cross-validation parts of the examples, to calibrate the probabilities; 0: none.
-        all_templates: evaluate each of a task's templates and report the median, instead of the first template only.
+        folds: the number of cross-validation parts of the examples, to weigh opinions by, or to calibrate the
+            probabilities; 0: as few as opinions need (see `form_opinions`).
+        all_templates: evaluate each of a task's templates and report the median, instead of the first template only;
+            the vectors answer alone.
     """
 
     task: Task | Sequence[Task]
@@ -258,8 +260,12 @@ class Experiment:
         }
         # Before cross-validation, so that the trained adapters are not lost if it fails.
         results = {trial.name: running.save(trial, found[trial.name]) for trial in self.trials}
-        if self.folds:
-            for trial in self.trials:
+        for trial in self.trials:
+            if running.forms_opinions:
+                more, opinions, calibration = running.opinions(trial)
+                found[trial.name].update(more)
+                results[trial.name] = running.save(trial, found[trial.name], calibration, opinions)
+            elif self.folds:
                 found[trial.name]["cross_validation"], calibration = running.cross_validate(trial)
                 results[trial.name] = running.save(trial, found[trial.name], calibration)
         groups: dict[str, list[str]] = {}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ia3.adapter.rows import BASE
 from ia3.errors import InputError, about
+from ia3.opinions.opinions import Opinions
 from ia3.scoring.prefix import Prefix
 from ia3.scoring.readings import Readings
 from ia3.scoring.scorer import Scorer
@@ -17,10 +18,10 @@ from ia3.task.task import Task
 from ia3.training.recipe import Recipe
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+    from ia3.scoring.question import Question
     from ia3.task.wording import Wording
 
 # So many questions are in words and tokens at a time.
@@ -34,7 +35,8 @@ class Prediction:
     Attributes:
         label: the most probable label; None: its probability is below the threshold.
         probabilities: label → probability; the sum is 1.
-        scores: label → length-normalized log-probability of its answer text. Probabilities are computed from scores.
+        scores: label → length-normalized log-probability of its answer text, or what several opinions make of it (see
+            `Opinions`). Probabilities are computed from scores.
     """
 
     label: str | None
@@ -70,6 +72,7 @@ def predict(
     recipe: Recipe | None = None,
     prefix: Prefix | None = None,
     readings: Readings | None = None,
+    opinions: Opinions | None = None,
 ) -> list[Prediction]:
     """Predict for each row the label whose answer text has the best length-normalized log-probability.
 
@@ -88,6 +91,7 @@ def predict(
         recipe: decides length normalization and what to do about long prompts; None: the paper's.
         prefix: a text before each row's prompt, such as shots (see `predict_in_context`).
         readings: keeps what the base model reads of the rows' texts from call to call (see `Readings`).
+        opinions: what answers beside the vectors, for all rows; None: the vectors alone.
 
     Raises:
         InputError: the numbers of tasks or temperatures and rows differ, or a temperature or threshold is out of range;
@@ -104,11 +108,10 @@ def predict(
     ]
     _check(temperatures, abstain_below)
     scorer = Scorer(model, tokenizer, readings)
-    scores = _scored(scorer, wordings, [recipe] * len(wordings), adapter_names, on_progress, prefix)
-    return [
-        Prediction.of(dict(zip(wording.answers, row.tolist(), strict=True)), one, abstain_below)
-        for wording, row, one in zip(wordings, scores, temperatures, strict=True)
-    ]
+    count = len(wordings)
+    each = [opinions or Opinions()] * count
+    scores = _scored(scorer, wordings, [recipe] * count, each, adapter_names, on_progress, prefix)
+    return [Prediction.of(row, one, abstain_below) for row, one in zip(scores, temperatures, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -120,12 +123,14 @@ class Respondent:
         task: says what a row means; the first of its templates asks.
         recipe: its length normalization, and what it does about long prompts.
         temperature: divides the scores, so that probabilities are calibrated (see `Calibration`).
+        opinions: what answers, and how much each part counts.
     """
 
     adapter: str
     task: Task
     recipe: Recipe = field(default_factory=Recipe)
     temperature: float = 1.0
+    opinions: Opinions = field(default_factory=Opinions)
 
 
 def predict_each(
@@ -176,11 +181,11 @@ def predict_each(
             scorer,
             wordings,
             [one.recipe for _, one in asked],
+            [one.opinions for _, one in asked],
             [one.adapter for _, one in asked],
             None if on_progress is None else lambda done, asked=asked: on_progress([asked[i][0] for i in done]),
         )
-        for (index, one), wording, values in zip(asked, wordings, scores, strict=True):
-            its = dict(zip(wording.answers, values.tolist(), strict=True))
+        for (index, one), its in zip(asked, scores, strict=True):
             found[index].append(Prediction.of(its, one.temperature, abstain_below))
     return found
 
@@ -211,23 +216,62 @@ def _scored(
     scorer: Scorer,
     wordings: Sequence[Wording],
     recipes: Sequence[Recipe],
+    opinions: Sequence[Opinions],
     adapter_names: Sequence[str] | None,
     on_progress: Callable[[list[int]], None] | None,
     prefix: Prefix | None = None,
-) -> list[torch.Tensor]:
-    """The scores of each row's answers, by the recipe that each has."""
+) -> list[dict[str, float]]:
+    """The scores of each row's labels, by the recipe and the opinions that each has."""
     alike: dict[Literal["truncate", "refuse"], list[int]] = {}
     for index, recipe in enumerate(recipes):
         alike.setdefault(recipe.long_prompts, []).append(index)
-    questions = {}
+    by_index: dict[int, Question] = {}
     for long_prompts, indices in alike.items():
         some = scorer.questions([wordings[index] for index in indices], False, long_prompts, prefix)
-        questions.update(zip(indices, some, strict=True))
-    powers = [recipe.length_normalization for recipe in recipes]
-    return scorer.score(
-        [questions[index] for index in range(len(wordings))],
+        by_index.update(zip(indices, some, strict=True))
+    questions = [by_index[index] for index in range(len(wordings))]
+    asks = [index for index, its in enumerate(opinions) if its.vectors]
+    # A row is done when it has been asked last.
+    alone = {index for index, its in enumerate(opinions) if not its.vectors}
+    by_head = _by_head(
+        scorer, questions, opinions, lambda done: on_progress and on_progress([*alone.intersection(done)])
+    )
+    if by_head and prefix is not None:
+        raise InputError("Expected vectors alone behind a prefix, found a head.")
+    powers = [recipes[index].length_normalization for index in asks]
+    scores = scorer.score(
+        [questions[index] for index in asks],
         powers[0] if len(set(powers)) == 1 else powers,
-        on_progress=on_progress,
-        adapter_names=adapter_names,
+        on_progress=on_progress and (lambda done: on_progress([asks[k] for k in done])),
+        adapter_names=None if adapter_names is None else [adapter_names[index] for index in asks],
         prefix=prefix,
     )
+    by_vectors = dict(zip(asks, scores, strict=True))
+    found = []
+    for index, (wording, its) in enumerate(zip(wordings, opinions, strict=True)):
+        values = by_vectors[index].tolist() if index in by_vectors else [0.0] * len(wording.answers)
+        found.append(its.together(dict(zip(wording.answers, values, strict=True)), by_head.get(index)))
+    return found
+
+
+def _by_head(
+    scorer: Scorer, questions: Sequence[Question], opinions: Sequence[Opinions], on_progress: Callable[[list[int]], Any]
+) -> dict[int, dict[str, float]]:
+    """Index of a row whose opinions have a head → label → log-probability. What is asked twice is read once."""
+    same: dict[tuple[int, ...], list[int]] = {}
+    for index, (question, its) in enumerate(zip(questions, opinions, strict=True)):
+        if its.fitted is not None:
+            same.setdefault((question.read, *question.prompt), []).append(index)
+    groups = list(same.values())
+    if not groups:
+        return {}
+    found = {}
+    states = scorer.states(
+        [questions[its[0]] for its in groups], lambda done: on_progress([i for group in done for i in groups[group]])
+    )
+    for its, row in zip(groups, states.numpy(), strict=True):
+        for index in its:
+            head = opinions[index].fitted
+            assert head is not None
+            found[index] = dict(zip(head.labels, head.log_probs(row[None])[0].tolist(), strict=True))
+    return found

@@ -10,13 +10,22 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ia3.adapter.stored import CALIBRATION_NAME, CARD_MARK, CARD_NAME, METRICS_NAME, RECIPE_NAME, SEEN, TASK_NAME
+from ia3.adapter.stored import (
+    CALIBRATION_NAME,
+    CARD_MARK,
+    CARD_NAME,
+    METRICS_NAME,
+    RECIPE_NAME,
+    SEEN,
+    TASK_NAME,
+)
 from ia3.files import to_json
 
 if TYPE_CHECKING:
     from ia3.adapter.model import IA3Model
     from ia3.evaluation.calibration import Calibration
     from ia3.evaluation.prediction import Prediction
+    from ia3.opinions.opinions import Opinions
     from ia3.task.task import Row, Task, Template
     from ia3.training.recipe import Recipe
 
@@ -92,15 +101,18 @@ def save_trained(
     results: dict[str, Any],
     examples: Sequence[Row],
     calibration: Calibration | None = None,
+    opinions: Opinions | None = None,
 ) -> dict[str, Any]:
     """Save an adapter with all files of its folder; return the results with the adapter's size.
 
     metrics.json records the training examples as fingerprints, for programs.
     """
-    texts = {TASK_NAME: task.to_yaml()}
+    texts: dict[str, str | bytes] = {TASK_NAME: task.to_yaml()}
     if calibration is not None:
         results = {**results, "calibration": calibration.model_dump()}
         texts[CALIBRATION_NAME] = calibration.to_json()
+    if opinions is not None:
+        texts |= opinions.files()
     card = functools.partial(_model_card, folder, task, recipe)
     seen = {SEEN: [task.fingerprint(row) for row in examples]}
     results = save_measured(folder, model, adapter, recipe, {**results, **seen}, card, texts)
@@ -115,7 +127,7 @@ def save_measured(
     recipe: Recipe,
     results: dict[str, Any],
     card: Callable[[dict[str, Any]], str],
-    texts: Mapping[str, str] | None = None,
+    texts: Mapping[str, str | bytes] | None = None,
 ) -> dict[str, Any]:
     """Save an adapter with its recipe, its metrics, a model card made from them, and other files, atomically; return
     the metrics with the adapter's size."""
@@ -126,7 +138,8 @@ def save_measured(
     def beside(adapter_bytes: int) -> dict[str, bytes]:
         measured["adapter_bytes"] = adapter_bytes
         more = {RECIPE_NAME: recipe.to_yaml(), METRICS_NAME: to_json(measured), CARD_NAME: card(measured)}
-        return {name: text.encode() for name, text in {**more, **(texts or {})}.items()}
+        files = {**more, **(texts or {})}
+        return {name: text.encode() if isinstance(text, str) else text for name, text in files.items()}
 
     save_adapter(model, folder, adapter, beside=beside)
     return measured

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from ia3.adapter.model import IA3Model
     from ia3.evaluation.calibration import Calibration
     from ia3.evaluation.experiment import Experiment, Trial
+    from ia3.evaluation.prediction import Prediction
+    from ia3.opinions.opinions import Opinions
     from ia3.scoring.readings import Readings
     from ia3.task.task import Row, Task
     from ia3.training.recipe import Recipe
@@ -41,6 +43,7 @@ class Running:
         from ia3.scoring.readings import Readings
 
         self.experiment, self.progress = experiment, progress
+        self._by_vectors: dict[str, list[Prediction]] = {}
         self.trials, self.recipe = experiment.trials, experiment.chosen_recipe
         with progress.waiting("Loading the model …"):
             from transformers import set_seed
@@ -94,6 +97,16 @@ class Running:
         with self.model.disable_adapter():  # which may have been trained on other tasks
             return self._in_each_template(self._zero_shot)
 
+    @property
+    def forms_opinions(self) -> bool:
+        """Whether more than vectors answer in the end."""
+        from ia3.evaluation.forming import may_form
+        from ia3.scoring.families import family_of
+
+        wanted = self.recipe.opinions != "vectors" and not self.experiment.all_templates
+        reads_answers = family_of(self.model, self.tokenizer).reads_answers
+        return wanted and all(may_form(trial.task, reads_answers) for trial in self.trials)
+
     def train(self, checkpoint: str | None) -> tuple[dict[str, float], float]:
         """Train all adapters, from a checkpoint where there is one; returns the trainer's metrics, and the seconds.
 
@@ -101,6 +114,8 @@ class Running:
             Interrupted: on a keyboard interrupt.
         """
         started = time.perf_counter()
+        if self.recipe.opinions == "head":
+            return {}, 0.0
         with interruptible(self.experiment.checkpoints, self.experiment.settings(), checkpoint):
             metrics = self.trainer.train(resume_from_checkpoint=checkpoint).metrics
         return metrics, time.perf_counter() - started
@@ -116,9 +131,9 @@ class Running:
         adapter, several = self.adapters[trial.name], len(self.trials) > 1
         return _measured(trial, zero_shot, trained, self.experiment.all_templates) | {
             "train_seconds": round(seconds, 2),
-            "train_loss": metrics[f"train_{self.trainer.logged_as(adapter)}"],
+            **({"train_loss": loss} if (loss := metrics.get(f"train_{self.trainer.logged_as(adapter)}")) else {}),
             "recipe": self.recipe.name,
-            "steps": self.trainer.steps_of(adapter),
+            "steps": self.trainer.steps_of(adapter) if metrics else 0,
             "seed": trial.seed,
             **({} if trial.learning_rate is None else {"learning_rate": trial.learning_rate}),
             **({"trained_at_once": len(self.trials)} if several else {}),
@@ -129,10 +144,60 @@ class Running:
             "task": trial.task.name,
         }
 
-    def save(self, trial: Trial, results: dict[str, Any], calibration: Calibration | None = None) -> dict[str, Any]:
+    def save(
+        self,
+        trial: Trial,
+        results: dict[str, Any],
+        calibration: Calibration | None = None,
+        opinions: Opinions | None = None,
+    ) -> dict[str, Any]:
         """Save a trial's adapter; returns its results with its size."""
         folder, adapter = Path(self.experiment.folder, trial.name), self.adapters[trial.name]
-        return save_trained(folder, self.model, adapter, trial.task, self.recipe, results, trial.examples, calibration)
+        return save_trained(
+            folder, self.model, adapter, trial.task, self.recipe, results, trial.examples, calibration, opinions
+        )
+
+    def opinions(self, trial: Trial) -> tuple[dict[str, Any], Opinions, Calibration | None]:
+        """Form a trial's opinions, and measure them: what is known of them beside `results`, and they themselves."""
+        from ia3.evaluation.calibration import Calibration
+        from ia3.evaluation.forming import form_opinions
+        from ia3.evaluation.prediction import Prediction
+        from ia3.opinions.opinions import Opinions
+
+        experiment, task = self.experiment, trial.task
+        recipe = self.recipe.changed(learning_rate=trial.learning_rate)
+        formed = form_opinions(
+            self.progress,
+            trial.name,
+            self.model,
+            self.tokenizer,
+            task,
+            trial.examples,
+            recipe,
+            experiment.folds,
+            trial.seed,
+            experiment.checkpoints,
+            self.readings,
+        )
+        opinions, found = formed.opinions, {"weights": formed.opinions.model_dump(), "why": formed.why}
+        results: dict[str, Any] = {"opinions": found}
+        calibration = None
+        if formed.held_out is not None:
+            labels = [task.label(row) for row in trial.examples]
+            results["cross_validation"] = task.metrics(labels, [one.best for one in formed.held_out])
+            calibration = Calibration.as_it_is(formed.held_out, labels)
+        if opinions.fitted is not None and trial.test:
+            alone = Opinions.of({"head": 1.0}, opinions.fitted)
+            title = trial.titled("With a head")
+            asked = {title: [(task, row) for row in trial.test]}
+            heads, stages = self._predicted(asked, 0, opinions=alone)
+            both = zip(self._by_vectors[trial.name], heads[title], strict=True)
+            together = [Prediction.of(opinions.together(a.scores, b.scores)) for a, b in both]
+            for name, some in (("vectors", self._by_vectors[trial.name]), ("head", heads[title])):
+                found[name] = _scores(trial, some, 0)
+            results["trained"] = _scores(trial, together, 0)
+            _note(stages.get(title), task, [results["trained"]])
+        return results, opinions, calibration
 
     def cross_validate(self, trial: Trial) -> tuple[Scores, Calibration]:
         """What a trial's examples have by adapters that have not seen them, and how they calibrate its own."""
@@ -182,6 +247,8 @@ class Running:
         asked = {title: [(one.task, row) for row in one.test] for title, one in zip(titles, trials, strict=True)}
         names = [self.adapters[trial.name] for trial in trials for _ in trial.test]
         found, stages = self._predicted(asked, template, names if len(self.trials) > 1 else None)
+        if not template:
+            self._by_vectors = {one.name: found[title] for title, one in zip(titles, trials, strict=True)}
         scores = [_scores(one, found[title], template) for title, one in zip(titles, trials, strict=True)]
         for title, trial, score in zip(titles, trials, scores, strict=True):
             _note(stages.get(title), trial.task, [score])
@@ -192,13 +259,14 @@ class Running:
         asked: Mapping[str, Sequence[tuple[Task, Row]]],
         template: int,
         adapters: Sequence[str] | None = None,
-    ) -> tuple[dict[str, list[str]], dict[str, Stage]]:
-        """The label of each row, by the title of its stage, and the stages; rows of all titles share batches."""
+        opinions: Opinions | None = None,
+    ) -> tuple[dict[str, list[Prediction]], dict[str, Stage]]:
+        """Each row's prediction, by the title of its stage, and the stages; rows of all titles share batches."""
         from ia3.evaluation.prediction import predict
 
         titles = [title for title, pairs in asked.items() for _ in pairs]
         pairs = [pair for some in asked.values() for pair in some]
-        found: dict[str, list[str]] = {title: [] for title in asked}
+        found: dict[str, list[Prediction]] = {title: [] for title in asked}
         stages = {title: self.progress.stage(title, len(some)) for title, some in asked.items() if some}
 
         def advance(done: list[int]) -> None:
@@ -217,9 +285,10 @@ class Running:
                 template=template,
                 recipe=self.recipe,
                 readings=self.readings,
+                opinions=opinions,
             )
             for title, item in zip(titles, items, strict=True):
-                found[title].append(item.best)
+                found[title].append(item)
         return found, stages
 
 
@@ -246,10 +315,10 @@ def _in_words(title: str, template: int) -> str:
     return f"{title}, template {template + 1}" if template else title
 
 
-def _scores(trial: Trial, predictions: list[str], template: int) -> Scores | None:
+def _scores(trial: Trial, predictions: Sequence[Prediction], template: int) -> Scores | None:
     """A trial's metrics; a template that says itself which answer is right may list its answers in an order of its own."""
     labels = [trial.task.label(row, template=template) for row in trial.test]
-    return trial.task.metrics(labels, predictions) if labels else None
+    return trial.task.metrics(labels, [one.best for one in predictions]) if labels else None
 
 
 def _note(stage: Stage | None, task: Task, scores: Sequence[Scores | None]) -> None:

@@ -94,13 +94,13 @@ def read(
             filled = fill(family, cache, ids)
     else:
         filled = fill(family, cache, ids, **({} if names is None else {"adapter_names": names}))
-    if not filled:
+    if filled is None:
         return None
     cache.layers = [SharedLayer(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[union-attr]
     return cache
 
 
-def fill(family: Decoder, cache: DynamicCache, ids: torch.Tensor, **inputs: Any) -> bool:
+def fill(family: Decoder, cache: DynamicCache, ids: torch.Tensor, **inputs: Any) -> Any:
     """Put the keys and values of tokens (B, L) into a cache, behind those it has, by a pass through the model.
 
     Args:
@@ -110,22 +110,25 @@ def fill(family: Decoder, cache: DynamicCache, ids: torch.Tensor, **inputs: Any)
         **inputs: other arguments of the model.
 
     Returns:
-        Whether the cache now has them: False for a model that keeps no keys and values, or something else.
+        The model's output; None for a model that keeps no keys and values, or something else.
     """
     known = inspect.signature(family.base.forward).parameters
     if "past_key_values" not in known:
-        return False
+        return None
     # As an index, which gathers: the slice that a number gives is multiplied row by row (see `last_logits`).
     options: dict[str, Any] = {"logits_to_keep": torch.tensor([-1])} if "logits_to_keep" in known else {}
     length = cache.get_seq_length() + ids.shape[1]
     try:
-        family.model(input_ids=ids, past_key_values=cache, use_cache=True, return_dict=True, **inputs, **options)
-        return bool(cache.layers) and all(
+        found = family.model(
+            input_ids=ids, past_key_values=cache, use_cache=True, return_dict=True, **inputs, **options
+        )
+        filled = bool(cache.layers) and all(
             type(layer) is DynamicLayer and layer.get_seq_length() == length for layer in cache.layers
         )
+        return found if filled else None
     except Exception as error:  # a model with another kind of cache says so in its own way
         logger.info("%s: its cache is of another kind (%s).", type(family.base).__name__, reason(error))
-        return False
+        return None
 
 
 def packed_behind(

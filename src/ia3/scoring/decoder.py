@@ -135,8 +135,8 @@ def last_logits(model: nn.Module, base: nn.Module, batch: Batch) -> torch.Tensor
     return logits[:, None] if logits.dim() == 2 else logits[:, -int(batch["keep"]) :]
 
 
-def output_of(model: nn.Module, base: nn.Module, batch: Batch) -> Any:
-    """What the model makes of a batch, with the logits at the last K places of each row."""
+def output_of(model: nn.Module, base: nn.Module, batch: Batch, **more: Any) -> Any:
+    """The model's output for a batch, with logits at the last K places of each row; `more` are its other arguments."""
     known = inspect.signature(base.forward).parameters
     inputs = {key: batch[key] for key in _INPUTS if key in batch and key in known}
     names = batch.get("adapter_names")
@@ -149,4 +149,4 @@ def output_of(model: nn.Module, base: nn.Module, batch: Batch) -> Any:
     # vocabulary's matrix anew for each row. (A model on several devices would divide the indices among them.)
     last: Any = keep if isinstance(model, nn.DataParallel) else torch.arange(-keep, 0)
     options: dict[str, Any] = {"use_cache": "past_key_values" in batch, "logits_to_keep": last, "return_dict": True}
-    return model(**inputs, **{key: value for key, value in options.items() if key in known})
+    return model(**inputs, **{key: value for key, value in options.items() if key in known}, **more)

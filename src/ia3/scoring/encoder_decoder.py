@@ -32,6 +32,7 @@ from ia3.scoring.batch import (
 )
 from ia3.scoring.family import Family
 from ia3.scoring.question import Question, tree_of
+from ia3.scoring.states import total
 
 # What of a batch is the decoder's.
 _DECODER = ("decoder_input_ids", "decoder_attention_mask")
@@ -42,17 +43,19 @@ class Encoded:
     """What an encoder made of a prompt of S tokens.
 
     Attributes:
-        states: its last hidden states (S, width), which the decoder attends to.
-        output: the class of the encoder's output, in which the model takes them back.
+        last: its last hidden states (S, width), which the decoder attends to.
+        states: the mean of its tokens' hidden states: float32 (layers + 1, width).
+        output: the class of the encoder's output, in which the model takes the last ones back.
     """
 
+    last: torch.Tensor
     states: torch.Tensor
     output: type
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory."""
-        return self.states.nbytes
+        return self.last.nbytes + self.states.nbytes
 
 
 class EncoderDecoder(Family):
@@ -124,25 +127,27 @@ class EncoderDecoder(Family):
         """As `Family.ask`. The encoder reads a prompt whole, whatever the decoder is asked about it."""
         return [replace(question, read=len(question.prompt)) for question in super().ask(*args, **kwargs)]
 
-    def encode(self, ids: torch.Tensor, mask: torch.Tensor) -> Any:
+    def encode(self, ids: torch.Tensor, mask: torch.Tensor, **more: Any) -> Any:
         """The encoder's output for prompts (B, S)."""
         encoder: nn.Module = self.base.get_encoder()
-        return encoder(input_ids=ids, attention_mask=mask, return_dict=True)
+        return encoder(input_ids=ids, attention_mask=mask, return_dict=True, **more)
 
     def encoded(self, prompts: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], Encoded]:
         """What the encoder, as it is now, makes of prompts that differ, several a pass."""
         found = {}
         device = next(self.model.parameters()).device
         for group in groups_of_sizes([(len(prompt), 0) for prompt in prompts], pass_tokens(self.model)):
-            made = self.encode(*(one.to(device) for one in padded([prompts[i] for i in group], self.pad_token_id)))
+            ids, mask = (one.to(device) for one in padded([prompts[i] for i in group], self.pad_token_id))
+            made = self.encode(ids, mask, output_hidden_states=True)
             for row, index in enumerate(group):
-                states = made.last_hidden_state[row, : len(prompts[index])].clone()
-                found[prompts[index]] = Encoded(states, type(made))
+                length = len(prompts[index])
+                mean = total(made.hidden_states or (), row, 0, length) / length
+                found[prompts[index]] = Encoded(made.last_hidden_state[row, :length].clone(), mean, type(made))
         return found
 
     def behind(self, batch: Batch, encoded: Sequence[Encoded]) -> Batch:
         """A batch, packed or not, whose prompts the encoder has read: with `encoder_outputs` in place of `input_ids`."""
-        states = pad_sequence([one.states for one in encoded], batch_first=True)
+        states = pad_sequence([one.last for one in encoded], batch_first=True)
         left = {key: value for key, value in batch.items() if key != "input_ids"}
         return {**left, "encoder_outputs": encoded[0].output(last_hidden_state=states)}
 

@@ -19,7 +19,7 @@ from ia3.adapter.targets import inside_wrappers
 from ia3.errors import InputError
 from ia3.files import parse_bytes
 from ia3.scoring import MEMORY
-from ia3.scoring.batch import Batch, groups, groups_of_sizes, padded, pass_tokens, training_groups
+from ia3.scoring.batch import Batch, groups, groups_of_sizes, padded, pass_tokens, to_device, training_groups
 from ia3.scoring.beginning import (
     common_tokens,
     continued,
@@ -35,6 +35,7 @@ from ia3.scoring.decoder import Decoder
 from ia3.scoring.encoder_decoder import Encoded, EncoderDecoder
 from ia3.scoring.family import Family, evaluating, frozen
 from ia3.scoring.question import Question, row_length, sizes_of
+from ia3.scoring.states import last_states, telling, total
 from ia3.scoring.trials import Size, collate, judged, size_of, verdicts_of
 
 # A text of fewer tokens is read anew with each question: a pass of its own would cost more.
@@ -48,14 +49,21 @@ Text = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Reading:
-    """What a frozen decoder made of a text of S tokens: for each layer keys and values (S, heads, width)."""
+    """What a frozen decoder made of a text of S tokens.
+
+    Attributes:
+        layers: for each layer keys and values (S, heads, width).
+        states: the mean of its tokens' hidden states, without the first token's: float32 (layers + 1, width); empty for a
+            model that gives none.
+    """
 
     layers: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    states: torch.Tensor
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory."""
-        return sum(one.nbytes for layer in self.layers for one in layer)
+        return self.states.nbytes + sum(one.nbytes for layer in self.layers for one in layer)
 
 
 class TextsLayer(DynamicLayer):
@@ -116,7 +124,7 @@ class Readings:
         self.memory = parse_bytes(memory, "memory for readings")
         self.nbytes = self.read = 0
         self._base: nn.Module | None = None
-        self._token_bytes = 0
+        self._token_bytes = self._text_bytes = 0
         self._kept: OrderedDict[Text, Reading | Encoded] = OrderedDict()
 
     def __len__(self) -> int:
@@ -138,14 +146,32 @@ class Readings:
         Raises:
             InputError: the memory does not hold a single text.
         """
+        for group, readings in self._divided(family, questions, batch_tokens, training):
+            yield group, rows_behind(family, [questions[i] for i in group], readings)
+
+    def states(
+        self, family: Family, questions: Sequence[Question], batch_tokens: int
+    ) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """The states of questions of `askable`, as `whole_states` gives them."""
+        device = next(family.model.parameters()).device
+        for group, readings in self._divided(family, questions, batch_tokens):
+            states = torch.stack([one.states for one in readings])
+            if not family.has_encoder:
+                rows = to_device(rows_behind(family, [questions[i] for i in group], readings), device)
+                states = torch.cat([states, last_states(family, rows)], dim=1)
+            yield group, states
+
+    def _divided(
+        self, family: Family, questions: Sequence[Question], batch_tokens: int, training: bool = False
+    ) -> Iterator[tuple[list[int], list[Reading | Encoded]]]:
+        """Questions, as indices, that go through the model at once, and the readings of their texts."""
         self._own(family)
         for part in self._fitting(family, questions):
             readings = self._have(family, [questions[i].text for i in part])
             some = [questions[i] for i in part]
             divided = _divided(family, some, batch_tokens, training)
             for group in reversed(divided) if training else divided:
-                asked = [some[i] for i in group]
-                yield [part[i] for i in group], rows_behind(family, asked, [readings[one.text] for one in asked])
+                yield [part[i] for i in group], [readings[some[i].text] for i in group]
 
     def foresee(self, family: Family, questions: Sequence[Question]) -> None:
         """Read the texts of questions of `askable` that memory holds at once, in fewer passes than as their turn comes."""
@@ -157,7 +183,7 @@ class Readings:
         """Let go of another model's texts."""
         if self._base is not family.base:
             self.clear()
-            self._base, self._token_bytes = family.base, 0
+            self._base, self._token_bytes, self._text_bytes = family.base, 0, 0
 
     def exact(self, family: Family, questions: Sequence[Question]) -> bool:
         """Whether rows that go on from texts are exact for all of these questions."""
@@ -191,7 +217,7 @@ class Readings:
         part: list[int] = []
         filled = 0
         for text in order:
-            size = self._token_bytes * len(text)
+            size = self._bytes(text)
             if size > self.memory:
                 raise InputError(
                     f"Expected memory for at least one text, which takes {size} bytes ({len(text)} tokens), found "
@@ -204,19 +230,24 @@ class Readings:
             filled += size
         yield part
 
+    def _bytes(self, text: Text) -> int:
+        """What a text takes."""
+        return self._text_bytes + self._token_bytes * len(text)
+
     def _have(self, family: Family, texts: Sequence[Text]) -> dict[Text, Reading | Encoded]:
         """The readings of texts, which fit at once: those that are kept, and the others read now in place of the oldest."""
         found = {text: self._kept[text] for text in texts if text in self._kept}
         missing = [text for text in dict.fromkeys(texts) if text not in found]
         for text in found:
             self._kept.move_to_end(text)
-        needed = self._token_bytes * sum(map(len, missing))
+        needed = sum(map(self._bytes, missing))
         while self.nbytes + needed > self.memory and len(self._kept) > len(found):
             self.nbytes -= self._kept.popitem(last=False)[1].nbytes
         fresh = read_texts(family, missing) if missing else {}
         assert fresh is not None  # or `exact` had said so
         for text, reading in fresh.items():
-            self._token_bytes = -(-reading.nbytes // len(text))
+            self._text_bytes = reading.states.nbytes
+            self._token_bytes = -(-(reading.nbytes - self._text_bytes) // len(text))
             self._kept[text] = reading
         self.nbytes += sum(reading.nbytes for reading in fresh.values())
         self.read += len(fresh)
@@ -264,22 +295,29 @@ def _read(family: Decoder, texts: Sequence[Text]) -> dict[Text, Reading | Encode
     device = next(family.model.parameters()).device
     size = common_tokens([list(text) for text in texts])
     size = size if pays(size, len(texts)) else 0
-    start = DynamicCache()
-    if size and not fill(family, start, torch.tensor([texts[0][:size]], device=device)):
-        return None
+    start, before = DynamicCache(), torch.tensor(0.0)
+    if size:
+        output = fill(family, start, torch.tensor([texts[0][:size]], device=device), output_hidden_states=True)
+        if output is None:
+            return None
+        before = total(output.hidden_states or (), 0, 1, size)
     for group in groups_of_sizes([(len(text) - size, 0) for text in texts], pass_tokens(family.model)):
         # Without a mask: no token sees the padding behind it, and attention is faster so.
         ids, _ = padded([texts[i][size:] for i in group], family.pad_token_id)
         cache = continued(start, len(group))
-        if not fill(family, cache, ids.to(device)):
+        output = fill(family, cache, ids.to(device), output_hidden_states=True)
+        if output is None:
             return None
+        states = output.hidden_states or ()  # some models give none, which only a head minds
         for row, index in enumerate(group):
             length = len(texts[index])
             kept = [
                 [one[row, :, :length].transpose(0, 1).clone() for one in (layer.keys, layer.values)]  # type: ignore[index,union-attr]
                 for layer in cache.layers
             ]
-            found[texts[index]] = Reading([(keys, values) for keys, values in kept])
+            first = telling(length)
+            mean = (before + total(states, row, 0 if size else first, length - size)) / (length - first)
+            found[texts[index]] = Reading([(keys, values) for keys, values in kept], mean)
     return found
 
 

@@ -26,11 +26,12 @@ from ia3.scoring.beginning import Beginning, beginnings
 from ia3.scoring.decoder import Decoder
 from ia3.scoring.encoder import SentenceEncoder
 from ia3.scoring.families import family_of
-from ia3.scoring.family import evaluating
+from ia3.scoring.family import evaluating, frozen
 from ia3.scoring.fitting import Fitted, answer_lengths, fitted, warn_of_cuts
 from ia3.scoring.prefix import SEPARATOR, Prefix
 from ia3.scoring.question import Question
 from ia3.scoring.readings import Readings, askable
+from ia3.scoring.states import whole_states
 from ia3.scoring.tokens import question_lengths
 from ia3.task.wording import Wording
 
@@ -287,6 +288,46 @@ class Scorer:
         """The log-probability of each choice token of a batch on the model's device: float32 (B, C, T), 0 where there is
         none."""
         return self.family.log_probs(batch)
+
+    def states(
+        self, questions: Sequence[Question], on_progress: Callable[[list[int]], None] | None = None
+    ) -> torch.Tensor:
+        """What the frozen model's layers hold of each question, for a head (`ia3.opinions`).
+
+        Args:
+            questions: N of them; their choices do not matter. Texts that were read are not read again.
+            on_progress: called with the indices of the questions that each batch finished.
+
+        Returns:
+            float32 (N, places, width) on the CPU. A decoder's first layers + 1 places are means over the text before the
+            question (over the prompt where that begins with the question), of the embeddings and behind each layer; the
+            next are the states at the prompt's last token. An encoder-decoder's are means over its encoder's prompt.
+
+        Raises:
+            InputError: the model gives no hidden states, or is a classifier.
+        """
+        if not self.family.reads_answers:
+            raise InputError(f"Expected a language model, found a {type(self.family.base).__name__}.")
+        # Of the answers, no more than a place to ask at.
+        asked = [replace(one, choices=[one.choices[0][:1]], label=None, adapter=None, order=None) for one in questions]
+        results: list[torch.Tensor] = [torch.empty(0)] * len(asked)
+        with evaluating(self.model), frozen(self.model), torch.no_grad():
+            apart, readings = self._apart(asked)
+            # What an encoder reads is what is kept of it.
+            if self.family.has_encoder and len(apart) < len(asked):
+                apart, readings = [*range(len(asked))], Readings()
+            left = sorted({*range(len(asked))} - {*apart})
+            parts = [(left, whole_states(self.family, [asked[i] for i in left]))]
+            if readings is not None:
+                some = [asked[i] for i in apart]
+                parts.append((apart, readings.states(self.family, some, pass_tokens(self.model))))
+            for indices, found in parts:
+                for group, states in found:
+                    for row, index in enumerate(group):
+                        results[indices[index]] = states[row]
+                    if on_progress is not None:
+                        on_progress([indices[index] for index in group])
+        return torch.stack(results)
 
     def score(
         self,

@@ -10,16 +10,25 @@ import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ia3.adapter.config import CONFIG_NAME
-from ia3.adapter.stored import CALIBRATION_NAME, RECIPE_NAME, TASK_NAME
+from ia3.adapter.stored import CALIBRATION_NAME, HEAD_NAME, OPINIONS_NAME, RECIPE_NAME, TASK_NAME
 from ia3.errors import InputError, reason
 from ia3.files import WEIGHTS_NAME, current
 from ia3.folder import AdapterFolder
 
 if TYPE_CHECKING:
+    from ia3.opinions.opinions import Opinions
     from ia3.task.task import Task
     from ia3.training.recipe import Recipe
 
-FILES = {WEIGHTS_NAME: True, CONFIG_NAME: True, TASK_NAME: False, RECIPE_NAME: False, CALIBRATION_NAME: False}
+FILES = {
+    WEIGHTS_NAME: True,
+    CONFIG_NAME: True,
+    TASK_NAME: False,
+    RECIPE_NAME: False,
+    OPINIONS_NAME: False,
+    HEAD_NAME: False,
+    CALIBRATION_NAME: False,
+}
 """Name of an adapter's file → whether it is required."""
 
 
@@ -31,12 +40,14 @@ class Settings(NamedTuple):
         recipe: the adapter's recipe; the paper's if there is none.
         temperature: the calibration's temperature; 1 if there is none.
         calibrated: whether the adapter has a calibration.
+        opinions: what answers, and how much each part counts.
     """
 
     task: Task | None
     recipe: Recipe
     temperature: float
     calibrated: bool
+    opinions: Opinions
 
 
 @dataclasses.dataclass(eq=False)
@@ -81,7 +92,8 @@ def read_settings(folder: str) -> Settings:
     """The settings in an adapter's folder. Raises `InputError` for damaged or unreadable files."""
     try:
         found = AdapterFolder(folder)
-        return Settings(found.task, found.recipe, found.temperature, calibrated=found.calibration is not None)
+        calibrated = found.calibration is not None
+        return Settings(found.task, found.recipe, found.temperature, calibrated, found.opinions)
     except (OSError, RecursionError) as error:
         raise InputError(f"The files beside this adapter cannot be read: {reason(error)}.") from error
 

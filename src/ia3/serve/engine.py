@@ -18,6 +18,7 @@ from ia3.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from ia3.opinions.head import Head
     from ia3.scoring.question import Question
     from ia3.task.wording import Wording
     from ia3.training.recipe import Recipe
@@ -35,11 +36,13 @@ class ScoreJob:
         adapter: the adapter's key, as given to `Engine.add`; None: the base model.
         question: prompt and choices as token ids, from `Engine.questions`.
         length_normalization: a log-probability is divided by this power of the choice's token count.
+        head: answers in place of the choices, of what the base model's layers hold: its labels' log-probabilities.
     """
 
     adapter: str | None
     question: Question
     length_normalization: float = 1.0
+    head: Head | None = None
 
 
 @dataclass(frozen=True)
@@ -126,13 +129,13 @@ class Engine(Protocol):
 
     async def score(self, jobs: Sequence[ScoreJob]) -> list[list[float]]:
         """For each job, Σ_t log p(y_t | x, y_<t) / T^power of each choice, in the caller's order (see
-        `Question.as_listed`).
+        `Question.as_listed`); or the log-probabilities of its head's labels.
 
         Jobs of different calls and different adapters share batches, and jobs about one text may share its reading.
 
         Raises:
             AdapterFailed: a job's adapter cannot be used.
-            InputError: scores are NaN.
+            InputError: scores are NaN, or the engine gives no hidden states for a head.
         """
         ...
 

@@ -419,14 +419,21 @@ class LocalEngine:
     def _score(self, batch: list[_Asked]) -> None:
         from ia3.adapter.rows import BASE
 
-        questions = [asked.job.question for asked in batch]
-        names = [asked.job.adapter or BASE for asked in batch]
-        powers = [asked.job.length_normalization for asked in batch]
-        results = self._scorer.score(questions, powers, adapter_names=names)
+        heads = [asked for asked in batch if asked.job.head is not None]
+        others = [asked for asked in batch if asked.job.head is None]
+        names = [asked.job.adapter or BASE for asked in others]
+        powers = [asked.job.length_normalization for asked in others]
+        results = self._scorer.score([asked.job.question for asked in others], powers, adapter_names=names)
+        found = [(asked, result.tolist()) for asked, result in zip(others, results, strict=True)]
+        if heads:
+            states = self._scorer.states([asked.job.question for asked in heads]).numpy()
+            for asked, row in zip(heads, states, strict=True):
+                assert asked.job.head is not None
+                found.append((asked, asked.job.head.log_probs(row[None])[0].tolist()))
         self.observe("score", len(batch), len(set(names)))
         # Not earlier, because all questions are asked again if one fails.
-        for asked, result in zip(batch, results, strict=True):
-            asked.call.give(asked.index, result.tolist())
+        for asked, result in found:
+            asked.call.give(asked.index, result)
 
 
 def _settle(loop: asyncio.AbstractEventLoop, future: asyncio.Future, result: Any) -> None:

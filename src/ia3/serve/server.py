@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from fastapi import Request
 from starlette.exceptions import HTTPException
 
 from ia3.errors import InputError, about
+from ia3.opinions.opinions import Opinions
 from ia3.scoring.fitting import most_characters
 from ia3.serve.adapter import Adapter, Settings
 from ia3.serve.engine import AdapterFailed, Engine, GenerateJob, Piece, ScoreJob
@@ -41,6 +42,32 @@ _MOST_SAID = 1000
 _TOGETHER = 20_000
 
 _Result = TypeVar("_Result")
+
+
+class _Row(NamedTuple):
+    """A row that is classified.
+
+    Attributes:
+        jobs: what the engine is asked: the vectors, where they count, and the head, where there is one.
+        labels: of the choices.
+        opinions: how their answers are put together.
+        temperature: divides the scores.
+    """
+
+    jobs: list[ScoreJob]
+    labels: list[str]
+    opinions: Opinions
+    temperature: float
+
+    def together(self, answers: Sequence[list[float]]) -> dict[str, float]:
+        """The scores of the labels, of the answers to the jobs."""
+        vectors, head = dict.fromkeys(self.labels, 0.0), None
+        for job, values in zip(self.jobs, answers, strict=True):
+            if job.head is None:
+                vectors = dict(zip(self.labels, values, strict=True))
+            else:
+                head = dict(zip(job.head.labels, values, strict=True))
+        return self.opinions.together(vectors, head)
 
 
 class Server:
@@ -202,27 +229,24 @@ class Server:
         """The response to `/v1/classify`: each adapter's prediction for each text, in its own task."""
         several = body.adapters is not None
         settings = await asyncio.to_thread(lambda: [adapter.settings() for adapter in adapters])
-        jobs: list[ScoreJob] = []
-        labels: list[list[str]] = []
+        asked: list[_Row] = []
         for adapter, its in zip(adapters, settings, strict=True):
             owner = f"Adapter {adapter.name!r}" if several else None
             rows = _rows(body, its.task, adapter.name, owner)
-            key = None if body.without_adapter else adapter.key
             # Texts of other requests have their turns in between.
             for indices, characters in _groups(rows):
-                found = await self.blocking(self._questions, its, rows, indices, key, owner, characters=characters)
-                jobs += found[0]
-                labels += found[1]
-        scores = await self.engine.score(jobs)
-        temperatures = [1.0 if body.without_adapter else its.temperature for its in settings for _ in body.items]
-        return await asyncio.to_thread(self._predictions, body, adapters, jobs, labels, temperatures, scores)
+                key = None if body.without_adapter else adapter.key
+                asked += await self.blocking(self._asked, its, rows, indices, key, owner, characters=characters)
+        scores = await self.engine.score([job for row in asked for job in row.jobs])
+        return await asyncio.to_thread(self._predictions, body, adapters, asked, scores)
 
-    def _questions(
+    def _asked(
         self, settings: Settings, rows: Sequence[Row], indices: Sequence[int], key: str | None, owner: str | None
-    ) -> tuple[list[ScoreJob], list[list[str]]]:
-        """The jobs and labels of some rows."""
+    ) -> list[_Row]:
+        """Some rows with their jobs; the base model (without a key) answers by itself."""
         task, recipe = settings.task, settings.recipe
         assert task is not None  # otherwise there are no rows
+        opinions, temperature = (Opinions(), 1.0) if key is None else (settings.opinions, settings.temperature)
         with about(owner):
             wordings = [task.wording(rows[index], index + 1) for index in indices]
             questions = self.engine.questions(wordings, recipe)
@@ -230,25 +254,29 @@ class Server:
             for question in questions:
                 with about(row=question.row):
                     self.check_tokens(len(question.prompt))
-        return [ScoreJob(key, question, recipe.length_normalization) for question in questions], labels
+        found = []
+        for question, names in zip(questions, labels, strict=True):
+            jobs = [ScoreJob(key, question, recipe.length_normalization)] if opinions.vectors else []
+            if opinions.fitted is not None:
+                jobs.append(ScoreJob(None, question, head=opinions.fitted))
+            found.append(_Row(jobs, names, opinions, temperature))
+        return found
 
     def _predictions(
         self,
         body: ClassifyBody,
         adapters: Sequence[Adapter],
-        jobs: Sequence[ScoreJob],
-        labels: Sequence[list[str]],
-        temperatures: Sequence[float],
+        asked: Sequence[_Row],
         scores: Sequence[list[float]],
     ) -> dict[str, Any]:
         """The response, of what there is for each text of the first adapter, then of the next."""
         from ia3.evaluation.prediction import Prediction
 
-        found = []
-        for names, values, temperature in zip(labels, scores, temperatures, strict=True):
-            item = Prediction.of(dict(zip(names, values, strict=True)), temperature, body.abstain_below)
+        found, left = [], iter(scores)
+        for row in asked:
+            item = Prediction.of(row.together([next(left) for _ in row.jobs]), row.temperature, body.abstain_below)
             found.append({"label": item.label, "probabilities": item.probabilities})
-        usage = {"prompt_tokens": sum(len(job.question.prompt) for job in jobs)}
+        usage = {"prompt_tokens": sum(len(row.jobs[0].question.prompt) for row in asked)}
         names = [adapter.name for adapter in adapters]
         if body.adapters is None:
             [name] = names

@@ -146,6 +146,11 @@ class VllmEngine:
     async def _score(self, job: ScoreJob) -> list[float]:
         from ia3.scoring.question import tree_of
 
+        if job.head is not None:
+            raise InputError(
+                "Expected an adapter whose vectors answer alone, for vLLM gives no hidden states to a head",
+                "train it with --opinions vectors, or serve it with --engine local",
+            )
         question, adapter = job.question, await self._request(job.adapter)
         tree = tree_of(question)
         follow: dict[int, set[int]] = {}

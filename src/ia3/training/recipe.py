@@ -70,6 +70,8 @@ class Recipe(BaseModel):
         init: an adapter's folder or hub id to start from; None: ones.
         acts_from: where new vectors act, see `IA3Config`: "start" or "question"; "auto": from the question on where the
             model is a decoder and the task's templates ask behind the row (see `place`), from the start in encoder-decoders.
+        opinions: what answers: the "vectors" alone; the "head", a linear classifier on the frozen model's hidden states,
+            for which no vectors are trained; or "auto", both, weighed by cross-validation on the training rows.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -92,6 +94,7 @@ class Recipe(BaseModel):
     long_prompts: Literal["truncate", "refuse"] = "truncate"
     init: str | None = None
     acts_from: Literal["auto", "start", "question"] = "start"
+    opinions: Literal["auto", "vectors", "head"] = "vectors"
 
     @model_validator(mode="after")
     def _learns_something(self) -> Recipe:
@@ -260,6 +263,7 @@ _SMALL: dict[str, Any] = {
     "early_stopping": EarlyStopping(floor=0.5, steps=4),
     "ema_decay": 0.8,
     "acts_from": "auto",
+    "opinions": "auto",
 }
 
 _SENTENCE: dict[str, Any] = {

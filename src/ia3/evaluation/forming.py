@@ -1,0 +1,117 @@
+"""Form the opinions of a trained adapter's folder on its training rows: `form_opinions`."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy.special import log_softmax
+
+from ia3.evaluation.calibration import cross_validate, fold_of_each
+from ia3.evaluation.prediction import Prediction
+from ia3.evaluation.progress import Progress
+from ia3.opinions.head import fit_head
+from ia3.opinions.opinions import HEAD, USUAL, VECTORS, Opinions, weigh
+from ia3.scoring.scorer import Scorer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ia3.adapter.model import IA3Model
+    from ia3.scoring.readings import Readings
+    from ia3.task.task import Row, Task
+    from ia3.training.recipe import Recipe
+
+_FOLDS = 4
+
+# Training vectors once more for each fold pays where it is quick: so many rows times labels.
+_QUICK = 2_000
+
+
+@dataclass(frozen=True)
+class Formed:
+    """Opinions, and what they are worth.
+
+    Attributes:
+        opinions: with their weights.
+        held_out: the training rows, each predicted by what has not seen it; None: nothing was cross-validated.
+        why: how the weights came about, for people.
+    """
+
+    opinions: Opinions
+    held_out: list[Prediction] | None
+    why: str
+
+
+def form_opinions(
+    progress: Progress,
+    title: str,
+    model: IA3Model,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    rows: Sequence[Row],
+    recipe: Recipe,
+    folds: int = 0,
+    seed: int = 0,
+    output_dir: str | os.PathLike = "cross-validation",
+    readings: Readings | None = None,
+) -> Formed:
+    """Fit a head on the training rows, and weigh it against vectors by cross-validation.
+
+    Args:
+        progress, title: show the steps.
+        model: gets an adapter per fold during the call.
+        tokenizer: the model's tokenizer.
+        task: with the same labels for all rows.
+        rows: the training rows.
+        recipe: how vectors are trained; with `opinions` "head" the head answers alone.
+        folds: the number of cross-validation parts; 0: 4, or as many as the rarest label has rows. Where vectors take long
+            to train (many rows and labels), their weight is then a usual one.
+        seed, output_dir, readings: as of `cross_validate`.
+    """
+    labels = [task.label(row, number) for number, row in enumerate(rows, 1)]
+    names = sorted(set(labels))
+    count = folds or min(_FOLDS, *Counter(labels).values())
+    each = fold_of_each(task, rows, count, seed) if count > 1 else None
+    stage = progress.stage(f"Head {title}".strip(), len(rows))
+    scorer = Scorer(model, tokenizer, readings)
+    questions = scorer.questions(task.wordings(rows), labelled=False, long_prompts=recipe.long_prompts)
+    states = scorer.states(questions, lambda done: stage.advance(len(done))).numpy()
+    head, by_head = fit_head(states, labels, each)
+    held = None if by_head is None else _predictions(by_head, names)
+    if held is not None:
+        stage.note(f"cross-validated accuracy {task.metrics(labels, [one.best for one in held])['accuracy']:.1%}")
+    stage.end()
+    if recipe.opinions == HEAD:
+        return Formed(Opinions.of({HEAD: 1.0}, head), held, "the head alone, as the recipe says")
+    y = [names.index(label) for label in labels]
+    if by_head is None:
+        return Formed(Opinions.of({VECTORS: USUAL, HEAD: USUAL}, head), None, "usual weights: a label has a single row")
+    if not folds and len(rows) * len(names) > _QUICK:
+        return Formed(
+            Opinions.of({VECTORS: USUAL, HEAD: USUAL}, head),
+            None,
+            f"usual weights: {len(rows)} rows of {len(names)} labels take long",
+        )
+    stage = progress.stage(f"Cross-validation {title}".strip(), recipe.steps)
+    found = cross_validate(model, tokenizer, task, rows, recipe, count, seed, output_dir, stage, readings)
+    by_vectors = log_softmax(np.array([[one.scores[name] for name in names] for one in found]), axis=1)
+    weights = weigh({VECTORS: by_vectors, HEAD: by_head}, y)
+    together = sum(weights.get(name, 0.0) * held for name, held in ((VECTORS, by_vectors), (HEAD, by_head)))
+    held = _predictions(log_softmax(np.asarray(together), axis=1), names)
+    stage.end()
+    stage.note(f"accuracy {task.metrics(labels, [one.best for one in held])['accuracy']:.1%}")
+    return Formed(Opinions.of(weights, head), held, f"weighed on {len(rows)} training rows in {count} folds")
+
+
+def may_form(task: Task, reads_answers: bool) -> bool:
+    """Whether a head can be formed: it needs the same labels for all rows, and a language model."""
+    return task.labels is not None and reads_answers
+
+
+def _predictions(log_probs: np.ndarray, names: Sequence[str]) -> list[Prediction]:
+    return [Prediction.of(dict(zip(names, row.tolist(), strict=True))) for row in log_probs]

@@ -1,0 +1,103 @@
+"""Opinions: the weighed sum of log-probabilities, and weights that held-out rows give."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy.special import log_softmax
+
+from ia3 import InputError
+from ia3.adapter.stored import HEAD_NAME, OPINIONS_NAME
+from ia3.opinions.head import Head
+from ia3.opinions.opinions import Opinions, weigh
+
+HEAD = Head(("a", "b"), (0,), np.ones((2, 1, 3), np.float32), np.zeros(2, np.float32), of=4)
+
+
+def opinion(y, right, seed=0, labels=3):
+    """Log-probabilities that favour the right label in so many of 100 rows."""
+    chance = np.random.default_rng(seed)
+    logits = chance.normal(size=(len(y), labels)) / 2
+    for row, label in enumerate(y):
+        logits[row, label if chance.random() < right else (label + 1) % labels] += 2
+    return log_softmax(logits, axis=1)
+
+
+Y = list(np.arange(90) % 3)
+
+
+class TestTogether:
+    def test_vectors_alone_keep_their_scores(self):
+        scores = {"a": -1.5, "b": -0.25}
+        assert Opinions().together(scores) == scores
+
+    def test_weighed_log_probabilities_are_added(self):
+        both = Opinions.of({"vectors": 0.5, "head": 2.0}, HEAD)
+        found = both.together({"a": -3.0, "b": -2.0}, {"a": math.log(0.9), "b": math.log(0.1)})
+        total = math.log(math.exp(-3) + math.exp(-2))
+        assert found == pytest.approx(
+            {"a": 0.5 * (-3 - total) + 2 * math.log(0.9), "b": 0.5 * (-2 - total) + 2 * math.log(0.1)}
+        )
+
+    def test_a_label_that_the_head_does_not_know_is_the_least_probable(self):
+        alone = Opinions.of({"head": 1.0}, HEAD)
+        found = alone.together({"a": 0.0, "b": 0.0, "c": 9.0}, {"a": -0.1, "b": -2.3})
+        assert found["c"] < found["b"] < found["a"]
+
+    def test_the_order_of_labels_does_not_matter(self):
+        both = Opinions.of({"vectors": 0.7, "head": 0.9}, HEAD)
+        said = {"a": -0.3, "b": -1.35}
+        found = both.together({"a": -3.1, "b": -2.2, "c": -0.7}, said)
+        other = both.together({"c": -0.7, "b": -2.2, "a": -3.1}, dict(reversed(said.items())))
+        assert found == other
+
+
+class TestWeigh:
+    def test_the_better_opinion_counts_more(self):
+        found = weigh({"vectors": opinion(Y, 0.6), "head": opinion(Y, 0.85, seed=1)}, Y)
+        assert found["head"] > found["vectors"] > 0
+
+    def test_an_opinion_that_adds_nothing_is_not_asked(self):
+        noise = log_softmax(np.random.default_rng(2).normal(size=(90, 3)) * 2, axis=1)
+        assert set(weigh({"vectors": noise, "head": opinion(Y, 0.95)}, Y)) == {"head"}
+
+    def test_the_sum_is_no_worse_than_each(self):
+        parts = {"vectors": opinion(Y, 0.75), "head": opinion(Y, 0.75, seed=3)}
+        found = weigh(parts, Y)
+        assert set(found) == set(parts)
+
+        def loss(log_probs):
+            return -log_softmax(log_probs, axis=1)[np.arange(90), Y].mean()
+
+        together = loss(sum(found[name] * part for name, part in parts.items()))
+        assert together < min(map(loss, parts.values()))
+
+    def test_with_few_rows_weights_stay_near_the_usual(self):
+        sure = np.log(np.array([[0.999, 0.001], [0.001, 0.999]]))
+        found = weigh({"vectors": sure, "head": sure}, [0, 1])
+        assert all(0.3 < weight < 2 for weight in found.values())
+
+
+class TestFiles:
+    def test_they_come_back(self):
+        both = Opinions.of({"vectors": 0.5, "head": 2.0}, HEAD)
+        files = both.files()
+        head = Head.from_bytes(files[HEAD_NAME], HEAD_NAME)
+        again = Opinions.from_json(files[OPINIONS_NAME], OPINIONS_NAME, head)
+        assert again.model_dump() == both.model_dump() and again.fitted.labels == HEAD.labels
+        assert set(Opinions().files()) == {OPINIONS_NAME}
+
+    @pytest.mark.parametrize(
+        ("data", "message"),
+        [
+            (b"{", "Expected JSON in opinions.json"),
+            (b'{"vectors": -1}', "vectors"),
+            (b'{"vectors": 1, "heads": 2}', "heads"),
+            (b'{"vectors": 0, "head": 0}', "Expected an opinion that counts in opinions.json, found none"),
+            (b'{"vectors": 1, "head": 1}', "Expected a head"),
+            (b'{"vectors": NaN}', "opinions.json"),
+        ],
+    )
+    def test_damaged_ones_are_refused(self, data, message):
+        with pytest.raises(InputError, match=message):
+            Opinions.from_json(data, OPINIONS_NAME, None)
