@@ -34,7 +34,7 @@ def test_every_block_is_named_once_and_run_here_or_by_ci():
     assert set(blocks("command")) == set(re.findall(r"\$\(readme (\w+)\)", (ROOT / ".ci" / "run").read_text()))
     assert set(blocks("example")) == {
         "train", "template", "classifier", "classifier-frame", "python", "peft", "modules", "rule", "several", "mixed", "question", "question-decoder", "readings", "bank", "auto", "convert",
-        "families", "task.yaml", "task", "task-python", "pairs.yaml", "cause.yaml", "endings.yaml", "tasks",
+        "families", "task.yaml", "task", "task-python", "suggest", "pairs.yaml", "cause.yaml", "endings.yaml", "tasks",
         "prompts-python", "fleet", "fleet-python", "many", "many-python", "compare", "compare-python",
         "pretrain", "pretrain-python", "raft", "opinions", "opinions-python", "mine.yaml", "recipe", "recipe-python", "experiment-python", "benchmarks",
         # Those of docs/serve.md run in serve/test_docs.py.
@@ -97,6 +97,7 @@ def place(tmp_path_factory):
         "template",
         "convert",
         "task",
+        "suggest",
         "fleet",
         "many",
         "tasks",
@@ -113,7 +114,7 @@ def test_commands(name, place, monkeypatch, capsys):
     for command in commands:
         program, *arguments = shlex.split(command)
         assert program == "ia3"
-        if arguments[:2] == ["compare", "--adapter"]:
+        if arguments[:2] in (["compare", "--adapter"], ["tasks", "suggest"]):
             arguments += ["--model", "model"]
         elif arguments[0] in ("train", "pretrain", "compare"):  # the tiny model learns in a moment
             arguments += ["--model", "model", "--steps", "2"]

@@ -61,8 +61,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
     Args:
         model: the base model: a folder, a hub id, "smollm2" or "minilm", as `load_base` takes it.
-        template: the prompt, a Jinja template that names columns; one column if rows are texts. None: made from the
-            columns and the labels.
+        template: the prompt, a Jinja template that names columns; one column if rows are texts. None: the rows of `fit`
+            choose a wording; `task_` has it.
         choices: label → answer text. None: the labels.
         task: a `Task`, its file or the name of a built-in one, instead of template and choices.
         recipe: how to train: a `Recipe`, "paper", "small", "sentence" or a file. None: the one for a model of that kind and size.
@@ -138,6 +138,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         by_label = _values_by_label(task, rows, values)
         base = _base(name, self.dtype, [*by_label])
         recipe = recipe or Recipe.for_model(name)
+        task = base.worded(task, rows, recipe)
         self._files, opinions = base.train(task, rows, recipe, int(seed), self.verbose, [*by_label.values()])
         self._keep(base, task, recipe, 1.0, opinions, by_label, object if values.dtype == object else None)
         return self
@@ -326,6 +327,14 @@ class _Base:
         with self._lock:
             self._load(folder)
             return self._written()
+
+    def worded(self, task: Task, rows: Sequence[Row], recipe: Recipe) -> Task:
+        """The task in the wordings that suit labelled rows best, if it has candidates."""
+        from ia3.evaluation.wordings import choose_wording
+
+        with self._lock:
+            self._remove()
+            return choose_wording(self.model, self.tokenizer, task, rows, recipe)[0]
 
     def train(
         self, task: Task, rows: Sequence[Row], recipe: Recipe, seed: int, verbose: bool, classes: Sequence[Any]

@@ -145,10 +145,15 @@ class TestTrain:
         assert found["auto"] != found["bfloat16"] == pytest.approx(found["auto"], abs=0.02)
         assert "Expected a dtype of 'auto'" in train(dtype="half")[2]
 
-    def test_a_template_is_made_shown_and_stored(self, train, tmp_path):
+    def test_a_wording_is_chosen_shown_and_stored(self, train, tmp_path):
         code, out, _ = train(template=None, choices=None)
-        assert code == 0 and "Question: What is the label, neg or pos?" in out
-        assert "Question: What is the label, neg or pos?" in (tmp_path / "out" / "task.yaml").read_text()
+        prompt = Task.load(tmp_path / "out" / "task.yaml").templates[0].prompt
+        assert (
+            code == 0
+            and prompt.startswith("{{ text }}\n")
+            and prompt in [one.prompt for one in Task.infer(words.rows(4)).candidates]
+        )
+        assert "the best of" in out and prompt.splitlines()[-1] in out
 
     def test_from_a_task_file_with_the_rest_as_test_rows(self, ia3, place, tmp_path):
         task = Task(template=words.TEMPLATE, choices={"pos": "good", "neg": "bad"}, name="teas", train="train.csv")

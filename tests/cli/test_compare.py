@@ -74,6 +74,8 @@ def test_json_has_a_row_for_each_method(run, place, tmp_path):
         assert all(isinstance(row[key], (int, float)) for key in KEYS - {"method"})
         assert 0 <= row["macro_f1"] <= row["accuracy"] + 0.5 and row["accuracy"] <= 1 and row["seconds"] > 0
     zero, two, four, trained = rows.values()
+    assert trained["balanced"] is None
+    assert all(set(row["balanced"]) == {"accuracy", "macro_f1"} for row in (zero, two, four))
     # Keys and values of 2 layers, 2 heads of 8 numbers in float32, for every token.
     token = 2 * 2 * 2 * 8 * 4
     prompt = len(words.TEMPLATE.replace("{{ text }}", "the tea was lovely today").split())
@@ -146,6 +148,42 @@ def test_table_with_an_adapter_that_is_trained_already(run, ia3, place, tmp_path
     row = json.loads(out)["rows"][-1]
     assert row["training_flops"] is None and row["training_flops_estimate"] is None
     assert row["accuracy"] == trained["accuracy"]
+
+
+def test_answers_are_balanced_on_training_rows_that_are_no_shots(run, monkeypatch):
+    asked, predict = [], comparison.predict
+
+    def spied(model, tokenizer, task, rows, *args, prefix=None, **kwargs):
+        asked.append((prefix, rows))
+        return predict(model, tokenizer, task, rows, *args, prefix=prefix, **kwargs)
+
+    monkeypatch.setattr(comparison, "predict", spied)
+    code, out, err = run(shots="4,8", examples_per_label=4)
+    assert code == 0, err
+    zero, four, eight = asked
+    assert zero[0] is None and len(zero[1]) == 8
+    assert len(four[1]) == 4
+    assert len(eight[1]) == 8  # all examples are shots
+    assert {row["text"] for row in zero[1]} >= {row["text"] for row in four[1]}
+    assert "balanced accuracy" in out and "Balanced: without" in out
+
+
+def test_answers_of_their_own_have_no_balance(run, place, tmp_path):
+    rows = [{**row, "good": "lovely", "bad": "stale"} for row in words.rows(24)]
+    words.write_csv(tmp_path / "own.csv", rows)
+    options = {"data": tmp_path / "own.csv", "test_data": None, "choices": "pos={{ good }},neg={{ bad }}"}
+    code, out, err = run(**options, examples_per_label=4)
+    assert code == 0 and "balanced" not in out.lower(), err
+    code, out, _ = run("--json", **options, examples_per_label=4)
+    assert code == 0 and all(row["balanced"] is None for row in json.loads(out)["rows"])
+
+
+def test_the_examples_choose_a_wording_for_all_methods(run, tmp_path):
+    code, out, err = run("--json", template=None, choices=None)
+    found = json.loads(out)
+    assert code == 0 and len(found["wordings"]) > 20, err
+    code, out, err = run(template=None, choices=None)
+    assert code == 0 and "the best of" in out and found["wordings"][0]["template"].splitlines()[-1] in out, err
 
 
 def test_costs_are_of_the_examples_that_training_sees(run, place):

@@ -106,7 +106,9 @@ def test_compare_shows_whole_numbers(screen):
         ("inference_flops", "inference_flops_uncached", "inference_flops_estimate", "training_flops"), 1.25e12
     )
     sizes = {"kv_cache_bytes": 123456, "disk_bytes": 240000, "training_flops_estimate": None}
-    row = {"accuracy": 0.512, "macro_f1": 0.345, "seconds": 0.123, **numbers, **sizes}
+    scores = {"accuracy": 0.512, "macro_f1": 0.345}
+    balanced = {"accuracy": 0.612, "macro_f1": 0.445}
+    row = {**scores, "balanced": balanced, "seconds": 0.123, **numbers, **sizes}
     compare.print_comparison(screen, [{**row, "method": name} for name in ("zero-shot", "8-shot", "16-shot", "t-few")])
     lines = screen.file.getvalue().splitlines()
     assert "…" not in screen.file.getvalue() and sum("51.2%" in line for line in lines) == 1

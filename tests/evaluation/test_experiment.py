@@ -105,7 +105,15 @@ def test_it_is_what_the_command_runs(place, task, tmp_path, capsys):
     for results in (printed, ours := dict(outcome.results)):
         results.pop("train_seconds")
     assert printed == {"output": str(tmp_path / "train"), **ours}
-    titles = {"Zero-shot": 24, "Training": 8, "Trained": 24, "Head": 16, "Cross-validation": 8, "With a head": 24}
+    titles = {
+        "Zero-shot": 24,
+        "Balancing": 16,
+        "Training": 8,
+        "Trained": 24,
+        "Head": 16,
+        "Cross-validation": 8,
+        "With a head": 24,
+    }
     assert {title: stage.total for title, stage in told.stages.items()} == titles
     assert all(stage.done == stage.total or stage.ended for stage in told.stages.values())
     assert told.stages["Trained"].text == f"accuracy {ours['opinions']['vectors']['accuracy']:.1%}"
@@ -212,7 +220,8 @@ def test_a_comparison(place, task, tmp_path):
     told = Told()
     rows = comparison.run(comparison.shots([2]), told)
     assert [row["method"] for row in rows] == ["zero-shot", "2-shot", "t-few"]
-    assert list(told.stages) == ["zero-shot", "2-shot", "training", "t-few"]
+    stages = ["zero-shot", "zero-shot, balancing", "2-shot", "2-shot, balancing", "training", "t-few"]
+    assert list(told.stages) == stages
     comparison.save(tmp_path, rows)
     assert json.loads((tmp_path / "compare.json").read_text())["rows"] == rows
 

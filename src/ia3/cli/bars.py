@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
+
+    from ia3.evaluation.wordings import Ranked
 
 
 class Bars(Progress):
@@ -48,6 +50,12 @@ class Bars(Progress):
         self._stop()
         with self.out.status(text):
             yield
+
+    def wordings(self, title: str, ranking: Sequence[Ranked], taken: int) -> None:
+        from ia3.cli.results import print_wordings
+
+        self._stop()
+        print_wordings(self.out, title, ranking[:taken], len(ranking))
 
     def stage(self, title: str, total: int, done: int = 0) -> Bar:
         if self._shown is None:

@@ -52,7 +52,7 @@ TestDataOption = typer.Option(
 )
 TemplateOption = typer.Option(
     None,
-    help="Jinja template of the prompt, such as '{{ text }} Sentiment:'. \\[default: made from columns and labels]",
+    help="Jinja template of the prompt, such as '{{ text }} Sentiment:'. \\[default: the training examples choose one]",
     show_default=False,
 )
 ChoicesOption = typer.Option(

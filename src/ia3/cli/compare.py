@@ -93,7 +93,9 @@ def compare(
     label one example, FLOPs to train, bytes of keys and values, bytes on disk, seconds.
 
     In-context learning reads the shots once and keeps their keys and values; the table also has the cost of reading
-    them again for each example. Writes a picture, compare.png, and the numbers, compare.json.
+    them again for each example. The untrained methods also have balanced accuracy: an untrained model prefers some answers
+    whatever it reads, and training rows show how much. Without --template or --task, the training rows choose the wording
+    of all methods. Writes a picture, compare.png, and the numbers, compare.json.
     """
     from ia3.evaluation.drawing import drawn
 
@@ -131,13 +133,18 @@ def compare(
     with out.status("Loading the model …"):
         from ia3.adapter.pretrained import load_base
         from ia3.evaluation.comparison import USUAL_SHOTS, Comparison
+        from ia3.evaluation.wordings import choose_wording
 
         if trained is None:
             base, tokenizer = load_base(model or EMBEDDED_MODEL, source.task.labels, dtype)
         else:
             base, tokenizer = load_base_of(trained, model, dtype)
-        comparison = Comparison(base, tokenizer, source.task, examples, test, plan, seed, trained)
-        drawn_shots = comparison.shots(counts)
+    with Bars(out) as bars:
+        asked, ranking = choose_wording(base, tokenizer, source.task, examples, plan, bars)
+        if ranking:
+            bars.wordings("Wordings", ranking, len(asked.templates))
+    comparison = Comparison(base, tokenizer, asked, examples, test, plan, seed, trained)
+    drawn_shots = comparison.shots(counts)
     out.print(
         f"{source.task.name} on {base.name_or_path}: {len(examples)} training examples, {len(test)} test rows",
         markup=False,
@@ -157,7 +164,8 @@ def compare(
         rows = comparison.run(drawn_shots, bars)
     comparison.save(folder, rows)
     if json_output:
-        print_json({"rows": rows})
+        tried = {"wordings": [one.to_dict() for one in ranking]} if ranking else {}
+        print_json({"rows": rows, **tried})
         return
     print_comparison(out, rows)
     out.print(f"\nSaved in {folder}.", markup=False, soft_wrap=True)
@@ -168,6 +176,8 @@ def print_comparison(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     lines: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "accuracy": lambda row: f"{row['accuracy']:.1%}",
         "macro-F1": lambda row: f"{row['macro_f1']:.1%}",
+        "balanced accuracy": lambda row: f"{row['balanced']['accuracy']:.1%}" if row["balanced"] else "",
+        "its macro-F1": lambda row: f"{row['balanced']['macro_f1']:.1%}" if row["balanced"] else "",
         "FLOPs an example": lambda row: _power(row["inference_flops"]),
         "shots read again": lambda row: _power(row["inference_flops_uncached"]),
         "estimate": lambda row: _power(row["inference_flops_estimate"]),
@@ -177,12 +187,16 @@ def print_comparison(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:
         "on disk": lambda row: _size(row["disk_bytes"]),
         "s an example": lambda row: f"{row['seconds']:.3g}",
     }
+    if not any(row["balanced"] for row in rows):  # answers differ from row to row
+        lines = {name: cell for name, cell in lines.items() if name not in ("balanced accuracy", "its macro-F1")}
     shown = table("", *(row["method"] for row in rows))
     for name, cell in lines.items():
         shown.add_row(name, *map(cell, rows))
     for column, row in zip(shown.columns[1:], rows, strict=True):
         column.style = "bold" if row["method"] == "t-few" else ""
     out.print(shown)
+    if any(row["balanced"] for row in rows):
+        out.print("Balanced: without the answers' own frequency, which is estimated on training rows.")
     out.print("Estimates are the paper's, 2·N FLOPs a token (N in encoder-decoders), shots read for each example.")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from ia3.cli.common import table
@@ -12,6 +13,8 @@ from ia3.evaluation.results import METHODS, METRICS, spread
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ia3.evaluation.wordings import Ranked
+
 
 def print_table(out: Console, results: dict[str, Any]) -> None:
     """Print the results of one adapter."""
@@ -19,6 +22,8 @@ def print_table(out: Console, results: dict[str, Any]) -> None:
         scores = table("", *METRICS.values(), title=f"{results['test_rows']} test rows")
         opinions = results.get("opinions", {})
         for key, name in METHODS.items():
+            if key not in results:  # no balance where answers differ from row to row
+                continue
             if key == "trained":
                 for opinion, its in {"vectors": "vectors alone", "head": "head alone"}.items():
                     if opinion in opinions:
@@ -38,6 +43,24 @@ def print_table(out: Console, results: dict[str, Any]) -> None:
         f"{results['steps']} steps in {results['train_seconds']:.0f} s; {results['trainable_parameters']:,} trained "
         f"parameters; adapter of {results['adapter_bytes'] / 1000:.0f} kB"
     )
+
+
+def print_wordings(out: Console, title: str, ranking: Sequence[Ranked], tried: int) -> None:
+    """Print wordings, the best first, and what each has untrained on the rows that it was tried on."""
+    from rich.markup import escape
+
+    made = table("wording", "answers", "log-loss", "accuracy", "rows", left=2, title=f"{title}: the best of {tried}")
+    for one in ranking:
+        own = one.template.choices
+        answers = " | ".join(islice(own.values(), 4)) if isinstance(own, dict) else "the labels"
+        made.add_row(
+            escape(one.template.prompt.replace("\n", " ⏎ ")),
+            escape(answers),
+            f"{one.log_loss:.2f} ± {one.error:.2f}",
+            f"{one.accuracy:.0%}",
+            str(one.rows),
+        )
+    out.print(made)
 
 
 def print_fleet_table(out: Console, members: Mapping[str, dict[str, Any]], seeds: Mapping[str, Sequence[str]]) -> None:
@@ -75,6 +98,9 @@ def _cells(some: Sequence[dict[str, Any]]) -> list[str]:
     """Accuracy and macro-F1 of each method: median and interquartile range, or the value if all are equal."""
     cells = []
     for method in METHODS:
+        if not all(method in results for results in some):
+            cells.append("–")
+            continue
         texts = []
         for metric in METRICS:
             values = [100 * results[method][metric] for results in some]
@@ -89,6 +115,9 @@ def _means(groups: Sequence[Sequence[dict[str, Any]]]) -> list[str]:
     """Accuracy and macro-F1 of each method: the mean of the groups' medians."""
     cells = []
     for method in METHODS:
+        if not all(method in results for some in groups for results in some):
+            cells.append("–")
+            continue
         medians = [
             statistics.mean(statistics.median(results[method][metric] for results in some) for some in groups)
             for metric in METRICS

@@ -1,12 +1,30 @@
-"""`ia3 tasks`: list the built-in tasks, and show one of them."""
+"""`ia3 tasks`: list the built-in tasks, show one of them, and suggest a wording for rows."""
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ia3.cli.common import DelimiterOption, JsonOption, console, print_json, table
+from ia3.cli.bars import Bars
+from ia3.cli.common import (
+    MAX_SEED,
+    BaseOption,
+    ChoicesOption,
+    DelimiterOption,
+    DtypeOption,
+    ExamplesOption,
+    JsonOption,
+    LabelColumnOption,
+    TextColumnOption,
+    console,
+    print_json,
+    quiet,
+    recipe_for,
+    table,
+)
 from ia3.errors import InputError
 
 if TYPE_CHECKING:
@@ -14,12 +32,15 @@ if TYPE_CHECKING:
 
     from ia3.task.task import Row, Task
 
-app = typer.Typer(help="List the built-in tasks, or show one: ia3 tasks show rte", no_args_is_help=False)
+app = typer.Typer(
+    help="List the built-in tasks, show one: ia3 tasks show rte, or suggest a wording: ia3 tasks suggest --data x.csv",
+    no_args_is_help=False,
+)
 
 
 @app.callback(invoke_without_command=True)
 def tasks(context: typer.Context, json_output: bool = JsonOption) -> None:
-    """List the built-in tasks, or show one: ia3 tasks show rte"""
+    """List the built-in tasks, show one: ia3 tasks show rte, or suggest a wording: ia3 tasks suggest --data x.csv"""
     if context.invoked_subcommand is not None:
         return
     from ia3.task.task import Task, embedded_tasks
@@ -72,6 +93,74 @@ def show(
         print_json({**_summary(wanted), "description": wanted.description, "example": example, "prompts": prompts})
     else:
         _print(console(), wanted, prompts)
+
+
+@app.command("suggest")
+def suggest(
+    data: str = typer.Option(
+        ...,
+        "--data",
+        "-d",
+        help="Labelled rows: .csv, .tsv, .jsonl, a data set's folder or hub id.",
+        show_default=False,
+    ),
+    model: str = BaseOption,
+    dtype: str = DtypeOption,
+    text_column: str | None = TextColumnOption,
+    label_column: str | None = LabelColumnOption,
+    delimiter: str | None = DelimiterOption,
+    choices: str | None = ChoicesOption,
+    examples_per_label: int | None = ExamplesOption,
+    seed: int = typer.Option(0, min=0, max=MAX_SEED, help="Random seed; decides which examples are drawn."),
+    output: Path | None = typer.Option(
+        None, "--output", "-o", help="File for a task with the best wordings, such as task.yaml.", show_default=False
+    ),
+    json_output: bool = JsonOption,
+) -> None:
+    """Rank wordings for labelled rows by what the untrained model answers.
+
+    These are the wordings that ia3 train chooses from if it gets neither --template nor --task, tried on the same training
+    examples. Answers are balanced, and log-loss and accuracy are means over labels, so that frequent labels and answers
+    count no more than others.
+    """
+    from ia3.cli.results import print_wordings
+    from ia3.cli.train import source_of
+    from ia3.evaluation.drawing import drawn
+
+    if output is not None and output.is_dir():
+        raise InputError(f"Expected a file for --output, found the folder {str(output)!r}.")
+    out = console(json_output)
+    source = source_of(None, data, None, label_column, text_column, choices, None, delimiter)
+    source.check()
+    examples = drawn(source, examples_per_label, 1, seed).examples
+    quiet()
+    with out.status("Loading the model …"):
+        from ia3.adapter.pretrained import load_base
+        from ia3.evaluation.wordings import choose_wording
+
+        base, tokenizer = load_base(model, source.task.labels, dtype)
+    recipe = recipe_for(model, None)
+    with Bars(out) as bars:
+        task, ranking = choose_wording(base, tokenizer, source.task, examples, recipe, bars)
+    if output is not None:
+        task.save(output)
+    if json_output:
+        print_json([one.to_dict() for one in ranking])
+        return
+    if not ranking:
+        out.print(f"There is nothing to rank: {model} reads no answers.", markup=False)
+        return
+    print_wordings(out, "Wordings, untrained", ranking, len(source.task.candidates))
+    labels = ranking[0].labels
+    out.print(
+        f"Guessing one of {labels} labels has a log-loss of {math.log(labels):.2f} and an accuracy of {1 / labels:.0%}."
+    )
+    if output is not None:
+        out.print(
+            f"The best {len(task.templates)} are in {output}: ia3 train --task {output} --data {data}", markup=False
+        )
+    else:
+        out.print("Take one with --template, or the best with --output task.yaml and --task task.yaml.", markup=False)
 
 
 def _summary(task: Task) -> dict[str, Any]:

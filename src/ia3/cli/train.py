@@ -130,6 +130,10 @@ def train(
 
     With your own data: ia3 train --data train.csv --text-column text --label-column label
 
+    Without --template or --task, some dozens of wordings are tried untrained on the training examples. Training draws from
+    the best few; ia3 tasks suggest prints all. The table has zero-shot as it is, and with answers that are balanced on the
+    training examples.
+
     --seeds, --tasks and --learning-rates train one adapter for each combination. All train at once in about the memory
     of one model, and each gets the result of a separate run. Each has a subfolder of the output folder, such as seed-0,
     TASK/seed-0 or seed-0-lr-0.001. The paper's protocol is: ia3 train --tasks rte,cb,copa --seeds 0,1,2,3,4
@@ -329,10 +333,18 @@ def _describe(out: Console, experiment: Experiment, checkpoint: str | None) -> N
             text += f", for each of {shown([trial.name for trial in trials], 20)}"
         out.print(text, markup=False, style="bold", soft_wrap=True)
         say_seen(out, draws)
+        example = (first.examples or first.test)[0]
+        if task.candidates:
+            out.print(
+                f"The training examples choose the wording from {len(task.candidates)} (--template sets one). The answer choices:",
+                style="dim",
+                soft_wrap=True,
+            )
+            out.print("  → " + " | ".join(task.answers(example).values()), markup=False)
+            continue
         count = len(task.templates)
         more = "" if count == 1 else f" (training draws from {count} templates; evaluation uses the first)"
         out.print(f"The prompt, and its answer choices{more}:", style="dim")
-        example = (first.examples or first.test)[0]
         for line in task.templates[0].prompt.rstrip().splitlines():
             out.print(f"  {line}", markup=False)
         out.print("  → " + " | ".join(task.answers(example).values()), markup=False)

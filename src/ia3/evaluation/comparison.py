@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,8 @@ from ia3.adapter.pretrained import HEADED, task_type
 from ia3.adapter.stored import RECIPE_NAME, StoredAdapter
 from ia3.errors import InputError
 from ia3.evaluation import costs, icl
+from ia3.evaluation.balance import Balance, balancing_rows, can_balance
+from ia3.evaluation.prediction import predict
 from ia3.evaluation.progress import Progress
 from ia3.evaluation.running import train_alone, with_adapters
 from ia3.files import WEIGHTS_NAME, replacing, write_json
@@ -100,6 +102,9 @@ class Comparison:
     def run(self, shots: Mapping[int, Sequence[Row]], progress: Progress | None = None) -> list[dict[str, Any]]:
         """Accuracy and costs, one dictionary per method.
 
+        "accuracy" and "macro_f1" are those of the paper's methods. "balanced" has those of untrained methods at their best:
+        without the answers' own frequency, which is estimated on training rows (see `Balance`); otherwise None.
+
         Args:
             shots: number of shots → the shots; see `shots`.
             progress: shows the progress.
@@ -111,7 +116,8 @@ class Comparison:
 
     def zero_shot(self) -> dict[str, Any]:
         """The model without training or shots."""
-        return self._row("zero-shot", self._measure("zero-shot", self.base))
+        measured = self._measure("zero-shot", self.base)
+        return self._row("zero-shot", measured, balanced=self._balanced("zero-shot", measured, self.examples))
 
     def in_context(self, shots: Sequence[Row]) -> dict[str, Any]:
         """The model with shots before each prompt."""
@@ -122,6 +128,9 @@ class Comparison:
         with costs.count_flops() as counter:  # a second time, because counting is slow and would change the timing
             Prefix(self.base, self.tokenizer, text)
         measured = self._measure(f"{count}-shot", self.base, prefix)
+        # Shots are known by heart; where all examples are shots, they have to do.
+        ids = {id(row) for row in shots}
+        others = [row for row in self.examples if id(row) not in ids] or self.examples
         again = counter.get_total_flops() if prefix.is_cached else 0
         return self._row(
             f"{count}-shot",
@@ -130,6 +139,7 @@ class Comparison:
             disk_bytes=len(prefix.text.encode()),
             examples=count,
             once_seconds=seconds,
+            balanced=self._balanced(f"{count}-shot", measured, others, prefix),
         )
 
     def t_few(self) -> dict[str, Any]:
@@ -202,6 +212,24 @@ class Comparison:
         stage.note(f"accuracy {self._scores(measured)['accuracy']:.1%}")
         return measured
 
+    def _balanced(
+        self, title: str, measured: costs.Measured, rows: Sequence[Row], prefix: Prefix | None = None
+    ) -> dict[str, float] | None:
+        """The metrics with balanced answers, estimated on labelled training rows; None if they differ from row to row."""
+        if not can_balance(self.task):
+            return None
+        rows = balancing_rows(rows)
+        stage = self._progress.stage(f"{title}, balancing", len(rows))
+
+        def advance(done: list[int]) -> None:
+            stage.advance(len(done))
+
+        found = predict(self.base, self.tokenizer, self.task, rows, advance, recipe=self.recipe, prefix=prefix)
+        balance = Balance.fit(found, [self.task.label(row) for row in rows])
+        scores = self._scores(replace(measured, predictions=balance.balanced(measured.predictions)))
+        stage.note(f"accuracy {scores['accuracy']:.1%}")
+        return scores
+
     def _scores(self, measured: costs.Measured) -> dict[str, float]:
         return self.task.metrics(self.labels, [prediction.best for prediction in measured.predictions])
 
@@ -218,6 +246,7 @@ class Comparison:
         return {
             "method": method,
             **self._scores(measured),
+            "balanced": None,
             "inference_flops": measured.flops,
             "inference_flops_uncached": measured.flops,
             "inference_flops_estimate": costs.estimated_flops(self.parameters, measured.tokens, self._both),
@@ -248,13 +277,14 @@ class Comparison:
 
 
 def draw(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> None:
-    """Draw accuracy against FLOPs per example, on a logarithmic scale."""
+    """Draw accuracy against FLOPs per example, on a logarithmic scale; untrained methods with balanced answers."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for row in rows:
-        cost, again, accuracy = row["inference_flops"], row["inference_flops_uncached"], 100 * row["accuracy"]
+        cost, again = row["inference_flops"], row["inference_flops_uncached"]
+        accuracy = 100 * (row["balanced"] or row)["accuracy"]
         color, marker = {"zero-shot": ("tab:gray", "s"), T_FEW: ("tab:red", "*")}.get(row["method"], ("tab:blue", "o"))
         if again > cost:
             axes.plot([cost, again], [accuracy, accuracy], ":", color=color, linewidth=1)

@@ -92,7 +92,7 @@ class Experiment:
     All train at once. Each adapter gets a subfolder of `folder`, such as "seed-0" or "rte/seed-0-lr-0.001".
 
     Attributes:
-        task: the task of the rows.
+        task: the task of the rows. If `Task.infer` made it without a template, the training examples choose its wording.
         rows: labelled rows to draw examples from, as `as_rows` takes them; None: those that the task names.
         test: labelled test rows; None: the rows that are not used for training, or, without `rows`, the test rows that
             the task names.
@@ -256,11 +256,11 @@ class Experiment:
         after = running.trained()
         found = {
             trial.name: running.results(trial, before[trial.name], after[trial.name], metrics, seconds)
-            for trial in self.trials
+            for trial in running.trials
         }
         # Before cross-validation, so that the trained adapters are not lost if it fails.
-        results = {trial.name: running.save(trial, found[trial.name]) for trial in self.trials}
-        for trial in self.trials:
+        results = {trial.name: running.save(trial, found[trial.name]) for trial in running.trials}
+        for trial in running.trials:
             if running.forms_opinions:
                 more, opinions, calibration = running.opinions(trial)
                 found[trial.name].update(more)
@@ -269,7 +269,7 @@ class Experiment:
                 found[trial.name]["cross_validation"], calibration = running.cross_validate(trial)
                 results[trial.name] = running.save(trial, found[trial.name], calibration)
         groups: dict[str, list[str]] = {}
-        for trial in self.trials:
+        for trial in running.trials:
             groups.setdefault(trial.shared, []).append(trial.name)
         outcome = Outcome(Path(self.folder), results, groups, self.several)
         if self.several:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
+
+    from ia3.evaluation.wordings import Ranked
 
 
 class Stage:
@@ -38,6 +40,9 @@ class Progress:
     def waiting(self, text: str) -> contextlib.AbstractContextManager[Any]:
         """Show a text during a `with` block whose work cannot be counted."""
         return contextlib.nullcontext()
+
+    def wordings(self, title: str, ranking: Sequence[Ranked], taken: int) -> None:
+        """Show the wordings that were tried, the best first, of which the first `taken` are used."""
 
     def stage(self, title: str, total: int, done: int = 0) -> Stage:
         """Begin a stage of `total` rows or steps, of which `done` are finished already."""

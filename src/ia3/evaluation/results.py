@@ -29,7 +29,12 @@ if TYPE_CHECKING:
     from ia3.task.task import Row, Task, Template
     from ia3.training.recipe import Recipe
 
-METHODS = {"zero_shot": "zero-shot", "trained": "trained", "majority": "majority class"}
+METHODS = {
+    "zero_shot": "zero-shot",
+    "zero_shot_balanced": "zero-shot, balanced",
+    "trained": "trained",
+    "majority": "majority class",
+}
 METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
 
 
@@ -80,6 +85,7 @@ def summary(members: Mapping[str, dict[str, Any]], seeds: Mapping[str, Sequence[
             found[shared] = {
                 method: {metric: spread([results[method][metric] for results in some]) for metric in METRICS}
                 for method in METHODS
+                if all(method in results for results in some)
             }
     return found
 
@@ -152,6 +158,7 @@ def _model_card(folder: Path, task: Task, recipe: Recipe, results: dict[str, Any
         lines += [
             f"| {name} | {results[key]['accuracy']:.1%} | {results[key]['macro_f1']:.1%} |"
             for key, name in METHODS.items()
+            if key in results
         ]
     base = results["model"]
     how = f"{results['train_seconds']:.0f} s, seed {results['seed']}"

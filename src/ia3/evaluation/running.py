@@ -6,6 +6,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from ia3.evaluation.calibration import Calibration
     from ia3.evaluation.experiment import Experiment, Trial
     from ia3.evaluation.prediction import Prediction
+    from ia3.evaluation.wordings import Ranked
     from ia3.opinions.opinions import Opinions
     from ia3.scoring.readings import Readings
     from ia3.task.task import Row, Task
@@ -43,25 +45,29 @@ class Running:
         from ia3.scoring.readings import Readings
 
         self.experiment, self.progress = experiment, progress
+        self.rankings: dict[str, list[Ranked]] = {}
+        self._balanced: dict[str, list[Scores]] = {}
         self._by_vectors: dict[str, list[Prediction]] = {}
-        self.trials, self.recipe = experiment.trials, experiment.chosen_recipe
+        self.recipe = experiment.chosen_recipe
         with progress.waiting("Loading the model …"):
             from transformers import set_seed
 
             from ia3.training.members import Member
             from ia3.training.trainer import TFewTrainer
 
-            base, self.tokenizer = load_base(experiment.model, self.trials[0].task.labels, experiment.dtype)
-            # Names in the model may hold neither the dots nor the slashes that names of folders may.
-            one = len(self.trials) == 1
-            names = ["default"] if one else [f"member{number}" for number in range(len(self.trials))]
-            self.adapters = {trial.name: name for trial, name in zip(self.trials, names, strict=True)}
-            places: dict[str, Place] = {
-                self.adapters[trial.name]: self.recipe.place(base, trial.task) for trial in self.trials
-            }
-            self.model = with_adapters(base, places, self.recipe.init)
+            base, self.tokenizer = load_base(experiment.model, experiment.trials[0].task.labels, experiment.dtype)
         # What is asked about texts before training, in it and after it, is asked of one reading of each.
-        self.readings = Readings(experiment.memory) if self.model.waits_for_question() else None
+        readings = Readings(experiment.memory)
+        self.trials = self._worded(base, readings)
+        # Names in the model may hold neither the dots nor the slashes that names of folders may.
+        one = len(self.trials) == 1
+        names = ["default"] if one else [f"member{number}" for number in range(len(self.trials))]
+        self.adapters = {trial.name: name for trial, name in zip(self.trials, names, strict=True)}
+        places: dict[str, Place] = {
+            self.adapters[trial.name]: self.recipe.place(base, trial.task) for trial in self.trials
+        }
+        self.model = with_adapters(base, places, self.recipe.init)
+        self.readings = readings if self.model.waits_for_question() else None
         self.base_name = base.name_or_path
         seed = self.trials[0].seed
         arguments = self.recipe.training_arguments(
@@ -91,6 +97,26 @@ class Running:
         self.trainer.silence()
 
     # The steps.
+
+    def _worded(self, base: PreTrainedModel, readings: Readings) -> list[Trial]:
+        """The trials, each in the wordings that its examples chose, where its task has candidates."""
+        from ia3.evaluation.wordings import choose_wording
+
+        found = []
+        chosen: dict[tuple[int, int], tuple[Task, list[Ranked]]] = {}
+        for trial in self.experiment.trials:
+            key = id(trial.task), id(trial.examples)  # learning rates share a draw
+            if key not in chosen:
+                title = trial.titled("Wordings")
+                chosen[key] = choose_wording(
+                    base, self.tokenizer, trial.task, trial.examples, self.recipe, self.progress, title, readings
+                )
+                if chosen[key][1]:
+                    self.progress.wordings(title, chosen[key][1], len(chosen[key][0].templates))
+            task, ranking = chosen[key]
+            self.rankings[trial.name] = ranking[: len(task.templates)]
+            found.append(replace(trial, task=task))
+        return found
 
     def zero_shot(self) -> dict[str, list[Scores]]:
         """For each trial what the untrained model has on its test rows, in each template that measures; see `trained`."""
@@ -129,7 +155,9 @@ class Running:
     ) -> dict[str, Any]:
         """All that is known of a trial, but for what is known when it has been saved."""
         adapter, several = self.adapters[trial.name], len(self.trials) > 1
-        return _measured(trial, zero_shot, trained, self.experiment.all_templates) | {
+        balanced, ranking = self._balanced.get(trial.name), self.rankings[trial.name]
+        return _measured(trial, zero_shot, balanced, trained, self.experiment.all_templates) | {
+            **({"wordings": [one.to_dict() for one in ranking]} if ranking else {}),
             "train_seconds": round(seconds, 2),
             **({"train_loss": loss} if (loss := metrics.get(f"train_{self.trainer.logged_as(adapter)}")) else {}),
             "recipe": self.recipe.name,
@@ -229,18 +257,52 @@ class Running:
 
     def _zero_shot(self, trials: Sequence[Trial], template: int) -> list[Scores | None]:
         """A row of several trials goes through the model once."""
-        tasks = {id(trial.task): trial.task for trial in trials}
-        rows = {key: {id(row): row for one in trials if id(one.task) == key for row in one.test} for key in tasks}
-        titles = {key: f"Zero-shot {task.name}" if len(tasks) > 1 else "Zero-shot" for key, task in tasks.items()}
-        titles = {key: _in_words(title, template) for key, title in titles.items()}
-        asked = {titles[key]: [(task, row) for row in rows[key].values()] for key, task in tasks.items()}
-        found, stages = self._predicted(asked, template)
-        labels = {key: dict(zip(rows[key], found[titles[key]], strict=True)) for key in tasks}
-        scores = [_scores(one, [labels[id(one.task)][id(row)] for row in one.test], template) for one in trials]
-        for key, task in tasks.items():
-            its = [score for one, score in zip(trials, scores, strict=True) if one.task is task]
-            _note(stages.get(titles[key]), task, its)
+        found, stages = self._untrained("Zero-shot", {one.name: one.test for one in trials}, template)
+        scores = [_scores(one, found[one.name], template) for one in trials]
+        self._note_each(stages, trials, scores)
+        self._balance(trials, found, template)
         return scores
+
+    def _balance(self, trials: Sequence[Trial], untrained: Mapping[str, list[Prediction]], template: int) -> None:
+        """Keep what the untrained model has on test rows when its answers are balanced on the training rows."""
+        from ia3.evaluation.balance import Balance, balancing_rows, can_balance
+
+        some = [one for one in trials if one.test and one.examples and can_balance(one.task, template)]
+        rows = {one.name: balancing_rows(one.examples) for one in some}
+        found, stages = self._untrained("Balancing", rows, template)
+        scores = []
+        for one in some:
+            labels = [one.task.label(row, template=template) for row in rows[one.name]]
+            balanced = Balance.fit(found[one.name], labels).balanced(untrained[one.name])
+            scores.append(_scores(one, balanced, template))
+            self._balanced.setdefault(one.name, []).extend(scores[-1:])
+        self._note_each(stages, some, scores)
+
+    def _untrained(
+        self, title: str, rows: Mapping[str, Sequence[Row]], template: int
+    ) -> tuple[dict[str, list[Prediction]], dict[str, Stage]]:
+        """What the untrained model says to rows of trials, by name, and the stage of each; a task's row is asked once."""
+        some = [trial for trial in self.trials if trial.name in rows]
+        tasks = {id(trial.task): trial.task for trial in some}
+        each = {key: {id(row): row for one in some if id(one.task) == key for row in rows[one.name]} for key in tasks}
+        titles = {key: f"{title} {task.name}" if len(tasks) > 1 else title for key, task in tasks.items()}
+        if len({*titles.values()}) < len(tasks):  # one task in the wordings of several trials
+            titles = {id(trial.task): trial.titled(title) for trial in reversed(some)}
+        titles = {key: _in_words(text, template) for key, text in titles.items()}
+        asked = {titles[key]: [(task, row) for row in each[key].values()] for key, task in tasks.items()}
+        found, stages = self._predicted(asked, template)
+        known = {key: dict(zip(each[key], found[titles[key]], strict=True)) for key in tasks}
+        return (
+            {one.name: [known[id(one.task)][id(row)] for row in rows[one.name]] for one in some},
+            {one.name: stages[titles[id(one.task)]] for one in some if titles[id(one.task)] in stages},
+        )
+
+    def _note_each(self, stages: Mapping[str, Stage], trials: Sequence[Trial], scores: Sequence[Scores | None]) -> None:
+        """Say the headline number of each stage, which trials may share."""
+        for stage in {id(stage): stage for stage in stages.values()}.values():
+            its = [(one, score) for one, score in zip(trials, scores, strict=True) if stages.get(one.name) is stage]
+            if its:
+                _note(stage, its[0][0].task, [score for _, score in its])
 
     def _trained(self, trials: Sequence[Trial], template: int) -> list[Scores | None]:
         titles = [_in_words(trial.titled("Trained"), template) for trial in trials]
@@ -293,7 +355,11 @@ class Running:
 
 
 def _measured(
-    trial: Trial, zero_shot: Sequence[Scores], trained: Sequence[Scores], each_template: bool
+    trial: Trial,
+    zero_shot: Sequence[Scores],
+    balanced: Sequence[Scores] | None,
+    trained: Sequence[Scores],
+    each_template: bool,
 ) -> dict[str, Any]:
     """What was measured on a trial's test rows; nothing without them."""
     if not trial.test:
@@ -302,6 +368,7 @@ def _measured(
     labels = [trial.task.label(row) for row in trial.test]
     found: dict[str, Any] = {
         "zero_shot": median_metrics(zero_shot),
+        **({} if balanced is None else {"zero_shot_balanced": median_metrics(balanced)}),
         "trained": median_metrics(trained),
         "majority": majority_metrics(trial.task, labels),
     }

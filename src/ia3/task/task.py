@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import os
@@ -14,10 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from ia3.errors import InputError, brief, excerpt, problems, shown, similar
 from ia3.files import read_fields, reading, replacing
+from ia3.task.candidates import MOST_LISTED, candidates, made_template
 from ia3.task.reading import as_delimiter, require_delimited
 from ia3.task.rows import as_rows
 from ia3.task.template import (
@@ -28,7 +28,6 @@ from ia3.task.template import (
     choices_as_text,
     columns_of,
     is_missing,
-    quoted,
     verbatim,
 )
 from ia3.task.wording import Wording
@@ -40,9 +39,6 @@ NOTHING = ("", "~", "null")
 
 # The default number of training examples per label.
 _USUAL_EXAMPLES = 16
-
-# The maximum of labels that a made template and an error message list.
-_MOST_LISTED = 10
 
 # Limits of a task: the number of templates, and the characters of all templates together.
 MOST_TEMPLATES, _MOST_WORDS = 256, 200_000
@@ -122,6 +118,9 @@ class Task(BaseModel):
     class_names: bool = True
     templates: list[Template] = Field(min_length=1)
     example: dict[str, Any] | None = None
+
+    # Other wordings than the one that `infer` made; not in the file.
+    _candidates: list[Template] = PrivateAttr([])
 
     @model_validator(mode="before")
     @classmethod
@@ -271,6 +270,8 @@ class Task(BaseModel):
     ) -> Task:
         """Make a task from labelled rows. Column names and labels replace missing arguments.
 
+        Without a template, the task gets a plain one, and `candidates`, of which training takes the best.
+
         Args:
             rows: at least one row, as `as_rows` takes them.
             label_column: the column with the label; None: "label".
@@ -295,6 +296,7 @@ class Task(BaseModel):
                 argument="delimiter",
             )
         label_column = _choose(label_column, columns, "label", "label_column", [])
+        own, others = choices is not None, []
         if choices is None:
             found = {number: row.get(label_column) for number, row in enumerate(rows, 1)}
             labels = sorted({_label(value) for value in found.values() if not is_missing(value)})
@@ -319,9 +321,17 @@ class Task(BaseModel):
                 raise InputError(
                     f"Expected two columns for text and label, found {label_column!r} for both", argument="text_column"
                 )
-            answers = [choices[label] for label in sorted(choices)]
-            template = _made_template(texts, label_column, answers)
-        return cls.create({"name": name, "template": template, "label_column": label_column, "choices": dict(choices)})
+            template = made_template(texts, label_column, [choices[label] for label in sorted(choices)])
+            others = candidates(rows, texts, label_column, choices, own, name)
+        values = {"name": name, "template": template, "label_column": label_column, "choices": dict(choices)}
+        made = cls.create(values)
+        made._candidates = others
+        return made
+
+    @property
+    def candidates(self) -> list[Template]:
+        """Wordings to choose from, if `infer` made this task without one; otherwise none. A file does not keep them."""
+        return self._candidates
 
     def to_yaml(self) -> str:
         """The YAML that `from_file` reads."""
@@ -388,7 +398,7 @@ class Task(BaseModel):
             several = [part.strip() for part in re.split(r"[,;|/]", label)]
             if len(several) > 1 and all(self.aliases.get(part, part) in answers for part in several):
                 raise _several(label)
-            hint = similar(label, answers) if len(answers) > _MOST_LISTED else f"there are {shown(answers, 20)}"
+            hint = similar(label, answers) if len(answers) > MOST_LISTED else f"there are {shown(answers, 20)}"
             raise _UnknownLabel(f"Expected a known label in {self.label_column!r}, found {brief(label)}", hint)
         return label
 
@@ -505,27 +515,3 @@ def _choose(asked: str | None, columns: list[str], usual: str, argument: str, ta
     elif asked not in columns:
         raise InputError(f"Expected a column {asked!r}, found the columns {shown(columns, 20)}", argument=argument)
     return asked
-
-
-def _made_template(text_columns: Sequence[str], label_column: str, answers: list[str]) -> str:
-    fields = [_field(column) for column in text_columns]
-    if len(fields) > 1:
-        fields = [f"{_in_words(column)}: {field}" for column, field in zip(text_columns, fields, strict=True)]
-    text = "\n".join(fields)
-    if len(answers) > _MOST_LISTED:
-        return f"{text}\n\n{verbatim(label_column.replace('_', ' ').capitalize())}:"
-    return f"{text}\n\nQuestion: What is the {_in_words(label_column)}, {', '.join(answers[:-1])} or {answers[-1]}?\nAnswer:"
-
-
-def _field(column: str) -> str:
-    """A template that gives a column's text."""
-    text = f"{{{{ {column} }}}}"
-    with contextlib.suppress(ValidationError):
-        if Template(prompt=text).columns == (column,):
-            return text
-    return f"{{{{ row[{quoted(column)}] }}}}"
-
-
-def _in_words(column: str) -> str:
-    """A column's name as text of a template."""
-    return verbatim(column.replace("_", " "))
