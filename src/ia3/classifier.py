@@ -24,7 +24,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from ia3.adapter.pretrained import EMBEDDED_MODEL
 from ia3.adapter.stored import METRICS_NAME
 from ia3.errors import InputError, brief, shown
-from ia3.files import to_json
+from ia3.files import CONFIG_NAME, to_json
 from ia3.folder import AdapterFolder
 from ia3.opinions.opinions import Opinions
 from ia3.task.rows import as_row, items_of
@@ -60,12 +60,12 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     Labels are texts, integers or booleans.
 
     Args:
-        model: the base model: a folder, a hub id or "smollm2", as `load_base` takes it.
+        model: the base model: a folder, a hub id, "smollm2" or "minilm", as `load_base` takes it.
         template: the prompt, a Jinja template that names columns; one column if rows are texts. None: the rows of `fit`
             choose a wording; `task_` has it.
         choices: label → answer text. None: the labels.
         task: a `Task`, its file or the name of a built-in one, instead of template and choices.
-        recipe: how to train: a `Recipe`, "paper", "small" or a file. None: the one for a model of that size.
+        recipe: how to train: a `Recipe`, "paper", "small", "sentence" or a file. None: the one for a model of that kind and size.
         dtype: the type of the base model's weights, as `load_base` takes it.
         random_state: decides the order in which training sees the rows, and the random templates.
         verbose: show progress during training.
@@ -210,7 +210,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
                 f"{brief(values)}; delete it."
             )
         made = cls(name, task=task, recipe=found.recipe, dtype=dtype)
-        base = _base(_path("model", name), dtype, labels)
+        base = _base(_path("model", name), dtype, labels, found.config.task_type)
         made._files = base.load(found)
         made._keep(base, task, found.recipe, found.temperature, found.opinions, dict(zip(labels, values, strict=True)))
         return made
@@ -240,7 +240,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     def _lent(self) -> Iterator[tuple[IA3Model, PreTrainedTokenizerBase]]:
         """In a `with` block, the base model with this adapter, and its tokenizer."""
         if "_base" not in vars(self):
-            self._base = _base(*self._name_and_dtype, self._labels)
+            self._base = _base(*self._name_and_dtype, self._labels, json.loads(self._files[CONFIG_NAME])["task_type"])
         with self._base.lent(self._files) as model:
             yield model, self._base.tokenizer
 
@@ -297,13 +297,14 @@ class _Base:
         name: the name or path to load it from.
         dtype: the type of its weights.
         labels: the labels of an encoder's head.
+        kind: as `load_base` takes it.
     """
 
-    def __init__(self, name: str, dtype: str, labels: Sequence[str]) -> None:
+    def __init__(self, name: str, dtype: str, labels: Sequence[str], kind: str | None = None) -> None:
         from ia3.adapter.model import IA3Model
         from ia3.adapter.pretrained import load_base
 
-        base, self.tokenizer = load_base(name, labels, dtype)
+        base, self.tokenizer = load_base(name, labels, dtype, kind)
         self.name = str(base.name_or_path)
         self.model = IA3Model(base, {}).eval()
         self._files: Files | None = None  # the files of the adapter in the model
@@ -399,22 +400,21 @@ _USED_LAST: collections.deque[_Base] = collections.deque(maxlen=1)
 _LOADING = threading.Lock()
 
 
-def _base(name: str, dtype: str, labels: Sequence[str]) -> _Base:
+def _base(name: str, dtype: str, labels: Sequence[str], kind: str | None = None) -> _Base:
     """The base model of this name, loaded if it is not in memory."""
-    from ia3.adapter.config import TaskType
-    from ia3.adapter.pretrained import find_base, task_type
+    from ia3.adapter.pretrained import HEADED, find_base, task_type
 
     found, source = find_base(name)
     files = sorted(os.scandir(source), key=lambda file: file.name) if os.path.isdir(source) else []
     stamp = tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
     # An encoder has a head for its labels; other models serve any labels.
-    key = (found, dtype, stamp)
+    key = (found, dtype, stamp, *([kind] if kind in HEADED else []))
     with _LOADING:
         base = _BASES.get(key) or _BASES.get((*key, *sorted(labels)))
         if base is None:
             _USED_LAST.clear()  # so that memory never holds both
-            base = _Base(name, dtype, labels)
-            head = sorted(labels) if task_type(base.model.model) == TaskType.SEQ_CLS else ()
+            base = _Base(name, dtype, labels, kind)
+            head = sorted(labels) if task_type(base.model.model) in HEADED else ()
             _BASES[(*key, *head)] = base
         _USED_LAST.append(base)
     return base

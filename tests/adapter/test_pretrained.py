@@ -5,7 +5,7 @@ import torch
 import transformers
 
 from ia3 import InputError, load_base
-from ia3.adapter.pretrained import find_base, task_type
+from ia3.adapter.pretrained import HEADED, find_base, task_type
 from support import tiny, words
 
 LABELS = ["pos", "neg", "none", "other"]
@@ -36,8 +36,8 @@ def save(tmp_path):
         ("t5", "T5ForConditionalGeneration", "SEQ_2_SEQ_LM"),
         ("bart", "BartModel", "SEQ_2_SEQ_LM"),
         ("bart", "BartForSequenceClassification", "SEQ_CLS"),
-        ("bert", "BertModel", "SEQ_CLS"),
-        ("bert", "BertForMaskedLM", "SEQ_CLS"),
+        ("bert", "BertModel", "FEATURE_EXTRACTION"),
+        ("bert", "BertForMaskedLM", "FEATURE_EXTRACTION"),
         ("bert", "BertForSequenceClassification", "SEQ_CLS"),
         ("bert", "BertLMHeadModel", "CAUSAL_LM"),
     ],
@@ -46,22 +46,25 @@ def test_the_config_says_what_a_model_is(save, name, kind, expected):
     model, tokenizer = load_base(str(save(name, kind)), LABELS)
     assert task_type(model) == expected and not model.training
     assert isinstance(tokenizer.pad_token_id, int)
-    if expected == "SEQ_CLS":
+    if expected in HEADED:
         assert model.config.num_labels == 4 and model.config.id2label == dict(enumerate(sorted(LABELS)))
         assert model.config.label2id["none"] == 1 and model.config.pad_token_id is not None
 
 
-def test_a_new_head_is_the_same_every_time_and_a_trained_one_is_kept(save):
+@pytest.mark.parametrize("kind", ["SEQ_CLS", "FEATURE_EXTRACTION"])
+def test_a_new_head_is_the_same_every_time_and_a_trained_one_is_kept(save, kind):
     path = str(save("bert", "BertModel"))
     state = torch.random.get_rng_state()
-    first, _ = load_base(path, LABELS)
+    first, _ = load_base(path, LABELS, kind=kind)
     assert torch.equal(torch.random.get_rng_state(), state)
     torch.manual_seed(5)
-    second, _ = load_base(path, LABELS)
-    assert tiny.same_bits(second.state_dict(), first.state_dict()) and first.classifier.weight.abs().max() > 0
+    second, _ = load_base(path, LABELS, kind=kind)
+    assert tiny.same_bits(second.state_dict(), first.state_dict())
+    assert (first.classifier.weight.abs().max() > 0) == (kind == "SEQ_CLS")
     first.classifier.weight.data += 1
     first.save_pretrained(path)
     assert torch.equal(load_base(path, LABELS)[0].classifier.weight, first.classifier.weight)
+    assert type(load_base(path, LABELS)[0]) is type(first)
     assert load_base(path, LABELS[:2])[0].classifier.weight.shape == (2, tiny.HIDDEN)
 
 

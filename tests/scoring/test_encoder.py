@@ -161,7 +161,7 @@ def test_the_order_of_labels_changes_nothing(tmp_path):
     found = []
     for listed in (choices, dict(reversed(choices.items()))):
         task = Task(template="review : {{ text }} answer :", choices=listed)
-        base, tokenizer = load_base(str(folder), task.labels)
+        base, tokenizer = load_base(str(folder), task.labels, kind="SEQ_CLS")
         model = IA3Model(base, IA3Config(task_type="SEQ_CLS"))
         rows = [row if i % 5 else {**row, "label": "none"} for i, row in enumerate(words.rows(20))]
         recipe = Recipe(steps=3)

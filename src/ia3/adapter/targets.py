@@ -142,6 +142,8 @@ def resolve(model: nn.Module, config: IA3Config, key_value_only: bool | None = N
     """
     config = copy.copy(config)
     heads = TASK_HEADS.get(config.task_type or "", ())
+    if config.task_type == "FEATURE_EXTRACTION" and getattr(type(model), "is_sentence_encoder", False):
+        heads = _CLASSIFICATION[:1]
     config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *heads])) or None
     if config.acts_from == "question":
         _check_reads_first(model, config)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ia3.adapter.config import CONFIG_NAME, IA3Config, TaskType
+from ia3.adapter.config import CONFIG_NAME, IA3Config
 from ia3.adapter.pretrained import DTYPES, EMBEDDED_MODEL
 from ia3.errors import InputError, shown
 from ia3.scoring import MEMORY
@@ -37,7 +37,7 @@ ModelOption = typer.Option(
     None,
     "--model",
     "-m",
-    help="Base model: a folder, a hub id or 'smollm2'. \\[default: the adapter's own]",
+    help="Base model: a folder, a hub id, 'smollm2' or 'minilm'. \\[default: the adapter's own]",
     show_default=False,
 )
 TextColumnOption = typer.Option(
@@ -73,7 +73,7 @@ TestRowsOption = typer.Option(200, min=0, help="Maximum of test rows, drawn at r
 RecipeOption = typer.Option(
     None,
     "--recipe",
-    help="Training recipe: 'paper', 'small' or a recipe.yaml. \\[default: small for models under 1B, else paper]",
+    help="Training recipe: 'paper', 'small', 'sentence' or a recipe.yaml. \\[default: the one for the model]",
     show_default=False,
 )
 StepsOption = typer.Option(
@@ -102,7 +102,7 @@ MemoryOption = typer.Option(
     MEMORY, help="Keep at most so much of what is read once (512MB, 2GiB, …); the rest is read again."
 )
 BaseOption = typer.Option(
-    EMBEDDED_MODEL, "--model", "-m", help="Base model: a folder, a hub id or 'smollm2' (embedded)."
+    EMBEDDED_MODEL, "--model", "-m", help="Base model: a folder, a hub id, 'smollm2' or 'minilm' (from packages)."
 )
 DtypeOption = typer.Option(
     "auto",
@@ -219,12 +219,12 @@ def _load_base(
                 f"give --model if they are the same."
             )
     quiet()
-    from ia3.adapter.pretrained import load_base
+    from ia3.adapter.pretrained import HEADED, load_base
 
-    labels = None
-    if first.config.task_type == TaskType.SEQ_CLS and first.task is not None:
+    kind, labels = first.config.task_type, None
+    if kind in HEADED and first.task is not None:
         labels = first.task.labels
-    return load_base(name, labels, dtype)
+    return load_base(name, labels, dtype, kind)
 
 
 def recipe_for(model: str, recipe: str | None, **changes: Any) -> Recipe:

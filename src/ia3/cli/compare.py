@@ -46,7 +46,7 @@ def compare(
         None,
         "--model",
         "-m",
-        help="Base model: a folder, a hub id or 'smollm2'. \\[default: the adapter's, else smollm2]",
+        help="Base model: a folder, a hub id, 'smollm2' or 'minilm'. \\[default: the adapter's, else smollm2]",
         show_default=False,
     ),
     dtype: str = DtypeOption,

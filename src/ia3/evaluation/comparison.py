@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ia3.adapter.checkpoint import save_adapter
-from ia3.adapter.config import TaskType
 from ia3.adapter.model import IA3Model
-from ia3.adapter.pretrained import task_type
+from ia3.adapter.pretrained import HEADED, task_type
 from ia3.adapter.stored import RECIPE_NAME, StoredAdapter
 from ia3.errors import InputError
 from ia3.evaluation import costs, icl
@@ -237,7 +236,7 @@ class Comparison:
     @property
     def reads_examples(self) -> bool:
         """Whether the model can read shots; an encoder cannot."""
-        return task_type(self.base) != TaskType.SEQ_CLS
+        return task_type(self.base) not in HEADED
 
     @property
     def _both(self) -> bool:

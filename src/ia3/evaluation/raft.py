@@ -142,12 +142,11 @@ class Raft:
     def _with_new_adapter(self, task: Task) -> tuple[IA3Model, PreTrainedTokenizerBase]:
         """The base model with an untrained adapter. It is loaded once; an encoder once per task, because its head has
         the task's labels."""
-        from ia3.adapter.config import TaskType
-        from ia3.adapter.pretrained import load_base, task_type
+        from ia3.adapter.pretrained import HEADED, load_base, task_type
         from ia3.evaluation.running import with_adapters
 
         base: Any
-        if self._loaded is None or task_type(self._loaded[0].model) == TaskType.SEQ_CLS:
+        if self._loaded is None or task_type(self._loaded[0].model) in HEADED:
             self._loaded = None  # frees memory before the next one is loaded
             base, tokenizer = load_base(self.model, task.labels, self.dtype)
         else:

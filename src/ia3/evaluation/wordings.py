@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ia3.adapter.config import TaskType
-from ia3.adapter.pretrained import task_type
+from ia3.adapter.pretrained import HEADED, task_type
 from ia3.errors import InputError
 from ia3.evaluation.balance import shift_of
 from ia3.evaluation.progress import Progress
@@ -112,7 +111,7 @@ def choose_wording(
     progress = progress or Progress()
     if not task.candidates or not rows:
         return task, []
-    if task_type(base_of(model)) == TaskType.SEQ_CLS:
+    if task_type(base_of(model)) in HEADED:
         progress.say("A classifier reads no answers, so the wording stays plain.")
         return task, []
     found = rank(Scorer(model, tokenizer, readings or Readings()), task, rows, recipe or Recipe(), progress, title)

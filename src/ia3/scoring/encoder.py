@@ -1,17 +1,18 @@
-"""Encoders with a classification head: a prompt is a row, and a label's index stands for its answer.
+"""Encoders with a head for labels: a prompt is a row, and a label's index stands for its answer.
 
 The score of a label is its log-probability, so that T-Few's likelihood term is cross-entropy.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 
 from ia3.errors import InputError, shown
 from ia3.scoring.batch import Batch, answers_of, names_of, prompts_of
-from ia3.scoring.decoder import last_logits
+from ia3.scoring.decoder import last_logits, output_of
 from ia3.scoring.family import Family
 from ia3.scoring.question import Question
 
@@ -74,3 +75,22 @@ class Encoder(Family):
         if set(places) != set(names):
             places = {name: place for place, name in enumerate(sorted(names))}
         return [places[name] for name in names]
+
+
+class SentenceEncoder(Encoder):
+    """A sentence encoder. It reads what stands before the question, and a linear head tells labels by the embedding.
+
+    A question is the same for all rows, so it would only make their embeddings alike.
+    """
+
+    reads_questions = False
+    embeds = True
+
+    def embeddings(self, batch: Batch) -> torch.Tensor:
+        """The embedding of each question, of length 1: float32 (B, H)."""
+        return output_of(self.model, self.base, batch).embeddings.float()
+
+    @functools.cached_property
+    def max_length(self) -> int | None:
+        limits = [super().max_length, self.base.pooling.max_length]
+        return min((limit for limit in limits if limit is not None), default=None)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ia3.adapter.config import TaskType
 from ia3.adapter.pretrained import task_type
 from ia3.scoring.decoder import Decoder
-from ia3.scoring.encoder import Encoder
+from ia3.scoring.encoder import Encoder, SentenceEncoder
 from ia3.scoring.encoder_decoder import EncoderDecoder
 from ia3.scoring.family import Family, base_of
 
@@ -15,7 +15,12 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-_FAMILIES = {TaskType.CAUSAL_LM: Decoder, TaskType.SEQ_2_SEQ_LM: EncoderDecoder, TaskType.SEQ_CLS: Encoder}
+_FAMILIES = {
+    TaskType.CAUSAL_LM: Decoder,
+    TaskType.SEQ_2_SEQ_LM: EncoderDecoder,
+    TaskType.SEQ_CLS: Encoder,
+    TaskType.FEATURE_EXTRACTION: SentenceEncoder,
+}
 
 
 def family_of(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Family:

@@ -37,11 +37,15 @@ class Family(ABC):
         pad_token_id: fills unused places; nothing attends to it.
         has_encoder: whether an encoder reads the prompt, which alone takes of its positions.
         reads_answers: whether the model reads the answers' words; else they stand for labels of its head.
+        reads_questions: whether the model reads the question behind a row's text.
+        embeds: whether the model makes one embedding of each prompt, which a head tells labels by.
         has_layouts: whether choices can stand in one row, or in rows of their own.
     """
 
     has_encoder = True
     reads_answers = True
+    reads_questions = True
+    embeds = False
     has_layouts = True
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -24,6 +24,7 @@ from ia3.scoring.batch import (
 )
 from ia3.scoring.beginning import Beginning, beginnings
 from ia3.scoring.decoder import Decoder
+from ia3.scoring.encoder import SentenceEncoder
 from ia3.scoring.families import family_of
 from ia3.scoring.family import evaluating, frozen
 from ia3.scoring.fitting import Fitted, answer_lengths, fitted, warn_of_cuts
@@ -147,6 +148,8 @@ class Scorer:
         # A classifier reads no answers, so it need not tell them apart.
         lengths = answer_lengths(self.tokenizer, wordings) if family.reads_answers else []
         tokens_of = family.prompt_tokens if prefix is None else prefix.prompt_tokens
+        if not family.reads_questions and wordings:
+            tokens_of = _unasked(tokens_of, wordings[0])
         behind = prefix is not None and isinstance(family, Decoder)  # it has positions for what is left of them
         limit = prefix.room if prefix is not None and behind else family.max_length
         if limit is None:
@@ -340,16 +343,7 @@ class Scorer:
         `length_normalization` may be a number for each question.
         """
         if adapter_names is not None:
-            check: Callable | None = getattr(inside_wrappers(self.model), "check_adapter_names", None)
-            if check is None:
-                kind = type(self.family.base).__name__
-                raise InputError(f"Expected an IA3Model, whose adapters adapter_names are, found a {kind}.")
-            check(adapter_names)  # before the first batch, and with the numbers of the prompts
-            if len(adapter_names) != len(questions):
-                raise InputError(
-                    f"Expected adapter_names for the {len(questions)} prompts, found {len(adapter_names)}."
-                )
-            questions = [replace(one, adapter=name) for one, name in zip(questions, adapter_names, strict=True)]
+            questions = self._named(questions, adapter_names)
         device = next(self.model.parameters()).device
         results: list[torch.Tensor] = [torch.empty(0)] * len(questions)
         power: Any = length_normalization
@@ -372,6 +366,45 @@ class Scorer:
                 if on_progress is not None:
                     on_progress(group)
         return results
+
+    def embeddings(self, questions: Sequence[Question], adapter_names: Sequence[str] | None = None) -> torch.Tensor:
+        """A sentence encoder's embedding of each question, of length 1: float32 (N, H) on the CPU.
+
+        Args:
+            questions: N of them.
+            adapter_names: for each the adapter that reads it; None: the active ones.
+
+        Raises:
+            InputError: the model is no sentence encoder.
+        """
+        family = self.family
+        if not isinstance(family, SentenceEncoder):
+            raise InputError(f"Expected a sentence encoder for embeddings, found a {type(family.base).__name__}.")
+        if adapter_names is not None:
+            questions = self._named(questions, adapter_names)
+        device = next(self.model.parameters()).device
+        found: dict[int, torch.Tensor] = {}
+        with evaluating(self.model), torch.inference_mode():
+            for group in groups(questions, pass_tokens(self.model)):
+                batch = to_device(self.collate([questions[i] for i in group]), device)
+                found.update(zip(group, family.embeddings(batch).cpu(), strict=True))
+        return torch.stack([found[i] for i in range(len(questions))])
+
+    def _named(self, questions: Sequence[Question], adapter_names: Sequence[str]) -> list[Question]:
+        """The questions, each for the adapter of an `IA3Model` that answers it."""
+        check: Callable | None = getattr(inside_wrappers(self.model), "check_adapter_names", None)
+        if check is None:
+            kind = type(self.family.base).__name__
+            raise InputError(f"Expected an IA3Model, whose adapters adapter_names are, found a {kind}.")
+        check(adapter_names)  # before the first batch, and with the numbers of the prompts
+        if len(adapter_names) != len(questions):
+            raise InputError(f"Expected adapter_names for the {len(questions)} prompts, found {len(adapter_names)}.")
+        return [replace(one, adapter=name) for one, name in zip(questions, adapter_names, strict=True)]
+
+
+def _unasked(tokens_of: Callable[[Sequence[str]], list[list[int]]], wording: Wording) -> Callable:
+    """The tokens of prompts without the question behind the text, which is the wording's, as are all answers."""
+    return lambda prompts: tokens_of([wording.text_of(prompt).rstrip() or prompt for prompt in prompts])
 
 
 def score_choices(

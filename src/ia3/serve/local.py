@@ -298,7 +298,9 @@ class LocalEngine:
         from ia3.scoring.scorer import Scorer
         from ia3.serve.generation import Decoder
 
-        base, self.tokenizer = load_base(self._source, self._labels(), self._dtype)
+        base, self.tokenizer = load_base(
+            self._source, self._labels(), self._dtype, next((one.task_type for one in self._kinds), None)
+        )
         family = task_type(base)
         self._model = IA3Model(base, {}).eval()
         self._scorer = Scorer(self._model, self.tokenizer)

@@ -11,19 +11,21 @@ from torch import nn
 from transformers import TrainingArguments
 
 from ia3.errors import InputError
-from ia3.scoring.batch import Batch, normalized_scores, to_device
+from ia3.scoring.batch import Batch, groups, normalized_scores, pass_tokens, to_device
+from ia3.scoring.encoder import SentenceEncoder
 from ia3.scoring.question import Question
 from ia3.scoring.scorer import Scorer
 from ia3.trainer import Trainer
 from ia3.training.averaging import MovingAverage
 from ia3.training.examples import ONE, Example, collate_examples
-from ia3.training.losses import tfew_loss
+from ia3.training.losses import contrastive_loss, tfew_loss
 from ia3.training.recipe import Recipe
 from ia3.training.stopping import StopAtFloor
 
 
 class ChoiceTrainer(Trainer):
-    """Trains a model to choose among answers with T-Few's loss; an encoder with cross-entropy only.
+    """Trains a model to choose among answers with T-Few's loss; an encoder with a head with cross-entropy only; a
+    sentence encoder with the contrastive loss over all pairs of a batch.
 
     Members share the batches. The loss is the sum over members of the mean over each member's examples. Each member has
     its own early stopping and average. A process trains on one device, the first visible one (`CUDA_VISIBLE_DEVICES`);
@@ -57,6 +59,11 @@ class ChoiceTrainer(Trainer):
         if not scorer.family.reads_answers:  # then the likelihood of the right label is the cross-entropy
             others = dict.fromkeys(("unlikelihood_weight", "length_normalized_weight"), 0.0)
             self._loss_weights |= {"likelihood_weight": 1.0, **others}
+        if scorer.family.embeds and recipe.early_stopping is not None:
+            raise InputError(
+                f"Expected a recipe without early_stopping for a sentence encoder, whose loss has no such floor, found "
+                f"{recipe.name!r}; use the recipe 'sentence'."
+            )
         self.stopping = StopAtFloor(recipe.early_stopping, members)
         self._average: MovingAverage | None = None
         # `Trainer` would spread one process over all visible devices (`nn.DataParallel`) and copy the model to each of
@@ -144,12 +151,20 @@ class ChoiceTrainer(Trainer):
         model.train()  # before prefixes are shared: evaluation shares more
         inputs = _some(inputs, [i for i, name in enumerate(inputs["members"]) if self.stopping.learns(name)])
         losses = []
-        for group, batch in self.scorer.through(model).training_batches(inputs["questions"]):
-            part = {**_some(inputs, group), "batch": batch}
+        for part in self._training_parts(self.scorer.through(model), inputs):
             losses.append(super().training_step(model, part, num_items_in_batch))
         if not losses:  # all members have stopped
             return torch.zeros((), device=self.args.device)
         return torch.stack(losses[::-1]).sum()
+
+    def _training_parts(self, scorer: Scorer, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The parts of a batch, each for a forward and a backward pass before the next."""
+        if isinstance(scorer.family, SentenceEncoder):  # its loss is of all pairs of a member's questions
+            for name in dict.fromkeys(inputs["members"]):
+                yield _some(inputs, [i for i, its in enumerate(inputs["members"]) if its == name])
+            return
+        for group, batch in scorer.training_batches(inputs["questions"]):
+            yield {**_some(inputs, group), "batch": batch}
 
     def _foreseen(self) -> list[Question]:
         """Questions that training will ask, as far as known."""
@@ -186,6 +201,8 @@ class ChoiceTrainer(Trainer):
         """The loss of each member, a scalar; the best choice of each question (B,)."""
         questions: list[Question] = inputs["questions"]
         scorer = self.scorer.through(model)
+        if model.training and isinstance(scorer.family, SentenceEncoder):
+            return self._contrasts(scorer.family, inputs), inputs["label"]
         best = torch.empty_like(inputs["label"])
         losses: dict[str, list[torch.Tensor]] = {}
         doubts: dict[str, list[torch.Tensor]] = {}
@@ -209,6 +226,19 @@ class ChoiceTrainer(Trainer):
         if model.training and self.stopping.rule is not None:
             self.stopping.add({name: self._mean(torch.stack(parts).sum()) for name, parts in doubts.items()})
         return {name: torch.stack(parts).sum() for name, parts in losses.items()}, best
+
+    def _contrasts(self, family: SentenceEncoder, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """The contrastive loss of each member."""
+        questions, device = inputs["questions"], inputs["label"].device
+        order, found = [], []
+        for group in groups(questions, pass_tokens(family.model)):
+            order += group
+            found.append(family.embeddings(to_device(family.pack([questions[i] for i in group]), device)))
+        embeddings = torch.cat(found)[torch.tensor(order, device=device).argsort()]
+        return {
+            name: contrastive_loss(embeddings[rows], inputs["label"][rows], self.recipe.temperature)
+            for name, rows in _by_member(inputs["members"]).items()
+        }
 
     def _parts(self, scorer: Scorer, inputs: dict[str, Any]) -> Iterator[tuple[list[int], Batch]]:
         """Divide a batch's questions into parts for single passes: indices, and the part."""

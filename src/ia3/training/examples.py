@@ -16,6 +16,7 @@ from ia3.scoring.question import Question
 if TYPE_CHECKING:
     from ia3.scoring.scorer import Scorer
     from ia3.task.task import Task
+    from ia3.task.wording import Wording
     from ia3.training.recipe import Recipe
 
 ONE = "default"
@@ -69,7 +70,20 @@ def training_examples(scorer: Scorer, task: Task, rows: Any, recipe: Recipe, see
         )
     templates = range(len(task.templates)) if recipe.templates == "random" else [0]
     asked = [scorer.questions([its[i] for its in wordings], long_prompts=recipe.long_prompts) for i in templates]
+    if scorer.family.embeds:
+        asked = [[*questions, *_answers(scorer, wordings[0][i])] for i, questions in zip(templates, asked, strict=True)]
     return [Example(questions, f"{seed} {number}") for number, questions in enumerate(zip(*asked, strict=True))]
+
+
+def _answers(scorer: Scorer, wording: Wording) -> list[Question]:
+    """The answers' texts as questions: each is one more text of its label, and says what the label means."""
+    names, texts = [*wording.answers], [*wording.answers.values()]
+    order = sorted(range(len(names)), key=names.__getitem__)  # so that the order of a task's labels changes nothing
+    family, asked = scorer.family, [texts[i] for i in order]
+    each = len(asked)
+    return family.ask(
+        asked, family.prompt_tokens(asked), [texts] * each, order, names=[names] * each, room=family.max_length
+    )
 
 
 def evaluation_examples(scorer: Scorer, task: Task, rows: Any, recipe: Recipe) -> list[Example]:

@@ -1,4 +1,5 @@
-"""T-Few's loss: likelihood, unlikelihood, and length-normalized cross-entropy (Liu et al. 2022, section 3.2)."""
+"""T-Few's loss: likelihood, unlikelihood, and length-normalized cross-entropy (Liu et al. 2022, section 3.2); and the
+contrastive loss of sentence encoders."""
 
 from __future__ import annotations
 
@@ -79,3 +80,28 @@ def tfew_loss(
         + length_normalized_weight * length_normalized
     )
     return TFewLoss(total, likelihood, unlikelihood, length_normalized)
+
+
+def contrastive_loss(embeddings: torch.Tensor, labels: torch.Tensor, temperature: float = 0.1) -> torch.Tensor:
+    """The supervised contrastive loss of N texts (Khosla et al. 2020, arXiv:2004.11362, equation 2).
+
+    P(i) are the other texts with the label of text i, and z are embeddings of length 1:
+
+        L = mean over i of -1/|P(i)| Σ_{p ∈ P(i)} log(exp(z_i·z_p / temperature) / Σ_{a ≠ i} exp(z_i·z_a / temperature))
+
+    The mean is over texts with a P(i) that is not empty; without such a text the loss is 0.
+
+    Args:
+        embeddings: (N, H), of length 1.
+        labels: (N,).
+        temperature: below 1, the nearest texts count most.
+    """
+    others = ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    similar = (embeddings @ embeddings.T / temperature).masked_fill(~others, -torch.inf)
+    positives = (labels[:, None] == labels) & others
+    counts = positives.sum(1)
+    surprise = (similar.logsumexp(1, keepdim=True) - similar).masked_fill(~positives, 0.0).sum(1)
+    has_positives = counts > 0
+    if not has_positives.any():
+        return embeddings.sum() * 0.0
+    return (surprise[has_positives] / counts[has_positives]).mean()

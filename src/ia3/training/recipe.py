@@ -61,6 +61,7 @@ class Recipe(BaseModel):
             names them.
         likelihood, unlikelihood, length_normalized: weights of the loss's three terms, see `tfew_loss`.
         length_normalization: the power of a choice's token count that its log-probability is divided by.
+        temperature: of a sentence encoder's loss, see `contrastive_loss`; other models have none.
         templates: each time an example is seen, a "random" one of the task's templates, or always the "first".
         early_stopping: None: train for all steps.
         ema_decay: above 0, the result is the exponential moving average of the vectors over the steps, with this decay.
@@ -86,6 +87,7 @@ class Recipe(BaseModel):
     unlikelihood: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     length_normalized: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     length_normalization: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    temperature: float = Field(default=0.1, gt=0, allow_inf_nan=False)
     templates: Literal["random", "first"] = "random"
     early_stopping: EarlyStopping | None = None
     ema_decay: float = Field(default=0.0, ge=0, lt=1)
@@ -119,15 +121,22 @@ class Recipe(BaseModel):
         return cls(name="small", **_SMALL)
 
     @classmethod
-    def for_model(cls, name: str) -> Recipe:
-        """The preset for a base model of that size. Its config says how large it is; no weights are read."""
-        from ia3.adapter.pretrained import parameter_count
+    def sentence(cls) -> Recipe:
+        """For sentence encoders: large batches, because their loss compares all texts of a batch."""
+        return cls(name="sentence", **_SENTENCE)
 
+    @classmethod
+    def for_model(cls, name: str) -> Recipe:
+        """The preset for a base model of that kind and size. Its files say which; no weights are read."""
+        from ia3.adapter.pretrained import parameter_count, reads_sentences
+
+        if reads_sentences(name):
+            return cls.sentence()
         return cls.small() if parameter_count(name) < _LARGE else cls.paper()
 
     @classmethod
     def load(cls, source: str | os.PathLike) -> Recipe:
-        """A preset by its name, "paper" or "small", or a YAML file with some of the fields; the others are the paper's.
+        """A preset by its name, "paper", "small" or "sentence", or a YAML file with some of the fields; the others are the paper's.
 
         Raises:
             InputError: no such preset or file, or a field that is unknown or out of range.
@@ -257,4 +266,12 @@ _SMALL: dict[str, Any] = {
     "opinions": "auto",
 }
 
-PRESETS = {"paper": Recipe.paper, "small": Recipe.small}
+_SENTENCE: dict[str, Any] = {
+    "steps": 20,
+    "batch_size": 64,
+    "optimizer": "adamw_torch",
+    "learning_rate": 2e-2,
+    "warmup": 0.0,
+}
+
+PRESETS = {"paper": Recipe.paper, "small": Recipe.small, "sentence": Recipe.sentence}

@@ -18,6 +18,7 @@ from ia3.scoring.scorer import Scorer
 from ia3.training.choices import ChoiceTrainer
 from ia3.training.described import described
 from ia3.training.examples import Example, evaluation_examples, training_examples
+from ia3.training.head import fill_head
 from ia3.training.members import (
     Member,
     MemberLosses,
@@ -38,7 +39,8 @@ if TYPE_CHECKING:
 
 
 class TFewTrainer(ChoiceTrainer):
-    """Trains one adapter or several at once with T-Few's three losses; an encoder with cross-entropy only.
+    """Trains one adapter or several at once with T-Few's three losses; an encoder with a head with cross-entropy only; a
+    sentence encoder with `contrastive_loss`, and then its head as a logistic regression on the embeddings.
 
         TFewTrainer(model, recipe.training_arguments("run"), tokenizer, Member(task, rows), recipe).train()
 
@@ -66,7 +68,7 @@ class TFewTrainer(ChoiceTrainer):
             members need `max_steps`. If `data_seed` is set, it decides the order of all members.
         processing_class: the model's tokenizer.
         members: a `Member`, or several with names.
-        recipe: decides the loss (always cross-entropy for an encoder), templates, early stopping and long prompts;
+        recipe: decides the loss (except an encoder's), templates, early stopping and long prompts;
             None: the paper's.
         readings: keeps what the base model reads of the rows' texts, for adapters that act from the question on; None: the
             trainer keeps it.
@@ -112,6 +114,7 @@ class TFewTrainer(ChoiceTrainer):
                 if member.eval_rows is not None:
                     found = evaluation_examples(scorer, member.task, member.eval_rows, recipe)
                     held_out[name] = self._of(name, found)
+        self._examples, self._filled = examples, 0  # the step that the heads of a sentence encoder were fitted at
         train_dataset: Any
         eval_dataset: Any
         if self._in_step:
@@ -156,19 +159,30 @@ class TFewTrainer(ChoiceTrainer):
         With `load_best_model_at_end` the result is the best checkpoint, with the vectors of its step.
         """
         self._each = MemberLosses(self.members)
-        return super().train(*args, **kwargs)
+        output = super().train(*args, **kwargs)
+        self._fill_heads()
+        return output
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Loss and metrics of each member with `eval_rows`, or of the member that `eval_dataset` names.
 
         With one member, `eval_dataset` may also be labelled rows.
         """
+        if self.state.global_step != self._filled:
+            self._fill_heads()
         if isinstance(eval_dataset, str) and eval_dataset in self.members:
             if self._measures_each:
                 self.compute_metrics = metrics_of(self.members[eval_dataset].task)
             if not self._in_step:
                 eval_dataset = None
         return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def _fill_heads(self) -> None:
+        """Fit the heads of a sentence encoder to the vectors of this step."""
+        self._filled = self.state.global_step
+        if self.scorer.family.embeds:
+            for name in self.members:
+                fill_head(self.scorer, [example.questions[0] for example in self._examples[name]], name)
 
     def _held_out(self, rows: Any) -> list[Example]:
         if self._in_step:

@@ -1,0 +1,79 @@
+"""The head of a sentence encoder: a logistic regression on embeddings."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ia3.adapter.trained import TrainedModule
+from ia3.scoring.family import frozen
+from ia3.scoring.question import Question
+
+if TYPE_CHECKING:
+    from sklearn.linear_model import LogisticRegression
+
+    from ia3.scoring.scorer import Scorer
+
+# The inverse strengths of the penalty on weights that cross-validation chooses from, and the one where it cannot.
+_STRENGTHS, _USUAL = (1.0, 10.0, 100.0, 1000.0), 10.0
+_FOLDS = 5
+
+
+def fill_head(scorer: Scorer, questions: Sequence[Question], name: str) -> None:
+    """Fit a logistic regression on embeddings, and make it the head of an adapter.
+
+    Cross-validation chooses its strength on the embeddings of the untrained encoder: vectors that were trained on the same
+    labels make any strength look right.
+
+    Args:
+        scorer: the scorer of a sentence encoder.
+        questions: labelled ones, at least one of each label.
+        name: the adapter; without adapters, the head is the model's own.
+    """
+    labels = np.array([question.choices[question.label][0] for question in questions])  # type: ignore[index]
+    with frozen(scorer.model):
+        untrained = scorer.embeddings([replace(question, adapter=None) for question in questions]).numpy()
+    strength = _chosen_strength(untrained, labels)
+    embeddings = scorer.embeddings(questions).numpy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fitted = _regression(strength).fit(embeddings, labels)
+    weight, bias = torch.from_numpy(fitted.coef_), torch.from_numpy(fitted.intercept_)
+    if len(weight) == 1:  # of two labels, the second against the first
+        weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
+    head = scorer.family.base.classifier
+    if isinstance(head, TrainedModule):
+        head = head.modules_to_save[name]
+    with torch.no_grad():
+        for parameter, value in zip(head.parameters(), (weight, bias), strict=True):
+            parameter.copy_(value)
+
+
+def _regression(strength: float) -> LogisticRegression:
+    from sklearn.linear_model import LogisticRegression
+
+    return LogisticRegression(C=strength, max_iter=300)
+
+
+def _chosen_strength(embeddings: np.ndarray, labels: np.ndarray) -> float:
+    """The strength with the lowest log-loss on held-out rows; the usual one where each label has one row."""
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+
+    folds = min(_FOLDS, min(Counter(labels.tolist()).values()))
+    if folds < 2:
+        return _USUAL
+    parts = StratifiedKFold(folds, shuffle=True, random_state=0)
+
+    def loss(strength: float) -> float:
+        found: Any = cross_val_predict(_regression(strength), embeddings, labels, cv=parts, method="predict_log_proba")
+        return -float(found[np.arange(len(labels)), labels].mean())
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of regressions that have not converged to the last digit
+        return min(_STRENGTHS, key=loss)
