@@ -12,6 +12,7 @@ from ia3 import (
     FewShotClassifier,
     IA3Config,
     IA3Model,
+    InputError,
     Readings,
     Recipe,
     Scorer,
@@ -81,7 +82,7 @@ def test_the_folder_says_what_answers_and_metrics_what_each_is_worth(trained):
     folder, results = trained
     stored = AdapterFolder(folder)
     weights = results["opinions"]["weights"]
-    assert stored.opinions.model_dump() == weights and max(weights.values()) > 0
+    assert stored.opinions.model_dump(include={"vectors", "head"}) == weights and max(weights.values()) > 0
     assert stored.metrics["opinions"] == results["opinions"]
     assert stored.calibration.temperature == 1 and stored.calibration.rows == 20
     assert set(results["cross_validation"]) == {"accuracy", "macro_f1"}
@@ -123,7 +124,7 @@ def test_a_label_with_one_row_is_not_cross_validated(place):
     its = task(choices={**words.CHOICES, "once": "fine"})
     _, _, found = formed(place, rows=rows, its=its)
     assert found.held_out is None and "a label has a single row" in found.why
-    assert found.opinions.model_dump() == {"vectors": 0.8, "head": 0.8}
+    assert (found.opinions.vectors, found.opinions.head) == (0.8, 0.8)
 
 
 def test_many_rows_and_labels_are_not_trained_for_each_fold(place, monkeypatch):
@@ -169,6 +170,75 @@ def test_commands_the_service_and_the_classifier_answer_alike(place, trained, ca
     assert AdapterFolder(place / "changed").opinions.model_dump() == Opinions().model_dump()
 
 
+class TestPrior:
+    """Rows to draw from of which three quarters are one label; examples are balanced."""
+
+    ROWS = [row for row in words.different(96, seed=4) if row["label"] == "pos"][:36] + [
+        row for row in words.different(96, seed=4) if row["label"] == "neg"
+    ][:12]
+
+    def experiment(self, place, folder, **fields):
+        fields = {"test_rows": 10, "recipe": RECIPE.changed(opinions="head"), "examples_per_label": 8, **fields}
+        return Experiment(task(), self.ROWS, folder=folder, model=str(place / "model"), **fields)
+
+    def test_the_file_shows_it_but_its_test_rows_do_not(self, place, tmp_path):
+        experiment = self.experiment(place, tmp_path)
+        [trial] = experiment.trials
+        left = [row for row in self.ROWS if row not in trial.test and row not in trial.examples]
+        each = len(self.ROWS) - 16
+        counts = {name: 8 + sum(row["label"] == name for row in left) * each / len(left) + 1 for name in words.CHOICES}
+        assert trial.shares == pytest.approx({name: count / sum(counts.values()) for name, count in counts.items()})
+        experiment.run()
+        opinions = AdapterFolder(tmp_path).opinions
+        assert opinions.prior == pytest.approx(trial.shares) and opinions.seen == {"pos": 0.5, "neg": 0.5}
+
+    def test_all_rows_are_tested(self, place, tmp_path):
+        [trial] = self.experiment(place, tmp_path, test_rows=0).trials
+        assert trial.shares is None  # only test rows could say
+        [trial] = self.experiment(place, tmp_path, examples_per_label=0).trials
+        assert trial.shares == pytest.approx({"pos": 37 / 50, "neg": 13 / 50})
+
+    @pytest.mark.parametrize("prior", ["balanced", {"pos": 0.9, "neg": 0.1}])
+    def test_it_is_as_given(self, place, tmp_path, prior):
+        self.experiment(place, tmp_path, prior=prior).run()
+        expected = {"pos": 0.5, "neg": 0.5} if prior == "balanced" else prior
+        assert AdapterFolder(tmp_path).opinions.prior == pytest.approx(expected)
+
+    def test_rows_without_labels_show_it(self, place, tmp_path):
+        pool = [{"text": row["text"]} for row in self.ROWS if row["label"] == "pos"]
+        self.experiment(place, tmp_path, unlabelled=pool).run()
+        assert AdapterFolder(tmp_path).opinions.prior["pos"] > 0.6
+
+    def test_what_does_not_fit_is_refused(self, place, tmp_path):
+        with pytest.raises(InputError, match="Expected shares of the labels 'pos', 'neg', found 'pos'"):
+            self.experiment(place, tmp_path, prior={"pos": 1.0}).run()
+        with pytest.raises(InputError, match=r'Expected a prior "file", "balanced" or label → share, found .fair'):
+            self.experiment(place, tmp_path, prior="fair").run()
+        with pytest.raises(InputError, match="The rows without labels: The template names .text., but the columns are .words."):
+            self.experiment(place, tmp_path, unlabelled=[{"words": "lovely"}]).run()
+
+    def test_commands_move_probabilities(self, place, tmp_path, capsys):
+        from ia3.cli import main
+
+        self.experiment(place, tmp_path / "teas", prior={"pos": 0.8, "neg": 0.2}).run()
+
+        def command(*arguments):
+            with pytest.raises(SystemExit) as ended:
+                main(["predict", *map(str, arguments), "--json"])
+            out, err = capsys.readouterr()
+            return ended.value.code or 0, json.loads(out) if out else err
+
+        _, [as_trained] = command(tmp_path / "teas", "the tea was lovely")
+        _, [balanced] = command(tmp_path / "teas", "the tea was lovely", "--prior", "balanced")
+
+        def odds(item):
+            return item["probabilities"]["pos"] / item["probabilities"]["neg"]
+
+        assert odds(as_trained) == pytest.approx(odds(balanced) * 4, rel=1e-4)
+        code, err = command(tmp_path / "teas", "the tea was lovely", "--prior", "pos=2")
+        assert code == 2 and "--prior" in err and "Expected one share between 0 and 1" in err
+
+
 def test_vectors_alone_write_no_opinions(place):
     folder = place / "alone"
     Experiment(
@@ -194,7 +264,7 @@ def test_a_head_alone_trains_no_vectors(place):
         examples_per_label=10,
     ).run()
     stored = AdapterFolder(folder)
-    assert stored.opinions.model_dump() == {"vectors": 0.0, "head": 1.0} and outcome.results["steps"] == 0
+    assert (stored.opinions.vectors, stored.opinions.head) == (0, 1) and outcome.results["steps"] == 0
     tensors, _ = stored.vectors()
     assert all((tensor == 1).all() for tensor in tensors.values())
     assert outcome.results["trained"] == outcome.results["opinions"]["head"]

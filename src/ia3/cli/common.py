@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ia3.adapter.model import IA3Model
     from ia3.evaluation.drawing import Draw
     from ia3.folder import AdapterFolder
+    from ia3.opinions.opinions import Opinions
     from ia3.training.recipe import Recipe
 
 # The largest seed of random generators.
@@ -96,6 +97,13 @@ OpinionsOption = typer.Option(
     help="What answers: the trained 'vectors' alone, as in the paper; the 'head', a linear classifier on the frozen model's "
     "hidden states, which takes seconds and trains no vectors; or 'auto': both, weighed by cross-validation on the training "
     "examples. \\[default: the recipe's]",
+    show_default=False,
+)
+PriorOption = typer.Option(
+    None,
+    "--prior",
+    help="How frequent labels are where predictions are made: 'balanced', or shares such as spam=0.1,other=0.9. Probabilities are "
+    "moved there. \\[default: as in the file that examples are drawn from]",
     show_default=False,
 )
 MemoryOption = typer.Option(
@@ -237,6 +245,25 @@ def recipe_for(model: str, recipe: str | None, **changes: Any) -> Recipe:
     if chosen.init is not None:
         IA3Config.from_pretrained(chosen.init)  # so that an error comes before the model is loaded
     return chosen
+
+
+def moved(opinions: Opinions, prior: str | None, labels: Sequence[str] | None) -> Opinions:
+    """An adapter's opinions for --prior.
+
+    Raises:
+        InputError: shares that do not fit the labels, or an adapter whose folder does not say what it has seen.
+    """
+    from ia3.opinions.priors import prior_of
+
+    if prior is None:
+        return opinions
+    if not opinions.seen or labels is None:
+        raise InputError(
+            "Expected an adapter that says how frequent labels were in its training, found one whose vectors answer alone",
+            "train it with --opinions auto, or leave it out",
+            argument="prior",
+        )
+    return opinions.toward(prior_of(prior, labels))
 
 
 def require_folder(path: Path) -> None:

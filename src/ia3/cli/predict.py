@@ -18,9 +18,11 @@ from ia3.cli.common import (
     JsonOption,
     MemoryOption,
     ModelOption,
+    PriorOption,
     console,
     load_adapted,
     load_bank,
+    moved,
     print_json,
 )
 from ia3.errors import InputError, about, brief, shown, similar
@@ -29,6 +31,7 @@ from ia3.folder import AdapterFolder
 
 if TYPE_CHECKING:
     from ia3.adapter.model import IA3Model
+    from ia3.opinions.opinions import Opinions
     from ia3.task.task import Row, Task
 
 # What an adapter is called that is asked alone.
@@ -69,6 +72,7 @@ def predict(
     abstain_below: float = typer.Option(
         0.0, min=0.0, max=1.0, help="Give no label if the best label's probability is lower."
     ),
+    prior: str | None = PriorOption,
     model: str | None = ModelOption,
     dtype: str = DtypeOption,
     memory: str = MemoryOption,
@@ -113,6 +117,10 @@ def predict(
         rows = list(texts or []) if data is None else read(data, task, delimiter)
         asked = [names] * len(rows)
     tasks = {name: folder.required_task() for name, folder in known.items()}
+    opinions = {}
+    for name, folder in known.items():
+        with about(f"Adapter {name!r}" if each else None):
+            opinions[name] = moved(folder.opinions, prior, tasks[name].labels)
     for name, task in tasks.items():
         if data is None and len(task.columns) != 1:
             raise InputError(
@@ -128,7 +136,7 @@ def predict(
         alone = not options and not zero_shot
         loaded = load_adapted(known[_ALONE], model, dtype) if alone else load_bank(known, model, dtype)
     with Bars(out) as bars:
-        found = _answered(bars, loaded, known, tasks, rows, asked, zero_shot, abstain_below, memory)
+        found = _answered(bars, loaded, known, tasks, opinions, rows, asked, zero_shot, abstain_below, memory)
     items = [row if data is not None else {tasks[asked[0][0]].columns[0]: row} for row in rows]
     if output is not None:
         write(output, items, found, each, _delimiter_like(data, delimiter))
@@ -144,6 +152,7 @@ def _answered(
     loaded: tuple[IA3Model, Any],
     known: Mapping[str, AdapterFolder],
     tasks: Mapping[str, Task],
+    opinions: Mapping[str, Opinions],
     rows: Sequence[Any],
     asked: Sequence[Sequence[str]],
     zero_shot: bool,
@@ -168,11 +177,11 @@ def _answered(
             temperature=folder.temperature,
             abstain_below=abstain_below,
             recipe=folder.recipe,
-            opinions=folder.opinions,
+            opinions=opinions[_ALONE],
         )
         return [[Answer(_ALONE, task, item)] for item in alone]
     respondents = {
-        name: Respondent(name, tasks[name], folder.recipe, folder.temperature, folder.opinions)
+        name: Respondent(name, tasks[name], folder.recipe, folder.temperature, opinions[name])
         for name, folder in known.items()
     }
     # Adapters of one task have one untrained model beside them, which is asked once.

@@ -23,6 +23,7 @@ from ia3.cli.common import (
     LabelColumnOption,
     MemoryOption,
     OpinionsOption,
+    PriorOption,
     RecipeOption,
     StepsOption,
     TemplateOption,
@@ -86,6 +87,13 @@ def train(
     init: str | None = InitOption,
     acts_from: str | None = ActsFromOption,
     opinions: str | None = OpinionsOption,
+    prior: str | None = PriorOption,
+    unlabelled: str | None = typer.Option(
+        None,
+        "--unlabelled",
+        help="Rows without labels, .csv, .jsonl, …: how frequent labels are is estimated on them, instead of --prior.",
+        show_default=False,
+    ),
     memory: str = MemoryOption,
     seed: int | None = typer.Option(
         None,
@@ -145,6 +153,7 @@ def train(
     Writes adapter_config.json and adapter_model.safetensors (which PEFT also reads, with --acts-from start), opinions.json,
     head.safetensors, calibration.json, task.yaml, recipe.yaml, metrics.json and README.md into the output folder.
     """
+    from ia3.evaluation.drawing import read
     from ia3.evaluation.experiment import Experiment
 
     out = console(json_output)
@@ -156,8 +165,11 @@ def train(
         "--label-column": label_column,
         "--template": template,
         "--choices": choices,
+        "--unlabelled": unlabelled,
+        "--prior": None if prior == "balanced" else prior,
     }
     _together("--seed", seed, "--seeds", seeds)
+    _together("--prior", prior, "--unlabelled", unlabelled)
     for option, value in own.items():
         _together(option, value, "--tasks", tasks)
     all_seeds = (seed or 0) if seeds is None else numbers("--seeds", seeds, int)
@@ -183,6 +195,8 @@ def train(
         folds=folds,
         all_templates=all_templates,
         memory=memory,
+        prior=_prior(prior, rows["task"]),
+        unlabelled=None if unlabelled is None else read(unlabelled, rows["task"], delimiter),
     )
     for path in experiment.folders:
         require_folder(path)
@@ -205,6 +219,18 @@ def train(
     first = experiment.trials[0]
     hint = f' Try it: ia3 predict {folder / first.name} "some text"' if len(first.task.columns) == 1 else ""
     out.print(f"\nSaved in {folder}.{hint}", markup=False, soft_wrap=True)
+
+
+def _prior(prior: str | None, task: Task | Sequence[Task]) -> str | dict[str, float]:
+    """The prior of --prior. Raises `InputError` if it does not fit the task's labels."""
+    from ia3.opinions.priors import BALANCED, prior_of
+
+    if prior is None or prior == BALANCED:
+        return prior or "file"
+    labels = getattr(task, "labels", None)
+    if labels is None:
+        raise InputError("Expected a task with the same labels for all rows", "leave it out", argument="prior")
+    return prior_of(prior, labels)
 
 
 def _together(one: str, value: Any, other: str, others: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,12 +56,14 @@ class Draw:
         test: the given test rows, or the rows that are not used for training.
         left_out: the number of rows that are left out of the test rows because they duplicate a training example.
         repeated: the number of given test rows that duplicate a training example; they stay.
+        shares: label → its share of the rows to draw from, as far as rows show that are not test rows; None: they do not.
     """
 
     examples: list[Row]
     test: list[Row]
     left_out: int = 0
     repeated: int = 0
+    shares: dict[str, float] | None = None
 
 
 def drawn(
@@ -94,8 +97,24 @@ def drawn(
 
     if source.test is not None:
         test = sampled(source.test)
-        return Draw(examples, test, repeated=sum(is_known(row, source.task.fingerprint(row)) for row in test))
+        repeated = sum(is_known(row, source.task.fingerprint(row)) for row in test)
+        return Draw(examples, test, repeated=repeated, shares=_shares(source.task, source.rows))
     used = {id(row) for row in examples}
     rest = [(row, key) for row, key in zip(source.rows, source.fingerprints, strict=True) if id(row) not in used]
     test = [row for row, key in rest if not is_known(row, key)]
-    return Draw(examples, sampled(test), left_out=len(rest) - len(test))
+    tested = sampled(test)
+    held = {id(row) for row in tested}
+    left = [row for row, _ in rest if id(row) not in held]
+    shares = _shares(source.task, examples, left, len(rest)) if left or not rest else None
+    return Draw(examples, tested, left_out=len(rest) - len(test), shares=shares)
+
+
+def _shares(task: Task, rows: Sequence[Row], others: Sequence[Row] = (), stand_for: int = 0) -> dict[str, float] | None:
+    """The shares of labels among rows, and so many more for which others, drawn from them at random, stand."""
+    if task.labels is None:
+        return None
+    first, second = (Counter(task.label(row) for row in some) for some in (rows, others))
+    each = stand_for / max(len(others), 1)
+    # As if each label had been there once more, so that none is impossible.
+    counts = {name: first[name] + second[name] * each + 1 for name in task.labels}
+    return {name: count / sum(counts.values()) for name, count in counts.items()}

@@ -5,19 +5,21 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ia3.adapter.config import IA3Config
 from ia3.adapter.pretrained import EMBEDDED_MODEL
-from ia3.errors import InputError, brief, shown
+from ia3.errors import InputError, about, brief, shown
 from ia3.evaluation.checkpoints import checkpoint_of, settings_of
 from ia3.evaluation.drawing import Draw, Source, drawn, read
 from ia3.evaluation.progress import Progress
 from ia3.evaluation.results import summary
 from ia3.files import parse_bytes, write_json
+from ia3.opinions.opinions import Opinions
+from ia3.opinions.priors import BALANCED
 from ia3.scoring import MEMORY
 from ia3.task.rows import as_rows
 from ia3.task.task import Row, Task
@@ -41,6 +43,7 @@ class Trial:
         learning_rate: the learning rate; None: the recipe's.
         examples: the training examples.
         test: the test rows; empty: the trial is not evaluated.
+        shares: as of `Draw`.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Trial:
     learning_rate: float | None
     examples: Sequence[Row]
     test: Sequence[Row]
+    shares: Mapping[str, float] | None = None
 
     def titled(self, text: str) -> str:
         """A text about this trial, with the trial's name if there are several."""
@@ -109,6 +113,9 @@ class Experiment:
             probabilities; 0: as few as opinions need (see `form_opinions`).
         all_templates: evaluate each of a task's templates and report the median, instead of the first template only;
             the vectors answer alone.
+        prior: how frequent labels are where predictions will be made: "file", as in the rows to draw from; "balanced"; or
+            label → share, of all labels. Opinions move their probabilities there.
+        unlabelled: rows without labels; the prior is estimated on them (see `estimated_prior`).
     """
 
     task: Task | Sequence[Task]
@@ -125,6 +132,8 @@ class Experiment:
     folds: int = 0
     all_templates: bool = False
     memory: int | str = MEMORY
+    prior: str | Mapping[str, float] = "file"
+    unlabelled: Any = None
 
     @property
     def several(self) -> bool:
@@ -174,7 +183,7 @@ class Experiment:
                     rate_part = f"lr-{rate}" if _is_list(self.learning_rate) else ""
                     name = _joined("/", task_part, _joined("-", seed_part, rate_part))
                     shared = _joined("/", task_part, rate_part)
-                    found.append(Trial(name, shared, source.task, seed, rate, draw.examples, draw.test))
+                    found.append(Trial(name, shared, source.task, seed, rate, draw.examples, draw.test, draw.shares))
         return found
 
     @property
@@ -227,6 +236,7 @@ class Experiment:
         if files:
             raise InputError(f"Expected a folder for the results, found the file {files[0]!r}.")
         parse_bytes(self.memory, "memory for readings")
+        self._check_prior()
         if self.chosen_recipe.init is not None:
             IA3Config.from_pretrained(self.chosen_recipe.init)
         if self.folds:
@@ -234,6 +244,18 @@ class Experiment:
 
             for trial in self.trials:
                 fold_of_each(trial.task, trial.examples, self.folds, trial.seed)
+
+    def _check_prior(self) -> None:
+        """Raise `InputError` for a prior that does not fit the tasks."""
+        if isinstance(self.prior, str) and self.prior not in ("file", BALANCED):
+            raise InputError(f'Expected a prior "file", "balanced" or label → share, found {brief(self.prior)}.')
+        for trial in self.trials:
+            if not isinstance(self.prior, str):
+                Opinions().toward(self.prior, dict.fromkeys(trial.task.labels or (), 1.0))
+            if self.unlabelled is not None:
+                for number, row in enumerate(as_rows(self.unlabelled, trial.task), 1):
+                    with about("The rows without labels"):
+                        _ = trial.task.wording(row, number).prompt
 
     def run(self, progress: Progress | None = None, resume: bool = False) -> Outcome:
         """Run the experiment.

@@ -10,9 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from ia3.evaluation.checkpoints import interruptible
 from ia3.evaluation.progress import Progress, Stage, training_stages
 from ia3.evaluation.results import majority_metrics, median_metrics, save_trained
+from ia3.task.rows import as_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,6 +30,9 @@ if TYPE_CHECKING:
     from ia3.task.task import Row, Task
     from ia3.training.recipe import Recipe
     from ia3.training.trainer import TFewTrainer
+
+# Shares that differ by less are not worth a line.
+_TELLING = 0.03
 
 Scores = dict[str, float]
 Place = Literal["start", "question"]
@@ -207,25 +213,68 @@ class Running:
             experiment.checkpoints,
             self.readings,
         )
-        opinions, found = formed.opinions, {"weights": formed.opinions.model_dump(), "why": formed.why}
+        weights = formed.opinions.model_dump(include={"vectors", "head"})
+        found: dict[str, Any] = {"weights": weights, "why": formed.why}
         results: dict[str, Any] = {"opinions": found}
         calibration = None
         if formed.held_out is not None:
             labels = [task.label(row) for row in trial.examples]
             results["cross_validation"] = task.metrics(labels, [one.best for one in formed.held_out])
             calibration = Calibration.as_it_is(formed.held_out, labels)
-        if opinions.fitted is not None and trial.test:
-            alone = Opinions.of({"head": 1.0}, opinions.fitted)
-            title = trial.titled("With a head")
-            asked = {title: [(task, row) for row in trial.test]}
-            heads, stages = self._predicted(asked, 0, opinions=alone)
-            both = zip(self._by_vectors[trial.name], heads[title], strict=True)
-            together = [Prediction.of(opinions.together(a.scores, b.scores)) for a, b in both]
-            for name, some in (("vectors", self._by_vectors[trial.name]), ("head", heads[title])):
-                found[name] = _scores(trial, some, 0)
+        opinions = self._moved(trial, formed.opinions)
+        if trial.test:
+            by_vectors, title = self._by_vectors[trial.name], trial.titled("With a head")
+            said: list[Prediction | None] = [None] * len(by_vectors)
+            stages: dict[str, Stage] = {}
+            found["vectors"] = _scores(trial, by_vectors, 0)
+            if opinions.fitted is not None:
+                asked = {title: [(task, row) for row in trial.test]}
+                by_head, stages = self._predicted(asked, 0, opinions=Opinions.of({"head": 1.0}, opinions.fitted))
+                said = [*by_head[title]]
+                found["head"] = _scores(trial, by_head[title], 0)
+            both = zip(by_vectors, said, strict=True)
+            together = [Prediction.of(opinions.together(a.scores, None if b is None else b.scores)) for a, b in both]
             results["trained"] = _scores(trial, together, 0)
             _note(stages.get(title), task, [results["trained"]])
         return results, opinions, calibration
+
+    def _moved(self, trial: Trial, opinions: Opinions) -> Opinions:
+        """A trial's opinions for labels that are as frequent as where predictions will be made."""
+        from ia3.evaluation.prediction import predict
+        from ia3.opinions.priors import BALANCED, estimated_prior, shares_of
+
+        experiment, task = self.experiment, trial.task
+        names = list(task.labels or ())
+        seen = shares_of([task.label(row) for row in trial.examples], names)
+        prior, where = experiment.prior, "as you say"
+        if experiment.unlabelled is not None:
+            rows = as_rows(experiment.unlabelled, task)
+            stage = self.progress.stage(trial.titled("Rows without labels"), len(rows))
+            items = predict(
+                self.model,
+                self.tokenizer,
+                task,
+                rows,
+                lambda done: stage.advance(len(done)),
+                [self.adapters[trial.name]] * len(rows),
+                recipe=self.recipe,
+                readings=self.readings,
+                opinions=opinions,
+            )
+            said = np.log([[max(item.probabilities[name], 1e-12) for name in names] for item in items])
+            prior, where = estimated_prior(said, seen, names), "as estimated on rows without labels"
+        elif prior == "file":
+            prior, where = trial.shares or seen, "as in the file"
+        elif prior == BALANCED:
+            prior, where = dict.fromkeys(names, 1 / len(names)), "equally"
+        assert not isinstance(prior, str)
+        if max(abs(prior[name] - seen[name]) for name in names) > _TELLING:
+            frequent = sorted(names, key=lambda name: -prior[name])[:4]
+            listed = ", ".join(f"{name} {prior[name]:.0%}" for name in frequent) + (", …" if len(names) > 4 else "")
+            self.progress.say(
+                f"{trial.titled('Probabilities')} are for labels that are frequent {where} ({listed}); see --prior."
+            )
+        return opinions.toward({name: prior[name] for name in names}, seen)
 
     def cross_validate(self, trial: Trial) -> tuple[Scores, Calibration]:
         """What a trial's examples have by adapters that have not seen them, and how they calibrate its own."""
