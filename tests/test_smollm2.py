@@ -9,9 +9,10 @@ import pytest
 import torch
 import transformers
 
-from ia3 import FewShotClassifier, Recipe, Task, load_base, predict, read_rows, score_choices
+from ia3 import FewShotClassifier, InputError, Recipe, Task, load_base, predict, read_rows, score_choices
 from ia3.adapter import pretrained as module
 from ia3.cli import main
+from ia3.evaluation.drawing import read
 
 pytestmark = [
     pytest.mark.slow,
@@ -63,18 +64,18 @@ def test_the_main_job(smollm2, tmp_path, capsys):
 
     metrics = json.loads(ia3("train", "--steps", 6, "--test-rows", 24, "--output", tmp_path / "adapter", "--json"))
     assert metrics["trainable_parameters"] == 30 * (192 + 192 + 1536) == 57_600
-    assert metrics["test_rows"] == 24 and metrics["train_examples"] == 32
+    assert metrics["test_rows"] == 24 and metrics["train_examples"] == 128
     assert os.path.getsize(tmp_path / "adapter" / "adapter_model.safetensors") == metrics["adapter_bytes"] < 250_000
 
     # The kind of adapter that acts on the whole text, in float32, whose scores are compared to four digits.
     exact = ("--dtype", "float32")
-    start = ("--acts-from", "start", *exact)
+    start = ("--acts-from", "start", "--opinions", "vectors", *exact)
     ia3("train", "--steps", 3, "--test-rows", 8, *start, "--output", tmp_path / "for-peft")
-    texts = ["Best coffee that I ever had, five stars!", "Stale, and half of the cans were dented."]
+    texts = ["Chords and rhythm for beginners", "The law of contracts, and how to break them"]
     found = json.loads(ia3("predict", tmp_path / "for-peft", *texts, *exact, "--json"))
     ia3("merge", tmp_path / "for-peft", "--output", tmp_path / "merged")
     task = Task.from_file(tmp_path / "for-peft" / "task.yaml")
-    rows = [{"review": text} for text in texts]
+    rows = [{"course": text} for text in texts]
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     by_peft = peft.PeftModel.from_pretrained(smollm2[0], tmp_path / "for-peft").eval()
@@ -85,7 +86,47 @@ def test_the_main_job(smollm2, tmp_path, capsys):
     by_peft.unload()
 
 
+SENTENCES = {
+    "how to solve an equation with two unknowns": "Mathematics",
+    "the fall of the Roman Empire": "History",
+    "playing the violin in an orchestra": "Music",
+    "I want to build a website": "Computer Science",
+    "Should the central bank raise interest rates?": "Economics",
+    "My neighbour wants to sue me": "Law",
+    "gravity, light and electrons": "Physics",
+    "why people feel anxious": "Psychology",
+    "the second world war": "History",
+    "songs for piano and guitar": "Music",
+}
+
+
+def test_the_first_minute_convinces(tmp_path, capsys):
+    """Without arguments: far above guessing, and right on sentences that anybody would type."""
+
+    def ia3(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            main([*map(str, arguments), "--json"])
+        assert not ended.value.code
+        return json.loads(capsys.readouterr().out)
+
+    metrics = ia3("train", "--test-rows", 100, "--output", tmp_path / "courses")
+    assert metrics["trained"]["accuracy"] > metrics["majority"]["accuracy"] + 0.4
+    assert metrics["trained"]["accuracy"] > metrics["zero_shot"]["accuracy"] + 0.1
+    found = ia3("predict", tmp_path / "courses", *SENTENCES)
+    wrong = [
+        (text, item["label"])
+        for (text, label), item in zip(SENTENCES.items(), found, strict=True)
+        if item["label"] != label
+    ]
+    assert len(wrong) <= 1, wrong
+
+
 def test_the_embedded_rows_fit_their_task():
+    task = Task.embedded("courses")
+    rows = read(task.train, task)
+    assert len(rows) == 741 and {task.label(row) for row in rows} == set(task.labels)
+    with pytest.raises(InputError, match="Expected a known label"):  # which are left out above
+        task.check(read_rows(task.train))
     task = Task.embedded("food-reviews")
     for source, count in ((task.train, 4000), (task.test, 1000)):
         rows = read_rows(source)

@@ -334,4 +334,4 @@ def test_the_embedded_default(tmp_path, monkeypatch, capsys):
     assert not ended.value.code
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [row["method"] for row in rows] == ["zero-shot", "2-shot", "t-few"]
-    assert (tmp_path / "comparisons" / "food-reviews" / "compare.png").is_file()
+    assert (tmp_path / "comparisons" / "courses" / "compare.png").is_file()

@@ -214,7 +214,9 @@ class TestPrior:
             self.experiment(place, tmp_path, prior={"pos": 1.0}).run()
         with pytest.raises(InputError, match=r'Expected a prior "file", "balanced" or label → share, found .fair'):
             self.experiment(place, tmp_path, prior="fair").run()
-        with pytest.raises(InputError, match="The rows without labels: The template names .text., but the columns are .words."):
+        with pytest.raises(
+            InputError, match="The rows without labels: The template names 'text', but the columns are 'words'"
+        ):
             self.experiment(place, tmp_path, unlabelled=[{"words": "lovely"}]).run()
 
     def test_commands_move_probabilities(self, place, tmp_path, capsys):

@@ -20,7 +20,7 @@ RAFT = [
     "tweet_eval_hate",
     "twitter_complaints",
 ]
-ALL = sorted([*NLI, *CHOICE, *RAFT, "food-reviews", "sst2", "wic", "wsc"])
+ALL = sorted([*NLI, *CHOICE, *RAFT, "courses", "food-reviews", "sst2", "wic", "wsc"])
 
 
 def test_all_are_there():

@@ -58,7 +58,7 @@ def compare(
     task: str | None = typer.Option(
         None,
         "--task",
-        help="A built-in task, or a task.yaml. \\[default: the adapter's; food reviews without --data]",
+        help="A built-in task, or a task.yaml. \\[default: the adapter's; titles of courses without --data]",
         show_default=False,
     ),
     test_data: str | None = TestDataOption,
@@ -89,7 +89,7 @@ def compare(
 ) -> None:
     """Compare accuracy and cost of T-Few, zero-shot and in-context learning.
 
-    Without arguments: SmolLM2-135M on food reviews. The costs are those of the paper's Table 1 and some more: FLOPs to
+    Without arguments: SmolLM2-135M on titles of courses. The costs are those of the paper's Table 1 and some more: FLOPs to
     label one example, FLOPs to train, bytes of keys and values, bytes on disk, seconds.
 
     In-context learning reads the shots once and keeps their keys and values; the table also has the cost of reading

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from ia3.evaluation.experiment import Experiment, Trial
     from ia3.task.task import Task
 
-EMBEDDED_TASK = "food-reviews"
+EMBEDDED_TASK = "courses"
 
 
 def train(
@@ -134,7 +134,8 @@ def train(
 ) -> None:
     """Train an adapter, and compare it with the untrained model.
 
-    Without arguments: SmolLM2-135M learns from 32 food reviews whether a review is great. It is tested on 200 others.
+    Without arguments: SmolLM2-135M learns from 128 titles of university courses to tell their subjects, one of eight. It is
+    tested on 200 others.
 
     With your own data: ia3 train --data train.csv --text-column text --label-column label
 

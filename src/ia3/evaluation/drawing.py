@@ -11,6 +11,7 @@ from typing import Any
 
 from ia3.task.reading import is_delimited, read_rows
 from ia3.task.task import Row, Task, few_shot
+from ia3.task.template import as_text
 
 
 def read(source: str, task: Task | None = None, delimiter: str | None = None) -> list[dict[str, Any]]:
@@ -23,9 +24,14 @@ def read(source: str, task: Task | None = None, delimiter: str | None = None) ->
     """
     if task is None:
         return read_rows(source, delimiter=delimiter if is_delimited(source) else None)
-    if source in (task.train, task.test):
+    own = source in (task.train, task.test)
+    if own:
         delimiter = delimiter or task.delimiter
-    return read_rows(source, task.class_names, delimiter if is_delimited(source) else None)
+    rows = read_rows(source, task.class_names, delimiter if is_delimited(source) else None)
+    if not (own and task.only_choices and task.labels is not None):
+        return rows
+    known = {*task.labels, *task.aliases}
+    return [row for row in rows if as_text(row.get(task.label_column)) in known]
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,7 @@ class Task(BaseModel):
         metric: the metric to show during training.
         truncate: columns to shorten, in this order, if a prompt is longer than the model's context; empty: the longest
             column of a row.
+        only_choices: leave out rows of the sources below whose label is not among the choices; otherwise they are an error.
         class_names: read class labels of hub data sets as names, otherwise as numbers.
         train, test: sources of labelled rows, as `read_rows` takes them.
         delimiter: the delimiter of sources that are `.csv` or `.tsv` files; None: detect it in each file.
@@ -115,6 +116,7 @@ class Task(BaseModel):
     separator: str = " "
     metric: Literal["accuracy", "macro_f1"] = "accuracy"
     truncate: list[str] = []
+    only_choices: bool = False
     class_names: bool = True
     templates: list[Template] = Field(min_length=1)
     example: dict[str, Any] | None = None
