@@ -263,6 +263,10 @@ def test_an_experiment_in_python(place, monkeypatch, capsys):
 
 def test_opinions_in_python(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
+    program, *arguments = shlex.split(blocks("example")["opinions"].splitlines()[0])
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--model", "model"])
+    assert program == "ia3" and not ended.value.code
     folder = ia3.AdapterFolder("adapters/quick")
     assert (folder.opinions.vectors, folder.opinions.head) == (0, 1)
     capsys.readouterr()

@@ -65,7 +65,9 @@ def alone(place):
         task, recipe = folder.required_task(), folder.recipe
         untrained = predict(base, tokenizer, task, ROWS, recipe=recipe)
         model = IA3Model.from_pretrained(base, folder)
-        adapted = predict(model, tokenizer, task, ROWS, recipe=recipe, temperature=folder.temperature)
+        adapted = predict(
+            model, tokenizer, task, ROWS, recipe=recipe, temperature=folder.temperature, opinions=folder.opinions
+        )
         found[name] = adapted, untrained
     return found
 
@@ -191,7 +193,10 @@ def everyone(place):
     return (
         model,
         tokenizer,
-        [Respondent(name, its.required_task(), its.recipe, its.temperature) for name, its in folders.items()],
+        [
+            Respondent(name, its.required_task(), its.recipe, its.temperature, its.opinions)
+            for name, its in folders.items()
+        ],
     )
 
 

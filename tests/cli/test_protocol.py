@@ -37,6 +37,7 @@ def task(place, tmp_path):
 
 def train(ia3, place, task, folder, *flags, **options):
     options = {"model": place / "model", "task": task, "steps": 4, "examples_per_label": 8, "output": folder, **options}
+    options.setdefault("opinions", "vectors")  # the paper's protocol
     return ia3("train", *flags, "--json", **options)
 
 

@@ -38,6 +38,7 @@ def train(ia3, place, tmp_path):
             "steps": 6,
             "examples_per_label": 8,
             "output": tmp_path / "out",
+            "opinions": "vectors",
             **({} if "tasks" in options or "data" in options else {"task": place / "teas.yaml"}),
             **options,
         }

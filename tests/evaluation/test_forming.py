@@ -254,6 +254,26 @@ def test_vectors_alone_write_no_opinions(place):
     assert not (folder / "opinions.json").exists() and not (folder / "head.safetensors").exists()
 
 
+def test_each_of_several_seeds_has_its_own(place):
+    folder = place / "several"
+    outcome = Experiment(
+        task(),
+        ROWS,
+        words.rows(12, seed=8),
+        folder=folder,
+        model=str(place / "model"),
+        recipe=RECIPE,
+        examples_per_label=6,
+        seed=(0, 1),
+    ).run()
+    heads = [AdapterFolder(folder / name).opinions.fitted for name in ("seed-0", "seed-1")]
+    for name, results in outcome.trials.items():
+        assert results["opinions"]["weights"] == AdapterFolder(folder / name).opinions.model_dump(
+            include={"vectors", "head"}
+        )
+    assert None in heads or not np.array_equal(heads[0].weight, heads[1].weight)
+
+
 def test_a_head_alone_trains_no_vectors(place):
     folder = place / "headed"
     outcome = Experiment(

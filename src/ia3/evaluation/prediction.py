@@ -238,12 +238,15 @@ def _scored(
     )
     if by_head and prefix is not None:
         raise InputError("Expected vectors alone behind a prefix, found a head.")
+    names = adapter_names
+    if names is not None and len(names) == len(wordings):  # otherwise the scorer says so
+        names = [names[index] for index in asks]
     powers = [recipes[index].length_normalization for index in asks]
     scores = scorer.score(
         [questions[index] for index in asks],
         powers[0] if len(set(powers)) == 1 else powers,
         on_progress=on_progress and (lambda done: on_progress([asks[k] for k in done])),
-        adapter_names=None if adapter_names is None else [adapter_names[index] for index in asks],
+        adapter_names=names,
         prefix=prefix,
     )
     by_vectors = dict(zip(asks, scores, strict=True))
