@@ -39,6 +39,15 @@ class TestTogether:
             {"a": 0.5 * (-3 - total) + 2 * math.log(0.9), "b": 0.5 * (-2 - total) + 2 * math.log(0.1)}
         )
 
+    def test_a_balance_is_added_to_the_vectors_scores(self):
+        balance = {"a": 0.5, "b": -0.5}
+        found = Opinions.of({"vectors": 2.0, "head": 1.0}, HEAD, balance).together(
+            {"a": -1.0, "b": -1.5}, {"a": -0.7, "b": -0.7}
+        )
+        total = math.log(math.exp(-0.5) + math.exp(-2.0))
+        assert found == pytest.approx({"a": 2 * (-0.5 - total) - 0.7, "b": 2 * (-2.0 - total) - 0.7})
+        assert Opinions.of({"vectors": 2.0}, balance=balance).together({"a": -1.0, "b": -1.5}) == {"a": -1.0, "b": -4.0}
+
     def test_a_label_that_the_head_does_not_know_is_the_least_probable(self):
         alone = Opinions.of({"head": 1.0}, HEAD)
         found = alone.together({"a": 0.0, "b": 0.0, "c": 9.0}, {"a": -0.1, "b": -2.3})

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.special import log_softmax
 
+from ia3.evaluation.balance import shift_of
 from ia3.evaluation.calibration import cross_validate, fold_of_each
 from ia3.evaluation.prediction import Prediction
 from ia3.evaluation.progress import Progress
@@ -99,13 +100,16 @@ def form_opinions(
         )
     stage = progress.stage(f"Cross-validation {title}".strip(), recipe.steps)
     found = cross_validate(model, tokenizer, task, rows, recipe, count, seed, output_dir, stage, readings)
-    by_vectors = log_softmax(np.array([[one.scores[name] for name in names] for one in found]), axis=1)
+    scores = np.array([[one.scores[name] for name in names] for one in found])
+    shift = shift_of(scores, np.array([(labels.count(name) + 1) / (len(labels) + len(names)) for name in names]))
+    by_vectors = log_softmax(scores + shift, axis=1)
     weights = weigh({VECTORS: by_vectors, HEAD: by_head}, y)
     together = sum(weights.get(name, 0.0) * held for name, held in ((VECTORS, by_vectors), (HEAD, by_head)))
     held = _predictions(log_softmax(np.asarray(together), axis=1), names)
     stage.end()
     stage.note(f"accuracy {task.metrics(labels, [one.best for one in held])['accuracy']:.1%}")
-    return Formed(Opinions.of(weights, head), held, f"weighed on {len(rows)} training rows in {count} folds")
+    balance = dict(zip(names, shift.tolist(), strict=True))
+    return Formed(Opinions.of(weights, head, balance), held, f"weighed on {len(rows)} training rows in {count} folds")
 
 
 def may_form(task: Task, reads_answers: bool) -> bool:

@@ -226,7 +226,9 @@ class Running:
             by_vectors, title = self._by_vectors[trial.name], trial.titled("With a head")
             said: list[Prediction | None] = [None] * len(by_vectors)
             stages: dict[str, Stage] = {}
-            found["vectors"] = _scores(trial, by_vectors, 0)
+            balanced = Opinions.of({"vectors": 1.0}, balance=opinions.balance)
+            alone = [Prediction.of(balanced.together(one.scores)) for one in by_vectors]
+            found["vectors"] = _scores(trial, alone, 0)
             if opinions.fitted is not None:
                 asked = {title: [(task, row) for row in trial.test]}
                 by_head, stages = self._predicted(asked, 0, opinions=Opinions.of({"head": 1.0}, opinions.fitted))

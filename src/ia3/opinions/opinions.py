@@ -33,11 +33,13 @@ _LEAST = 0.1
 class Opinions(BaseModel):
     """What a folder's parts say to a row, and how much each counts.
 
-    p(label) = softmax(Σ weight · log p of each opinion + log prior(label) - log seen(label))
+    p(label) = softmax(Σ weight · log p of each opinion + log prior(label) - log seen(label)), where the vectors' opinion is
+    balanced: p = softmax(score + balance(label)).
 
     Attributes:
         vectors: the weight of the answers' scores with the adapter's vectors; 0: they are not asked.
         head: the weight of a linear head on the frozen model's hidden states (`Head`); 0: there is none.
+        balance: label → what is added to the vectors' scores, which carry how usual the answers' words are; empty: nothing.
         seen: label → its share of the training examples; empty: as where predictions are made.
         prior: label → its share where predictions are made.
     """
@@ -46,6 +48,7 @@ class Opinions(BaseModel):
 
     vectors: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     head: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    balance: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = {}
     seen: dict[str, Share] = {}
     prior: dict[str, Share] = {}
     _fitted: Head | None = PrivateAttr(default=None)
@@ -57,9 +60,12 @@ class Opinions(BaseModel):
         return self
 
     @classmethod
-    def of(cls, weights: Mapping[str, float], head: Head | None = None) -> Opinions:
+    def of(
+        cls, weights: Mapping[str, float], head: Head | None = None, balance: Mapping[str, float] | None = None
+    ) -> Opinions:
         """Opinions with these weights, and the head where it counts."""
-        return cls(vectors=weights.get(VECTORS, 0.0), head=weights.get(HEAD, 0.0))._with(head)
+        made = cls(vectors=weights.get(VECTORS, 0.0), head=weights.get(HEAD, 0.0), balance=dict(balance or {}))
+        return made._with(head)
 
     def toward(self, prior: Mapping[str, float], seen: Mapping[str, float] | None = None) -> Opinions:
         """The opinions for a place where labels have other shares.
@@ -73,8 +79,8 @@ class Opinions(BaseModel):
         seen = self.seen if seen is None else seen
         if seen.keys() != prior.keys():
             raise InputError(f"Expected shares of the labels {shown(seen, 20)}, found {shown(prior, 20)}.")
-        made = type(self)(vectors=self.vectors, head=self.head, seen=dict(seen), prior=dict(prior))
-        return made._with(self.fitted)
+        fields = {**self.model_dump(), "seen": dict(seen), "prior": dict(prior)}
+        return type(self)(**fields)._with(self.fitted)
 
     def _with(self, head: Head | None) -> Opinions:
         made = self.model_copy()
@@ -95,6 +101,7 @@ class Opinions(BaseModel):
             vectors: label → score by the vectors, of all labels; not looked at where these do not count.
             head: label → log-probability by the head, of those that it knows.
         """
+        vectors = {label: score + self.balance.get(label, 0.0) for label, score in vectors.items()}
         moved = {label: math.log(self.prior[label] / self.seen[label]) for label in self.seen}
         if not self.head:
             return {label: self.vectors * score + moved.get(label, 0.0) for label, score in vectors.items()}
