@@ -290,3 +290,12 @@ def test_a_head_alone_trains_no_vectors(place):
     tensors, _ = stored.vectors()
     assert all((tensor == 1).all() for tensor in tensors.values())
     assert outcome.results["trained"] == outcome.results["opinions"]["head"]
+    assert "vectors" not in outcome.results["opinions"]
+    rowwise = Task(template=words.TEMPLATE, choices="good ||| bad")
+    rows = [{**row, "label": str(int(row["label"] == "pos"))} for row in ROWS]
+    ours = {"folder": place / "no", "model": str(place / "model"), "examples_per_label": 6}
+    head = RECIPE.changed(opinions="head")
+    with pytest.raises(InputError, match="its first template alone, for a head"):
+        Experiment(task(), ROWS, recipe=head, all_templates=True, **ours).run()
+    with pytest.raises(InputError, match="same labels for all rows"):
+        Experiment(rowwise, rows, recipe=head, **ours).run()

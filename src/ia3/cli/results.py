@@ -32,6 +32,8 @@ def print_table(out: Console, results: dict[str, Any]) -> None:
             style = "bold" if key == "trained" else None
             scores.add_row(name, *(f"{results[key][metric]:.1%}" for metric in METRICS), style=style)
         out.print(scores)
+    if "opinions" in results:
+        out.print(f"Opinions: {results['opinions']['why']}.", markup=False)
     if "cross_validation" in results:
         scores = results["cross_validation"]
         temperature = f"; temperature {results['calibration']['temperature']:.2f}" if "calibration" in results else ""

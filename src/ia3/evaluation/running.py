@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from ia3.errors import InputError
 from ia3.evaluation.checkpoints import interruptible
 from ia3.evaluation.progress import Progress, Stage, training_stages
 from ia3.evaluation.results import majority_metrics, median_metrics, save_trained
@@ -74,6 +75,12 @@ class Running:
         }
         self.model = with_adapters(base, places, self.recipe.init)
         self.readings = readings if self.model.waits_for_question() else None
+        if self.recipe.opinions == "head" and not self.forms_opinions:
+            raise InputError(
+                "Expected a language model, a task with the same labels for all rows, and its first template alone, for a head",
+                "let vectors answer, too",
+                argument="opinions",
+            )
         self.base_name = base.name_or_path
         seed = self.trials[0].seed
         arguments = self.recipe.training_arguments(
@@ -153,7 +160,10 @@ class Running:
         return metrics, time.perf_counter() - started
 
     def trained(self) -> dict[str, list[Scores]]:
-        """For each trial what its adapter has on its test rows, in each template that measures; empty without test rows."""
+        """For each trial what its vectors have on its test rows, in each template that measures; empty without test rows, or
+        where no vectors were trained."""
+        if self.recipe.opinions == "head":
+            return {trial.name: [] for trial in self.trials}
         return self._in_each_template(self._trained)
 
     def results(
@@ -223,12 +233,14 @@ class Running:
             calibration = Calibration.as_it_is(formed.held_out, labels)
         opinions = self._moved(trial, formed.opinions)
         if trial.test:
-            by_vectors, title = self._by_vectors[trial.name], trial.titled("With a head")
+            nothing = [Prediction.of(dict.fromkeys(task.labels or (), 0.0))] * len(trial.test)
+            by_vectors, title = self._by_vectors.get(trial.name, nothing), trial.titled("With a head")
             said: list[Prediction | None] = [None] * len(by_vectors)
             stages: dict[str, Stage] = {}
-            balanced = Opinions.of({"vectors": 1.0}, balance=opinions.balance)
-            alone = [Prediction.of(balanced.together(one.scores)) for one in by_vectors]
-            found["vectors"] = _scores(trial, alone, 0)
+            if trial.name in self._by_vectors:
+                balanced = Opinions.of({"vectors": 1.0}, balance=opinions.balance)
+                alone = [Prediction.of(balanced.together(one.scores)) for one in by_vectors]
+                found["vectors"] = _scores(trial, alone, 0)
             if opinions.fitted is not None:
                 asked = {title: [(task, row) for row in trial.test]}
                 by_head, stages = self._predicted(asked, 0, opinions=Opinions.of({"head": 1.0}, opinions.fitted))
@@ -420,7 +432,7 @@ def _measured(
     found: dict[str, Any] = {
         "zero_shot": median_metrics(zero_shot),
         **({} if balanced is None else {"zero_shot_balanced": median_metrics(balanced)}),
-        "trained": median_metrics(trained),
+        **({"trained": median_metrics(trained)} if trained else {}),
         "majority": majority_metrics(trial.task, labels),
     }
     if each_template:
