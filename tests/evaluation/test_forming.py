@@ -291,8 +291,8 @@ def test_a_head_alone_trains_no_vectors(place):
     assert all((tensor == 1).all() for tensor in tensors.values())
     assert outcome.results["trained"] == outcome.results["opinions"]["head"]
     assert "vectors" not in outcome.results["opinions"]
-    rowwise = Task(template=words.TEMPLATE, choices="good ||| bad")
-    rows = [{**row, "label": str(int(row["label"] == "pos"))} for row in ROWS]
+    rowwise = Task(template=words.TEMPLATE, choices="{{ a }} ||| {{ b }}")
+    rows = [{**row, "a": "good", "b": "bad", "label": str(int(row["label"] == "pos"))} for row in ROWS]
     ours = {"folder": place / "no", "model": str(place / "model"), "examples_per_label": 6}
     head = RECIPE.changed(opinions="head")
     with pytest.raises(InputError, match="its first template alone, for a head"):
