@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ia3.adapter.model import IA3Model
+    from ia3.scoring.readings import Readings
 
 # The key of the labels, with their types, in metrics.json.
 _CLASSES = "classes"
@@ -138,8 +139,12 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         by_label = _values_by_label(task, rows, values)
         base = _base(name, self.dtype, [*by_label])
         recipe = recipe or Recipe.for_model(name)
-        task = base.worded(task, rows, recipe)
-        self._files, opinions = base.train(task, rows, recipe, int(seed), self.verbose, [*by_label.values()])
+        from ia3.scoring.readings import Readings
+
+        readings = Readings()  # what the search for a wording reads, training asks
+        task = base.worded(task, rows, recipe, readings)
+        labels = [*by_label.values()]
+        self._files, opinions = base.train(task, rows, recipe, int(seed), self.verbose, labels, readings)
         self._keep(base, task, recipe, 1.0, opinions, by_label, object if values.dtype == object else None)
         return self
 
@@ -328,23 +333,29 @@ class _Base:
             self._load(folder)
             return self._written()
 
-    def worded(self, task: Task, rows: Sequence[Row], recipe: Recipe) -> Task:
+    def worded(self, task: Task, rows: Sequence[Row], recipe: Recipe, readings: Readings) -> Task:
         """The task in the wordings that suit labelled rows best, if it has candidates."""
         from ia3.evaluation.wordings import choose_wording
 
         with self._lock:
             self._remove()
-            return choose_wording(self.model, self.tokenizer, task, rows, recipe)[0]
+            return choose_wording(self.model, self.tokenizer, task, rows, recipe, readings=readings)[0]
 
     def train(
-        self, task: Task, rows: Sequence[Row], recipe: Recipe, seed: int, verbose: bool, classes: Sequence[Any]
+        self,
+        task: Task,
+        rows: Sequence[Row],
+        recipe: Recipe,
+        seed: int,
+        verbose: bool,
+        classes: Sequence[Any],
+        readings: Readings,
     ) -> tuple[Files, Opinions]:
         """Train an adapter; return its files and opinions. `classes` are the task's labels with the user's types."""
         from ia3.adapter.config import IA3Config
         from ia3.adapter.pretrained import task_type
-        from ia3.evaluation.forming import form_opinions, may_form
+        from ia3.evaluation.forming import form_opinions, forms_opinions
         from ia3.evaluation.progress import Progress
-        from ia3.scoring.readings import Readings
         from ia3.training.members import Member
         from ia3.training.trainer import TFewTrainer
 
@@ -359,17 +370,18 @@ class _Base:
                 self.model.peft_config["default"].base_model_name_or_path = self.name
             self.model.set_adapter("default")
             arguments = recipe.training_arguments(folder, seed=seed, save_strategy="no", disable_tqdm=not verbose)
-            readings = Readings() if self.model.waits_for_question() else None
-            trainer = TFewTrainer(self.model, arguments, self.tokenizer, Member(task, rows), recipe, readings)
+            kept = readings if self.model.waits_for_question() else None
+            trainer = TFewTrainer(self.model, arguments, self.tokenizer, Member(task, rows), recipe, kept)
+            forms = forms_opinions(recipe, task, trainer.scorer.family.reads_answers)
             if not verbose:
                 trainer.silence()
             if recipe.opinions != "head":
                 trainer.train()
             self.model.eval()
             files, opinions = self._written(), Opinions()
-            if recipe.opinions != "vectors" and may_form(task, trainer.scorer.family.reads_answers):
+            if forms:
                 formed = form_opinions(
-                    Progress(), "", self.model, self.tokenizer, task, rows, recipe, 0, seed, folder, readings
+                    Progress(), "", self.model, self.tokenizer, task, rows, recipe, 0, seed, folder, kept
                 )
                 opinions = formed.opinions
                 files |= opinions.files()

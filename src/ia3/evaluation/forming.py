@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.special import log_softmax
 
+from ia3.errors import InputError
 from ia3.evaluation.balance import shift_of
 from ia3.evaluation.calibration import cross_validate, fold_of_each
 from ia3.evaluation.prediction import Prediction
@@ -112,9 +113,26 @@ def form_opinions(
     return Formed(Opinions.of(weights, head, balance), held, f"weighed on {len(rows)} training rows in {count} folds")
 
 
-def may_form(task: Task, reads_answers: bool) -> bool:
-    """Whether a head can be formed: it needs the same labels for all rows, and a language model."""
-    return task.labels is not None and reads_answers
+def forms_opinions(recipe: Recipe, task: Task, reads_answers: bool, all_templates: bool = False) -> bool:
+    """Whether more than vectors answer in the end.
+
+    Args:
+        recipe: which opinions are wanted.
+        task: must have the same labels for all rows.
+        reads_answers: whether the model is a language model.
+        all_templates: each of the task's templates is measured, for which vectors answer alone.
+
+    Raises:
+        InputError: a head is to answer alone, and cannot.
+    """
+    possible = task.labels is not None and reads_answers and not all_templates
+    if recipe.opinions == HEAD and not possible:
+        raise InputError(
+            "Expected a language model, a task with the same labels for all rows, and its first template alone, for a head",
+            "let vectors answer, too",
+            argument="opinions",
+        )
+    return possible and recipe.opinions != VECTORS
 
 
 def _predictions(log_probs: np.ndarray, names: Sequence[str]) -> list[Prediction]:

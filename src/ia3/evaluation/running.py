@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from ia3.errors import InputError
 from ia3.evaluation.checkpoints import interruptible
 from ia3.evaluation.progress import Progress, Stage, training_stages
 from ia3.evaluation.results import majority_metrics, median_metrics, save_trained
@@ -49,6 +48,8 @@ class Running:
 
     def __init__(self, experiment: Experiment, progress: Progress) -> None:
         from ia3.adapter.pretrained import load_base
+        from ia3.evaluation.forming import forms_opinions
+        from ia3.scoring.families import family_of
         from ia3.scoring.readings import Readings
 
         self.experiment, self.progress = experiment, progress
@@ -75,12 +76,9 @@ class Running:
         }
         self.model = with_adapters(base, places, self.recipe.init)
         self.readings = readings if self.model.waits_for_question() else None
-        if self.recipe.opinions == "head" and not self.forms_opinions:
-            raise InputError(
-                "Expected a language model, a task with the same labels for all rows, and its first template alone, for a head",
-                "let vectors answer, too",
-                argument="opinions",
-            )
+        reads_answers = family_of(self.model, self.tokenizer).reads_answers
+        each = [forms_opinions(self.recipe, one.task, reads_answers, experiment.all_templates) for one in self.trials]
+        self.forms_opinions = all(each)
         self.base_name = base.name_or_path
         seed = self.trials[0].seed
         arguments = self.recipe.training_arguments(
@@ -135,16 +133,6 @@ class Running:
         """For each trial what the untrained model has on its test rows, in each template that measures; see `trained`."""
         with self.model.disable_adapter():  # which may have been trained on other tasks
             return self._in_each_template(self._zero_shot)
-
-    @property
-    def forms_opinions(self) -> bool:
-        """Whether more than vectors answer in the end."""
-        from ia3.evaluation.forming import may_form
-        from ia3.scoring.families import family_of
-
-        wanted = self.recipe.opinions != "vectors" and not self.experiment.all_templates
-        reads_answers = family_of(self.model, self.tokenizer).reads_answers
-        return wanted and all(may_form(trial.task, reads_answers) for trial in self.trials)
 
     def train(self, checkpoint: str | None) -> tuple[dict[str, float], float]:
         """Train all adapters, from a checkpoint where there is one; returns the trainer's metrics, and the seconds.

@@ -206,7 +206,7 @@ def _held_out(
             losses[first][:, folds == second] = found[:, folds == second]
             losses[second][:, folds == first] = found[:, folds == first]
         choices = {fold: _best(losses[fold][:, folds != fold]) for fold in numbers}
-        best = _best(sum(-by_fold[fold][:, rows, y] * (folds == fold) for fold in numbers))
+        best = _best(np.sum([-by_fold[fold][:, rows, y] * (folds == fold) for fold in numbers], axis=0))
     held_out = np.zeros((len(y), count))
     for fold in numbers:
         held_out[folds == fold] = by_fold[fold][choices[fold]].mean(0)[folds == fold]
