@@ -356,6 +356,8 @@ class _Base:
         from ia3.adapter.pretrained import task_type
         from ia3.evaluation.forming import form_opinions, forms_opinions
         from ia3.evaluation.progress import Progress
+        from ia3.opinions.priors import shares_of
+        from ia3.training.described import described
         from ia3.training.members import Member
         from ia3.training.trainer import TFewTrainer
 
@@ -377,13 +379,16 @@ class _Base:
                 trainer.silence()
             if recipe.opinions != "head":
                 trainer.train()
+            else:
+                self.model.adapter_folders["default"] = described(task, recipe, rows, None)
             self.model.eval()
             files, opinions = self._written(), Opinions()
             if forms:
                 formed = form_opinions(
                     Progress(), "", self.model, self.tokenizer, task, rows, recipe, 0, seed, folder, kept
                 )
-                opinions = formed.opinions
+                shares = shares_of([task.label(row) for row in rows], _labels_of(task))
+                opinions = formed.opinions.toward(shares, shares)
                 files |= opinions.files()
             metrics = json.loads(files[METRICS_NAME])
             metrics[_CLASSES] = [value.item() if isinstance(value, np.generic) else value for value in classes]

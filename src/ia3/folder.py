@@ -69,7 +69,14 @@ class AdapterFolder(StoredAdapter):
         if data is None:
             return Opinions()
         head = None if tensors is None else Head.from_bytes(tensors, self._named(HEAD_NAME))
-        return Opinions.from_json(data, self._named(OPINIONS_NAME), head)
+        opinions = Opinions.from_json(data, self._named(OPINIONS_NAME), head)
+        known = None if self.task is None else self.task.labels
+        named = {*opinions.balance, *opinions.seen, *(() if opinions.fitted is None else opinions.fitted.labels)}
+        if known is not None and not named <= {*known}:
+            raise InputError(
+                f"Expected opinions on the task's labels {shown(known)} in {str(self)!r}, found {shown(sorted(named))}; train anew."
+            )
+        return opinions
 
     @functools.cached_property
     def calibration(self) -> Calibration | None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -21,8 +22,10 @@ from ia3 import (
     predict,
 )
 from ia3.evaluation.forming import form_opinions
+from ia3.evaluation.prediction import Prediction
 from ia3.evaluation.progress import Progress
 from ia3.opinions.opinions import Opinions
+from ia3.serve.adapter import FILES
 from support import tiny, words
 from support.serving import Running
 
@@ -127,6 +130,28 @@ def test_a_label_with_one_row_is_not_cross_validated(place):
     assert (found.opinions.vectors, found.opinions.head) == (0.8, 0.8)
 
 
+def test_duplicates_are_one_row_in_cross_validation(place):
+    rows = [{"text": "tea lovely", "label": "pos"}] * 4 + [{"text": "tea awful", "label": "neg"}] * 4
+    _, _, found = formed(place, rows=rows)
+    assert found.held_out is None and "duplicates" in found.why
+
+
+def test_the_classifier_with_a_head_alone(place):
+    texts, labels = [row["text"] for row in ROWS], [row["label"] for row in ROWS]
+    made = FewShotClassifier(place / "model", words.TEMPLATE, words.CHOICES, recipe=RECIPE.changed(opinions="head"))
+    expected = made.fit(texts, labels).predict_proba(texts)
+    made.save(place / "classifier")
+    assert (FewShotClassifier.load(place / "classifier").predict_proba(texts) == expected).all()
+    assert AdapterFolder(place / "classifier").opinions.seen["pos"] == pytest.approx(0.5, abs=0.2)
+
+
+def test_opinions_of_another_task_are_refused(place, trained):
+    shutil.copytree(trained[0], place / "foreign")
+    (place / "foreign" / "opinions.json").write_text('{"vectors": 1, "balance": {"spam": 1, "pos": 2}}')
+    with pytest.raises(InputError, match=r"Expected opinions on the task's labels .*, found 'pos', 'spam'; train anew"):
+        _ = AdapterFolder(place / "foreign").opinions
+
+
 def test_many_rows_and_labels_are_not_trained_for_each_fold(place, monkeypatch):
     monkeypatch.setattr("ia3.evaluation.forming._QUICK", 10)
     _, _, found = formed(place)
@@ -156,11 +181,15 @@ def test_commands_the_service_and_the_classifier_answer_alike(place, trained, ca
     server = Running(place)
     try:
         served = server.http.post("/v1/classify", json={"adapter": "teas", "texts": texts}).json()["predictions"]
+        files = [("files", (name, (folder / name).read_bytes())) for name in FILES if (folder / name).exists()]
+        response = server.http.post("/v1/adapters", data={"name": "up"}, files=files)
+        assert response.status_code == 201, response.text
+        again = server.http.post("/v1/classify", json={"adapter": "up", "texts": texts}).json()["predictions"]
     finally:
         server.close()
     classified = FewShotClassifier.load(folder).predict_proba(texts)
     for index, item in enumerate(expected):
-        for other in (found[index], many[index]["adapters"]["teas"], served[index]):
+        for other in (found[index], many[index]["adapters"]["teas"], served[index], again[index]):
             assert other["label"] == item.label
             assert other["probabilities"] == pytest.approx(item.probabilities, abs=1e-5)
         assert classified[index] == pytest.approx([item.probabilities[label] for label in ("neg", "pos")], abs=1e-5)
@@ -181,7 +210,9 @@ class TestPrior:
         fields = {"test_rows": 10, "recipe": RECIPE.changed(opinions="head"), "examples_per_label": 8, **fields}
         return Experiment(task(), self.ROWS, folder=folder, model=str(place / "model"), **fields)
 
-    def test_the_file_shows_it_but_its_test_rows_do_not(self, place, tmp_path):
+    def test_the_file_shows_it_but_its_test_rows_do_not(self, place, tmp_path, monkeypatch):
+        assert self.experiment(place, tmp_path).trials[0].shares is None  # so few rows would invent it
+        monkeypatch.setattr("ia3.evaluation.drawing._TELLING", 20)
         experiment = self.experiment(place, tmp_path)
         [trial] = experiment.trials
         left = [row for row in self.ROWS if row not in trial.test and row not in trial.examples]
@@ -209,7 +240,24 @@ class TestPrior:
         self.experiment(place, tmp_path, unlabelled=pool).run()
         assert AdapterFolder(tmp_path).opinions.prior["pos"] > 0.6
 
+    def test_where_vectors_answer_alone_nothing_is_moved(self, place, tmp_path):
+        for fields in ({"prior": "balanced"}, {"unlabelled": [{"text": "tea"}]}):
+            with pytest.raises(
+                InputError, match="found vectors that answer alone; use --opinions auto, or leave out prior"
+            ):
+                self.experiment(place, tmp_path, recipe=RECIPE.changed(opinions="vectors"), **fields).run()
+
+    def test_a_temperature_does_not_change_it(self):
+        seen, prior = {"a": 0.5, "b": 0.5}, {"a": 0.8, "b": 0.2}
+        scores = {"a": -1.0, "b": -2.0}
+        found = Prediction.of(Opinions().toward(prior, seen).together(scores, temperature=2.0), 2.0).probabilities
+        assert found["a"] / found["b"] == pytest.approx(math.exp(0.5) * 4)
+
     def test_what_does_not_fit_is_refused(self, place, tmp_path):
+        with pytest.raises(InputError, match="Expected shares above 0 that add up to 1, found"):
+            self.experiment(place, tmp_path, prior={"pos": 0.9, "neg": 0.9}).run()
+        with pytest.raises(InputError, match="Expected rows without labels, found none"):
+            self.experiment(place, tmp_path, unlabelled=[]).run()
         with pytest.raises(InputError, match="Expected shares of the labels 'pos', 'neg', found 'pos'"):
             self.experiment(place, tmp_path, prior={"pos": 1.0}).run()
         with pytest.raises(InputError, match=r'Expected a prior "file", "balanced" or label → share, found .fair'):

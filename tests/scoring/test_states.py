@@ -62,6 +62,24 @@ class TestDecoder:
         named = [replace(one, adapter="b", choices=[[7]], order=(0,)) for one in questions]
         assert torch.equal(scorer(model).states(questions), scorer(model).states(named))
 
+    def test_layers_of_different_width_have_none_but_are_read(self):
+        base = tiny.build("opt", word_embed_proj_dim=16)
+        one = scorer(base)
+        one.readings = Readings("1MB")
+        questions = asked()
+        torch.testing.assert_close(
+            torch.cat(one.score(questions)), torch.cat(scorer(base).score(questions)), rtol=1e-4, atol=1e-5
+        )
+        for asks in (one, scorer(base)):
+            with pytest.raises(InputError, match="hidden states of one width for all layers, found a OPTForCausalLM"):
+                asks.states(questions)
+
+    def test_states_that_are_no_numbers_are_refused(self):
+        base = tiny.build("llama")
+        base.model.embed_tokens.weight.data[9] = float("nan")
+        with pytest.raises(InputError, match=r"hidden states are NaN or infinite \(row 2\); is the base broken\?"):
+            scorer(base).states([Question([7, 8], [[3]]), Question([7, 9], [[3]])])
+
     def test_a_text_of_one_token(self):
         base = tiny.build("llama")
         question = Question([9], [[3]], read=0)

@@ -259,8 +259,8 @@ def moved(opinions: Opinions, prior: str | None, labels: Sequence[str] | None) -
         return opinions
     if not opinions.seen or labels is None:
         raise InputError(
-            "Expected an adapter that says how frequent labels were in its training, found one whose vectors answer alone",
-            "train it with --opinions auto, or leave it out",
+            "Expected an adapter that says how frequent labels were in its training, found one that does not",
+            "train it with --opinions auto, or leave out",
             argument="prior",
         )
     return opinions.toward(prior_of(prior, labels))

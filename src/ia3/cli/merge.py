@@ -31,6 +31,8 @@ def merge(
             f"Expected --output to be a folder of its own, found a mount point or the current folder, {str(output)!r}; give "
             f"one within it."
         )
+    from ia3.opinions.opinions import Opinions
+
     folder = AdapterFolder(adapter)
     with out.status("Loading …"):
         adapted, tokenizer = load_adapted(folder, model, "stored")
@@ -46,9 +48,10 @@ def merge(
         print_json({"output": str(output), "bytes": size, "model_class": type(merged).__name__})
     else:
         out.print(f"{type(merged).__name__} saved in {output} ({size / 1e6:.0f} MB).", markup=False)
-        if folder.opinions.head:
+        if folder.opinions.model_dump() != Opinions().model_dump():
             out.print(
-                "The adapter's head is not in it, so its answers differ; train with --opinions vectors for the same ones.",
+                "The adapter's opinions (head, balance, prior) are not in it, so its answers differ; train with --opinions "
+                "vectors for the same ones.",
                 style="yellow",
                 soft_wrap=True,
             )

@@ -230,7 +230,7 @@ def _prior(prior: str | None, task: Task | Sequence[Task]) -> str | dict[str, fl
         return prior or "file"
     labels = getattr(task, "labels", None)
     if labels is None:
-        raise InputError("Expected a task with the same labels for all rows", "leave it out", argument="prior")
+        raise InputError("Expected a task with the same labels for all rows", "leave out", argument="prior")
     return prior_of(prior, labels)
 
 

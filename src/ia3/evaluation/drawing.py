@@ -13,6 +13,9 @@ from ia3.task.reading import is_delimited, read_rows
 from ia3.task.task import Row, Task, few_shot
 from ia3.task.template import as_text
 
+# Rows that say how frequent labels are among all: fewer would invent it.
+_TELLING = 50
+
 
 def read(source: str, task: Task | None = None, delimiter: str | None = None) -> list[dict[str, Any]]:
     """Read the rows of a file or a data set.
@@ -110,8 +113,9 @@ def drawn(
     test = [row for row, key in rest if not is_known(row, key)]
     tested = sampled(test)
     held = {id(row) for row in tested}
-    left = [row for row, _ in rest if id(row) not in held]
-    shares = _shares(source.task, examples, left, len(rest)) if left or not rest else None
+    # A random sample of the rows that could have been test rows.
+    left = [row for row in test if id(row) not in held]
+    shares = _shares(source.task, examples, left, len(test)) if len(left) >= _TELLING or not test else None
     return Draw(examples, tested, left_out=len(rest) - len(test), shares=shares)
 
 

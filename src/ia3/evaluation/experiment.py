@@ -253,6 +253,8 @@ class Experiment:
             if not isinstance(self.prior, str):
                 Opinions().toward(self.prior, dict.fromkeys(trial.task.labels or (), 1.0))
             if self.unlabelled is not None:
+                if not len(self.unlabelled):
+                    raise InputError("Expected rows without labels, found none.")
                 for number, row in enumerate(as_rows(self.unlabelled, trial.task), 1):
                     with about("The rows without labels"):
                         _ = trial.task.wording(row, number).prompt
@@ -281,9 +283,13 @@ class Experiment:
             for trial in running.trials
         }
         # Before cross-validation, so that the trained adapters are not lost if it fails.
-        results = {trial.name: running.save(trial, found[trial.name]) for trial in running.trials}
+        results = {}
+        if running.recipe.opinions != "head":
+            results = {trial.name: running.save(trial, found[trial.name]) for trial in running.trials}
+            # They are trained to the end: nothing is left to resume.
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
         for trial in running.trials:
-            if running.forms_opinions:
+            if running.forms_opinions[trial.name]:
                 more, opinions, calibration = running.opinions(trial)
                 found[trial.name].update(more)
                 results[trial.name] = running.save(trial, found[trial.name], calibration, opinions)

@@ -12,7 +12,7 @@ import numpy as np
 from scipy.special import log_softmax
 
 from ia3.errors import InputError
-from ia3.evaluation.balance import shift_of
+from ia3.evaluation.balance import can_balance, shift_of
 from ia3.evaluation.calibration import cross_validate, fold_of_each
 from ia3.evaluation.prediction import Prediction
 from ia3.evaluation.progress import Progress
@@ -77,7 +77,11 @@ def form_opinions(
     """
     labels = [task.label(row, number) for number, row in enumerate(rows, 1)]
     names = sorted(set(labels))
-    count = folds or min(_FOLDS, *Counter(labels).values())
+    # Duplicates share a fold, so they are one row here.
+    different = {
+        task.fingerprint(row, number): label for number, (row, label) in enumerate(zip(rows, labels, strict=True), 1)
+    }
+    count = folds or min(_FOLDS, *(Counter(different.values())[name] for name in names))
     each = fold_of_each(task, rows, count, seed) if count > 1 else None
     stage = progress.stage(f"Head {title}".strip(), len(rows))
     scorer = Scorer(model, tokenizer, readings)
@@ -92,7 +96,11 @@ def form_opinions(
         return Formed(Opinions.of({HEAD: 1.0}, head), held, "the head alone, as the recipe says")
     y = [names.index(label) for label in labels]
     if by_head is None:
-        return Formed(Opinions.of({VECTORS: USUAL, HEAD: USUAL}, head), None, "usual weights: a label has a single row")
+        return Formed(
+            Opinions.of({VECTORS: USUAL, HEAD: USUAL}, head),
+            None,
+            "usual weights: a label has a single row, or duplicates",
+        )
     if not folds and len(rows) * len(names) > _QUICK:
         return Formed(
             Opinions.of({VECTORS: USUAL, HEAD: USUAL}, head),
@@ -125,7 +133,7 @@ def forms_opinions(recipe: Recipe, task: Task, reads_answers: bool, all_template
     Raises:
         InputError: a head is to answer alone, and cannot.
     """
-    possible = task.labels is not None and reads_answers and not all_templates
+    possible = task.labels is not None and can_balance(task) and reads_answers and not all_templates
     if recipe.opinions == HEAD and not possible:
         raise InputError(
             "Expected a language model, a task with the same labels for all rows, and its first template alone, for a head",

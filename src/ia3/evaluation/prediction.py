@@ -110,7 +110,7 @@ def predict(
     scorer = Scorer(model, tokenizer, readings)
     count = len(wordings)
     each = [opinions or Opinions()] * count
-    scores = _scored(scorer, wordings, [recipe] * count, each, adapter_names, on_progress, prefix)
+    scores = _scored(scorer, wordings, [recipe] * count, each, temperatures, adapter_names, on_progress, prefix)
     return [Prediction.of(row, one, abstain_below) for row, one in zip(scores, temperatures, strict=True)]
 
 
@@ -182,6 +182,7 @@ def predict_each(
             wordings,
             [one.recipe for _, one in asked],
             [one.opinions for _, one in asked],
+            [one.temperature for _, one in asked],
             [one.adapter for _, one in asked],
             None if on_progress is None else lambda done, asked=asked: on_progress([asked[i][0] for i in done]),
         )
@@ -217,11 +218,16 @@ def _scored(
     wordings: Sequence[Wording],
     recipes: Sequence[Recipe],
     opinions: Sequence[Opinions],
+    temperatures: Sequence[float],
     adapter_names: Sequence[str] | None,
     on_progress: Callable[[list[int]], None] | None,
     prefix: Prefix | None = None,
 ) -> list[dict[str, float]]:
     """The scores of each row's labels, by the recipe and the opinions that each has."""
+    if adapter_names is not None and len(adapter_names) != len(wordings):
+        raise InputError(f"Expected adapter_names for the {len(wordings)} prompts, found {len(adapter_names)}.")
+    if prefix is not None and any(its.fitted is not None for its in opinions):
+        raise InputError("Expected vectors alone behind a prefix, found a head.")
     alike: dict[Literal["truncate", "refuse"], list[int]] = {}
     for index, recipe in enumerate(recipes):
         alike.setdefault(recipe.long_prompts, []).append(index)
@@ -236,11 +242,7 @@ def _scored(
     by_head = _by_head(
         scorer, questions, opinions, lambda done: on_progress and on_progress([*alone.intersection(done)])
     )
-    if by_head and prefix is not None:
-        raise InputError("Expected vectors alone behind a prefix, found a head.")
-    names = adapter_names
-    if names is not None and len(names) == len(wordings):  # otherwise the scorer says so
-        names = [names[index] for index in asks]
+    names = None if adapter_names is None else [adapter_names[index] for index in asks]
     powers = [recipes[index].length_normalization for index in asks]
     scores = scorer.score(
         [questions[index] for index in asks],
@@ -253,7 +255,8 @@ def _scored(
     found = []
     for index, (wording, its) in enumerate(zip(wordings, opinions, strict=True)):
         values = by_vectors[index].tolist() if index in by_vectors else [0.0] * len(wording.answers)
-        found.append(its.together(dict(zip(wording.answers, values, strict=True)), by_head.get(index)))
+        said = dict(zip(wording.answers, values, strict=True))
+        found.append(its.together(said, by_head.get(index), temperatures[index]))
     return found
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from ia3.errors import InputError
 from ia3.evaluation.checkpoints import interruptible
 from ia3.evaluation.progress import Progress, Stage, training_stages
 from ia3.evaluation.results import majority_metrics, median_metrics, save_trained
@@ -77,8 +78,17 @@ class Running:
         self.model = with_adapters(base, places, self.recipe.init)
         self.readings = readings if self.model.waits_for_question() else None
         reads_answers = family_of(self.model, self.tokenizer).reads_answers
-        each = [forms_opinions(self.recipe, one.task, reads_answers, experiment.all_templates) for one in self.trials]
-        self.forms_opinions = all(each)
+        self.forms_opinions = {
+            one.name: forms_opinions(self.recipe, one.task, reads_answers, experiment.all_templates)
+            for one in self.trials
+        }
+        moves = experiment.unlabelled is not None or experiment.prior != "file"
+        if moves and not all(self.forms_opinions.values()):
+            raise InputError(
+                "Expected several opinions, whose probabilities can be moved to a prior, found vectors that answer alone",
+                "use --opinions auto, or leave out",
+                argument="prior",
+            )
         self.base_name = base.name_or_path
         seed = self.trials[0].seed
         arguments = self.recipe.training_arguments(

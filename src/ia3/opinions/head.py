@@ -92,6 +92,8 @@ class Head:
             )
             labels, places, _ = head.weight.shape
             whole = (labels, places) == (len(head.labels), len(head.places)) and head.bias.shape == (labels,)
+            if len(head.labels) < 2:
+                raise ValueError("it has fewer than two labels")
             if not whole or not all(0 <= place < head.of for place in head.places):
                 raise ValueError("its parts do not fit together")
             if not (np.isfinite(head.weight).all() and np.isfinite(head.bias).all()):

@@ -16,7 +16,8 @@ from ia3.errors import InputError, excerpt, problems, shown
 from ia3.files import parse_json, reading, to_json
 from ia3.opinions.head import Head
 
-Share = Annotated[float, Field(gt=0, le=1)]
+Share = Annotated[float, Field(ge=1e-9, le=1)]
+Weight = Annotated[float, Field(ge=0, le=100)]
 
 VECTORS, HEAD = "vectors", "head"
 
@@ -46,9 +47,9 @@ class Opinions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    vectors: float = Field(default=1.0, ge=0, allow_inf_nan=False)
-    head: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    balance: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = {}
+    vectors: Weight = 1.0
+    head: Weight = 0.0
+    balance: dict[str, Annotated[float, Field(ge=-1e3, le=1e3)]] = {}
     seen: dict[str, Share] = {}
     prior: dict[str, Share] = {}
     _fitted: Head | None = PrivateAttr(default=None)
@@ -79,13 +80,15 @@ class Opinions(BaseModel):
         seen = self.seen if seen is None else seen
         if seen.keys() != prior.keys():
             raise InputError(f"Expected shares of the labels {shown(seen, 20)}, found {shown(prior, 20)}.")
+        if not all(0 < share <= 1 for share in prior.values()) or abs(math.fsum(prior.values()) - 1) > 1e-6:
+            raise InputError(f"Expected shares above 0 that add up to 1, found {shown(prior.values(), 20)}.")
         fields = {**self.model_dump(), "seen": dict(seen), "prior": dict(prior)}
         return type(self)(**fields)._with(self.fitted)
 
     def _with(self, head: Head | None) -> Opinions:
         made = self.model_copy()
         if made.head and head is None:
-            raise InputError("Expected a head with the weight of one, found none.")
+            raise InputError("Expected a head, to which opinions give a weight, found none; train anew.")
         made._fitted = head if made.head else None
         return made
 
@@ -94,15 +97,18 @@ class Opinions(BaseModel):
         """The head."""
         return self._fitted
 
-    def together(self, vectors: Mapping[str, float], head: Mapping[str, float] | None = None) -> dict[str, float]:
-        """The log-probability of each label.
+    def together(
+        self, vectors: Mapping[str, float], head: Mapping[str, float] | None = None, temperature: float = 1.0
+    ) -> dict[str, float]:
+        """The score of each label, of which `Prediction.of` makes probabilities.
 
         Args:
             vectors: label → score by the vectors, of all labels; not looked at where these do not count.
             head: label → log-probability by the head, of those that it knows.
+            temperature: divides the scores later; the prior is not to be divided by it.
         """
         vectors = {label: score + self.balance.get(label, 0.0) for label, score in vectors.items()}
-        moved = {label: math.log(self.prior[label] / self.seen[label]) for label in self.seen}
+        moved = {label: temperature * math.log(self.prior[label] / self.seen[label]) for label in self.seen}
         if not self.head:
             return {label: self.vectors * score + moved.get(label, 0.0) for label, score in vectors.items()}
         assert head is not None

@@ -42,7 +42,7 @@ def prior_of(text: str, names: Sequence[str]) -> dict[str, float]:
         if label not in names:
             raise InputError(
                 f"Expected label=share with the labels {shown(names, 20)}, found {brief(part)}",
-                similar(label, names),
+                f"{similar(label, names)}: see",
                 argument="prior",
             )
         if not 0 < value < 1 or label in found:
@@ -54,7 +54,7 @@ def prior_of(text: str, names: Sequence[str]) -> dict[str, float]:
     if abs(left) > 1e-6 if not rest else left <= 0:
         raise InputError(
             f"Expected shares that add up to {'less than 1' if rest else '1'}, found {math.fsum(found.values()):g}",
-            "the labels without a share divide the rest" if rest else "",
+            "the labels without a share divide the rest: see" if rest else "",
             argument="prior",
         )
     return {name: found.get(name, left / max(len(rest), 1)) for name in names}

@@ -327,7 +327,12 @@ class Scorer:
                         results[indices[index]] = states[row]
                     if on_progress is not None:
                         on_progress([indices[index] for index in group])
-        return torch.stack(results)
+        states = torch.stack(results)
+        if not torch.isfinite(states).all():
+            broken = next(index for index, one in enumerate(states) if not torch.isfinite(one).all())
+            row = questions[broken].row or broken + 1
+            raise InputError("The model's hidden states are NaN or infinite", "is the base broken?", row=row)
+        return states
 
     def score(
         self,

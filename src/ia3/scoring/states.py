@@ -23,19 +23,25 @@ def hidden_states(family: Family, output: Any) -> Layers:
         InputError: the model gives none.
     """
     found = getattr(output, "hidden_states", None)
-    if not found:
+    if found is None or not alike(found):
         raise InputError(
-            f"Expected a model that gives the hidden states of its layers, found a {type(family.base).__name__}",
+            f"Expected a model that gives hidden states of one width for all layers, found a {type(family.base).__name__}",
             "train without a head",
             argument="opinions",
         )
     return found
 
 
+def alike(layers: Layers) -> bool:
+    """Whether there are hidden states (R, L, width) of one width for all layers."""
+    return len({layer.shape[-1] for layer in layers}) == 1 and all(layer.dim() == 3 for layer in layers)
+
+
 def total(layers: Layers, row: int, first: int, end: int) -> torch.Tensor:
-    """The sum of a row's hidden states from one place to another: float32 (layers, width); (0,) without layers."""
-    found = [layer[row, first:end].float().sum(0) for layer in layers]
-    return torch.stack(found).cpu() if found else torch.empty(0)
+    """The sum of a row's hidden states from one place to another: float32 (layers, width); (0,) if layers are unlike."""
+    if not alike(layers):
+        return torch.empty(0)
+    return torch.stack([layer[row, first:end].float().sum(0) for layer in layers]).cpu()
 
 
 def telling(length: int) -> int:

@@ -426,9 +426,12 @@ class LocalEngine:
         results = self._scorer.score([asked.job.question for asked in others], powers, adapter_names=names)
         found = [(asked, result.tolist()) for asked, result in zip(others, results, strict=True)]
         if heads:
-            states = self._scorer.states([asked.job.question for asked in heads]).numpy()
-            for asked, row in zip(heads, states, strict=True):
+            # Heads of several adapters may ask the same.
+            same = {(one.job.question.read, *one.job.question.prompt): one.job.question for one in heads}
+            states = dict(zip(same, self._scorer.states([*same.values()]).numpy(), strict=True))
+            for asked in heads:
                 assert asked.job.head is not None
+                row = states[(asked.job.question.read, *asked.job.question.prompt)]
                 found.append((asked, asked.job.head.log_probs(row[None])[0].tolist()))
         self.observe("score", len(batch), len(set(names)))
         # Not earlier, because all questions are asked again if one fails.

@@ -67,7 +67,7 @@ class _Row(NamedTuple):
                 vectors = dict(zip(self.labels, values, strict=True))
             else:
                 head = dict(zip(job.head.labels, values, strict=True))
-        return self.opinions.together(vectors, head)
+        return self.opinions.together(vectors, head, self.temperature)
 
 
 class Server:

@@ -9,8 +9,10 @@ import jinja2.nodes as nodes
 import yaml
 
 from ia3.adapter.config import IA3Config
+from ia3.adapter.stored import HEAD_NAME
 from ia3.errors import InputError, shown
 from ia3.files import WEIGHTS_NAME, parse_json, reading
+from ia3.folder import AdapterFolder
 from ia3.serve.adapter import FILES
 from ia3.task import sandbox
 from ia3.task.template import has_jinja
@@ -40,11 +42,12 @@ _MOST_PARTS = 256
 def check_names(files: Iterable[str]) -> None:
     """Raise `InputError` unless these are the names of an adapter's files."""
     files = set(files)
-    missing = [name for name, needed in FILES.items() if needed and name not in files]
+    needed = [name for name, its in FILES.items() if its]
+    missing = [name for name in needed if name not in files]
     surplus = sorted(files - set(FILES))
     if missing or surplus:
         raise InputError(
-            f"Expected files of an upload named {shown(FILES)}, the last three optional; missing: {shown(missing)}; "
+            f"Expected files of an upload named {shown(FILES)}, of which {shown(needed)} are needed; missing: {shown(missing)}; "
             f"not taken: {shown(surplus)}."
         )
 
@@ -56,7 +59,7 @@ def check(folder: Path) -> None:
     """
     for name in FILES:
         path = folder / name
-        if not path.is_file() or name == WEIGHTS_NAME:
+        if not path.is_file() or name in (WEIGHTS_NAME, HEAD_NAME):  # tensors, which have checks of their own
             continue
         if path.stat().st_size > _MOST_BYTES:
             raise InputError(f"Expected {name} of at most {_MOST_BYTES} bytes, found {path.stat().st_size}.")
@@ -66,6 +69,7 @@ def check(folder: Path) -> None:
                 _check_yaml(text, name)
             else:
                 parse_json(text, name, "correct it")
+    _ = AdapterFolder(folder).opinions
     config = IA3Config.from_pretrained(folder)
     for field in ("target_modules", "exclude_modules", "feedforward_modules"):
         value = getattr(config, field)
