@@ -109,7 +109,7 @@ def test_the_first_minute_convinces(tmp_path, capsys):
         assert not ended.value.code
         return json.loads(capsys.readouterr().out)
 
-    metrics = ia3("train", "--test-rows", 100, "--output", tmp_path / "courses")
+    metrics = ia3("train", "--test-rows", 60, "--output", tmp_path / "courses")
     assert metrics["trained"]["accuracy"] > metrics["majority"]["accuracy"] + 0.4
     assert metrics["trained"]["accuracy"] > metrics["zero_shot"]["accuracy"] + 0.1
     found = ia3("predict", tmp_path / "courses", *SENTENCES)
