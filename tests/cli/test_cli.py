@@ -406,6 +406,7 @@ class TestPredict:
         shutil.copytree(place / "adapter", tmp_path / "adapter")
         made = Task(template="{{ ['tea', 'soup'][kind] }} {{ text }}", choices=["good", "bad"], class_names=False)
         made.save(tmp_path / "adapter" / "task.yaml")
+        (tmp_path / "adapter" / "opinions.json").unlink()  # they know the labels of the old task
         features = datasets.Features(
             {"text": datasets.Value("string"), "kind": datasets.ClassLabel(names=["drink", "meal"])}
         )

@@ -80,6 +80,7 @@ def test_labels_of_other_tasks_stay_empty(ia3, place, mixed, tmp_path):
     shutil.copytree(place / "all", tmp_path / "all")
     path = tmp_path / "all" / "soups" / "task.yaml"
     path.write_text(path.read_text().replace("pos:", "warm:").replace("neg:", "cold:"))
+    (path.parent / "opinions.json").unlink()  # they know the old labels
     _, _, err = ia3(
         "predict", tmp_path / "all", "--data", mixed, "--adapter-column", "tenant", "-o", tmp_path / "o.csv"
     )
