@@ -18,6 +18,7 @@ from ia3.evaluation.prediction import Prediction
 from ia3.evaluation.progress import Progress
 from ia3.opinions.head import fit_head
 from ia3.opinions.opinions import HEAD, USUAL, VECTORS, Opinions, weigh
+from ia3.opinions.priors import shares_of
 from ia3.scoring.scorer import Scorer
 
 if TYPE_CHECKING:
@@ -110,11 +111,11 @@ def form_opinions(
     stage = progress.stage(f"Cross-validation {title}".strip(), recipe.steps)
     found = cross_validate(model, tokenizer, task, rows, recipe, count, seed, output_dir, stage, readings)
     scores = np.array([[one.scores[name] for name in names] for one in found])
-    shift = shift_of(scores, np.array([(labels.count(name) + 1) / (len(labels) + len(names)) for name in names]))
+    shift = shift_of(scores, np.array([*shares_of(labels, names).values()]))
     by_vectors = log_softmax(scores + shift, axis=1)
     weights = weigh({VECTORS: by_vectors, HEAD: by_head}, y)
-    together = sum(weights.get(name, 0.0) * held for name, held in ((VECTORS, by_vectors), (HEAD, by_head)))
-    held = _predictions(log_softmax(np.asarray(together), axis=1), names)
+    together = weights.get(VECTORS, 0.0) * by_vectors + weights.get(HEAD, 0.0) * by_head
+    held = _predictions(log_softmax(together, axis=1), names)
     stage.end()
     stage.note(f"accuracy {task.metrics(labels, [one.best for one in held])['accuracy']:.1%}")
     balance = dict(zip(names, shift.tolist(), strict=True))
