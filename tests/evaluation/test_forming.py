@@ -31,6 +31,7 @@ from support.serving import Running
 
 RECIPE = Recipe.small().changed(steps=6)
 ROWS = words.different(24, seed=3)
+TEST = words.rows(12, seed=8)
 OTHERS = [{"text": row["text"]} for row in words.rows(9, seed=5)]
 
 
@@ -45,18 +46,15 @@ def task(**fields):
     return Task(**{"name": "teas", "template": words.TEMPLATE, "choices": words.CHOICES, **fields})
 
 
+def experiment(place, folder, rows=ROWS, test=None, its=None, **fields):
+    fields = {"recipe": RECIPE, "examples_per_label": 6, **fields}
+    return Experiment(its or task(), rows, test, folder=folder, model=str(place / "model"), **fields)
+
+
 @pytest.fixture(scope="module")
 def trained(place):
     folder = place / "adapters" / "teas"
-    outcome = Experiment(
-        task(),
-        ROWS,
-        words.rows(12, seed=8),
-        folder=folder,
-        model=str(place / "model"),
-        recipe=RECIPE,
-        examples_per_label=10,
-    ).run()
+    outcome = experiment(place, folder, test=TEST, examples_per_label=10).run()
     return folder, outcome.results
 
 
@@ -208,7 +206,7 @@ class TestPrior:
 
     def experiment(self, place, folder, **fields):
         fields = {"test_rows": 10, "recipe": RECIPE.changed(opinions="head"), "examples_per_label": 8, **fields}
-        return Experiment(task(), self.ROWS, folder=folder, model=str(place / "model"), **fields)
+        return experiment(place, folder, self.ROWS, **fields)
 
     def test_the_file_shows_it_but_its_test_rows_do_not(self, place, tmp_path, monkeypatch):
         assert self.experiment(place, tmp_path).trials[0].shares is None  # so few rows would invent it
@@ -291,29 +289,13 @@ class TestPrior:
 
 def test_vectors_alone_write_no_opinions(place):
     folder = place / "alone"
-    Experiment(
-        task(),
-        ROWS,
-        folder=folder,
-        model=str(place / "model"),
-        recipe=RECIPE.changed(opinions="vectors"),
-        examples_per_label=6,
-    ).run()
+    experiment(place, folder, recipe=RECIPE.changed(opinions="vectors")).run()
     assert not (folder / "opinions.json").exists() and not (folder / "head.safetensors").exists()
 
 
 def test_each_of_several_seeds_has_its_own(place):
     folder = place / "several"
-    outcome = Experiment(
-        task(),
-        ROWS,
-        words.rows(12, seed=8),
-        folder=folder,
-        model=str(place / "model"),
-        recipe=RECIPE,
-        examples_per_label=6,
-        seed=(0, 1),
-    ).run()
+    outcome = experiment(place, folder, test=TEST, seed=(0, 1)).run()
     heads = [AdapterFolder(folder / name).opinions.fitted for name in ("seed-0", "seed-1")]
     for name, results in outcome.trials.items():
         assert results["opinions"]["weights"] == AdapterFolder(folder / name).opinions.model_dump(
@@ -324,15 +306,8 @@ def test_each_of_several_seeds_has_its_own(place):
 
 def test_a_head_alone_trains_no_vectors(place):
     folder = place / "headed"
-    outcome = Experiment(
-        task(),
-        ROWS,
-        words.rows(12, seed=8),
-        folder=folder,
-        model=str(place / "model"),
-        recipe=RECIPE.changed(opinions="head"),
-        examples_per_label=10,
-    ).run()
+    head = RECIPE.changed(opinions="head")
+    outcome = experiment(place, folder, test=TEST, recipe=head, examples_per_label=10).run()
     stored = AdapterFolder(folder)
     assert (stored.opinions.vectors, stored.opinions.head) == (0, 1) and outcome.results["steps"] == 0
     tensors, _ = stored.vectors()
@@ -341,9 +316,7 @@ def test_a_head_alone_trains_no_vectors(place):
     assert "vectors" not in outcome.results["opinions"]
     rowwise = Task(template=words.TEMPLATE, choices="{{ a }} ||| {{ b }}")
     rows = [{**row, "a": "good", "b": "bad", "label": str(int(row["label"] == "pos"))} for row in ROWS]
-    ours = {"folder": place / "no", "model": str(place / "model"), "examples_per_label": 6}
-    head = RECIPE.changed(opinions="head")
     with pytest.raises(InputError, match="its first template alone, for a head"):
-        Experiment(task(), ROWS, recipe=head, all_templates=True, **ours).run()
+        experiment(place, place / "no", recipe=head, all_templates=True).run()
     with pytest.raises(InputError, match="same labels for all rows"):
-        Experiment(rowwise, rows, recipe=head, **ours).run()
+        experiment(place, place / "no", rows, its=rowwise, recipe=head).run()

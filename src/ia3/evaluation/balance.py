@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ia3.opinions.priors import shares_of
 from ia3.task.template import Row, columns_of
 
 if TYPE_CHECKING:
     from ia3.evaluation.prediction import Prediction
     from ia3.task.task import Task
 
-# A shift of so many nats, seen on one row, counts as much as that row. So few rows give no large shifts.
+# The strength of the penalty on shifts, divided by the number of rows: few rows give no large shifts.
 _PENALTY = 0.1
 
 # Rows that a balance is estimated on, at most.
@@ -78,11 +78,9 @@ class Balance:
             labels: N labels, whose shares the balanced predictions have on average; none: the same share for each.
         """
         names = list(predictions[0].scores)
-        counts = Counter(labels)
-        # One more of each, so that no label is impossible; balanced rows stay balanced.
-        prior = np.array([counts[name] + 1.0 for name in names])
+        prior = np.array([*shares_of(labels, names).values()])
         scores = np.array([[prediction.scores[name] for name in names] for prediction in predictions])
-        return cls(dict(zip(names, shift_of(scores, prior / prior.sum()).tolist(), strict=True)))
+        return cls(dict(zip(names, shift_of(scores, prior).tolist(), strict=True)))
 
     def balanced(self, predictions: Sequence[Prediction]) -> list[Prediction]:
         """The predictions from shifted scores; the scores that they keep are shifted as well."""

@@ -128,7 +128,7 @@ class Comparison:
         with costs.count_flops() as counter:  # a second time, because counting is slow and would change the timing
             Prefix(self.base, self.tokenizer, text)
         measured = self._measure(f"{count}-shot", self.base, prefix)
-        # Shots are known by heart; where all examples are shots, they have to do.
+        # The model reads the shots' answers, so other examples tell the balance; shots do if there are no others.
         ids = {id(row) for row in shots}
         others = [row for row in self.examples if id(row) not in ids] or self.examples
         again = counter.get_total_flops() if prefix.is_cached else 0

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ia3.opinions.priors import shares_of
 from ia3.task.reading import is_delimited, read_rows
 from ia3.task.task import Row, Task, few_shot
 from ia3.task.template import as_text
@@ -120,11 +121,9 @@ def drawn(
 
 
 def _shares(task: Task, rows: Sequence[Row], others: Sequence[Row] = (), stand_for: int = 0) -> dict[str, float] | None:
-    """The shares of labels among rows, and so many more for which others, drawn from them at random, stand."""
+    """The shares of labels among rows and `stand_for` more, of which `others` are a random sample."""
     if task.labels is None:
         return None
     first, second = (Counter(task.label(row) for row in some) for some in (rows, others))
     each = stand_for / max(len(others), 1)
-    # As if each label had been there once more, so that none is impossible.
-    counts = {name: first[name] + second[name] * each + 1 for name in task.labels}
-    return {name: count / sum(counts.values()) for name, count in counts.items()}
+    return shares_of({name: first[name] + second[name] * each for name in task.labels}, task.labels)

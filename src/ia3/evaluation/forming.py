@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _FOLDS = 4
 
-# Training vectors once more for each fold pays where it is quick: so many rows times labels.
+# Up to this number of rows times labels, vectors train once more for each fold; with more, that takes long.
 _QUICK = 2_000
 
 

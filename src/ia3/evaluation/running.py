@@ -65,6 +65,18 @@ class Running:
             from ia3.training.trainer import TFewTrainer
 
             base, self.tokenizer = load_base(experiment.model, experiment.trials[0].task.labels, experiment.dtype)
+        reads_answers = family_of(base, self.tokenizer).reads_answers
+        self.forms_opinions = {
+            one.name: forms_opinions(self.recipe, one.task, reads_answers, experiment.all_templates)
+            for one in experiment.trials
+        }
+        moves = experiment.unlabelled is not None or experiment.prior != "file"
+        if moves and not all(self.forms_opinions.values()):
+            raise InputError(
+                "Expected several opinions, whose probabilities can be moved to a prior, found vectors that answer alone",
+                "use --opinions auto, or leave out",
+                argument="prior",
+            )
         # What is asked about texts before training, in it and after it, is asked of one reading of each.
         readings = Readings(experiment.memory)
         self.trials = self._worded(base, readings)
@@ -77,18 +89,6 @@ class Running:
         }
         self.model = with_adapters(base, places, self.recipe.init)
         self.readings = readings if self.model.waits_for_question() else None
-        reads_answers = family_of(self.model, self.tokenizer).reads_answers
-        self.forms_opinions = {
-            one.name: forms_opinions(self.recipe, one.task, reads_answers, experiment.all_templates)
-            for one in self.trials
-        }
-        moves = experiment.unlabelled is not None or experiment.prior != "file"
-        if moves and not all(self.forms_opinions.values()):
-            raise InputError(
-                "Expected several opinions, whose probabilities can be moved to a prior, found vectors that answer alone",
-                "use --opinions auto, or leave out",
-                argument="prior",
-            )
         self.base_name = base.name_or_path
         seed = self.trials[0].seed
         arguments = self.recipe.training_arguments(
@@ -173,7 +173,7 @@ class Running:
         return _measured(trial, zero_shot, balanced, trained, self.experiment.all_templates) | {
             **({"wordings": [one.to_dict() for one in ranking]} if ranking else {}),
             "train_seconds": round(seconds, 2),
-            **({"train_loss": loss} if (loss := metrics.get(f"train_{self.trainer.logged_as(adapter)}")) else {}),
+            **({"train_loss": metrics[f"train_{self.trainer.logged_as(adapter)}"]} if metrics else {}),
             "recipe": self.recipe.name,
             "steps": self.trainer.steps_of(adapter) if metrics else 0,
             "seed": trial.seed,

@@ -35,7 +35,7 @@ _MOST_ROWS, _MOST_LABELS = 64, 8
 # So many passes through the model may a search take, of as many tokens as a pass is best of.
 _PASSES = 10
 
-# Rows of each label, and of all, in the first round; each round keeps a third of the candidates, and the last so many.
+# The first round has 2 rows of each label and at least 8. Each round keeps a third of the candidates, the last one at least 4.
 _FIRST_EACH, _FIRST, _KEPT, _LAST = 2, 8, 3, 4
 
 _FOLDS = 4

@@ -21,7 +21,7 @@ _STRENGTH = 10.0
 _BEST = 5
 """How many places a head reads. One is chosen by luck; the average of some is surer than the best of them."""
 
-# Places that are tried: fewer, where each takes longer to fit (rows · labels).
+# Rows times labels, up to which so many places are tried: a place takes longer to fit with more of them.
 _TRIED = ((5_000, 32), (50_000, 16), (500_000, 8))
 
 # What a place's answers are multiplied by, and from where they are pulled: an average of answers is less sure than each.
@@ -127,9 +127,10 @@ def fit_head(
     # From the last layer on, which is closest to the answer.
     tried = list(range(states.shape[1] - 1, -1, -step))[::-1]
     features = [_Features(states[:, place]) for place in tried]
-    chosen, sureness, held_out = list(range(len(tried)))[:: max(1, len(tried) // _BEST)][-_BEST:], _USUAL, None
+    even = list(range(0, len(tried), max(1, len(tried) // _BEST)))[-_BEST:]
+    chosen, sureness, held_out = even, _USUAL, None
     if folds is not None:
-        held_out, chosen = _held_out(features, y, len(names), np.asarray(folds), chosen)
+        held_out, chosen = _held_out(features, y, len(names), np.asarray(folds), even)
         sureness = _sureness(held_out, y)
         held_out = log_softmax(held_out * sureness, axis=1)
     fitted = [features[index].classifier(y, len(names)) for index in chosen]
@@ -159,20 +160,32 @@ class _Features:
         return weight, bias - weight @ self._mean
 
 
-def _regression(values: np.ndarray, y: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Weights (K, features) and biases (K,); a label without rows gets no weights, and a low bias."""
+def regression(values: np.ndarray, y: np.ndarray, strength: float, iterations: int) -> tuple[np.ndarray, np.ndarray]:
+    """Weights (K, features) and biases (K,) of a logistic regression, whose scores are one for each of K labels.
+
+    Args:
+        values: (N, features).
+        y: (N,), the label of each row; there are at least two.
+        strength: scikit-learn's `C`, the inverse strength of the penalty.
+        iterations: the maximum.
+    """
     from sklearn.linear_model import LogisticRegression
 
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of regressions that have not converged to the last digit
+        model: Any = LogisticRegression(C=strength, max_iter=iterations).fit(values, y)
+    weight, bias = model.coef_, model.intercept_
+    if len(weight) == 1:  # scikit-learn has one row for two labels, the second against the first
+        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+    return weight, bias
+
+
+def _regression(values: np.ndarray, y: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Weights (K, features) and biases (K,); a label without rows gets no weights, and a low bias."""
     whole, low = np.zeros((count, values.shape[1])), np.zeros(count)
     labels = np.unique(y)
     if len(labels) > 1:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of regressions that have not converged to the last digit
-            model: Any = LogisticRegression(C=_STRENGTH, max_iter=200).fit(values, y)
-        weight, bias = model.coef_, model.intercept_
-        if len(labels) == 2:  # scikit-learn has one row for two labels
-            weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
-        whole[labels], low[labels] = weight, bias
+        whole[labels], low[labels] = regression(values, y, _STRENGTH, 200)
     low[np.setdiff1d(np.arange(count), labels)] = low.min() - np.log(len(y) + 1)
     return whole, low
 

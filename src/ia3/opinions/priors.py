@@ -16,8 +16,8 @@ BALANCED = "balanced"
 _ROUNDS, _CHANGE = 200, 1e-6
 
 
-def shares_of(labels: Iterable[str], names: Sequence[str]) -> dict[str, float]:
-    """The share of each name among labels, as if each had been there once more, so that none is impossible."""
+def shares_of(labels: Iterable[str] | Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+    """The share of each name among labels, or in their counts, as if each had been there once more: none is impossible."""
     counts = Counter(labels)
     total = sum(counts[name] for name in names) + len(names)
     return {name: (counts[name] + 1) / total for name in names}
@@ -42,7 +42,7 @@ def prior_of(text: str, names: Sequence[str]) -> dict[str, float]:
         if label not in names:
             raise InputError(
                 f"Expected label=share with the labels {shown(names, 20)}, found {brief(part)}",
-                f"{similar(label, names)}: see",
+                f"{similar(label, names)}; see",
                 argument="prior",
             )
         if not 0 < value < 1 or label in found:
@@ -54,7 +54,7 @@ def prior_of(text: str, names: Sequence[str]) -> dict[str, float]:
     if abs(left) > 1e-6 if not rest else left <= 0:
         raise InputError(
             f"Expected shares that add up to {'less than 1' if rest else '1'}, found {math.fsum(found.values()):g}",
-            "the labels without a share divide the rest: see" if rest else "",
+            "the labels without a share divide the rest; see" if rest else "",
             argument="prior",
         )
     return {name: found.get(name, left / max(len(rest), 1)) for name in names}

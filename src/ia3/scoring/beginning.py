@@ -64,7 +64,7 @@ def joined(before: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
 
 
 def continued(before: DynamicCache | None, rows: int = 1) -> DynamicCache:
-    """A cache of `DynamicLayer`s that goes on from one of a single row, for so many rows; None: an empty one."""
+    """A cache of `DynamicLayer`s for a number of rows, which all go on from the one row of `before`; None: an empty cache."""
     cache = DynamicCache()
     for number, layer in enumerate([] if before is None else before.layers):
         keys, values = (one.expand(rows, -1, -1, -1) for one in (layer.keys, layer.values))  # type: ignore[union-attr]

@@ -334,8 +334,10 @@ def _divided(family: Family, questions: Sequence[Question], batch_tokens: int, t
 
 
 def rows_behind(family: Family, questions: Sequence[Question], readings: Sequence[Any]) -> Batch:
-    """Rows that go on from what was read of their own texts: a decoder's packed ones, see `packed_behind`; an
-    encoder-decoder's as its model takes them."""
+    """A batch whose rows go on from the readings of their own texts.
+
+    A decoder's rows are packed (see `packed_behind`), an encoder-decoder's in the layout that is exact for its model.
+    """
     if isinstance(family, EncoderDecoder):
         return family.behind(collate(family, questions), readings)
     assert isinstance(family, Decoder)

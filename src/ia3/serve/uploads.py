@@ -59,7 +59,7 @@ def check(folder: Path) -> None:
     """
     for name in FILES:
         path = folder / name
-        if not path.is_file() or name in (WEIGHTS_NAME, HEAD_NAME):  # tensors, which have checks of their own
+        if not path.is_file() or name in (WEIGHTS_NAME, HEAD_NAME):  # not text; their readers check tensors
             continue
         if path.stat().st_size > _MOST_BYTES:
             raise InputError(f"Expected {name} of at most {_MOST_BYTES} bytes, found {path.stat().st_size}.")

@@ -124,7 +124,7 @@ _VAGUE = "label labels class category target y gold tag type task data dataset t
 # So few candidates say all that names of columns and labels without words can.
 _FEW = ("The {label} of this {text} is", "The {label} is")
 
-# So many rows, and so many characters of each, say which language they are in.
+# The language is told by this number of rows, and of characters of each.
 _LOOKED_AT, _CHARACTERS = 50, 500
 
 

@@ -12,17 +12,16 @@ import numpy as np
 import torch
 
 from ia3.adapter.trained import TrainedModule
+from ia3.opinions.head import regression
 from ia3.scoring.family import frozen
 from ia3.scoring.question import Question
 
 if TYPE_CHECKING:
-    from sklearn.linear_model import LogisticRegression
-
     from ia3.scoring.scorer import Scorer
 
 # The inverse strengths of the penalty on weights that cross-validation chooses from, and the one where it cannot.
 _STRENGTHS, _USUAL = (1.0, 10.0, 100.0, 1000.0), 10.0
-_FOLDS = 5
+_FOLDS, _ITERATIONS = 5, 300
 
 
 def fill_head(scorer: Scorer, questions: Sequence[Question], name: str) -> None:
@@ -41,12 +40,7 @@ def fill_head(scorer: Scorer, questions: Sequence[Question], name: str) -> None:
         untrained = scorer.embeddings([replace(question, adapter=None) for question in questions]).numpy()
     strength = _chosen_strength(untrained, labels)
     embeddings = scorer.embeddings(questions).numpy()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        fitted = _regression(strength).fit(embeddings, labels)
-    weight, bias = torch.from_numpy(fitted.coef_), torch.from_numpy(fitted.intercept_)
-    if len(weight) == 1:  # of two labels, the second against the first
-        weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
+    weight, bias = map(torch.from_numpy, regression(embeddings, labels, strength, _ITERATIONS))
     head = scorer.family.base.classifier
     if isinstance(head, TrainedModule):
         head = head.modules_to_save[name]
@@ -55,14 +49,9 @@ def fill_head(scorer: Scorer, questions: Sequence[Question], name: str) -> None:
             parameter.copy_(value)
 
 
-def _regression(strength: float) -> LogisticRegression:
-    from sklearn.linear_model import LogisticRegression
-
-    return LogisticRegression(C=strength, max_iter=300)
-
-
 def _chosen_strength(embeddings: np.ndarray, labels: np.ndarray) -> float:
     """The strength with the lowest log-loss on held-out rows; the usual one where each label has one row."""
+    from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
     folds = min(_FOLDS, min(Counter(labels.tolist()).values()))
@@ -71,7 +60,8 @@ def _chosen_strength(embeddings: np.ndarray, labels: np.ndarray) -> float:
     parts = StratifiedKFold(folds, shuffle=True, random_state=0)
 
     def loss(strength: float) -> float:
-        found: Any = cross_val_predict(_regression(strength), embeddings, labels, cv=parts, method="predict_log_proba")
+        model = LogisticRegression(C=strength, max_iter=_ITERATIONS)
+        found: Any = cross_val_predict(model, embeddings, labels, cv=parts, method="predict_log_proba")
         return -float(found[np.arange(len(labels)), labels].mean())
 
     with warnings.catch_warnings():
