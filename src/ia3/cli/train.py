@@ -17,6 +17,7 @@ from ia3.cli.common import (
     ChoicesOption,
     DelimiterOption,
     DtypeOption,
+    EncoderOption,
     ExamplesOption,
     InitOption,
     JsonOption,
@@ -87,6 +88,7 @@ def train(
     init: str | None = InitOption,
     acts_from: str | None = ActsFromOption,
     opinions: str | None = OpinionsOption,
+    encoder: str | None = EncoderOption,
     prior: str | None = PriorOption,
     unlabelled: str | None = typer.Option(
         None,
@@ -148,11 +150,12 @@ def train(
     TASK/seed-0 or seed-0-lr-0.001. The paper's protocol is: ia3 train --tasks rte,cb,copa --seeds 0,1,2,3,4
     --all-templates
 
-    Beside the vectors a head on the model's hidden states answers; cross-validation on the training examples weighs both
-    (--opinions).
+    Beside the vectors, a head on the model's hidden states answers, and one on a sentence encoder's if one is installed;
+    cross-validation on the training examples weighs them (--opinions, --encoder).
 
     Writes adapter_config.json and adapter_model.safetensors (which PEFT also reads, with --acts-from start), opinions.json,
-    head.safetensors, calibration.json, task.yaml, recipe.yaml, metrics.json and README.md into the output folder.
+    head.safetensors, sentences.safetensors, calibration.json, task.yaml, recipe.yaml, metrics.json and README.md into the
+    output folder.
     """
     from ia3.evaluation.drawing import read
     from ia3.evaluation.experiment import Experiment
@@ -203,7 +206,9 @@ def train(
         require_folder(path)
     if folds:
         _check_folds(experiment.trials, folds)
-    experiment.recipe = recipe_for(model, recipe, steps=steps, init=init, acts_from=acts_from, opinions=opinions)
+    experiment.recipe = recipe_for(
+        model, recipe, steps=steps, init=init, acts_from=acts_from, opinions=opinions, encoder=encoder
+    )
     _describe(out, experiment, experiment.checkpoint() if resume else None)
 
     quiet()

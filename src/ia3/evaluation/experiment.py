@@ -18,7 +18,7 @@ from ia3.evaluation.drawing import Draw, Source, drawn, read
 from ia3.evaluation.progress import Progress
 from ia3.evaluation.results import summary
 from ia3.files import parse_bytes, write_json
-from ia3.opinions.opinions import Opinions
+from ia3.opinions.opinions import VECTORS, Opinions
 from ia3.opinions.priors import BALANCED
 from ia3.scoring import MEMORY
 from ia3.task.rows import as_rows
@@ -235,10 +235,14 @@ class Experiment:
         files = [str(path) for path in self.folders if path.is_file()]
         if files:
             raise InputError(f"Expected a folder for the results, found the file {files[0]!r}.")
+        from ia3.opinions.sentences import Sentences
+
         parse_bytes(self.memory, "memory for readings")
         self._check_prior()
         if self.chosen_recipe.init is not None:
             IA3Config.from_pretrained(self.chosen_recipe.init)
+        if self.chosen_recipe.opinions != VECTORS:
+            Sentences.found(self.chosen_recipe.encoder)
         if self.folds:
             from ia3.evaluation.calibration import fold_of_each
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,11 +15,13 @@ from ia3.errors import InputError
 from ia3.evaluation.balance import can_balance, shift_of
 from ia3.evaluation.calibration import cross_validate, fold_of_each
 from ia3.evaluation.prediction import Prediction
-from ia3.evaluation.progress import Progress
-from ia3.opinions.head import fit_head
-from ia3.opinions.opinions import HEAD, USUAL, VECTORS, Opinions, weigh
+from ia3.evaluation.progress import Progress, Stage
+from ia3.opinions.head import Head, fit_head
+from ia3.opinions.opinions import HEAD, SENTENCES, USUAL, VECTORS, Opinions, weigh
 from ia3.opinions.priors import shares_of
+from ia3.opinions.sentences import Sentences, sentence_of
 from ia3.scoring.scorer import Scorer
+from ia3.task.candidates import are_codes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,7 +65,7 @@ def form_opinions(
     output_dir: str | os.PathLike = "cross-validation",
     readings: Readings | None = None,
 ) -> Formed:
-    """Fit a head on the training rows, and weigh it against vectors by cross-validation.
+    """Fit heads on the training rows, and weigh them and the vectors by cross-validation.
 
     Args:
         progress, title: show the steps.
@@ -71,55 +73,72 @@ def form_opinions(
         tokenizer: the model's tokenizer.
         task: with the same labels for all rows.
         rows: the training rows.
-        recipe: how vectors are trained; with `opinions` "head" the head answers alone.
+        recipe: how vectors are trained; with `opinions` "head" heads answer alone.
         folds: the number of cross-validation parts; 0: 4, or as many as the rarest label has rows. Where vectors take long
             to train (many rows and labels), their weight is then a usual one.
         seed, output_dir, readings: as of `cross_validate`.
     """
     labels = [task.label(row, number) for number, row in enumerate(rows, 1)]
     names = sorted(set(labels))
+    y = [names.index(label) for label in labels]
     # Duplicates share a fold, so they are one row here.
     different = {
         task.fingerprint(row, number): label for number, (row, label) in enumerate(zip(rows, labels, strict=True), 1)
     }
     count = folds or min(_FOLDS, *(Counter(different.values())[name] for name in names))
     each = fold_of_each(task, rows, count, seed) if count > 1 else None
-    stage = progress.stage(f"Head {title}".strip(), len(rows))
+    wordings = task.wordings(rows)
+    heads: dict[str, Head] = {}
+    held_out: dict[str, np.ndarray] = {}
+
+    def fit(
+        name: str, its_title: str, read: Callable[[Callable[[list[int]], None]], np.ndarray], more: Sequence[str]
+    ) -> None:
+        """Fit an opinion's head on what is read of the rows and, behind them, of a text for each of some more labels."""
+        stage = progress.stage(f"{its_title} {title}".strip(), len(rows) + len(more))
+        states = read(lambda done: stage.advance(len(done)))
+        parts = None if each is None else [*each, *[-1] * len(more)]
+        heads[name], held = fit_head(states, [*labels, *more], parts)
+        if held is not None:
+            held_out[name] = held
+            _note(stage, task, labels, _predictions(held, names))
+        stage.end()
+
     scorer = Scorer(model, tokenizer, readings)
-    questions = scorer.questions(task.wordings(rows), labelled=False, long_prompts=recipe.long_prompts)
-    states = scorer.states(questions, lambda done: stage.advance(len(done))).numpy()
-    head, by_head = fit_head(states, labels, each)
-    held = None if by_head is None else _predictions(by_head, names)
-    if held is not None:
-        stage.note(f"cross-validated accuracy {task.metrics(labels, [one.best for one in held])['accuracy']:.1%}")
-    stage.end()
-    if recipe.opinions == HEAD:
-        return Formed(Opinions.of({HEAD: 1.0}, head), held, "the head alone, as the recipe says")
-    y = [names.index(label) for label in labels]
-    if by_head is None:
-        return Formed(
-            Opinions.of({VECTORS: USUAL, HEAD: USUAL}, head),
-            None,
-            "usual weights: a label has a single row, or duplicates",
-        )
-    if not folds and len(rows) * len(names) > _QUICK:
-        return Formed(
-            Opinions.of({VECTORS: USUAL, HEAD: USUAL}, head),
-            None,
-            f"usual weights: {len(rows)} rows of {len(names)} labels take long",
-        )
-    stage = progress.stage(f"Cross-validation {title}".strip(), recipe.steps)
-    found = cross_validate(model, tokenizer, task, rows, recipe, count, seed, output_dir, stage, readings)
-    scores = np.array([[one.scores[name] for name in names] for one in found])
-    shift = shift_of(scores, np.array([*shares_of(labels, names).values()]))
-    by_vectors = log_softmax(scores + shift, axis=1)
-    weights = weigh({VECTORS: by_vectors, HEAD: by_head}, y)
-    together = weights.get(VECTORS, 0.0) * by_vectors + weights.get(HEAD, 0.0) * by_head
-    held = _predictions(log_softmax(together, axis=1), names)
-    stage.end()
-    stage.note(f"accuracy {task.metrics(labels, [one.best for one in held])['accuracy']:.1%}")
-    balance = dict(zip(names, shift.tolist(), strict=True))
-    return Formed(Opinions.of(weights, head, balance), held, f"weighed on {len(rows)} training rows in {count} folds")
+    questions = scorer.questions(wordings, labelled=False, long_prompts=recipe.long_prompts)
+    fit(HEAD, "Head", lambda told: scorer.states(questions, told).numpy(), [])
+    encoder = Sentences.found(recipe.encoder)
+    if encoder is not None:
+        # An answer's text is an example of its label, the only one besides one row or three.
+        answers = {label: text for label, text in wordings[0].answers.items() if label in names}
+        answers = {} if are_codes(answers.values()) else answers
+        texts = [*map(sentence_of, wordings), *answers.values()]
+        fit(SENTENCES, "Sentence encoder", lambda told: encoder.embeddings(texts, told), [*answers])
+    balance: dict[str, float] = {}
+    asked = [*heads] if recipe.opinions == HEAD else [VECTORS, *heads]
+    weights = dict.fromkeys(asked, USUAL if len(asked) > 1 else 1.0)
+    if each is None:
+        why = "usual weights: a label has a single row, or duplicates"
+    elif VECTORS in asked and not folds and len(rows) * len(names) > _QUICK:
+        why = f"usual weights: {len(rows)} rows of {len(names)} labels take long"
+    else:
+        if VECTORS in asked:
+            stage = progress.stage(f"Cross-validation {title}".strip(), recipe.steps)
+            found = cross_validate(model, tokenizer, task, rows, recipe, count, seed, output_dir, stage, readings)
+            scores = np.array([[one.scores[name] for name in names] for one in found])
+            shift = shift_of(scores, np.array([*shares_of(labels, names).values()]))
+            balance = dict(zip(names, shift.tolist(), strict=True))
+            held_out[VECTORS] = log_softmax(scores + shift, axis=1)
+            stage.end()
+            _note(stage, task, labels, _predictions(held_out[VECTORS], names))
+        held_out = {name: held_out[name] for name in asked}
+        weights = weigh(held_out, y) if len(asked) > 1 else weights
+        why = f"weighed on {len(rows)} training rows in {count} folds"
+    opinions = Opinions.of(weights, heads, balance, None if encoder is None else encoder.name)
+    if each is None or held_out.keys() != {*asked}:
+        return Formed(opinions, None, why)
+    together = sum(weight * held_out[name] for name, weight in opinions.weights.items())
+    return Formed(opinions, _predictions(log_softmax(together, axis=1), names), why)
 
 
 def forms_opinions(recipe: Recipe, task: Task, reads_answers: bool, all_templates: bool = False) -> bool:
@@ -142,6 +161,10 @@ def forms_opinions(recipe: Recipe, task: Task, reads_answers: bool, all_template
             argument="opinions",
         )
     return possible and recipe.opinions != VECTORS
+
+
+def _note(stage: Stage, task: Task, labels: Sequence[str], found: Sequence[Prediction]) -> None:
+    stage.note(f"cross-validated accuracy {task.metrics(labels, [one.best for one in found])['accuracy']:.1%}")
 
 
 def _predictions(log_probs: np.ndarray, names: Sequence[str]) -> list[Prediction]:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ia3.adapter.rows import BASE
 from ia3.errors import InputError, about
-from ia3.opinions.opinions import Opinions
+from ia3.opinions.asking import head_jobs, heads_say
+from ia3.opinions.opinions import HEADS, VECTORS, Opinions
 from ia3.scoring.prefix import Prefix
 from ia3.scoring.readings import Readings
 from ia3.scoring.scorer import Scorer
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 # So many questions are in words and tokens at a time.
 _AT_ONCE = 4096
+
+# The opinions, the one that is asked last first.
+_ORDER = (VECTORS, *HEADS)
 
 
 @dataclass(frozen=True)
@@ -226,7 +230,7 @@ def _scored(
     """The scores of each row's labels, by the recipe and the opinions that each has."""
     if adapter_names is not None and len(adapter_names) != len(wordings):
         raise InputError(f"Expected adapter_names for the {len(wordings)} prompts, found {len(adapter_names)}.")
-    if prefix is not None and any(its.fitted is not None for its in opinions):
+    if prefix is not None and any(its.heads for its in opinions):
         raise InputError("Expected vectors alone behind a prefix, found a head.")
     alike: dict[Literal["truncate", "refuse"], list[int]] = {}
     for index, recipe in enumerate(recipes):
@@ -236,12 +240,22 @@ def _scored(
         some = scorer.questions([wordings[index] for index in indices], False, long_prompts, prefix)
         by_index.update(zip(indices, some, strict=True))
     questions = [by_index[index] for index in range(len(wordings))]
-    asks = [index for index, its in enumerate(opinions) if its.vectors]
     # A row is done when it has been asked last.
-    alone = {index for index, its in enumerate(opinions) if not its.vectors}
-    by_head = _by_head(
-        scorer, questions, opinions, lambda done: on_progress and on_progress([*alone.intersection(done)])
-    )
+    last = [next(name for name in _ORDER if name in its.weights) for its in opinions]
+    asked = [
+        (index, name, job)
+        for index, its in enumerate(opinions)
+        for name, job in head_jobs(its, wordings[index], questions[index]).items()
+    ]
+
+    def report(done: list[int]) -> None:
+        if on_progress is not None:
+            on_progress([index for index, name, _ in map(asked.__getitem__, done) if last[index] == name])
+
+    said: list[dict[str, dict[str, float]]] = [{} for _ in wordings]
+    for (index, name, _), one in zip(asked, heads_say(scorer, [job for *_, job in asked], report), strict=True):
+        said[index][name] = one
+    asks = [index for index, its in enumerate(opinions) if its.vectors]
     names = None if adapter_names is None else [adapter_names[index] for index in asks]
     powers = [recipes[index].length_normalization for index in asks]
     scores = scorer.score(
@@ -255,29 +269,6 @@ def _scored(
     found = []
     for index, (wording, its) in enumerate(zip(wordings, opinions, strict=True)):
         values = by_vectors[index].tolist() if index in by_vectors else [0.0] * len(wording.answers)
-        said = dict(zip(wording.answers, values, strict=True))
-        found.append(its.together(said, by_head.get(index), temperatures[index]))
-    return found
-
-
-def _by_head(
-    scorer: Scorer, questions: Sequence[Question], opinions: Sequence[Opinions], on_progress: Callable[[list[int]], Any]
-) -> dict[int, dict[str, float]]:
-    """Index of a row whose opinions have a head → label → log-probability. What is asked twice is read once."""
-    same: dict[tuple[int, ...], list[int]] = {}
-    for index, (question, its) in enumerate(zip(questions, opinions, strict=True)):
-        if its.fitted is not None:
-            same.setdefault((question.read, *question.prompt), []).append(index)
-    groups = list(same.values())
-    if not groups:
-        return {}
-    found = {}
-    states = scorer.states(
-        [questions[its[0]] for its in groups], lambda done: on_progress([i for group in done for i in groups[group]])
-    )
-    for its, row in zip(groups, states.numpy(), strict=True):
-        for index in its:
-            head = opinions[index].fitted
-            assert head is not None
-            found[index] = dict(zip(head.labels, head.log_probs(row[None])[0].tolist(), strict=True))
+        scored = dict(zip(wording.answers, values, strict=True))
+        found.append(its.together(scored, said[index], temperatures[index]))
     return found

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from ia3.training.recipe import Recipe
     from ia3.training.trainer import TFewTrainer
 
+# What asks a head about test rows is called.
+_TITLES = {"head": "Head, test rows", "sentences": "Sentence encoder, test rows"}
+
 # Shares that differ by less are not worth a line.
 _TELLING = 0.03
 
@@ -204,7 +207,7 @@ class Running:
         from ia3.evaluation.calibration import Calibration
         from ia3.evaluation.forming import form_opinions
         from ia3.evaluation.prediction import Prediction
-        from ia3.opinions.opinions import Opinions
+        from ia3.opinions.opinions import VECTORS, Opinions
 
         experiment, task = self.experiment, trial.task
         recipe = self.recipe.changed(learning_rate=trial.learning_rate)
@@ -221,8 +224,7 @@ class Running:
             experiment.checkpoints,
             self.readings,
         )
-        weights = formed.opinions.model_dump(include={"vectors", "head"})
-        found: dict[str, Any] = {"weights": weights, "why": formed.why}
+        found: dict[str, Any] = {"weights": formed.opinions.weights, "why": formed.why}
         results: dict[str, Any] = {"opinions": found}
         calibration = None
         if formed.held_out is not None:
@@ -232,22 +234,23 @@ class Running:
         opinions = self._moved(trial, formed.opinions)
         if trial.test:
             nothing = [Prediction.of(dict.fromkeys(task.labels or (), 0.0))] * len(trial.test)
-            by_vectors, title = self._by_vectors.get(trial.name, nothing), trial.titled("With a head")
-            said: list[Prediction | None] = [None] * len(by_vectors)
-            stages: dict[str, Stage] = {}
+            by_vectors = self._by_vectors.get(trial.name, nothing)
             if trial.name in self._by_vectors:
-                balanced = Opinions.of({"vectors": 1.0}, balance=opinions.balance)
+                balanced = Opinions.of({VECTORS: 1.0}, balance=opinions.balance)
                 alone = [Prediction.of(balanced.together(one.scores)) for one in by_vectors]
-                found["vectors"] = _scores(trial, alone, 0)
-            if opinions.fitted is not None:
-                asked = {title: [(task, row) for row in trial.test]}
-                by_head, stages = self._predicted(asked, 0, opinions=Opinions.of({"head": 1.0}, opinions.fitted))
-                said = [*by_head[title]]
-                found["head"] = _scores(trial, by_head[title], 0)
-            both = zip(by_vectors, said, strict=True)
-            together = [Prediction.of(opinions.together(a.scores, None if b is None else b.scores)) for a, b in both]
+                found[VECTORS] = _scores(trial, alone, 0)
+            by_heads: dict[str, list[Prediction]] = {}
+            for name, head in opinions.heads.items():
+                title = trial.titled(_TITLES[name])
+                its = Opinions.of({name: 1.0}, {name: head}, encoder=opinions.encoder)
+                said, stages = self._predicted({title: [(task, row) for row in trial.test]}, 0, opinions=its)
+                by_heads[name], found[name] = said[title], _scores(trial, said[title], 0)
+                _note(stages.get(title), task, [found[name]])
+            together = []
+            for index, one in enumerate(by_vectors):
+                heads = {name: its[index].scores for name, its in by_heads.items()}
+                together.append(Prediction.of(opinions.together(one.scores, heads)))
             results["trained"] = _scores(trial, together, 0)
-            _note(stages.get(title), task, [results["trained"]])
         return results, opinions, calibration
 
     def _moved(self, trial: Trial, opinions: Opinions) -> Opinions:

@@ -65,6 +65,10 @@ class Head:
         some = states[:, list(self.places)].astype(np.float64)
         return log_softmax(np.einsum("npd,kpd->nk", some, self.weight.astype(np.float64)) + self.bias, axis=1)
 
+    def said(self, row: np.ndarray) -> dict[str, float]:
+        """Label → log-probability, for one row's states (places of the model, width)."""
+        return dict(zip(self.labels, self.log_probs(row[None])[0].tolist(), strict=True))
+
     def to_bytes(self) -> bytes:
         """The content of a safetensors file that `from_bytes` reads."""
         from safetensors.numpy import save
@@ -115,11 +119,13 @@ def fit_head(
     Args:
         states: (N, places, width), as `Scorer.states` gives them.
         labels: the label of each row, of at least two.
-        folds: the fold of each row, from 0 (see `fold_of_each`); None: no cross-validation.
+        folds: the fold of each row, from 0 (see `fold_of_each`), -1 for a row that is never held out; None: no
+            cross-validation.
 
     Returns:
-        The head; and with folds what held-out rows are given, log-probabilities (N, K): regressions and places were chosen
-        without them. Without folds, or with two, places are taken at even distances. Labels are in alphabetical order.
+        The head; and with folds what the rows that are held out are given, log-probabilities (rows, K): regressions and
+        places were chosen without them. Without folds, or with two, places are taken at even distances. Labels are in
+        alphabetical order.
     """
     names = sorted(set(labels))
     y = np.array([names.index(label) for label in labels])
@@ -130,8 +136,10 @@ def fit_head(
     even = list(range(0, len(tried), max(1, len(tried) // _BEST)))[-_BEST:]
     chosen, sureness, held_out = even, _USUAL, None
     if folds is not None:
-        held_out, chosen = _held_out(features, y, len(names), np.asarray(folds), even)
-        sureness = _sureness(held_out, y)
+        fold_of = np.asarray(folds)
+        held_out, chosen = _held_out(features, y, len(names), fold_of, even)
+        held_out = held_out[fold_of >= 0]
+        sureness = _sureness(held_out, y[fold_of >= 0])
         held_out = log_softmax(held_out * sureness, axis=1)
     fitted = [features[index].classifier(y, len(names)) for index in chosen]
     weight = np.stack([weight for weight, _ in fitted], axis=1) * sureness / len(chosen)
@@ -198,7 +206,7 @@ def _held_out(
     A fold's places are those that answer best for each of the other folds without both: a choice that has seen the labels
     of a fold is too sure of it.
     """
-    numbers = np.unique(folds)
+    numbers = np.unique(folds[folds >= 0])
     rows = np.arange(len(y))
 
     def without(*left_out: int) -> np.ndarray:
@@ -211,7 +219,7 @@ def _held_out(
         return np.stack(found)
 
     by_fold = {fold: without(fold) for fold in numbers}
-    if len(numbers) < 3:
+    if len(numbers) < 3 or len(features) <= _BEST:
         choices = dict.fromkeys(numbers, even)
         best = even
     else:
@@ -220,7 +228,7 @@ def _held_out(
             found = -without(first, second)[:, rows, y]
             losses[first][:, folds == second] = found[:, folds == second]
             losses[second][:, folds == first] = found[:, folds == first]
-        choices = {fold: _best(losses[fold][:, folds != fold]) for fold in numbers}
+        choices = {fold: _best(losses[fold][:, (folds != fold) & (folds >= 0)]) for fold in numbers}
         best = _best(np.sum([-by_fold[fold][:, rows, y] * (folds == fold) for fold in numbers], axis=0))
     held_out = np.zeros((len(y), count))
     for fold in numbers:

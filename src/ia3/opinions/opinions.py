@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 from scipy.special import log_softmax
 
-from ia3.adapter.stored import HEAD_NAME, OPINIONS_NAME
+from ia3.adapter.stored import HEAD_NAME, OPINIONS_NAME, SENTENCES_NAME
 from ia3.errors import InputError, excerpt, problems, shown
 from ia3.files import parse_json, reading, to_json
 from ia3.opinions.head import Head
@@ -19,7 +19,10 @@ from ia3.opinions.head import Head
 Share = Annotated[float, Field(ge=1e-9, le=1)]
 Weight = Annotated[float, Field(ge=0, le=100)]
 
-VECTORS, HEAD = "vectors", "head"
+VECTORS, HEAD, SENTENCES = "vectors", "head", "sentences"
+
+HEADS = {HEAD: HEAD_NAME, SENTENCES: SENTENCES_NAME}
+"""The opinions that are linear heads, and the files of these."""
 
 USUAL = 0.8
 """The weight of an opinion where nothing is known: below 1, for those of one model err together."""
@@ -40,6 +43,8 @@ class Opinions(BaseModel):
     Attributes:
         vectors: the weight of the answers' scores with the adapter's vectors; 0: they are not asked.
         head: the weight of a linear head on the frozen model's hidden states (`Head`); 0: there is none.
+        sentences: the weight of a linear head on a sentence encoder's embeddings; 0: there is none.
+        encoder: the name of that encoder, as `load_base` takes it.
         balance: label → what is added to the vectors' scores, which carry how usual the answers' words are; empty: nothing.
         seen: label → its share of the training examples; empty: as where predictions are made.
         prior: label → its share where predictions are made.
@@ -49,24 +54,49 @@ class Opinions(BaseModel):
 
     vectors: Weight = 1.0
     head: Weight = 0.0
+    sentences: Weight = 0.0
+    encoder: str | None = None
     balance: dict[str, Annotated[float, Field(ge=-1e3, le=1e3)]] = {}
     seen: dict[str, Share] = {}
     prior: dict[str, Share] = {}
-    _fitted: Head | None = PrivateAttr(default=None)
+    _heads: dict[str, Head] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
-    def _shares_go_together(self) -> Opinions:
+    def _parts_go_together(self) -> Opinions:
         if self.seen.keys() != self.prior.keys():
             raise ValueError(f"expected shares of the same labels, found {shown(self.seen)} and {shown(self.prior)}")
+        if bool(self.sentences) != (self.encoder is not None):
+            raise ValueError("expected an encoder where sentences count, and there alone")
         return self
 
     @classmethod
     def of(
-        cls, weights: Mapping[str, float], head: Head | None = None, balance: Mapping[str, float] | None = None
+        cls,
+        weights: Mapping[str, float],
+        heads: Mapping[str, Head] | None = None,
+        balance: Mapping[str, float] | None = None,
+        encoder: str | None = None,
     ) -> Opinions:
-        """Opinions with these weights, and the head where it counts."""
-        made = cls(vectors=weights.get(VECTORS, 0.0), head=weights.get(HEAD, 0.0), balance=dict(balance or {}))
-        return made._with(head)
+        """Opinions with these weights, and the heads that count.
+
+        Args:
+            weights: opinion → weight; those that are left out do not count.
+            heads: opinion → its head.
+            balance, encoder: see the class; an encoder that does not count is left out.
+        """
+        given: dict[str, Any] = {name: weights.get(name, 0.0) for name in (VECTORS, *HEADS)}
+        made = cls(**given, encoder=encoder if given[SENTENCES] else None, balance=dict(balance or {}))
+        return made._with(heads or {})
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Opinion → weight, of those that count."""
+        return {name: weight for name in (VECTORS, *HEADS) if (weight := getattr(self, name))}
+
+    @property
+    def heads(self) -> dict[str, Head]:
+        """Opinion → head, of those that count."""
+        return dict(self._heads)
 
     def toward(self, prior: Mapping[str, float], seen: Mapping[str, float] | None = None) -> Opinions:
         """The opinions for a place where labels have other shares.
@@ -83,53 +113,57 @@ class Opinions(BaseModel):
         if not all(0 < share <= 1 for share in prior.values()) or abs(math.fsum(prior.values()) - 1) > 1e-6:
             raise InputError(f"Expected shares above 0 that add up to 1, found {shown(prior.values(), 20)}.")
         fields = {**self.model_dump(), "seen": dict(seen), "prior": dict(prior)}
-        return type(self)(**fields)._with(self.fitted)
+        return type(self)(**fields)._with(self._heads)
 
-    def _with(self, head: Head | None) -> Opinions:
+    def _with(self, heads: Mapping[str, Head]) -> Opinions:
         made = self.model_copy()
-        if made.head and head is None:
-            raise InputError("Expected a head, to which opinions give a weight, found none; train anew.")
-        made._fitted = head if made.head else None
+        named = [name for name in HEADS if name in made.weights]
+        missing = [name for name in named if name not in heads]
+        if missing:
+            raise InputError(
+                f"Expected a head ({HEADS[missing[0]]}), to which opinions give a weight, found none; train anew."
+            )
+        made._heads = {name: heads[name] for name in named}
         return made
 
-    @property
-    def fitted(self) -> Head | None:
-        """The head."""
-        return self._fitted
-
     def together(
-        self, vectors: Mapping[str, float], head: Mapping[str, float] | None = None, temperature: float = 1.0
+        self,
+        vectors: Mapping[str, float],
+        heads: Mapping[str, Mapping[str, float]] | None = None,
+        temperature: float = 1.0,
     ) -> dict[str, float]:
         """The score of each label, of which `Prediction.of` makes probabilities.
 
         Args:
             vectors: label → score by the vectors, of all labels; not looked at where these do not count.
-            head: label → log-probability by the head, of those that it knows.
+            heads: opinion → label → log-probability by its head, of the labels that it knows.
             temperature: divides the scores later; the prior is not to be divided by it.
         """
         vectors = {label: score + self.balance.get(label, 0.0) for label, score in vectors.items()}
         moved = {label: temperature * math.log(self.prior[label] / self.seen[label]) for label in self.seen}
-        if not self.head:
+        if not self._heads:
             return {label: self.vectors * score + moved.get(label, 0.0) for label, score in vectors.items()}
-        assert head is not None
-        # A label that had no training rows is less probable than any that had.
-        least = min(head.values()) - math.log(len(head) + 1)
         highest = max(vectors.values())
-        total = math.fsum(math.exp(score - highest) for score in vectors.values())
-        found = {}
-        for label, score in vectors.items():
-            said = score - highest - math.log(total) if self.vectors else 0.0
-            found[label] = self.vectors * said + self.head * head.get(label, least) + moved.get(label, 0.0)
+        total = math.log(math.fsum(math.exp(score - highest) for score in vectors.values())) + highest
+        found = {label: moved.get(label, 0.0) for label in vectors}
+        if self.vectors:
+            found = {label: found[label] + self.vectors * (score - total) for label, score in vectors.items()}
+        for name in self._heads:
+            assert heads is not None
+            said, weight = heads[name], self.weights[name]
+            # A label that had no training rows is less probable than any that had.
+            least = min(said.values()) - math.log(len(said) + 1)
+            found = {label: score + weight * said.get(label, least) for label, score in found.items()}
         return found
 
     def files(self) -> dict[str, bytes]:
         """What stands in an adapter's folder: name → content."""
-        found = {OPINIONS_NAME: to_json(self.model_dump()).encode()}
-        return found if self.fitted is None else {**found, HEAD_NAME: self.fitted.to_bytes()}
+        heads = {HEADS[name]: head.to_bytes() for name, head in self._heads.items()}
+        return {OPINIONS_NAME: to_json(self.model_dump()).encode(), **heads}
 
     @classmethod
-    def from_json(cls, data: bytes, path: str | os.PathLike, head: Head | None) -> Opinions:
-        """The opinions in the content of `path`. Raises `InputError` for a damaged file, or one without its head."""
+    def from_json(cls, data: bytes, path: str | os.PathLike, heads: Mapping[str, Head]) -> Opinions:
+        """The opinions in the content of `path`. Raises `InputError` for a damaged file, or one without its heads."""
         advice = "train anew"
         with reading(path, "opinions", advice):
             try:
@@ -137,11 +171,11 @@ class Opinions(BaseModel):
             except ValidationError as error:
                 where = excerpt(os.fspath(path))
                 raise InputError(f"Cannot use {where}: {problems(error, 'opinions')}; {advice}.") from error
-            if not found.vectors and not found.head:
+            if not found.weights:
                 raise InputError(
                     f"Expected an opinion that counts in {excerpt(os.fspath(path))}, found none; {advice}."
                 )
-            return found._with(head)
+            return found._with(heads)
 
 
 def weigh(held_out: Mapping[str, np.ndarray], y: Sequence[int]) -> dict[str, float]:

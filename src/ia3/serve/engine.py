@@ -18,7 +18,7 @@ from ia3.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ia3.opinions.head import Head
+    from ia3.opinions.asking import HeadJob
     from ia3.scoring.question import Question
     from ia3.task.wording import Wording
     from ia3.training.recipe import Recipe
@@ -36,13 +36,13 @@ class ScoreJob:
         adapter: the adapter's key, as given to `Engine.add`; None: the base model.
         question: prompt and choices as token ids, from `Engine.questions`.
         length_normalization: a log-probability is divided by this power of the choice's token count.
-        head: answers in place of the choices, of what the base model's layers hold: its labels' log-probabilities.
+        head: answers in place of the choices: its labels' log-probabilities.
     """
 
     adapter: str | None
     question: Question
     length_normalization: float = 1.0
-    head: Head | None = None
+    head: HeadJob | None = None
 
 
 @dataclass(frozen=True)

@@ -418,6 +418,7 @@ class LocalEngine:
 
     def _score(self, batch: list[_Asked]) -> None:
         from ia3.adapter.rows import BASE
+        from ia3.opinions.asking import heads_say
 
         heads = [asked for asked in batch if asked.job.head is not None]
         others = [asked for asked in batch if asked.job.head is None]
@@ -425,14 +426,8 @@ class LocalEngine:
         powers = [asked.job.length_normalization for asked in others]
         results = self._scorer.score([asked.job.question for asked in others], powers, adapter_names=names)
         found = [(asked, result.tolist()) for asked, result in zip(others, results, strict=True)]
-        if heads:
-            # Heads of several adapters may ask the same.
-            same = {(one.job.question.read, *one.job.question.prompt): one.job.question for one in heads}
-            states = dict(zip(same, self._scorer.states([*same.values()]).numpy(), strict=True))
-            for asked in heads:
-                assert asked.job.head is not None
-                row = states[(asked.job.question.read, *asked.job.question.prompt)]
-                found.append((asked, asked.job.head.log_probs(row[None])[0].tolist()))
+        said = heads_say(self._scorer, [asked.job.head for asked in heads if asked.job.head is not None])
+        found += [(asked, [*one.values()]) for asked, one in zip(heads, said, strict=True)]
         self.observe("score", len(batch), len(set(names)))
         # Not earlier, because all questions are asked again if one fails.
         for asked, result in found:

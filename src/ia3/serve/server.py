@@ -12,7 +12,8 @@ from fastapi import Request
 from starlette.exceptions import HTTPException
 
 from ia3.errors import InputError, about
-from ia3.opinions.opinions import Opinions
+from ia3.opinions.asking import head_jobs
+from ia3.opinions.opinions import VECTORS, Opinions
 from ia3.scoring.fitting import most_characters
 from ia3.serve.adapter import Adapter, Settings
 from ia3.serve.engine import AdapterFailed, Engine, GenerateJob, Piece, ScoreJob
@@ -48,26 +49,25 @@ class _Row(NamedTuple):
     """A row that is classified.
 
     Attributes:
-        jobs: what the engine is asked: the vectors, where they count, and the head, where there is one.
+        jobs: opinion → what the engine is asked.
         labels: of the choices.
         opinions: how their answers are put together.
         temperature: divides the scores.
     """
 
-    jobs: list[ScoreJob]
+    jobs: dict[str, ScoreJob]
     labels: list[str]
     opinions: Opinions
     temperature: float
 
     def together(self, answers: Sequence[list[float]]) -> dict[str, float]:
         """The scores of the labels, of the answers to the jobs."""
-        vectors, head = dict.fromkeys(self.labels, 0.0), None
-        for job, values in zip(self.jobs, answers, strict=True):
-            if job.head is None:
-                vectors = dict(zip(self.labels, values, strict=True))
-            else:
-                head = dict(zip(job.head.labels, values, strict=True))
-        return self.opinions.together(vectors, head, self.temperature)
+        labels = {VECTORS: self.labels, **{name: head.labels for name, head in self.opinions.heads.items()}}
+        said = {
+            name: dict(zip(labels[name], values, strict=True)) for name, values in zip(self.jobs, answers, strict=True)
+        }
+        vectors = said.pop(VECTORS, dict.fromkeys(self.labels, 0.0))
+        return self.opinions.together(vectors, said, self.temperature)
 
 
 class Server:
@@ -237,7 +237,7 @@ class Server:
             for indices, characters in _groups(rows):
                 key = None if body.without_adapter else adapter.key
                 asked += await self.blocking(self._asked, its, rows, indices, key, owner, characters=characters)
-        scores = await self.engine.score([job for row in asked for job in row.jobs])
+        scores = await self.engine.score([job for row in asked for job in row.jobs.values()])
         return await asyncio.to_thread(self._predictions, body, adapters, asked, scores)
 
     def _asked(
@@ -255,10 +255,11 @@ class Server:
                 with about(row=question.row):
                     self.check_tokens(len(question.prompt))
         found = []
-        for question, names in zip(questions, labels, strict=True):
-            jobs = [ScoreJob(key, question, recipe.length_normalization)] if opinions.vectors else []
-            if opinions.fitted is not None:
-                jobs.append(ScoreJob(None, question, head=opinions.fitted))
+        for wording, question, names in zip(wordings, questions, labels, strict=True):
+            jobs = {VECTORS: ScoreJob(key, question, recipe.length_normalization)} if opinions.vectors else {}
+            jobs |= {
+                name: ScoreJob(None, question, head=job) for name, job in head_jobs(opinions, wording, question).items()
+            }
             found.append(_Row(jobs, names, opinions, temperature))
         return found
 
@@ -276,7 +277,7 @@ class Server:
         for row in asked:
             item = Prediction.of(row.together([next(left) for _ in row.jobs]), row.temperature, body.abstain_below)
             found.append({"label": item.label, "probabilities": item.probabilities})
-        usage = {"prompt_tokens": sum(len(row.jobs[0].question.prompt) for row in asked)}
+        usage = {"prompt_tokens": sum(len(next(iter(row.jobs.values())).question.prompt) for row in asked)}
         names = [adapter.name for adapter in adapters]
         if body.adapters is None:
             [name] = names

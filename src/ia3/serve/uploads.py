@@ -9,10 +9,11 @@ import jinja2.nodes as nodes
 import yaml
 
 from ia3.adapter.config import IA3Config
-from ia3.adapter.stored import HEAD_NAME
-from ia3.errors import InputError, shown
+from ia3.adapter.pretrained import SENTENCE_MODEL
+from ia3.errors import InputError, brief, shown
 from ia3.files import WEIGHTS_NAME, parse_json, reading
 from ia3.folder import AdapterFolder
+from ia3.opinions.opinions import HEADS
 from ia3.serve.adapter import FILES
 from ia3.task import sandbox
 from ia3.task.template import has_jinja
@@ -59,7 +60,7 @@ def check(folder: Path) -> None:
     """
     for name in FILES:
         path = folder / name
-        if not path.is_file() or name in (WEIGHTS_NAME, HEAD_NAME):  # not text; their readers check tensors
+        if not path.is_file() or name in (WEIGHTS_NAME, *HEADS.values()):  # not text; their readers check tensors
             continue
         if path.stat().st_size > _MOST_BYTES:
             raise InputError(f"Expected {name} of at most {_MOST_BYTES} bytes, found {path.stat().st_size}.")
@@ -69,7 +70,13 @@ def check(folder: Path) -> None:
                 _check_yaml(text, name)
             else:
                 parse_json(text, name, "correct it")
-    _ = AdapterFolder(folder).opinions
+    encoder = AdapterFolder(folder).opinions.encoder
+    if encoder not in (None, SENTENCE_MODEL):
+        # A name is a path or an address, which are not an uploader's to choose.
+        raise InputError(
+            f"Expected the sentence encoder {SENTENCE_MODEL} or none in an uploaded adapter, found {brief(encoder)}; put the "
+            f"adapter below the server's root instead."
+        )
     config = IA3Config.from_pretrained(folder)
     for field in ("target_modules", "exclude_modules", "feedforward_modules"):
         value = getattr(config, field)

