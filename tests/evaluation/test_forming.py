@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -320,3 +322,37 @@ def test_a_head_alone_trains_no_vectors(place):
         experiment(place, place / "no", recipe=head, all_templates=True).run()
     with pytest.raises(InputError, match="same labels for all rows"):
         experiment(place, place / "no", rows, its=rowwise, recipe=head).run()
+
+
+POOL = [{"text": row["text"]} for row in words.different(60, seed=11)]
+
+
+class TestRowsWithoutLabels:
+    def formed(self, place, **fields):
+        base, tokenizer = load_base(str(place / "model"))
+        model = IA3Model(base, IA3Config(task_type="CAUSAL_LM", acts_from="question"))
+        recipe = RECIPE.changed(opinions="head")
+        return form_opinions(Progress(), "", model, tokenizer, task(), ROWS, recipe, **fields)
+
+    def test_heads_learn_from_them_where_cross_validation_agrees(self, place):
+        before = self.formed(place)
+        after = self.formed(place, unlabelled=POOL)
+        said = re.search(r"; 60 rows without labels: log-loss ([\d.]+) → ([\d.]+)(, so they are left out)?$", after.why)
+        assert said, after.why
+        heads = [one.opinions.heads["head"] for one in (before, after)]
+        alike = np.array_equal(heads[0].weight, heads[1].weight)
+        assert alike == (said[3] is not None) == (float(said[2]) >= float(said[1]))
+
+    @pytest.mark.parametrize("better", [True, False])
+    def test_the_lower_log_loss_decides(self, place, monkeypatch, better):
+        def trained(examples, heads, weights, folds):
+            [(name, head)] = heads.items()
+            labels = np.array([head.labels.index(row["label"]) for row in ROWS])
+            right = np.log(np.where(np.eye(2)[labels] == better, 0.99, 0.01))
+            return {name: replace(head, bias=head.bias + 1)}, {name: right}
+
+        monkeypatch.setattr("ia3.evaluation.forming.self_train", trained)
+        before, after = self.formed(place), self.formed(place, unlabelled=POOL)
+        moved = after.opinions.heads["head"].bias - before.opinions.heads["head"].bias
+        assert moved == pytest.approx(1 if better else 0, abs=1e-5)
+        assert after.why.endswith("left out") != better

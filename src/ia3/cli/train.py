@@ -93,7 +93,8 @@ def train(
     unlabelled: str | None = typer.Option(
         None,
         "--unlabelled",
-        help="Rows without labels, .csv, .jsonl, …: how frequent labels are is estimated on them, instead of --prior.",
+        help="Rows without labels, .csv, .jsonl, …: how frequent labels are is estimated on them, instead of --prior, and heads "
+        "learn from them if cross-validation agrees.",
         show_default=False,
     ),
     memory: str = MemoryOption,

@@ -115,7 +115,8 @@ class Experiment:
             the vectors answer alone.
         prior: how frequent labels are where predictions will be made: "file", as in the rows to draw from; "balanced"; or
             label → share, of all labels. Opinions move their probabilities there.
-        unlabelled: rows without labels; the prior is estimated on them (see `estimated_prior`).
+        unlabelled: rows without labels; the prior is estimated on them (see `estimated_prior`), and heads learn from them where
+            cross-validation agrees (see `self_train`).
     """
 
     task: Task | Sequence[Task]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from ia3.evaluation.progress import Progress, Stage
 from ia3.opinions.head import Head, fit_head
 from ia3.opinions.opinions import HEAD, SENTENCES, USUAL, VECTORS, Opinions, weigh
 from ia3.opinions.priors import shares_of
+from ia3.opinions.self_training import Examples, self_train
 from ia3.opinions.sentences import Sentences, sentence_of
 from ia3.scoring.scorer import Scorer
 from ia3.task.candidates import are_codes
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from ia3.scoring.readings import Readings
     from ia3.task.task import Row, Task
     from ia3.training.recipe import Recipe
+
+Read = Callable[[Callable[[list[int]], None]], np.ndarray]
+"""Reads rows; gets a function that is told which are done."""
 
 _FOLDS = 4
 
@@ -64,6 +68,7 @@ def form_opinions(
     seed: int = 0,
     output_dir: str | os.PathLike = "cross-validation",
     readings: Readings | None = None,
+    unlabelled: Sequence[Row] = (),
 ) -> Formed:
     """Fit heads on the training rows, and weigh them and the vectors by cross-validation.
 
@@ -77,6 +82,8 @@ def form_opinions(
         folds: the number of cross-validation parts; 0: 4, or as many as the rarest label has rows. Where vectors take long
             to train (many rows and labels), their weight is then a usual one.
         seed, output_dir, readings: as of `cross_validate`.
+        unlabelled: rows without labels, from which heads learn where that lowers the cross-validated log-loss (see
+            `self_train`).
     """
     labels = [task.label(row, number) for number, row in enumerate(rows, 1)]
     names = sorted(set(labels))
@@ -87,18 +94,19 @@ def form_opinions(
     }
     count = folds or min(_FOLDS, *(Counter(different.values())[name] for name in names))
     each = fold_of_each(task, rows, count, seed) if count > 1 else None
-    wordings = task.wordings(rows)
+    wordings = [*task.wordings(rows), *task.wordings(unlabelled)]
     heads: dict[str, Head] = {}
     held_out: dict[str, np.ndarray] = {}
+    examples: dict[str, Examples] = {}
 
-    def fit(
-        name: str, its_title: str, read: Callable[[Callable[[list[int]], None]], np.ndarray], more: Sequence[str]
-    ) -> None:
-        """Fit an opinion's head on what is read of the rows and, behind them, of a text for each of some more labels."""
-        stage = progress.stage(f"{its_title} {title}".strip(), len(rows) + len(more))
+    def fit(name: str, its_title: str, read: Read, more: Sequence[str]) -> None:
+        """Fit an opinion's head on what is read of the rows, and of a text for each of some more labels."""
+        stage = progress.stage(f"{its_title} {title}".strip(), len(wordings) + len(more))
         states = read(lambda done: stage.advance(len(done)))
-        parts = None if each is None else [*each, *[-1] * len(more)]
-        heads[name], held = fit_head(states, [*labels, *more], parts)
+        pool = states[len(rows) : len(wordings)]
+        known = np.delete(states, np.s_[len(rows) : len(wordings)], axis=0)
+        examples[name] = Examples(known, [*labels, *more], pool)
+        heads[name], held = fit_head(known, [*labels, *more], None if each is None else [*each, *[-1] * len(more)])
         if held is not None:
             held_out[name] = held
             _note(stage, task, labels, _predictions(held, names))
@@ -134,6 +142,20 @@ def form_opinions(
         held_out = {name: held_out[name] for name in asked}
         weights = weigh(held_out, y) if len(asked) > 1 else weights
         why = f"weighed on {len(rows)} training rows in {count} folds"
+        if unlabelled:
+            some = {name: heads[name] for name in weights if name in heads}
+            both = max((len(examples[name].labels) for name in some), default=0)
+            parts = [*each, *[-1] * (both - len(rows))]
+            made, held = self_train({name: examples[name] for name in some}, some, weights, parts)
+            again = weigh({**held_out, **held}, y) if len(asked) > 1 else weights
+            before, after = (_log_loss(ws, hs, y) for ws, hs in ((weights, held_out), (again, {**held_out, **held})))
+            why += f"; {len(unlabelled)} rows without labels: log-loss {before:.3f} → {after:.3f}"
+            if after < before:
+                heads |= made
+                held_out |= held
+                weights = again
+            else:
+                why += ", so they are left out"
     opinions = Opinions.of(weights, heads, balance, None if encoder is None else encoder.name)
     if each is None or held_out.keys() != {*asked}:
         return Formed(opinions, None, why)
@@ -165,6 +187,11 @@ def forms_opinions(recipe: Recipe, task: Task, reads_answers: bool, all_template
 
 def _note(stage: Stage, task: Task, labels: Sequence[str], found: Sequence[Prediction]) -> None:
     stage.note(f"cross-validated accuracy {task.metrics(labels, [one.best for one in found])['accuracy']:.1%}")
+
+
+def _log_loss(weights: Mapping[str, float], held_out: Mapping[str, np.ndarray], y: Sequence[int]) -> float:
+    together = np.sum([weight * held_out[name] for name, weight in weights.items()], axis=0)
+    return -float(log_softmax(together, axis=1)[np.arange(len(y)), list(y)].mean())
 
 
 def _predictions(log_probs: np.ndarray, names: Sequence[str]) -> list[Prediction]:

@@ -33,6 +33,7 @@ METHODS = {
     "zero_shot": "zero-shot",
     "zero_shot_balanced": "zero-shot, balanced",
     "trained": "trained",
+    "tfidf": "TF-IDF baseline",
     "majority": "majority class",
 }
 METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
@@ -46,6 +47,26 @@ def majority(labels: Sequence[str]) -> str:
 def majority_metrics(task: Task, labels: Sequence[str]) -> dict[str, float]:
     """The metrics of always predicting the most frequent label, the baseline for any method."""
     return task.metrics(labels, [majority(labels)] * len(labels))
+
+
+def tfidf_metrics(task: Task, examples: Sequence[Row], test: Sequence[Row]) -> dict[str, float] | None:
+    """The metrics of a logistic regression on TF-IDF features of words and pairs of words: what a few lines of scikit-learn
+    would do. None where it cannot be: examples without a word, or with one label."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    from ia3.opinions.sentences import sentence_of
+
+    texts, others = ([sentence_of(wording) for wording in task.wordings(rows)] for rows in (examples, test))
+    model = make_pipeline(
+        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(C=10, max_iter=1000)
+    )
+    try:
+        found = model.fit(texts, [task.label(row) for row in examples]).predict(others)
+    except ValueError:
+        return None
+    return task.metrics([task.label(row) for row in test], found.tolist())
 
 
 def median_metrics(some: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ia3.errors import InputError
+from ia3.evaluation.balance import can_balance
 from ia3.evaluation.checkpoints import interruptible
 from ia3.evaluation.progress import Progress, Stage, training_stages
-from ia3.evaluation.results import majority_metrics, median_metrics, save_trained
+from ia3.evaluation.results import majority_metrics, median_metrics, save_trained, tfidf_metrics
 from ia3.task.rows import as_rows
 
 if TYPE_CHECKING:
@@ -223,6 +224,7 @@ class Running:
             trial.seed,
             experiment.checkpoints,
             self.readings,
+            [] if experiment.unlabelled is None else as_rows(experiment.unlabelled, task),
         )
         found: dict[str, Any] = {"weights": formed.opinions.weights, "why": formed.why}
         results: dict[str, Any] = {"opinions": found}
@@ -329,7 +331,7 @@ class Running:
 
     def _balance(self, trials: Sequence[Trial], untrained: Mapping[str, list[Prediction]], template: int) -> None:
         """Keep what the untrained model has on test rows when its answers are balanced on the training rows."""
-        from ia3.evaluation.balance import Balance, balancing_rows, can_balance
+        from ia3.evaluation.balance import Balance, balancing_rows
 
         some = [one for one in trials if one.test and one.examples and can_balance(one.task, template)]
         rows = {one.name: balancing_rows(one.examples) for one in some}
@@ -436,6 +438,9 @@ def _measured(
         **({"trained": median_metrics(trained)} if trained else {}),
         "majority": majority_metrics(trial.task, labels),
     }
+    if can_balance(trial.task):  # the labels are the same for all rows
+        words = tfidf_metrics(trial.task, trial.examples, trial.test)
+        found |= {} if words is None else {"tfidf": words}
     if each_template:
         pairs = zip(trial.task.templates, zero_shot, trained, strict=True)
         found["templates"] = [{"name": template.name, "zero_shot": a, "trained": b} for template, a, b in pairs]

@@ -26,7 +26,7 @@ _TRIED = ((5_000, 32), (50_000, 16), (500_000, 8))
 
 # What a place's answers are multiplied by, and from where they are pulled: an average of answers is less sure than each.
 _SURENESS = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
-_USUAL, _SPREAD = 1.4, 0.7
+USUAL_SURENESS, _SPREAD = 1.4, 0.7
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,12 +134,12 @@ def fit_head(
     tried = list(range(states.shape[1] - 1, -1, -step))[::-1]
     features = [_Features(states[:, place]) for place in tried]
     even = list(range(0, len(tried), max(1, len(tried) // _BEST)))[-_BEST:]
-    chosen, sureness, held_out = even, _USUAL, None
+    chosen, sureness, held_out = even, USUAL_SURENESS, None
     if folds is not None:
         fold_of = np.asarray(folds)
         held_out, chosen = _held_out(features, y, len(names), fold_of, even)
         held_out = held_out[fold_of >= 0]
-        sureness = _sureness(held_out, y[fold_of >= 0])
+        sureness = sureness_of(held_out, y[fold_of >= 0])
         held_out = log_softmax(held_out * sureness, axis=1)
     fitted = [features[index].classifier(y, len(names)) for index in chosen]
     weight = np.stack([weight for weight, _ in fitted], axis=1) * sureness / len(chosen)
@@ -241,12 +241,12 @@ def _best(losses: np.ndarray) -> list[int]:
     return sorted(np.argsort(losses.mean(1), kind="stable")[:_BEST].tolist())
 
 
-def _sureness(log_probs: np.ndarray, y: np.ndarray) -> float:
-    """The factor with the lowest loss on N rows, pulled to the usual one like one more row or so."""
+def sureness_of(log_probs: np.ndarray, y: np.ndarray) -> float:
+    """The factor of log-probabilities (N, K) with the lowest loss on N rows, pulled to the usual one like one more row or so."""
     rows = np.arange(len(y))
 
     def loss(factor: float) -> float:
-        pulled = (np.log(factor / _USUAL) / _SPREAD) ** 2 / 2
+        pulled = (np.log(factor / USUAL_SURENESS) / _SPREAD) ** 2 / 2
         return float(-log_softmax(log_probs * factor, axis=1)[rows, y].sum() + pulled)
 
     return min(_SURENESS, key=loss)

@@ -1,0 +1,109 @@
+"""Heads that learn from rows without labels: `self_train`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy.special import log_softmax
+
+from ia3.opinions.head import USUAL_SURENESS, Head, fit_head, sureness_of
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """What a head reads.
+
+    Attributes:
+        states: (N + M, places, width), of N labelled rows and M more examples, which are never held out.
+        labels: N + M of them.
+        pool: (P, places, width), of rows without labels.
+    """
+
+    states: np.ndarray
+    labels: Sequence[str]
+    pool: np.ndarray
+
+    def known(self, rows: np.ndarray) -> np.ndarray:
+        """Those of some examples that it has: another opinion may have more."""
+        return rows[rows < len(self.labels)]
+
+    def of(self, places: Sequence[int], rows: np.ndarray, pseudo: Mapping[int, str]) -> tuple[np.ndarray, list[str]]:
+        """States and labels of some labelled rows, and of rows of the pool with the labels that they are taken to have."""
+        states = np.concatenate([self.states[rows], self.pool[[*pseudo]]])[:, list(places)]
+        return states, [*(self.labels[row] for row in rows), *pseudo.values()]
+
+
+def self_train(
+    examples: Mapping[str, Examples], heads: Mapping[str, Head], weights: Mapping[str, float], folds: Sequence[int]
+) -> tuple[dict[str, Head], dict[str, np.ndarray]]:
+    """Heads that learn also from rows of a pool, with the labels that the heads together give to these.
+
+    Of each label the surest rows are taken, as many as it has training rows. Cross-validation repeats all of it without each
+    fold in turn, on the places that the heads have already: what it finds can be compared with what heads have without a pool.
+
+    Args:
+        examples: opinion → what its head reads.
+        heads: opinion → its head, which has learned without the pool.
+        weights: opinion → how much its head counts in the labels that the pool is given.
+        folds: the fold of each of N + M examples, from 0, -1 for one that is never held out.
+
+    Returns:
+        Opinion → its head; opinion → held-out log-probabilities (N, labels), labels in alphabetical order.
+    """
+    fold_of = np.asarray(folds)
+    count = int((fold_of >= 0).sum())
+    held_out = {name: np.zeros((count, len(head.labels))) for name, head in heads.items()}
+    for fold in np.unique(fold_of[fold_of >= 0]):
+        made = _learned(examples, heads, weights, np.flatnonzero(fold_of != fold), count)
+        rows = np.flatnonzero(fold_of == fold)
+        for name, head in made.items():
+            held_out[name][rows] = head.log_probs(examples[name].states[rows])
+    found = {}
+    for name, head in _learned(examples, heads, weights, np.arange(len(fold_of)), count).items():
+        y = [head.labels.index(label) for label in examples[name].labels[: len(held_out[name])]]
+        factor = sureness_of(held_out[name] / USUAL_SURENESS, np.array(y)) / USUAL_SURENESS
+        held_out[name] = log_softmax(held_out[name] * factor, axis=1)
+        found[name] = replace(head, weight=head.weight * np.float32(factor), bias=head.bias * np.float32(factor))
+    return found, held_out
+
+
+def _learned(
+    examples: Mapping[str, Examples],
+    heads: Mapping[str, Head],
+    weights: Mapping[str, float],
+    rows: np.ndarray,
+    count: int,
+) -> dict[str, Head]:
+    """Heads on some of the examples, and on the rows of the pool that they label most surely; the first `count` examples
+    are rows."""
+    first = {name: _fitted(its, heads[name], its.known(rows), {}) for name, its in examples.items()}
+    labels = next(iter(first.values())).labels
+    said = sum(weights[name] * head.log_probs(examples[name].pool) for name, head in first.items())
+    some = next(iter(examples.values()))
+    counts = Counter(some.labels[row] for row in rows if row < count)
+    pseudo: dict[int, str] = {}
+    best = np.argmax(said, axis=1)
+    said = log_softmax(said, axis=1)
+    for place, label in enumerate(labels):
+        mine = np.flatnonzero(best == place)
+        surest = mine[np.argsort(-said[mine, place], kind="stable")][: counts[label]]
+        pseudo |= dict.fromkeys(surest.tolist(), label)
+    return {name: _fitted(its, heads[name], its.known(rows), pseudo) for name, its in examples.items()}
+
+
+def _fitted(examples: Examples, head: Head, rows: np.ndarray, pseudo: Mapping[int, str]) -> Head:
+    """A head on the places of another one."""
+    made, _ = fit_head(*examples.of(head.places, rows, pseudo))
+    places = tuple(head.places[place] for place in made.places)
+    made = replace(made, places=places, of=head.of)
+    if made.labels == head.labels:
+        return made
+    # A label whose only row is held out: as improbable as `fit_head` would have it.
+    weight = np.zeros((len(head.labels), *made.weight.shape[1:]), np.float32)
+    bias = np.full(len(head.labels), made.bias.min() - np.log(len(rows) + 1), np.float32)
+    known = [head.labels.index(label) for label in made.labels]
+    weight[known], bias[known] = made.weight, made.bias
+    return replace(made, labels=head.labels, weight=weight, bias=bias)
