@@ -18,6 +18,7 @@ from ia3 import (
     predict,
 )
 from ia3.adapter.stored import SENTENCES_NAME
+from ia3.evaluation.progress import Progress
 from ia3.opinions.asking import HeadJob, heads_say
 from ia3.opinions.head import fit_head
 from ia3.opinions.sentences import Sentences, sentence_of
@@ -182,3 +183,28 @@ def test_an_upload_names_no_encoder_of_its_own(place, trained):
     text = json.loads((folder / "opinions.json").read_text())
     (folder / "opinions.json").write_text(json.dumps({**text, "encoder": "minilm"}))
     check(folder)
+
+
+class Said(Progress):
+    def __init__(self):
+        self.lines = []
+
+    def say(self, text):
+        self.lines.append(text)
+
+
+def test_with_many_rows_and_labels_no_vectors_are_trained(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("ia3.evaluation.forming._QUICK", 10)
+    task = Task(name="teas", template=words.TEMPLATE, choices=words.CHOICES)
+    fields = {"folder": tmp_path, "model": str(place / "model"), "test_rows": 1}
+    said = Said()
+    outcome = Experiment(task, ROWS, recipe=recipe(place), **fields).run(said)
+    assert outcome.results["steps"] == 0 and "vectors" not in AdapterFolder(tmp_path).opinions.weights
+    assert said.lines[0].startswith("No vectors are trained: that takes long for 24 rows of 2 labels")
+    # Without an encoder, or where somebody asks for the weights, they are.
+    for its in ({"recipe": recipe(place).changed(encoder="none")}, {"recipe": recipe(place), "folds": 2}):
+        said = Said()
+        assert Experiment(task, ROWS, **fields, **its).run(said).results["steps"] and not said.lines
+    made = FewShotClassifier(place / "model", words.TEMPLATE, words.CHOICES, recipe=recipe(place))
+    made.fit([row["text"] for row in ROWS], [row["label"] for row in ROWS])
+    assert "vectors" not in made.opinions_.weights

@@ -163,6 +163,36 @@ def form_opinions(
     return Formed(opinions, _predictions(log_softmax(together, axis=1), names), why)
 
 
+def without_long_training(
+    recipe: Recipe, tasks: Sequence[tuple[Task, Sequence[Row]]], reads_answers: bool, folds: int, progress: Progress
+) -> Recipe:
+    """The recipe with heads alone where vectors take long to train, for their rows have many labels, and a sentence encoder is
+    there, which tells many labels apart better.
+
+    Args:
+        recipe: one that says what answers ("vectors", "head") stays as it is.
+        tasks: each task with its training rows; one where vectors are quick decides for all.
+        reads_answers: whether the model is a language model.
+        folds: as of `form_opinions`; a number is a wish to have all weighed.
+        progress: told about it.
+    """
+    long = [len(rows) * len(task.labels or ()) > _QUICK for task, rows in tasks]
+    if (
+        recipe.opinions != "auto"
+        or not reads_answers
+        or folds
+        or not all(long)
+        or Sentences.found(recipe.encoder) is None
+    ):
+        return recipe
+    task, rows = tasks[0]
+    progress.say(
+        f"No vectors are trained: that takes long for {len(rows)} rows of {len(task.labels or ())} labels, and heads with a "
+        f"sentence encoder tell so many apart better. --folds 4 trains and weighs them all the same."
+    )
+    return recipe.changed(opinions=HEAD)
+
+
 def forms_opinions(recipe: Recipe, task: Task, reads_answers: bool, all_templates: bool = False) -> bool:
     """Whether more than vectors answer in the end.
 

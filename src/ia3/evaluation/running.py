@@ -53,7 +53,7 @@ class Running:
 
     def __init__(self, experiment: Experiment, progress: Progress) -> None:
         from ia3.adapter.pretrained import load_base
-        from ia3.evaluation.forming import forms_opinions
+        from ia3.evaluation.forming import forms_opinions, without_long_training
         from ia3.scoring.families import family_of
         from ia3.scoring.readings import Readings
 
@@ -61,7 +61,6 @@ class Running:
         self.rankings: dict[str, list[Ranked]] = {}
         self._balanced: dict[str, list[Scores]] = {}
         self._by_vectors: dict[str, list[Prediction]] = {}
-        self.recipe = experiment.chosen_recipe
         with progress.waiting("Loading the model …"):
             from transformers import set_seed
 
@@ -70,6 +69,11 @@ class Running:
 
             base, self.tokenizer = load_base(experiment.model, experiment.trials[0].task.labels, experiment.dtype)
         reads_answers = family_of(base, self.tokenizer).reads_answers
+        tasks = [(trial.task, trial.examples) for trial in experiment.trials]
+        alone = experiment.all_templates or any(not can_balance(task) for task, _ in tasks)
+        self.recipe = experiment.chosen_recipe
+        if not alone:  # where vectors answer alone, they train
+            self.recipe = without_long_training(self.recipe, tasks, reads_answers, experiment.folds, progress)
         self.forms_opinions = {
             one.name: forms_opinions(self.recipe, one.task, reads_answers, experiment.all_templates)
             for one in experiment.trials
