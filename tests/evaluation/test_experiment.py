@@ -112,12 +112,12 @@ def test_it_is_what_the_command_runs(place, task, tmp_path, capsys):
         "Trained": 24,
         "Head": 16,
         "Cross-validation": 8,
-        "With a head": 24,
+        "Head, test rows": 24,
     }
     assert {title: stage.total for title, stage in told.stages.items()} == titles
     assert all(stage.done == stage.total or stage.ended for stage in told.stages.values())
     assert told.stages["Trained"].text.startswith("accuracy ")  # of vectors that are not balanced yet
-    assert told.stages["With a head"].text == f"accuracy {ours['trained']['accuracy']:.1%}"
+    assert told.stages["Head, test rows"].text == f"accuracy {ours['trained']['accuracy']:.1%}"
     assert "loss" in told.stages["Training"].text and told.waited == ["Loading the model …"]
 
 

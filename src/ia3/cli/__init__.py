@@ -12,13 +12,13 @@ from typing import Any
 import typer
 
 from ia3 import __version__
-from ia3.cli import compare, convert, evaluate, inspect, merge, predict, pretrain, raft, serve, tasks, train
+from ia3.cli import compare, convert, evaluate, inspect, merge, predict, pretrain, raft, serve, suggest, tasks, train
 from ia3.errors import InputError, excerpt, reason
 
 app = typer.Typer(
     name="ia3",
     help="Adapt a pretrained transformer to a task with a few dozen labelled examples, using (IA)³ and T-Few.\n\n"
-    "Start with: ia3 train (real model, real data, no download; about five minutes on two cores).",
+    "Start with: ia3 train (real model, real data, no download; about a minute on two cores).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -27,6 +27,7 @@ app = typer.Typer(
 app.command("train")(train.train)
 app.command("predict")(predict.predict)
 app.command("evaluate")(evaluate.evaluate)
+app.command("suggest")(suggest.suggest)
 app.command("compare")(compare.compare)
 app.command("merge")(merge.merge)
 app.command("inspect")(inspect.inspect)

@@ -62,31 +62,50 @@ def _labelled(found: Prediction, label: str) -> dict[str, Any]:
 
 def write(path: Path, rows: Sequence[Row], answers: Sequence[Sequence[Answer]], each: bool, delimiter: str) -> None:
     """Rows with their answers as .csv or .jsonl, in whole or not at all; arguments as of `to_json`."""
+    if path.suffix.lower() == ".jsonl":
+        found = [{**row, **to_json(its, each, label="prediction")} for row, its in zip(rows, answers, strict=True)]
+    else:
+        added = _columns(answers, each)
+        found = []
+        for row, its in zip(rows, answers, strict=True):
+            cells = _cells(its, each)
+            # Columns of an earlier prediction are replaced.
+            own = {name: cell for name, cell in row.items() if name not in added}
+            found.append({**own, **{name: cells.get(name, "") for name in added}})
+    write_rows(path, found, delimiter)
+
+
+def write_rows(path: Path, rows: Sequence[Row], delimiter: str) -> None:
+    """Rows as .csv or .jsonl, in whole or not at all. A .csv has all columns of all rows."""
     from ia3.files import replacing
 
     with replacing(path) as temporary:
         if path.suffix.lower() == ".jsonl":
-            lines = [
-                json.dumps({**row, **to_json(its, each, label="prediction")}, ensure_ascii=False, default=str)
-                for row, its in zip(rows, answers, strict=True)
-            ]
+            lines = [json.dumps(row, ensure_ascii=False, default=str) for row in rows]
             temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
             return
         text = io.StringIO()
-        cells = [_cells(its, each) for its in answers]
-        added = _columns(answers, each)
-        # All columns of all rows; those of an earlier prediction are replaced.
-        names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in added]
-        writer = csv.DictWriter(text, names + added, delimiter=delimiter, lineterminator="\n")
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        writer = csv.DictWriter(text, names, delimiter=delimiter, lineterminator="\n")
         writer.writeheader()
-        for row, its in zip(rows, cells, strict=True):
+        for row in rows:
             # Lists, such as a row's answers, as tasks read them from a CSV file.
-            own = {
-                name: json.dumps(cell, ensure_ascii=False, default=str) if isinstance(cell, (list, dict)) else cell
-                for name, cell in row.items()
-            }
-            writer.writerow({**own, **its})
+            writer.writerow(
+                {
+                    name: json.dumps(cell, ensure_ascii=False, default=str) if isinstance(cell, (list, dict)) else cell
+                    for name, cell in row.items()
+                }
+            )
         temporary.write_text(text.getvalue(), encoding="utf-8")
+
+
+def delimiter_like(data: str | None, delimiter: str | None) -> str:
+    """The delimiter of the CSV file to write: that of the CSV file that was read."""
+    from ia3.task.reading import as_delimiter, delimiter_of
+
+    if data is None or Path(data).suffix.lower() != ".csv":
+        return ","
+    return delimiter_of(data) if delimiter is None else as_delimiter(delimiter)
 
 
 def _parts(answer: Answer, each: bool) -> list[tuple[str, Prediction]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ia3.adapter.config import adapter_folders
-from ia3.cli.answers import Answer, print_table, to_json, write
+from ia3.cli.answers import Answer, delimiter_like, print_table, to_json, write
 from ia3.cli.bars import Bars
 from ia3.cli.common import (
     AdapterArgument,
@@ -139,7 +139,7 @@ def predict(
         found = _answered(bars, loaded, known, tasks, opinions, rows, asked, zero_shot, abstain_below, memory)
     items = [row if data is not None else {tasks[asked[0][0]].columns[0]: row} for row in rows]
     if output is not None:
-        write(output, items, found, each, _delimiter_like(data, delimiter))
+        write(output, items, found, each, delimiter_like(data, delimiter))
         out.print(f"{len(rows)} rows written to {output}", markup=False)
     if json_output:
         print_json([to_json(its, each, named=adapter_column is not None) for its in found])
@@ -256,12 +256,3 @@ def _chosen(folder: str, there: Mapping[str, str], listed: str | None) -> list[s
         if name not in there:
             raise InputError(f"Expected an adapter in {folder!r}, found {brief(name)}", similar(name, there))
     return names
-
-
-def _delimiter_like(data: str | None, delimiter: str | None) -> str:
-    """The delimiter of the CSV file to write: that of the CSV file that was read."""
-    from ia3.task.reading import as_delimiter, delimiter_of
-
-    if data is None or Path(data).suffix.lower() != ".csv":
-        return ","
-    return delimiter_of(data) if delimiter is None else as_delimiter(delimiter)

@@ -33,7 +33,7 @@ class Examples:
     def of(self, places: Sequence[int], rows: np.ndarray, pseudo: Mapping[int, str]) -> tuple[np.ndarray, list[str]]:
         """States and labels of some labelled rows, and of rows of the pool with the labels that they are taken to have."""
         states = np.concatenate([self.states[rows], self.pool[[*pseudo]]])[:, list(places)]
-        return states, [*(self.labels[row] for row in rows), *pseudo.values()]
+        return states, [*(str(self.labels[row]) for row in rows), *pseudo.values()]
 
 
 def self_train(

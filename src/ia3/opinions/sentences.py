@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from ia3.adapter.pretrained import SENTENCE_MODEL, find_base, load_base, reads_s
 from ia3.errors import InputError, about, brief
 from ia3.scoring.question import Question
 from ia3.scoring.scorer import Scorer
-from ia3.task.template import as_text, is_missing
+from ia3.task.template import Row, as_text, is_missing
 from ia3.task.wording import Wording
 
 # Texts between two reports of progress.
@@ -84,8 +84,13 @@ class Sentences:
 
 def sentence_of(wording: Wording) -> str:
     """What an encoder reads of a row: the columns that its template names, a line each, without the template's words."""
-    cells = (wording.row.get(name) for name in wording.template.columns)
-    return "\n".join(as_text(cell) for cell in cells if not is_missing(cell)) or wording.prompt
+    return sentence(wording.row, wording.template.columns) or wording.prompt
+
+
+def sentence(row: Row, columns: Iterable[str]) -> str:
+    """Some columns of a row, a line each; empty cells are left out."""
+    cells = (row.get(name) for name in columns)
+    return "\n".join(as_text(cell) for cell in cells if not is_missing(cell))
 
 
 @functools.lru_cache(maxsize=2)

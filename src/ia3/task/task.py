@@ -297,7 +297,7 @@ class Task(BaseModel):
                 "in a file, another character may separate them: see",
                 argument="delimiter",
             )
-        label_column = _choose(label_column, columns, "label", "label_column", [])
+        label_column = column_of(label_column, columns, "label", "label_column", [])
         own, others = choices is not None, []
         if choices is None:
             found = {number: row.get(label_column) for number, row in enumerate(rows, 1)}
@@ -318,7 +318,7 @@ class Task(BaseModel):
             choices = {label: verbatim(label.replace("_", " ").strip()) for label in labels}
         if template is None:
             asked = [text_column] if text_column is None or isinstance(text_column, str) else list(text_column)
-            texts = [_choose(each, columns, "text", "text_column", [label_column]) for each in asked]
+            texts = [column_of(each, columns, "text", "text_column", [label_column]) for each in asked]
             if label_column in texts:
                 raise InputError(
                     f"Expected two columns for text and label, found {label_column!r} for both", argument="text_column"
@@ -505,7 +505,7 @@ def _represent_text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
 _Dumper.add_representer(str, _represent_text)
 
 
-def _choose(asked: str | None, columns: list[str], usual: str, argument: str, taken: list[str]) -> str:
+def column_of(asked: str | None, columns: list[str], usual: str, argument: str, taken: list[str]) -> str:
     if asked is None:
         rest = [column for column in columns if column not in taken]
         asked = usual if usual in rest else rest[0] if len(rest) == 1 else None

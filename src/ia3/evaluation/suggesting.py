@@ -1,0 +1,71 @@
+"""Which rows without labels would teach most, once somebody labels them: `suggest`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from scipy.special import entr
+
+from ia3.errors import InputError
+from ia3.scoring.scorer import Scorer
+
+# Of so many times the wanted number of rows, the most doubtful ones, those are taken that differ most.
+_DOUBTFUL = 10
+
+
+def suggest(embeddings: np.ndarray, count: int, probabilities: np.ndarray | None = None, seed: int = 0) -> list[int]:
+    """The rows whose labels would teach most: those in doubt, and unlike each other (Zhdanov 2019, arXiv:1901.05954).
+
+    Rows are put into as many clusters as are wanted, where doubtful ones count more. Each cluster gives the row nearest to its
+    centre.
+
+    >>> suggest(Sentences("minilm").embeddings(texts)[:, 0], 32)
+
+    Args:
+        embeddings: (N, width), alike for rows that are alike.
+        count: how many rows are wanted.
+        probabilities: (N, labels), by a classifier that was trained on a few rows; None: there is none yet, and all rows
+            are equally in doubt. Doubt is their entropy.
+        seed: of the clusters' first centres.
+
+    Returns:
+        Indices of rows; the one for the most doubt comes first.
+
+    Raises:
+        InputError: fewer rows than are wanted.
+    """
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+
+    if not 1 <= count <= len(embeddings):
+        raise InputError(f"Expected a count from 1 to the number of different rows, {len(embeddings)}, found {count}.")
+    doubt = np.ones(len(embeddings)) if probabilities is None else entr(probabilities).sum(axis=1) + 1e-6
+    some = np.argsort(-doubt, kind="stable")[: len(doubt) if probabilities is None else _DOUBTFUL * count]
+    values, weights = embeddings[some].astype(np.float64), doubt[some]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # of rows that are alike: fewer clusters than wanted
+        clusters: Any = KMeans(count, random_state=seed).fit(values, sample_weight=weights)
+    far = np.linalg.norm(values - clusters.cluster_centers_[clusters.labels_], axis=1)
+    nearest = {
+        int(cluster): members[np.argmin(far[members])]
+        for cluster in np.unique(clusters.labels_)
+        for members in [np.flatnonzero(clusters.labels_ == cluster)]
+    }
+    mass = np.bincount(clusters.labels_, weights=weights, minlength=count)
+    found = [int(some[nearest[cluster]]) for cluster in sorted(nearest, key=lambda cluster: -mass[cluster])]
+    rest = (int(row) for row in some if row not in set(found))
+    return [*found, *(row for row, _ in zip(rest, range(count - len(found)), strict=False))]
+
+
+def states_as_embeddings(
+    scorer: Scorer, texts: Sequence[str], on_progress: Callable[[list[int]], Any] | None = None
+) -> np.ndarray:
+    """What a language model's middle layer holds of N texts, as embeddings (N, width), for want of a sentence encoder."""
+    states = scorer.states(scorer.encode(texts, [["?"]] * len(texts)), on_progress).numpy()
+    layers = states.shape[1] if scorer.family.has_encoder else states.shape[1] // 2
+    middle = states[:, layers // 2]
+    middle = (middle - middle.mean(0)) / (middle.std(0) + 1e-6)
+    return middle / np.linalg.norm(middle, axis=1, keepdims=True)
