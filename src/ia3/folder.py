@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -76,7 +77,7 @@ class AdapterFolder(StoredAdapter):
         opinions = Opinions.from_json(data, self._named(OPINIONS_NAME), heads)
         known = None if self.task is None else self.task.labels
         named = {
-            *opinions.balance,
+            *itertools.chain(*opinions.balance),
             *opinions.seen,
             *(label for head in opinions.heads.values() for label in head.labels),
         }
@@ -84,6 +85,8 @@ class AdapterFolder(StoredAdapter):
             raise InputError(
                 f"Expected opinions on the task's labels {shown(known)} in {str(self)!r}, found {shown(sorted(named))}; train anew."
             )
+        if self.task is not None:
+            opinions.asking(len(self.task.templates))
         return opinions
 
     @functools.cached_property

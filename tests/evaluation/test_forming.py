@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.special import log_softmax
 
 from ia3 import (
     AdapterFolder,
@@ -149,7 +150,7 @@ def test_the_classifier_with_a_head_alone(place):
 
 def test_opinions_of_another_task_are_refused(place, trained):
     shutil.copytree(trained[0], place / "foreign")
-    (place / "foreign" / "opinions.json").write_text('{"vectors": 1, "balance": {"spam": 1, "pos": 2}}')
+    (place / "foreign" / "opinions.json").write_text('{"vectors": 1, "balance": [{"spam": 1, "pos": 2}]}')
     with pytest.raises(InputError, match=r"Expected opinions on the task's labels .*, found 'pos', 'spam'; train anew"):
         _ = AdapterFolder(place / "foreign").opinions
 
@@ -162,10 +163,93 @@ def test_many_rows_and_labels_are_not_trained_for_each_fold(place, monkeypatch):
     assert found.held_out is not None
 
 
+def two():
+    """The task in two wordings, with answers of their own."""
+    second = {"prompt": "text : {{ text }} what is it ?", "choices": {"neg": "bad", "pos": "not bad"}}
+    return Task(name="teas", choices=words.CHOICES, templates=[{"prompt": words.TEMPLATE}, second])
+
+
+BALANCE = [{"pos": 0.75, "neg": -0.75}, {"pos": -0.5, "neg": 0.5}]
+
+
+def test_log_probabilities_in_each_wording_are_averaged(place):
+    model, tokenizer, found = formed(place, RECIPE.changed(opinions="head"))
+    heads, its = found.opinions.heads, two()
+    opinions = Opinions.of({"vectors": 0.7, "head": 0.9}, heads, BALANCE)
+    done = []
+    items = predict(model, tokenizer, its, OTHERS, done.extend, opinions=opinions, recipe=RECIPE)
+    assert sorted(done) == [*range(len(OTHERS))]  # each once
+    each = []
+    for template, shift in enumerate(BALANCE):
+        alone = predict(model, tokenizer, its, OTHERS, template=template, recipe=RECIPE)
+        each.append([log_softmax([one.scores[name] + shift[name] for name in ("neg", "pos")]) for one in alone])
+    by_head = predict(model, tokenizer, its, OTHERS, opinions=Opinions.of({"head": 1.0}, heads), recipe=RECIPE)
+    for item, first, second, one in zip(items, *each, by_head, strict=True):
+        said = np.log([one.probabilities[name] for name in ("neg", "pos")])
+        expected = np.exp(log_softmax(0.7 * (first + second) / 2 + 0.9 * said))
+        assert [item.probabilities[name] for name in ("neg", "pos")] == pytest.approx(expected.tolist(), abs=1e-5)
+        assert not np.allclose(first, second, atol=0.01)
+    with pytest.raises(InputError, match=r"Expected the first templates, .* found template 1"):
+        predict(model, tokenizer, its, OTHERS, template=1, opinions=opinions)
+    with pytest.raises(InputError, match="Expected a task with the 2 templates that opinions ask in, found 1"):
+        predict(model, tokenizer, task(), OTHERS, opinions=opinions)
+
+
+def by_vectors(place, stored):
+    """The metrics of a folder's vectors on the test rows, in all wordings that ask them."""
+    base, tokenizer = load_base(str(place / "model"))
+    model = IA3Model.from_pretrained(base, stored).eval()
+    alone = Opinions.of({"vectors": 1.0}, balance=stored.opinions.balance)
+    assert len(alone.balance) == len(stored.task.templates) == 2
+    items = predict(model, tokenizer, stored.task, TEST, recipe=stored.recipe, opinions=alone)
+    return stored.task.metrics([row["label"] for row in TEST], [item.best for item in items])
+
+
+def test_an_experiment_balances_and_measures_each_wording(place, monkeypatch):
+    monkeypatch.setattr("ia3.evaluation.forming.weigh", lambda held_out, y: {"vectors": 1.0})
+    folder = place / "wordings"
+    outcome = experiment(place, folder, test=TEST, its=two()).run()
+    stored = AdapterFolder(folder)
+    first, second = stored.opinions.balance
+    assert first != second and all(sum(shift.values()) == pytest.approx(0, abs=1e-6) for shift in (first, second))
+    assert outcome.results["trained"] == outcome.results["opinions"]["vectors"] == by_vectors(place, stored)
+    experiment(place, folder, its=two(), recipe=RECIPE.changed(templates="first")).run()
+    assert len(AdapterFolder(folder).opinions.balance) == 1  # training never saw the second
+    fields = AdapterFolder(folder).opinions.model_dump() | {"balance": [first] * 3}
+    (folder / "opinions.json").write_text(json.dumps(fields))
+    with pytest.raises(InputError, match="Expected a task with the 3 templates that opinions ask in, found 2"):
+        _ = AdapterFolder(folder).opinions
+
+
+@pytest.fixture
+def in_two_wordings(place):
+    """A folder whose vectors are asked in two wordings, beside a head."""
+    folder = place / "adapters" / "two"
+    _, _, found = formed(place, RECIPE.changed(opinions="head"))
+    shutil.copytree(place / "adapters" / "teas", folder)
+    (folder / "task.yaml").write_text(two().to_yaml())
+    opinions = Opinions.of({"vectors": 0.7, "head": 0.9}, found.opinions.heads, BALANCE)
+    for name, data in opinions.files().items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def test_commands_the_service_and_the_classifier_answer_alike_in_two_wordings(place, trained, in_two_wordings, capsys):
+    answers_alike(place, in_two_wordings, capsys)
+
+
 def test_commands_the_service_and_the_classifier_answer_alike(place, trained, capsys):
+    folder, _ = trained
+    model = answers_alike(place, folder, capsys)
+    # Saved with other vectors, the opinions on these do not stay.
+    tiny.randomize(model, 6)
+    model.save_pretrained(place / "changed")
+    assert AdapterFolder(place / "changed").opinions.model_dump() == Opinions().model_dump()
+
+
+def answers_alike(place, folder, capsys):
     from ia3.cli import main
 
-    folder, _ = trained
     stored = AdapterFolder(folder)
     base, tokenizer = load_base(str(place / "model"))
     model = IA3Model.from_pretrained(base, folder)
@@ -182,23 +266,22 @@ def test_commands_the_service_and_the_classifier_answer_alike(place, trained, ca
     many = command("predict", folder.parent, *texts, "--all-adapters")
     server = Running(place)
     try:
-        served = server.http.post("/v1/classify", json={"adapter": "teas", "texts": texts}).json()["predictions"]
+        served = server.http.post("/v1/classify", json={"adapter": folder.name, "texts": texts}).json()["predictions"]
         files = [("files", (name, (folder / name).read_bytes())) for name in FILES if (folder / name).exists()]
-        response = server.http.post("/v1/adapters", data={"name": "up"}, files=files)
+        response = server.http.post("/v1/adapters", data={"name": f"{folder.name}-up"}, files=files)
         assert response.status_code == 201, response.text
-        again = server.http.post("/v1/classify", json={"adapter": "up", "texts": texts}).json()["predictions"]
+        again = server.http.post("/v1/classify", json={"adapter": f"{folder.name}-up", "texts": texts}).json()[
+            "predictions"
+        ]
     finally:
         server.close()
     classified = FewShotClassifier.load(folder).predict_proba(texts)
     for index, item in enumerate(expected):
-        for other in (found[index], many[index]["adapters"]["teas"], served[index], again[index]):
+        for other in (found[index], many[index]["adapters"][folder.name], served[index], again[index]):
             assert other["label"] == item.label
             assert other["probabilities"] == pytest.approx(item.probabilities, abs=1e-5)
         assert classified[index] == pytest.approx([item.probabilities[label] for label in ("neg", "pos")], abs=1e-5)
-    # Saved with other vectors, the opinions on these do not stay.
-    tiny.randomize(model, 6)
-    model.save_pretrained(place / "changed")
-    assert AdapterFolder(place / "changed").opinions.model_dump() == Opinions().model_dump()
+    return model
 
 
 class TestPrior:
@@ -252,7 +335,7 @@ class TestPrior:
     def test_a_temperature_does_not_change_it(self):
         seen, prior = {"a": 0.5, "b": 0.5}, {"a": 0.8, "b": 0.2}
         scores = {"a": -1.0, "b": -2.0}
-        found = Prediction.of(Opinions().toward(prior, seen).together(scores, temperature=2.0), 2.0).probabilities
+        found = Prediction.of(Opinions().toward(prior, seen).together([scores], temperature=2.0), 2.0).probabilities
         assert found["a"] / found["b"] == pytest.approx(math.exp(0.5) * 4)
 
     def test_what_does_not_fit_is_refused(self, place, tmp_path):
@@ -299,10 +382,12 @@ def test_vectors_alone_write_no_opinions(place):
 
 def test_each_of_several_seeds_has_its_own(place):
     folder = place / "several"
-    outcome = experiment(place, folder, test=TEST, seed=(0, 1)).run()
+    outcome = experiment(place, folder, test=TEST, its=two(), seed=(0, 1)).run()
     heads = [AdapterFolder(folder / name).opinions.heads.get("head") for name in ("seed-0", "seed-1")]
     for name, results in outcome.trials.items():
-        assert results["opinions"]["weights"] == AdapterFolder(folder / name).opinions.weights
+        stored = AdapterFolder(folder / name)
+        assert results["opinions"]["weights"] == stored.opinions.weights
+        assert results["opinions"]["vectors"] == by_vectors(place, stored)
     assert None in heads or not np.array_equal(heads[0].weight, heads[1].weight)
 
 

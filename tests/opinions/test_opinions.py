@@ -31,35 +31,55 @@ Y = list(np.arange(90) % 3)
 class TestTogether:
     def test_vectors_alone_keep_their_scores(self):
         scores = {"a": -1.5, "b": -0.25}
-        assert Opinions().together(scores) == scores
+        assert Opinions().together([scores]) == scores
 
     def test_weighed_log_probabilities_are_added(self):
         both = Opinions.of({"vectors": 0.5, "head": 2.0}, {"head": HEAD})
-        found = both.together({"a": -3.0, "b": -2.0}, {"head": {"a": math.log(0.9), "b": math.log(0.1)}})
+        found = both.together([{"a": -3.0, "b": -2.0}], {"head": {"a": math.log(0.9), "b": math.log(0.1)}})
         total = math.log(math.exp(-3) + math.exp(-2))
         assert found == pytest.approx(
             {"a": 0.5 * (-3 - total) + 2 * math.log(0.9), "b": 0.5 * (-2 - total) + 2 * math.log(0.1)}
         )
 
     def test_a_balance_is_added_to_the_vectors_scores(self):
-        balance = {"a": 0.5, "b": -0.5}
+        balance = [{"a": 0.5, "b": -0.5}]
         found = Opinions.of({"vectors": 2.0, "head": 1.0}, {"head": HEAD}, balance).together(
-            {"a": -1.0, "b": -1.5}, {"head": {"a": -0.7, "b": -0.7}}
+            [{"a": -1.0, "b": -1.5}], {"head": {"a": -0.7, "b": -0.7}}
         )
         total = math.log(math.exp(-0.5) + math.exp(-2.0))
         assert found == pytest.approx({"a": 2 * (-0.5 - total) - 0.7, "b": 2 * (-2.0 - total) - 0.7})
-        assert Opinions.of({"vectors": 2.0}, balance=balance).together({"a": -1.0, "b": -1.5}) == {"a": -1.0, "b": -4.0}
+        alone = Opinions.of({"vectors": 2.0}, balance=balance)
+        assert alone.together([{"a": -1.0, "b": -1.5}]) == {"a": -1.0, "b": -4.0}
+
+    def test_log_probabilities_in_several_templates_are_averaged_when_each_is_balanced(self):
+        both = Opinions.of({"vectors": 0.5}, balance=[{"a": 0.5, "b": -0.5}, {"a": -1.0, "b": 1.0}])
+        found = both.together([{"a": -1.0, "b": -1.5}, {"a": -3.0, "b": -4.0}])
+        first, second = log_softmax([-0.5, -2.0]), log_softmax([-4.0, -3.0])
+        expected = 0.5 * (first + second) / 2
+        assert [found["a"], found["b"]] == pytest.approx(expected.tolist())
+
+    def test_a_task_with_fewer_templates_than_ask_is_refused(self):
+        several = Opinions.of({"vectors": 1.0}, balance=[{"a": 0.0}, {"a": 0.0}])
+        assert [*several.asking(3)] == [0, 1] and [*Opinions().asking(3)] == [0]
+        with pytest.raises(InputError, match="Expected a task with the 2 templates that opinions ask in, found 1"):
+            several.asking(1)
+
+    def test_where_vectors_do_not_count_one_template_asks(self):
+        head = Opinions.of({"head": 1.0}, {"head": HEAD}, [{"a": 0.0}, {"a": 0.0}])
+        assert [*head.asking(2)] == [0]
+        found = head.together([{"a": 0.0, "b": 9.0}], {"head": {"a": -0.1, "b": -2.3}})
+        assert found == pytest.approx({"a": -0.1, "b": -2.3})
 
     def test_a_label_that_the_head_does_not_know_is_the_least_probable(self):
         alone = Opinions.of({"head": 1.0}, {"head": HEAD})
-        found = alone.together({"a": 0.0, "b": 0.0, "c": 9.0}, {"head": {"a": -0.1, "b": -2.3}})
+        found = alone.together([{"a": 0.0, "b": 0.0, "c": 9.0}], {"head": {"a": -0.1, "b": -2.3}})
         assert found["c"] < found["b"] < found["a"]
 
     def test_the_order_of_labels_does_not_matter(self):
         both = Opinions.of({"vectors": 0.7, "head": 0.9}, {"head": HEAD})
         said = {"a": -0.3, "b": -1.35}
-        found = both.together({"a": -3.1, "b": -2.2, "c": -0.7}, {"head": said})
-        other = both.together({"c": -0.7, "b": -2.2, "a": -3.1}, {"head": dict(reversed(said.items()))})
+        found = both.together([{"a": -3.1, "b": -2.2, "c": -0.7}], {"head": said})
+        other = both.together([{"c": -0.7, "b": -2.2, "a": -3.1}], {"head": dict(reversed(said.items()))})
         assert found == other
 
 

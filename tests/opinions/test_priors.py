@@ -60,7 +60,7 @@ def test_rows_without_labels_tell_how_frequent_labels_are():
     assert np.abs(counted - true).max() > np.abs([found[name] for name in NAMES] - true).max()
     # Moved there, its answers are better.
     opinions = Opinions().toward(found, dict.fromkeys(NAMES, 1 / 3))
-    moved = [opinions.together(dict(zip(NAMES, row, strict=True))) for row in log_probs.tolist()]
+    moved = [opinions.together([dict(zip(NAMES, row, strict=True))]) for row in log_probs.tolist()]
     best = [NAMES.index(max(row, key=row.get)) for row in moved]
     assert np.mean(best == y) > np.mean(log_probs.argmax(1) == y) + 0.01
 
@@ -69,8 +69,8 @@ def test_a_prior_moves_probabilities_by_its_ratio_and_back():
     seen, prior = {"a": 0.5, "b": 0.5}, {"a": 0.9, "b": 0.1}
     moved = Opinions().toward(prior, seen)
     scores = {"a": math.log(0.4), "b": math.log(0.6)}
-    found = moved.together(scores)
+    found = moved.together([scores])
     assert math.exp(found["a"] - found["b"]) == pytest.approx(0.4 / 0.6 * 9)
-    assert moved.toward(seen).together(scores) == pytest.approx(scores)
+    assert moved.toward(seen).together([scores]) == pytest.approx(scores)
     with pytest.raises(InputError, match="Expected shares of the labels 'a', 'b', found 'a', 'c'"):
         moved.toward({"a": 0.5, "c": 0.5})

@@ -376,7 +376,7 @@ def _describe(out: Console, experiment: Experiment, checkpoint: str | None) -> N
             out.print("  → " + " | ".join(task.answers(example).values()), markup=False)
             continue
         count = len(task.templates)
-        more = "" if count == 1 else f" (training draws from {count} templates; evaluation uses the first)"
+        more = "" if count == 1 else f" (the first of {count} templates; training draws from all)"
         out.print(f"The prompt, and its answer choices{more}:", style="dim")
         for line in task.templates[0].prompt.rstrip().splitlines():
             out.print(f"  {line}", markup=False)

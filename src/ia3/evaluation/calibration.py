@@ -209,13 +209,33 @@ def cross_validate(
     Raises:
         InputError: see `fold_of_each`.
     """
+    from ia3.evaluation.prediction import predict
+    from ia3.scoring.readings import Readings
+
+    rows, readings = as_rows(rows, task), Readings() if readings is None else readings
+    with trained_on_others(model, tokenizer, task, rows, recipe, folds, seed, output_dir, stage, readings) as names:
+        return predict(model, tokenizer, task, rows, adapter_names=names, recipe=recipe, readings=readings)
+
+
+@contextmanager
+def trained_on_others(
+    model: IA3Model,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    rows: Any,
+    recipe: Recipe,
+    folds: int,
+    seed: int,
+    output_dir: str | os.PathLike,
+    stage: Stage | None,
+    readings: Readings,
+) -> Iterator[list[str]]:
+    """In a `with` block, the name of an adapter for each row that was trained without it; `cross_validate` has the arguments."""
     from transformers import TrainerCallback
 
     from ia3.adapter.config import IA3Config
     from ia3.adapter.pretrained import task_type
-    from ia3.evaluation.prediction import predict
     from ia3.scoring.family import base_of
-    from ia3.scoring.readings import Readings
     from ia3.training.members import Member
     from ia3.training.trainer import TFewTrainer
 
@@ -225,7 +245,6 @@ def cross_validate(
     names = list(itertools.islice(free, folds))
     base = base_of(model)
     config = {"task_type": task_type(base), "acts_from": recipe.place(base, task)}
-    readings = Readings() if readings is None else readings
     by_fold = [names[fold] for fold in each]
     added: list[str] = []
     with _kept_as_it_is(model):
@@ -251,7 +270,7 @@ def cross_validate(
 
             trainer.add_callback(Steps())
             trainer.train()
-            return predict(model, tokenizer, task, rows, adapter_names=by_fold, recipe=recipe, readings=readings)
+            yield by_fold
         finally:
             for name in added:
                 model.delete_adapter(name)

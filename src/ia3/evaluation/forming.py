@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -13,14 +14,15 @@ from scipy.special import log_softmax
 
 from ia3.errors import InputError
 from ia3.evaluation.balance import can_balance, shift_of
-from ia3.evaluation.calibration import cross_validate, fold_of_each
-from ia3.evaluation.prediction import Prediction
+from ia3.evaluation.calibration import fold_of_each, trained_on_others
+from ia3.evaluation.prediction import Prediction, predict
 from ia3.evaluation.progress import Progress, Stage
 from ia3.opinions.head import Head, fit_head
 from ia3.opinions.opinions import HEAD, SENTENCES, USUAL, VECTORS, Opinions, weigh
 from ia3.opinions.priors import shares_of
 from ia3.opinions.self_training import Examples, self_train
 from ia3.opinions.sentences import Sentences, sentence_of
+from ia3.scoring.readings import Readings
 from ia3.scoring.scorer import Scorer
 from ia3.task.candidates import are_codes
 
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ia3.adapter.model import IA3Model
-    from ia3.scoring.readings import Readings
     from ia3.task.task import Row, Task
     from ia3.training.recipe import Recipe
 
@@ -39,6 +40,9 @@ _FOLDS = 4
 
 # Up to this number of rows times labels, vectors train once more for each fold; with more, that takes long.
 _QUICK = 2_000
+
+# Templates that ask the vectors, at most: each costs a question more.
+_ASKING = 3
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,7 @@ def form_opinions(
         answers = {} if are_codes(answers.values()) else answers
         texts = [*map(sentence_of, wordings), *answers.values()]
         fit(SENTENCES, "Sentence encoder", lambda told: encoder.embeddings(texts, told), [*answers])
-    balance: dict[str, float] = {}
+    balance: list[dict[str, float]] = []
     asked = [*heads] if recipe.opinions == HEAD else [VECTORS, *heads]
     weights = dict.fromkeys(asked, USUAL if len(asked) > 1 else 1.0)
     if each is None:
@@ -132,11 +136,20 @@ def form_opinions(
     else:
         if VECTORS in asked:
             stage = progress.stage(f"Cross-validation {title}".strip(), recipe.steps)
-            found = cross_validate(model, tokenizer, task, rows, recipe, count, seed, output_dir, stage, readings)
-            scores = np.array([[one.scores[name] for name in names] for one in found])
-            shift = shift_of(scores, np.array([*shares_of(labels, names).values()]))
-            balance = dict(zip(names, shift.tolist(), strict=True))
-            held_out[VECTORS] = log_softmax(scores + shift, axis=1)
+            readings = Readings() if readings is None else readings
+            shares, said = np.array([*shares_of(labels, names).values()]), []
+            with trained_on_others(
+                model, tokenizer, task, rows, recipe, count, seed, output_dir, stage, readings
+            ) as by_fold:
+                for template in _asking(task, recipe):
+                    found = predict(
+                        model, tokenizer, task, rows, None, by_fold, template=template, recipe=recipe, readings=readings
+                    )
+                    scores = np.array([[one.scores[name] for name in names] for one in found])
+                    shift = shift_of(scores, shares)
+                    balance.append(dict(zip(names, shift.tolist(), strict=True)))
+                    said.append(log_softmax(scores + shift, axis=1))
+            held_out[VECTORS] = np.mean(said, axis=0)
             stage.end()
             _note(stage, task, labels, _predictions(held_out[VECTORS], names))
         held_out = {name: held_out[name] for name in asked}
@@ -213,6 +226,13 @@ def forms_opinions(recipe: Recipe, task: Task, reads_answers: bool, all_template
             argument="opinions",
         )
     return possible and recipe.opinions != VECTORS
+
+
+def _asking(task: Task, recipe: Recipe) -> range:
+    """The templates that ask the vectors: the first of those that training draws from."""
+    drawn = len(task.templates) if recipe.templates == "random" else 1
+    able = itertools.takewhile(lambda template: can_balance(task, template), range(min(drawn, _ASKING)))
+    return range(len([*able]))
 
 
 def _note(stage: Stage, task: Task, labels: Sequence[str], found: Sequence[Prediction]) -> None:

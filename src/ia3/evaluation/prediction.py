@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -91,7 +93,7 @@ def predict(
         adapter_names: the adapter for each row; None: the active adapters.
         temperature: divides the scores to calibrate the probabilities (see `Calibration`); one number, or one per row.
         abstain_below: give no label if the best label's probability is lower.
-        template: the index of the task's template to use.
+        template: the index of the task's template to use; balanced opinions ask in the first ones.
         recipe: decides length normalization and what to do about long prompts; None: the paper's.
         prefix: a text before each row's prompt, such as shots (see `predict_in_context`).
         readings: keeps what the base model reads of the rows' texts from call to call (see `Readings`).
@@ -107,13 +109,19 @@ def predict(
     for name, values in {"task": tasks, "temperature": temperatures}.items():
         if len(values) != len(items):
             raise InputError(f"Expected a {name} for each of the {len(items)} rows, found {len(values)}.")
+    its = opinions or Opinions()
+    if template and its.balance:
+        raise InputError(
+            f"Expected the first templates, for which the opinions are balanced, found template {template}."
+        )
     wordings = [
-        one.wording(item, number, template) for number, (item, one) in enumerate(zip(items, tasks, strict=True), 1)
+        [one.wording(item, number, template + place) for place in its.asking(len(one.templates))]
+        for number, (item, one) in enumerate(zip(items, tasks, strict=True), 1)
     ]
     _check(temperatures, abstain_below)
     scorer = Scorer(model, tokenizer, readings)
     count = len(wordings)
-    each = [opinions or Opinions()] * count
+    each = [its] * count
     scores = _scored(scorer, wordings, [recipe] * count, each, temperatures, adapter_names, on_progress, prefix)
     return [Prediction.of(row, one, abstain_below) for row, one in zip(scores, temperatures, strict=True)]
 
@@ -124,7 +132,7 @@ class Respondent:
 
     Attributes:
         adapter: its name in the model, "__base__" for the base model.
-        task: says what a row means; the first of its templates asks.
+        task: says what a row means; the first of its templates asks, or so many as the opinions say.
         recipe: its length normalization, and what it does about long prompts.
         temperature: divides the scores, so that probabilities are calibrated (see `Calibration`).
         opinions: what answers, and how much each part counts.
@@ -178,9 +186,13 @@ def predict_each(
         wordings = []
         for index, one in asked:
             with about(f"Adapter {one.adapter!r}" if one.adapter != BASE else None):
-                wording = one.task.wording(items[index], index + 1)
-                _ = wording.prompt, wording.answers
-            wordings.append(wording)
+                some = [
+                    one.task.wording(items[index], index + 1, place)
+                    for place in one.opinions.asking(len(one.task.templates))
+                ]
+                for wording in some:
+                    _ = wording.prompt, wording.answers
+            wordings.append(some)
         scores = _scored(
             scorer,
             wordings,
@@ -219,7 +231,7 @@ def _check(temperatures: Sequence[float], abstain_below: float) -> None:
 
 def _scored(
     scorer: Scorer,
-    wordings: Sequence[Wording],
+    wordings: Sequence[Sequence[Wording]],
     recipes: Sequence[Recipe],
     opinions: Sequence[Opinions],
     temperatures: Sequence[float],
@@ -227,48 +239,62 @@ def _scored(
     on_progress: Callable[[list[int]], None] | None,
     prefix: Prefix | None = None,
 ) -> list[dict[str, float]]:
-    """The scores of each row's labels, by the recipe and the opinions that each has."""
+    """The scores of each row's labels, by the recipe and the opinions that each has, in the wordings that ask it."""
     if adapter_names is not None and len(adapter_names) != len(wordings):
         raise InputError(f"Expected adapter_names for the {len(wordings)} prompts, found {len(adapter_names)}.")
     if prefix is not None and any(its.heads for its in opinions):
         raise InputError("Expected vectors alone behind a prefix, found a head.")
+    # A row's questions stand together, that of the first template first.
+    firsts = [0, *itertools.accumulate(map(len, wordings))]
+    row_of = [row for row, some in enumerate(wordings) for _ in some]
+    flat = [wording for some in wordings for wording in some]
     alike: dict[Literal["truncate", "refuse"], list[int]] = {}
-    for index, recipe in enumerate(recipes):
-        alike.setdefault(recipe.long_prompts, []).append(index)
+    for index, row in enumerate(row_of):
+        alike.setdefault(recipes[row].long_prompts, []).append(index)
     by_index: dict[int, Question] = {}
     for long_prompts, indices in alike.items():
-        some = scorer.questions([wordings[index] for index in indices], False, long_prompts, prefix)
+        some = scorer.questions([flat[index] for index in indices], False, long_prompts, prefix)
         by_index.update(zip(indices, some, strict=True))
-    questions = [by_index[index] for index in range(len(wordings))]
     # A row is done when it has been asked last.
     last = [next(name for name in _ORDER if name in its.weights) for its in opinions]
     asked = [
-        (index, name, job)
-        for index, its in enumerate(opinions)
-        for name, job in head_jobs(its, wordings[index], questions[index]).items()
+        (row, name, job)
+        for row, its in enumerate(opinions)
+        for name, job in head_jobs(its, flat[firsts[row]], by_index[firsts[row]]).items()
     ]
 
     def report(done: list[int]) -> None:
         if on_progress is not None:
-            on_progress([index for index, name, _ in map(asked.__getitem__, done) if last[index] == name])
+            on_progress([row for row, name, _ in map(asked.__getitem__, done) if last[row] == name])
 
     said: list[dict[str, dict[str, float]]] = [{} for _ in wordings]
-    for (index, name, _), one in zip(asked, heads_say(scorer, [job for *_, job in asked], report), strict=True):
-        said[index][name] = one
-    asks = [index for index, its in enumerate(opinions) if its.vectors]
-    names = None if adapter_names is None else [adapter_names[index] for index in asks]
-    powers = [recipes[index].length_normalization for index in asks]
+    for (row, name, _), one in zip(asked, heads_say(scorer, [job for *_, job in asked], report), strict=True):
+        said[row][name] = one
+    asks = [index for index, row in enumerate(row_of) if opinions[row].vectors]
+    left = Counter(row_of[index] for index in asks)
+
+    def answered(done: list[int]) -> None:
+        rows = [row_of[asks[k]] for k in done]
+        left.subtract(rows)
+        if on_progress is not None:
+            on_progress([row for row in dict.fromkeys(rows) if not left[row]])
+
+    names = None if adapter_names is None else [adapter_names[row_of[index]] for index in asks]
+    powers = [recipes[row_of[index]].length_normalization for index in asks]
     scores = scorer.score(
-        [questions[index] for index in asks],
+        [by_index[index] for index in asks],
         powers[0] if len(set(powers)) == 1 else powers,
-        on_progress=on_progress and (lambda done: on_progress([asks[k] for k in done])),
+        on_progress=answered,
         adapter_names=names,
         prefix=prefix,
     )
     by_vectors = dict(zip(asks, scores, strict=True))
     found = []
-    for index, (wording, its) in enumerate(zip(wordings, opinions, strict=True)):
-        values = by_vectors[index].tolist() if index in by_vectors else [0.0] * len(wording.answers)
-        scored = dict(zip(wording.answers, values, strict=True))
-        found.append(its.together(scored, said[index], temperatures[index]))
+    for row, its in enumerate(opinions):
+        scored = []
+        for index in range(firsts[row], firsts[row + 1]):
+            labels = flat[index].answers
+            values = by_vectors[index].tolist() if index in by_vectors else [0.0] * len(labels)
+            scored.append(dict(zip(labels, values, strict=True)))
+        found.append(its.together(scored, said[row], temperatures[row]))
     return found

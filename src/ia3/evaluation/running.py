@@ -240,10 +240,13 @@ class Running:
         opinions = self._moved(trial, formed.opinions)
         if trial.test:
             nothing = [Prediction.of(dict.fromkeys(task.labels or (), 0.0))] * len(trial.test)
-            by_vectors = self._by_vectors.get(trial.name, nothing)
+            each = [self._by_vectors.get(trial.name, nothing)]
+            if trial.name in self._by_vectors:
+                each += self._in_other_templates(trial, opinions)
+            by_vectors = [[one.scores for one in some] for some in zip(*each, strict=True)]
             if trial.name in self._by_vectors:
                 balanced = Opinions.of({VECTORS: 1.0}, balance=opinions.balance)
-                alone = [Prediction.of(balanced.together(one.scores)) for one in by_vectors]
+                alone = [Prediction.of(balanced.together(one)) for one in by_vectors]
                 found[VECTORS] = _scores(trial, alone, 0)
             by_heads: dict[str, list[Prediction]] = {}
             for name, head in opinions.heads.items():
@@ -255,9 +258,18 @@ class Running:
             together = []
             for index, one in enumerate(by_vectors):
                 heads = {name: its[index].scores for name, its in by_heads.items()}
-                together.append(Prediction.of(opinions.together(one.scores, heads)))
+                together.append(Prediction.of(opinions.together(one, heads)))
             results["trained"] = _scores(trial, together, 0)
         return results, opinions, calibration
+
+    def _in_other_templates(self, trial: Trial, opinions: Opinions) -> list[list[Prediction]]:
+        """What a trial's vectors say to its test rows in each template but the first that opinions ask in."""
+        found = []
+        for template in opinions.asking(len(trial.task.templates))[1:]:
+            title = _in_words(trial.titled("Trained"), template)
+            asked = {title: [(trial.task, row) for row in trial.test]}
+            found.append(self._predicted(asked, template, [self.adapters[trial.name]] * len(trial.test))[0][title])
+        return found
 
     def _moved(self, trial: Trial, opinions: Opinions) -> Opinions:
         """A trial's opinions for labels that are as frequent as where predictions will be made."""

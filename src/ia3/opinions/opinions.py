@@ -38,14 +38,15 @@ class Opinions(BaseModel):
     """What a folder's parts say to a row, and how much each counts.
 
     p(label) = softmax(Σ weight · log p of each opinion + log prior(label) - log seen(label)), where the vectors' opinion is
-    balanced: p = softmax(score + balance(label)).
+    balanced, p = softmax(score + balance(label)), and its log p is the mean over the templates that ask.
 
     Attributes:
         vectors: the weight of the answers' scores with the adapter's vectors; 0: they are not asked.
         head: the weight of a linear head on the frozen model's hidden states (`Head`); 0: there is none.
         sentences: the weight of a linear head on a sentence encoder's embeddings; 0: there is none.
         encoder: the name of that encoder, as `load_base` takes it.
-        balance: label → what is added to the vectors' scores, which carry how usual the answers' words are; empty: nothing.
+        balance: for each template that asks the vectors, the task's first ones in order: label → what is added to the scores,
+            which carry how usual the answers' words are; empty: the first template asks alone, and nothing is added.
         seen: label → its share of the training examples; empty: as where predictions are made.
         prior: label → its share where predictions are made.
     """
@@ -56,7 +57,7 @@ class Opinions(BaseModel):
     head: Weight = 0.0
     sentences: Weight = 0.0
     encoder: str | None = None
-    balance: dict[str, Annotated[float, Field(ge=-1e3, le=1e3)]] = {}
+    balance: list[dict[str, Annotated[float, Field(ge=-1e3, le=1e3)]]] = []
     seen: dict[str, Share] = {}
     prior: dict[str, Share] = {}
     _heads: dict[str, Head] = PrivateAttr(default_factory=dict)
@@ -74,7 +75,7 @@ class Opinions(BaseModel):
         cls,
         weights: Mapping[str, float],
         heads: Mapping[str, Head] | None = None,
-        balance: Mapping[str, float] | None = None,
+        balance: Sequence[Mapping[str, float]] = (),
         encoder: str | None = None,
     ) -> Opinions:
         """Opinions with these weights, and the heads that count.
@@ -85,7 +86,7 @@ class Opinions(BaseModel):
             balance, encoder: see the class; an encoder that does not count is left out.
         """
         given: dict[str, Any] = {name: weights.get(name, 0.0) for name in (VECTORS, *HEADS)}
-        made = cls(**given, encoder=encoder if given[SENTENCES] else None, balance=dict(balance or {}))
+        made = cls(**given, encoder=encoder if given[SENTENCES] else None, balance=[*map(dict, balance)])
         return made._with(heads or {})
 
     @property
@@ -126,28 +127,31 @@ class Opinions(BaseModel):
         made._heads = {name: heads[name] for name in named}
         return made
 
+    def asking(self, templates: int) -> range:
+        """The templates that ask, of so many that the task has. Raises `InputError` if it has too few."""
+        if templates < len(self.balance):
+            raise InputError(
+                f"Expected a task with the {len(self.balance)} templates that opinions ask in, found {templates}; train anew."
+            )
+        return range(max(len(self.balance), 1) if self.vectors else 1)
+
     def together(
         self,
-        vectors: Mapping[str, float],
+        vectors: Sequence[Mapping[str, float]],
         heads: Mapping[str, Mapping[str, float]] | None = None,
         temperature: float = 1.0,
     ) -> dict[str, float]:
         """The score of each label, of which `Prediction.of` makes probabilities.
 
         Args:
-            vectors: label → score by the vectors, of all labels; not looked at where these do not count.
+            vectors: for each template that asks: label → score by the vectors, of all labels; the scores are not looked at
+                where vectors do not count.
             heads: opinion → label → log-probability by its head, of the labels that it knows.
             temperature: divides the scores later; the prior is not to be divided by it.
         """
-        vectors = {label: score + self.balance.get(label, 0.0) for label, score in vectors.items()}
         moved = {label: temperature * math.log(self.prior[label] / self.seen[label]) for label in self.seen}
-        if not self._heads:
-            return {label: self.vectors * score + moved.get(label, 0.0) for label, score in vectors.items()}
-        highest = max(vectors.values())
-        total = math.log(math.fsum(math.exp(score - highest) for score in vectors.values())) + highest
-        found = {label: moved.get(label, 0.0) for label in vectors}
-        if self.vectors:
-            found = {label: found[label] + self.vectors * (score - total) for label, score in vectors.items()}
+        by_vectors = self._by_vectors(vectors)
+        found = {label: self.vectors * score + moved.get(label, 0.0) for label, score in by_vectors.items()}
         for name in self._heads:
             assert heads is not None
             said, weight = heads[name], self.weights[name]
@@ -155,6 +159,19 @@ class Opinions(BaseModel):
             least = min(said.values()) - math.log(len(said) + 1)
             found = {label: score + weight * said.get(label, least) for label, score in found.items()}
         return found
+
+    def _by_vectors(self, vectors: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """The vectors' opinion. Where it is the only one, and one template asks, scores stay as they are."""
+        if not self.vectors:
+            return dict.fromkeys(vectors[0], 0.0)
+        balanced = [
+            {label: score + shift.get(label, 0.0) for label, score in scores.items()}
+            for scores, shift in zip(vectors, self.balance or [{}], strict=True)
+        ]
+        if len(balanced) == 1 and not self._heads:
+            return balanced[0]
+        said = [_log_probs(scores) for scores in balanced]
+        return {label: math.fsum(one[label] for one in said) / len(said) for label in said[0]}
 
     def files(self) -> dict[str, bytes]:
         """What stands in an adapter's folder: name → content."""
@@ -176,6 +193,13 @@ class Opinions(BaseModel):
                     f"Expected an opinion that counts in {excerpt(os.fspath(path))}, found none; {advice}."
                 )
             return found._with(heads)
+
+
+def _log_probs(scores: Mapping[str, float]) -> dict[str, float]:
+    """The log-softmax of scores. The result does not depend on the order of the labels."""
+    highest = max(scores.values())
+    total = math.log(math.fsum(math.exp(score - highest) for score in scores.values()))
+    return {label: score - highest - total for label, score in scores.items()}
 
 
 def weigh(held_out: Mapping[str, np.ndarray], y: Sequence[int]) -> dict[str, float]:

@@ -49,25 +49,26 @@ class _Row(NamedTuple):
     """A row that is classified.
 
     Attributes:
-        jobs: opinion → what the engine is asked.
-        labels: of the choices.
+        jobs: opinion, and what the engine is asked; the vectors are asked once in each wording.
+        labels: of the choices, in each wording.
         opinions: how their answers are put together.
         temperature: divides the scores.
     """
 
-    jobs: dict[str, ScoreJob]
-    labels: list[str]
+    jobs: list[tuple[str, ScoreJob]]
+    labels: list[list[str]]
     opinions: Opinions
     temperature: float
 
     def together(self, answers: Sequence[list[float]]) -> dict[str, float]:
         """The scores of the labels, of the answers to the jobs."""
-        labels = {VECTORS: self.labels, **{name: head.labels for name, head in self.opinions.heads.items()}}
-        said = {
-            name: dict(zip(labels[name], values, strict=True)) for name, values in zip(self.jobs, answers, strict=True)
-        }
-        vectors = said.pop(VECTORS, dict.fromkeys(self.labels, 0.0))
-        return self.opinions.together(vectors, said, self.temperature)
+        vectors, heads = [dict.fromkeys(labels, 0.0) for labels in self.labels], {}
+        for place, ((name, _), values) in enumerate(zip(self.jobs, answers, strict=True)):
+            if name == VECTORS:
+                vectors[place] = dict(zip(self.labels[place], values, strict=True))
+            else:
+                heads[name] = dict(zip(self.opinions.heads[name].labels, values, strict=True))
+        return self.opinions.together(vectors, heads, self.temperature)
 
 
 class Server:
@@ -237,7 +238,7 @@ class Server:
             for indices, characters in _groups(rows):
                 key = None if body.without_adapter else adapter.key
                 asked += await self.blocking(self._asked, its, rows, indices, key, owner, characters=characters)
-        scores = await self.engine.score([job for row in asked for job in row.jobs.values()])
+        scores = await self.engine.score([job for row in asked for _, job in row.jobs])
         return await asyncio.to_thread(self._predictions, body, adapters, asked, scores)
 
     def _asked(
@@ -248,19 +249,21 @@ class Server:
         assert task is not None  # otherwise there are no rows
         opinions, temperature = (Opinions(), 1.0) if key is None else (settings.opinions, settings.temperature)
         with about(owner):
-            wordings = [task.wording(rows[index], index + 1) for index in indices]
+            places = opinions.asking(len(task.templates))
+            wordings = [task.wording(rows[index], index + 1, place) for index in indices for place in places]
             questions = self.engine.questions(wordings, recipe)
             labels = [list(wording.answers) for wording in wordings]
             for question in questions:
                 with about(row=question.row):
                     self.check_tokens(len(question.prompt))
         found = []
-        for wording, question, names in zip(wordings, questions, labels, strict=True):
-            jobs = {VECTORS: ScoreJob(key, question, recipe.length_normalization)} if opinions.vectors else {}
-            jobs |= {
-                name: ScoreJob(None, question, head=job) for name, job in head_jobs(opinions, wording, question).items()
-            }
-            found.append(_Row(jobs, names, opinions, temperature))
+        for first in range(0, len(questions), len(places)):
+            its = slice(first, first + len(places))
+            power, question = recipe.length_normalization, questions[first]
+            jobs = [(VECTORS, ScoreJob(key, one, power)) for one in questions[its]] if opinions.vectors else []
+            for name, head in head_jobs(opinions, wordings[first], question).items():
+                jobs.append((name, ScoreJob(None, question, head=head)))
+            found.append(_Row(jobs, labels[its], opinions, temperature))
         return found
 
     def _predictions(
@@ -277,7 +280,7 @@ class Server:
         for row in asked:
             item = Prediction.of(row.together([next(left) for _ in row.jobs]), row.temperature, body.abstain_below)
             found.append({"label": item.label, "probabilities": item.probabilities})
-        usage = {"prompt_tokens": sum(len(next(iter(row.jobs.values())).question.prompt) for row in asked)}
+        usage = {"prompt_tokens": sum(len(row.jobs[0][1].question.prompt) for row in asked)}
         names = [adapter.name for adapter in adapters]
         if body.adapters is None:
             [name] = names
