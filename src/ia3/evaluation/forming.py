@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.special import log_softmax
@@ -40,6 +40,10 @@ _FOLDS = 4
 
 # Up to this number of rows times labels, vectors train once more for each fold; with more, that takes long.
 _QUICK = 2_000
+
+# Weights beside a sentence encoder where nothing can be cross-validated: with a row of a label, and its answer's text, the
+# encoder tells more than a language model's states.
+_UNKNOWN = {VECTORS: USUAL, HEAD: 0.4, SENTENCES: 1.2}
 
 # Templates that ask the vectors, at most: each costs a question more.
 _ASKING = 3
@@ -89,91 +93,171 @@ def form_opinions(
         unlabelled: rows without labels, from which heads learn where that lowers the cross-validated log-loss (see
             `self_train`).
     """
-    labels = [task.label(row, number) for number, row in enumerate(rows, 1)]
-    names = sorted(set(labels))
-    y = [names.index(label) for label in labels]
-    # Duplicates share a fold, so they are one row here.
-    different = {
-        task.fingerprint(row, number): label for number, (row, label) in enumerate(zip(rows, labels, strict=True), 1)
-    }
-    count = folds or min(_FOLDS, *(Counter(different.values())[name] for name in names))
-    each = fold_of_each(task, rows, count, seed) if count > 1 else None
-    wordings = [*task.wordings(rows), *task.wordings(unlabelled)]
-    heads: dict[str, Head] = {}
-    held_out: dict[str, np.ndarray] = {}
-    examples: dict[str, Examples] = {}
-
-    def fit(name: str, its_title: str, read: Read, more: Sequence[str]) -> None:
-        """Fit an opinion's head on what is read of the rows, and of a text for each of some more labels."""
-        stage = progress.stage(f"{its_title} {title}".strip(), len(wordings) + len(more))
-        states = read(lambda done: stage.advance(len(done)))
-        pool = states[len(rows) : len(wordings)]
-        known = np.delete(states, np.s_[len(rows) : len(wordings)], axis=0)
-        examples[name] = Examples(known, [*labels, *more], pool)
-        heads[name], held = fit_head(known, [*labels, *more], None if each is None else [*each, *[-1] * len(more)])
-        if held is not None:
-            held_out[name] = held
-            _note(stage, task, labels, _predictions(held, names))
-        stage.end()
-
+    made = _Forming(task, rows, unlabelled, folds, seed, progress, title)
     scorer = Scorer(model, tokenizer, readings)
-    questions = scorer.questions(wordings, labelled=False, long_prompts=recipe.long_prompts)
-    fit(HEAD, "Head", lambda told: scorer.states(questions, told).numpy(), [])
+    questions = scorer.questions(made.wordings, labelled=False, long_prompts=recipe.long_prompts)
+    made.fit(HEAD, "Head", lambda told: scorer.states(questions, told).numpy())
     encoder = Sentences.found(recipe.encoder)
     if encoder is not None:
         # An answer's text is an example of its label, the only one besides one row or three.
-        answers = {label: text for label, text in wordings[0].answers.items() if label in names}
+        answers = {label: text for label, text in made.wordings[0].answers.items() if label in made.names}
         answers = {} if are_codes(answers.values()) else answers
-        texts = [*map(sentence_of, wordings), *answers.values()]
-        fit(SENTENCES, "Sentence encoder", lambda told: encoder.embeddings(texts, told), [*answers])
+        texts = [*map(sentence_of, made.wordings), *answers.values()]
+        made.fit(SENTENCES, "Sentence encoder", lambda told: encoder.embeddings(texts, told), [*answers])
+    asked = [*made.heads] if recipe.opinions == HEAD else [VECTORS, *made.heads]
+    usual = {name: _UNKNOWN[name] if encoder is not None else USUAL for name in asked}
+    weights = usual if len(asked) > 1 else dict.fromkeys(asked, 1.0)
     balance: list[dict[str, float]] = []
-    asked = [*heads] if recipe.opinions == HEAD else [VECTORS, *heads]
-    weights = dict.fromkeys(asked, USUAL if len(asked) > 1 else 1.0)
-    if each is None:
+    if made.folds is None:
         why = "usual weights: a label has a single row, or duplicates"
-    elif VECTORS in asked and not folds and len(rows) * len(names) > _QUICK:
-        why = f"usual weights: {len(rows)} rows of {len(names)} labels take long"
+    elif VECTORS in asked and not folds and len(rows) * len(made.names) > _QUICK:
+        why = f"usual weights: {len(rows)} rows of {len(made.names)} labels take long"
     else:
         if VECTORS in asked:
             stage = progress.stage(f"Cross-validation {title}".strip(), recipe.steps)
             readings = Readings() if readings is None else readings
-            shares, said = np.array([*shares_of(labels, names).values()]), []
-            with trained_on_others(
-                model, tokenizer, task, rows, recipe, count, seed, output_dir, stage, readings
-            ) as by_fold:
-                for template in _asking(task, recipe):
-                    found = predict(
-                        model, tokenizer, task, rows, None, by_fold, template=template, recipe=recipe, readings=readings
-                    )
-                    scores = np.array([[one.scores[name] for name in names] for one in found])
-                    shift = shift_of(scores, shares)
-                    balance.append(dict(zip(names, shift.tolist(), strict=True)))
-                    said.append(log_softmax(scores + shift, axis=1))
-            held_out[VECTORS] = np.mean(said, axis=0)
+            scores = _held_out_scores(
+                model, tokenizer, task, rows, recipe, made.count, seed, output_dir, stage, readings, made.names
+            )
+            balance = made.balance(scores)
             stage.end()
-            _note(stage, task, labels, _predictions(held_out[VECTORS], names))
-        held_out = {name: held_out[name] for name in asked}
-        weights = weigh(held_out, y) if len(asked) > 1 else weights
-        why = f"weighed on {len(rows)} training rows in {count} folds"
+            made.note(stage, VECTORS)
+        weights = made.weights(asked)
+        why = f"weighed on {len(rows)} training rows in {made.count} folds"
         if unlabelled:
-            some = {name: heads[name] for name in weights if name in heads}
-            both = max((len(examples[name].labels) for name in some), default=0)
-            parts = [*each, *[-1] * (both - len(rows))]
-            made, held = self_train({name: examples[name] for name in some}, some, weights, parts)
-            again = weigh({**held_out, **held}, y) if len(asked) > 1 else weights
-            before, after = (_log_loss(ws, hs, y) for ws, hs in ((weights, held_out), (again, {**held_out, **held})))
-            why += f"; {len(unlabelled)} rows without labels: log-loss {before:.3f} → {after:.3f}"
-            if after < before:
-                heads |= made
-                held_out |= held
-                weights = again
-            else:
-                why += ", so they are left out"
-    opinions = Opinions.of(weights, heads, balance, None if encoder is None else encoder.name)
-    if each is None or held_out.keys() != {*asked}:
-        return Formed(opinions, None, why)
-    together = sum(weight * held_out[name] for name, weight in opinions.weights.items())
-    return Formed(opinions, _predictions(log_softmax(together, axis=1), names), why)
+            weights, said = made.learn_from_pool(weights)
+            why += said
+    opinions = Opinions.of(weights, made.heads, balance, None if encoder is None else encoder.name)
+    return Formed(opinions, made.together(opinions.weights), why)
+
+
+class _Forming:
+    """Opinions in the making.
+
+    Args:
+        task, rows, unlabelled, folds, seed, progress, title: as of `form_opinions`.
+
+    Attributes:
+        names: the labels that rows have, in alphabetical order.
+        wordings: of the rows, and behind them of those without labels.
+        count: the number of folds.
+        folds: the fold of each row; None: they cannot be divided.
+        heads: opinion → its head.
+        held_out: opinion → log-probabilities (N, labels) for rows that it was not formed on.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        rows: Sequence[Row],
+        unlabelled: Sequence[Row],
+        folds: int,
+        seed: int,
+        progress: Progress,
+        title: str,
+    ) -> None:
+        self.task, self.progress, self.title, self.pool = task, progress, title, len(unlabelled)
+        self.labels = [task.label(row, number) for number, row in enumerate(rows, 1)]
+        self.names = sorted(set(self.labels))
+        self.y = [self.names.index(label) for label in self.labels]
+        self.wordings = [*task.wordings(rows), *task.wordings(unlabelled)]
+        # Duplicates share a fold, so they are one row here.
+        different = dict(zip((one.fingerprint for one in self.wordings[: len(rows)]), self.labels, strict=True))
+        counts = Counter(different.values())
+        self.count = folds or min(_FOLDS, *(counts[name] for name in self.names))
+        self.folds = fold_of_each(task, rows, self.count, seed) if self.count > 1 else None
+        self.heads: dict[str, Head] = {}
+        self.held_out: dict[str, np.ndarray] = {}
+        self._examples: dict[str, Examples] = {}
+
+    def fit(self, name: str, title: str, read: Read, more: Sequence[str] = ()) -> None:
+        """Fit an opinion's head on what is read of the wordings and, behind them, of a text for each of some more labels."""
+        stage = self.progress.stage(f"{title} {self.title}".strip(), len(self.wordings) + len(more))
+        states = read(lambda done: stage.advance(len(done)))
+        between = np.s_[len(self.labels) : len(self.wordings)]
+        examples = Examples(np.delete(states, between, axis=0), [*self.labels, *more], states[between])
+        parts = None if self.folds is None else [*self.folds, *[-1] * len(more)]
+        self._examples[name] = examples
+        self.heads[name], held_out = fit_head(examples.states, examples.labels, parts)
+        stage.end()
+        if held_out is not None:
+            self.held_out[name] = held_out
+            self.note(stage, name)
+
+    def balance(self, scores: Sequence[np.ndarray]) -> list[dict[str, float]]:
+        """The balance of held-out scores (N, labels) in each template; the vectors' opinion is what it makes of them."""
+        shares = np.array([*shares_of(self.labels, self.names).values()])
+        shifts = [shift_of(some, shares) for some in scores]
+        said = [log_softmax(some + shift, axis=1) for some, shift in zip(scores, shifts, strict=True)]
+        self.held_out[VECTORS] = np.mean(said, axis=0)
+        return [dict(zip(self.names, shift.tolist(), strict=True)) for shift in shifts]
+
+    def weights(self, asked: Sequence[str]) -> dict[str, float]:
+        """The weights of some opinions."""
+        return weigh({name: self.held_out[name] for name in asked}, self.y) if len(asked) > 1 else {asked[0]: 1.0}
+
+    def learn_from_pool(self, weights: dict[str, float]) -> tuple[dict[str, float], str]:
+        """Let heads learn from rows without labels, where that lowers the log-loss; returns the weights, and what came of it."""
+        some = {name: head for name, head in self.heads.items() if name in weights}
+        if not some or self.folds is None:
+            return weights, ""
+        most = max(len(self._examples[name].labels) for name in some)
+        parts = [*self.folds, *[-1] * (most - len(self.labels))]
+        heads, held_out = self_train({name: self._examples[name] for name in some}, some, weights, parts)
+        known, before = self.held_out, self._log_loss(weights)
+        self.held_out = {**known, **held_out}
+        again = self.weights([*weights])
+        after = self._log_loss(again)
+        said = f"; {self.pool} rows without labels: log-loss {before:.3f} → {after:.3f}"
+        if after < before:
+            self.heads |= heads
+            return again, said
+        self.held_out = known
+        return weights, f"{said}, so they are left out"
+
+    def together(self, weights: Mapping[str, float]) -> list[Prediction] | None:
+        """What opinions with these weights say to held-out rows; None where that is not known."""
+        if not weights.keys() <= self.held_out.keys():
+            return None
+        return self._predictions(sum(weight * self.held_out[name] for name, weight in weights.items()))
+
+    def note(self, stage: Stage, name: str) -> None:
+        """Say beside a stage how good an opinion is on held-out rows."""
+        found = [one.best for one in self._predictions(self.held_out[name])]
+        stage.note(f"cross-validated accuracy {self.task.metrics(self.labels, found)['accuracy']:.1%}")
+
+    def _log_loss(self, weights: Mapping[str, float]) -> float:
+        together = np.sum([weight * self.held_out[name] for name, weight in weights.items()], axis=0)
+        return -float(log_softmax(together, axis=1)[np.arange(len(self.y)), self.y].mean())
+
+    def _predictions(self, scores: Any) -> list[Prediction]:
+        """Predictions of scores (N, labels)."""
+        log_probs = log_softmax(scores, axis=1)
+        return [Prediction.of(dict(zip(self.names, row.tolist(), strict=True))) for row in log_probs]
+
+
+def _held_out_scores(
+    model: IA3Model,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    rows: Sequence[Row],
+    recipe: Recipe,
+    folds: int,
+    seed: int,
+    output_dir: str | os.PathLike,
+    stage: Stage,
+    readings: Readings,
+    names: Sequence[str],
+) -> list[np.ndarray]:
+    """For each template that asks, the scores (N, labels) of rows by vectors that were trained without them."""
+    found = []
+    with trained_on_others(model, tokenizer, task, rows, recipe, folds, seed, output_dir, stage, readings) as by_fold:
+        for template in _asking(task, recipe):
+            said = predict(
+                model, tokenizer, task, rows, None, by_fold, template=template, recipe=recipe, readings=readings
+            )
+            found.append(np.array([[one.scores[name] for name in names] for one in said]))
+    return found
 
 
 def without_long_training(
@@ -233,16 +317,3 @@ def _asking(task: Task, recipe: Recipe) -> range:
     drawn = len(task.templates) if recipe.templates == "random" else 1
     able = itertools.takewhile(lambda template: can_balance(task, template), range(min(drawn, _ASKING)))
     return range(len([*able]))
-
-
-def _note(stage: Stage, task: Task, labels: Sequence[str], found: Sequence[Prediction]) -> None:
-    stage.note(f"cross-validated accuracy {task.metrics(labels, [one.best for one in found])['accuracy']:.1%}")
-
-
-def _log_loss(weights: Mapping[str, float], held_out: Mapping[str, np.ndarray], y: Sequence[int]) -> float:
-    together = np.sum([weight * held_out[name] for name, weight in weights.items()], axis=0)
-    return -float(log_softmax(together, axis=1)[np.arange(len(y)), list(y)].mean())
-
-
-def _predictions(log_probs: np.ndarray, names: Sequence[str]) -> list[Prediction]:
-    return [Prediction.of(dict(zip(names, row.tolist(), strict=True))) for row in log_probs]

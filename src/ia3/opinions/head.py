@@ -18,6 +18,9 @@ from ia3.errors import InputError, brief, excerpt
 _STRENGTH = 10.0
 """Inverse strength of the penalty, scikit-learn's `C`, on features of length 1 on average."""
 
+# A feature's standard deviation, in parts of the median one, is taken to be no smaller.
+_LEAST_SPREAD = 0.1
+
 _BEST = 5
 """How many places a head reads. One is chosen by luck; the average of some is surer than the best of them."""
 
@@ -157,7 +160,10 @@ class _Features:
 
     def __init__(self, states: np.ndarray) -> None:
         states = states.astype(np.float64)
-        self._mean, self._scale = states.mean(0), (states.std(0) + 1e-6) * np.sqrt(states.shape[1])
+        spread = states.std(0)
+        # Of two rows a feature may be the same by chance, and is not in others.
+        spread = np.maximum(spread, _LEAST_SPREAD * np.median(spread)) + 1e-6
+        self._mean, self._scale = states.mean(0), spread * np.sqrt(states.shape[1])
         rotated, sizes, self._back = np.linalg.svd((states - self._mean) / self._scale, full_matrices=False)
         self.values = rotated * sizes
 
