@@ -144,8 +144,7 @@ def test_a_row_is_asked_once(toy, small, monkeypatch):
 @pytest.mark.parametrize("method", ["ours", "ours-worded", "tfew", "lora"])
 def test_methods_that_train(method, toy, small, monkeypatch):
     monkeypatch.setattr(adapters, "_LEARNING_RATES", [1e-3, 3e-3])
-    data = replace(toy, task=toy.task.model_copy(update={"metric": "macro_f1"}))
-    record = measured("toy", method, 0, data, {})
+    record = measured("toy", method, 0, toy, {})
     assert record["steps"] > 0 and record["train_seconds"] > 0 and record["cpu_seconds"] > 0
     assert ("opinions" in record) == method.startswith("ours")
     if method != "lora":  # its folder answers as the job has measured
