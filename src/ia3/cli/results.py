@@ -13,6 +13,7 @@ from ia3.evaluation.results import METHODS, METRICS, spread
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ia3.evaluation.choosing import Considered
     from ia3.evaluation.wordings import Ranked
 
 # The row of an opinion in the table.
@@ -66,6 +67,28 @@ def print_wordings(out: Console, title: str, ranking: Sequence[Ranked], tried: i
             str(one.rows),
         )
     out.print(made)
+
+
+def print_models(out: Console, considered: Sequence[Considered]) -> None:
+    """Print base models that were compared, the chosen one first, and why it was chosen."""
+    from rich.markup import escape
+
+    made = table(
+        "model",
+        "parameters",
+        "log-loss",
+        "behind the best",
+        "accuracy",
+        title="Cross-validated on the examples, heads alone",
+    )
+    for one in considered:
+        behind = f"{one.behind:.3f} ± {one.error:.3f}" if one.behind else "–"
+        made.add_row(escape(one.name), f"{one.parameters:,}", f"{one.log_loss:.3f}", behind, f"{one.accuracy:.1%}")
+    out.print(made)
+    first, *others = considered
+    smaller = any(one.log_loss < first.log_loss for one in others)
+    why = "the smallest of those that are as good as the best within a standard error" if smaller else "the best"
+    out.print(f"{first.name}: {why}.", markup=False)
 
 
 def print_fleet_table(out: Console, members: Mapping[str, dict[str, Any]], seeds: Mapping[str, Sequence[str]]) -> None:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ia3.adapter.pretrained import EMBEDDED_MODEL
 from ia3.cli.bars import Bars
 from ia3.cli.common import (
     MAX_SEED,
     ActsFromOption,
-    BaseOption,
     ChoicesOption,
     DelimiterOption,
     DtypeOption,
@@ -54,7 +54,13 @@ EMBEDDED_TASK = "courses"
 
 
 def train(
-    model: str = BaseOption,
+    model: str = typer.Option(
+        EMBEDDED_MODEL,
+        "--model",
+        "-m",
+        help="Base model: a folder, a hub id, 'smollm2' or 'minilm' (from packages); 'auto', or several with commas between "
+        "them: the training examples choose.",
+    ),
     dtype: str = DtypeOption,
     data: str | None = typer.Option(
         None,
@@ -140,6 +146,9 @@ def train(
     Without arguments: SmolLM2-135M learns from 128 titles of university courses to tell their subjects, one of eight. It is
     tested on 200 others.
 
+    --model auto takes the smallest of the installed models that is as good as the best by cross-validation on the training
+    examples; --model minilm,smollm2,FOLDER chooses among these.
+
     With your own data: ia3 train --data train.csv --text-column text --label-column label
 
     Without --template or --task, some dozens of wordings are tried untrained on the training examples. Training draws from
@@ -158,6 +167,7 @@ def train(
     head.safetensors, sentences.safetensors, calibration.json, task.yaml, recipe.yaml, metrics.json and README.md into the
     output folder.
     """
+    from ia3.evaluation.choosing import named_models
     from ia3.evaluation.drawing import read
     from ia3.evaluation.experiment import Experiment
 
@@ -207,6 +217,9 @@ def train(
         require_folder(path)
     if folds:
         _check_folds(experiment.trials, folds)
+    models = named_models(model)
+    if models is not None:
+        model = experiment.model = _chosen(out, models, experiment, dtype)
     experiment.recipe = recipe_for(
         model, recipe, steps=steps, init=init, acts_from=acts_from, opinions=opinions, encoder=encoder
     )
@@ -226,6 +239,24 @@ def train(
     first = experiment.trials[0]
     hint = f' Try it: ia3 predict {folder / first.name} "some text"' if len(first.task.columns) == 1 else ""
     out.print(f"\nSaved in {folder}.{hint}", markup=False, soft_wrap=True)
+
+
+def _chosen(out: Console, models: Sequence[str], experiment: Experiment, dtype: str) -> str:
+    """The model of several that suits the training examples."""
+    from ia3.cli.results import print_models
+    from ia3.evaluation.choosing import choose_model
+    from ia3.task.task import Task
+
+    if not isinstance(experiment.task, Task):
+        raise InputError(
+            "Expected one task where the examples choose the model, found --tasks", "name one; see", argument="model"
+        )
+    trial = experiment.trials[0]
+    quiet()
+    with Bars(out) as bars:
+        considered = choose_model(models, trial.task, trial.examples, dtype, bars, trial.seed)
+    print_models(out, considered)
+    return considered[0].name
 
 
 def _prior(prior: str | None, task: Task | Sequence[Task]) -> str | dict[str, float]:

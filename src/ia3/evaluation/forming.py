@@ -93,17 +93,13 @@ def form_opinions(
         unlabelled: rows without labels, from which heads learn where that lowers the cross-validated log-loss (see
             `self_train`).
     """
-    made = _Forming(task, rows, unlabelled, folds, seed, progress, title)
+    made = Forming(task, rows, unlabelled, folds, seed, progress, title)
     scorer = Scorer(model, tokenizer, readings)
     questions = scorer.questions(made.wordings, labelled=False, long_prompts=recipe.long_prompts)
     made.fit(HEAD, "Head", lambda told: scorer.states(questions, told).numpy())
     encoder = Sentences.found(recipe.encoder)
     if encoder is not None:
-        # An answer's text is an example of its label, the only one besides one row or three.
-        answers = {label: text for label, text in made.wordings[0].answers.items() if label in made.names}
-        answers = {} if are_codes(answers.values()) else answers
-        texts = [*map(sentence_of, made.wordings), *answers.values()]
-        made.fit(SENTENCES, "Sentence encoder", lambda told: encoder.embeddings(texts, told), [*answers])
+        made.fit_sentences(encoder)
     asked = [*made.heads] if recipe.opinions == HEAD else [VECTORS, *made.heads]
     usual = {name: _UNKNOWN[name] if encoder is not None else USUAL for name in asked}
     weights = usual if len(asked) > 1 else dict.fromkeys(asked, 1.0)
@@ -131,7 +127,7 @@ def form_opinions(
     return Formed(opinions, made.together(opinions.weights), why)
 
 
-class _Forming:
+class Forming:
     """Opinions in the making.
 
     Args:
@@ -183,6 +179,15 @@ class _Forming:
         if held_out is not None:
             self.held_out[name] = held_out
             self.note(stage, name)
+
+    def fit_sentences(self, encoder: Sentences) -> dict[str, float]:
+        """Fit the head on a sentence encoder's embeddings; returns weights with which it answers alone."""
+        # An answer's text is an example of its label, the only one besides one row or three.
+        answers = {label: text for label, text in self.wordings[0].answers.items() if label in self.names}
+        answers = {} if are_codes(answers.values()) else answers
+        texts = [*map(sentence_of, self.wordings), *answers.values()]
+        self.fit(SENTENCES, "Sentence encoder", lambda told: encoder.embeddings(texts, told), [*answers])
+        return {SENTENCES: 1.0}
 
     def balance(self, scores: Sequence[np.ndarray]) -> list[dict[str, float]]:
         """The balance of held-out scores (N, labels) in each template; the vectors' opinion is what it makes of them."""
