@@ -38,7 +38,7 @@ def test_every_block_is_named_once_and_run_here_or_by_ci():
         "train", "template", "classifier", "classifier-frame", "python", "peft", "modules", "rule", "several", "mixed", "question", "question-decoder", "readings", "bank", "auto", "convert",
         "families", "task.yaml", "task", "task-python", "suggest", "pairs.yaml", "cause.yaml", "endings.yaml", "tasks",
         "prompts-python", "fleet", "fleet-python", "many", "many-python", "compare", "compare-python",
-        "pretrain", "pretrain-python", "raft", "opinions", "opinions-python", "mine.yaml", "recipe", "recipe-python", "experiment-python", "benchmarks",
+        "pretrain", "pretrain-python", "raft", "opinions", "opinions-python", "suggest-rows", "mine.yaml", "recipe", "recipe-python", "experiment-python", "benchmarks",
         # Those of docs/serve.md run in serve/test_docs.py.
         "serve", "serve-classify", "serve-completions", "serve-openai", "serve-adapters", "serve-operation",
         "ia3.service", "Dockerfile",
@@ -59,6 +59,7 @@ def place(tmp_path_factory):
     lines = [f"{row['text']},{names[row['label']]}" for row in words.rows(60)]
     for name in ("tickets", "checked", "new"):
         (folder / f"{name}.csv").write_text("message,queue\n" + "\n".join(lines) + "\n")
+    (folder / "pool.csv").write_text("message\n" + "\n".join(row["text"] for row in words.different(40)) + "\n")
     tiny.classifier(vocab_size=len(words.VOCABULARY)).base_model.save_pretrained(folder / "encoder")
     words.enclosing().save_pretrained(folder / "encoder")
     (folder / "task.yaml").write_text(blocks("example")["task.yaml"])
@@ -104,6 +105,7 @@ def place(tmp_path_factory):
         "raft",
         "recipe",
         "opinions",
+        "suggest-rows",
     ],
 )
 def test_commands(name, place, monkeypatch, capsys):
@@ -112,7 +114,7 @@ def test_commands(name, place, monkeypatch, capsys):
     for command in commands:
         program, *arguments = shlex.split(command)
         assert program == "ia3"
-        if arguments[:2] in (["compare", "--adapter"], ["tasks", "suggest"]):
+        if arguments[:2] in (["compare", "--adapter"], ["tasks", "suggest"], ["suggest", "--data"]):
             arguments += ["--model", "model"]
         elif arguments[0] in ("train", "pretrain", "compare"):  # the tiny model learns in a moment
             arguments += ["--model", "model", "--steps", "2"]

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from ia3.classifier import FewShotClassifier
     from ia3.errors import InputError
     from ia3.evaluation.calibration import Calibration, cross_validate
+    from ia3.evaluation.choosing import choose_model
     from ia3.evaluation.experiment import Experiment
     from ia3.evaluation.icl import draw_shots, predict_in_context
     from ia3.evaluation.prediction import Prediction, Respondent, predict, predict_each
@@ -108,6 +109,7 @@ _NAMES = {
     "classifier": ("FewShotClassifier",),
     "errors": ("InputError",),
     "evaluation.calibration": ("Calibration", "cross_validate"),
+    "evaluation.choosing": ("choose_model",),
     "evaluation.experiment": ("Experiment",),
     "evaluation.icl": ("draw_shots", "predict_in_context"),
     "evaluation.prediction": ("Prediction", "Respondent", "predict", "predict_each"),
@@ -171,6 +173,7 @@ __all__ = [
     "WeightRule",
     "as_rows",
     "cast_mixed_precision_params",
+    "choose_model",
     "cross_validate",
     "draw_shots",
     "few_shot",
