@@ -85,6 +85,16 @@ def test_negated_labels_are_asked_as_yes_or_no():
     assert found["{{ text }}\nIs the text spam?"] == {"spam": "yes", "not_spam": "no"}
 
 
+def test_what_is_left_over_is_said_to_be_not_the_other_label():
+    rows = [{"text": "Lovely tea.", "score": "great"}, {"text": "Stale.", "score": "other"}]
+    found = candidates(rows, ["text"], "score", {"great": "great", "other": "other"})
+    assert found[0].prompt == "{{ text }}\nThe author feels"
+    assert found[0].choices == {"great": "great", "other": "not great"}
+    assert any(one.choices is None for one in found)  # as they are, too
+    both = candidates(rows, ["text"], "score", {"none": "none", "other": "other"})
+    assert not any("not" in str(one.choices) for one in both)
+
+
 def test_yes_and_no_are_asked_about_the_column():
     found = prompts(["yes", "no"], label="urgent")
     assert "{{ text }}\nQuestion: Is it urgent?\nAnswer:" in found and "{{ text }}\nUrgent?" in found

@@ -118,6 +118,9 @@ SYNONYMS = (
 
 _AFFIRMED, _DENIED = {"yes", "true", "y", "1"}, {"no", "false", "n", "0"}
 
+# Labels of what is not the other label; alone, such a word is no opposite of it.
+_REST = {"other", "others", "rest", "none", "neither", "unknown", "misc", "miscellaneous", "else", "anything else"}
+
 # Names of columns and files that do not say what labels mean.
 _VAGUE = "label labels class category target y gold tag type task data dataset train training test dev rows texts"
 
@@ -219,6 +222,9 @@ def _in_other_words(text_columns: Sequence[str], behind: Any, labels: Sequence[s
                 answers = {label: "yes", other: "no"}
                 asked = (f"Question: Is this {word}?\nAnswer:", f"Is the {{text}} {word}?", f"{_capital(word)}:")
                 found += behind((form.replace(word, _braced(word)) for form in asked), answers)
+            elif denied in _REST and word not in _REST:
+                forms = FORMS if len(text_columns) == 1 else RELATIONS
+                found += behind(forms, {label: verbatim(word), other: verbatim(f"not {word}")})
             elif word in _AFFIRMED and denied in _DENIED:
                 found += behind(("Question: Is it {label}?\nAnswer:", "Is this {text} {label}?", "{Label}?"))
     return found
