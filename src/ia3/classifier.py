@@ -142,6 +142,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         from ia3.scoring.readings import Readings
 
         readings = Readings()  # what the search for a wording reads, training asks
+        recipe = base.where_vectors_pay(task, rows, recipe)
         task = base.worded(task, rows, recipe, readings)
         labels = [*by_label.values()]
         self._files, opinions = base.train(task, rows, recipe, int(seed), self.verbose, labels, readings)
@@ -333,6 +334,15 @@ class _Base:
             self._load(folder)
             return self._written()
 
+    def where_vectors_pay(self, task: Task, rows: Sequence[Row], recipe: Recipe) -> Recipe:
+        """The recipe, with heads alone where no vectors are worth their time."""
+        from ia3.evaluation.forming import where_vectors_pay
+        from ia3.evaluation.progress import Progress
+        from ia3.scoring.families import family_of
+
+        reads_answers = family_of(self.model, self.tokenizer).reads_answers
+        return where_vectors_pay(recipe, [(task, rows)], reads_answers, 0, Progress())
+
     def worded(self, task: Task, rows: Sequence[Row], recipe: Recipe, readings: Readings) -> Task:
         """The task in the wordings that suit labelled rows best, if it has candidates."""
         from ia3.evaluation.wordings import choose_wording
@@ -354,16 +364,13 @@ class _Base:
         """Train an adapter; return its files and opinions. `classes` are the task's labels with the user's types."""
         from ia3.adapter.config import IA3Config
         from ia3.adapter.pretrained import task_type
-        from ia3.evaluation.forming import form_opinions, forms_opinions, without_long_training
+        from ia3.evaluation.forming import form_opinions, forms_opinions
         from ia3.evaluation.progress import Progress
         from ia3.opinions.priors import shares_of
-        from ia3.scoring.families import family_of
         from ia3.training.described import described
         from ia3.training.members import Member
         from ia3.training.trainer import TFewTrainer
 
-        reads_answers = family_of(self.model, self.tokenizer).reads_answers
-        recipe = without_long_training(recipe, [(task, rows)], reads_answers, 0, Progress())
         with self._lock, _own_randomness(), tempfile.TemporaryDirectory() as folder:
             self._remove()
             if recipe.init is None:
@@ -377,7 +384,7 @@ class _Base:
             arguments = recipe.training_arguments(folder, seed=seed, save_strategy="no", disable_tqdm=not verbose)
             kept = readings if self.model.waits_for_question() else None
             trainer = TFewTrainer(self.model, arguments, self.tokenizer, Member(task, rows), recipe, kept)
-            forms = forms_opinions(recipe, task, reads_answers)
+            forms = forms_opinions(recipe, task, trainer.scorer.family.reads_answers)
             if not verbose:
                 trainer.silence()
             if recipe.opinions != "head":

@@ -441,3 +441,35 @@ class TestRowsWithoutLabels:
         moved = after.opinions.heads["head"].bias - before.opinions.heads["head"].bias
         assert moved == pytest.approx(1 if better else 0, abs=1e-5)
         assert after.why.endswith("left out") != better
+
+
+def test_labels_that_no_wording_can_name_are_left_to_heads(tmp_path):
+    tokenizer = words.tokenizer()
+    tokenizer.add_tokens(["0", "1"])
+    tiny.build("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"text": row["text"], "label": str(int(row["label"] == "pos"))} for row in ROWS]
+    said = []
+
+    class Said(Progress):
+        def say(self, text):
+            said.append(text)
+
+    def steps(its, **fields):
+        fields = {
+            "model": str(tmp_path / "model"),
+            "recipe": RECIPE,
+            "test_rows": 2,
+            "folder": tmp_path / "out",
+            **fields,
+        }
+        return Experiment(its, rows, **fields).run(Said()).results["steps"]
+
+    assert steps(Task.infer(rows)) == 0 and said[0].startswith("No vectors are trained: no wording can name labels")
+    assert steps(Task.infer(rows, choices={"0": "bad", "1": "good"}))
+    assert steps(Task.infer(rows, template=words.TEMPLATE))
+    assert steps(Task.infer(rows), folds=2)
+    made = FewShotClassifier(tmp_path / "model", recipe=RECIPE).fit(
+        [row["text"] for row in rows], [int(row["label"]) for row in rows]
+    )
+    assert set(made.opinions_.weights) == {"head"} and made.classes_.tolist() == [0, 1]

@@ -265,33 +265,39 @@ def _held_out_scores(
     return found
 
 
-def without_long_training(
+def where_vectors_pay(
     recipe: Recipe, tasks: Sequence[tuple[Task, Sequence[Row]]], reads_answers: bool, folds: int, progress: Progress
 ) -> Recipe:
-    """The recipe with heads alone where vectors take long to train, for their rows have many labels, and a sentence encoder is
-    there, which tells many labels apart better.
+    """The recipe, with heads alone instead of all opinions where no vectors are worth their time: where no wording can name the
+    labels; and where training takes long, for many rows have many labels, and a sentence encoder is there, which tells many
+    labels apart better.
 
     Args:
         recipe: one that says what answers ("vectors", "head") stays as it is.
-        tasks: each task with its training rows; one where vectors are quick decides for all.
+        tasks: each task with its training rows; one where vectors pay decides for all.
         reads_answers: whether the model is a language model.
         folds: as of `form_opinions`; a number is a wish to have all weighed.
         progress: told about it.
     """
-    long = [len(rows) * len(task.labels or ()) > _QUICK for task, rows in tasks]
-    if (
-        recipe.opinions != "auto"
-        or not reads_answers
-        or folds
-        or not all(long)
-        or Sentences.found(recipe.encoder) is None
-    ):
+    if recipe.opinions != "auto" or not reads_answers or folds:
         return recipe
-    task, rows = tasks[0]
-    progress.say(
-        f"No vectors are trained: that takes long for {len(rows)} rows of {len(task.labels or ())} labels, and heads with a "
-        f"sentence encoder tell so many apart better. --folds 4 trains and weighs them all the same."
-    )
+    # A task with a wording of its own has answers that somebody chose.
+    nameless = [
+        bool(task.candidates) and isinstance(task.choices, dict) and are_codes(task.choices.values())
+        for task, _ in tasks
+    ]
+    long = [len(rows) * len(task.labels or ()) > _QUICK for task, rows in tasks]
+    if all(nameless):
+        why = "no wording can name labels that are numbers or codes. --choices gives them names,"
+    elif all(long) and Sentences.found(recipe.encoder) is not None:
+        task, rows = tasks[0]
+        why = (
+            f"that takes long for {len(rows)} rows of {len(task.labels or ())} labels, and heads with a sentence encoder tell so "
+            f"many apart better."
+        )
+    else:
+        return recipe
+    progress.say(f"No vectors are trained: {why} --folds 4 trains and weighs them all the same.")
     return recipe.changed(opinions=HEAD)
 
 

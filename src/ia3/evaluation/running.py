@@ -53,7 +53,7 @@ class Running:
 
     def __init__(self, experiment: Experiment, progress: Progress) -> None:
         from ia3.adapter.pretrained import load_base
-        from ia3.evaluation.forming import forms_opinions, without_long_training
+        from ia3.evaluation.forming import forms_opinions, where_vectors_pay
         from ia3.scoring.families import family_of
         from ia3.scoring.readings import Readings
 
@@ -73,7 +73,7 @@ class Running:
         alone = experiment.all_templates or any(not can_balance(task) for task, _ in tasks)
         self.recipe = experiment.chosen_recipe
         if not alone:  # where vectors answer alone, they train
-            self.recipe = without_long_training(self.recipe, tasks, reads_answers, experiment.folds, progress)
+            self.recipe = where_vectors_pay(self.recipe, tasks, reads_answers, experiment.folds, progress)
         self.forms_opinions = {
             one.name: forms_opinions(self.recipe, one.task, reads_answers, experiment.all_templates)
             for one in experiment.trials
