@@ -51,9 +51,11 @@ def to_json(answers: Sequence[Answer], each: bool, named: bool = False, label: s
     if each:
         return {"adapters": {one.adapter: to_json([one], False) for one in answers}}
     [one] = answers
+    grade = one.task.grade(one.found.probabilities)
+    graded = {} if grade is None else grade._asdict()
     which = {"adapter": one.adapter} if named else {}
     beside = {} if one.zero_shot is None else {"zero_shot": _labelled(one.zero_shot, "label")}
-    return {**which, **_labelled(one.found, label), **beside}
+    return {**which, **_labelled(one.found, label), **graded, **beside}
 
 
 def _labelled(found: Prediction, label: str) -> dict[str, Any]:
@@ -108,33 +110,34 @@ def delimiter_like(data: str | None, delimiter: str | None) -> str:
     return delimiter_of(data) if delimiter is None else as_delimiter(delimiter)
 
 
-def _parts(answer: Answer, each: bool) -> list[tuple[str, Prediction]]:
-    """What an answer has for the columns of a CSV file, by what their names begin with."""
+def _parts(answer: Answer, each: bool) -> list[tuple[str, dict[str, str]]]:
+    """The cells of an answer, by what the names of their columns begin with: `prediction`, `expected` and `spread` of grades,
+    and `probability_…` of each label."""
     whose = f"{answer.adapter} " if each else ""
-    beside = [] if answer.zero_shot is None else [(f"{whose}zero_shot_", answer.zero_shot)]
-    return [(whose, answer.found), *beside]
+    said = [(whose, answer.found)]
+    said += [] if answer.zero_shot is None else [(f"{whose}zero_shot_", answer.zero_shot)]
+    parts = []
+    for start, found in said:
+        grade = answer.task.grade(found.probabilities)
+        graded = {} if grade is None else {name: f"{value:.4f}" for name, value in grade._asdict().items()}
+        shares = {f"probability_{label}": f"{value:.6f}" for label, value in found.probabilities.items()}
+        parts.append((start, {"prediction": found.label or "", **graded, **shares}))
+    return parts
 
 
 def _columns(answers: Sequence[Sequence[Answer]], each: bool) -> list[str]:
-    """`prediction`, and `probability_…` of each label, for each adapter and for the untrained model beside it."""
-    labels: dict[str, dict[str, None]] = {}
+    """The names of all columns of `_parts`, for each adapter and for the untrained model beside it."""
+    names: dict[str, dict[str, None]] = {}
     for its in answers:
-        for start, found in (part for answer in its for part in _parts(answer, each)):
-            labels.setdefault(start, {}).update(dict.fromkeys(found.probabilities))
-    return [
-        name
-        for start, known in labels.items()
-        for name in (f"{start}prediction", *(f"{start}probability_{label}" for label in known))
-    ]
+        for start, cells in (part for answer in its for part in _parts(answer, each)):
+            names.setdefault(start, {}).update(dict.fromkeys(cells))
+    return [f"{start}{name}" for start, known in names.items() for name in known]
 
 
 def _cells(answers: Sequence[Answer], each: bool) -> dict[str, str]:
     """A row's cells for `_columns`."""
-    cells = {}
-    for start, found in (part for answer in answers for part in _parts(answer, each)):
-        cells[f"{start}prediction"] = found.label or ""
-        cells.update({f"{start}probability_{label}": f"{value:.6f}" for label, value in found.probabilities.items()})
-    return cells
+    parts = [part for answer in answers for part in _parts(answer, each)]
+    return {f"{start}{name}": cell for start, cells in parts for name, cell in cells.items()}
 
 
 def print_table(out: Console, rows: Sequence[Row], answers: Sequence[Sequence[Answer]], named: bool) -> None:
@@ -150,7 +153,12 @@ def print_table(out: Console, rows: Sequence[Row], answers: Sequence[Sequence[An
     few = few and all(list(item.probabilities) == labels for item in found)
     names = (["adapter"] if named else []) + ["text", "label"]
     beside = any(answer.zero_shot is not None for _, answer in pairs)
-    numbers = [*(labels if few else ["probability"]), *(["zero-shot"] if beside else [])]
+    graded = any(answer.task.grades for _, answer in pairs)
+    numbers = [
+        *(labels if few else ["probability"]),
+        *(["expected"] if graded else []),
+        *(["zero-shot"] if beside else []),
+    ]
     shown_rows = table(*names, *numbers, left=len(names))
     shown_rows.columns[len(names) - 1].style = "bold"
     for row, answer in pairs:
@@ -160,6 +168,9 @@ def print_table(out: Console, rows: Sequence[Row], answers: Sequence[Sequence[An
         text = " ".join(str(row.get(column, "")).split())
         cells = [escape(answer.adapter)] if named else []
         cells += [escape(_shortened(text)), escape(item.label or "—"), *(f"{value:.1%}" for value in values)]
+        if graded:
+            grade = answer.task.grade(item.probabilities)
+            cells.append("–" if grade is None else f"{grade.expected:.2f} ± {grade.spread:.2f}")
         if answer.zero_shot is not None:
             base = answer.zero_shot
             cells.append(f"{escape(base.label or '—')} {base.probabilities[base.best]:.1%}")

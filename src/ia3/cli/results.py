@@ -8,7 +8,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from ia3.cli.common import table
-from ia3.evaluation.results import METHODS, METRICS, spread
+from ia3.evaluation.results import METHODS, METRICS, OF_GRADES, spread
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,8 +23,13 @@ _OPINIONS = {"vectors": "vectors alone", "head": "head alone", "sentences": "sen
 def print_table(out: Console, results: dict[str, Any]) -> None:
     """Print the results of one adapter."""
     if "trained" in results:
-        scores = table("", *METRICS.values(), title=f"{results['test_rows']} test rows")
+        graded = {name: title for name, title in OF_GRADES.items() if name in results["trained"]}
+        scores = table("", *METRICS.values(), *graded.values(), title=f"{results['test_rows']} test rows")
         opinions = results.get("opinions", {})
+
+        def cells(its: Mapping[str, float]) -> list[str]:
+            return [*(f"{its[name]:.1%}" for name in METRICS), *(f"{its[name]:.2f}" for name in graded)]
+
         for key, name in METHODS.items():
             if key not in results:  # no balance where answers differ from row to row
                 continue
@@ -32,9 +37,9 @@ def print_table(out: Console, results: dict[str, Any]) -> None:
                 for opinion, its in _OPINIONS.items():
                     if opinion in opinions:
                         weight = f" (weight {opinions['weights'].get(opinion, 0):.2f})"
-                        scores.add_row(its + weight, *(f"{opinions[opinion][metric]:.1%}" for metric in METRICS))
+                        scores.add_row(its + weight, *cells(opinions[opinion]))
             style = "bold" if key == "trained" else None
-            scores.add_row(name, *(f"{results[key][metric]:.1%}" for metric in METRICS), style=style)
+            scores.add_row(name, *cells(results[key]), style=style)
         out.print(scores)
     if "opinions" in results:
         out.print(f"Opinions: {results['opinions']['why']}.", markup=False)

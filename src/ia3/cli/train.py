@@ -86,6 +86,12 @@ def train(
     test_data: str | None = TestDataOption,
     delimiter: str | None = DelimiterOption,
     template: str | None = TemplateOption,
+    grades: str | None = typer.Option(
+        None,
+        help="The labels from the lowest to the highest, if they have an order: low,medium,high. Predictions then have an "
+        "expected value and its spread.",
+        show_default=False,
+    ),
     choices: str | None = ChoicesOption,
     examples_per_label: int | None = ExamplesOption,
     test_rows: int = TestRowsOption,
@@ -180,6 +186,7 @@ def train(
         "--label-column": label_column,
         "--template": template,
         "--choices": choices,
+        "--grades": grades,
         "--unlabelled": unlabelled,
         "--prior": None if prior == "balanced" else prior,
     }
@@ -191,7 +198,7 @@ def train(
     rates = None if learning_rates is None else numbers("--learning-rates", learning_rates, float)
     rows: dict[str, Any]
     if tasks is None:
-        source = source_of(task, data, test_data, label_column, text_column, choices, template, delimiter)
+        source = source_of(task, data, test_data, label_column, text_column, choices, template, delimiter, grades)
         rows = {"task": source.task, "rows": source.rows, "test": source.test}
         name = source.task.name
     else:
@@ -346,6 +353,7 @@ def source_of(
     choices: str | None = None,
     template: str | None = None,
     delimiter: str | None = None,
+    grades: str | None = None,
 ) -> Source:
     """The task and rows that these options describe; without options, the embedded ones."""
     from ia3.evaluation.drawing import Source, read
@@ -353,10 +361,11 @@ def source_of(
     from ia3.task.task import Task
 
     given = parse_choices(choices)
+    ordered = [] if grades is None else [part.strip() for part in grades.split(",")]
     if task is None and data is not None:
         require_delimited(delimiter, data, test_data)
         rows = read(data, delimiter=delimiter)
-        description = Task.infer(rows, label_column, text_column, given, template, name_of(data))
+        description = Task.infer(rows, label_column, text_column, given, template, name_of(data), ordered)
     else:
         if task is None:
             description = Task.embedded(EMBEDDED_TASK)
@@ -367,6 +376,7 @@ def source_of(
         changes = {
             "label_column": label_column,
             "choices": given,
+            "grades": ordered or None,
             "templates": None if template is None else [template],
         }
         values = description.model_dump() | {key: value for key, value in changes.items() if value is not None}

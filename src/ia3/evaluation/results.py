@@ -20,6 +20,7 @@ from ia3.adapter.stored import (
     TASK_NAME,
 )
 from ia3.files import to_json
+from ia3.task.grades import Grades
 
 if TYPE_CHECKING:
     from ia3.adapter.model import IA3Model
@@ -37,6 +38,7 @@ METHODS = {
     "majority": "majority class",
 }
 METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
+OF_GRADES = {"mean_absolute_error": "mean error", "quadratic_kappa": "kappa"}
 
 
 def majority(labels: Sequence[str]) -> str:
@@ -86,6 +88,7 @@ def report(task: Task, predictions: Sequence[Prediction], labels: Sequence[str],
     measured = np.array(precision_recall_fscore_support(labels, found, labels=names, zero_division=0))  # type: ignore[arg-type]
     return {
         **task.metrics(labels, found),
+        **_of_expected(task, predictions, labels),
         "majority": majority_metrics(task, labels),
         "rows": len(labels),
         "temperature": temperature,
@@ -95,6 +98,18 @@ def report(task: Task, predictions: Sequence[Prediction], labels: Sequence[str],
             for name, p, r, f, n in zip(names, *measured.tolist(), strict=True)
         },
     }
+
+
+def _of_expected(task: Task, predictions: Sequence[Prediction], labels: Sequence[str]) -> dict[str, float]:
+    """The mean absolute error of grades' expected values; nothing for labels without an order."""
+    if not task.grades:
+        return {}
+    grades = Grades(task.grades)
+    errors = [
+        abs(grades.of(one.probabilities).expected - grades.values[y])
+        for one, y in zip(predictions, labels, strict=True)
+    ]
+    return {"expected_absolute_error": statistics.fmean(errors)}
 
 
 def summary(members: Mapping[str, dict[str, Any]], seeds: Mapping[str, Sequence[str]]) -> dict[str, Any]:

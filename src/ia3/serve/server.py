@@ -53,12 +53,14 @@ class _Row(NamedTuple):
         labels: of the choices, in each wording.
         opinions: how their answers are put together.
         temperature: divides the scores.
+        task: says what the labels are.
     """
 
     jobs: list[tuple[str, ScoreJob]]
     labels: list[list[str]]
     opinions: Opinions
     temperature: float
+    task: Task
 
     def together(self, answers: Sequence[list[float]]) -> dict[str, float]:
         """The scores of the labels, of the answers to the jobs."""
@@ -263,7 +265,7 @@ class Server:
             jobs = [(VECTORS, ScoreJob(key, one, power)) for one in questions[its]] if opinions.vectors else []
             for name, head in head_jobs(opinions, wordings[first], question).items():
                 jobs.append((name, ScoreJob(None, question, head=head)))
-            found.append(_Row(jobs, labels[its], opinions, temperature))
+            found.append(_Row(jobs, labels[its], opinions, temperature, task))
         return found
 
     def _predictions(
@@ -279,7 +281,9 @@ class Server:
         found, left = [], iter(scores)
         for row in asked:
             item = Prediction.of(row.together([next(left) for _ in row.jobs]), row.temperature, body.abstain_below)
-            found.append({"label": item.label, "probabilities": item.probabilities})
+            grade = row.task.grade(item.probabilities)
+            graded = {} if grade is None else grade._asdict()
+            found.append({"label": item.label, "probabilities": item.probabilities, **graded})
         usage = {"prompt_tokens": sum(len(row.jobs[0][1].question.prompt) for row in asked)}
         names = [adapter.name for adapter in adapters]
         if body.adapters is None:

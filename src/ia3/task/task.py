@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 from ia3.errors import InputError, brief, excerpt, problems, shown, similar
 from ia3.files import read_fields, reading, replacing
 from ia3.task.candidates import MOST_LISTED, candidates, made_template
+from ia3.task.grades import Grade, Grades
 from ia3.task.reading import as_delimiter, require_delimited
 from ia3.task.rows import as_rows
 from ia3.task.template import (
@@ -91,6 +92,8 @@ class Task(BaseModel):
             as a
             list: `{{ endings }}`. Their labels are their positions, "0", "1", …. None: every template has its own.
         aliases: a label's name in other copies of the data → label.
+        grades: the labels from the lowest to the highest, for labels that have an order (see `Grades`); empty: they have
+            none.
         separator: the text between prompt and answer text.
         metric: the metric to show during training.
         truncate: columns to shorten, in this order, if a prompt is longer than the model's context; empty: the longest
@@ -113,8 +116,9 @@ class Task(BaseModel):
     label_column: str = "label"
     choices: Choices | None = None
     aliases: dict[str, str] = {}
+    grades: list[str] = []
     separator: str = " "
-    metric: Literal["accuracy", "macro_f1"] = "accuracy"
+    metric: Literal["accuracy", "macro_f1", "quadratic_kappa"] = "accuracy"
     truncate: list[str] = []
     only_choices: bool = False
     class_names: bool = True
@@ -151,6 +155,11 @@ class Task(BaseModel):
     @classmethod
     def _aliases_are_text(cls, value: Any) -> Any:
         return {as_text(a): as_text(b) for a, b in value.items()} if isinstance(value, Mapping) else value
+
+    @field_validator("grades", mode="before")
+    @classmethod
+    def _grades_are_text(cls, value: Any) -> Any:
+        return [as_text(each) for each in value] if isinstance(value, (list, tuple)) else value
 
     @field_validator("delimiter")
     @classmethod
@@ -190,6 +199,11 @@ class Task(BaseModel):
                     f"expected prompts and choices without the label column {self.label_column!r}, which gives the answer "
                     f"away, found it in {which}; take it out, or say which column holds the label (label_column)"
                 )
+        if self.grades and (not isinstance(known, list) or sorted(self.grades) != known):
+            theirs = shown(known) if isinstance(known, list) else "answers that differ from row to row"
+            raise ValueError(f"expected each label once among the grades, found {shown(self.grades)} for {theirs}")
+        if self.metric == "quadratic_kappa" and not self.grades:
+            raise ValueError("expected grades for the metric quadratic_kappa, found none")
         if isinstance(known, list):
             all_labels = set(known)
             for alias, label in self.aliases.items():
@@ -269,6 +283,7 @@ class Task(BaseModel):
         choices: Mapping[str, str] | None = None,
         template: str | None = None,
         name: str = "task",
+        grades: Sequence[str] = (),
     ) -> Task:
         """Make a task from labelled rows. Column names and labels replace missing arguments.
 
@@ -283,6 +298,7 @@ class Task(BaseModel):
             template: the prompt; None: the text, or each column's name and text, a question that lists the labels, and
                 "Answer:".
             name: the task's name.
+            grades: the labels from the lowest to the highest, if they have an order.
 
         Raises:
             InputError: a column is missing, or all labels are equal.
@@ -326,6 +342,7 @@ class Task(BaseModel):
             template = made_template(texts, label_column, [choices[label] for label in sorted(choices)])
             others = candidates(rows, texts, label_column, choices, own, name)
         values = {"name": name, "template": template, "label_column": label_column, "choices": dict(choices)}
+        values["grades"] = list(grades)
         made = cls.create(values)
         made._candidates = others
         return made
@@ -436,14 +453,19 @@ class Task(BaseModel):
             raise InputError(error.message, hint, row=error.row) from error
 
     def metrics(self, labels: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-        """Accuracy, and F1 averaged over the labels that occur; both are between 0 and 1."""
+        """Accuracy, and F1 averaged over the labels that occur, both between 0 and 1; for grades also those of `Grades`."""
         from sklearn.metrics import accuracy_score, f1_score
 
         f1 = f1_score(labels, predictions, average="macro", zero_division=0)  # type: ignore[arg-type]
         return {
             "accuracy": float(accuracy_score(labels, predictions)),
             "macro_f1": float(f1),
+            **(Grades(self.grades).metrics(labels, predictions) if self.grades else {}),
         }
+
+    def grade(self, probabilities: Mapping[str, float]) -> Grade | None:
+        """The expected value of a row's label, and its spread; None for labels without an order."""
+        return Grades(self.grades).of(probabilities) if self.grades else None
 
 
 def few_shot(rows: Any, task: Task, per_label: int | None = None, seed: int = 0) -> list[Row]:
