@@ -24,11 +24,11 @@ VECTORS, HEAD, SENTENCES = "vectors", "head", "sentences"
 HEADS = {HEAD: HEAD_NAME, SENTENCES: SENTENCES_NAME}
 """The opinions that are linear heads, and the files of these."""
 
-USUAL = 0.6
+USUAL = 0.55
 """The weight of an opinion where nothing is known: below 1, for opinions err together."""
 
 # How far the logarithms of weights are from that: a few dozen rows are no reason to trust one opinion alone.
-_SPREAD = 0.4
+_SPREAD = 0.55
 
 # An opinion with a smaller part of the largest weight is not asked.
 _LEAST = 0.1
