@@ -36,7 +36,7 @@ def test_every_block_is_named_once_and_run_here_or_by_ci():
     assert set(blocks("command")) == set(re.findall(r"\$\(readme (\w+)\)", (ROOT / ".ci" / "run").read_text()))
     assert set(blocks("example")) == {
         "train", "template", "classifier", "classifier-frame", "python", "peft", "modules", "rule", "several", "mixed", "question", "question-decoder", "readings", "bank", "auto", "convert",
-        "families", "task.yaml", "task", "task-python", "suggest", "pairs.yaml", "cause.yaml", "endings.yaml", "tasks",
+        "families", "task.yaml", "task", "task-python", "suggest", "pairs.yaml", "cause.yaml", "endings.yaml", "stars.yaml", "tasks",
         "prompts-python", "fleet", "fleet-python", "many", "many-python", "compare", "compare-python",
         "pretrain", "pretrain-python", "raft", "opinions", "opinions-python", "suggest-rows", "mine.yaml", "recipe", "recipe-python", "experiment-python", "benchmarks",
         # Those of docs/serve.md run in serve/test_docs.py.
@@ -191,6 +191,13 @@ def test_python(names, tmp_path, monkeypatch):
             ["It was dark because"],
             [["the bulb broke", "the sun rose"]],
             "a",
+        ),
+        (
+            "stars.yaml",
+            {"review": "Fine tea.", "stars": 4},
+            ["Fine tea.\nAll in all, it was"],
+            [["terrible", "poor", "okay", "good", "great"]],
+            "4",
         ),
         ("endings.yaml", {"beginning": "It", "endings": '["ran", "sat"]', "label": 1}, ["It"], [["ran", "sat"]], "1"),
     ],
