@@ -14,6 +14,7 @@ from ia3.adapter.stored import CALIBRATION_NAME, HEAD_NAME, OPINIONS_NAME, RECIP
 from ia3.errors import InputError, reason
 from ia3.files import WEIGHTS_NAME, current
 from ia3.folder import AdapterFolder
+from ia3.opinions.sentences import Sentences
 
 if TYPE_CHECKING:
     from ia3.opinions.opinions import Opinions
@@ -94,6 +95,9 @@ def read_settings(folder: str) -> Settings:
     try:
         found = AdapterFolder(folder)
         calibrated = found.calibration is not None
+        if found.opinions.encoder is not None:
+            # Here, where it may take long, and not on the model's thread, where all wait.
+            Sentences.found(found.opinions.encoder)
         return Settings(found.task, found.recipe, found.temperature, calibrated, found.opinions)
     except (OSError, RecursionError) as error:
         raise InputError(f"The files beside this adapter cannot be read: {reason(error)}.") from error
