@@ -25,14 +25,14 @@ VECTORS, HEAD, SENTENCES = "vectors", "head", "sentences"
 HEADS = {HEAD: HEAD_NAME, SENTENCES: SENTENCES_NAME}
 """The opinions that are linear heads, and the files of these."""
 
-USUAL = 0.8
-"""The weight of an opinion where nothing is known: below 1, for those of one model err together."""
+USUAL = 0.6
+"""The weight of an opinion where nothing is known: below 1, for opinions err together."""
 
 MOST_ASKING = 3
 """Templates that ask the vectors, at most: each costs a question more."""
 
 # How far the logarithms of weights are from that: a few dozen rows are no reason to trust one opinion alone.
-_SPREAD = 0.5
+_SPREAD = 0.4
 
 # An opinion with a smaller part of the largest weight is not asked.
 _LEAST = 0.1
