@@ -227,5 +227,5 @@ def test_an_adapter_whose_encoder_is_not_there_asks_the_engine_nothing(place, tr
     assert read_settings(str(tmp_path)).opinions.encoder == str(place / "encoder")
     text = json.loads((tmp_path / "opinions.json").read_text())
     (tmp_path / "opinions.json").write_text(json.dumps({**text, "encoder": str(tmp_path / "nowhere")}))
-    with pytest.raises(InputError, match="^The sentence encoder: Expected a model's folder, found no"):
+    with pytest.raises(InputError, match=r"^The sentence encoder: Expected a model's folder, found no"):
         read_settings(str(tmp_path))
