@@ -51,3 +51,9 @@ def test_states_of_a_language_model_stand_in_for_embeddings():
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
     np.testing.assert_allclose(found[0], found[2], atol=1e-5)
     assert not np.allclose(found[0], found[1], atol=0.1)
+
+
+@pytest.mark.parametrize("texts", [["soup"], ["soup", "soup"]])
+def test_states_that_are_all_alike_are_no_nan(texts):
+    scorer = Scorer(tiny.build("llama", vocab_size=len(words.VOCABULARY)), words.tokenizer())
+    assert suggest(states_as_embeddings(scorer, texts), 1) == [0]

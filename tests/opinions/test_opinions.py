@@ -64,6 +64,11 @@ class TestTogether:
         with pytest.raises(InputError, match="Expected a task with the 2 templates that opinions ask in, found 1"):
             several.asking(1)
 
+    def test_no_more_templates_ask_than_training_would_let(self):
+        """An uploaded adapter could make a row cost as many questions as its task has templates."""
+        with pytest.raises(ValueError, match="at most 3"):
+            Opinions.of({"vectors": 1.0}, balance=[{"a": 0.0}] * 4)
+
     def test_where_vectors_do_not_count_one_template_asks(self):
         head = Opinions.of({"head": 1.0}, {"head": HEAD}, [{"a": 0.0}, {"a": 0.0}])
         assert [*head.asking(2)] == [0]

@@ -22,7 +22,7 @@ from ia3.evaluation.progress import Progress
 from ia3.opinions.asking import HeadJob, heads_say
 from ia3.opinions.head import fit_head
 from ia3.opinions.sentences import Sentences, sentence_of
-from ia3.serve.adapter import FILES
+from ia3.serve.adapter import FILES, read_settings
 from ia3.serve.uploads import check
 from support import words
 from support.sentences import write
@@ -208,3 +208,24 @@ def test_with_many_rows_and_labels_no_vectors_are_trained(place, tmp_path, monke
     made = FewShotClassifier(place / "model", words.TEMPLATE, words.CHOICES, recipe=recipe(place))
     made.fit([row["text"] for row in ROWS], [row["label"] for row in ROWS])
     assert "vectors" not in made.opinions_.weights
+
+
+def test_answers_that_differ_from_row_to_row_are_left_to_vectors(place, monkeypatch):
+    """However many rows and labels there are: heads alone cannot answer for them."""
+    monkeypatch.setattr("ia3.evaluation.forming._QUICK", 10)
+    task = Task(name="teas", template=words.TEMPLATE, choices={"pos": "good {{ said }}", "neg": "bad {{ said }}"})
+    made = FewShotClassifier(place / "model", task=task, recipe=recipe(place))
+    made.fit([{**row, "said": "fine"} for row in ROWS], [row["label"] for row in ROWS])
+    assert made.opinions_.weights == {"vectors": 1.0}
+
+
+def test_an_adapter_whose_encoder_is_not_there_asks_the_engine_nothing(place, trained, tmp_path):
+    """Each of its rows would look for the encoder on the model's thread, where all others wait."""
+    for name in FILES:
+        if (trained[0] / name).exists():
+            (tmp_path / name).write_bytes((trained[0] / name).read_bytes())
+    assert read_settings(str(tmp_path)).opinions.encoder == str(place / "encoder")
+    text = json.loads((tmp_path / "opinions.json").read_text())
+    (tmp_path / "opinions.json").write_text(json.dumps({**text, "encoder": str(tmp_path / "nowhere")}))
+    with pytest.raises(InputError, match=r"^The sentence encoder: Expected a model's folder, found no"):
+        read_settings(str(tmp_path))

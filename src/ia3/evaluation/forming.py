@@ -18,7 +18,7 @@ from ia3.evaluation.calibration import fold_of_each, trained_on_others
 from ia3.evaluation.prediction import Prediction, predict
 from ia3.evaluation.progress import Progress, Stage
 from ia3.opinions.head import Head, fit_head
-from ia3.opinions.opinions import HEAD, SENTENCES, USUAL, VECTORS, Opinions, weigh
+from ia3.opinions.opinions import HEAD, MOST_ASKING, SENTENCES, USUAL, VECTORS, Opinions, weigh
 from ia3.opinions.priors import shares_of
 from ia3.opinions.self_training import Examples, self_train
 from ia3.opinions.sentences import Sentences, sentence_of
@@ -44,9 +44,6 @@ _QUICK = 2_000
 # Weights beside a sentence encoder where nothing can be cross-validated: with a row of a label, and its answer's text, the
 # encoder tells more than a language model's states.
 _UNKNOWN = {VECTORS: USUAL, HEAD: 0.4, SENTENCES: 1.2}
-
-# Templates that ask the vectors, at most: each costs a question more.
-_ASKING = 3
 
 
 @dataclass(frozen=True)
@@ -281,6 +278,8 @@ def where_vectors_pay(
     """
     if recipe.opinions != "auto" or not reads_answers or folds:
         return recipe
+    if not all(task.labels is not None and can_balance(task) for task, _ in tasks):  # vectors answer alone
+        return recipe
     # A task with a wording of its own has answers that somebody chose.
     nameless = [
         bool(task.candidates) and isinstance(task.choices, dict) and are_codes(task.choices.values())
@@ -317,7 +316,7 @@ def forms_opinions(recipe: Recipe, task: Task, reads_answers: bool, all_template
     if recipe.opinions == HEAD and not possible:
         raise InputError(
             "Expected a language model, a task with the same labels for all rows, and its first template alone, for a head",
-            "let vectors answer, too",
+            "let vectors answer, too; see",
             argument="opinions",
         )
     return possible and recipe.opinions != VECTORS
@@ -326,5 +325,5 @@ def forms_opinions(recipe: Recipe, task: Task, reads_answers: bool, all_template
 def _asking(task: Task, recipe: Recipe) -> range:
     """The templates that ask the vectors: the first of those that training draws from."""
     drawn = len(task.templates) if recipe.templates == "random" else 1
-    able = itertools.takewhile(lambda template: can_balance(task, template), range(min(drawn, _ASKING)))
+    able = itertools.takewhile(lambda template: can_balance(task, template), range(min(drawn, MOST_ASKING)))
     return range(len([*able]))

@@ -70,9 +70,8 @@ class Running:
             base, self.tokenizer = load_base(experiment.model, experiment.trials[0].task.labels, experiment.dtype)
         reads_answers = family_of(base, self.tokenizer).reads_answers
         tasks = [(trial.task, trial.examples) for trial in experiment.trials]
-        alone = experiment.all_templates or any(not can_balance(task) for task, _ in tasks)
         self.recipe = experiment.chosen_recipe
-        if not alone:  # where vectors answer alone, they train
+        if not experiment.all_templates:  # for which vectors answer alone
             self.recipe = where_vectors_pay(self.recipe, tasks, reads_answers, experiment.folds, progress)
         self.forms_opinions = {
             one.name: forms_opinions(self.recipe, one.task, reads_answers, experiment.all_templates)

@@ -68,4 +68,5 @@ def states_as_embeddings(
     layers = states.shape[1] if scorer.family.has_encoder else states.shape[1] // 2
     middle = states[:, layers // 2]
     middle = (middle - middle.mean(0)) / (middle.std(0) + 1e-6)
-    return middle / np.linalg.norm(middle, axis=1, keepdims=True)
+    # A single text, or texts that are all alike, are the mean, whose length is 0.
+    return middle / np.maximum(np.linalg.norm(middle, axis=1, keepdims=True), 1e-6)

@@ -1,1 +1,1 @@
-"""Several opinions on a row, and one answer: a linear head on the frozen model's hidden states, and how much each counts."""
+"""Several opinions on a row, and one answer: linear heads on hidden states and on embeddings, and how much each counts."""

@@ -18,6 +18,7 @@ from ia3.opinions.head import Head
 
 Share = Annotated[float, Field(ge=1e-9, le=1)]
 Weight = Annotated[float, Field(ge=0, le=100)]
+Shift = Annotated[float, Field(ge=-1e3, le=1e3)]
 
 VECTORS, HEAD, SENTENCES = "vectors", "head", "sentences"
 
@@ -26,6 +27,9 @@ HEADS = {HEAD: HEAD_NAME, SENTENCES: SENTENCES_NAME}
 
 USUAL = 0.55
 """The weight of an opinion where nothing is known: below 1, for opinions err together."""
+
+MOST_ASKING = 3
+"""Templates that ask the vectors, at most: each costs a question more."""
 
 # How far the logarithms of weights are from that: a few dozen rows are no reason to trust one opinion alone.
 _SPREAD = 0.55
@@ -57,7 +61,7 @@ class Opinions(BaseModel):
     head: Weight = 0.0
     sentences: Weight = 0.0
     encoder: str | None = None
-    balance: list[dict[str, Annotated[float, Field(ge=-1e3, le=1e3)]]] = []
+    balance: Annotated[list[dict[str, Shift]], Field(max_length=MOST_ASKING)] = []
     seen: dict[str, Share] = {}
     prior: dict[str, Share] = {}
     _heads: dict[str, Head] = PrivateAttr(default_factory=dict)

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ia3.adapter.config import CONFIG_NAME
 from ia3.adapter.stored import CALIBRATION_NAME, HEAD_NAME, OPINIONS_NAME, RECIPE_NAME, SENTENCES_NAME, TASK_NAME
-from ia3.errors import InputError, reason
+from ia3.errors import InputError, about, reason
 from ia3.files import WEIGHTS_NAME, current
 from ia3.folder import AdapterFolder
+from ia3.opinions.sentences import Sentences
 
 if TYPE_CHECKING:
     from ia3.opinions.opinions import Opinions
@@ -94,6 +95,10 @@ def read_settings(folder: str) -> Settings:
     try:
         found = AdapterFolder(folder)
         calibrated = found.calibration is not None
+        if found.opinions.encoder is not None:
+            # Here, where it may take long, and not on the model's thread, where all wait.
+            with about("The sentence encoder"):
+                Sentences.found(found.opinions.encoder)
         return Settings(found.task, found.recipe, found.temperature, calibrated, found.opinions)
     except (OSError, RecursionError) as error:
         raise InputError(f"The files beside this adapter cannot be read: {reason(error)}.") from error
