@@ -24,6 +24,7 @@ from ia3 import (
     load_base,
     predict,
 )
+from ia3.evaluation.checkpoints import Interrupted
 from ia3.evaluation.forming import form_opinions
 from ia3.evaluation.prediction import Prediction
 from ia3.evaluation.progress import Progress
@@ -125,11 +126,10 @@ def test_readings_and_the_adapter_change_nothing(place):
     assert len(readings)
 
 
-def test_a_label_with_one_row_is_not_cross_validated(place):
-    rows = [*ROWS[:8], {"text": "the tea was lovely", "label": "once"}]
-    its = task(choices={**words.CHOICES, "once": "fine"})
-    _, _, found = formed(place, rows=rows, its=its)
-    assert found.held_out is None and "a label has a single row" in found.why
+def test_labels_with_one_row_are_not_cross_validated(place):
+    rows = [ROWS[0], next(row for row in ROWS if row["label"] != ROWS[0]["label"])]
+    _, _, found = formed(place, rows=rows)
+    assert found.held_out is None and "labels have single rows" in found.why
     assert (found.opinions.vectors, found.opinions.head) == (0.55, 0.55)
 
 
@@ -473,3 +473,43 @@ def test_labels_that_no_wording_can_name_are_left_to_heads(tmp_path):
         [row["text"] for row in rows], [int(row["label"]) for row in rows]
     )
     assert set(made.opinions_.weights) == {"head"} and made.classes_.tolist() == [0, 1]
+
+
+class TestRareLabels:
+    """A label with one row beside others with many."""
+
+    ROWS = (*ROWS[:16], {"text": "the tea was lovely", "label": "once"})
+
+    def test_the_others_are_cross_validated(self, place):
+        its = task(choices={**words.CHOICES, "once": "fine"})
+        pool = [{"text": row["text"]} for row in words.different(20, seed=11)]
+        _, _, found = formed(place, RECIPE.changed(opinions="head"), [*self.ROWS], its=its)
+        assert len(found.held_out) == len(found.labels) == 16 and "once" not in found.labels
+        assert found.opinions.heads["head"].labels == ("neg", "once", "pos")
+        assert found.why == "weighed on 16 training rows in 4 folds"
+        base, tokenizer = load_base(str(place / "model"))
+        model = IA3Model(base, IA3Config(task_type="CAUSAL_LM", acts_from="question"))
+        rows = [self.ROWS[-1], *self.ROWS[:-1]]  # wherever it stands
+        again = form_opinions(
+            Progress(), "", model, tokenizer, its, rows, RECIPE.changed(opinions="head"), unlabelled=pool
+        )
+        assert "20 rows without labels" in again.why and len(again.held_out) == 16
+
+    def test_vectors_and_head_are_weighed(self, place):
+        its = task(choices={**words.CHOICES, "once": "fine"})
+        _, _, found = formed(place, rows=[*self.ROWS], its=its)
+        assert len(found.held_out) == 16 and found.why.startswith("weighed on 16")
+        assert set(found.opinions.balance[0]) == {"neg", "once", "pos"}
+
+
+def test_an_interruption_while_opinions_form_can_be_gone_on_from(place, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("ia3.evaluation.forming.fit_head", interrupted)
+        with pytest.raises(Interrupted) as caught:
+            experiment(place, tmp_path).run()
+    assert caught.value.checkpoint is not None and (tmp_path / "adapter_model.safetensors").is_file()
+    outcome = experiment(place, tmp_path).run(resume=True)
+    assert outcome.results["opinions"]["weights"] and not (tmp_path / "checkpoints").exists()

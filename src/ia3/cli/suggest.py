@@ -181,7 +181,9 @@ def _embeddings(bars: Progress, texts: Sequence[str], model: str, encoder: str |
     from ia3.opinions.sentences import Sentences
 
     stage = bars.stage("Reading", len(texts))
-    sentences = Sentences.found(encoder or "auto")
+    from ia3.adapter.pretrained import reads_sentences
+
+    sentences = Sentences.found(encoder or "auto") or (Sentences(model) if reads_sentences(model) else None)
     if sentences is not None:
         return sentences.embeddings(texts, lambda done: stage.advance(len(done)))[:, 0]
     from ia3.adapter.pretrained import load_base

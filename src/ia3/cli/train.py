@@ -226,7 +226,16 @@ def train(
         _check_folds(experiment.trials, folds)
     models = named_models(model)
     if models is not None:
-        model = experiment.model = _chosen(out, models, experiment, dtype)
+        if resume:
+            raise InputError(
+                "Expected the model of the interrupted run with --resume, found several",
+                "name it by",
+                argument="model",
+            )
+        # A sentence encoder answers by itself.
+        forms = {"--opinions": opinions, "--encoder": encoder, "--unlabelled": unlabelled, "--prior": prior}
+        given = [option for option, value in forms.items() if value not in (None, "none")]
+        model = experiment.model = _chosen(out, models, experiment, dtype, encoder or "auto", given)
     experiment.recipe = recipe_for(
         model, recipe, steps=steps, init=init, acts_from=acts_from, opinions=opinions, encoder=encoder
     )
@@ -248,20 +257,31 @@ def train(
     out.print(f"\nSaved in {folder}.{hint}", markup=False, soft_wrap=True)
 
 
-def _chosen(out: Console, models: Sequence[str], experiment: Experiment, dtype: str) -> str:
-    """The model of several that suits the training examples."""
+def _chosen(
+    out: Console, models: Sequence[str], experiment: Experiment, dtype: str, encoder: str, given: Sequence[str]
+) -> str:
+    """The model of several that suits the training examples; with options for opinions, of the language models."""
+    from ia3.adapter.pretrained import reads_sentences
     from ia3.cli.results import print_models
     from ia3.evaluation.choosing import choose_model
     from ia3.task.task import Task
 
     if not isinstance(experiment.task, Task):
         raise InputError(
-            "Expected one task where the examples choose the model, found --tasks", "name one; see", argument="model"
+            "Expected one task where the examples choose the model, found --tasks", "name one by", argument="model"
         )
     trial = experiment.trials[0]
     quiet()
+    if given:
+        models = [name for name in models if not reads_sentences(name)]
+        if not models:
+            raise InputError(
+                f"Expected a language model for {shown(given)}, found sentence encoders",
+                "name one by",
+                argument="model",
+            )
     with Bars(out) as bars:
-        considered = choose_model(models, trial.task, trial.examples, dtype, bars, trial.seed)
+        considered = choose_model(models, trial.task, trial.examples, dtype, bars, trial.seed, encoder)
     print_models(out, considered)
     return considered[0].name
 

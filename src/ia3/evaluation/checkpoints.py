@@ -59,15 +59,22 @@ def interruptible(checkpoints: Path, settings: dict[str, Any], checkpoint: str |
     Raises:
         Interrupted: on a keyboard interrupt.
     """
-    from ia3.trainer import last_checkpoint
-
     if checkpoint is None:
         shutil.rmtree(checkpoints, ignore_errors=True)
         write_json(checkpoints / RUN_NAME, settings)
+    with resumable(checkpoints):
+        yield
+
+
+@contextmanager
+def resumable(checkpoints: Path) -> Iterator[None]:
+    """In a `with` block: a keyboard interrupt says what there is to go on from (`Interrupted`)."""
+    from ia3.trainer import last_checkpoint
+
     try:
         yield
     except KeyboardInterrupt:
-        raise Interrupted(last_checkpoint(checkpoints)) from None
+        raise Interrupted(last_checkpoint(checkpoints) if checkpoints.is_dir() else None) from None
 
 
 def checkpoint_of(checkpoints: Path, settings: dict[str, Any], parts: str) -> str:

@@ -25,7 +25,7 @@ from ia3.evaluation.forming import Forming, form_opinions
 from ia3.evaluation.prediction import Prediction
 from ia3.evaluation.progress import Progress
 from ia3.evaluation.wordings import choose_wording
-from ia3.opinions.opinions import HEAD
+from ia3.opinions.opinions import HEAD, SENTENCES
 from ia3.opinions.sentences import Sentences
 from ia3.scoring.readings import Readings
 from ia3.task.task import Row, Task
@@ -83,6 +83,7 @@ def choose_model(
     dtype: str = "auto",
     progress: Progress | None = None,
     seed: int = 0,
+    encoder: str = "auto",
 ) -> list[Considered]:
     """Base models on labelled rows: the chosen one first, then the others by log-loss.
 
@@ -98,24 +99,27 @@ def choose_model(
         dtype: the type of the weights, as `load_base` takes it.
         progress: told how it gets on.
         seed: decides the folds.
+        encoder: the sentence encoder beside language models, as of `Recipe`.
 
     Raises:
-        InputError: answers that differ from row to row, a label with a single row, or a model of another kind.
+        InputError: answers that differ from row to row, labels with single rows, or a model of another kind.
     """
     progress = progress or Progress()
     if task.labels is None or not can_balance(task):
         raise InputError(
-            "Expected a task with the same labels for all rows, to choose a model by", "name one; see", argument="model"
+            "Expected a task with the same labels for all rows, to choose a model by", "name one by", argument="model"
         )
-    labels = [task.label(row, number) for number, row in enumerate(rows, 1)]
+    if len({task.label(row, number) for number, row in enumerate(rows, 1)}) < 2:
+        raise InputError("Expected examples of at least two labels, found one; there is nothing to tell apart.")
     found: dict[str, tuple[int, np.ndarray, float]] = {}
     for name in names:
         progress.heading(name)
-        count, held_out = parameter_count(name), _held_out(name, task, rows, dtype, progress, seed)
+        count = parameter_count(name)
+        held_out, labels = _held_out(name, task, rows, dtype, progress, seed, encoder)
         if held_out is None:
             raise InputError(
-                "Expected several rows of each label, to choose a model by cross-validation, found a label with one",
-                "name a model; see",
+                "Expected several different rows of most labels, to choose a model by cross-validation, found labels with one",
+                "name one by",
                 argument="model",
             )
         losses = np.array(
@@ -134,12 +138,13 @@ def choose_model(
 
 
 def _held_out(
-    name: str, task: Task, rows: Sequence[Row], dtype: str, progress: Progress, seed: int
-) -> list[Prediction] | None:
-    """What a model's heads say to each row without having seen it; None if rows cannot be divided."""
+    name: str, task: Task, rows: Sequence[Row], dtype: str, progress: Progress, seed: int, encoder: str
+) -> tuple[list[Prediction] | None, list[str]]:
+    """What a model's heads say to rows without having seen them, and the labels of these; None if rows cannot be divided."""
     if reads_sentences(name):
         forming = Forming(task, rows, [], 0, seed, progress, "")
-        return forming.together(forming.fit_sentences(Sentences(name)))
+        forming.fit_sentences(Sentences(name))
+        return forming.together({SENTENCES: 1.0}), forming.known
     base, tokenizer = load_base(name, task.labels, dtype)
     if task_type(base) in HEADED:
         raise InputError(
@@ -149,7 +154,8 @@ def _held_out(
         )
     from ia3.adapter.model import IA3Model
 
-    recipe, readings = Recipe.for_model(name).changed(opinions=HEAD), Readings()
+    recipe, readings = Recipe.for_model(name).changed(opinions=HEAD, encoder=encoder), Readings()
     task, _ = choose_wording(base, tokenizer, task, rows, recipe, progress, readings=readings)
     model = IA3Model(base, {})
-    return form_opinions(progress, "", model, tokenizer, task, rows, recipe, seed=seed, readings=readings).held_out
+    formed = form_opinions(progress, "", model, tokenizer, task, rows, recipe, seed=seed, readings=readings)
+    return formed.held_out, formed.labels

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from ia3.adapter.config import IA3Config
 from ia3.adapter.pretrained import EMBEDDED_MODEL
 from ia3.errors import InputError, about, brief, shown
-from ia3.evaluation.checkpoints import checkpoint_of, settings_of
+from ia3.evaluation.checkpoints import checkpoint_of, resumable, settings_of
 from ia3.evaluation.drawing import Draw, Source, drawn, read
 from ia3.evaluation.progress import Progress
 from ia3.evaluation.results import summary
@@ -291,16 +291,15 @@ class Experiment:
         results = {}
         if running.recipe.opinions != "head":
             results = {trial.name: running.save(trial, found[trial.name]) for trial in running.trials}
-            # They are trained to the end: nothing is left to resume.
-            shutil.rmtree(self.checkpoints, ignore_errors=True)
-        for trial in running.trials:
-            if running.forms_opinions[trial.name]:
-                more, opinions, calibration = running.opinions(trial)
-                found[trial.name].update(more)
-                results[trial.name] = running.save(trial, found[trial.name], calibration, opinions)
-            elif self.folds:
-                found[trial.name]["cross_validation"], calibration = running.cross_validate(trial)
-                results[trial.name] = running.save(trial, found[trial.name], calibration)
+        with resumable(self.checkpoints):
+            for trial in running.trials:
+                if running.forms_opinions[trial.name]:
+                    more, opinions, calibration = running.opinions(trial)
+                    found[trial.name].update(more)
+                    results[trial.name] = running.save(trial, found[trial.name], calibration, opinions)
+                elif self.folds:
+                    found[trial.name]["cross_validation"], calibration = running.cross_validate(trial)
+                    results[trial.name] = running.save(trial, found[trial.name], calibration)
         groups: dict[str, list[str]] = {}
         for trial in running.trials:
             groups.setdefault(trial.shared, []).append(trial.name)

@@ -52,12 +52,15 @@ class Formed:
 
     Attributes:
         opinions: with their weights.
-        held_out: the training rows, each predicted by what has not seen it; None: nothing was cross-validated.
+        held_out: predictions of training rows by what has not seen them, but for rows that are the only ones of their labels;
+            None: nothing was cross-validated.
+        labels: the labels of these rows.
         why: how the weights came about, for people.
     """
 
     opinions: Opinions
     held_out: list[Prediction] | None
+    labels: list[str]
     why: str
 
 
@@ -84,8 +87,8 @@ def form_opinions(
         task: with the same labels for all rows.
         rows: the training rows.
         recipe: how vectors are trained; with `opinions` "head" heads answer alone.
-        folds: the number of cross-validation parts; 0: 4, or as many as the rarest label has rows. Where vectors take long
-            to train (many rows and labels), their weight is then a usual one.
+        folds: the number of cross-validation parts; 0: 4, or as many as the rarest label of several rows has. Where vectors take
+            long to train (many rows and labels), their weight is then a usual one.
         seed, output_dir, readings: as of `cross_validate`.
         unlabelled: rows without labels, from which heads learn where that lowers the cross-validated log-loss (see
             `self_train`).
@@ -102,9 +105,12 @@ def form_opinions(
     weights = usual if len(asked) > 1 else dict.fromkeys(asked, 1.0)
     balance: list[dict[str, float]] = []
     if made.folds is None:
-        why = "usual weights: a label has a single row, or duplicates"
+        why = "usual weights: labels have single rows, or duplicates"
+        why += "; rows without labels are not used" if unlabelled else ""
     elif VECTORS in asked and not folds and len(rows) * len(made.names) > _QUICK:
-        why = f"usual weights: {len(rows)} rows of {len(made.names)} labels take long"
+        weights = {VECTORS: USUAL, **made.weights([*made.heads])}
+        why = f"a usual weight of the vectors: {len(rows)} rows of {len(made.names)} labels take long"
+        why += "; rows without labels are not used" if unlabelled else ""
     else:
         if VECTORS in asked:
             stage = progress.stage(f"Cross-validation {title}".strip(), recipe.steps)
@@ -116,12 +122,12 @@ def form_opinions(
             stage.end()
             made.note(stage, VECTORS)
         weights = made.weights(asked)
-        why = f"weighed on {len(rows)} training rows in {made.count} folds"
+        why = f"weighed on {len(made.known)} training rows in {made.count} folds"
         if unlabelled:
             weights, said = made.learn_from_pool(weights)
             why += said
     opinions = Opinions.of(weights, made.heads, balance, None if encoder is None else encoder.name)
-    return Formed(opinions, made.together(opinions.weights), why)
+    return Formed(opinions, made.together(opinions.weights), made.known, why)
 
 
 class Forming:
@@ -134,9 +140,11 @@ class Forming:
         names: the labels that rows have, in alphabetical order.
         wordings: of the rows, and behind them of those without labels.
         count: the number of folds.
-        folds: the fold of each row; None: they cannot be divided.
+        folds: the fold of each row, -1 for one that is the only one of its label; None: rows cannot be divided.
+        measured: the indices of rows that are held out in turn.
+        known: their labels.
         heads: opinion → its head.
-        held_out: opinion → log-probabilities (N, labels) for rows that it was not formed on.
+        held_out: opinion → log-probabilities (measured rows, labels) for rows that it was not formed on.
     """
 
     def __init__(
@@ -152,13 +160,19 @@ class Forming:
         self.task, self.progress, self.title, self.pool = task, progress, title, len(unlabelled)
         self.labels = [task.label(row, number) for number, row in enumerate(rows, 1)]
         self.names = sorted(set(self.labels))
-        self.y = [self.names.index(label) for label in self.labels]
         self.wordings = [*task.wordings(rows), *task.wordings(unlabelled)]
         # Duplicates share a fold, so they are one row here.
         different = dict(zip((one.fingerprint for one in self.wordings[: len(rows)]), self.labels, strict=True))
         counts = Counter(different.values())
-        self.count = folds or min(_FOLDS, *(counts[name] for name in self.names))
-        self.folds = fold_of_each(task, rows, self.count, seed) if self.count > 1 else None
+        several = {name for name in self.names if counts[name] > 1}
+        self.count = folds or min([_FOLDS, *(counts[name] for name in several)])
+        self.measured = [index for index, label in enumerate(self.labels) if label in several]
+        self.folds: list[int] | None = None
+        if len(several) > 1 and 2 * len(self.measured) >= len(rows):
+            each = fold_of_each(task, rows, self.count, seed)
+            self.folds = [fold if label in several else -1 for fold, label in zip(each, self.labels, strict=True)]
+        self.known = [self.labels[index] for index in self.measured]
+        self.y = [self.names.index(label) for label in self.known]
         self.heads: dict[str, Head] = {}
         self.held_out: dict[str, np.ndarray] = {}
         self._examples: dict[str, Examples] = {}
@@ -177,18 +191,18 @@ class Forming:
             self.held_out[name] = held_out
             self.note(stage, name)
 
-    def fit_sentences(self, encoder: Sentences) -> dict[str, float]:
-        """Fit the head on a sentence encoder's embeddings; returns weights with which it answers alone."""
+    def fit_sentences(self, encoder: Sentences) -> None:
+        """Fit the head on a sentence encoder's embeddings."""
         # An answer's text is an example of its label, the only one besides one row or three.
         answers = {label: text for label, text in self.wordings[0].answers.items() if label in self.names}
         answers = {} if are_codes(answers.values()) else answers
         texts = [*map(sentence_of, self.wordings), *answers.values()]
         self.fit(SENTENCES, "Sentence encoder", lambda told: encoder.embeddings(texts, told), [*answers])
-        return {SENTENCES: 1.0}
 
     def balance(self, scores: Sequence[np.ndarray]) -> list[dict[str, float]]:
         """The balance of held-out scores (N, labels) in each template; the vectors' opinion is what it makes of them."""
-        shares = np.array([*shares_of(self.labels, self.names).values()])
+        shares = np.array([*shares_of(self.known, self.names).values()])
+        scores = [some[self.measured] for some in scores]
         shifts = [shift_of(some, shares) for some in scores]
         said = [log_softmax(some + shift, axis=1) for some, shift in zip(scores, shifts, strict=True)]
         self.held_out[VECTORS] = np.mean(said, axis=0)
@@ -226,7 +240,7 @@ class Forming:
     def note(self, stage: Stage, name: str) -> None:
         """Say beside a stage how good an opinion is on held-out rows."""
         found = [one.best for one in self._predictions(self.held_out[name])]
-        stage.note(f"cross-validated accuracy {self.task.metrics(self.labels, found)['accuracy']:.1%}")
+        stage.note(f"cross-validated accuracy {self.task.metrics(self.known, found)['accuracy']:.1%}")
 
     def _log_loss(self, weights: Mapping[str, float]) -> float:
         together = np.sum([weight * self.held_out[name] for name, weight in weights.items()], axis=0)

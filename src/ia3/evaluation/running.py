@@ -233,9 +233,8 @@ class Running:
         results: dict[str, Any] = {"opinions": found}
         calibration = None
         if formed.held_out is not None:
-            labels = [task.label(row) for row in trial.examples]
-            results["cross_validation"] = task.metrics(labels, [one.best for one in formed.held_out])
-            calibration = Calibration.as_it_is(formed.held_out, labels)
+            results["cross_validation"] = task.metrics(formed.labels, [one.best for one in formed.held_out])
+            calibration = Calibration.as_it_is(formed.held_out, formed.labels)
         opinions = self._moved(trial, formed.opinions)
         if trial.test:
             nothing = [Prediction.of(dict.fromkeys(task.labels or (), 0.0))] * len(trial.test)

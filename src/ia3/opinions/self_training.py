@@ -41,7 +41,7 @@ def self_train(
 ) -> tuple[dict[str, Head], dict[str, np.ndarray]]:
     """Heads that learn also from rows of a pool, with the labels that the heads together give to these.
 
-    Of each label the surest rows are taken, as many as it has training rows. Cross-validation repeats all of it without each
+    Of each label the surest rows are taken, as many as it has training rows that can be held out. Cross-validation repeats all of it without each
     fold in turn, on the places that the heads have already: what it finds can be compared with what heads have without a pool.
 
     Args:
@@ -54,16 +54,16 @@ def self_train(
         Opinion → its head; opinion → held-out log-probabilities (N, labels), labels in alphabetical order.
     """
     fold_of = np.asarray(folds)
-    count = int((fold_of >= 0).sum())
-    held_out = {name: np.zeros((count, len(head.labels))) for name, head in heads.items()}
-    for fold in np.unique(fold_of[fold_of >= 0]):
-        made = _learned(examples, heads, weights, np.flatnonzero(fold_of != fold), count)
+    measured = np.flatnonzero(fold_of >= 0)
+    held_out = {name: np.zeros((len(measured), len(head.labels))) for name, head in heads.items()}
+    for fold in np.unique(fold_of[measured]):
+        made = _learned(examples, heads, weights, np.flatnonzero(fold_of != fold), measured)
         rows = np.flatnonzero(fold_of == fold)
         for name, head in made.items():
-            held_out[name][rows] = head.log_probs(examples[name].states[rows])
+            held_out[name][fold_of[measured] == fold] = head.log_probs(examples[name].states[rows])
     found = {}
-    for name, head in _learned(examples, heads, weights, np.arange(len(fold_of)), count).items():
-        y = [head.labels.index(label) for label in examples[name].labels[: len(held_out[name])]]
+    for name, head in _learned(examples, heads, weights, np.arange(len(fold_of)), measured).items():
+        y = [head.labels.index(examples[name].labels[row]) for row in measured.tolist()]
         factor = sureness_of(held_out[name] / USUAL_SURENESS, np.array(y)) / USUAL_SURENESS
         held_out[name] = log_softmax(held_out[name] * factor, axis=1)
         found[name] = replace(head, weight=head.weight * np.float32(factor), bias=head.bias * np.float32(factor))
@@ -75,15 +75,15 @@ def _learned(
     heads: Mapping[str, Head],
     weights: Mapping[str, float],
     rows: np.ndarray,
-    count: int,
+    measured: np.ndarray,
 ) -> dict[str, Head]:
-    """Heads on some of the examples, and on the rows of the pool that they label most surely; the first `count` examples
-    are rows."""
+    """Heads on some of the examples, and on the rows of the pool that they label most surely, of each label as many as there are
+    among the examples that are held out in turn."""
     first = {name: _fitted(its, heads[name], its.known(rows), {}) for name, its in examples.items()}
     labels = next(iter(first.values())).labels
     said = sum(weights[name] * head.log_probs(examples[name].pool) for name, head in first.items())
     some = next(iter(examples.values()))
-    counts = Counter(some.labels[row] for row in rows if row < count)
+    counts = Counter(some.labels[row] for row in np.intersect1d(rows, measured))
     pseudo: dict[int, str] = {}
     best = np.argmax(said, axis=1)
     said = log_softmax(said, axis=1)
