@@ -69,12 +69,12 @@ class AdapterFolder(StoredAdapter):
         data = self.text(OPINIONS_NAME)
         if data is None:
             return Opinions()
-        heads = {
-            name: Head.from_bytes(tensors, self._named(file))
-            for name, file in HEADS.items()
-            if (tensors := self.text(file)) is not None
-        }
-        opinions = Opinions.from_json(data, self._named(OPINIONS_NAME), heads)
+
+        def head(name: str) -> Head | None:
+            tensors = self.text(HEADS[name])
+            return None if tensors is None else Head.from_bytes(tensors, self._named(HEADS[name]))
+
+        opinions = Opinions.from_json(data, self._named(OPINIONS_NAME), head)
         known = None if self.task is None else self.task.labels
         named = {
             *itertools.chain(*opinions.balance),

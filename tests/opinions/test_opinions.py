@@ -122,7 +122,7 @@ class TestFiles:
         files = both.files()
         heads = {"head": Head.from_bytes(files[HEAD_NAME], HEAD_NAME)}
         heads["sentences"] = Head.from_bytes(files[SENTENCES_NAME], SENTENCES_NAME)
-        again = Opinions.from_json(files[OPINIONS_NAME], OPINIONS_NAME, heads)
+        again = Opinions.from_json(files[OPINIONS_NAME], OPINIONS_NAME, heads.get)
         assert again.model_dump() == both.model_dump() and again.heads["head"].labels == HEAD.labels
         assert again.heads["sentences"].weight.shape == (2, 1, 5) and again.encoder == "minilm"
         assert set(Opinions().files()) == {OPINIONS_NAME}
@@ -147,4 +147,4 @@ class TestFiles:
     )
     def test_damaged_ones_are_refused(self, data, message):
         with pytest.raises(InputError, match=message):
-            Opinions.from_json(data, OPINIONS_NAME, {})
+            Opinions.from_json(data, OPINIONS_NAME, lambda name: None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -183,8 +183,12 @@ class Opinions(BaseModel):
         return {OPINIONS_NAME: to_json(self.model_dump()).encode(), **heads}
 
     @classmethod
-    def from_json(cls, data: bytes, path: str | os.PathLike, heads: Mapping[str, Head]) -> Opinions:
-        """The opinions in the content of `path`. Raises `InputError` for a damaged file, or one without its heads."""
+    def from_json(cls, data: bytes, path: str | os.PathLike, head: Callable[[str], Head | None]) -> Opinions:
+        """The opinions in the content of `path`; `head` reads that of an opinion.
+
+        Raises:
+            InputError: a damaged file, or one without its heads.
+        """
         advice = "train anew"
         with reading(path, "opinions", advice):
             try:
@@ -196,7 +200,8 @@ class Opinions(BaseModel):
                 raise InputError(
                     f"Expected an opinion that counts in {excerpt(os.fspath(path))}, found none; {advice}."
                 )
-            return found._with(heads)
+            heads = {name: head(name) for name in HEADS if name in found.weights}
+            return found._with({name: its for name, its in heads.items() if its is not None})
 
 
 def _log_probs(scores: Mapping[str, float]) -> dict[str, float]:
