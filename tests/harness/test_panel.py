@@ -65,7 +65,12 @@ def test_what_greedy_decoding_gives_is_told_apart(place, panel):
     for name, folder in names(place).items():
         model, where = adapted(place, folder)
         ids = torch.tensor([context])
-        options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 5, "eos_token_id": None}
+        options = {
+            "attention_mask": torch.ones_like(ids),
+            "do_sample": False,
+            "max_new_tokens": 5,
+            "eos_token_id": None,
+        }
         made = tuple(model.generate(ids, **where(5), **options)[0, len(context) :].tolist())
         other = (*made[:-1], (made[-1] + 1) % len(TOKENS))
         found = panel.likelihoods(name, [Likelihood(context, its, 5) for its in (made, other)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -41,6 +42,18 @@ def sharing_panels() -> Iterator[None]:
         yield
     finally:
         _panels.reset(token)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Within `with`, `hf` does not warn that it is given a model, which is how we use it."""
+    logger = logging.getLogger(HFLM.__module__)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @register_model("ia3")
@@ -96,7 +109,8 @@ class IA3LM(HFLM):
                 "give them in",
                 argument="question",
             )
-        super().__init__(pretrained=panel.base, tokenizer=panel.tokenizer, batch_size=_ALL)
+        with _quiet():
+            super().__init__(pretrained=panel.base, tokenizer=panel.tokenizer, batch_size=_ALL)
 
     def get_model_info(self) -> dict[str, Any]:
         """What the results say about the model."""
@@ -105,8 +119,7 @@ class IA3LM(HFLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        # As `hf` encodes them: white space at a context's end is the continuation's.
-        contexts = [None if words is None else words[0].rstrip() for words, _, _ in requests]
+        contexts = [None if words is None else words[0] for words, _, _ in requests]
         reads = self._reads(contexts, [context for _, context, _ in requests])
         asked = []
         for (_, context, continuation), read in zip(requests, reads, strict=True):
@@ -161,7 +174,7 @@ class IA3LM(HFLM):
                         argument="question",
                     )
                 known[context] = context[:place], its
-        texts, encoded = ([pair[which] for pair in known.values()] for which in (0, 1))
+        texts, encoded = [text for text, _ in known.values()], [its for _, its in known.values()]
         lengths = question_lengths(self.tokenizer, [*known], encoded, texts, self._encoded)
         read = {
             context: len(its) - length if length else 0

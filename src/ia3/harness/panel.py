@@ -112,9 +112,7 @@ class Panel:
     def _asked(self, name: str, requests: Sequence[Any], answer: Callable[[list[Any]], dict[str, list]]) -> list[Any]:
         """The answers of `name`. Those that are not there yet all give together."""
         keys = [hashlib.blake2b(repr(request).encode(), digest_size=16).digest() for request in requests]
-        new = {
-            key: request for key, request in zip(keys, requests, strict=True) if name not in self._kept.get(key, ())
-        }
+        new = {key: request for key, request in zip(keys, requests, strict=True) if name not in self._kept.get(key, ())}
         if new:
             for one, answers in answer([*new.values()]).items():
                 for key, its in zip(new, answers, strict=True):
@@ -177,8 +175,9 @@ class Panel:
             options["adapter_names"] = [name for _, name in rows]
             if self.model.waits_for_question(options["adapter_names"]):
                 options["acts_from"] = [width - len(request.context) + request.read for request, _ in rows]
-        ends = getattr(self.base.generation_config, "eos_token_id", None)
-        ends = {*(ends if isinstance(ends, list) else [ends]), self.tokenizer.eos_token_id} - {None}
+        its: Any = getattr(self.base.generation_config, "eos_token_id", None)
+        end: Any = self.tokenizer.eos_token_id
+        ends: set[int] = {*(its if isinstance(its, list) else [its]), end} - {None}
         with torch.inference_mode():
             made = self.model.generate(
                 input_ids=ids.to(device),

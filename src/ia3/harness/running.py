@@ -41,7 +41,8 @@ def evaluate_each(
     from ia3.harness.model import sharing_panels
     from ia3.harness.panel import names_of
 
-    options.setdefault("task_manager", TaskManager())  # which takes seconds to find all tasks
+    if options.get("task_manager") is None:
+        options["task_manager"] = TaskManager()  # once, for it takes seconds to find all tasks
     names = [*names_of(adapters)]
     cache = options.pop("use_cache", None)
     found = {}
