@@ -86,10 +86,12 @@ def evaluated(side: str, folder: Path, task: dict[str, Any], question: str, batc
     from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
     from peft import PeftModel
 
+    import ia3.harness.model  # noqa: F401
     from ia3 import load_base
     from ia3.harness.running import evaluate_each
 
     torch.set_num_threads(1)
+    load_base("smollm2", dtype="float32")  # what is imported at the first use, and files in memory
     names = [str(path) for path in sorted(folder.glob("adapter*"))]
     options = {"task_manager": TaskManager(), "bootstrap_iters": 0}
     began = time.process_time()

@@ -134,7 +134,7 @@ def tickets(place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # It takes seconds to find the tasks that come with the harness.
     monkeypatch.setattr("lm_eval.tasks.TaskManager", functools.partial(TaskManager, include_defaults=False))
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "tickets-base").symlink_to(place / "model")
     (tmp_path / "adapters").symlink_to(place / "adapters")
     lines = [json.dumps({"message": row["text"], "label": index % 2}) for index, row in enumerate(words.rows(16))]
@@ -190,7 +190,7 @@ def test_the_commands_of_the_page(tickets, monkeypatch, capsys):
     for number, line in enumerate(BLOCKS["lm-eval"].strip().splitlines()):
         program, *arguments = shlex.split(line)
         assert (program, *arguments[:2]) == ("python", "-m", "ia3.harness")
-        monkeypatch.setattr(sys, "argv", ["lm_eval", *arguments[2:], "--device", "cpu"])
+        monkeypatch.setattr(sys, "argv", ["lm_eval", *arguments[2:]])
         command.main()
         said = capsys.readouterr().out
         tables = re.findall(r"^ia3 \((.*)\), gen_kwargs", said, re.MULTILINE)

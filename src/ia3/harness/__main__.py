@@ -6,6 +6,7 @@ The harness finds no model types of other packages by itself, so this command ma
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ def main() -> None:
             return
         with sharing_panels():
             for name in names:
-                more = ["--model_args", json.dumps({"adapters": names, "adapter": name})]
+                more = ["--model_args", json.dumps({"adapter": name})]
                 for option in ("output_path", "use_cache"):
                     if (path := getattr(known, option)) is not None:
                         more += [f"--{option}", own(path, name)]
@@ -54,7 +55,8 @@ def _arguments(values: Sequence[str]) -> dict[str, Any]:
 
     found: dict[str, Any] = {}
     for value in values:
-        found |= json.loads(value) if value.lstrip().startswith("{") else simple_parse_args_string(value)
+        with contextlib.suppress(ValueError):  # `lm_eval` says what is wrong
+            found |= json.loads(value) if value.lstrip().startswith("{") else simple_parse_args_string(value)
     return found
 
 

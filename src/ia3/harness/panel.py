@@ -67,7 +67,7 @@ class Panel:
         pretrained: the base model, as of `load_base`.
         adapters: as of `names_of`; none: the base model alone.
         dtype: as of `load_base`.
-        device: where the model computes; None: on a GPU where there is one.
+        device: where the model computes; None, or a GPU where there is none: on a GPU if possible, otherwise on the CPU.
 
     Attributes:
         names: who answers: the adapters' names, "__base__" for the base model.
@@ -86,7 +86,9 @@ class Panel:
         base, self.tokenizer = load_base(pretrained, dtype=dtype)
         if task_type(base) != TaskType.CAUSAL_LM:
             raise InputError(f"Expected a causal language model, found {type(base).__name__}.", argument="pretrained")
-        base.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
+        device = device or "cuda"
+        # The harness asks for a GPU unless it is told otherwise, and its own types then take what there is.
+        base.to("cpu" if device.startswith("cuda") and not torch.cuda.is_available() else device)  # type: ignore[arg-type]
         self.base, self.waits = base, False
         self.model: Any = base
         trained = {name: folder for name, folder in folders.items() if name != BASE}

@@ -42,7 +42,8 @@ def evaluate_each(
     from ia3.harness.panel import names_of
 
     if options.get("task_manager") is None:
-        options["task_manager"] = TaskManager()  # once, for it takes seconds to find all tasks
+        metadata = {"pretrained": pretrained, **(options.get("metadata") or {})}
+        options["task_manager"] = TaskManager(metadata=metadata)  # once, for it takes seconds to find all tasks
     names = [*names_of(adapters)]
     cache = options.pop("use_cache", None)
     found = {}
