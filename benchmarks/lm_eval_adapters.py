@@ -1,7 +1,7 @@
 """CPU seconds of the lm-evaluation-harness's multiple-choice tasks for many adapters: one run of ours against one of `hf` each.
 
     python benchmarks/lm_eval_adapters.py --task courses --docs 40 --adapters 8
-    python benchmarks/lm_eval_adapters.py --task copa --data few_shot/copa/32_shot/42_seed.jsonl
+    python benchmarks/lm_eval_adapters.py --task copa --data few_shot/copa/32_shot/42_seed.jsonl  # T-Few's files
 
 `hf` loads the model once, with all adapters, and PEFT switches between them. Each side runs in a process of its own. What counts
 is loading and evaluating, not importing. The scores of both are compared where both can answer: PEFT has no adapters that act
