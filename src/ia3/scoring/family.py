@@ -107,10 +107,17 @@ class Family(ABC):
 
     def log_probs(self, batch: Batch) -> torch.Tensor:
         """The log-probability of each choice token: float32 (B, C, T), 0 where there is none."""
-        logits = self.logits(batch).float().flatten(0, 1)
-        chosen, mask = batch["position"], batch["mask"]
-        found = logits[chosen[mask], batch["token"][mask]] - logits.logsumexp(-1)[chosen[mask]]
-        return torch.zeros(mask.shape, dtype=found.dtype, device=found.device).masked_scatter(mask, found)
+        return _of_tokens(self._rows_of_logits(batch), batch)
+
+    def likelihoods(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """`log_probs`, and whether each choice is what greedy decoding begins with: bool (B, C)."""
+        logits = self._rows_of_logits(batch)
+        best = logits.argmax(-1)[batch["position"]] == batch["token"]
+        return _of_tokens(logits, batch), (best | ~batch["mask"]).all(-1)
+
+    def _rows_of_logits(self, batch: Batch) -> torch.Tensor:
+        """The logits that a batch's `position` counts: float32 (R · K, vocabulary)."""
+        return self.logits(batch).float().flatten(0, 1)
 
     def prompt_tokens(self, prompts: Sequence[str]) -> list[list[int]]:
         """The tokens of prompts, as the tokenizer opens and closes them."""
@@ -200,6 +207,13 @@ class Family(ABC):
     def _framed(self, tokens: list[int], text: str) -> tuple[list[int], int, int]:
         """A prompt's tokens as they are read, and how many of them open and close it, and stay when it is shortened."""
         return tokens, *self._marks(tokens)
+
+
+def _of_tokens(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """The log-probability of each choice token (B, C, T), 0 where there is none."""
+    chosen, mask = batch["position"], batch["mask"]
+    found = logits[chosen[mask], batch["token"][mask]] - logits.logsumexp(-1)[chosen[mask]]
+    return torch.zeros(mask.shape, dtype=found.dtype, device=found.device).masked_scatter(mask, found)
 
 
 def base_of(model: nn.Module) -> nn.Module:

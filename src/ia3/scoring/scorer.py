@@ -362,14 +362,29 @@ class Scorer:
                 for row, index in zip(scores, group, strict=True):
                     question = questions[index]
                     results[index] = torch.tensor(question.as_listed(row[: len(question.choices)].tolist()))
-                    if not torch.isfinite(results[index]).all():
-                        raise InputError(
-                            "The model gives NaN or infinite scores",
-                            "is the adapter or the base broken?",
-                            row=question.row or index + 1,
-                        )
+                    _require_numbers(results[index], question.row or index + 1)
                 if on_progress is not None:
                     on_progress(group)
+        return results
+
+    def likelihoods(self, questions: Sequence[Question]) -> list[list[tuple[float, bool]]]:
+        """For each choice, in the caller's order, log p(y | x) = Σ_t log p(y_t | x, y_<t), and whether greedy decoding
+        begins with it.
+
+        Raises:
+            InputError: scores that are not numbers.
+        """
+        device = next(self.model.parameters()).device
+        results: list[list[tuple[float, bool]]] = [[] for _ in questions]
+        with evaluating(self.model), torch.inference_mode():
+            for group, batch in self.batches(questions):
+                batch = to_device(batch, device)
+                log_probs, greedy = self.family.likelihoods(batch)
+                for index, sums, greedily in zip(group, log_probs.sum(-1).cpu(), greedy.tolist(), strict=True):
+                    question = questions[index]
+                    _require_numbers(sums, question.row or index + 1)
+                    pairs = [*zip(sums.tolist(), greedily, strict=True)][: len(question.choices)]
+                    results[index] = question.as_listed(pairs)
         return results
 
     def embeddings(self, questions: Sequence[Question], adapter_names: Sequence[str] | None = None) -> torch.Tensor:
@@ -405,6 +420,12 @@ class Scorer:
         if len(adapter_names) != len(questions):
             raise InputError(f"Expected adapter_names for the {len(questions)} prompts, found {len(adapter_names)}.")
         return [replace(one, adapter=name) for one, name in zip(questions, adapter_names, strict=True)]
+
+
+def _require_numbers(scores: torch.Tensor, row: int) -> None:
+    """Raise `InputError` unless a row's scores are finite."""
+    if not torch.isfinite(scores).all():
+        raise InputError("The model gives NaN or infinite scores", "is the adapter or the base broken?", row=row)
 
 
 def _unasked(tokens_of: Callable[[Sequence[str]], list[list[int]]], wording: Wording) -> Callable:
