@@ -14,14 +14,16 @@ from ia3.harness import EXTRA
 from ia3.harness.panel import Generation, Likelihood, Panel
 from ia3.scoring.tokens import question_lengths
 
+# The harness's decorators hide its types.
+HFLM: Any
+handle_stop_sequences: Any
+normalize_gen_kwargs: Any
+postprocess_generated_text: Any
+register_model: Any
 try:
-    from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
-    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
-    from lm_eval.models.utils import (  # pyright: ignore[reportMissingImports]
-        handle_stop_sequences,
-        normalize_gen_kwargs,
-        postprocess_generated_text,
-    )
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 except ImportError as error:
     raise InputError(EXTRA) from error
 

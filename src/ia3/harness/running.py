@@ -33,9 +33,10 @@ def evaluate_each(
     Raises:
         InputError: `lm_eval` is not installed; see also `IA3LM`.
     """
+    simple_evaluate: Any  # the harness's decorators hide its type
     try:
-        import lm_eval  # pyright: ignore[reportMissingImports]
-        from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+        from lm_eval import simple_evaluate
+        from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise InputError(EXTRA) from error
     from ia3.harness.model import sharing_panels
@@ -52,7 +53,7 @@ def evaluate_each(
             arguments = {"pretrained": pretrained, "adapter": name, "adapters": "|".join(names), "dtype": dtype}
             arguments |= {} if question is None else {"question": question}
             its = {} if cache is None else {"use_cache": own(cache, name)}
-            found[name] = lm_eval.simple_evaluate(
+            found[name] = simple_evaluate(
                 model="ia3", model_args=arguments, tasks=list(tasks), device=device, **its, **options
             )
     return found
