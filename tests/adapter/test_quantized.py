@@ -492,6 +492,7 @@ def test_a_gguf_model_is_trained_merged_and_saved(tmp_path):
     file = next(Path(spec.origin).parent.glob("*.gguf"))
     base = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     model = ia3.get_peft_model(base, ia3.IA3Config(task_type="CAUSAL_LM"))
+    torch.manual_seed(0)
     rows = [{"input_ids": row, "labels": row} for row in torch.randint(10, 1000, (2, 12))]
     settings = {"max_steps": 1, "report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
     Trainer(model, transformers.TrainingArguments(str(tmp_path), **settings), train_dataset=rows).train()
@@ -503,4 +504,5 @@ def test_a_gguf_model_is_trained_merged_and_saved(tmp_path):
         assert tiny.relative_error(plain(input_ids=ids).logits, expected) < 1e-5
         plain.save_pretrained(tmp_path / "merged")
         again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
-        assert torch.equal(again(input_ids=ids).logits, plain(input_ids=ids).logits)
+        # Of the weights, for products can differ in their last digit with where weights lie in memory.
+        assert tiny.same_bits(again.state_dict(), plain.state_dict())
