@@ -173,7 +173,6 @@ def train(
     head.safetensors, sentences.safetensors, calibration.json, task.yaml, recipe.yaml, metrics.json and README.md into the
     output folder.
     """
-    from ia3.evaluation.choosing import named_models
     from ia3.evaluation.drawing import read
     from ia3.evaluation.experiment import Experiment
 
@@ -224,6 +223,8 @@ def train(
         require_folder(path)
     if folds:
         _check_folds(experiment.trials, folds)
+    from ia3.evaluation.choosing import named_models  # with torch, so that wrong rows are told without waiting for it
+
     models = named_models(model)
     if models is not None:
         if resume:

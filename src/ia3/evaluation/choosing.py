@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -58,10 +57,6 @@ class Considered:
     def as_good(self) -> bool:
         """Whether the best model may be better by chance."""
         return self.behind <= self.error
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {**vars(self), "as_good": self.as_good}
 
 
 def named_models(text: str) -> list[str] | None:

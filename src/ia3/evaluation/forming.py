@@ -101,10 +101,10 @@ def form_opinions(
     if encoder is not None:
         made.fit_sentences(encoder)
     asked = [*made.heads] if recipe.opinions == HEAD else [VECTORS, *made.heads]
-    usual = {name: _UNKNOWN[name] if encoder is not None else USUAL for name in asked}
-    weights = usual if len(asked) > 1 else dict.fromkeys(asked, 1.0)
     balance: list[dict[str, float]] = []
     if made.folds is None:
+        usual = {name: _UNKNOWN[name] if encoder is not None else USUAL for name in asked}
+        weights = usual if len(asked) > 1 else dict.fromkeys(asked, 1.0)
         why = "usual weights: labels have single rows, or duplicates"
         why += "; rows without labels are not used" if unlabelled else ""
     elif VECTORS in asked and not folds and len(rows) * len(made.names) > _QUICK:
@@ -138,7 +138,7 @@ class Forming:
 
     Attributes:
         names: the labels that rows have, in alphabetical order.
-        wordings: of the rows, and behind them of those without labels.
+        wordings: of the rows, and behind them of those without labels if rows can be divided.
         count: the number of folds.
         folds: the fold of each row, -1 for one that is the only one of its label; None: rows cannot be divided.
         measured: the indices of rows that are held out in turn.
@@ -157,12 +157,12 @@ class Forming:
         progress: Progress,
         title: str,
     ) -> None:
-        self.task, self.progress, self.title, self.pool = task, progress, title, len(unlabelled)
+        self.task, self.progress, self.title = task, progress, title
         self.labels = [task.label(row, number) for number, row in enumerate(rows, 1)]
         self.names = sorted(set(self.labels))
-        self.wordings = [*task.wordings(rows), *task.wordings(unlabelled)]
+        self.wordings = task.wordings(rows)
         # Duplicates share a fold, so they are one row here.
-        different = dict(zip((one.fingerprint for one in self.wordings[: len(rows)]), self.labels, strict=True))
+        different = dict(zip((one.fingerprint for one in self.wordings), self.labels, strict=True))
         counts = Counter(different.values())
         several = {name for name in self.names if counts[name] > 1}
         self.count = folds or min([_FOLDS, *(counts[name] for name in several)])
@@ -171,6 +171,7 @@ class Forming:
         if len(several) > 1 and 2 * len(self.measured) >= len(rows):
             each = fold_of_each(task, rows, self.count, seed)
             self.folds = [fold if label in several else -1 for fold, label in zip(each, self.labels, strict=True)]
+            self.wordings = [*self.wordings, *task.wordings(unlabelled)]  # nothing else says whether they help
         self.known = [self.labels[index] for index in self.measured]
         self.y = [self.names.index(label) for label in self.known]
         self.heads: dict[str, Head] = {}
@@ -224,7 +225,7 @@ class Forming:
         self.held_out = {**known, **held_out}
         again = self.weights([*weights])
         after = self._log_loss(again)
-        said = f"; {self.pool} rows without labels: log-loss {before:.3f} → {after:.3f}"
+        said = f"; {len(self.wordings) - len(self.labels)} rows without labels: log-loss {before:.3f} → {after:.3f}"
         if after < before:
             self.heads |= heads
             return again, said
@@ -294,7 +295,7 @@ def where_vectors_pay(
         return recipe
     if not all(task.labels is not None and can_balance(task) for task, _ in tasks):  # vectors answer alone
         return recipe
-    # A task with a wording of its own has answers that somebody chose.
+    # Only inferred tasks have candidates; the answers of others were chosen by somebody.
     nameless = [
         bool(task.candidates) and isinstance(task.choices, dict) and are_codes(task.choices.values())
         for task, _ in tasks

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ia3.adapter.rows import BASE
 from ia3.errors import InputError, about
 from ia3.opinions.asking import head_jobs, heads_say
-from ia3.opinions.opinions import HEADS, VECTORS, Opinions
+from ia3.opinions.opinions import Opinions
 from ia3.scoring.prefix import Prefix
 from ia3.scoring.readings import Readings
 from ia3.scoring.scorer import Scorer
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 
 # So many questions are in words and tokens at a time.
 _AT_ONCE = 4096
-
-# The opinions, the one that is asked last first.
-_ORDER = (VECTORS, *HEADS)
 
 
 @dataclass(frozen=True)
@@ -132,7 +129,7 @@ class Respondent:
 
     Attributes:
         adapter: its name in the model, "__base__" for the base model.
-        task: says what a row means; the first of its templates asks, or so many as the opinions say.
+        task: says what a row means; its first template asks, or the first few, which balanced opinions list.
         recipe: its length normalization, and what it does about long prompts.
         temperature: divides the scores, so that probabilities are calibrated (see `Calibration`).
         opinions: what answers, and how much each part counts.
@@ -255,36 +252,30 @@ def _scored(
     for long_prompts, indices in alike.items():
         some = scorer.questions([flat[index] for index in indices], False, long_prompts, prefix)
         by_index.update(zip(indices, some, strict=True))
-    # A row is done when it has been asked last.
-    last = [next(name for name in _ORDER if name in its.weights) for its in opinions]
     asked = [
         (row, name, job)
         for row, its in enumerate(opinions)
         for name, job in head_jobs(its, flat[firsts[row]], by_index[firsts[row]]).items()
     ]
-
-    def report(done: list[int]) -> None:
-        if on_progress is not None:
-            on_progress([row for row, name, _ in map(asked.__getitem__, done) if last[row] == name])
-
-    said: list[dict[str, dict[str, float]]] = [{} for _ in wordings]
-    for (row, name, _), one in zip(asked, heads_say(scorer, [job for *_, job in asked], report), strict=True):
-        said[row][name] = one
     asks = [index for index, row in enumerate(row_of) if opinions[row].vectors]
-    left = Counter(row_of[index] for index in asks)
+    # A row is done when nothing of it is left to ask.
+    left = Counter([*(row for row, *_ in asked), *(row_of[index] for index in asks)])
 
-    def answered(done: list[int]) -> None:
-        rows = [row_of[asks[k]] for k in done]
+    def answered(rows: list[int]) -> None:
         left.subtract(rows)
         if on_progress is not None:
             on_progress([row for row in dict.fromkeys(rows) if not left[row]])
 
+    by_heads = heads_say(scorer, [job for *_, job in asked], lambda done: answered([asked[k][0] for k in done]))
+    said: list[dict[str, dict[str, float]]] = [{} for _ in wordings]
+    for (row, name, _), one in zip(asked, by_heads, strict=True):
+        said[row][name] = one
     names = None if adapter_names is None else [adapter_names[row_of[index]] for index in asks]
     powers = [recipes[row_of[index]].length_normalization for index in asks]
     scores = scorer.score(
         [by_index[index] for index in asks],
         powers[0] if len(set(powers)) == 1 else powers,
-        on_progress=answered,
+        on_progress=lambda done: answered([row_of[asks[k]] for k in done]),
         adapter_names=names,
         prefix=prefix,
     )

@@ -56,8 +56,8 @@ def suggest(embeddings: np.ndarray, count: int, probabilities: np.ndarray | None
     }
     mass = np.bincount(clusters.labels_, weights=weights, minlength=count)
     found = [int(some[nearest[cluster]]) for cluster in sorted(nearest, key=lambda cluster: -mass[cluster])]
-    rest = (int(row) for row in some if row not in set(found))
-    return [*found, *(row for row, _ in zip(rest, range(count - len(found)), strict=False))]
+    rest = [row for row in some.tolist() if row not in {*found}] if len(found) < count else []
+    return [*found, *rest[: count - len(found)]]
 
 
 def states_as_embeddings(

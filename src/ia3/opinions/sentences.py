@@ -56,30 +56,22 @@ class Sentences:
         The end of a text that is longer than the encoder reads is left out, as sentence-transformers does.
 
         Args:
-            texts: N of them; what is there twice is read once.
+            texts: N of them.
             on_progress: called with the indices of the texts that are done.
         """
         scorer = _scorer(self.name)
-        same: dict[str, list[int]] = {}
-        for index, text in enumerate(texts):
-            same.setdefault(text, []).append(index)
-        different = list(same)
         limit = scorer.max_length
         options: dict[str, Any] = {} if limit is None else {"truncation": True, "max_length": limit}
-        found = None
-        for start in range(0, len(different), _AT_ONCE):
-            some = different[start : start + _AT_ONCE]
-            tokens: Any = scorer.tokenizer(some, **options)["input_ids"]
-            made = scorer.embeddings([Question(ids, [[0]]) for ids in tokens]).numpy()
-            found = np.empty((len(texts), 1, made.shape[1]), np.float32) if found is None else found
-            done = [same[text] for text in some]
-            for indices, row in zip(done, made, strict=True):
-                found[indices, 0] = row
-            if on_progress is not None:
-                on_progress([index for indices in done for index in indices])
-        if found is None:
+        if not texts:
             raise InputError("Expected texts to embed, found none.")
-        return found
+        found = []
+        for start in range(0, len(texts), _AT_ONCE):
+            some = list(texts[start : start + _AT_ONCE])
+            tokens: Any = scorer.tokenizer(some, **options)["input_ids"]
+            found.append(scorer.embeddings([Question(ids, [[0]]) for ids in tokens]).numpy())
+            if on_progress is not None:
+                on_progress([*range(start, start + len(some))])
+        return np.concatenate(found)[:, None]
 
 
 def sentence_of(wording: Wording) -> str:
