@@ -48,7 +48,7 @@ def tfidf(data: Data, seed: int) -> Found:
 def minilm(data: Data, seed: int) -> Found:
     """Embeddings of all-MiniLM-L6-v2 as it is, and a logistic regression."""
     _require_labels(data)
-    from sentence_transformers import SentenceTransformer
+    from sentence_transformers import SentenceTransformer  # pyright: ignore[reportMissingImports]
     from sklearn.preprocessing import FunctionTransformer
 
     encoder = SentenceTransformer(_encoder(), device="cpu")
