@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicLayer
 from ia3.errors import reason
 from ia3.scoring.batch import PASS_TOKENS, Batch
 from ia3.scoring.decoder import Decoder
-from ia3.scoring.family import Family, evaluating, frozen, waits_for_question
+from ia3.scoring.family import Family, evaluating, frozen, passes_in_step, waits_for_question
 from ia3.scoring.question import Question, row_length
 from ia3.scoring.trials import ROUNDING, Size, deviation, judged, scores_of, size_of, telling, verdicts_of
 
@@ -293,8 +293,8 @@ def beginnings(family: Family, questions: Sequence[Question]) -> Iterator[tuple[
 
 def may_continue(family: Family) -> bool:
     """Whether rows may attend to keys and values, or to an encoder's states, that another pass computed."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return False  # processes have to pass through the model equally often
+    if passes_in_step(family.model):
+        return False
     # Layers that are computed again keep no cache, and an encoder-decoder needs none here.
     return family.has_encoder or not (family.model.training and torch.is_grad_enabled() and family.recomputes)
 

@@ -249,3 +249,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def passes_in_step(model: nn.Module) -> bool:
+    """Whether processes exchange something in each pass through a model, so that all have to make the same passes: where they hold
+    parts of it (FSDP, DeepSpeed ZeRO-3), or share gradients in each backward pass (DDP)."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+    from torch.nn.parallel import DistributedDataParallel
+
+    kinds = FSDPModule, FullyShardedDataParallel, DistributedDataParallel
+    return any(isinstance(module, kinds) for module in model.modules()) or any(
+        hasattr(parameter, "ds_id") for parameter in model.parameters()
+    )

@@ -7,7 +7,9 @@ from copy import copy
 from typing import Any
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from ia3.errors import InputError
@@ -19,6 +21,7 @@ from ia3.trainer import Trainer
 from ia3.training.averaging import MovingAverage
 from ia3.training.examples import ONE, Example, collate_examples
 from ia3.training.losses import contrastive_loss, tfew_loss
+from ia3.training.processes import add_up, add_up_gradients
 from ia3.training.recipe import Recipe
 from ia3.training.stopping import StopAtFloor
 
@@ -29,7 +32,8 @@ class ChoiceTrainer(Trainer):
 
     Members share the batches. The loss is the sum over members of the mean over each member's examples. Each member has
     its own early stopping and average. A process trains on one device, the first visible one (`CUDA_VISIBLE_DEVICES`);
-    several devices need several processes (`torchrun`).
+    several devices need several processes (`torchrun`). Each of them then has a part of every batch, so that the result is
+    that of one process with the same batches, and gradients, which are few numbers, are added up once a step.
 
     Args:
         scorer: the scorer of the model, which may be adapted or not.
@@ -80,8 +84,35 @@ class ChoiceTrainer(Trainer):
             **kwargs,
         )
         self.add_callback(self.stopping)
-        # All processes must make the same number of forward and backward passes: one per batch.
-        self._one_process = self.args.world_size == 1 and not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        # Processes that hold parts of a model must make the same number of forward and backward passes: one per batch.
+        self._whole = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        # A sentence encoder's loss compares all texts of a batch, so that each process reads all of them.
+        self._shares = self._whole and self.args.world_size > 1 and not scorer.family.embeds
+        if self._whole and self.args.world_size > 1:
+            self.accelerator.prepare_model = self._placed  # type: ignore[method-assign]
+
+    def _placed(self, model: nn.Module, *_: Any, **__: Any) -> nn.Module:
+        """A model on its device, without a wrapper: gradients are added up by `training_step`."""
+        return model.to(self.args.device)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The dataloader of `transformers.Trainer`; with several processes, whole batches for each of them."""
+        if not self._whole or self.args.world_size == 1:
+            return super().get_train_dataloader()
+        loader = DataLoader(
+            self.train_dataset,  # type: ignore[arg-type]
+            batch_size=self._train_batch_size * self.args.world_size,
+            sampler=self._get_train_sampler(),
+            collate_fn=self.data_collator,
+            drop_last=self.args.dataloader_drop_last,
+        )
+        return prepare_data_loader(
+            loader,
+            num_processes=1,
+            process_index=0,
+            use_seedable_sampler=self.accelerator.use_seedable_sampler,
+            data_seed=self.args.data_seed,
+        )
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The arguments' optimizer; with the recipe's `ema_decay` it averages the parameters."""
@@ -142,20 +173,33 @@ class ChoiceTrainer(Trainer):
     ) -> torch.Tensor:
         """Forward and backward with the templates drawn for this step; return the loss, summed over members.
 
-        Parts of the batch run one after another, so that memory holds the activations of one part. With several
-        processes the whole batch runs at once.
+        Parts of the batch run one after another, so that memory holds the activations of one part. Where processes hold parts
+        of the model, the whole batch runs at once.
         """
         inputs = self._drawn(inputs)
-        if not self._one_process:
+        if not self._whole:
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()  # before prefixes are shared: evaluation shares more
         inputs = _some(inputs, [i for i, name in enumerate(inputs["members"]) if self.stopping.learns(name)])
+        if self._shares:
+            inputs = _some(inputs, [*range(len(inputs["members"]))][self.args.process_index :: self.args.world_size])
         losses = []
         for part in self._training_parts(self.scorer.through(model), inputs):
             losses.append(super().training_step(model, part, num_items_in_batch))
-        if not losses:  # all members have stopped
-            return torch.zeros((), device=self.args.device)
-        return torch.stack(losses[::-1]).sum()
+        # All members may have stopped, or a process may have no example.
+        loss = torch.stack(losses[::-1]).sum() if losses else torch.zeros((), device=self.args.device)
+        return self._added_up(loss) if self._shares else loss
+
+    def _added_up(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss of all processes; adds up their gradients, and what early stopping looks at."""
+        doubts = torch.tensor(self.stopping.step_losses, device=loss.device, dtype=torch.float32)
+        if self.accelerator.sync_gradients:
+            parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            loss, doubts = add_up_gradients(parameters, [loss, doubts])
+        else:
+            loss, doubts = add_up([loss, doubts])
+        self.stopping.step_losses = doubts.tolist()
+        return loss
 
     def _training_parts(self, scorer: Scorer, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The parts of a batch, each for a forward and a backward pass before the next."""
@@ -193,7 +237,7 @@ class ChoiceTrainer(Trainer):
 
     def _mean(self, loss: torch.Tensor) -> float:
         """The mean loss over all processes and, because each part gives a share, over the optimizer step."""
-        if self.args.world_size > 1:
+        if self.args.world_size > 1 and not self._whole:
             loss = self.accelerator.reduce(loss, "mean")  # type: ignore[assignment]
         return float(loss) / self.current_gradient_accumulation_steps
 
@@ -243,7 +287,7 @@ class ChoiceTrainer(Trainer):
     def _parts(self, scorer: Scorer, inputs: dict[str, Any]) -> Iterator[tuple[list[int], Batch]]:
         """Divide a batch's questions into parts for single passes: indices, and the part."""
         questions = inputs["questions"]
-        if scorer.model.training and ("batch" in inputs or not self._one_process):
+        if scorer.model.training and ("batch" in inputs or not self._whole):
             batch = inputs["batch"] if "batch" in inputs else scorer.collate(questions)
             return iter([([*range(len(questions))], batch)])
         return scorer.batches(questions)

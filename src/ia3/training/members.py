@@ -9,6 +9,7 @@ from copy import copy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate.data_loader import SeedableRandomSampler
 from torch import nn
 from torch.utils.data import BatchSampler, Dataset
@@ -17,10 +18,9 @@ from transformers import TrainingArguments
 from ia3.adapter.adapted import find_adapted
 from ia3.errors import InputError, shown
 from ia3.training.examples import ONE, Example
+from ia3.training.processes import add_up
 
 if TYPE_CHECKING:
-    import torch
-
     from ia3.task.task import Task
 
 
@@ -127,12 +127,11 @@ def check_in_step(args: TrainingArguments, kwargs: Mapping[str, Any]) -> None:
     """Raise `InputError` for arguments with which several members would not train as separate runs do."""
     strategy = getattr(args, "train_sampling_strategy", "random")
     seedable = getattr(args.accelerator_config, "use_seedable_sampler", True)
-    alone = args.world_size == 1 and not args.deepspeed and not args.fsdp
     requirements = {
         f"max_steps above 0, found {args.max_steps}; members' epochs differ in length": args.max_steps > 0,
         f"gradient_accumulation_steps of 1, found {args.gradient_accumulation_steps}; batches go through the model in "
         f"parts anyway, so make them larger (per_device_train_batch_size)": args.gradient_accumulation_steps == 1,
-        f"one process, found {args.world_size}, or DeepSpeed or FSDP": alone,
+        "processes that have the whole model, found DeepSpeed or FSDP": not args.deepspeed and not args.fsdp,
         f"train_sampling_strategy 'random' with use_seedable_sampler, found {str(strategy)!r} and {seedable}": seedable
         and strategy == "random",
         "no `optimizers`, found some; the trainer makes its own of the arguments' `optim`": "optimizers" not in kwargs,
@@ -177,8 +176,9 @@ def _batches(examples: list[Example], args: TrainingArguments, seed: int) -> lis
     """The batch of each step of a single run: epoch after epoch, in the order that accelerate draws from the seed."""
     sampler = SeedableRandomSampler(examples, data_seed=seed)  # counts its epochs itself
     found: list[list[Example]] = []
+    size = args.per_device_train_batch_size * args.world_size  # of all processes together
     while len(found) < args.max_steps:
-        epoch = BatchSampler(sampler, args.per_device_train_batch_size, args.dataloader_drop_last)
+        epoch = BatchSampler(sampler, size, args.dataloader_drop_last)
         found += [[examples[i] for i in batch] for batch in epoch]
     return found[: args.max_steps]
 
@@ -195,6 +195,12 @@ class MemberLosses:
         """Add parts of the current step's losses."""
         for name, loss in losses.items():
             self._sums[name] += loss.detach()
+
+    def add_up(self) -> None:
+        """Add up the losses since the last log over all processes."""
+        if self._sums:
+            sums = [torch.as_tensor(total, dtype=torch.float32) for total in self._sums.values()]
+            self._sums = dict(zip(self._sums, add_up(sums), strict=True))
 
     def end_step(self, learning: Iterable[str]) -> None:
         """End the step of these members."""

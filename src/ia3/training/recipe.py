@@ -239,7 +239,7 @@ class Recipe(BaseModel):
         }
 
     def training_arguments(self, output_dir: str | os.PathLike, **kwargs: Any) -> TrainingArguments:
-        """The recipe as `transformers.TrainingArguments`.
+        """The recipe as `transformers.TrainingArguments`. Several processes (`torchrun`) share a batch.
 
         Args:
             output_dir: where checkpoints go.
@@ -248,13 +248,19 @@ class Recipe(BaseModel):
         import torch
         from transformers import TrainingArguments
 
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        if self.batch_size % processes and "per_device_train_batch_size" not in kwargs:
+            raise InputError(
+                f"Expected a batch_size that {processes} processes can share evenly, found {self.batch_size}; change the recipe, or "
+                f"start another number of processes."
+            )
         fields: dict[str, Any] = {
             "max_steps": self.steps,
             "optim": self.optimizer,
             "learning_rate": self.learning_rate,
             "lr_scheduler_type": self.schedule,
             "warmup_steps": self.warmup,
-            "per_device_train_batch_size": self.batch_size,
+            "per_device_train_batch_size": self.batch_size // processes,
             "per_device_eval_batch_size": self.batch_size,
             "label_names": ["label"],
             "logging_steps": 1,

@@ -32,6 +32,19 @@ class StopAtFloor(TrainerCallback, ExportableState):
             self._step[name] = self._step.get(name, 0.0) + loss
 
     @property
+    def step_losses(self) -> list[float]:
+        """The current step's length-normalized term of each member; 0 for one without."""
+        return [self._step.get(name, 0.0) for name in self.members]
+
+    @step_losses.setter
+    def step_losses(self, losses: Sequence[float]) -> None:
+        self._step = {
+            name: loss
+            for name, loss in zip(self.members, losses, strict=True)
+            if self.rule is not None and self.learns(name)
+        }
+
+    @property
     def all_stopped(self) -> bool:
         """Whether all members have stopped."""
         return len(self.stopped) == len(self.members)

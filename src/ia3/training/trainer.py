@@ -47,7 +47,7 @@ class TFewTrainer(ChoiceTrainer):
     `evaluate()` measures the loss and the task's metrics on the member's `eval_rows`, with the task's first template.
     Checkpoints hold the adapters and the state of training; `train(resume_from_checkpoint=…)` resumes from one. A
     process trains on one device, the first visible one (`CUDA_VISIBLE_DEVICES`); several devices need several processes
-    (`torchrun`).
+    (`torchrun`), which share each batch: `per_device_train_batch_size` examples for each of them.
 
     Several members (several tasks, seeds or learning rates) train together. Each step has a batch of
     `per_device_train_batch_size` examples for every member. All go through the model together, in parts of limited
@@ -215,7 +215,7 @@ class TFewTrainer(ChoiceTrainer):
             collate_fn=lambda items: self.data_collator(items[0]),
             pin_memory=self.args.dataloader_pin_memory,
         )
-        return self.accelerator.prepare(steps)
+        return steps if self.args.world_size > 1 else self.accelerator.prepare(steps)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The arguments' optimizer; with several members, one parameter group per member, with its learning rate."""
@@ -254,6 +254,8 @@ class TFewTrainer(ChoiceTrainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log; with several members, also each member's loss."""
+        if self._in_step and self._shares and ("loss" in logs or "train_loss" in logs):
+            self._each.add_up()
         if self._in_step and "loss" in logs:
             logs |= {self.logged_as(name): mean for name, mean in self._each.means().items()}
         if self._in_step and ("loss" in logs or "train_loss" in logs):
