@@ -58,7 +58,7 @@ def evaluate(
     require_delimited(delimiter, source)
     rows = read(source, task, delimiter)
     task.check(rows)
-    labels = [task.label(row, number) for number, row in enumerate(rows, 1)]
+    labels = [task.truth(row, number) for number, row in enumerate(rows, 1)]
     if calibrate and not Path(adapter).is_dir():
         raise InputError(f"Expected a folder here with --calibrate, found {adapter!r}: the result is stored in it.")
     recipe, temperature, seen = folder.recipe, folder.temperature, folder.seen()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from scipy.special import expit
 
 from ia3.errors import InputError, excerpt, problems, shown
 from ia3.files import parse_json, reading
@@ -70,7 +71,7 @@ class Calibration(BaseModel):
 
         Args:
             predictions: N predictions for rows that the adapter was not trained on.
-            labels: N right labels.
+            labels: N right labels; tuples of labels where rows may have several.
 
         Raises:
             InputError: there are no rows, or the numbers of predictions and labels differ.
@@ -117,8 +118,12 @@ class Calibration(BaseModel):
 
 
 def _log_loss(scores: Sequence[Mapping[str, float]], labels: Sequence[str], temperature: float) -> float:
-    losses = []
+    losses: list[Any] = []
     for row, label in zip(scores, labels, strict=True):
+        if isinstance(label, tuple):  # each label is decided by itself
+            signs = np.array([-1 if name in label else 1 for name in row])
+            losses.append(np.logaddexp(0, signs * np.array([*row.values()]) / temperature).mean())
+            continue
         values = np.array(sorted(row.values())) / temperature
         losses.append(np.logaddexp.reduce(values) - row[label] / temperature)
     return float(np.mean(losses))
@@ -128,9 +133,13 @@ def _calibration_error(scores: Sequence[Mapping[str, float]], labels: Sequence[s
     """Σ over bins of |accuracy - mean probability| · share of the rows."""
     from ia3.evaluation.prediction import Prediction
 
-    found = [Prediction.of(row, temperature) for row in scores]
-    sure = np.array([item.probabilities[item.best] for item in found])
-    right = np.array([item.best == label for item, label in zip(found, labels, strict=True)], dtype=float)
+    if isinstance(labels[0], tuple):  # each label is decided by itself
+        sure = expit(np.array([[*row.values()] for row in scores]).ravel() / temperature)
+        right = np.array([name in its for row, its in zip(scores, labels, strict=True) for name in row], dtype=float)
+    else:
+        found = [Prediction.of(row, temperature) for row in scores]
+        sure = np.array([item.probabilities[item.best] for item in found])
+        right = np.array([item.best == label for item, label in zip(found, labels, strict=True)], dtype=float)
     bins = np.minimum((sure * _BINS).astype(int), _BINS - 1)
     gaps = [abs(right[bins == b].mean() - sure[bins == b].mean()) * (bins == b).mean() for b in np.unique(bins)]
     return float(sum(gaps))
@@ -149,7 +158,7 @@ def fold_of_each(task: Task, rows: Any, folds: int, seed: int = 0) -> list[int]:
 
     rows = as_rows(rows, task)
     words = [task.fingerprint(row, number) for number, row in enumerate(rows, 1)]
-    found = [task.label(row, number) for number, row in enumerate(rows, 1)]
+    found = [task.truth(row, number) for number, row in enumerate(rows, 1)]
     label_of = dict(zip(words, found, strict=True))
     if not 2 <= folds <= len(label_of):
         raise InputError(
@@ -157,7 +166,8 @@ def fold_of_each(task: Task, rows: Any, folds: int, seed: int = 0) -> list[int]:
         )
     labels = list(label_of.values())
     # If all labels have fewer rows than there are folds, the folds cannot be balanced.
-    kind = StratifiedKFold if max(Counter(labels).values()) >= folds else KFold
+    stratified = not task.multi_label and max(Counter(labels).values()) >= folds
+    kind = StratifiedKFold if stratified else KFold
     with warnings.catch_warnings():  # a label with fewer rows than folds is missing in some folds, which is fine
         warnings.simplefilter("ignore", UserWarning)
         parts = kind(folds, shuffle=True, random_state=seed).split(labels, labels)
@@ -166,6 +176,7 @@ def fold_of_each(task: Task, rows: Any, folds: int, seed: int = 0) -> list[int]:
     each = [fold_of[key] for key in words]
     for number in range(folds):
         left = {label for label, fold in zip(found, each, strict=True) if fold != number}
+        left = {label for its in left for label in its} if task.multi_label else left
         if len(left) < 2:
             raise InputError(
                 f"Expected rows of at least two labels beside each of {folds} folds, to train on, found only {shown(left)} "

@@ -244,6 +244,11 @@ class Experiment:
             IA3Config.from_pretrained(self.chosen_recipe.init)
         if self.chosen_recipe.opinions != VECTORS:
             Sentences.found(self.chosen_recipe.encoder)
+        for trial in self.trials:
+            if trial.task.multi_label:
+                from ia3.evaluation.label_sets import require_label_sets
+
+                require_label_sets(trial.task, trial.examples)
         if self.folds:
             from ia3.evaluation.calibration import fold_of_each
 

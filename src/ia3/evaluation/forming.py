@@ -36,10 +36,10 @@ if TYPE_CHECKING:
 Read = Callable[[Callable[[list[int]], None]], np.ndarray]
 """Reads rows; gets a function that is told which are done."""
 
-_FOLDS = 4
+FOLDS = 4
 
 # Up to this number of rows times labels, vectors train once more for each fold; with more, that takes long.
-_QUICK = 2_000
+QUICK = 2_000
 
 # Weights beside a sentence encoder where nothing can be cross-validated: with a row of a label, and its answer's text, the
 # encoder tells more than a language model's states.
@@ -107,7 +107,7 @@ def form_opinions(
         weights = usual if len(asked) > 1 else dict.fromkeys(asked, 1.0)
         why = "usual weights: labels have single rows, or duplicates"
         why += "; rows without labels are not used" if unlabelled else ""
-    elif VECTORS in asked and not folds and len(rows) * len(made.names) > _QUICK:
+    elif VECTORS in asked and not folds and len(rows) * len(made.names) > QUICK:
         weights = {VECTORS: USUAL, **made.weights([*made.heads])}
         why = f"a usual weight of the vectors: {len(rows)} rows of {len(made.names)} labels take long"
         why += "; rows without labels are not used" if unlabelled else ""
@@ -115,7 +115,7 @@ def form_opinions(
         if VECTORS in asked:
             stage = progress.stage(f"Cross-validation {title}".strip(), recipe.steps)
             readings = Readings() if readings is None else readings
-            scores = _held_out_scores(
+            scores = held_out_scores(
                 model, tokenizer, task, rows, recipe, made.count, seed, output_dir, stage, readings, made.names
             )
             balance = made.balance(scores)
@@ -165,7 +165,7 @@ class Forming:
         different = dict(zip((one.fingerprint for one in self.wordings), self.labels, strict=True))
         counts = Counter(different.values())
         several = {name for name in self.names if counts[name] > 1}
-        self.count = folds or min([_FOLDS, *(counts[name] for name in several)])
+        self.count = folds or min([FOLDS, *(counts[name] for name in several)])
         self.measured = [index for index, label in enumerate(self.labels) if label in several]
         self.folds: list[int] | None = None
         if len(several) > 1 and 2 * len(self.measured) >= len(rows):
@@ -253,7 +253,7 @@ class Forming:
         return [Prediction.of(dict(zip(self.names, row.tolist(), strict=True))) for row in log_probs]
 
 
-def _held_out_scores(
+def held_out_scores(
     model: IA3Model,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
@@ -300,7 +300,7 @@ def where_vectors_pay(
         bool(task.candidates) and isinstance(task.choices, dict) and are_codes(task.choices.values())
         for task, _ in tasks
     ]
-    long = [len(rows) * len(task.labels or ()) > _QUICK for task, rows in tasks]
+    long = [len(rows) * len(task.labels or ()) > QUICK for task, rows in tasks]
     if all(nameless):
         why = "no wording can name labels that are numbers or codes. --choices gives them names,"
     elif all(long) and Sentences.found(recipe.encoder) is not None:

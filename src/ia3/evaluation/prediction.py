@@ -36,30 +36,58 @@ class Prediction:
     """A row's label, and the probability of each label.
 
     Attributes:
-        label: the most probable label; None: its probability is below the threshold.
-        probabilities: label → probability; the sum is 1.
+        label: the most probable label; where rows may have several, a tuple of those whose probability reaches their threshold,
+            in alphabetical order. None: it is not sure enough (`abstain_below`).
+        probabilities: label → probability; the sum is 1, but where each label is decided by itself.
         scores: label → length-normalized log-probability of its answer text, or what several opinions make of it (see
             `Opinions`). Probabilities are computed from scores.
+        thresholds: label → the probability from which on a row has it; empty: rows have one label.
     """
 
-    label: str | None
+    label: str | tuple[str, ...] | None
     probabilities: dict[str, float]
     scores: dict[str, float] = field(repr=False)
+    thresholds: Mapping[str, float] = field(default_factory=dict, repr=False)
 
     @property
-    def best(self) -> str:
-        """The most probable label; of equally probable labels, the first in alphabetical order."""
+    def best(self) -> Any:
+        """The label, or labels, however unsure; of equally probable labels, the first in alphabetical order."""
+        if self.thresholds:
+            return tuple(sorted(label for label in self.probabilities if self._has(label)))
         return min(self.probabilities, key=lambda label: (-self.probabilities[label], label))
 
+    @property
+    def sureness(self) -> float:
+        """The probability of the best label; of labels that are decided one by one, that of the least sure decision."""
+        if not self.thresholds:
+            return self.probabilities[self.best]
+        return min(p if self._has(label) else 1 - p for label, p in self.probabilities.items())
+
+    def _has(self, label: str) -> bool:
+        # A temperature changes no decision.
+        threshold = self.thresholds[label]
+        return self.scores[label] >= math.log(threshold / (1 - threshold))
+
     @classmethod
-    def of(cls, scores: Mapping[str, float], temperature: float = 1.0, abstain_below: float = 0.0) -> Prediction:
-        """The softmax of scores / temperature. The result does not depend on the order of the labels."""
+    def of(
+        cls,
+        scores: Mapping[str, float],
+        temperature: float = 1.0,
+        abstain_below: float = 0.0,
+        thresholds: Mapping[str, float] | None = None,
+    ) -> Prediction:
+        """The softmax of scores / temperature; with thresholds their sigmoid. The result does not depend on the order of the
+        labels."""
+        if thresholds:
+            each = {label: 1 / (1 + math.exp(-max(score / temperature, -700.0))) for label, score in scores.items()}
+            found = cls(None, each, dict(scores), thresholds)
+            return replace(found, label=found.best) if found.sureness >= abstain_below else found
         highest = max(scores.values())
         powers = {label: math.exp((score - highest) / temperature) for label, score in scores.items()}
         total = math.fsum(powers.values())  # exact in any order
         probabilities = {label: power / total for label, power in powers.items()}
         found = cls(None, probabilities, dict(scores))
-        return replace(found, label=found.best) if probabilities[found.best] >= abstain_below else found
+        return replace(found, label=found.best) if found.sureness >= abstain_below else found
 
 
 def predict(
@@ -120,7 +148,9 @@ def predict(
     count = len(wordings)
     each = [its] * count
     scores = _scored(scorer, wordings, [recipe] * count, each, temperatures, adapter_names, on_progress, prefix)
-    return [Prediction.of(row, one, abstain_below) for row, one in zip(scores, temperatures, strict=True)]
+    return [
+        Prediction.of(row, one, abstain_below, its.thresholds) for row, one in zip(scores, temperatures, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -200,7 +230,7 @@ def predict_each(
             None if on_progress is None else lambda done, asked=asked: on_progress([asked[i][0] for i in done]),
         )
         for (index, one), its in zip(asked, scores, strict=True):
-            found[index].append(Prediction.of(its, one.temperature, abstain_below))
+            found[index].append(Prediction.of(its, one.temperature, abstain_below, one.opinions.thresholds))
     return found
 
 

@@ -78,6 +78,14 @@ class Running:
             for one in experiment.trials
         }
         moves = experiment.unlabelled is not None or experiment.prior != "file"
+        several = [one.task.multi_label for one in experiment.trials]
+        if any(several) and not all(self.forms_opinions.values()):
+            raise InputError(
+                "Expected a language model, and a multi-label task's first template alone, for rows with several labels; leave out "
+                "--all-templates, or take another model."
+            )
+        if moves and any(several):
+            raise InputError("Expected no prior for labels that are decided one by one, found one", argument="prior")
         if moves and not all(self.forms_opinions.values()):
             raise InputError(
                 "Expected several opinions, whose probabilities can be moved to a prior, found vectors that answer alone",
@@ -149,7 +157,7 @@ class Running:
     def zero_shot(self) -> dict[str, list[Scores]]:
         """For each trial what the untrained model has on its test rows, in each template that measures; see `trained`."""
         with self.model.disable_adapter():  # which may have been trained on other tasks
-            return self._in_each_template(self._zero_shot)
+            return self._in_each_template(self._zero_shot, self.trials)
 
     def train(self, checkpoint: str | None) -> tuple[dict[str, float], float]:
         """Train all adapters, from a checkpoint where there is one; returns the trainer's metrics, and the seconds.
@@ -169,7 +177,9 @@ class Running:
         where no vectors were trained."""
         if self.recipe.opinions == "head":
             return {trial.name: [] for trial in self.trials}
-        return self._in_each_template(self._trained)
+        # Where rows have several labels, there are no thresholds yet.
+        single = [trial for trial in self.trials if not trial.task.multi_label]
+        return {trial.name: [] for trial in self.trials} | self._in_each_template(self._trained, single)
 
     def results(
         self, trial: Trial, zero_shot: Sequence[Scores], trained: Sequence[Scores], metrics: Scores, seconds: float
@@ -210,31 +220,33 @@ class Running:
         """Form a trial's opinions, and measure them: what is known of them beside `results`, and they themselves."""
         from ia3.evaluation.calibration import Calibration
         from ia3.evaluation.forming import form_opinions
+        from ia3.evaluation.label_sets import form_label_sets
         from ia3.evaluation.prediction import Prediction
         from ia3.opinions.opinions import VECTORS, Opinions
 
         experiment, task = self.experiment, trial.task
         recipe = self.recipe.changed(learning_rate=trial.learning_rate)
-        formed = form_opinions(
-            self.progress,
-            trial.name,
-            self.model,
-            self.tokenizer,
-            task,
-            trial.examples,
-            recipe,
-            experiment.folds,
-            trial.seed,
-            experiment.checkpoints,
-            self.readings,
-            [] if experiment.unlabelled is None else as_rows(experiment.unlabelled, task),
-        )
+        given = self.progress, trial.name, self.model, self.tokenizer, task, trial.examples, recipe
+        how = experiment.folds, trial.seed, experiment.checkpoints, self.readings
+        if task.multi_label:
+            formed = form_label_sets(*given, *how)
+        else:
+            pool = [] if experiment.unlabelled is None else as_rows(experiment.unlabelled, task)
+            formed = form_opinions(*given, *how, pool)
         found: dict[str, Any] = {"weights": formed.opinions.weights, "why": formed.why}
         results: dict[str, Any] = {"opinions": found}
         calibration = None
         if formed.held_out is not None:
             results["cross_validation"] = task.metrics(formed.labels, [one.best for one in formed.held_out])
             calibration = Calibration.as_it_is(formed.held_out, formed.labels)
+        if task.multi_label:
+            if trial.test:
+                asked = {trial.titled("Trained"): [(task, row) for row in trial.test]}
+                adapters = [self.adapters[trial.name]] * len(trial.test)
+                said, stages = self._predicted(asked, 0, adapters, formed.opinions)
+                results["trained"] = _scores(trial, *said.values(), 0)
+                _note(*stages.values(), task, [results["trained"]])
+            return results, formed.opinions, calibration
         opinions = self._moved(trial, formed.opinions)
         if trial.test:
             nothing = [Prediction.of(dict.fromkeys(task.labels or (), 0.0))] * len(trial.test)
@@ -326,11 +338,11 @@ class Running:
 
     # Measuring.
 
-    def _in_each_template(self, measure: Any) -> dict[str, list[Scores]]:
-        found: dict[str, list[Scores]] = {trial.name: [] for trial in self.trials}
-        count = max(len(trial.task.templates) for trial in self.trials) if self.experiment.all_templates else 1
-        for template in range(count):
-            some = [trial for trial in self.trials if template < len(trial.task.templates)]
+    def _in_each_template(self, measure: Any, trials: Sequence[Trial]) -> dict[str, list[Scores]]:
+        found: dict[str, list[Scores]] = {trial.name: [] for trial in trials}
+        count = max((len(trial.task.templates) for trial in trials), default=0) if self.experiment.all_templates else 1
+        for template in range(count if trials else 0):
+            some = [trial for trial in trials if template < len(trial.task.templates)]
             for trial, scores in zip(some, measure(some, template), strict=True):
                 found[trial.name] += [] if scores is None else [scores]
         return found
@@ -338,16 +350,40 @@ class Running:
     def _zero_shot(self, trials: Sequence[Trial], template: int) -> list[Scores | None]:
         """A row of several trials goes through the model once."""
         found, stages = self._untrained("Zero-shot", {one.name: one.test for one in trials}, template)
+        found |= self._decided([one for one in trials if one.task.multi_label], found, template)
         scores = [_scores(one, found[one.name], template) for one in trials]
         self._note_each(stages, trials, scores)
         self._balance(trials, found, template)
         return scores
+
+    def _decided(
+        self, trials: Sequence[Trial], untrained: Mapping[str, list[Prediction]], template: int
+    ) -> dict[str, list[Prediction]]:
+        """What the untrained model says to test rows of multi-label tasks, by thresholds that suit the training rows."""
+        from ia3.evaluation.balance import balancing_rows
+        from ia3.evaluation.label_sets import by_answers
+        from ia3.evaluation.prediction import Prediction
+
+        some = [one for one in trials if one.test and one.examples]
+        rows = {one.name: balancing_rows(one.examples) for one in some}
+        said, _ = self._untrained("Thresholds", rows, template)
+        found = {}
+        for one in some:
+            names = list(one.task.labels or ())
+            scores = np.array([[item.scores[name] for name in names] for item in said[one.name]])
+            opinions = by_answers(scores, names, [one.task.labels_of(row) for row in rows[one.name]])
+            found[one.name] = [
+                Prediction.of(opinions.together([item.scores]), thresholds=opinions.thresholds)
+                for item in untrained[one.name]
+            ]
+        return found
 
     def _balance(self, trials: Sequence[Trial], untrained: Mapping[str, list[Prediction]], template: int) -> None:
         """Keep what the untrained model has on test rows when its answers are balanced on the training rows."""
         from ia3.evaluation.balance import Balance, balancing_rows
 
         some = [one for one in trials if one.test and one.examples and can_balance(one.task, template)]
+        some = [one for one in some if not one.task.multi_label]
         rows = {one.name: balancing_rows(one.examples) for one in some}
         found, stages = self._untrained("Balancing", rows, template)
         scores = []
@@ -445,7 +481,7 @@ def _measured(
     if not trial.test:
         return {}
     # The majority of the training rows says nothing when they are balanced; the test rows' own is the fair bar.
-    labels = [trial.task.label(row) for row in trial.test]
+    labels = [trial.task.truth(row) for row in trial.test]
     found: dict[str, Any] = {
         "zero_shot": median_metrics(zero_shot),
         **({} if balanced is None else {"zero_shot_balanced": median_metrics(balanced)}),
@@ -467,7 +503,7 @@ def _in_words(title: str, template: int) -> str:
 
 def _scores(trial: Trial, predictions: Sequence[Prediction], template: int) -> Scores | None:
     """A trial's metrics; a template that says itself which answer is right may list its answers in an order of its own."""
-    labels = [trial.task.label(row, template=template) for row in trial.test]
+    labels = [trial.task.truth(row, template=template) for row in trial.test]
     return trial.task.metrics(labels, [one.best for one in predictions]) if labels else None
 
 

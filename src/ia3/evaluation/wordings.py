@@ -114,7 +114,12 @@ def choose_wording(
     if task_type(base_of(model)) in HEADED:
         progress.say("A classifier reads no answers, so the wording stays plain.")
         return task, []
-    found = rank(Scorer(model, tokenizer, readings or Readings()), task, rows, recipe or Recipe(), progress, title)
+    scorer = Scorer(model, tokenizer, readings or Readings())
+    asked, each = task, list(rows)
+    if task.multi_label:  # each label of a row is right
+        asked = task.with_one_label()
+        each = [{**row, task.label_column: label} for row in rows for label in task.labels_of(row)]
+    found = rank(scorer, asked, each, recipe or Recipe(), progress, title)
     best = found[0]
     if best.bound > math.log(best.labels):
         progress.say(

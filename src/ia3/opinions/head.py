@@ -45,6 +45,8 @@ class Head:
         weight: float32 (K, places, width), on the states as they are.
         bias: float32 (K,).
         of: how many places the model has.
+        single: each row has one label, so that scores become log-probabilities of all labels; otherwise labels are scored
+            one by one, for rows that have several (`fit_label_sets`).
     """
 
     labels: tuple[str, ...]
@@ -52,9 +54,14 @@ class Head:
     weight: np.ndarray
     bias: np.ndarray
     of: int
+    single: bool = True
 
     def log_probs(self, states: np.ndarray) -> np.ndarray:
-        """The log-probability of each label: (N, K), for states (N, places of the model, width).
+        """The log-probability of each label: (N, K), for states (N, places of the model, width); see `scores`."""
+        return log_softmax(self.scores(states), axis=1)
+
+    def scores(self, states: np.ndarray) -> np.ndarray:
+        """The score of each label: (N, K), for states (N, places of the model, width).
 
         Raises:
             InputError: states of another model.
@@ -66,17 +73,19 @@ class Head:
             )
             raise InputError(f"Expected hidden states of {expected}, on which the head was fitted, found {found}.")
         some = states[:, list(self.places)].astype(np.float64)
-        return log_softmax(np.einsum("npd,kpd->nk", some, self.weight.astype(np.float64)) + self.bias, axis=1)
+        return np.einsum("npd,kpd->nk", some, self.weight.astype(np.float64)) + self.bias
 
     def said(self, row: np.ndarray) -> dict[str, float]:
-        """Label → log-probability, for one row's states (places of the model, width)."""
-        return dict(zip(self.labels, self.log_probs(row[None])[0].tolist(), strict=True))
+        """Label → log-probability, or score where rows have several, for one row's states (places of the model, width)."""
+        found = (self.log_probs if self.single else self.scores)(row[None])
+        return dict(zip(self.labels, found[0].tolist(), strict=True))
 
     def to_bytes(self) -> bytes:
         """The content of a safetensors file that `from_bytes` reads."""
         from safetensors.numpy import save
 
         described = {"labels": list(self.labels), "places": list(self.places), "of": self.of}
+        described |= {} if self.single else {"single": False}
         # The library writes an array's memory, whatever its strides.
         tensors = {name: np.ascontiguousarray(getattr(self, name)) for name in ("weight", "bias")}
         return save(tensors, {"ia3_head": json.dumps(described, ensure_ascii=False)})
@@ -96,6 +105,7 @@ class Head:
                 tensors["weight"].astype(np.float32),
                 tensors["bias"].astype(np.float32),
                 int(described["of"]),
+                bool(described.get("single", True)),
             )
             labels, places, _ = head.weight.shape
             whole = (labels, places) == (len(head.labels), len(head.places)) and head.bias.shape == (labels,)

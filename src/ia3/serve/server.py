@@ -280,10 +280,12 @@ class Server:
 
         found, left = [], iter(scores)
         for row in asked:
-            item = Prediction.of(row.together([next(left) for _ in row.jobs]), row.temperature, body.abstain_below)
+            scores_of = row.together([next(left) for _ in row.jobs])
+            item = Prediction.of(scores_of, row.temperature, body.abstain_below, row.opinions.thresholds)
             grade = row.task.grade(item.probabilities)
             graded = {} if grade is None else grade._asdict()
-            found.append({"label": item.label, "probabilities": item.probabilities, **graded})
+            answer = {"labels" if row.opinions.thresholds else "label": item.label}
+            found.append({**answer, "probabilities": item.probabilities, **graded})
         usage = {"prompt_tokens": sum(len(row.jobs[0][1].question.prompt) for row in asked)}
         names = [adapter.name for adapter in adapters]
         if body.adapters is None:

@@ -61,7 +61,7 @@ def training_examples(scorer: Scorer, task: Task, rows: Any, recipe: Recipe, see
     Raises:
         InputError: rows do not fit the task (see `Scorer.questions`), or all have the same label.
     """
-    wordings = list(task.checked(rows))
+    wordings = [[*each] for its in task.checked(rows) for each in zip(*(one.each_label() for one in its), strict=True)]
     labels = list(dict.fromkeys(its[0].label for its in wordings))
     if len(labels) < 2:
         raise InputError(
