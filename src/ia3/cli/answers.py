@@ -59,7 +59,15 @@ def to_json(answers: Sequence[Answer], each: bool, named: bool = False, label: s
 
 
 def _labelled(found: Prediction, label: str) -> dict[str, Any]:
-    return {label: found.label, "probabilities": found.probabilities}
+    name = f"{label}s" if found.thresholds else label
+    return {name: found.label, "probabilities": found.probabilities}
+
+
+def _shown(found: Prediction) -> str:
+    """A label, or several, in a cell."""
+    if found.label is None:
+        return ""
+    return json.dumps(found.label, ensure_ascii=False) if found.thresholds else str(found.label)
 
 
 def write(path: Path, rows: Sequence[Row], answers: Sequence[Sequence[Answer]], each: bool, delimiter: str) -> None:
@@ -121,7 +129,7 @@ def _parts(answer: Answer, each: bool) -> list[tuple[str, dict[str, str]]]:
         grade = answer.task.grade(found.probabilities)
         graded = {} if grade is None else {name: f"{value:.4f}" for name, value in grade._asdict().items()}
         shares = {f"probability_{label}": f"{value:.6f}" for label, value in found.probabilities.items()}
-        parts.append((start, {"prediction": found.label or "", **graded, **shares}))
+        parts.append((start, {"prediction": _shown(found), **graded, **shares}))
     return parts
 
 
@@ -163,19 +171,26 @@ def print_table(out: Console, rows: Sequence[Row], answers: Sequence[Sequence[An
     shown_rows.columns[len(names) - 1].style = "bold"
     for row, answer in pairs:
         item = answer.found
-        values = item.probabilities.values() if few else [item.probabilities[item.best]]
+        values = item.probabilities.values() if few else [item.sureness]
         column = next((name for name in answer.task.columns if name in row), next(iter(row), ""))
         text = " ".join(str(row.get(column, "")).split())
         cells = [escape(answer.adapter)] if named else []
-        cells += [escape(_shortened(text)), escape(item.label or "—"), *(f"{value:.1%}" for value in values)]
+        cells += [escape(_shortened(text)), escape(_named(item)), *(f"{value:.1%}" for value in values)]
         if graded:
             grade = answer.task.grade(item.probabilities)
             cells.append("–" if grade is None else f"{grade.expected:.2f} ± {grade.spread:.2f}")
         if answer.zero_shot is not None:
             base = answer.zero_shot
-            cells.append(f"{escape(base.label or '—')} {base.probabilities[base.best]:.1%}")
+            cells.append(f"{escape(_named(base))} {base.sureness:.1%}")
         shown_rows.add_row(*cells)
     out.print(shown_rows)
+
+
+def _named(found: Prediction) -> str:
+    """A label, or several, in a table."""
+    if found.label is None:
+        return "—"
+    return (", ".join(found.label) or "none") if found.thresholds else str(found.label)
 
 
 def _shortened(text: str) -> str:

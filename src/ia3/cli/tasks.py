@@ -189,13 +189,13 @@ def _rendered(task: Task, row: Row, number: int | None) -> list[dict[str, Any]]:
     """The row in the wording of each template, and its label, if it has one."""
     found = []
     for index, template in enumerate(task.templates):
-        labelled = template.says_answer or task.label_column in row
+        labelled = template.says_answer or all(column in row for column in task.answer_columns)
         found.append(
             {
                 "template": template.name,
                 "prompt": task.prompt(row, number, index),
                 "answers": task.answers(row, number, index),
-                "label": task.label(row, number, index) if labelled else None,
+                "label": task.truth(row, number, index) if labelled else None,
             }
         )
     return found
@@ -219,7 +219,8 @@ def _print(out: Console, task: Task, prompts: list[dict[str, Any]]) -> None:
         out.print(f"\n{title}", markup=False, style="dim")
         out.print(item["prompt"], markup=False, soft_wrap=True)
         for label, text in item["answers"].items():
-            mark = "→" if label == item["label"] else " "
+            right = item["label"] if task.multi_label else [item["label"]]
+            mark = "→" if label in (right or ()) else " "
             out.print(f"{mark} {label}: {text}", markup=False, soft_wrap=True)
     if not prompts:
         for template in task.templates:

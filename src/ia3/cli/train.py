@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
 
@@ -53,6 +53,20 @@ if TYPE_CHECKING:
 EMBEDDED_TASK = "courses"
 
 
+class LabelSets(NamedTuple):
+    """The options for rows with several labels."""
+
+    multi_label: bool = False
+    label_separator: str | None = None
+    label_columns: str | None = None
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """As fields of a task."""
+        columns = [] if self.label_columns is None else [part.strip() for part in self.label_columns.split(",")]
+        return {**self._asdict(), "label_columns": columns}
+
+
 def train(
     model: str = typer.Option(
         EMBEDDED_MODEL,
@@ -93,6 +107,23 @@ def train(
         show_default=False,
     ),
     choices: str | None = ChoicesOption,
+    multi_label: bool = typer.Option(
+        False,
+        "--multi-label",
+        help="Rows have any number of labels: the label column holds lists, or see --label-separator. Lists are recognized without it.",
+    ),
+    label_separator: str | None = typer.Option(
+        None,
+        "--label-separator",
+        help="What stands between the labels in a cell, such as ';'. The task is then multi-label.",
+        show_default=False,
+    ),
+    label_columns: str | None = typer.Option(
+        None,
+        "--label-columns",
+        help="A column of 1 and 0 for each label, instead of a label column: toxic,insult,threat. The task is then multi-label.",
+        show_default=False,
+    ),
     examples_per_label: int | None = ExamplesOption,
     test_rows: int = TestRowsOption,
     recipe: str | None = RecipeOption,
@@ -169,8 +200,11 @@ def train(
     Beside the vectors, a head on the model's hidden states answers, and one on a sentence encoder's if one is installed;
     cross-validation on the training examples weighs them (--opinions, --encoder).
 
+    Rows may have several labels each: --label-separator, --label-columns, or lists in a .jsonl file. Each label is then decided
+    by itself; the table has F1 of labels, and the share of rows whose labels are all right.
+
     Writes adapter_config.json and adapter_model.safetensors (which PEFT also reads, with --acts-from start), opinions.json,
-    head.safetensors, sentences.safetensors, calibration.json, task.yaml, recipe.yaml, metrics.json and README.md into the
+    head.safetensors, sentences.safetensors, words.safetensors, calibration.json, task.yaml, recipe.yaml, metrics.json and README.md into the
     output folder.
     """
     from ia3.evaluation.drawing import read
@@ -186,6 +220,9 @@ def train(
         "--template": template,
         "--choices": choices,
         "--grades": grades,
+        "--multi-label": multi_label or None,
+        "--label-separator": label_separator,
+        "--label-columns": label_columns,
         "--unlabelled": unlabelled,
         "--prior": None if prior == "balanced" else prior,
     }
@@ -197,7 +234,10 @@ def train(
     rates = None if learning_rates is None else numbers("--learning-rates", learning_rates, float)
     rows: dict[str, Any]
     if tasks is None:
-        source = source_of(task, data, test_data, label_column, text_column, choices, template, delimiter, grades)
+        label_sets = LabelSets(multi_label, label_separator, label_columns)
+        source = source_of(
+            task, data, test_data, label_column, text_column, choices, template, delimiter, grades, label_sets
+        )
         rows = {"task": source.task, "rows": source.rows, "test": source.test}
         name = source.task.name
     else:
@@ -375,6 +415,7 @@ def source_of(
     template: str | None = None,
     delimiter: str | None = None,
     grades: str | None = None,
+    label_sets: LabelSets | None = None,
 ) -> Source:
     """The task and rows that these options describe; without options, the embedded ones."""
     from ia3.evaluation.drawing import Source, read
@@ -383,10 +424,13 @@ def source_of(
 
     given = parse_choices(choices)
     ordered = [] if grades is None else [part.strip() for part in grades.split(",")]
+    label_sets = label_sets or LabelSets()
     if task is None and data is not None:
         require_delimited(delimiter, data, test_data)
         rows = read(data, delimiter=delimiter)
-        description = Task.infer(rows, label_column, text_column, given, template, name_of(data), ordered)
+        description = Task.infer(
+            rows, label_column, text_column, given, template, name_of(data), ordered, **label_sets.fields
+        )
     else:
         if task is None:
             description = Task.embedded(EMBEDDED_TASK)
@@ -399,6 +443,7 @@ def source_of(
             "choices": given,
             "grades": ordered or None,
             "templates": None if template is None else [template],
+            **{name: value or None for name, value in label_sets.fields.items()},
         }
         values = description.model_dump() | {key: value for key, value in changes.items() if value is not None}
         description = Task.create(values)

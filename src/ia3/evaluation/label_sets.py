@@ -69,16 +69,12 @@ def form_label_sets(
         states[WORDS] = Words().embeddings(sentences)
         heads, held_out[HEAD] = fit_label_sets(states, labels, [one.fingerprint for one in wordings])
     balance: list[dict[str, float]] = []
-    asked = recipe.opinions == VECTORS or (
-        recipe.opinions != HEAD and (bool(folds) or len(rows) * len(names) <= QUICK)
-    )
+    asked = recipe.opinions == VECTORS or (recipe.opinions != HEAD and (bool(folds) or len(rows) * len(names) <= QUICK))
     count = min(folds or FOLDS, len({one.fingerprint for one in wordings}))
     if asked:
         stage = progress.stage(f"Cross-validation {title}".strip(), recipe.steps)
         readings = Readings() if readings is None else readings
-        scores = held_out_scores(
-            model, tokenizer, task, rows, recipe, count, seed, output_dir, stage, readings, names
-        )
+        scores = held_out_scores(model, tokenizer, task, rows, recipe, count, seed, output_dir, stage, readings, names)
         stage.end()
         balance, held_out[VECTORS] = centred(scores, names)
     decided = decide(held_out, y)

@@ -38,6 +38,7 @@ METHODS = {
     "majority": "majority class",
 }
 METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
+OF_LABEL_SETS = {"macro_f1": "macro-F1", "micro_f1": "micro-F1", "accuracy": "exact match"}
 OF_GRADES = {"mean_absolute_error": "mean error", "quadratic_kappa": "kappa"}
 
 
@@ -198,9 +199,11 @@ def save_measured(
 def _model_card(folder: Path, task: Task, recipe: Recipe, results: dict[str, Any]) -> str:
     lines = []
     if "trained" in results:
-        lines = [f"| {results['test_rows']} test rows | accuracy | macro-F1 |", "|---|---:|---:|"]
+        metrics = OF_LABEL_SETS if task.multi_label else METRICS
+        lines = [" | ".join([f"| {results['test_rows']} test rows", *metrics.values(), ""]).rstrip()]
+        lines += ["|---|" + "---:|" * len(metrics)]
         lines += [
-            f"| {name} | {results[key]['accuracy']:.1%} | {results[key]['macro_f1']:.1%} |"
+            " | ".join([f"| {name}", *(f"{results[key][metric]:.1%}" for metric in metrics), ""]).rstrip()
             for key, name in METHODS.items()
             if key in results
         ]

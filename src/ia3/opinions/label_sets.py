@@ -109,7 +109,7 @@ def fit_label_sets(
         blocks[HEAD] = min(some, key=lambda block: _fitted(block.kernel, y, members)[0])
     kinds = [name for name in _SCALES if name in blocks]
     grid = itertools.product(*((1.0,) if name == kinds[0] else _SCALES[name] for name in kinds))
-    loss, scales, held_out, dual = min(
+    _, scales, held_out, dual = min(
         (
             (found[0], scales, *found[1:])
             for scales in grid

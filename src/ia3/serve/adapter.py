@@ -10,7 +10,15 @@ import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ia3.adapter.config import CONFIG_NAME
-from ia3.adapter.stored import CALIBRATION_NAME, HEAD_NAME, OPINIONS_NAME, RECIPE_NAME, SENTENCES_NAME, TASK_NAME, WORDS_NAME
+from ia3.adapter.stored import (
+    CALIBRATION_NAME,
+    HEAD_NAME,
+    OPINIONS_NAME,
+    RECIPE_NAME,
+    SENTENCES_NAME,
+    TASK_NAME,
+    WORDS_NAME,
+)
 from ia3.errors import InputError, about, reason
 from ia3.files import WEIGHTS_NAME, current
 from ia3.folder import AdapterFolder

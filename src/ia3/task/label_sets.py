@@ -18,7 +18,9 @@ def labels_in(cell: Any, separator: str | None = None) -> list[str]:
     (['pin', 'new'], ['pin', 'new'], [])
     """
     items = list(cell) if isinstance(cell, (tuple, set, frozenset)) else items_of(cell)
-    if items is None and hasattr(cell, "tolist") and getattr(cell, "ndim", 0) == 1:  # an array, as Parquet files have them
+    if (
+        items is None and hasattr(cell, "tolist") and getattr(cell, "ndim", 0) == 1
+    ):  # an array, as Parquet files have them
         items = cell.tolist()
     if items is None:
         if is_missing(cell):

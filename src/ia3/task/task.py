@@ -520,7 +520,8 @@ class Task(BaseModel):
         """The label in the label column, as one of the labels of `answers`; errors are those of `Wording.label`."""
         if self.multi_label:
             raise InputError(
-                f"Expected a task with one label for each row, found the multi-label task {brief(self.name)}", "use another"
+                f"Expected a task with one label for each row, found the multi-label task {brief(self.name)}",
+                "use another",
             )
         if self.label_column not in row:
             raise InputError(f"Expected a label column {self.label_column!r}, found the columns {shown(row, 20)}.")
