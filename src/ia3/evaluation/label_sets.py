@@ -81,7 +81,8 @@ def form_label_sets(
     # Heads are parts of one regression, so that they have one weight.
     weights = {name: decided.weights[HEAD] for name in heads if HEAD in decided.weights}
     weights |= {VECTORS: decided.weights[VECTORS]} if VECTORS in decided.weights else {}
-    thresholds = dict(zip(names, decided.thresholds.tolist(), strict=True))
+    # A label without rows is given where vectors are sure of it.
+    thresholds = dict.fromkeys(task.labels or (), 0.5) | dict(zip(names, decided.thresholds.tolist(), strict=True))
     opinions = Opinions.of(
         weights,
         heads,
@@ -94,7 +95,8 @@ def form_label_sets(
     predictions = [
         Prediction.of(dict(zip(names, row.tolist(), strict=True)), thresholds=thresholds) for row in together
     ]
-    why = f"each label is decided by itself, by thresholds of {min(thresholds.values()):.2f} to {max(thresholds.values()):.2f}"
+    low, high = decided.thresholds.min(), decided.thresholds.max()
+    why = f"each label is decided by itself, by thresholds of {low:.2f} to {high:.2f}"
     if recipe.opinions == "auto" and not asked:
         why += f"; {len(rows)} rows of {len(names)} labels take long to cross-validate, so vectors do not count"
     return Formed(opinions, predictions, labels, why)

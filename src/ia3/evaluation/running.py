@@ -74,15 +74,23 @@ class Running:
         if not experiment.all_templates:  # for which vectors answer alone
             self.recipe = where_vectors_pay(self.recipe, tasks, reads_answers, experiment.folds, progress)
         self.forms_opinions = {
-            one.name: forms_opinions(self.recipe, one.task, reads_answers, experiment.all_templates)
+            one.name: one.task.multi_label  # whose thresholds are part of them
+            or forms_opinions(self.recipe, one.task, reads_answers, experiment.all_templates)
             for one in experiment.trials
         }
         moves = experiment.unlabelled is not None or experiment.prior != "file"
         several = [one.task.multi_label for one in experiment.trials]
-        if any(several) and not all(self.forms_opinions.values()):
+        if any(several) and not reads_answers:
             raise InputError(
-                "Expected a language model, and a multi-label task's first template alone, for rows with several labels; leave out "
-                "--all-templates, or take another model."
+                "Expected a language model for rows with several labels, found one that reads no answers",
+                "take smollm2, or another; see",
+                argument="model",
+            )
+        if any(several) and experiment.all_templates:
+            raise InputError(
+                "Expected a multi-label task in its first template alone, found all",
+                "leave out",
+                argument="all_templates",
             )
         if moves and any(several):
             raise InputError("Expected no prior for labels that are decided one by one, found one", argument="prior")
