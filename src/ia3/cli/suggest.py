@@ -22,7 +22,7 @@ from ia3.cli.common import (
     quiet,
     table,
 )
-from ia3.errors import InputError, about, brief, shown
+from ia3.errors import InputError, about, brief
 from ia3.folder import AdapterFolder
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def suggest(
     found = [{**rows[index], **dict.fromkeys(to_fill, "")} for index in chosen]
     if output is not None:
         write_rows(output, found, delimiter_like(data, delimiter))
-        out.print(f"{count} rows written to {output}; fill in {shown(to_fill)}.", markup=False)
+        out.print(f"{count} rows written to {output}; fill in {', '.join(map(repr, to_fill))}.", markup=False)
     if json_output:
         print_json([{"row": index + 1, "text": texts[index]} for index in chosen])
     elif output is None:
