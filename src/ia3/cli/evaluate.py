@@ -97,6 +97,7 @@ def evaluate(
     from rich.markup import escape
 
     title = f"{len(rows)} rows: accuracy {result['accuracy']:.1%}, macro-F1 {result['macro_f1']:.1%}"
+    title += f", mean cost {result['mean_cost']:.2f}" if task.costs else ""
     shown = table("label", "precision", "recall", "F1", "rows", title=title)
     for name, values in result["labels"].items():
         numbers = (f"{values[key]:.1%}" for key in ("precision", "recall", "f1"))

@@ -18,6 +18,7 @@ from ia3.scoring.readings import Readings
 from ia3.scoring.scorer import Scorer
 from ia3.task.rows import items_of
 from ia3.task.task import Task
+from ia3.task.unequal import Costs, least_costly
 from ia3.training.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -36,29 +37,42 @@ class Prediction:
     """A row's label, and the probability of each label.
 
     Attributes:
-        label: the most probable label; None: its probability is below the threshold.
+        label: the most probable label, or with costs the one with the least expected cost; None: its probability is below the
+            threshold.
         probabilities: label → probability; the sum is 1.
         scores: label → length-normalized log-probability of its answer text, or what several opinions make of it (see
             `Opinions`). Probabilities are computed from scores.
+        costs: what mistakes cost, as of a task.
     """
 
     label: str | None
     probabilities: dict[str, float]
     scores: dict[str, float] = field(repr=False)
+    costs: Costs = field(default_factory=dict, repr=False)
 
     @property
     def best(self) -> str:
-        """The most probable label; of equally probable labels, the first in alphabetical order."""
-        return min(self.probabilities, key=lambda label: (-self.probabilities[label], label))
+        """The label with the least expected cost (see `least_costly`)."""
+        return least_costly(self.probabilities, self.costs)
+
+    def at(self, temperature: float) -> Prediction:
+        """The prediction from the same scores at another temperature."""
+        return self.of(self.scores, temperature, costs=self.costs)
 
     @classmethod
-    def of(cls, scores: Mapping[str, float], temperature: float = 1.0, abstain_below: float = 0.0) -> Prediction:
+    def of(
+        cls,
+        scores: Mapping[str, float],
+        temperature: float = 1.0,
+        abstain_below: float = 0.0,
+        costs: Costs | None = None,
+    ) -> Prediction:
         """The softmax of scores / temperature. The result does not depend on the order of the labels."""
         highest = max(scores.values())
         powers = {label: math.exp((score - highest) / temperature) for label, score in scores.items()}
         total = math.fsum(powers.values())  # exact in any order
         probabilities = {label: power / total for label, power in powers.items()}
-        found = cls(None, probabilities, dict(scores))
+        found = cls(None, probabilities, dict(scores), costs or {})
         return replace(found, label=found.best) if probabilities[found.best] >= abstain_below else found
 
 
@@ -77,7 +91,8 @@ def predict(
     readings: Readings | None = None,
     opinions: Opinions | None = None,
 ) -> list[Prediction]:
-    """Predict for each row the label whose answer text has the best length-normalized log-probability.
+    """Predict for each row the label whose answer text has the best length-normalized log-probability; for a task with costs, the
+    label with the least expected cost.
 
     Probabilities are the softmax of these scores, the distribution that the length-normalized loss trains.
 
@@ -89,7 +104,7 @@ def predict(
         on_progress: called with the indices of the rows that each batch finished.
         adapter_names: the adapter for each row; None: the active adapters.
         temperature: divides the scores to calibrate the probabilities (see `Calibration`); one number, or one per row.
-        abstain_below: give no label if the best label's probability is lower.
+        abstain_below: give no label if its probability is lower.
         template: the index of the task's template to use; balanced opinions ask in the first ones.
         recipe: decides length normalization and what to do about long prompts; None: the paper's.
         prefix: a text before each row's prompt, such as shots (see `predict_in_context`).
@@ -120,7 +135,10 @@ def predict(
     count = len(wordings)
     each = [its] * count
     scores = _scored(scorer, wordings, [recipe] * count, each, temperatures, adapter_names, on_progress, prefix)
-    return [Prediction.of(row, one, abstain_below) for row, one in zip(scores, temperatures, strict=True)]
+    return [
+        Prediction.of(row, temperature, abstain_below, one.costs)
+        for row, temperature, one in zip(scores, temperatures, tasks, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -200,7 +218,7 @@ def predict_each(
             None if on_progress is None else lambda done, asked=asked: on_progress([asked[i][0] for i in done]),
         )
         for (index, one), its in zip(asked, scores, strict=True):
-            found[index].append(Prediction.of(its, one.temperature, abstain_below))
+            found[index].append(Prediction.of(its, one.temperature, abstain_below, one.task.costs))
     return found
 
 

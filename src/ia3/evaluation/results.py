@@ -38,6 +38,7 @@ METHODS = {
     "majority": "majority class",
 }
 METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
+OF_COSTS = {"mean_cost": "mean cost"}
 OF_GRADES = {"mean_absolute_error": "mean error", "quadratic_kappa": "kappa"}
 
 
@@ -83,6 +84,7 @@ def report(task: Task, predictions: Sequence[Prediction], labels: Sequence[str],
 
     from ia3.evaluation.calibration import Calibration
 
+    predictions = [prediction.at(temperature) for prediction in predictions]
     found = [prediction.best for prediction in predictions]
     names = task.labels or sorted({*labels, *found})
     measured = np.array(precision_recall_fscore_support(labels, found, labels=names, zero_division=0))  # type: ignore[arg-type]

@@ -280,7 +280,8 @@ class Server:
 
         found, left = [], iter(scores)
         for row in asked:
-            item = Prediction.of(row.together([next(left) for _ in row.jobs]), row.temperature, body.abstain_below)
+            together = row.together([next(left) for _ in row.jobs])
+            item = Prediction.of(together, row.temperature, body.abstain_below, row.task.costs)
             grade = row.task.grade(item.probabilities)
             graded = {} if grade is None else grade._asdict()
             found.append({"label": item.label, "probabilities": item.probabilities, **graded})

@@ -7,7 +7,7 @@ import logging
 import os
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +31,7 @@ from ia3.task.template import (
     is_missing,
     verbatim,
 )
+from ia3.task.unequal import ClassWeight, as_class_weight, as_costs, class_weights, mean_cost
 from ia3.task.wording import Wording
 
 logger = logging.getLogger(__name__)
@@ -94,6 +95,10 @@ class Task(BaseModel):
         aliases: a label's name in other copies of the data → label.
         grades: the labels from the lowest to the highest, for labels that have an order (see `Grades`); empty: they have
             none.
+        class_weight: how much a row of each label counts in training, as scikit-learn's: "balanced", n / (k · n_label), or
+            label → weight (see `class_weights`); None: all the same.
+        costs: true label → label that is given → cost. Predictions give the label with the least expected cost (see
+            `least_costly`); a pair that is left out costs 1, a right label 0. Empty: the most probable label.
         separator: the text between prompt and answer text.
         metric: the metric to show during training.
         truncate: columns to shorten, in this order, if a prompt is longer than the model's context; empty: the longest
@@ -117,6 +122,8 @@ class Task(BaseModel):
     choices: Choices | None = None
     aliases: dict[str, str] = {}
     grades: list[str] = []
+    class_weight: ClassWeight | None = None
+    costs: dict[str, dict[str, float]] = {}
     separator: str = " "
     metric: Literal["accuracy", "macro_f1", "quadratic_kappa"] = "accuracy"
     truncate: list[str] = []
@@ -161,6 +168,16 @@ class Task(BaseModel):
     def _grades_are_text(cls, value: Any) -> Any:
         return [as_text(each) for each in value] if isinstance(value, (list, tuple)) else value
 
+    @field_validator("class_weight", mode="before")
+    @classmethod
+    def _weights_are_numbers(cls, value: Any) -> Any:
+        return as_class_weight(value)
+
+    @field_validator("costs", mode="before")
+    @classmethod
+    def _costs_are_numbers(cls, value: Any) -> Any:
+        return as_costs(value)
+
     @field_validator("delimiter")
     @classmethod
     def _delimiter_is_a_character(cls, value: str | None) -> str | None:
@@ -204,6 +221,7 @@ class Task(BaseModel):
             raise ValueError(f"expected each label once among the grades, found {shown(self.grades)} for {theirs}")
         if self.metric == "quadratic_kappa" and not self.grades:
             raise ValueError("expected grades for the metric quadratic_kappa, found none")
+        self._check_unequal(known if isinstance(known, list) else None)
         if isinstance(known, list):
             all_labels = set(known)
             for alias, label in self.aliases.items():
@@ -212,6 +230,21 @@ class Task(BaseModel):
                         f"expected aliases of the labels {brief(known)}, found {brief(alias)} for {brief(label)}"
                     )
         return self
+
+    def _check_unequal(self, known: list[str] | None) -> None:
+        """Raise `ValueError` for class weights or costs of labels that the task does not have."""
+        weights = self.class_weight if isinstance(self.class_weight, dict) else {}
+        given = {label for row in self.costs.values() for label in row}
+        for field, named in {"class_weight": [*weights], "costs": [*self.costs, *sorted(given)]}.items():
+            if getattr(self, field) and known is None:
+                raise ValueError(
+                    f"expected the same labels for all rows with {field}, found answers that differ from row to row"
+                )
+            for label in named:
+                if known is not None and label not in known:
+                    raise ValueError(
+                        f"expected {field} of the task's labels, found {brief(label)}; {similar(label, known)}"
+                    )
 
     @classmethod
     def load(cls, name: str | os.PathLike) -> Task:
@@ -347,6 +380,12 @@ class Task(BaseModel):
         made._candidates = others
         return made
 
+    def changed(self, **changes: Any) -> Task:
+        """The task with other values for some fields. Raises `InputError` for wrong ones."""
+        made = self.create({**self.model_dump(), **changes})
+        made._candidates = self._candidates
+        return made
+
     @property
     def candidates(self) -> list[Template]:
         """Wordings to choose from, if `infer` made this task without one; otherwise none. A file does not keep them."""
@@ -453,7 +492,8 @@ class Task(BaseModel):
             raise InputError(error.message, hint, row=error.row) from error
 
     def metrics(self, labels: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-        """Accuracy, and F1 averaged over the labels that occur, both between 0 and 1; for grades also those of `Grades`."""
+        """Accuracy, and F1 averaged over the labels that occur, both between 0 and 1; for grades also those of `Grades`, and with
+        costs their mean."""
         from sklearn.metrics import accuracy_score, f1_score
 
         f1 = f1_score(labels, predictions, average="macro", zero_division=0)  # type: ignore[arg-type]
@@ -461,7 +501,12 @@ class Task(BaseModel):
             "accuracy": float(accuracy_score(labels, predictions)),
             "macro_f1": float(f1),
             **(Grades(self.grades).metrics(labels, predictions) if self.grades else {}),
+            **({"mean_cost": mean_cost(self.costs, labels, predictions)} if self.costs else {}),
         }
+
+    def weights(self, labels: Iterable[str] | Mapping[str, float]) -> dict[str, float]:
+        """Label → how much each of its rows counts among rows with these labels; empty: all the same (see `class_weights`)."""
+        return class_weights(self.class_weight, labels)
 
     def grade(self, probabilities: Mapping[str, float]) -> Grade | None:
         """The expected value of a row's label, and its spread; None for labels without an order."""
@@ -474,11 +519,11 @@ def few_shot(rows: Any, task: Task, per_label: int | None = None, seed: int = 0)
     Args:
         rows: the rows to draw from, as `as_rows` takes them.
         task: the task of the rows.
-        per_label: rows per label; None: 16, or all if a label has fewer.
+        per_label: rows per label; None: 16, or all if a label has fewer. A label without any rows is told by a warning.
         seed: decides the draw.
 
     Raises:
-        InputError: a label has fewer rows than `per_label`.
+        InputError: a label that has rows has fewer than `per_label`.
     """
     if per_label is not None and per_label < 1:
         raise InputError(f"Expected at least one training example for each label (per_label), found {per_label}.")
@@ -488,7 +533,10 @@ def few_shot(rows: Any, task: Task, per_label: int | None = None, seed: int = 0)
     by_label: dict[str, list[Row]] = {label: [] for label in sorted({*(task.labels or ()), *found})}
     for label, row in zip(found, rows, strict=True):
         by_label[label].append(row)
-    scarce = {label: len(its) for label, its in by_label.items() if len(its) < wanted}
+    unknown = [label for label, its in by_label.items() if not its]
+    if unknown:
+        logger.warning("No training examples for %s: only answer texts say what such labels mean.", shown(unknown))
+    scarce = {label: len(its) for label, its in by_label.items() if 0 < len(its) < wanted}
     if scarce:
         fewest = min(scarce, key=scarce.__getitem__)
         which = f"{len(scarce)} of {len(by_label)} labels, the fewest for {brief(fewest, 80)}: {scarce[fewest]}"
