@@ -379,6 +379,7 @@ class _Base:
         from ia3.adapter.pretrained import task_type
         from ia3.evaluation.forming import form_opinions, forms_opinions
         from ia3.evaluation.progress import Progress
+        from ia3.evaluation.start import Start
         from ia3.opinions.priors import weighted_shares
         from ia3.training.described import described
         from ia3.training.members import Member
@@ -391,7 +392,7 @@ class _Base:
                 config = IA3Config(task_type=kind, base_model_name_or_path=self.name, acts_from=place)
                 self.model.add_adapter("default", config)
             else:
-                self.model.load_adapter(recipe.init, "default", is_trainable=True)
+                Start(recipe.init).load(self.model, "default")
                 self.model.peft_config["default"].base_model_name_or_path = self.name
             self.model.set_adapter("default")
             arguments = recipe.training_arguments(folder, seed=seed, save_strategy="no", disable_tqdm=not verbose)

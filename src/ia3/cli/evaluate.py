@@ -97,12 +97,13 @@ def evaluate(
     from rich.markup import escape
 
     title = f"{len(rows)} rows: accuracy {result['accuracy']:.1%}, macro-F1 {result['macro_f1']:.1%}"
-    title += f", mean cost {result['mean_cost']:.2f}" if task.costs else ""
     shown = table("label", "precision", "recall", "F1", "rows", title=title)
     for name, values in result["labels"].items():
         numbers = (f"{values[key]:.1%}" for key in ("precision", "recall", "f1"))
         shown.add_row(escape(name), *numbers, str(values["rows"]))
     out.print(shown)
+    if task.costs:
+        out.print(f"Mean cost {result['mean_cost']:.2f}")
     out.print(
         f"Probabilities (temperature {result['temperature']:.2f}): log-loss {result['log_loss']:.3f}, expected "
         f"calibration error {result['calibration_error']:.1%}"

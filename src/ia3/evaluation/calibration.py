@@ -261,7 +261,7 @@ def trained_on_others(
                 if anew or start is None:
                     model.add_adapter(name, replace(config))
                 else:
-                    model.load_adapter(start.stored, name, is_trainable=True)
+                    start.load(model, name)
                 added.append(name)
             known = {task.label(row, number) for number, row in enumerate(rows, 1)}
             members = [

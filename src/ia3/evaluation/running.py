@@ -596,7 +596,7 @@ def with_adapters(base: PreTrainedModel, adapters: Mapping[str, Place], init: st
         return IA3Model(base, {name: IA3Config(**config, acts_from=place) for name, place in adapters.items()})
     model = IA3Model(base, {})
     for adapter in adapters:
-        model.load_adapter(init, adapter, is_trainable=True)
+        Start(init).load(model, adapter)
         model.peft_config[adapter].base_model_name_or_path = base.name_or_path
     model.set_adapter(next(iter(adapters)))
     return model

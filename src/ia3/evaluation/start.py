@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ia3.adapter.stored import SEEN, TASK_NAME, StoredAdapter
+from ia3.adapter.pretrained import HEADED, task_type
+from ia3.adapter.stored import SEEN, TASK_NAME, StoredAdapter, Tensors
 from ia3.errors import InputError
+from ia3.scoring.family import base_of
 from ia3.task.candidates import in_words
 from ia3.task.task import Row, Task
 from ia3.task.template import verbatim
+
+if TYPE_CHECKING:
+    import torch
+
+    from ia3.adapter.model import IA3Model
 
 
 class Start:
@@ -42,6 +51,21 @@ class Start:
         except InputError:  # its task cannot use the row
             return False
 
+    def load(self, model: IA3Model, name: str) -> None:
+        """Add the adapter to a model, to train it on. If it has a head for other labels than the model, the rows of the labels that
+        both have stay, and others begin at 0."""
+        places = getattr(base_of(model).config, "label2id", None)
+        stored = self.stored
+        if task_type(base_of(model)) in HEADED and self.task is not None and self.task.labels is not None and places:
+            before = sorted(self.task.labels)
+            if before != sorted(places):
+                stored = _Relabelled(self.stored.path)
+                stored.rows = [
+                    before.index(label) if label in before else None for label in sorted(places, key=places.get)
+                ]
+                stored.before = len(before)
+        model.load_adapter(stored, name, is_trainable=True)
+
     def worded(self, task: Task) -> Task | None:
         """A task without a wording in the words that the adapter knows; None if it was trained on another task.
 
@@ -53,12 +77,40 @@ class Start:
             return None
         if not {*known.labels} <= {*task.labels} or not {*known.columns} <= {*task.columns}:
             return None
-        templates = []
-        for number, template in enumerate(known.templates):
-            choices = _answers(task, known.choices_of(number))
-            templates.append({**template.model_dump(), "choices": choices})
-        fields = {"separator": known.separator, "truncate": known.truncate}
-        return Task.create({**task.model_dump(), **fields, "choices": templates[0]["choices"], "templates": templates})
+        answers = [_answers(task, known.choices_of(number)) for number in range(len(known.templates))]
+        templates = [
+            {**template.model_dump(), "choices": None if own == answers[0] else own}
+            for template, own in zip(known.templates, answers, strict=True)
+        ]
+        fields = {"separator": known.separator, "truncate": known.truncate, "choices": answers[0]}
+        return Task.create({**task.model_dump(), **fields, "templates": templates})
+
+
+class _Relabelled(StoredAdapter):
+    """An adapter whose head has other labels than the model that it is loaded into.
+
+    Attributes:
+        rows: for each label of the model, the row of the stored head; None: there is none.
+        before: the number of labels of the stored head.
+    """
+
+    rows: Sequence[int | None]
+    before: int
+
+    def vectors(self, pickled: bool = True) -> tuple[Tensors, dict[str, str]]:
+        """The tensors, those of the head with the model's labels."""
+        tensors, header = super().vectors(pickled)
+        return {
+            name: value if "ia3_l" in name or value.shape[0] != self.before else self._moved(value)
+            for name, value in tensors.items()
+        }, header
+
+    def _moved(self, value: torch.Tensor) -> torch.Tensor:
+        made = value.new_zeros((len(self.rows), *value.shape[1:]))
+        for row, old in enumerate(self.rows):
+            if old is not None:
+                made[row] = value[old]
+        return made
 
 
 def _answers(task: Task, known: object) -> dict[str, str]:

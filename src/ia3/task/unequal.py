@@ -92,12 +92,13 @@ def least_costly(probabilities: Mapping[str, float], costs: Costs) -> str:
     Without costs it is the most probable label. Of labels that cost the same it is the most probable one; of equally probable
     labels, the first in alphabetical order.
     """
-
-    def order(label: str) -> tuple[float, float, str]:
-        expected = math.fsum(p * cost_of(costs, truth, label) for truth, p in probabilities.items()) if costs else 0.0
-        return expected, -probabilities[label], label
-
-    return min(probabilities, key=order)
+    # A mistake costs 1; what is listed costs more or less than that. Few pairs may be listed, of many labels.
+    parts = {label: [-p] for label, p in probabilities.items()}
+    for truth, row in costs.items():
+        for given, cost in row.items():
+            if truth in parts and given in parts:
+                parts[given].append(probabilities[truth] * (cost - cost_of({}, truth, given)))
+    return min(parts, key=lambda label: (math.fsum(parts[label]), -probabilities[label], label))
 
 
 def mean_cost(costs: Costs, labels: Sequence[str], predictions: Sequence[str]) -> float:

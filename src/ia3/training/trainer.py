@@ -264,7 +264,8 @@ class TFewTrainer(ChoiceTrainer):
 
 
 def metrics_of(task: Task) -> Callable[[Any], dict[str, float]]:
-    """The task's metrics as `compute_metrics` for a trainer whose predictions are indices of choices."""
+    """The task's metrics as `compute_metrics` for a trainer whose predictions are indices of choices, the most probable ones even
+    where mistakes have costs."""
 
     def name(index: int) -> str:
         return str(index) if task.labels is None else task.labels[index]
