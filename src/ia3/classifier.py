@@ -162,7 +162,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     def predict(self, X: Any) -> np.ndarray:
         """The most probable label of each row (N,), with the type of the labels in `fit`; for a task with costs, the label with the
         least expected cost."""
-        return self.classes_[[self._labels.index(item.best) for item in self._predictions(X)]]
+        found = self._predictions(X)
+        return self.classes_[[self._labels.index(item.best) for item in found]]
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """The probability of each label (N, labels), in the order of `classes_`.

@@ -128,6 +128,13 @@ class TestWeigh:
         together = loss(sum(found[name] * part for name, part in parts.items()))
         assert together < min(map(loss, parts.values()))
 
+    def test_a_label_that_weighs_twice_is_as_if_its_rows_were_there_twice(self):
+        parts = {"vectors": opinion(Y, 0.75), "head": opinion(Y, 0.75, seed=3)}
+        twice = [*range(90), *np.flatnonzero(np.array(Y) == 1)]
+        expected = weigh({name: part[twice] for name, part in parts.items()}, [Y[row] for row in twice])
+        found = weigh(parts, Y, np.array([1.0, 2.0, 1.0]))
+        assert found == pytest.approx(expected, rel=1e-2) and found != pytest.approx(weigh(parts, Y), rel=1e-2)
+
     def test_with_few_rows_weights_stay_near_the_usual(self):
         sure = np.log(np.array([[0.999, 0.001], [0.001, 0.999]]))
         found = weigh({"vectors": sure, "head": sure}, [0, 1])

@@ -150,7 +150,8 @@ class Running:
 
     def _unseen(self, trial: Trial) -> Sequence[Row]:
         """A trial's test rows, without those that the adapter has learned which it starts from, unless test rows were given."""
-        if self.recipe.init is None or self.experiment.test is not None:
+        given = any(one.task is trial.task and one.test is not None for one in self.experiment.sources)
+        if self.recipe.init is None or given:
             return trial.test
         start = Start(self.recipe.init)
         test = [row for row in trial.test if not start.has_seen(row)]
@@ -309,10 +310,7 @@ class Running:
             said = np.log([[max(item.probabilities[name], 1e-12) for name in names] for item in items])
             prior, where = estimated_prior(said, seen, names), "as estimated on rows without labels"
         elif prior == "file":
-            prior, where = (
-                seen,
-                "as in the file" if task.class_weight is None else "as in the file, times their class weights",
-            )
+            prior, where = seen, "as in the file" + ("" if task.class_weight is None else ", times class weights")
             if trial.shares is not None:
                 # Labels without rows are not in the file because nobody had any: that is no reason to move them.
                 known = {name: trial.shares[name] for name in dict.fromkeys(labels)}

@@ -66,9 +66,9 @@ def class_weights(given: ClassWeight | None, labels: Iterable[str] | Mapping[str
         given: as of a task.
         labels: of the rows, or their counts.
     """
-    counts = {label: count for label, count in Counter(labels).items() if count > 0}
-    if given is None or not counts:
+    if given is None:
         return {}
+    counts = {label: count for label, count in Counter(labels).items() if count > 0}
     total = sum(counts.values())
     if given == BALANCED:
         return {label: total / (len(counts) * count) for label, count in counts.items()}
