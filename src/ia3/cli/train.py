@@ -212,9 +212,7 @@ def train(
         rows = {key: [getattr(source, key) for source in sources] for key in ("task", "rows", "test")}
         name = "fleet"
     if class_weight is not None:
-        weights, its = _class_weight(class_weight), rows["task"]
-        weighed = [one.changed(class_weight=weights) for one in (its if tasks is not None else [its])]
-        rows["task"] = weighed if tasks is not None else weighed[0]
+        rows["task"] = _weighed(rows["task"], class_weight)
     experiment = Experiment(
         **rows,
         folder=output or folder_of("adapters", name),
@@ -310,15 +308,15 @@ def _prior(prior: str | None, task: Task | Sequence[Task]) -> str | dict[str, fl
     return prior_of(prior, labels)
 
 
-def _class_weight(text: str) -> str | dict[str, str]:
-    """`label=weight,label=weight` as a dictionary; other text as it is."""
-    if "=" not in text:
-        return text
+def _weighed(task: Any, text: str) -> Any:
+    """A task, or several, with the class weights of --class-weight: `label=weight,label=weight`, or a word."""
+    if isinstance(task, list):
+        return [_weighed(one, text) for one in task]
     parts = [part.rpartition("=") for part in text.split(",")]
     found = {label.strip(): weight.strip() for label, _, weight in parts}
     if len(found) < len(parts):
         raise InputError(f"Expected one weight for each label, found {brief(text)}", argument="class_weight")
-    return found
+    return task.changed(class_weight=found if "=" in text else text)
 
 
 def _together(one: str, value: Any, other: str, others: Any) -> None:

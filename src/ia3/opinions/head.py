@@ -217,7 +217,7 @@ def _regression(values: np.ndarray, y: np.ndarray, weights: np.ndarray) -> tuple
     whole, low = np.zeros((count, values.shape[1])), np.zeros(count)
     labels = np.unique(y)
     if len(labels) > 1:
-        each = {label: weights[label] for label in labels.tolist()}
+        each = {label: float(weights[label]) for label in labels.tolist()}
         whole[labels], low[labels] = regression(values, y, _STRENGTH, 200, each)
     low[np.setdiff1d(np.arange(count), labels)] = low.min() - np.log(len(y) + 1)
     return whole, low
