@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ia3.adapter.model import IA3Model
+    from ia3.evaluation.prediction import Prediction
     from ia3.scoring.readings import Readings
 
 # The key of the labels, with their types, in metrics.json.
@@ -70,6 +71,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         dtype: the type of the base model's weights, as `load_base` takes it.
         random_state: decides the order in which training sees the rows, and the random templates.
         verbose: show progress during training.
+        class_weight: how much a row of each label counts: "balanced", n / (k · n_label), or label → weight, as scikit-learn's;
+            None: the task's, or all the same.
 
     Attributes:
         classes_: the labels, in the order of `predict_proba`'s columns.
@@ -90,6 +93,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         dtype: str = "auto",
         random_state: int | np.random.RandomState | None = 0,
         verbose: bool = False,
+        class_weight: Literal["balanced"] | Mapping[Any, float] | None = None,
     ) -> None:
         self.model = model
         self.template = template
@@ -99,6 +103,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self.dtype = dtype
         self.random_state = random_state
         self.verbose = verbose
+        self.class_weight = class_weight
 
     def __sklearn_tags__(self) -> Any:
         """The estimator's capabilities for scikit-learn."""
@@ -131,6 +136,11 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         if len(items) != len(values):
             raise InputError(f"Expected a label for each of the {len(items)} rows, found {len(values)}.")
         task = self._task(items, values, getattr(y, "name", None))
+        if self.class_weight is not None:
+            weights = self.class_weight
+            if isinstance(weights, Mapping):
+                weights = {_in_words(label): weight for label, weight in weights.items()}
+            task = task.changed(class_weight=weights)
         rows = [
             {**as_row(item, task, number), task.label_column: _in_words(value)}
             for number, (item, value) in enumerate(zip(items, values, strict=True), 1)
@@ -150,9 +160,10 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         return self
 
     def predict(self, X: Any) -> np.ndarray:
-        """The most probable label of each row (N,), with the type of the labels in `fit`."""
-        best = self.predict_proba(X).argmax(axis=1)
-        return self.classes_[best]
+        """The most probable label of each row (N,), with the type of the labels in `fit`; for a task with costs, the label with the
+        least expected cost."""
+        found = self._predictions(X)
+        return self.classes_[[self._labels.index(item.best) for item in found]]
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """The probability of each label (N, labels), in the order of `classes_`.
@@ -161,13 +172,17 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             NotFittedError: before `fit`.
             InputError: a row is empty or lacks a column.
         """
+        found = self._predictions(X)
+        return np.array([[item.probabilities[label] for label in self._labels] for item in found])
+
+    def _predictions(self, X: Any) -> list[Prediction]:
         check_is_fitted(self)
         from ia3.evaluation.prediction import predict
 
         task = self.task_
         rows = [as_row(item, task, number) for number, item in enumerate(self._items(X, reset=False), 1)]
         with self._lent() as (model, tokenizer):
-            found = predict(
+            return predict(
                 model,
                 tokenizer,
                 task,
@@ -176,7 +191,6 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
                 recipe=self.recipe_,
                 opinions=self.opinions_,
             )
-        return np.array([[item.probabilities[label] for label in self._labels] for item in found])
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write the adapter's folder for the commands, as `ia3 train` does: `ia3 predict FOLDER "some text"`.
@@ -366,7 +380,8 @@ class _Base:
         from ia3.adapter.pretrained import task_type
         from ia3.evaluation.forming import form_opinions, forms_opinions
         from ia3.evaluation.progress import Progress
-        from ia3.opinions.priors import shares_of
+        from ia3.evaluation.start import Start
+        from ia3.opinions.priors import weighted_shares
         from ia3.training.described import described
         from ia3.training.members import Member
         from ia3.training.trainer import TFewTrainer
@@ -378,7 +393,7 @@ class _Base:
                 config = IA3Config(task_type=kind, base_model_name_or_path=self.name, acts_from=place)
                 self.model.add_adapter("default", config)
             else:
-                self.model.load_adapter(recipe.init, "default", is_trainable=True)
+                Start(recipe.init).load(self.model, "default")
                 self.model.peft_config["default"].base_model_name_or_path = self.name
             self.model.set_adapter("default")
             arguments = recipe.training_arguments(folder, seed=seed, save_strategy="no", disable_tqdm=not verbose)
@@ -397,7 +412,8 @@ class _Base:
                 formed = form_opinions(
                     Progress(), "", self.model, self.tokenizer, task, rows, recipe, 0, seed, folder, kept
                 )
-                shares = shares_of([task.label(row) for row in rows], _labels_of(task))
+                labels = [task.label(row) for row in rows]
+                shares = weighted_shares(labels, task.weights(labels), _labels_of(task))
                 opinions = formed.opinions.toward(shares, shares)
                 files |= opinions.files()
             metrics = json.loads(files[METRICS_NAME])

@@ -103,6 +103,8 @@ def evaluate(
         numbers = (f"{values[key]:.1%}" for key in ("precision", "recall", "f1"))
         shown.add_row(escape(name), *numbers, str(values["rows"]))
     out.print(shown)
+    if task.costs:
+        out.print(f"Mean cost {result['mean_cost']:.2f}")
     out.print(
         f"Probabilities (temperature {result['temperature']:.2f}): log-loss {result['log_loss']:.3f}, expected "
         f"calibration error {result['calibration_error']:.1%}"

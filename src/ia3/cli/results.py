@@ -8,7 +8,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from ia3.cli.common import table
-from ia3.evaluation.results import METHODS, METRICS, OF_GRADES, OF_LABEL_SETS, spread
+from ia3.evaluation.results import METHODS, METRICS, OF_COSTS, OF_GRADES, OF_LABEL_SETS, spread
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,12 +25,12 @@ def print_table(out: Console, results: dict[str, Any]) -> None:
     if "micro_f1" in results.get("trained", {}):
         _print_label_sets(out, results)
     elif "trained" in results:
-        graded = {name: title for name, title in OF_GRADES.items() if name in results["trained"]}
-        scores = table("", *METRICS.values(), *graded.values(), title=f"{results['test_rows']} test rows")
+        more = {name: title for name, title in (OF_GRADES | OF_COSTS).items() if name in results["trained"]}
+        scores = table("", *METRICS.values(), *more.values(), title=f"{results['test_rows']} test rows")
         opinions = results.get("opinions", {})
 
         def cells(its: Mapping[str, float]) -> list[str]:
-            return [*(f"{its[name]:.1%}" for name in METRICS), *(f"{its[name]:.2f}" for name in graded)]
+            return [*(f"{its[name]:.1%}" for name in METRICS), *(f"{its[name]:.2f}" for name in more)]
 
         for key, name in METHODS.items():
             if key not in results:  # no balance where answers differ from row to row

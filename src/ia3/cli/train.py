@@ -125,6 +125,13 @@ def train(
         show_default=False,
     ),
     examples_per_label: int | None = ExamplesOption,
+    class_weight: str | None = typer.Option(
+        None,
+        "--class-weight",
+        help="How much a row of each label counts in training: 'balanced', so that each label counts the same however many rows "
+        "it has, or weights such as fraud=5 (others: 1). \\[default: the task's, otherwise all rows the same]",
+        show_default=False,
+    ),
     test_rows: int = TestRowsOption,
     recipe: str | None = RecipeOption,
     steps: int | None = StepsOption,
@@ -244,6 +251,8 @@ def train(
         sources = _sources(tasks, delimiter)
         rows = {key: [getattr(source, key) for source in sources] for key in ("task", "rows", "test")}
         name = "fleet"
+    if class_weight is not None:
+        rows["task"] = _weighed(rows["task"], class_weight)
     experiment = Experiment(
         **rows,
         folder=output or folder_of("adapters", name),
@@ -337,6 +346,17 @@ def _prior(prior: str | None, task: Task | Sequence[Task]) -> str | dict[str, fl
     if labels is None:
         raise InputError("Expected a task with the same labels for all rows", "leave out", argument="prior")
     return prior_of(prior, labels)
+
+
+def _weighed(task: Any, text: str) -> Any:
+    """A task, or several, with the class weights of --class-weight: `label=weight,label=weight`, or a word."""
+    if isinstance(task, list):
+        return [_weighed(one, text) for one in task]
+    parts = [part.rpartition("=") for part in text.split(",")]
+    found = {label.strip(): weight.strip() for label, _, weight in parts}
+    if len(found) < len(parts):
+        raise InputError(f"Expected one weight for each label, found {brief(text)}", argument="class_weight")
+    return task.changed(class_weight=found if "=" in text else text)
 
 
 def _together(one: str, value: Any, other: str, others: Any) -> None:
@@ -445,8 +465,7 @@ def source_of(
             "templates": None if template is None else [template],
             **{name: value or None for name, value in label_sets.fields.items()},
         }
-        values = description.model_dump() | {key: value for key, value in changes.items() if value is not None}
-        description = Task.create(values)
+        description = description.changed(**{key: value for key, value in changes.items() if value is not None})
         source = data or description.train
         if source is None:
             raise InputError(
@@ -475,11 +494,10 @@ def _describe(out: Console, experiment: Experiment, checkpoint: str | None) -> N
         say_seen(out, draws)
         example = (first.examples or first.test)[0]
         if task.candidates:
-            out.print(
-                f"The training examples choose the wording from {len(task.candidates)} (--template sets one). The answer choices:",
-                style="dim",
-                soft_wrap=True,
-            )
+            how = f"The training examples choose the wording from {len(task.candidates)} (--template sets one). "
+            if experiment.chosen_recipe.init is not None:  # whose wording it may be
+                how = ""
+            out.print(f"{how}The answer choices:", style="dim", soft_wrap=True)
             out.print("  → " + " | ".join(task.answers(example).values()), markup=False)
             continue
         count = len(task.templates)

@@ -9,6 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -246,6 +247,7 @@ def trained_on_others(
 
     from ia3.adapter.config import IA3Config
     from ia3.adapter.pretrained import task_type
+    from ia3.evaluation.start import Start
     from ia3.scoring.family import base_of
     from ia3.training.members import Member
     from ia3.training.trainer import TFewTrainer
@@ -255,19 +257,28 @@ def trained_on_others(
     free = (name for name in (f"fold{number}" for number in itertools.count()) if name not in model.peft_config)
     names = list(itertools.islice(free, folds))
     base = base_of(model)
-    config = {"task_type": task_type(base), "acts_from": recipe.place(base, task)}
+    start = None if recipe.init is None else Start(recipe.init)
+    if start is None:
+        config = IA3Config(task_type=task_type(base), acts_from=recipe.place(base, task))
+    else:
+        config = replace(start.stored.config, inference_mode=False)
+    # An adapter that was trained on held-out rows knows them already.
+    anew = start is None or any(map(start.has_seen, rows))
     by_fold = [names[fold] for fold in each]
     added: list[str] = []
     with _kept_as_it_is(model):
         try:
             for name in names:
-                if recipe.init is None:
-                    model.add_adapter(name, IA3Config(**config))
+                if anew or start is None:
+                    model.add_adapter(name, replace(config))
                 else:
-                    model.load_adapter(recipe.init, name, is_trainable=True)
+                    start.load(model, name)
                 added.append(name)
+            known = {task.label(row, number) for number, row in enumerate(rows, 1)}
             members = [
-                Member(task, [row for row, its in zip(rows, by_fold, strict=True) if its != name], name, seed)
+                Member(
+                    task, [row for row, its in zip(rows, by_fold, strict=True) if its != name], name, seed, known=known
+                )
                 for name in names
             ]
             arguments = recipe.training_arguments(output_dir, seed=seed, save_strategy="no", disable_tqdm=True)

@@ -120,6 +120,8 @@ def choose_model(
         losses = np.array(
             [-math.log(max(one.probabilities[y], 1e-12)) for one, y in zip(held_out, labels, strict=True)]
         )
+        weights = task.weights(labels)
+        losses *= np.array([weights.get(y, 1.0) for y in labels])
         accuracy = float(np.mean([one.best == y for one, y in zip(held_out, labels, strict=True)]))
         found[name] = count, losses, accuracy
     best = min((losses for _, losses, _ in found.values()), key=lambda losses: losses.mean())

@@ -303,7 +303,8 @@ class Experiment:
                     found[trial.name].update(more)
                     results[trial.name] = running.save(trial, found[trial.name], calibration, opinions)
                 elif self.folds:
-                    found[trial.name]["cross_validation"], calibration = running.cross_validate(trial)
+                    more, calibration = running.cross_validate(trial)
+                    found[trial.name].update(more)
                     results[trial.name] = running.save(trial, found[trial.name], calibration)
         groups: dict[str, list[str]] = {}
         for trial in running.trials:

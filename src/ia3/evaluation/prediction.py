@@ -18,6 +18,7 @@ from ia3.scoring.readings import Readings
 from ia3.scoring.scorer import Scorer
 from ia3.task.rows import items_of
 from ia3.task.task import Task
+from ia3.task.unequal import Costs, least_costly
 from ia3.training.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -36,25 +37,32 @@ class Prediction:
     """A row's label, and the probability of each label.
 
     Attributes:
-        label: the most probable label; where rows may have several, a tuple of those whose probability reaches their threshold,
-            in alphabetical order. None: it is not sure enough (`abstain_below`).
+        label: the most probable label, or with costs the one with the least expected cost; where rows may have several, a tuple
+            of those whose probability reaches their threshold, in alphabetical order. None: it is not sure enough
+            (`abstain_below`).
         probabilities: label → probability; the sum is 1, but where each label is decided by itself.
         scores: label → length-normalized log-probability of its answer text, or what several opinions make of it (see
             `Opinions`). Probabilities are computed from scores.
+        costs: what mistakes cost, as of a task.
         thresholds: label → the probability from which on a row has it; empty: rows have one label.
     """
 
     label: str | tuple[str, ...] | None
     probabilities: dict[str, float]
     scores: dict[str, float] = field(repr=False)
+    costs: Costs = field(default_factory=dict, repr=False)
     thresholds: Mapping[str, float] = field(default_factory=dict, repr=False)
 
     @property
     def best(self) -> Any:
-        """The label, or labels, however unsure; of equally probable labels, the first in alphabetical order."""
+        """The label, with the least expected cost (see `least_costly`), or the labels, however unsure."""
         if self.thresholds:
             return tuple(sorted(label for label in self.probabilities if self._has(label)))
-        return min(self.probabilities, key=lambda label: (-self.probabilities[label], label))
+        return least_costly(self.probabilities, self.costs)
+
+    def at(self, temperature: float) -> Prediction:
+        """The prediction from the same scores at another temperature."""
+        return self.of(self.scores, temperature, costs=self.costs, thresholds=self.thresholds)
 
     @property
     def sureness(self) -> float:
@@ -74,19 +82,20 @@ class Prediction:
         scores: Mapping[str, float],
         temperature: float = 1.0,
         abstain_below: float = 0.0,
+        costs: Costs | None = None,
         thresholds: Mapping[str, float] | None = None,
     ) -> Prediction:
         """The softmax of scores / temperature; with thresholds their sigmoid. The result does not depend on the order of the
         labels."""
         if thresholds:
             each = {label: 1 / (1 + math.exp(-max(score / temperature, -700.0))) for label, score in scores.items()}
-            found = cls(None, each, dict(scores), thresholds)
+            found = cls(None, each, dict(scores), thresholds=thresholds)
             return replace(found, label=found.best) if found.sureness >= abstain_below else found
         highest = max(scores.values())
         powers = {label: math.exp((score - highest) / temperature) for label, score in scores.items()}
         total = math.fsum(powers.values())  # exact in any order
         probabilities = {label: power / total for label, power in powers.items()}
-        found = cls(None, probabilities, dict(scores))
+        found = cls(None, probabilities, dict(scores), costs or {})
         return replace(found, label=found.best) if found.sureness >= abstain_below else found
 
 
@@ -105,7 +114,8 @@ def predict(
     readings: Readings | None = None,
     opinions: Opinions | None = None,
 ) -> list[Prediction]:
-    """Predict for each row the label whose answer text has the best length-normalized log-probability.
+    """Predict for each row the label whose answer text has the best length-normalized log-probability; for a task with costs, the
+    label with the least expected cost.
 
     Probabilities are the softmax of these scores, the distribution that the length-normalized loss trains.
 
@@ -117,7 +127,7 @@ def predict(
         on_progress: called with the indices of the rows that each batch finished.
         adapter_names: the adapter for each row; None: the active adapters.
         temperature: divides the scores to calibrate the probabilities (see `Calibration`); one number, or one per row.
-        abstain_below: give no label if the best label's probability is lower.
+        abstain_below: give no label if its probability is lower.
         template: the index of the task's template to use; balanced opinions ask in the first ones.
         recipe: decides length normalization and what to do about long prompts; None: the paper's.
         prefix: a text before each row's prompt, such as shots (see `predict_in_context`).
@@ -149,7 +159,8 @@ def predict(
     each = [its] * count
     scores = _scored(scorer, wordings, [recipe] * count, each, temperatures, adapter_names, on_progress, prefix)
     return [
-        Prediction.of(row, one, abstain_below, its.thresholds) for row, one in zip(scores, temperatures, strict=True)
+        Prediction.of(row, temperature, abstain_below, one.costs, its.thresholds)
+        for row, temperature, one in zip(scores, temperatures, tasks, strict=True)
     ]
 
 
@@ -230,7 +241,9 @@ def predict_each(
             None if on_progress is None else lambda done, asked=asked: on_progress([asked[i][0] for i in done]),
         )
         for (index, one), its in zip(asked, scores, strict=True):
-            found[index].append(Prediction.of(its, one.temperature, abstain_below, one.opinions.thresholds))
+            found[index].append(
+                Prediction.of(its, one.temperature, abstain_below, one.task.costs, one.opinions.thresholds)
+            )
     return found
 
 

@@ -39,6 +39,7 @@ METHODS = {
 }
 METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
 OF_LABEL_SETS = {"macro_f1": "macro-F1", "micro_f1": "micro-F1", "accuracy": "exact match"}
+OF_COSTS = {"mean_cost": "mean cost"}
 OF_GRADES = {"mean_absolute_error": "mean error", "quadratic_kappa": "kappa"}
 
 
@@ -88,6 +89,7 @@ def report(task: Task, predictions: Sequence[Prediction], labels: Sequence[str],
 
     from ia3.evaluation.calibration import Calibration
 
+    predictions = [prediction.at(temperature) for prediction in predictions]
     found = [prediction.best for prediction in predictions]
     names = task.labels or sorted({*labels, *found})
     truth, said = labels, found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections import Counter
@@ -17,6 +18,7 @@ from ia3.evaluation.balance import can_balance
 from ia3.evaluation.checkpoints import interruptible
 from ia3.evaluation.progress import Progress, Stage, training_stages
 from ia3.evaluation.results import majority_metrics, median_metrics, save_trained, tfidf_metrics
+from ia3.evaluation.start import Start
 from ia3.task.rows import as_rows
 
 if TYPE_CHECKING:
@@ -146,7 +148,7 @@ class Running:
         """The trials, each in the wordings that its examples chose, where its task has candidates."""
         from ia3.evaluation.wordings import choose_wording
 
-        found = []
+        found: list[Trial] = []
         chosen: dict[tuple[int, int], tuple[Task, list[Ranked]]] = {}
         for trial in self.experiment.trials:
             key = id(trial.task), id(trial.examples)  # learning rates share a draw
@@ -159,8 +161,20 @@ class Running:
                     self.progress.wordings(title, chosen[key][1], len(chosen[key][0].templates))
             task, ranking = chosen[key]
             self.rankings[trial.name] = ranking[: len(task.templates)]
-            found.append(replace(trial, task=task))
+            found.append(replace(trial, task=task, test=self._unseen(trial)))
         return found
+
+    def _unseen(self, trial: Trial) -> Sequence[Row]:
+        """A trial's test rows, without those that the adapter has learned which it starts from, unless test rows were given."""
+        given = any(one.task is trial.task and one.test is not None for one in self.experiment.sources)
+        if self.recipe.init is None or given:
+            return trial.test
+        start = Start(self.recipe.init)
+        test = [row for row in trial.test if not start.has_seen(row)]
+        if len(test) < len(trial.test):
+            count = len(trial.test) - len(test)
+            self.progress.say(f"{count} test rows are left out: {self.recipe.init} was trained on them.")
+        return test
 
     def zero_shot(self) -> dict[str, list[Scores]]:
         """For each trial what the untrained model has on its test rows, in each template that measures; see `trained`."""
@@ -264,7 +278,7 @@ class Running:
             by_vectors = [[one.scores for one in some] for some in zip(*each, strict=True)]
             if trial.name in self._by_vectors:
                 balanced = Opinions.of({VECTORS: 1.0}, balance=opinions.balance)
-                alone = [Prediction.of(balanced.together(one)) for one in by_vectors]
+                alone = [Prediction.of(balanced.together(one), costs=task.costs) for one in by_vectors]
                 found[VECTORS] = _scores(trial, alone, 0)
             by_heads: dict[str, list[Prediction]] = {}
             for name, head in opinions.heads.items():
@@ -276,7 +290,7 @@ class Running:
             together = []
             for index, one in enumerate(by_vectors):
                 heads = {name: its[index].scores for name, its in by_heads.items()}
-                together.append(Prediction.of(opinions.together(one, heads)))
+                together.append(Prediction.of(opinions.together(one, heads), costs=task.costs))
             results["trained"] = _scores(trial, together, 0)
         return results, opinions, calibration
 
@@ -292,11 +306,12 @@ class Running:
     def _moved(self, trial: Trial, opinions: Opinions) -> Opinions:
         """A trial's opinions for labels that are as frequent as where predictions will be made."""
         from ia3.evaluation.prediction import predict
-        from ia3.opinions.priors import BALANCED, estimated_prior, shares_of
+        from ia3.opinions.priors import BALANCED, estimated_prior, weighted_shares
 
         experiment, task = self.experiment, trial.task
         names = list(task.labels or ())
-        seen = shares_of([task.label(row) for row in trial.examples], names)
+        labels = [task.label(row) for row in trial.examples]
+        seen = weighted_shares(labels, task.weights(labels), names)
         prior, where = experiment.prior, "as you say"
         if experiment.unlabelled is not None:
             rows = as_rows(experiment.unlabelled, task)
@@ -315,7 +330,14 @@ class Running:
             said = np.log([[max(item.probabilities[name], 1e-12) for name in names] for item in items])
             prior, where = estimated_prior(said, seen, names), "as estimated on rows without labels"
         elif prior == "file":
-            prior, where = trial.shares or seen, "as in the file"
+            prior, where = seen, "as in the file" + ("" if task.class_weight is None else ", times class weights")
+            if trial.shares is not None:
+                # Labels without rows are not in the file because nobody had any: that is no reason to move them.
+                known = {name: trial.shares[name] for name in dict.fromkeys(labels)}
+                weights = task.weights(known)
+                known = {name: share * weights.get(name, 1.0) for name, share in known.items()}
+                rest = math.fsum(seen[name] for name in known) / math.fsum(known.values())
+                prior = {name: known[name] * rest if name in known else seen[name] for name in names}
         elif prior == BALANCED:
             prior, where = dict.fromkeys(names, 1 / len(names)), "equally"
         assert not isinstance(prior, str)
@@ -327,15 +349,16 @@ class Running:
             )
         return opinions.toward({name: prior[name] for name in names}, seen)
 
-    def cross_validate(self, trial: Trial) -> tuple[Scores, Calibration]:
-        """What a trial's examples have by adapters that have not seen them, and how they calibrate its own."""
-        experiment = self.experiment
-        return cross_validated(
+    def cross_validate(self, trial: Trial) -> tuple[dict[str, Any], Calibration]:
+        """What a trial's examples have by adapters that have not seen them, and how they calibrate its own; with costs, also what it
+        has on test rows with that, for then the decisions are others."""
+        experiment, task = self.experiment, trial.task
+        scores, calibration = cross_validated(
             self.progress,
             trial.titled("Cross-validation"),
             self.model,
             self.tokenizer,
-            trial.task,
+            task,
             trial.examples,
             self.recipe.changed(learning_rate=trial.learning_rate),
             experiment.folds,
@@ -343,6 +366,11 @@ class Running:
             experiment.checkpoints,
             self.readings,
         )
+        results: dict[str, Any] = {"cross_validation": scores}
+        if task.costs and trial.test and not experiment.all_templates:
+            said = [one.at(calibration.temperature) for one in self._by_vectors[trial.name]]
+            results["trained"] = _scores(trial, said, 0)
+        return results, calibration
 
     # Measuring.
 
@@ -548,10 +576,11 @@ def cross_validated(
     stage = progress.stage(title, recipe.steps)
     found = cross_validate(model, tokenizer, task, rows, recipe, folds, seed, folder, stage, readings)
     labels = [task.label(row) for row in rows]
-    scores = task.metrics(labels, [prediction.best for prediction in found])
+    calibration = Calibration.fit(found, labels)
+    scores = task.metrics(labels, [prediction.at(calibration.temperature).best for prediction in found])
     stage.end()
     _note(stage, task, [scores])
-    return scores, Calibration.fit(found, labels)
+    return scores, calibration
 
 
 def train_alone(
@@ -609,7 +638,7 @@ def with_adapters(base: PreTrainedModel, adapters: Mapping[str, Place], init: st
         return IA3Model(base, {name: IA3Config(**config, acts_from=place) for name, place in adapters.items()})
     model = IA3Model(base, {})
     for adapter in adapters:
-        model.load_adapter(init, adapter, is_trainable=True)
+        Start(init).load(model, adapter)
         model.peft_config[adapter].base_model_name_or_path = base.name_or_path
     model.set_adapter(next(iter(adapters)))
     return model

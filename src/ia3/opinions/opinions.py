@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -31,18 +31,22 @@ USUAL = 0.55
 MOST_ASKING = 3
 """Templates that ask the vectors, at most: each costs a question more."""
 
+# The least probability that labels without training rows leave to others.
+_NOTHING = 1e-9
+
 # How far the logarithms of weights are from that: a few dozen rows are no reason to trust one opinion alone.
 _SPREAD = 0.55
 
-# An opinion with a smaller part of the largest weight is not asked.
-_LEAST = 0.1
+LEAST = 0.1
+"""An opinion with a smaller part of the largest weight is not asked."""
 
 
 class Opinions(BaseModel):
     """What a folder's parts say to a row, and how much each counts.
 
     p(label) = softmax(Σ weight · log p of each opinion + log prior(label) - log seen(label)), where the vectors' opinion is
-    balanced, p = softmax(score + balance(label)), and its log p is the mean over the templates that ask.
+    balanced, p = softmax(score + balance(label)), and its log p is the mean over the templates that ask. A label that heads do not
+    know has the vectors' probability (see `_beside`).
 
     Where rows have several labels, each is decided by itself (`thresholds`): p(label) = sigmoid(Σ weight · score of each opinion
     + bias), where the vectors' score is balanced, too, and a head's is that of `Head.scores`.
@@ -172,12 +176,17 @@ class Opinions(BaseModel):
             return self._one_by_one(vectors, heads or {})
         by_vectors = self._by_vectors(vectors)
         found = {label: self.vectors * score + moved.get(label, 0.0) for label, score in by_vectors.items()}
+        if not self._heads:
+            return found
+        assert heads is not None
         for name in self._heads:
-            assert heads is not None
             said, weight = heads[name], self.weights[name]
-            # A label that had no training rows is less probable than any that had.
+            # Where nobody knows a label that had no training rows, it is less probable than any that had.
             least = min(said.values()) - math.log(len(said) + 1)
             found = {label: score + weight * said.get(label, least) for label, score in found.items()}
+        known = next(iter(self._heads.values())).labels
+        if self.vectors and found.keys() > {*known}:
+            return _beside(found, _log_probs(by_vectors), known, moved)
         return found
 
     def _one_by_one(
@@ -243,7 +252,32 @@ def _log_probs(scores: Mapping[str, float]) -> dict[str, float]:
     return {label: score - highest - total for label, score in scores.items()}
 
 
-def weigh(held_out: Mapping[str, np.ndarray], y: Sequence[int]) -> dict[str, float]:
+def _beside(
+    found: Mapping[str, float], vectors: Mapping[str, float], known: Collection[str], moved: Mapping[str, float]
+) -> dict[str, float]:
+    """Scores of all labels where some had no training rows.
+
+    A head has never seen such a label. Its log-probability would be made up: the surer it is of another label, the lower, whatever
+    the text. Only the vectors say something, by the answer text. So their probability of it stands, and a head shares the mass
+    that it knows of: what the vectors leave is divided among the known labels by all opinions together.
+
+        p(new) = p_vectors(new),  p(known) = (1 - Σ p_vectors(new)) · softmax(Σ weight · log p)(known)
+
+    Args:
+        found: label → the weighed sum; those of known labels are looked at.
+        vectors: label → log-probability by the vectors.
+        known: the labels that had training rows.
+        moved: label → what is added for the prior, to all labels.
+    """
+    among = _log_probs({label: score - moved.get(label, 0.0) for label, score in found.items() if label in known})
+    left = math.log(max(math.fsum(math.exp(vectors[label]) for label in among), _NOTHING))
+    beside = {label: left + among[label] if label in among else vectors[label] for label in found}
+    return {label: score + moved.get(label, 0.0) for label, score in beside.items()}
+
+
+def weigh(
+    held_out: Mapping[str, np.ndarray], y: Sequence[int], class_weight: np.ndarray | float = 1.0
+) -> dict[str, float]:
     """Weights with the lowest log-loss on rows that no opinion was formed on.
 
     A logarithmic opinion pool: weights above 0, their logarithms pulled to a usual one (see `USUAL`). An opinion that is
@@ -252,18 +286,24 @@ def weigh(held_out: Mapping[str, np.ndarray], y: Sequence[int]) -> dict[str, flo
     Args:
         held_out: name of an opinion → log-probabilities (N, K).
         y: the index of each row's label.
+        class_weight: how much a row of each label counts, (K,); or all.
     """
     from scipy.optimize import minimize
 
     rows, parts = np.arange(len(y)), np.stack(list(held_out.values()))
+    each = np.broadcast_to(class_weight, parts.shape[-1:])[list(y)]
 
     def loss(logs: np.ndarray) -> float:
         log_probs = log_softmax(np.tensordot(np.exp(logs), parts, 1), axis=1)
         pulled = ((logs - math.log(USUAL)) / _SPREAD) ** 2 / 2
-        return float(-log_probs[rows, list(y)].sum() + pulled.sum())
+        return float(-(log_probs[rows, list(y)] * each).sum() + pulled.sum())
 
     weights = np.exp(minimize(loss, np.full(len(parts), math.log(USUAL)), method="Nelder-Mead").x)
     heard = {
-        name: its for name, its, weight in zip(held_out, parts, weights, strict=True) if weight >= _LEAST * max(weights)
+        name: its for name, its, weight in zip(held_out, parts, weights, strict=True) if weight >= LEAST * max(weights)
     }
-    return dict(zip(held_out, weights.tolist(), strict=True)) if len(heard) == len(parts) else weigh(heard, y)
+    return (
+        dict(zip(held_out, weights.tolist(), strict=True))
+        if len(heard) == len(parts)
+        else weigh(heard, y, class_weight)
+    )

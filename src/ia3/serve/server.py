@@ -280,8 +280,9 @@ class Server:
 
         found, left = [], iter(scores)
         for row in asked:
-            scores_of = row.together([next(left) for _ in row.jobs])
-            item = Prediction.of(scores_of, row.temperature, body.abstain_below, row.opinions.thresholds)
+            together = row.together([next(left) for _ in row.jobs])
+            given = row.task.costs, row.opinions.thresholds
+            item = Prediction.of(together, row.temperature, body.abstain_below, *given)
             grade = row.task.grade(item.probabilities)
             graded = {} if grade is None else grade._asdict()
             answer: dict[str, Any] = {"label": item.label}

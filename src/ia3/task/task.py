@@ -33,6 +33,7 @@ from ia3.task.template import (
     is_missing,
     verbatim,
 )
+from ia3.task.unequal import ClassWeight, as_class_weight, as_costs, class_weights, mean_cost
 from ia3.task.wording import Wording
 
 logger = logging.getLogger(__name__)
@@ -105,6 +106,10 @@ class Task(BaseModel):
         label_separator: the text between a row's labels, of multi-label tasks whose cells are no lists.
         label_columns: a column for each label, that says whether a row has it (1 or 0, true or false, yes or no), instead of
             the label column; the columns' names are the labels.
+        class_weight: how much a row of each label counts in training, as scikit-learn's: "balanced", n / (k · n_label), or
+            label → weight (see `class_weights`); None: all the same.
+        costs: true label → label that is given → cost. Predictions give the label with the least expected cost (see
+            `least_costly`); a pair that is left out costs 1, a right label 0. Empty: the most probable label.
         separator: the text between prompt and answer text.
         metric: the metric to show during training.
         truncate: columns to shorten, in this order, if a prompt is longer than the model's context; empty: the longest
@@ -131,6 +136,8 @@ class Task(BaseModel):
     multi_label: bool = False
     label_separator: str | None = None
     label_columns: list[str] = []
+    class_weight: ClassWeight | None = None
+    costs: dict[str, dict[str, float]] = {}
     separator: str = " "
     metric: Literal["accuracy", "macro_f1", "micro_f1", "quadratic_kappa"] = "accuracy"
     truncate: list[str] = []
@@ -181,6 +188,16 @@ class Task(BaseModel):
     def _grades_are_text(cls, value: Any) -> Any:
         return [as_text(each) for each in value] if isinstance(value, (list, tuple)) else value
 
+    @field_validator("class_weight", mode="before")
+    @classmethod
+    def _weights_are_numbers(cls, value: Any) -> Any:
+        return as_class_weight(value)
+
+    @field_validator("costs", mode="before")
+    @classmethod
+    def _costs_are_numbers(cls, value: Any) -> Any:
+        return as_costs(value)
+
     @field_validator("delimiter")
     @classmethod
     def _delimiter_is_a_character(cls, value: str | None) -> str | None:
@@ -225,6 +242,7 @@ class Task(BaseModel):
             raise ValueError(f"expected each label once among the grades, found {shown(self.grades)} for {theirs}")
         if self.metric == "quadratic_kappa" and not self.grades:
             raise ValueError("expected grades for the metric quadratic_kappa, found none")
+        self._check_unequal(known if isinstance(known, list) else None)
         if self.multi_label:
             self._fits_label_sets(known)
         elif self.label_separator or self.label_columns:
@@ -251,10 +269,26 @@ class Task(BaseModel):
             )
         if self.label_separator == "":
             raise ValueError("expected some text as label_separator, found none")
-        if self.grades:
-            raise ValueError("expected one label for each row where labels have grades, found multi_label")
+        for field in ("grades", "class_weight", "costs"):
+            if getattr(self, field):
+                raise ValueError(f"expected one label for each row with {field}, found multi_label")
         if self.metric not in ("accuracy", "macro_f1", "micro_f1"):
             raise ValueError(f"expected a metric of accuracy, macro_f1, micro_f1 for multi_label, found {self.metric}")
+
+    def _check_unequal(self, known: list[str] | None) -> None:
+        """Raise `ValueError` for class weights or costs of labels that the task does not have."""
+        weights = self.class_weight if isinstance(self.class_weight, dict) else {}
+        given = {label for row in self.costs.values() for label in row}
+        for field, named in {"class_weight": [*weights], "costs": [*self.costs, *sorted(given)]}.items():
+            if getattr(self, field) and known is None:
+                raise ValueError(
+                    f"expected the same labels for all rows with {field}, found answers that differ from row to row"
+                )
+            for label in named:
+                if known is not None and label not in known:
+                    raise ValueError(
+                        f"expected {field} of the task's labels, found {brief(label)}; {similar(label, known)}"
+                    )
 
     @classmethod
     def load(cls, name: str | os.PathLike) -> Task:
@@ -420,6 +454,12 @@ class Task(BaseModel):
         made._candidates = others
         return made
 
+    def changed(self, **changes: Any) -> Task:
+        """The task with other values for some fields. Raises `InputError` for wrong ones."""
+        made = self.create({**self.model_dump(), **changes})
+        made._candidates = self._candidates
+        return made
+
     @property
     def candidates(self) -> list[Template]:
         """Wordings to choose from, if `infer` made this task without one; otherwise none. A file does not keep them."""
@@ -573,8 +613,8 @@ class Task(BaseModel):
             raise InputError(error.message, hint, row=error.row) from error
 
     def metrics(self, labels: Sequence[Truth], predictions: Sequence[Truth]) -> dict[str, float]:
-        """Accuracy, and F1 averaged over the labels that occur, both between 0 and 1; for grades also those of `Grades`; for
-        multi-label tasks see `metrics_of_sets`."""
+        """Accuracy, and F1 averaged over the labels that occur, both between 0 and 1; for grades also those of `Grades`, and with
+        costs their mean; for multi-label tasks see `metrics_of_sets`."""
         if self.multi_label:
             return metrics_of_sets(labels, predictions)
         from sklearn.metrics import accuracy_score, f1_score
@@ -584,7 +624,12 @@ class Task(BaseModel):
             "accuracy": float(accuracy_score(labels, predictions)),
             "macro_f1": float(f1),
             **(Grades(self.grades).metrics(labels, predictions) if self.grades else {}),
+            **({"mean_cost": mean_cost(self.costs, labels, predictions)} if self.costs else {}),
         }
+
+    def weights(self, labels: Iterable[str] | Mapping[str, float]) -> dict[str, float]:
+        """Label → how much each of its rows counts among rows with these labels; empty: all the same (see `class_weights`)."""
+        return class_weights(self.class_weight, labels)
 
     def grade(self, probabilities: Mapping[str, float]) -> Grade | None:
         """The expected value of a row's label, and its spread; None for labels without an order."""
@@ -597,11 +642,11 @@ def few_shot(rows: Any, task: Task, per_label: int | None = None, seed: int = 0)
     Args:
         rows: the rows to draw from, as `as_rows` takes them.
         task: the task of the rows.
-        per_label: rows per label; None: 16, or all if a label has fewer.
+        per_label: rows per label; None: 16, or all if a label has fewer. A label without any rows is told by a warning.
         seed: decides the draw.
 
     Raises:
-        InputError: a label has fewer rows than `per_label`.
+        InputError: a label that has rows has fewer than `per_label`.
     """
     if per_label is not None and per_label < 1:
         raise InputError(f"Expected at least one training example for each label (per_label), found {per_label}.")
@@ -613,7 +658,10 @@ def few_shot(rows: Any, task: Task, per_label: int | None = None, seed: int = 0)
     by_label: dict[str, list[Row]] = {label: [] for label in sorted({*(task.labels or ()), *found})}
     for label, row in zip(found, rows, strict=True):
         by_label[label].append(row)
-    scarce = {label: len(its) for label, its in by_label.items() if len(its) < wanted}
+    unknown = [label for label, its in by_label.items() if not its]
+    if unknown:
+        logger.warning("No training examples for %s: only answer texts say what such labels mean.", shown(unknown))
+    scarce = {label: len(its) for label, its in by_label.items() if 0 < len(its) < wanted}
     if scarce:
         _say_scarce(scarce, len(by_label), wanted, per_label)
     chosen = [row for its in by_label.values() for row in chance.sample(its, min(wanted, len(its)))]
