@@ -274,7 +274,8 @@ def trained_on_others(
                 else:
                     start.load(model, name)
                 added.append(name)
-            known = {task.label(row, number) for number, row in enumerate(rows, 1)}
+            truths = [task.truth(row, number) for number, row in enumerate(rows, 1)]
+            known = {label for its in truths for label in its} if task.multi_label else {*truths}
             members = [
                 Member(
                     task, [row for row, its in zip(rows, by_fold, strict=True) if its != name], name, seed, known=known
