@@ -54,20 +54,13 @@ def to_json(answers: Sequence[Answer], each: bool, named: bool = False, label: s
     grade = one.task.grade(one.found.probabilities)
     graded = {} if grade is None else grade._asdict()
     which = {"adapter": one.adapter} if named else {}
-    beside = {} if one.zero_shot is None else {"zero_shot": _labelled(one.zero_shot, "label")}
-    return {**which, **_labelled(one.found, label), **graded, **beside}
+    beside = {} if one.zero_shot is None else {"zero_shot": _labelled(one, one.zero_shot, "label")}
+    return {**which, **_labelled(one, one.found, label), **graded, **beside}
 
 
-def _labelled(found: Prediction, label: str) -> dict[str, Any]:
-    name = f"{label}s" if found.thresholds else label
-    return {name: found.label, "probabilities": found.probabilities}
-
-
-def _shown(found: Prediction) -> str:
-    """A label, or several, in a cell."""
-    if found.label is None:
-        return ""
-    return json.dumps(found.label, ensure_ascii=False) if found.thresholds else str(found.label)
+def _labelled(answer: Answer, found: Prediction, label: str) -> dict[str, Any]:
+    given = {f"{label}s": found.labels} if answer.task.multi_label else {label: found.label}
+    return {**given, "probabilities": found.probabilities}
 
 
 def write(path: Path, rows: Sequence[Row], answers: Sequence[Sequence[Answer]], each: bool, delimiter: str) -> None:
@@ -129,7 +122,8 @@ def _parts(answer: Answer, each: bool) -> list[tuple[str, dict[str, str]]]:
         grade = answer.task.grade(found.probabilities)
         graded = {} if grade is None else {name: f"{value:.4f}" for name, value in grade._asdict().items()}
         shares = {f"probability_{label}": f"{value:.6f}" for label, value in found.probabilities.items()}
-        parts.append((start, {"prediction": _shown(found), **graded, **shares}))
+        label = json.dumps(found.labels, ensure_ascii=False) if answer.task.multi_label else found.label
+        parts.append((start, {"prediction": "" if found.label is None else str(label), **graded, **shares}))
     return parts
 
 
@@ -188,9 +182,7 @@ def print_table(out: Console, rows: Sequence[Row], answers: Sequence[Sequence[An
 
 def _named(found: Prediction) -> str:
     """A label, or several, in a table."""
-    if found.label is None:
-        return "—"
-    return (", ".join(found.label) or "none") if found.thresholds else str(found.label)
+    return "—" if found.labels is None else ", ".join(found.labels) or "none"
 
 
 def _shortened(text: str) -> str:

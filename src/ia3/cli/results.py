@@ -119,7 +119,9 @@ def print_fleet_table(out: Console, members: Mapping[str, dict[str, Any]], seeds
 
     measured = {name: results for name, results in members.items() if "trained" in results}
     if measured:
-        scores = table("", "rows", *METHODS.values(), title="Accuracy (macro-F1) on test rows")
+        exact = all("micro_f1" in results["trained"] for results in measured.values())
+        title = f"{'Exact match' if exact else 'Accuracy'} (macro-F1) on test rows"
+        scores = table("", "rows", *METHODS.values(), title=title)
         for name, results in measured.items():
             scores.add_row(escape(name), str(results["test_rows"]), *_cells([results]))
         for shared, names in seeds.items():

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -22,7 +22,10 @@ from ia3.cli.common import (
     InitOption,
     JsonOption,
     LabelColumnOption,
+    LabelColumnsOption,
+    LabelSeparatorOption,
     MemoryOption,
+    MultiLabelOption,
     OpinionsOption,
     PriorOption,
     RecipeOption,
@@ -51,20 +54,6 @@ if TYPE_CHECKING:
     from ia3.task.task import Task
 
 EMBEDDED_TASK = "courses"
-
-
-class LabelSets(NamedTuple):
-    """The options for rows with several labels."""
-
-    multi_label: bool = False
-    label_separator: str | None = None
-    label_columns: str | None = None
-
-    @property
-    def fields(self) -> dict[str, Any]:
-        """As fields of a task."""
-        columns = [] if self.label_columns is None else [part.strip() for part in self.label_columns.split(",")]
-        return {**self._asdict(), "label_columns": columns}
 
 
 def train(
@@ -107,23 +96,9 @@ def train(
         show_default=False,
     ),
     choices: str | None = ChoicesOption,
-    multi_label: bool = typer.Option(
-        False,
-        "--multi-label",
-        help="Rows have any number of labels: the label column holds lists, or see --label-separator. Lists are recognized without it.",
-    ),
-    label_separator: str | None = typer.Option(
-        None,
-        "--label-separator",
-        help="What stands between the labels in a cell, such as ';'. The task is then multi-label.",
-        show_default=False,
-    ),
-    label_columns: str | None = typer.Option(
-        None,
-        "--label-columns",
-        help="A column of 1 and 0 for each label, instead of a label column: toxic,insult,threat. The task is then multi-label.",
-        show_default=False,
-    ),
+    multi_label: bool = MultiLabelOption,
+    label_separator: str | None = LabelSeparatorOption,
+    label_columns: str | None = LabelColumnsOption,
     examples_per_label: int | None = ExamplesOption,
     class_weight: str | None = typer.Option(
         None,
@@ -241,9 +216,9 @@ def train(
     rates = None if learning_rates is None else numbers("--learning-rates", learning_rates, float)
     rows: dict[str, Any]
     if tasks is None:
-        label_sets = LabelSets(multi_label, label_separator, label_columns)
+        several = label_sets(multi_label, label_separator, label_columns)
         source = source_of(
-            task, data, test_data, label_column, text_column, choices, template, delimiter, grades, label_sets
+            task, data, test_data, label_column, text_column, choices, template, delimiter, grades, several
         )
         rows = {"task": source.task, "rows": source.rows, "test": source.test}
         name = source.task.name
@@ -425,6 +400,16 @@ def _sources(files: str, delimiter: str | None) -> list[Source]:
     return sources
 
 
+def label_sets(multi_label: bool, label_separator: str | None, label_columns: str | None) -> dict[str, Any]:
+    """The options for rows with several labels, as fields of a task: those that are given."""
+    fields: dict[str, Any] = {}
+    if label_separator is not None:
+        fields["label_separator"] = label_separator
+    if label_columns is not None:
+        fields["label_columns"] = [part.strip() for part in label_columns.split(",")]
+    return {"multi_label": True, **fields} if fields or multi_label else {}
+
+
 def source_of(
     task: str | Task | None = None,
     data: str | None = None,
@@ -435,21 +420,20 @@ def source_of(
     template: str | None = None,
     delimiter: str | None = None,
     grades: str | None = None,
-    label_sets: LabelSets | None = None,
+    several: Mapping[str, Any] | None = None,
 ) -> Source:
-    """The task and rows that these options describe; without options, the embedded ones."""
+    """The task and rows that these options describe; without options, the embedded ones. `several` is of `label_sets`."""
     from ia3.evaluation.drawing import Source, read
     from ia3.task.reading import name_of, require_delimited
     from ia3.task.task import Task
 
     given = parse_choices(choices)
     ordered = [] if grades is None else [part.strip() for part in grades.split(",")]
-    label_sets = label_sets or LabelSets()
     if task is None and data is not None:
         require_delimited(delimiter, data, test_data)
         rows = read(data, delimiter=delimiter)
         description = Task.infer(
-            rows, label_column, text_column, given, template, name_of(data), ordered, **label_sets.fields
+            rows, label_column, text_column, given, template, name_of(data), ordered, **(several or {})
         )
     else:
         if task is None:
@@ -463,7 +447,7 @@ def source_of(
             "choices": given,
             "grades": ordered or None,
             "templates": None if template is None else [template],
-            **{name: value or None for name, value in label_sets.fields.items()},
+            **(several or {}),
         }
         description = description.changed(**{key: value for key, value in changes.items() if value is not None})
         source = data or description.train

@@ -100,6 +100,7 @@ def choose_model(
         InputError: answers that differ from row to row, labels with single rows, or a model of another kind.
     """
     progress = progress or Progress()
+    task.require_one_label()
     if task.labels is None or not can_balance(task):
         raise InputError(
             "Expected a task with the same labels for all rows, to choose a model by", "name one by", argument="model"

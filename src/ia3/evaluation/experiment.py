@@ -246,14 +246,30 @@ class Experiment:
             Sentences.found(self.chosen_recipe.encoder)
         for trial in self.trials:
             if trial.task.multi_label:
-                from ia3.evaluation.label_sets import require_label_sets
-
-                require_label_sets(trial.task, trial.examples)
+                self._check_label_sets(trial)
         if self.folds:
             from ia3.evaluation.calibration import fold_of_each
 
             for trial in self.trials:
                 fold_of_each(trial.task, trial.examples, self.folds, trial.seed)
+
+    def _check_label_sets(self, trial: Trial) -> None:
+        """Raise `InputError` for what a multi-label task cannot have."""
+        from ia3.evaluation.label_sets import require_label_sets
+
+        require_label_sets(trial.task, trial.examples)
+        unfit = {
+            "all_templates": self.all_templates,
+            "unlabelled": self.unlabelled is not None,
+            "prior": self.prior != "file",
+        }
+        for argument, given in unfit.items():
+            if given:
+                raise InputError(
+                    f"Expected a task with one label for each row, found the multi-label task {brief(trial.task.name)}",
+                    "leave out",
+                    argument=argument,
+                )
 
     def _check_prior(self) -> None:
         """Raise `InputError` for a prior that does not fit the tasks."""

@@ -60,6 +60,11 @@ class Prediction:
             return tuple(sorted(label for label in self.probabilities if self._has(label)))
         return least_costly(self.probabilities, self.costs)
 
+    @property
+    def labels(self) -> list[str] | None:
+        """The label or labels as a list, whatever the task; None: it is not sure enough."""
+        return [self.label] if isinstance(self.label, str) else None if self.label is None else list(self.label)
+
     def at(self, temperature: float) -> Prediction:
         """The prediction from the same scores at another temperature."""
         return self.of(self.scores, temperature, costs=self.costs, thresholds=self.thresholds)

@@ -19,6 +19,7 @@ from ia3.adapter.stored import (
     SEEN,
     TASK_NAME,
 )
+from ia3.errors import InputError
 from ia3.files import to_json
 from ia3.task.grades import Grades
 
@@ -90,6 +91,10 @@ def report(task: Task, predictions: Sequence[Prediction], labels: Sequence[str],
     from ia3.evaluation.calibration import Calibration
 
     predictions = [prediction.at(temperature) for prediction in predictions]
+    if task.multi_label and not all(prediction.thresholds for prediction in predictions):
+        raise InputError(
+            "Expected thresholds of a multi-label task's labels (opinions.json), found none", "train to the end, or anew"
+        )
     found = [prediction.best for prediction in predictions]
     names = task.labels or sorted({*labels, *found})
     truth, said = labels, found

@@ -81,21 +81,12 @@ class Running:
             for one in experiment.trials
         }
         moves = experiment.unlabelled is not None or experiment.prior != "file"
-        several = [one.task.multi_label for one in experiment.trials]
-        if any(several) and not reads_answers:
+        if not reads_answers and any(one.task.multi_label for one in experiment.trials):
             raise InputError(
                 "Expected a language model for rows with several labels, found one that reads no answers",
                 "take smollm2, or another; see",
                 argument="model",
             )
-        if any(several) and experiment.all_templates:
-            raise InputError(
-                "Expected a multi-label task in its first template alone, found all",
-                "leave out",
-                argument="all_templates",
-            )
-        if moves and any(several):
-            raise InputError("Expected no prior for labels that are decided one by one, found one", argument="prior")
         if moves and not all(self.forms_opinions.values()):
             raise InputError(
                 "Expected several opinions, whose probabilities can be moved to a prior, found vectors that answer alone",

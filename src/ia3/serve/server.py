@@ -285,11 +285,8 @@ class Server:
             item = Prediction.of(together, row.temperature, body.abstain_below, *given)
             grade = row.task.grade(item.probabilities)
             graded = {} if grade is None else grade._asdict()
-            answer: dict[str, Any] = {"label": item.label}
-            if (
-                row.task.multi_label
-            ):  # without its adapter, the base model has no thresholds, and gives the most probable one
-                answer = {"labels": item.label if item.thresholds or item.label is None else [item.label]}
+            # The base model has no thresholds, and gives the most probable label alone.
+            answer = {"labels": item.labels} if row.task.multi_label else {"label": item.label}
             found.append({**answer, "probabilities": item.probabilities, **graded})
         usage = {"prompt_tokens": sum(len(row.jobs[0][1].question.prompt) for row in asked)}
         names = [adapter.name for adapter in adapters]

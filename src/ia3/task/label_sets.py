@@ -17,11 +17,7 @@ def labels_in(cell: Any, separator: str | None = None) -> list[str]:
     >>> labels_in('["pin", "new"]'), labels_in("pin;new", ";"), labels_in("")
     (['pin', 'new'], ['pin', 'new'], [])
     """
-    items = list(cell) if isinstance(cell, (tuple, set, frozenset)) else items_of(cell)
-    if (
-        items is None and hasattr(cell, "tolist") and getattr(cell, "ndim", 0) == 1
-    ):  # an array, as Parquet files have them
-        items = cell.tolist()
+    items = _items(cell)
     if items is None:
         if is_missing(cell):
             return []
@@ -29,7 +25,7 @@ def labels_in(cell: Any, separator: str | None = None) -> list[str]:
             raise InputError(f"Expected a list of labels, found {brief(cell)}.")
         items = as_text(cell).split(separator) if separator else [cell]
     for item in items:
-        if isinstance(item, (list, tuple, set, dict)) or item is None or item != item:  # NaN differs from itself
+        if isinstance(item, (list, tuple, set, dict)) or getattr(item, "ndim", 0) or item is None or item != item:  # NaN
             raise InputError(f"Expected a list of labels, found {brief(item)} in it.")
     found = [as_text(item).strip() for item in items]
     return list(dict.fromkeys(label for label in found if label))
@@ -37,7 +33,14 @@ def labels_in(cell: Any, separator: str | None = None) -> list[str]:
 
 def is_list(cell: Any) -> bool:
     """Whether a cell holds a list."""
-    return isinstance(cell, (tuple, set, frozenset)) or items_of(cell) is not None or getattr(cell, "ndim", 0) == 1
+    return _items(cell) is not None
+
+
+def _items(cell: Any) -> list[Any] | None:
+    """The items of a cell that is a list of any kind, or a list as JSON; otherwise None."""
+    if isinstance(cell, (tuple, set, frozenset)):
+        return list(cell)
+    return cell.tolist() if getattr(cell, "ndim", 0) == 1 else items_of(cell)  # an array, as data frames have them
 
 
 def flag_of(cell: Any, column: str) -> bool:
@@ -51,12 +54,14 @@ def flag_of(cell: Any, column: str) -> bool:
 def metrics_of_sets(labels: Sequence[Sequence[str]], predictions: Sequence[Sequence[str]]) -> dict[str, float]:
     """Accuracy, the share of rows whose labels are all right and none too many; F1 averaged over the labels that occur, and that
     of all decisions together."""
-    from sklearn.metrics import accuracy_score, f1_score
     from sklearn.preprocessing import MultiLabelBinarizer
 
     maker = MultiLabelBinarizer().fit([*labels, *predictions])
-    if not len(maker.classes_):  # no label anywhere
-        return {"accuracy": 1.0, "macro_f1": 0.0, "micro_f1": 0.0}
+    # Not scikit-learn's metrics, which take the column of a single label as that of two classes.
     right, found = maker.transform(labels), maker.transform(predictions)
-    f1 = {name: float(f1_score(right, found, average=name, zero_division=0)) for name in ("macro", "micro")}  # type: ignore[arg-type]
-    return {"accuracy": float(accuracy_score(right, found)), "macro_f1": f1["macro"], "micro_f1": f1["micro"]}
+    both, all_given = 2 * (right & found).sum(0), (right + found).sum(0)
+    return {
+        "accuracy": float((right == found).all(1).mean()),
+        "macro_f1": float((both / all_given).mean()) if len(both) else 0.0,
+        "micro_f1": float(both.sum() / max(all_given.sum(), 1)),
+    }

@@ -75,8 +75,7 @@ def _label(value: Any) -> str:
 def _several(found: Any) -> InputError:
     return InputError(
         f"Expected one label, found {brief(found)}",
-        "a task whose rows have several is multi_label; see",
-        argument="multi_label",
+        "a task whose rows have several is multi_label (ia3 train --multi-label)",
     )
 
 
@@ -157,7 +156,9 @@ class Task(BaseModel):
                 raise ValueError("expected template or templates, one of the two, found both")
             values = {**values, "templates": [values["template"]]}
             del values["template"]
-        if isinstance(values, Mapping) and (values.get("label_columns") or values.get("label_separator")):
+        if isinstance(values, Mapping) and (
+            values.get("label_columns") or values.get("label_separator") is not None
+        ):
             values = {"multi_label": True, **values}
         if isinstance(values, Mapping) and values.get("label_columns"):
             values = {"choices": list(values["label_columns"]), **values}
@@ -245,7 +246,7 @@ class Task(BaseModel):
         self._check_unequal(known if isinstance(known, list) else None)
         if self.multi_label:
             self._fits_label_sets(known)
-        elif self.label_separator or self.label_columns:
+        elif self.label_separator is not None or self.label_columns:
             raise ValueError("expected multi_label with label_separator or label_columns, found it false")
         if isinstance(known, list):
             all_labels = set(known)
@@ -407,8 +408,7 @@ class Task(BaseModel):
             label_column = column_of(label_column, columns, "label", "label_column", [])
             answer_columns = [label_column]
         cells = [row.get(label_column) for row in rows]
-        if multi_label or label_separator or any(is_list(cell) for cell in cells):
-            multi_label = True
+        multi_label = multi_label or label_separator is not None or any(is_list(cell) for cell in cells)
         if choices is None and multi_label:
             known: set[str] = set()
             for number, cell in enumerate(cells, 1):
@@ -449,7 +449,7 @@ class Task(BaseModel):
             others = candidates(rows, texts, label_column, choices, own, name)
         values = {"name": name, "template": template, "label_column": label_column, "choices": dict(choices)}
         values |= {"grades": list(grades), "multi_label": multi_label, "label_columns": list(label_columns)}
-        values |= {} if label_separator is None else {"label_separator": label_separator}
+        values |= {"label_separator": label_separator}
         made = cls.create(values)
         made._candidates = others
         return made
@@ -535,6 +535,14 @@ class Task(BaseModel):
         found._candidates = self._candidates
         return found
 
+    def require_one_label(self) -> None:
+        """Raise `InputError` for a multi-label task, where only one label for each row will do."""
+        if self.multi_label:
+            raise InputError(
+                f"Expected a task with one label for each row, found the multi-label task {brief(self.name)}",
+                "use another",
+            )
+
     @property
     def answer_columns(self) -> list[str]:
         """The columns that say which labels a row has."""
@@ -558,11 +566,7 @@ class Task(BaseModel):
 
     def known_label(self, row: Row, answers: Mapping[str, str]) -> str:
         """The label in the label column, as one of the labels of `answers`; errors are those of `Wording.label`."""
-        if self.multi_label:
-            raise InputError(
-                f"Expected a task with one label for each row, found the multi-label task {brief(self.name)}",
-                "use another",
-            )
+        self.require_one_label()
         if self.label_column not in row:
             raise InputError(f"Expected a label column {self.label_column!r}, found the columns {shown(row, 20)}.")
         label = _label(row[self.label_column])

@@ -47,12 +47,14 @@ class Wording:
         Raises:
             InputError: the row lacks a column that the choices name, an answer is empty, or two are equal.
         """
+        others = set() if self.learns is None else {*self.labels} - {self.learns}
+        return {label: text for label, text in self._listed.items() if label not in others}
+
+    @functools.cached_property
+    def _listed(self) -> dict[str, str]:
+        """Label → answer text, of all labels."""
         with about(row=self.number):
-            found = answers_of(self._choices, self._read(self.row))
-            if self.learns is None:
-                return found
-            others = {*self.labels} - {self.learns}
-            return {label: text for label, text in found.items() if label not in others}
+            return answers_of(self._choices, self._read(self.row))
 
     @functools.cached_property
     def prompt(self) -> str:
@@ -88,7 +90,7 @@ class Wording:
     @property
     def _seen(self) -> Iterable[str]:
         """The answers, where the template sees them."""
-        return self.answers.values() if self.template.sees_answers else ()
+        return self._listed.values() if self.template.sees_answers else ()
 
     @functools.cached_property
     def label(self) -> str:
