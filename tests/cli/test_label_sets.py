@@ -178,11 +178,10 @@ def test_the_service(run, place, tmp_path):
             for one, its in zip(found, expected, strict=True):
                 assert one["labels"] == its["labels"] and set(one) == {"labels", "probabilities"}
                 assert one["probabilities"] == pytest.approx(its["probabilities"], abs=1e-4)
-        body = {"adapters": ["lists", "single"], "inputs": TEXTS[:1]}
+        body = {"adapters": ["lists", "single"], "texts": TEXTS[:1]}
         [both] = server.http.post("/v1/classify", json=body).json()["predictions"]
         assert both["lists"]["labels"] == ["pos", "tea"] and both["single"]["label"] == "pos"
-        body = {"adapter": "lists", "inputs": TEXTS[:1], "without_adapter": True}
-        [base] = server.http.post("/v1/classify", json=body).json()["predictions"]
+        [base] = server.classify("lists", TEXTS[:1], without_adapter=True).json()["predictions"]
         assert base["labels"] == [max(base["probabilities"], key=base["probabilities"].get)]
     finally:
         server.close()

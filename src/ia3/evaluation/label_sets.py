@@ -127,3 +127,13 @@ def require_label_sets(task: Task, rows: Sequence[Row]) -> None:
             f"Expected training rows with different labels, of at least two, found {', '.join(found) or 'none'} in "
             f"{len(rows)} rows."
         )
+
+
+def require_reading(tasks: Sequence[Task], reads_answers: bool) -> None:
+    """Raise `InputError` if one of the tasks is multi-label and the model reads no answers."""
+    if not reads_answers and any(task.multi_label for task in tasks):
+        raise InputError(
+            "Expected a language model for rows with several labels, found one that reads no answers",
+            "take smollm2, or another; see",
+            argument="model",
+        )

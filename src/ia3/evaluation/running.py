@@ -56,6 +56,7 @@ class Running:
     def __init__(self, experiment: Experiment, progress: Progress) -> None:
         from ia3.adapter.pretrained import load_base
         from ia3.evaluation.forming import forms_opinions, where_vectors_pay
+        from ia3.evaluation.label_sets import require_reading
         from ia3.scoring.families import family_of
         from ia3.scoring.readings import Readings
 
@@ -81,12 +82,7 @@ class Running:
             for one in experiment.trials
         }
         moves = experiment.unlabelled is not None or experiment.prior != "file"
-        if not reads_answers and any(one.task.multi_label for one in experiment.trials):
-            raise InputError(
-                "Expected a language model for rows with several labels, found one that reads no answers",
-                "take smollm2, or another; see",
-                argument="model",
-            )
+        require_reading([one.task for one in experiment.trials], reads_answers)
         if moves and not all(self.forms_opinions.values()):
             raise InputError(
                 "Expected several opinions, whose probabilities can be moved to a prior, found vectors that answer alone",
