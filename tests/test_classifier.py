@@ -11,11 +11,13 @@ import joblib
 import numpy as np
 import pandas
 import pytest
+import scipy.sparse
 import torch
 from safetensors.torch import load_file
 from sklearn.base import clone
 from sklearn.ensemble import VotingClassifier
 from sklearn.exceptions import NotFittedError
+from sklearn.metrics import accuracy_score
 from sklearn.model_selection import GridSearchCV, cross_val_predict, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
@@ -543,3 +545,80 @@ def test_folders_that_hold_no_classifier(make, tmp_path):
     (tmp_path / "task.yaml").unlink()
     with pytest.raises(InputError, match="Expected a task"):
         FewShotClassifier.load(tmp_path)
+
+
+class TestLabelSets:
+    """Rows with several labels, as scikit-learn's indicator matrices say them."""
+
+    names = ("neg", "pos", "tea")
+    texts = tuple(
+        f"the {'tea' if tea else 'soup'} was {' and '.join(['lovely'] * pos + ['awful'] * neg) or 'it'} {number}"
+        for number, (neg, pos, tea) in enumerate(np.ndindex(2, 2, 2))
+        for _ in range(3)
+    )
+    y = np.array([row for row in np.ndindex(2, 2, 2) for _ in range(3)])
+
+    def recipe(self, **changes):
+        return QUICK.changed(encoder="none", opinions="head", **changes)
+
+    @pytest.mark.parametrize("kind", ["matrix", "lists", "frame", "sparse"])
+    def test_it_learns_them(self, make, kind):
+        y = {
+            "matrix": self.y,
+            "lists": self.y.tolist(),
+            "frame": pandas.DataFrame(self.y, columns=["tea", "b", "a"]).astype(bool),
+            "sparse": scipy.sparse.csr_matrix(self.y),
+        }[kind]
+        choices = None if kind == "frame" else {0: "bad", 1: "good", 2: "tea"}
+        classifier = make(template=TEMPLATE, choices=choices, recipe=self.recipe()).fit(self.texts, y)
+        assert classifier.classes_.tolist() == (["tea", "b", "a"] if kind == "frame" else [0, 1, 2])
+        found, probabilities = classifier.predict(self.texts), classifier.predict_proba(self.texts)
+        np.testing.assert_array_equal(found, self.y)
+        assert found.dtype.kind == "i" and probabilities.shape == (24, 3)
+        thresholds = [classifier.opinions_.thresholds[str(name)] for name in classifier.classes_]
+        np.testing.assert_array_equal(probabilities >= thresholds, found)
+        shifted = np.roll(self.y, 1, axis=0)
+        assert classifier.score(self.texts, shifted) == accuracy_score(shifted, found) < 1
+
+    def test_it_is_saved_and_loaded(self, make, tmp_path):
+        y = pandas.DataFrame(self.y, columns=["tea", "b", "a"])
+        classifier = make(template=TEMPLATE, recipe=self.recipe()).fit(self.texts, y)
+        classifier.save(tmp_path / "saved")
+        joblib.dump(classifier, tmp_path / "dumped")
+        for again in (FewShotClassifier.load(tmp_path / "saved"), joblib.load(tmp_path / "dumped")):
+            assert again.classes_.tolist() == ["tea", "b", "a"]
+            np.testing.assert_array_equal(again.predict(self.texts), self.y)
+
+    def test_vectors_with_answers(self, make):
+        choices = {0: "bad", 1: "good", 2: "tea"}
+        recipe = QUICK.changed(encoder="none", opinions="vectors")
+        classifier = make(template=TEMPLATE, choices=choices, recipe=recipe).fit(self.texts, self.y)
+        assert classifier.task_.choices == {"0": "bad", "1": "good", "2": "tea"}
+        assert set(classifier.opinions_.weights) == {"vectors"} and classifier.predict(self.texts).shape == (24, 3)
+
+    def test_a_task(self, make):
+        for fields in ({}, {"label_columns": ["tea", "pos", "neg"]}):
+            task = Task.create({"template": TEMPLATE, "choices": list(self.names), "multi_label": True, **fields})
+            frame = pandas.DataFrame(self.y, columns=self.names)
+            classifier = make(task=task, recipe=self.recipe()).fit(self.texts, frame)
+            assert classifier.classes_.tolist() == [*self.names]
+            np.testing.assert_array_equal(classifier.predict(self.texts), self.y)
+        with pytest.raises(InputError, match="as columns of y, found 0, 1, 2"):
+            make(task=task).fit(self.texts, self.y)
+        with pytest.raises(InputError, match="Expected an indicator matrix as y for a multi-label task"):
+            make(task=task).fit(self.texts, np.array(self.names * 8))
+
+    @pytest.mark.parametrize(
+        "y", [[["a"], ["a", "b"]] * 12, [["a", "b"], ["b", "c"]] * 12, [{"a"}, set()] * 12, [[0, 2], [1, 1]] * 12]
+    )
+    def test_no_matrix_of_indicators(self, make, y):
+        with pytest.raises(InputError, match=r"make a matrix of lists of labels with sklearn\S+MultiLabelBinarizer"):
+            make().fit(self.texts, y)
+
+    def test_what_cannot_be_learned(self, make):
+        with pytest.raises(InputError, match="Expected training rows with different labels, of at least two"):
+            make().fit(self.texts, np.ones((24, 2)))
+        with pytest.raises(InputError, match="Expected a label for each of the 24 rows, found 23"):
+            make().fit(self.texts, self.y[1:])
+        with pytest.raises(InputError, match="one label for each row with class_weight"):
+            make(class_weight="balanced").fit(self.texts, self.y)

@@ -37,6 +37,7 @@ def test_every_block_is_named_once_and_run_here_or_by_ci():
     assert set(blocks("example")) == {
         "train", "template", "classifier", "classifier-frame", "python", "peft", "modules", "rule", "several", "mixed", "question", "question-decoder", "readings", "bank", "auto", "convert",
         "families", "task.yaml", "task", "task-python", "suggest", "pairs.yaml", "cause.yaml", "endings.yaml", "stars.yaml", "tasks",
+        "class-weight", "dear.yaml", "costs", "added", "unseen", "unequal-python",
         "prompts-python", "fleet", "fleet-python", "many", "many-python", "compare", "compare-python",
         "pretrain", "pretrain-python", "raft", "opinions", "opinions-python", "suggest-rows", "mine.yaml", "recipe", "recipe-python", "experiment-python", "benchmarks",
         # Those of docs/serve.md run in serve/test_docs.py.
@@ -60,6 +61,9 @@ def place(tmp_path_factory):
     lines = [f"{row['text']},{names[row['label']]}" for row in words.rows(60)]
     for name in ("tickets", "checked", "new"):
         (folder / f"{name}.csv").write_text("message,queue\n" + "\n".join(lines) + "\n")
+    more = [f"{row['text']} fine {number},other" for number, row in enumerate(words.rows(8, seed=1))]
+    (folder / "more.csv").write_text("message,queue\n" + "\n".join([*lines[:32], *more]) + "\n")
+    (folder / "dear.yaml").write_text(blocks("example")["dear.yaml"])
     (folder / "pool.csv").write_text("message\n" + "\n".join(row["text"] for row in words.different(40)) + "\n")
     tiny.classifier(vocab_size=len(words.VOCABULARY)).base_model.save_pretrained(folder / "encoder")
     words.enclosing().save_pretrained(folder / "encoder")
@@ -107,6 +111,10 @@ def place(tmp_path_factory):
         "recipe",
         "opinions",
         "suggest-rows",
+        "class-weight",
+        "costs",
+        "added",
+        "unseen",
     ],
 )
 def test_commands(name, place, monkeypatch, capsys):
@@ -132,6 +140,8 @@ def test_commands(name, place, monkeypatch, capsys):
         assert list(said) == ["tickets/lr-0.001", "urgency/lr-0.001"] and "zero_shot" in said["tickets/lr-0.001"]
     if name == "pretrain":
         assert (place / "adapters" / "from-start" / "adapter_model.safetensors").is_file()
+    if name == "added":
+        assert Task.load(place / "adapters" / "more-queues" / "task.yaml").labels == ["billing", "other", "technical"]
     if name == "raft":
         lines = (place / "raft-results" / "overruling" / "predictions.csv").read_text().splitlines()
         assert lines[0] == "ID,Label" and lines[-1].startswith("59,") and len(lines) == 11
@@ -267,6 +277,14 @@ def test_an_experiment_in_python(place, monkeypatch, capsys):
     assert capsys.readouterr().out.count("accuracy") == 3
     its = ia3.AdapterFolder("adapters/tried")
     assert its.calibration is not None and its.metrics["trained"] == scope["outcome"].results["trained"]
+
+
+def test_unequal_labels_in_python(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    code = blocks("example")["unequal-python"]
+    code = code.replace("FewShotClassifier(", 'FewShotClassifier(model="model", recipe="quick.yaml", ', 1)
+    exec(compile(code, "unequal-python", "exec"), {})
+    assert re.fullmatch(r"\d.\d+ {'technical': {'billing': 20.0}}\n", capsys.readouterr().out)
 
 
 def test_opinions_in_python(place, monkeypatch, capsys):

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ia3.adapter.model import IA3Model
+    from ia3.evaluation.prediction import Prediction
     from ia3.scoring.readings import Readings
 
 # The key of the labels, with their types, in metrics.json.
@@ -58,7 +59,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     the base model by its name.
 
     Rows are texts, or have several columns: a DataFrame, dictionaries, or an array, whose columns are "x0", "x1", ….
-    Labels are texts, integers or booleans.
+    Labels are texts, integers or booleans. Where rows have several labels each, y is an indicator matrix, as of
+    scikit-learn's MultiLabelBinarizer.
 
     Args:
         model: the base model: a folder, a hub id, "smollm2" or "minilm", as `load_base` takes it.
@@ -70,9 +72,12 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         dtype: the type of the base model's weights, as `load_base` takes it.
         random_state: decides the order in which training sees the rows, and the random templates.
         verbose: show progress during training.
+        class_weight: how much a row of each label counts: "balanced", n / (k · n_label), or label → weight, as scikit-learn's;
+            None: the task's, or all the same.
 
     Attributes:
-        classes_: the labels, in the order of `predict_proba`'s columns.
+        classes_: the labels, in the order of `predict_proba`'s columns; of an indicator matrix the names of its columns, or
+            their numbers.
         task_: the `Task` of the classifier.
         recipe_: the `Recipe` that it was trained with.
         temperature_: divides the scores; 1 unless a calibrated adapter was loaded.
@@ -90,6 +95,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         dtype: str = "auto",
         random_state: int | np.random.RandomState | None = 0,
         verbose: bool = False,
+        class_weight: Literal["balanced"] | Mapping[Any, float] | None = None,
     ) -> None:
         self.model = model
         self.template = template
@@ -99,12 +105,14 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self.dtype = dtype
         self.random_state = random_state
         self.verbose = verbose
+        self.class_weight = class_weight
 
     def __sklearn_tags__(self) -> Any:
         """The estimator's capabilities for scikit-learn."""
         tags = super().__sklearn_tags__()
         tags.input_tags.string = tags.input_tags.dict = True
         tags.input_tags.allow_nan = True  # a row may have empty cells beside others
+        tags.classifier_tags.multi_label = True
         tags.classifier_tags.poor_score = True  # for numbers, because it reads them as text
         return tags
 
@@ -113,7 +121,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
         Args:
             X: N texts or rows.
-            y: N labels. If y is a Series, the prompt contains its name.
+            y: N labels. If y is a Series, the prompt contains its name. Or whether each row has each label (N, labels); a
+                DataFrame's columns name them, otherwise `choices` gives answer texts to their numbers.
 
         Raises:
             InputError: a row or label is missing or empty, all labels are equal, `choices` or `task` lack a label, or a
@@ -127,16 +136,29 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             seed = check_random_state(seed).randint(2**31)
         recipe = _loaded("recipe", self.recipe, Recipe, Recipe.load)
         items = self._items(X, reset=True)
-        values = _label_values(y)
+        several = _indicators(y)
+        values = _label_values(y) if several is None else several[1]
         if len(items) != len(values):
             raise InputError(f"Expected a label for each of the {len(items)} rows, found {len(values)}.")
-        task = self._task(items, values, getattr(y, "name", None))
+        cells: list[Any] = [_in_words(value) for value in values] if several is None else _label_sets(*several)
+        task = self._task(items, cells, getattr(y, "name", None), None if several is None else several[0])
+        if self.class_weight is not None:
+            weights = self.class_weight
+            if isinstance(weights, Mapping):
+                weights = {_in_words(label): weight for label, weight in weights.items()}
+            task = task.changed(class_weight=weights)
         rows = [
-            {**as_row(item, task, number), task.label_column: _in_words(value)}
-            for number, (item, value) in enumerate(zip(items, values, strict=True), 1)
+            {**as_row(item, task, number), task.label_column: cell, **{name: name in cell for name in task.label_columns}}
+            for number, (item, cell) in enumerate(zip(items, cells, strict=True), 1)
         ]
         task.check(rows)
-        by_label = _values_by_label(task, rows, values)
+        if several is None:
+            by_label = _values_by_label(task, rows, values)
+        else:
+            from ia3.evaluation.label_sets import require_label_sets
+
+            require_label_sets(task, rows)
+            by_label = {_in_words(name): name for name in several[0]}
         base = _base(name, self.dtype, [*by_label])
         recipe = recipe or Recipe.for_model(name)
         from ia3.scoring.readings import Readings
@@ -150,9 +172,12 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         return self
 
     def predict(self, X: Any) -> np.ndarray:
-        """The most probable label of each row (N,), with the type of the labels in `fit`."""
-        best = self.predict_proba(X).argmax(axis=1)
-        return self.classes_[best]
+        """The most probable label of each row (N,), with the type of the labels in `fit`; for a task with costs, the label with the
+        least expected cost. Where rows have several labels, whether each row has each label (N, labels)."""
+        found = self._predictions(X)
+        if self.task_.multi_label:
+            return np.array([[int(label in item.best) for label in self._labels] for item in found])
+        return self.classes_[[self._labels.index(item.best) for item in found]]
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """The probability of each label (N, labels), in the order of `classes_`.
@@ -161,13 +186,17 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             NotFittedError: before `fit`.
             InputError: a row is empty or lacks a column.
         """
+        found = self._predictions(X)
+        return np.array([[item.probabilities[label] for label in self._labels] for item in found])
+
+    def _predictions(self, X: Any) -> list[Prediction]:
         check_is_fitted(self)
         from ia3.evaluation.prediction import predict
 
         task = self.task_
         rows = [as_row(item, task, number) for number, item in enumerate(self._items(X, reset=False), 1)]
         with self._lent() as (model, tokenizer):
-            found = predict(
+            return predict(
                 model,
                 tokenizer,
                 task,
@@ -176,7 +205,6 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
                 recipe=self.recipe_,
                 opinions=self.opinions_,
             )
-        return np.array([[item.probabilities[label] for label in self._labels] for item in found])
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write the adapter's folder for the commands, as `ia3 train` does: `ia3 predict FOLDER "some text"`.
@@ -210,7 +238,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             raise InputError(f"The adapter in {brief(str(folder))} names no base model; say which: load(…, model=…).")
         labels = _labels_of(task)
         values = found.metrics.get(_CLASSES, labels)
-        if not isinstance(values, list) or [*map(_in_words, values)] != labels:
+        if not isinstance(values, list) or sorted(map(_in_words, values)) != sorted(labels):
             raise InputError(
                 f"Expected the labels {shown(labels)} as {_CLASSES!r} in {METRICS_NAME} of {brief(str(folder))}, found "
                 f"{brief(values)}; delete it."
@@ -218,7 +246,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         made = cls(name, task=task, recipe=found.recipe, dtype=dtype)
         base = _base(_path("model", name), dtype, labels, found.config.task_type)
         made._files = base.load(found)
-        made._keep(base, task, found.recipe, found.temperature, found.opinions, dict(zip(labels, values, strict=True)))
+        by_label = {_in_words(value): value for value in values}
+        made._keep(base, task, found.recipe, found.temperature, found.opinions, by_label)
         return made
 
     def __getstate__(self) -> dict[str, Any]:
@@ -237,7 +266,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     ) -> None:
         """Set the fitted attributes; `by_label` maps the task's labels to those that `predict` returns."""
         classes = np.array([*by_label.values()], dtype=dtype)
-        order = classes.argsort()
+        order = np.arange(len(classes)) if task.multi_label else classes.argsort()
         self.classes_, self._labels = classes[order], [[*by_label][i] for i in order]
         self.task_, self.recipe_, self.temperature_, self.opinions_ = task, recipe, temperature, opinions
         self._base, self._name_and_dtype = base, (base.name, self.dtype)
@@ -270,13 +299,17 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             raise InputError("Expected at least one row, found none.")
         return items
 
-    def _task(self, items: Sequence[Any], values: Sequence[Any], name: Any) -> Task:
-        """The task of the parameters, or one made from rows and labels; `name` is the label column."""
+    def _task(self, items: Sequence[Any], cells: Sequence[Any], name: Any, several: Sequence[Any] | None) -> Task:
+        """The task of the parameters, or one made from rows and labels; `name` is the label column, and `several` the labels of
+        which rows have several."""
         task = _loaded("task", self.task, Task, Task.load)
         if task is not None:
             if self.template is not None or self.choices is not None:
                 raise InputError("Expected a task, or template and choices, found both; a task has its own.")
-            _labels_of(task)
+            if sorted(_labels_of(task)) != sorted(map(_in_words, several or _labels_of(task))):
+                raise InputError(f"Expected the labels {shown(_labels_of(task))} as columns of y, found {shown(several)}.")
+            if task.multi_label and several is None:
+                raise InputError("Expected an indicator matrix as y for a multi-label task, found one label for each row.")
             return task
         choices = self.choices
         if choices is not None:
@@ -292,7 +325,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             name = "label"
             while name in columns:
                 name += "_"
-        rows = [{**dict.fromkeys(columns), name: _in_words(value)} for value in values]
+        cells = cells if several is None else [[_in_words(label) for label in several], *cells]  # also labels of no row
+        rows = [{**dict.fromkeys(columns), name: cell} for cell in cells]
         return Task.infer(rows, name, columns if self.template is None else None, choices, self.template)
 
 
@@ -365,8 +399,10 @@ class _Base:
         from ia3.adapter.config import IA3Config
         from ia3.adapter.pretrained import task_type
         from ia3.evaluation.forming import form_opinions, forms_opinions
+        from ia3.evaluation.label_sets import form_label_sets, require_reading
         from ia3.evaluation.progress import Progress
-        from ia3.opinions.priors import shares_of
+        from ia3.evaluation.start import Start
+        from ia3.opinions.priors import weighted_shares
         from ia3.training.described import described
         from ia3.training.members import Member
         from ia3.training.trainer import TFewTrainer
@@ -378,13 +414,15 @@ class _Base:
                 config = IA3Config(task_type=kind, base_model_name_or_path=self.name, acts_from=place)
                 self.model.add_adapter("default", config)
             else:
-                self.model.load_adapter(recipe.init, "default", is_trainable=True)
+                Start(recipe.init).load(self.model, "default")
                 self.model.peft_config["default"].base_model_name_or_path = self.name
             self.model.set_adapter("default")
             arguments = recipe.training_arguments(folder, seed=seed, save_strategy="no", disable_tqdm=not verbose)
             kept = readings if self.model.waits_for_question() else None
             trainer = TFewTrainer(self.model, arguments, self.tokenizer, Member(task, rows), recipe, kept)
-            forms = forms_opinions(recipe, task, trainer.scorer.family.reads_answers)
+            reads_answers = trainer.scorer.family.reads_answers
+            require_reading([task], reads_answers)
+            forms = task.multi_label or forms_opinions(recipe, task, reads_answers)
             if not verbose:
                 trainer.silence()
             if recipe.opinions != "head":
@@ -394,11 +432,13 @@ class _Base:
             self.model.eval()
             files, opinions = self._written(), Opinions()
             if forms:
-                formed = form_opinions(
-                    Progress(), "", self.model, self.tokenizer, task, rows, recipe, 0, seed, folder, kept
-                )
-                shares = shares_of([task.label(row) for row in rows], _labels_of(task))
-                opinions = formed.opinions.toward(shares, shares)
+                form = form_label_sets if task.multi_label else form_opinions
+                formed = form(Progress(), "", self.model, self.tokenizer, task, rows, recipe, 0, seed, folder, kept)
+                opinions = formed.opinions
+                if not task.multi_label:
+                    labels = [task.label(row) for row in rows]
+                    shares = weighted_shares(labels, task.weights(labels), _labels_of(task))
+                    opinions = opinions.toward(shares, shares)
                 files |= opinions.files()
             metrics = json.loads(files[METRICS_NAME])
             metrics[_CLASSES] = [value.item() if isinstance(value, np.generic) else value for value in classes]
@@ -481,6 +521,28 @@ def _is_array(X: Any) -> bool:
         return X.dtype.kind not in "OUTS"
     pandas_or_datasets = hasattr(X, "iloc") or hasattr(X, "features")
     return (hasattr(X, "shape") or hasattr(X, "__array__")) and not pandas_or_datasets
+
+
+def _indicators(y: Any) -> tuple[list[Any], np.ndarray] | None:
+    """The labels of an indicator matrix, and the matrix (N, labels); None for one label for each row."""
+    try:
+        matrix = np.asarray(y.toarray() if hasattr(y, "toarray") else y)  # of a sparse matrix
+    except ValueError:  # lists of different lengths
+        matrix = np.array([*y], dtype=object)
+    lists = matrix.dtype == object and any(isinstance(each, (list, tuple, set, frozenset)) for each in matrix.flat)
+    if not lists and (matrix.ndim != 2 or matrix.shape[1] < 2):
+        return None
+    if lists or not np.isin(matrix, (0, 1)).all():
+        raise InputError(
+            "Expected a label for each row, or an indicator matrix of 0 and 1, found lists or other values",
+            "make a matrix of lists of labels with sklearn.preprocessing.MultiLabelBinarizer",
+        )
+    return list(getattr(y, "columns", range(matrix.shape[1]))), matrix.astype(bool)
+
+
+def _label_sets(names: Sequence[Any], matrix: np.ndarray) -> list[list[str]]:
+    """The labels of each row of an indicator matrix."""
+    return [[_in_words(name) for name, its in zip(names, row, strict=True) if its] for row in matrix]
 
 
 def _label_values(y: Any) -> Any:

@@ -79,6 +79,7 @@ class AdapterFolder(StoredAdapter):
         named = {
             *itertools.chain(*opinions.balance),
             *opinions.seen,
+            *opinions.thresholds,
             *(label for head in opinions.heads.values() for label in head.labels),
         }
         if known is not None and not named <= {*known}:

@@ -26,6 +26,13 @@ def test_balanced_answers_have_the_prior_on_average(prior):
     assert not np.allclose(softmax(scores, axis=1).mean(axis=0), found, atol=0.2)
 
 
+def test_rows_may_count_more():
+    scores, right = scored(300, np.array([4.0, 0.0, -3.0]))
+    weights = np.array([1.0, 5.0, 0.5])[right]
+    found = softmax(scores + shift_of(scores, np.array([0.5, 0.3, 0.2]), weights), axis=1)
+    assert np.allclose(np.average(found, axis=0, weights=weights), [0.5, 0.3, 0.2], atol=0.01)
+
+
 def test_the_model_s_preference_is_found_and_taken_away():
     bias = np.array([3.0, 0.0, -3.0])
     known, _ = scored(30, bias)

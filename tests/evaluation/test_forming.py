@@ -206,7 +206,7 @@ def by_vectors(place, stored):
 
 
 def test_an_experiment_balances_and_measures_each_wording(place, monkeypatch):
-    monkeypatch.setattr("ia3.evaluation.forming.weigh", lambda held_out, y: {"vectors": 1.0})
+    monkeypatch.setattr("ia3.evaluation.forming.weigh", lambda *_: {"vectors": 1.0})
     folder = place / "wordings"
     outcome = experiment(place, folder, test=TEST, its=two()).run()
     stored = AdapterFolder(folder)

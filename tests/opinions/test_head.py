@@ -11,7 +11,7 @@ from scipy.special import log_softmax
 from sklearn.linear_model import LogisticRegression
 
 from ia3 import InputError
-from ia3.opinions.head import Head, fit_head
+from ia3.opinions.head import USUAL_SURENESS, Head, fit_head
 
 
 def made(rows=48, places=9, width=8, labels=3, seed=0, telling=(0, 2, 3, 6, 8)):
@@ -64,6 +64,19 @@ def test_it_is_the_mean_of_regressions_times_a_number(labels, folds):
     # Up to one number, the same for all rows, and the last digits of regressions that have converged.
     ratio = np.median((found[:, 1] - found[:, 0]) / (total[:, 1] - total[:, 0]))
     np.testing.assert_allclose(found, log_softmax(total * ratio, axis=1), rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize("labels", [2, 3])
+def test_class_weights_are_scikit_learns(labels):
+    states, names = made(labels=labels, places=1, telling=(0,))
+    weights = {"label 0": 0.2, "label 1": 3.0, "label 2": 1.0}
+    head, _ = fit_head(states, names, class_weight=weights)
+    some = states[:, 0].astype(np.float64)
+    some = (some - some.mean(0)) / (some.std(0) + 1e-6) / np.sqrt(some.shape[1])
+    given = {name: weights[name] for name in sorted(set(names))}
+    model = LogisticRegression(C=10, max_iter=200, class_weight=given).fit(some, names)
+    expected = log_softmax(model.predict_log_proba(some) * USUAL_SURENESS, axis=1)
+    np.testing.assert_allclose(head.log_probs(states), expected, rtol=0.01, atol=0.01)
 
 
 def test_what_is_held_out_knows_nothing_of_labels_by_chance():

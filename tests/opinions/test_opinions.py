@@ -80,6 +80,26 @@ class TestTogether:
         found = alone.together([{"a": 0.0, "b": 0.0, "c": 9.0}], {"head": {"a": -0.1, "b": -2.3}})
         assert found["c"] < found["b"] < found["a"]
 
+    def test_such_a_label_has_the_vectors_probability_and_the_others_share_what_it_leaves(self):
+        both = Opinions.of({"vectors": 0.5, "head": 2.0}, {"head": HEAD}, [{"a": 0.5, "b": -0.5, "c": -1.0}])
+        vectors, said = {"a": -3.0, "b": -2.0, "c": -0.5}, {"a": math.log(0.9), "b": math.log(0.1)}
+        p = np.exp(log_softmax([-2.5, -2.5, -1.5]))
+        among = log_softmax([0.5 * math.log(p[0]) + 2 * said["a"], 0.5 * math.log(p[1]) + 2 * said["b"]])
+        found = both.together([vectors], {"head": said})
+        expected = {"a": math.log(1 - p[2]) + among[0], "b": math.log(1 - p[2]) + among[1], "c": math.log(p[2])}
+        assert found == pytest.approx(expected)
+        # However sure the head is of a label, it knows nothing of the other one.
+        surer = both.together([vectors], {"head": {"a": 0.0, "b": -90.0}})
+        assert surer["c"] == pytest.approx(expected["c"])
+        prior, seen = {"a": 0.2, "b": 0.2, "c": 0.6}, {"a": 0.45, "b": 0.45, "c": 0.1}
+        moved = both.toward(prior, seen).together([vectors], {"head": said}, temperature=2.0)
+        assert moved == pytest.approx({name: expected[name] + 2 * math.log(prior[name] / seen[name]) for name in "abc"})
+
+    def test_vectors_that_are_sure_of_it_leave_the_others_something(self):
+        both = Opinions.of({"vectors": 1.0, "head": 1.0}, {"head": HEAD})
+        found = both.together([{"a": -999.0, "b": -998.0, "c": 0.0}], {"head": {"a": -0.1, "b": -2.3}})
+        assert all(map(math.isfinite, found.values())) and max(found, key=found.__getitem__) == "c"
+
     def test_the_order_of_labels_does_not_matter(self):
         both = Opinions.of({"vectors": 0.7, "head": 0.9}, {"head": HEAD})
         said = {"a": -0.3, "b": -1.35}
@@ -107,6 +127,13 @@ class TestWeigh:
 
         together = loss(sum(found[name] * part for name, part in parts.items()))
         assert together < min(map(loss, parts.values()))
+
+    def test_a_label_that_weighs_twice_is_as_if_its_rows_were_there_twice(self):
+        parts = {"vectors": opinion(Y, 0.75), "head": opinion(Y, 0.75, seed=3)}
+        twice = [*range(90), *np.flatnonzero(np.array(Y) == 1)]
+        expected = weigh({name: part[twice] for name, part in parts.items()}, [Y[row] for row in twice])
+        found = weigh(parts, Y, np.array([1.0, 2.0, 1.0]))
+        assert found == pytest.approx(expected, rel=1e-2) and found != pytest.approx(weigh(parts, Y), rel=1e-2)
 
     def test_with_few_rows_weights_stay_near_the_usual(self):
         sure = np.log(np.array([[0.999, 0.001], [0.001, 0.999]]))

@@ -52,6 +52,17 @@ def test_each_term_is_the_papers(batch, data, power):
     )
 
 
+@given(batch=st.lists(question, min_size=1, max_size=4), data=st.data())
+def test_weights_multiply_each_questions_loss(batch, data):
+    labels = [data.draw(st.integers(0, len(choices) - 1)) for choices in batch]
+    weights = [data.draw(st.floats(0.1, 9)) for _ in batch]
+    each = [tfew_loss(*tensors([one]), torch.tensor([y])) for one, y in zip(batch, labels, strict=True)]
+    found = tfew_loss(*tensors(batch), torch.tensor(labels), weights=torch.tensor(weights, dtype=torch.float64))
+    for term, values in zip(found, zip(*each, strict=True), strict=True):
+        expected = sum(w * v.item() for w, v in zip(weights, values, strict=True)) / len(batch)
+        assert term.item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
 def test_gradients_are_right_and_stay_finite_where_a_wrong_token_is_certain():
     log_probs, mask = tensors([[[0.5, 0.25], [0.9]], [[0.3], [0.2, 0.6]]])
     log_probs.requires_grad_()
@@ -110,6 +121,16 @@ def test_the_contrastive_loss_is_the_papers(labels, seed, temperature):
     assert found.item() == pytest.approx(contrastive_by_hand(embeddings.tolist(), labels, temperature), rel=1e-9)
     found.backward()
     assert embeddings.grad is not None and embeddings.grad.isfinite().all()
+
+
+def test_a_text_that_weighs_twice_counts_twice_in_the_contrastive_loss():
+    drawn = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    labels = torch.tensor([0, 0, 1, 1, 2])  # the last one has no other
+    ones = torch.eye(5, dtype=torch.float64)
+    each = [contrastive_loss(drawn, labels, 0.5, ones[i]).item() for i in range(5)]
+    assert sum(each) == pytest.approx(contrastive_loss(drawn, labels, 0.5).item()) and each[4] == 0
+    weighed = contrastive_loss(drawn, labels, 0.5, torch.tensor([2.0, 1, 3, 1, 9])).item()
+    assert weighed == pytest.approx(2 * each[0] + each[1] + 3 * each[2] + each[3])
 
 
 def test_the_contrastive_losss_gradient_is_right():

@@ -57,6 +57,19 @@ def test_each_row_is_drawn_equally_often_in_orders_that_differ():
     } == {0}
 
 
+def test_rows_have_the_class_weights_of_their_task():
+    rows = [row for number, row in enumerate(words.rows(20)) if row["label"] == "pos" or number < 10]
+    tasks = [(TEAS.changed(class_weight="balanced"), rows), (SOUPS, rows)]
+    found = Mixture(tasks, Scorer(tiny.build("llama"), TOKENIZER), PRETRAINING, 40, CAP, 0)
+    weights = {}
+    for index in range(40):
+        which, row, _ = found.draw(index)
+        weights.setdefault((found.tasks[which][0].name, rows[row]["label"]), set()).add(found[index].weight)
+    assert weights == {
+        ("teas", "pos"): {0.75}, ("teas", "neg"): {1.5}, ("soups", "pos"): {1.0}, ("soups", "neg"): {1.0}
+    }  # fmt: skip
+
+
 def test_a_seed_decides_the_draws_and_the_order_of_tasks_does_not():
     def draws(seed, names="ab"):
         found = mixture({name: {"a": 7, "b": 20}[name] for name in names}, 60, seed=seed)

@@ -37,6 +37,7 @@ RECIPE_NAME = "recipe.yaml"
 OPINIONS_NAME = "opinions.json"
 HEAD_NAME = "head.safetensors"
 SENTENCES_NAME = "sentences.safetensors"
+WORDS_NAME = "words.safetensors"
 CALIBRATION_NAME = "calibration.json"
 METRICS_NAME = "metrics.json"
 CARD_NAME = "README.md"
@@ -50,6 +51,7 @@ OWN_NAMES = (
     OPINIONS_NAME,
     HEAD_NAME,
     SENTENCES_NAME,
+    WORDS_NAME,
     CALIBRATION_NAME,
     METRICS_NAME,
 )
@@ -62,6 +64,7 @@ _BESIDE = (
     OPINIONS_NAME,
     HEAD_NAME,
     SENTENCES_NAME,
+    WORDS_NAME,
     METRICS_NAME,
     CALIBRATION_NAME,
     CARD_NAME,
@@ -271,7 +274,7 @@ class StoredAdapter:
         measured = measured_in(texts.pop(METRICS_NAME, None))
         if self._digest is not None and _digest(tensors) != self._digest:
             measured = {SEEN: measured[SEEN]} if SEEN in measured else {}
-            for name in (OPINIONS_NAME, HEAD_NAME, SENTENCES_NAME, CALIBRATION_NAME, CARD_NAME):
+            for name in (OPINIONS_NAME, HEAD_NAME, SENTENCES_NAME, WORDS_NAME, CALIBRATION_NAME, CARD_NAME):
                 texts.pop(name, None)
         if CARD_MARK.encode() not in texts.get(CARD_NAME, b""):  # a user's card stays where it is
             texts.pop(CARD_NAME, None)

@@ -54,12 +54,13 @@ def to_json(answers: Sequence[Answer], each: bool, named: bool = False, label: s
     grade = one.task.grade(one.found.probabilities)
     graded = {} if grade is None else grade._asdict()
     which = {"adapter": one.adapter} if named else {}
-    beside = {} if one.zero_shot is None else {"zero_shot": _labelled(one.zero_shot, "label")}
-    return {**which, **_labelled(one.found, label), **graded, **beside}
+    beside = {} if one.zero_shot is None else {"zero_shot": _labelled(one, one.zero_shot, "label")}
+    return {**which, **_labelled(one, one.found, label), **graded, **beside}
 
 
-def _labelled(found: Prediction, label: str) -> dict[str, Any]:
-    return {label: found.label, "probabilities": found.probabilities}
+def _labelled(answer: Answer, found: Prediction, label: str) -> dict[str, Any]:
+    given = {f"{label}s": found.labels} if answer.task.multi_label else {label: found.label}
+    return {**given, "probabilities": found.probabilities}
 
 
 def write(path: Path, rows: Sequence[Row], answers: Sequence[Sequence[Answer]], each: bool, delimiter: str) -> None:
@@ -121,7 +122,8 @@ def _parts(answer: Answer, each: bool) -> list[tuple[str, dict[str, str]]]:
         grade = answer.task.grade(found.probabilities)
         graded = {} if grade is None else {name: f"{value:.4f}" for name, value in grade._asdict().items()}
         shares = {f"probability_{label}": f"{value:.6f}" for label, value in found.probabilities.items()}
-        parts.append((start, {"prediction": found.label or "", **graded, **shares}))
+        label = json.dumps(found.labels, ensure_ascii=False) if answer.task.multi_label else found.label
+        parts.append((start, {"prediction": "" if found.label is None else str(label), **graded, **shares}))
     return parts
 
 
@@ -163,19 +165,24 @@ def print_table(out: Console, rows: Sequence[Row], answers: Sequence[Sequence[An
     shown_rows.columns[len(names) - 1].style = "bold"
     for row, answer in pairs:
         item = answer.found
-        values = item.probabilities.values() if few else [item.probabilities[item.best]]
+        values = item.probabilities.values() if few else [item.sureness]
         column = next((name for name in answer.task.columns if name in row), next(iter(row), ""))
         text = " ".join(str(row.get(column, "")).split())
         cells = [escape(answer.adapter)] if named else []
-        cells += [escape(_shortened(text)), escape(item.label or "—"), *(f"{value:.1%}" for value in values)]
+        cells += [escape(_shortened(text)), escape(_named(item)), *(f"{value:.1%}" for value in values)]
         if graded:
             grade = answer.task.grade(item.probabilities)
             cells.append("–" if grade is None else f"{grade.expected:.2f} ± {grade.spread:.2f}")
         if answer.zero_shot is not None:
             base = answer.zero_shot
-            cells.append(f"{escape(base.label or '—')} {base.probabilities[base.best]:.1%}")
+            cells.append(f"{escape(_named(base))} {base.sureness:.1%}")
         shown_rows.add_row(*cells)
     out.print(shown_rows)
+
+
+def _named(found: Prediction) -> str:
+    """A label, or several, in a table."""
+    return "—" if found.labels is None else ", ".join(found.labels) or "none"
 
 
 def _shortened(text: str) -> str:

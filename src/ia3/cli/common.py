@@ -59,6 +59,24 @@ TemplateOption = typer.Option(
 ChoicesOption = typer.Option(
     None, help="Answer text of each label: 'label=text,label=text'. \\[default: the labels]", show_default=False
 )
+MultiLabelOption = typer.Option(
+    False,
+    "--multi-label",
+    help="Rows have any number of labels: the label column holds lists, or see --label-separator. Lists are recognized "
+    "without it.",
+)
+LabelSeparatorOption = typer.Option(
+    None,
+    "--label-separator",
+    help="What stands between the labels in a cell, such as ';'. The task is then multi-label.",
+    show_default=False,
+)
+LabelColumnsOption = typer.Option(
+    None,
+    "--label-columns",
+    help="A column of 1 and 0 for each label, instead of a label column: toxic,insult,threat. The task is then multi-label.",
+    show_default=False,
+)
 DelimiterOption = typer.Option(
     None,
     help="Delimiter between columns of .csv and .tsv files: ';', 'tab', … \\[default: detected in each file]",

@@ -108,6 +108,7 @@ def compare(
     counts = None if shots is None else numbers("--shots", shots, int)
     own = trained.required_task() if trained is not None and task is None else task
     source = source_of(own, data, test_data, label_column, text_column, choices, template, delimiter)
+    source.task.require_one_label()
     source.check()
     seen = None if trained is None else trained.seen()
     if adapter is not None and seen is None and source.test is None:

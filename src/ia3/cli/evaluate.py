@@ -46,7 +46,7 @@ def evaluate(
     from ia3.errors import InputError
     from ia3.evaluation.calibration import Calibration
     from ia3.evaluation.drawing import read
-    from ia3.evaluation.results import majority, report
+    from ia3.evaluation.results import METRICS, OF_LABEL_SETS, majority, report
     from ia3.task.reading import require_delimited
 
     out = console(json_output)
@@ -58,7 +58,7 @@ def evaluate(
     require_delimited(delimiter, source)
     rows = read(source, task, delimiter)
     task.check(rows)
-    labels = [task.label(row, number) for number, row in enumerate(rows, 1)]
+    labels = [task.truth(row, number) for number, row in enumerate(rows, 1)]
     if calibrate and not Path(adapter).is_dir():
         raise InputError(f"Expected a folder here with --calibrate, found {adapter!r}: the result is stored in it.")
     recipe, temperature, seen = folder.recipe, folder.temperature, folder.seen()
@@ -96,12 +96,15 @@ def evaluate(
         return
     from rich.markup import escape
 
-    title = f"{len(rows)} rows: accuracy {result['accuracy']:.1%}, macro-F1 {result['macro_f1']:.1%}"
+    named = OF_LABEL_SETS if task.multi_label else METRICS
+    title = f"{len(rows)} rows: " + ", ".join(f"{title} {result[name]:.1%}" for name, title in named.items())
     shown = table("label", "precision", "recall", "F1", "rows", title=title)
     for name, values in result["labels"].items():
         numbers = (f"{values[key]:.1%}" for key in ("precision", "recall", "f1"))
         shown.add_row(escape(name), *numbers, str(values["rows"]))
     out.print(shown)
+    if task.costs:
+        out.print(f"Mean cost {result['mean_cost']:.2f}")
     out.print(
         f"Probabilities (temperature {result['temperature']:.2f}): log-loss {result['log_loss']:.3f}, expected "
         f"calibration error {result['calibration_error']:.1%}"
@@ -111,6 +114,6 @@ def evaluate(
             f"Calibrated: temperature {fitted.temperature:.2f}; log-loss {fitted.log_loss:.3f}, expected calibration "
             f"error {fitted.calibration_error:.1%}"
         )
-    out.print(
-        f"Always answering {majority(labels)!r} would be right in {result['majority']['accuracy']:.1%}.", markup=False
-    )
+    most = majority(labels)
+    most = ", ".join(most) or "none" if task.multi_label else most
+    out.print(f"Always answering {most!r} would be right in {result['majority']['accuracy']:.1%}.", markup=False)

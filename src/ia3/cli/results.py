@@ -8,7 +8,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from ia3.cli.common import table
-from ia3.evaluation.results import METHODS, METRICS, OF_GRADES, spread
+from ia3.evaluation.results import METHODS, METRICS, OF_COSTS, OF_GRADES, OF_LABEL_SETS, spread
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,13 +22,15 @@ _OPINIONS = {"vectors": "vectors alone", "head": "head alone", "sentences": "sen
 
 def print_table(out: Console, results: dict[str, Any]) -> None:
     """Print the results of one adapter."""
-    if "trained" in results:
-        graded = {name: title for name, title in OF_GRADES.items() if name in results["trained"]}
-        scores = table("", *METRICS.values(), *graded.values(), title=f"{results['test_rows']} test rows")
+    if "micro_f1" in results.get("trained", {}):
+        _print_label_sets(out, results)
+    elif "trained" in results:
+        more = {name: title for name, title in (OF_GRADES | OF_COSTS).items() if name in results["trained"]}
+        scores = table("", *METRICS.values(), *more.values(), title=f"{results['test_rows']} test rows")
         opinions = results.get("opinions", {})
 
         def cells(its: Mapping[str, float]) -> list[str]:
-            return [*(f"{its[name]:.1%}" for name in METRICS), *(f"{its[name]:.2f}" for name in graded)]
+            return [*(f"{its[name]:.1%}" for name in METRICS), *(f"{its[name]:.2f}" for name in more)]
 
         for key, name in METHODS.items():
             if key not in results:  # no balance where answers differ from row to row
@@ -46,14 +48,23 @@ def print_table(out: Console, results: dict[str, Any]) -> None:
     if "cross_validation" in results:
         scores = results["cross_validation"]
         temperature = f"; temperature {results['calibration']['temperature']:.2f}" if "calibration" in results else ""
-        out.print(
-            f"Cross-validated on the examples: accuracy {scores['accuracy']:.1%}, macro-F1 {scores['macro_f1']:.1%}"
-            f"{temperature}"
-        )
+        named = OF_LABEL_SETS if "micro_f1" in scores else METRICS
+        said = ", ".join(f"{title} {scores[name]:.1%}" for name, title in named.items())
+        out.print(f"Cross-validated on the examples: {said}{temperature}")
     out.print(
         f"{results['steps']} steps in {results['train_seconds']:.0f} s; {results['trainable_parameters']:,} trained "
         f"parameters; adapter of {results['adapter_bytes'] / 1000:.0f} kB"
     )
+
+
+def _print_label_sets(out: Console, results: Mapping[str, Any]) -> None:
+    """Print the results of an adapter whose rows have several labels."""
+    scores = table("", *OF_LABEL_SETS.values(), title=f"{results['test_rows']} test rows")
+    for key, name in METHODS.items():
+        if key in results:
+            cells = [f"{results[key][metric]:.1%}" for metric in OF_LABEL_SETS]
+            scores.add_row(name, *cells, style="bold" if key == "trained" else None)
+    out.print(scores)
 
 
 def print_wordings(out: Console, title: str, ranking: Sequence[Ranked], tried: int) -> None:
@@ -108,7 +119,9 @@ def print_fleet_table(out: Console, members: Mapping[str, dict[str, Any]], seeds
 
     measured = {name: results for name, results in members.items() if "trained" in results}
     if measured:
-        scores = table("", "rows", *METHODS.values(), title="Accuracy (macro-F1) on test rows")
+        exact = all("micro_f1" in results["trained"] for results in measured.values())
+        title = f"{'Exact match' if exact else 'Accuracy'} (macro-F1) on test rows"
+        scores = table("", "rows", *METHODS.values(), title=title)
         for name, results in measured.items():
             scores.add_row(escape(name), str(results["test_rows"]), *_cells([results]))
         for shared, names in seeds.items():

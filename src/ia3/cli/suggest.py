@@ -101,9 +101,9 @@ def suggest(
     rows = read(data, task, delimiter)
     if not rows:
         raise InputError(f"Expected rows in {brief(data)}, found none.")
-    label_column = label_column or ("label" if task is None else task.label_column)
+    to_fill = [label_column or "label"] if task is None or label_column is not None else task.answer_columns
     if task is None:
-        columns = [column_of(text_column, list(rows[0]), "text", "text_column", [label_column])]
+        columns = [column_of(text_column, list(rows[0]), "text", "text_column", to_fill)]
     else:
         columns = task.templates[0].columns
         for number, row in enumerate(rows, 1):
@@ -113,7 +113,7 @@ def suggest(
     seen = None if folder is None else folder.seen()
     some: dict[str, int] = {}
     for index, (row, text) in enumerate(zip(rows, texts, strict=True)):
-        if text.strip() and is_missing(row.get(label_column)) and not (seen is not None and seen(row)):
+        if text.strip() and all(is_missing(row.get(name)) for name in to_fill) and not (seen is not None and seen(row)):
             some.setdefault(text, index)
     if not some:
         raise InputError(f"Expected rows without a label in {brief(data)}, found none.")
@@ -131,10 +131,10 @@ def suggest(
     from ia3.evaluation.suggesting import suggest as suggested
 
     chosen = [[*some.values()][place] for place in suggested(embeddings, count, probabilities, seed)]
-    found = [{**rows[index], label_column: ""} for index in chosen]
+    found = [{**rows[index], **dict.fromkeys(to_fill, "")} for index in chosen]
     if output is not None:
         write_rows(output, found, delimiter_like(data, delimiter))
-        out.print(f"{count} rows written to {output}; fill in the column {label_column!r}.", markup=False)
+        out.print(f"{count} rows written to {output}; fill in {', '.join(map(repr, to_fill))}.", markup=False)
     if json_output:
         print_json([{"row": index + 1, "text": texts[index]} for index in chosen])
     elif output is None:
@@ -172,7 +172,9 @@ def _probabilities(
         recipe=folder.recipe,
         opinions=folder.opinions,
     )
-    return np.array([[one.probabilities[label] for label in task.labels] for one in found])
+    each = np.array([[one.probabilities[label] for label in task.labels] for one in found])
+    # Where labels are decided one by one, each decision is in doubt.
+    return np.concatenate([each, 1 - each], axis=1) if task.multi_label else each
 
 
 def _embeddings(bars: Progress, texts: Sequence[str], model: str, encoder: str | None, dtype: str) -> np.ndarray:

@@ -18,6 +18,9 @@ from ia3.cli.common import (
     ExamplesOption,
     JsonOption,
     LabelColumnOption,
+    LabelColumnsOption,
+    LabelSeparatorOption,
+    MultiLabelOption,
     TextColumnOption,
     console,
     print_json,
@@ -110,6 +113,9 @@ def suggest(
     label_column: str | None = LabelColumnOption,
     delimiter: str | None = DelimiterOption,
     choices: str | None = ChoicesOption,
+    multi_label: bool = MultiLabelOption,
+    label_separator: str | None = LabelSeparatorOption,
+    label_columns: str | None = LabelColumnsOption,
     examples_per_label: int | None = ExamplesOption,
     seed: int = typer.Option(0, min=0, max=MAX_SEED, help="Random seed; decides which examples are drawn."),
     output: Path | None = typer.Option(
@@ -124,13 +130,16 @@ def suggest(
     count no more than others.
     """
     from ia3.cli.results import print_wordings
-    from ia3.cli.train import source_of
+    from ia3.cli.train import label_sets, source_of
     from ia3.evaluation.drawing import drawn
 
     if output is not None and output.is_dir():
         raise InputError(f"Expected a file for --output, found the folder {str(output)!r}.")
     out = console(json_output)
-    source = source_of(None, data, None, label_column, text_column, choices, None, delimiter)
+    several = label_sets(multi_label, label_separator, label_columns)
+    source = source_of(
+        None, data, None, label_column, text_column, choices, None, delimiter, several=several
+    )
     source.check()
     examples = drawn(source, examples_per_label, 1, seed).examples
     quiet()
@@ -189,13 +198,13 @@ def _rendered(task: Task, row: Row, number: int | None) -> list[dict[str, Any]]:
     """The row in the wording of each template, and its label, if it has one."""
     found = []
     for index, template in enumerate(task.templates):
-        labelled = template.says_answer or task.label_column in row
+        labelled = template.says_answer or all(column in row for column in task.answer_columns)
         found.append(
             {
                 "template": template.name,
                 "prompt": task.prompt(row, number, index),
                 "answers": task.answers(row, number, index),
-                "label": task.label(row, number, index) if labelled else None,
+                "label": task.truth(row, number, index) if labelled else None,
             }
         )
     return found
@@ -219,7 +228,8 @@ def _print(out: Console, task: Task, prompts: list[dict[str, Any]]) -> None:
         out.print(f"\n{title}", markup=False, style="dim")
         out.print(item["prompt"], markup=False, soft_wrap=True)
         for label, text in item["answers"].items():
-            mark = "→" if label == item["label"] else " "
+            right = item["label"] if task.multi_label else [item["label"]]
+            mark = "→" if label in (right or ()) else " "
             out.print(f"{mark} {label}: {text}", markup=False, soft_wrap=True)
     if not prompts:
         for template in task.templates:

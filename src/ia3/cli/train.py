@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,10 @@ from ia3.cli.common import (
     InitOption,
     JsonOption,
     LabelColumnOption,
+    LabelColumnsOption,
+    LabelSeparatorOption,
     MemoryOption,
+    MultiLabelOption,
     OpinionsOption,
     PriorOption,
     RecipeOption,
@@ -93,7 +96,17 @@ def train(
         show_default=False,
     ),
     choices: str | None = ChoicesOption,
+    multi_label: bool = MultiLabelOption,
+    label_separator: str | None = LabelSeparatorOption,
+    label_columns: str | None = LabelColumnsOption,
     examples_per_label: int | None = ExamplesOption,
+    class_weight: str | None = typer.Option(
+        None,
+        "--class-weight",
+        help="How much a row of each label counts in training: 'balanced', so that each label counts the same however many rows "
+        "it has, or weights such as fraud=5 (others: 1). \\[default: the task's, otherwise all rows the same]",
+        show_default=False,
+    ),
     test_rows: int = TestRowsOption,
     recipe: str | None = RecipeOption,
     steps: int | None = StepsOption,
@@ -169,8 +182,11 @@ def train(
     Beside the vectors, a head on the model's hidden states answers, and one on a sentence encoder's if one is installed;
     cross-validation on the training examples weighs them (--opinions, --encoder).
 
+    Rows may have several labels each: --label-separator, --label-columns, or lists in a .jsonl file. Each label is then decided
+    by itself; the table has F1 of labels, and the share of rows whose labels are all right.
+
     Writes adapter_config.json and adapter_model.safetensors (which PEFT also reads, with --acts-from start), opinions.json,
-    head.safetensors, sentences.safetensors, calibration.json, task.yaml, recipe.yaml, metrics.json and README.md into the
+    head.safetensors, sentences.safetensors, words.safetensors, calibration.json, task.yaml, recipe.yaml, metrics.json and README.md into the
     output folder.
     """
     from ia3.evaluation.drawing import read
@@ -186,6 +202,9 @@ def train(
         "--template": template,
         "--choices": choices,
         "--grades": grades,
+        "--multi-label": multi_label or None,
+        "--label-separator": label_separator,
+        "--label-columns": label_columns,
         "--unlabelled": unlabelled,
         "--prior": None if prior == "balanced" else prior,
     }
@@ -197,13 +216,18 @@ def train(
     rates = None if learning_rates is None else numbers("--learning-rates", learning_rates, float)
     rows: dict[str, Any]
     if tasks is None:
-        source = source_of(task, data, test_data, label_column, text_column, choices, template, delimiter, grades)
+        several = label_sets(multi_label, label_separator, label_columns)
+        source = source_of(
+            task, data, test_data, label_column, text_column, choices, template, delimiter, grades, several
+        )
         rows = {"task": source.task, "rows": source.rows, "test": source.test}
         name = source.task.name
     else:
         sources = _sources(tasks, delimiter)
         rows = {key: [getattr(source, key) for source in sources] for key in ("task", "rows", "test")}
         name = "fleet"
+    if class_weight is not None:
+        rows["task"] = _weighed(rows["task"], class_weight)
     experiment = Experiment(
         **rows,
         folder=output or folder_of("adapters", name),
@@ -299,6 +323,17 @@ def _prior(prior: str | None, task: Task | Sequence[Task]) -> str | dict[str, fl
     return prior_of(prior, labels)
 
 
+def _weighed(task: Any, text: str) -> Any:
+    """A task, or several, with the class weights of --class-weight: `label=weight,label=weight`, or a word."""
+    if isinstance(task, list):
+        return [_weighed(one, text) for one in task]
+    parts = [part.rpartition("=") for part in text.split(",")]
+    found = {label.strip(): weight.strip() for label, _, weight in parts}
+    if len(found) < len(parts):
+        raise InputError(f"Expected one weight for each label, found {brief(text)}", argument="class_weight")
+    return task.changed(class_weight=found if "=" in text else text)
+
+
 def _together(one: str, value: Any, other: str, others: Any) -> None:
     """Refuse two options that exclude each other."""
     if value is not None and others is not None:
@@ -365,6 +400,16 @@ def _sources(files: str, delimiter: str | None) -> list[Source]:
     return sources
 
 
+def label_sets(multi_label: bool, label_separator: str | None, label_columns: str | None) -> dict[str, Any]:
+    """The options for rows with several labels, as fields of a task: those that are given."""
+    fields: dict[str, Any] = {}
+    if label_separator is not None:
+        fields["label_separator"] = label_separator
+    if label_columns is not None:
+        fields["label_columns"] = [part.strip() for part in label_columns.split(",")]
+    return {"multi_label": True, **fields} if fields or multi_label else {}
+
+
 def source_of(
     task: str | Task | None = None,
     data: str | None = None,
@@ -375,8 +420,9 @@ def source_of(
     template: str | None = None,
     delimiter: str | None = None,
     grades: str | None = None,
+    several: Mapping[str, Any] | None = None,
 ) -> Source:
-    """The task and rows that these options describe; without options, the embedded ones."""
+    """The task and rows that these options describe; without options, the embedded ones. `several` is of `label_sets`."""
     from ia3.evaluation.drawing import Source, read
     from ia3.task.reading import name_of, require_delimited
     from ia3.task.task import Task
@@ -386,7 +432,9 @@ def source_of(
     if task is None and data is not None:
         require_delimited(delimiter, data, test_data)
         rows = read(data, delimiter=delimiter)
-        description = Task.infer(rows, label_column, text_column, given, template, name_of(data), ordered)
+        description = Task.infer(
+            rows, label_column, text_column, given, template, name_of(data), ordered, **(several or {})
+        )
     else:
         if task is None:
             description = Task.embedded(EMBEDDED_TASK)
@@ -399,9 +447,9 @@ def source_of(
             "choices": given,
             "grades": ordered or None,
             "templates": None if template is None else [template],
+            **(several or {}),
         }
-        values = description.model_dump() | {key: value for key, value in changes.items() if value is not None}
-        description = Task.create(values)
+        description = description.changed(**{key: value for key, value in changes.items() if value is not None})
         source = data or description.train
         if source is None:
             raise InputError(
@@ -430,11 +478,10 @@ def _describe(out: Console, experiment: Experiment, checkpoint: str | None) -> N
         say_seen(out, draws)
         example = (first.examples or first.test)[0]
         if task.candidates:
-            out.print(
-                f"The training examples choose the wording from {len(task.candidates)} (--template sets one). The answer choices:",
-                style="dim",
-                soft_wrap=True,
-            )
+            how = f"The training examples choose the wording from {len(task.candidates)} (--template sets one). "
+            if experiment.chosen_recipe.init is not None:  # whose wording it may be
+                how = ""
+            out.print(f"{how}The answer choices:", style="dim", soft_wrap=True)
             out.print("  → " + " | ".join(task.answers(example).values()), markup=False)
             continue
         count = len(task.templates)

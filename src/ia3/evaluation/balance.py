@@ -23,7 +23,7 @@ _PENALTY = 0.1
 _MOST_ROWS = 256
 
 
-def shift_of(scores: np.ndarray, prior: np.ndarray | None = None) -> np.ndarray:
+def shift_of(scores: np.ndarray, prior: np.ndarray | None = None, weights: np.ndarray | None = None) -> np.ndarray:
     """What to add to each answer's score, so that on average each has its prior probability.
 
     The mean over rows of softmax(scores + shift) is the prior. A model prefers some answers whatever it reads; the shift
@@ -33,6 +33,7 @@ def shift_of(scores: np.ndarray, prior: np.ndarray | None = None) -> np.ndarray:
     Args:
         scores: (N, K), log-probabilities up to a constant in each row.
         prior: (K,), positive, the sum is 1; None: the same for all.
+        weights: (N,), how much each row counts in the mean; None: all the same.
 
     Returns:
         (K,), whose mean is 0.
@@ -48,8 +49,8 @@ def shift_of(scores: np.ndarray, prior: np.ndarray | None = None) -> np.ndarray:
     def function(shift: np.ndarray) -> tuple[float, np.ndarray]:
         moved = rows + shift
         total = np.asarray(logsumexp(moved, axis=1, keepdims=True))
-        value = total.mean() - wanted @ shift + strength / 2 * shift @ shift
-        return float(value), np.exp(moved - total).mean(axis=0) - wanted + strength * shift
+        value = np.average(total, axis=0, weights=weights).item() - wanted @ shift + strength / 2 * shift @ shift
+        return float(value), np.average(np.exp(moved - total), axis=0, weights=weights) - wanted + strength * shift
 
     start = -rows.mean(axis=0)
     found = minimize(function, start - start.mean(), jac=True, method="L-BFGS-B").x
@@ -85,7 +86,7 @@ class Balance:
     def balanced(self, predictions: Sequence[Prediction]) -> list[Prediction]:
         """The predictions from shifted scores; the scores that they keep are shifted as well."""
         return [
-            type(one).of({label: score + self.shift[label] for label, score in one.scores.items()})
+            type(one).of({label: score + self.shift[label] for label, score in one.scores.items()}, costs=one.costs)
             for one in predictions
         ]
 

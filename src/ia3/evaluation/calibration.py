@@ -9,10 +9,12 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from scipy.special import expit
 
 from ia3.errors import InputError, excerpt, problems, shown
 from ia3.files import parse_json, reading
@@ -70,7 +72,7 @@ class Calibration(BaseModel):
 
         Args:
             predictions: N predictions for rows that the adapter was not trained on.
-            labels: N right labels.
+            labels: N right labels; tuples of labels where rows may have several.
 
         Raises:
             InputError: there are no rows, or the numbers of predictions and labels differ.
@@ -117,8 +119,12 @@ class Calibration(BaseModel):
 
 
 def _log_loss(scores: Sequence[Mapping[str, float]], labels: Sequence[str], temperature: float) -> float:
-    losses = []
+    losses: list[Any] = []
     for row, label in zip(scores, labels, strict=True):
+        if isinstance(label, tuple):  # each label is decided by itself
+            signs = np.array([-1 if name in label else 1 for name in row])
+            losses.append(np.logaddexp(0, signs * np.array([*row.values()]) / temperature).mean())
+            continue
         values = np.array(sorted(row.values())) / temperature
         losses.append(np.logaddexp.reduce(values) - row[label] / temperature)
     return float(np.mean(losses))
@@ -128,9 +134,13 @@ def _calibration_error(scores: Sequence[Mapping[str, float]], labels: Sequence[s
     """Σ over bins of |accuracy - mean probability| · share of the rows."""
     from ia3.evaluation.prediction import Prediction
 
-    found = [Prediction.of(row, temperature) for row in scores]
-    sure = np.array([item.probabilities[item.best] for item in found])
-    right = np.array([item.best == label for item, label in zip(found, labels, strict=True)], dtype=float)
+    if isinstance(labels[0], tuple):  # each label is decided by itself
+        sure = expit(np.array([[*row.values()] for row in scores]).ravel() / temperature)
+        right = np.array([name in its for row, its in zip(scores, labels, strict=True) for name in row], dtype=float)
+    else:
+        found = [Prediction.of(row, temperature) for row in scores]
+        sure = np.array([item.probabilities[item.best] for item in found])
+        right = np.array([item.best == label for item, label in zip(found, labels, strict=True)], dtype=float)
     bins = np.minimum((sure * _BINS).astype(int), _BINS - 1)
     gaps = [abs(right[bins == b].mean() - sure[bins == b].mean()) * (bins == b).mean() for b in np.unique(bins)]
     return float(sum(gaps))
@@ -149,7 +159,7 @@ def fold_of_each(task: Task, rows: Any, folds: int, seed: int = 0) -> list[int]:
 
     rows = as_rows(rows, task)
     words = [task.fingerprint(row, number) for number, row in enumerate(rows, 1)]
-    found = [task.label(row, number) for number, row in enumerate(rows, 1)]
+    found = [task.truth(row, number) for number, row in enumerate(rows, 1)]
     label_of = dict(zip(words, found, strict=True))
     if not 2 <= folds <= len(label_of):
         raise InputError(
@@ -157,7 +167,8 @@ def fold_of_each(task: Task, rows: Any, folds: int, seed: int = 0) -> list[int]:
         )
     labels = list(label_of.values())
     # If all labels have fewer rows than there are folds, the folds cannot be balanced.
-    kind = StratifiedKFold if max(Counter(labels).values()) >= folds else KFold
+    stratified = not task.multi_label and max(Counter(labels).values()) >= folds
+    kind = StratifiedKFold if stratified else KFold
     with warnings.catch_warnings():  # a label with fewer rows than folds is missing in some folds, which is fine
         warnings.simplefilter("ignore", UserWarning)
         parts = kind(folds, shuffle=True, random_state=seed).split(labels, labels)
@@ -166,6 +177,7 @@ def fold_of_each(task: Task, rows: Any, folds: int, seed: int = 0) -> list[int]:
     each = [fold_of[key] for key in words]
     for number in range(folds):
         left = {label for label, fold in zip(found, each, strict=True) if fold != number}
+        left = {label for its in left for label in its} if task.multi_label else left
         if len(left) < 2:
             raise InputError(
                 f"Expected rows of at least two labels beside each of {folds} folds, to train on, found only {shown(left)} "
@@ -235,6 +247,7 @@ def trained_on_others(
 
     from ia3.adapter.config import IA3Config
     from ia3.adapter.pretrained import task_type
+    from ia3.evaluation.start import Start
     from ia3.scoring.family import base_of
     from ia3.training.members import Member
     from ia3.training.trainer import TFewTrainer
@@ -244,19 +257,29 @@ def trained_on_others(
     free = (name for name in (f"fold{number}" for number in itertools.count()) if name not in model.peft_config)
     names = list(itertools.islice(free, folds))
     base = base_of(model)
-    config = {"task_type": task_type(base), "acts_from": recipe.place(base, task)}
+    start = None if recipe.init is None else Start(recipe.init)
+    if start is None:
+        config = IA3Config(task_type=task_type(base), acts_from=recipe.place(base, task))
+    else:
+        config = replace(start.stored.config, inference_mode=False)
+    # An adapter that was trained on held-out rows knows them already.
+    anew = start is None or any(map(start.has_seen, rows))
     by_fold = [names[fold] for fold in each]
     added: list[str] = []
     with _kept_as_it_is(model):
         try:
             for name in names:
-                if recipe.init is None:
-                    model.add_adapter(name, IA3Config(**config))
+                if anew or start is None:
+                    model.add_adapter(name, replace(config))
                 else:
-                    model.load_adapter(recipe.init, name, is_trainable=True)
+                    start.load(model, name)
                 added.append(name)
+            truths = [task.truth(row, number) for number, row in enumerate(rows, 1)]
+            known = {label for its in truths for label in its} if task.multi_label else {*truths}
             members = [
-                Member(task, [row for row, its in zip(rows, by_fold, strict=True) if its != name], name, seed)
+                Member(
+                    task, [row for row, its in zip(rows, by_fold, strict=True) if its != name], name, seed, known=known
+                )
                 for name in names
             ]
             arguments = recipe.training_arguments(output_dir, seed=seed, save_strategy="no", disable_tqdm=True)

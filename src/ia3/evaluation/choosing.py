@@ -100,6 +100,7 @@ def choose_model(
         InputError: answers that differ from row to row, labels with single rows, or a model of another kind.
     """
     progress = progress or Progress()
+    task.require_one_label()
     if task.labels is None or not can_balance(task):
         raise InputError(
             "Expected a task with the same labels for all rows, to choose a model by", "name one by", argument="model"
@@ -120,6 +121,8 @@ def choose_model(
         losses = np.array(
             [-math.log(max(one.probabilities[y], 1e-12)) for one, y in zip(held_out, labels, strict=True)]
         )
+        weights = task.weights(labels)
+        losses *= np.array([weights.get(y, 1.0) for y in labels])
         accuracy = float(np.mean([one.best == y for one, y in zip(held_out, labels, strict=True)]))
         found[name] = count, losses, accuracy
     best = min((losses for _, losses, _ in found.values()), key=lambda losses: losses.mean())

@@ -122,7 +122,7 @@ def drawn(
 
 def _shares(task: Task, rows: Sequence[Row], others: Sequence[Row] = (), stand_for: int = 0) -> dict[str, float] | None:
     """The shares of labels among rows and `stand_for` more, of which `others` are a random sample."""
-    if task.labels is None:
+    if task.labels is None or task.multi_label:
         return None
     first, second = (Counter(task.label(row) for row in some) for some in (rows, others))
     each = stand_for / max(len(others), 1)

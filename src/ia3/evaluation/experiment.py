@@ -244,11 +244,32 @@ class Experiment:
             IA3Config.from_pretrained(self.chosen_recipe.init)
         if self.chosen_recipe.opinions != VECTORS:
             Sentences.found(self.chosen_recipe.encoder)
+        for trial in self.trials:
+            if trial.task.multi_label:
+                self._check_label_sets(trial)
         if self.folds:
             from ia3.evaluation.calibration import fold_of_each
 
             for trial in self.trials:
                 fold_of_each(trial.task, trial.examples, self.folds, trial.seed)
+
+    def _check_label_sets(self, trial: Trial) -> None:
+        """Raise `InputError` for what a multi-label task cannot have."""
+        from ia3.evaluation.label_sets import require_label_sets
+
+        require_label_sets(trial.task, trial.examples)
+        unfit = {
+            "all_templates": self.all_templates,
+            "unlabelled": self.unlabelled is not None,
+            "prior": self.prior != "file",
+        }
+        for argument, given in unfit.items():
+            if given:
+                raise InputError(
+                    f"Expected a task with one label for each row, found the multi-label task {brief(trial.task.name)}",
+                    "leave out",
+                    argument=argument,
+                )
 
     def _check_prior(self) -> None:
         """Raise `InputError` for a prior that does not fit the tasks."""
@@ -298,7 +319,8 @@ class Experiment:
                     found[trial.name].update(more)
                     results[trial.name] = running.save(trial, found[trial.name], calibration, opinions)
                 elif self.folds:
-                    found[trial.name]["cross_validation"], calibration = running.cross_validate(trial)
+                    more, calibration = running.cross_validate(trial)
+                    found[trial.name].update(more)
                     results[trial.name] = running.save(trial, found[trial.name], calibration)
         groups: dict[str, list[str]] = {}
         for trial in running.trials:

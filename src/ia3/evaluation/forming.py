@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.special import log_softmax
 
-from ia3.errors import InputError
+from ia3.errors import InputError, shown
 from ia3.evaluation.balance import can_balance, shift_of
 from ia3.evaluation.calibration import fold_of_each, trained_on_others
 from ia3.evaluation.prediction import Prediction, predict
 from ia3.evaluation.progress import Progress, Stage
-from ia3.opinions.head import Head, fit_head
-from ia3.opinions.opinions import HEAD, MOST_ASKING, SENTENCES, USUAL, VECTORS, Opinions, weigh
+from ia3.opinions.head import Head, fit_head, weights_of
+from ia3.opinions.opinions import HEAD, LEAST, MOST_ASKING, SENTENCES, USUAL, VECTORS, Opinions, weigh
 from ia3.opinions.priors import shares_of
 from ia3.opinions.self_training import Examples, self_train
 from ia3.opinions.sentences import Sentences, sentence_of
@@ -36,10 +36,10 @@ if TYPE_CHECKING:
 Read = Callable[[Callable[[list[int]], None]], np.ndarray]
 """Reads rows; gets a function that is told which are done."""
 
-_FOLDS = 4
+FOLDS = 4
 
 # Up to this number of rows times labels, vectors train once more for each fold; with more, that takes long.
-_QUICK = 2_000
+QUICK = 2_000
 
 # Weights beside a sentence encoder where nothing can be cross-validated: with a row of a label, and its answer's text, the
 # encoder tells more than a language model's states.
@@ -107,7 +107,7 @@ def form_opinions(
         weights = usual if len(asked) > 1 else dict.fromkeys(asked, 1.0)
         why = "usual weights: labels have single rows, or duplicates"
         why += "; rows without labels are not used" if unlabelled else ""
-    elif VECTORS in asked and not folds and len(rows) * len(made.names) > _QUICK:
+    elif VECTORS in asked and not folds and len(rows) * len(made.names) > QUICK:
         weights = {VECTORS: USUAL, **made.weights([*made.heads])}
         why = f"a usual weight of the vectors: {len(rows)} rows of {len(made.names)} labels take long"
         why += "; rows without labels are not used" if unlabelled else ""
@@ -115,8 +115,9 @@ def form_opinions(
         if VECTORS in asked:
             stage = progress.stage(f"Cross-validation {title}".strip(), recipe.steps)
             readings = Readings() if readings is None else readings
-            scores = _held_out_scores(
-                model, tokenizer, task, rows, recipe, made.count, seed, output_dir, stage, readings, made.names
+            labels = [*made.names, *made.unseen]
+            scores = held_out_scores(
+                model, tokenizer, task, rows, recipe, made.count, seed, output_dir, stage, readings, labels
             )
             balance = made.balance(scores)
             stage.end()
@@ -126,6 +127,13 @@ def form_opinions(
         if unlabelled:
             weights, said = made.learn_from_pool(weights)
             why += said
+    if made.unseen and VECTORS in asked:
+        weights = {VECTORS: LEAST * max(weights.values()), **weights}  # nothing else knows these labels
+    elif made.unseen:
+        progress.say(
+            f"Heads do not know {shown(made.unseen)}, which no training row has: it is never predicted. --opinions auto lets "
+            f"vectors answer, too, if they are trained."
+        )
     opinions = Opinions.of(weights, made.heads, balance, None if encoder is None else encoder.name)
     return Formed(opinions, made.together(opinions.weights), made.known, why)
 
@@ -138,6 +146,7 @@ class Forming:
 
     Attributes:
         names: the labels that rows have, in alphabetical order.
+        unseen: the labels that no row has, so that no head knows them, and nothing is held out.
         wordings: of the rows, and behind them of those without labels if rows can be divided.
         count: the number of folds.
         folds: the fold of each row, -1 for one that is the only one of its label; None: rows cannot be divided.
@@ -160,12 +169,14 @@ class Forming:
         self.task, self.progress, self.title = task, progress, title
         self.labels = [task.label(row, number) for number, row in enumerate(rows, 1)]
         self.names = sorted(set(self.labels))
+        self.unseen = sorted({*(task.labels or ())} - {*self.names})
+        self.class_weight = task.weights(self.labels)
         self.wordings = task.wordings(rows)
         # Duplicates share a fold, so they are one row here.
         different = dict(zip((one.fingerprint for one in self.wordings), self.labels, strict=True))
         counts = Counter(different.values())
         several = {name for name in self.names if counts[name] > 1}
-        self.count = folds or min([_FOLDS, *(counts[name] for name in several)])
+        self.count = folds or min([FOLDS, *(counts[name] for name in several)])
         self.measured = [index for index, label in enumerate(self.labels) if label in several]
         self.folds: list[int] | None = None
         if len(several) > 1 and 2 * len(self.measured) >= len(rows):
@@ -183,10 +194,11 @@ class Forming:
         stage = self.progress.stage(f"{title} {self.title}".strip(), len(self.wordings) + len(more))
         states = read(lambda done: stage.advance(len(done)))
         between = np.s_[len(self.labels) : len(self.wordings)]
-        examples = Examples(np.delete(states, between, axis=0), [*self.labels, *more], states[between])
+        known = np.delete(states, between, axis=0)
+        examples = Examples(known, [*self.labels, *more], states[between], self.class_weight)
         parts = None if self.folds is None else [*self.folds, *[-1] * len(more)]
         self._examples[name] = examples
-        self.heads[name], held_out = fit_head(examples.states, examples.labels, parts)
+        self.heads[name], held_out = fit_head(examples.states, examples.labels, parts, self.class_weight)
         stage.end()
         if held_out is not None:
             self.held_out[name] = held_out
@@ -201,17 +213,32 @@ class Forming:
         self.fit(SENTENCES, "Sentence encoder", lambda told: encoder.embeddings(texts, told), [*answers])
 
     def balance(self, scores: Sequence[np.ndarray]) -> list[dict[str, float]]:
-        """The balance of held-out scores (N, labels) in each template; the vectors' opinion is what it makes of them."""
-        shares = np.array([*shares_of(self.known, self.names).values()])
+        """The balance of held-out scores (N, labels, behind them those that no row has) in each template; the vectors' opinion is
+        what it makes of them.
+
+        A label that no row has gets a small share of these rows, as in `shares_of`: a text for which its answer is more probable
+        than for them stands out.
+        """
+        names = [*self.names, *self.unseen]
+        counts = {name: count * self.class_weight.get(name, 1.0) for name, count in Counter(self.known).items()}
+        shares = np.array([*shares_of(counts, names).values()])
+        each = self._weights[self.y] if self.class_weight else None
         scores = [some[self.measured] for some in scores]
-        shifts = [shift_of(some, shares) for some in scores]
-        said = [log_softmax(some + shift, axis=1) for some, shift in zip(scores, shifts, strict=True)]
-        self.held_out[VECTORS] = np.mean(said, axis=0)
-        return [dict(zip(self.names, shift.tolist(), strict=True)) for shift in shifts]
+        shifts = [shift_of(some, shares, each) for some in scores]
+        moved = [(some + shift)[:, : len(self.names)] for some, shift in zip(scores, shifts, strict=True)]
+        self.held_out[VECTORS] = np.mean([log_softmax(some, axis=1) for some in moved], axis=0)
+        return [dict(zip(names, shift.tolist(), strict=True)) for shift in shifts]
+
+    @property
+    def _weights(self) -> np.ndarray:
+        """How much a row of each of `names` counts."""
+        return weights_of(self.class_weight, self.names)
 
     def weights(self, asked: Sequence[str]) -> dict[str, float]:
         """The weights of some opinions."""
-        return weigh({name: self.held_out[name] for name in asked}, self.y) if len(asked) > 1 else {asked[0]: 1.0}
+        if len(asked) == 1:
+            return {asked[0]: 1.0}
+        return weigh({name: self.held_out[name] for name in asked}, self.y, self._weights)
 
     def learn_from_pool(self, weights: dict[str, float]) -> tuple[dict[str, float], str]:
         """Let heads learn from rows without labels, where that lowers the log-loss; returns the weights, and what came of it."""
@@ -245,15 +272,17 @@ class Forming:
 
     def _log_loss(self, weights: Mapping[str, float]) -> float:
         together = np.sum([weight * self.held_out[name] for name, weight in weights.items()], axis=0)
-        return -float(log_softmax(together, axis=1)[np.arange(len(self.y)), self.y].mean())
+        losses = -log_softmax(together, axis=1)[np.arange(len(self.y)), self.y]
+        return float(np.average(losses, weights=self._weights[self.y]))
 
     def _predictions(self, scores: Any) -> list[Prediction]:
         """Predictions of scores (N, labels)."""
         log_probs = log_softmax(scores, axis=1)
-        return [Prediction.of(dict(zip(self.names, row.tolist(), strict=True))) for row in log_probs]
+        scores = [dict(zip(self.names, row.tolist(), strict=True)) for row in log_probs]
+        return [Prediction.of(one, costs=self.task.costs) for one in scores]
 
 
-def _held_out_scores(
+def held_out_scores(
     model: IA3Model,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
@@ -300,7 +329,7 @@ def where_vectors_pay(
         bool(task.candidates) and isinstance(task.choices, dict) and are_codes(task.choices.values())
         for task, _ in tasks
     ]
-    long = [len(rows) * len(task.labels or ()) > _QUICK for task, rows in tasks]
+    long = [len(rows) * len(task.labels or ()) > QUICK for task, rows in tasks]
     if all(nameless):
         why = "no wording can name labels that are numbers or codes. --choices gives them names,"
     elif all(long) and Sentences.found(recipe.encoder) is not None:

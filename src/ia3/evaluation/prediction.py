@@ -18,6 +18,7 @@ from ia3.scoring.readings import Readings
 from ia3.scoring.scorer import Scorer
 from ia3.task.rows import items_of
 from ia3.task.task import Task
+from ia3.task.unequal import Costs, least_costly
 from ia3.training.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -36,30 +37,71 @@ class Prediction:
     """A row's label, and the probability of each label.
 
     Attributes:
-        label: the most probable label; None: its probability is below the threshold.
-        probabilities: label → probability; the sum is 1.
+        label: the most probable label, or with costs the one with the least expected cost; where rows may have several, a tuple
+            of those whose probability reaches their threshold, in alphabetical order. None: it is not sure enough
+            (`abstain_below`).
+        probabilities: label → probability; the sum is 1, but where each label is decided by itself.
         scores: label → length-normalized log-probability of its answer text, or what several opinions make of it (see
             `Opinions`). Probabilities are computed from scores.
+        costs: what mistakes cost, as of a task.
+        thresholds: label → the probability from which on a row has it; empty: rows have one label.
     """
 
-    label: str | None
+    label: str | tuple[str, ...] | None
     probabilities: dict[str, float]
     scores: dict[str, float] = field(repr=False)
+    costs: Costs = field(default_factory=dict, repr=False)
+    thresholds: Mapping[str, float] = field(default_factory=dict, repr=False)
 
     @property
-    def best(self) -> str:
-        """The most probable label; of equally probable labels, the first in alphabetical order."""
-        return min(self.probabilities, key=lambda label: (-self.probabilities[label], label))
+    def best(self) -> Any:
+        """The label, with the least expected cost (see `least_costly`), or the labels, however unsure."""
+        if self.thresholds:
+            return tuple(sorted(label for label in self.probabilities if self._has(label)))
+        return least_costly(self.probabilities, self.costs)
+
+    @property
+    def labels(self) -> list[str] | None:
+        """The label or labels as a list, whatever the task; None: it is not sure enough."""
+        return [self.label] if isinstance(self.label, str) else None if self.label is None else list(self.label)
+
+    def at(self, temperature: float) -> Prediction:
+        """The prediction from the same scores at another temperature."""
+        return self.of(self.scores, temperature, costs=self.costs, thresholds=self.thresholds)
+
+    @property
+    def sureness(self) -> float:
+        """The probability of the best label; of labels that are decided one by one, that of the least sure decision."""
+        if not self.thresholds:
+            return self.probabilities[self.best]
+        return min(p if self._has(label) else 1 - p for label, p in self.probabilities.items())
+
+    def _has(self, label: str) -> bool:
+        # A temperature changes no decision.
+        threshold = self.thresholds[label]
+        return self.scores[label] >= math.log(threshold / (1 - threshold))
 
     @classmethod
-    def of(cls, scores: Mapping[str, float], temperature: float = 1.0, abstain_below: float = 0.0) -> Prediction:
-        """The softmax of scores / temperature. The result does not depend on the order of the labels."""
+    def of(
+        cls,
+        scores: Mapping[str, float],
+        temperature: float = 1.0,
+        abstain_below: float = 0.0,
+        costs: Costs | None = None,
+        thresholds: Mapping[str, float] | None = None,
+    ) -> Prediction:
+        """The softmax of scores / temperature; with thresholds their sigmoid. The result does not depend on the order of the
+        labels."""
+        if thresholds:
+            each = {label: 1 / (1 + math.exp(-max(score / temperature, -700.0))) for label, score in scores.items()}
+            found = cls(None, each, dict(scores), thresholds=thresholds)
+            return replace(found, label=found.best) if found.sureness >= abstain_below else found
         highest = max(scores.values())
         powers = {label: math.exp((score - highest) / temperature) for label, score in scores.items()}
         total = math.fsum(powers.values())  # exact in any order
         probabilities = {label: power / total for label, power in powers.items()}
-        found = cls(None, probabilities, dict(scores))
-        return replace(found, label=found.best) if probabilities[found.best] >= abstain_below else found
+        found = cls(None, probabilities, dict(scores), costs or {})
+        return replace(found, label=found.best) if found.sureness >= abstain_below else found
 
 
 def predict(
@@ -77,7 +119,8 @@ def predict(
     readings: Readings | None = None,
     opinions: Opinions | None = None,
 ) -> list[Prediction]:
-    """Predict for each row the label whose answer text has the best length-normalized log-probability.
+    """Predict for each row the label whose answer text has the best length-normalized log-probability; for a task with costs, the
+    label with the least expected cost.
 
     Probabilities are the softmax of these scores, the distribution that the length-normalized loss trains.
 
@@ -89,7 +132,7 @@ def predict(
         on_progress: called with the indices of the rows that each batch finished.
         adapter_names: the adapter for each row; None: the active adapters.
         temperature: divides the scores to calibrate the probabilities (see `Calibration`); one number, or one per row.
-        abstain_below: give no label if the best label's probability is lower.
+        abstain_below: give no label if its probability is lower.
         template: the index of the task's template to use; balanced opinions ask in the first ones.
         recipe: decides length normalization and what to do about long prompts; None: the paper's.
         prefix: a text before each row's prompt, such as shots (see `predict_in_context`).
@@ -120,7 +163,10 @@ def predict(
     count = len(wordings)
     each = [its] * count
     scores = _scored(scorer, wordings, [recipe] * count, each, temperatures, adapter_names, on_progress, prefix)
-    return [Prediction.of(row, one, abstain_below) for row, one in zip(scores, temperatures, strict=True)]
+    return [
+        Prediction.of(row, temperature, abstain_below, one.costs, its.thresholds)
+        for row, temperature, one in zip(scores, temperatures, tasks, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -200,7 +246,9 @@ def predict_each(
             None if on_progress is None else lambda done, asked=asked: on_progress([asked[i][0] for i in done]),
         )
         for (index, one), its in zip(asked, scores, strict=True):
-            found[index].append(Prediction.of(its, one.temperature, abstain_below))
+            found[index].append(
+                Prediction.of(its, one.temperature, abstain_below, one.task.costs, one.opinions.thresholds)
+            )
     return found
 
 

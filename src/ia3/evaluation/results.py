@@ -19,6 +19,7 @@ from ia3.adapter.stored import (
     SEEN,
     TASK_NAME,
 )
+from ia3.errors import InputError
 from ia3.files import to_json
 from ia3.task.grades import Grades
 
@@ -38,6 +39,8 @@ METHODS = {
     "majority": "majority class",
 }
 METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
+OF_LABEL_SETS = {"macro_f1": "macro-F1", "micro_f1": "micro-F1", "accuracy": "exact match"}
+OF_COSTS = {"mean_cost": "mean cost"}
 OF_GRADES = {"mean_absolute_error": "mean error", "quadratic_kappa": "kappa"}
 
 
@@ -56,19 +59,23 @@ def tfidf_metrics(task: Task, examples: Sequence[Row], test: Sequence[Row]) -> d
     would do. None where it cannot be: examples without a word, or with one label."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
+    from sklearn.multiclass import OneVsRestClassifier
     from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import MultiLabelBinarizer
 
     from ia3.opinions.sentences import sentence_of
 
     texts, others = ([sentence_of(wording) for wording in task.wordings(rows)] for rows in (examples, test))
-    model = make_pipeline(
-        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(C=10, max_iter=1000)
-    )
+    regression, maker = LogisticRegression(C=10, max_iter=1000), MultiLabelBinarizer()
+    known, truth = ([task.truth(row) for row in rows] for rows in (examples, test))
+    if task.multi_label:
+        regression, known = OneVsRestClassifier(regression), maker.fit_transform(known)
+    model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), regression)
     try:
-        found = model.fit(texts, [task.label(row) for row in examples]).predict(others)
+        found = model.fit(texts, known).predict(others)
     except ValueError:
         return None
-    return task.metrics([task.label(row) for row in test], found.tolist())
+    return task.metrics(truth, maker.inverse_transform(found) if task.multi_label else found.tolist())
 
 
 def median_metrics(some: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -83,9 +90,18 @@ def report(task: Task, predictions: Sequence[Prediction], labels: Sequence[str],
 
     from ia3.evaluation.calibration import Calibration
 
+    predictions = [prediction.at(temperature) for prediction in predictions]
+    if task.multi_label and not all(prediction.thresholds for prediction in predictions):
+        raise InputError(
+            "Expected thresholds of a multi-label task's labels (opinions.json), found none", "train to the end, or anew"
+        )
     found = [prediction.best for prediction in predictions]
     names = task.labels or sorted({*labels, *found})
-    measured = np.array(precision_recall_fscore_support(labels, found, labels=names, zero_division=0))  # type: ignore[arg-type]
+    truth, said = labels, found
+    if task.multi_label:
+        truth, said = ([[name in its for name in names] for its in some] for some in (labels, found))
+    each: Any = {"zero_division": 0, **({"average": None} if task.multi_label else {"labels": names})}
+    measured = np.array(precision_recall_fscore_support(truth, said, **each))
     return {
         **task.metrics(labels, found),
         **_of_expected(task, predictions, labels),
@@ -190,9 +206,11 @@ def save_measured(
 def _model_card(folder: Path, task: Task, recipe: Recipe, results: dict[str, Any]) -> str:
     lines = []
     if "trained" in results:
-        lines = [f"| {results['test_rows']} test rows | accuracy | macro-F1 |", "|---|---:|---:|"]
+        metrics = OF_LABEL_SETS if task.multi_label else METRICS
+        lines = [" | ".join([f"| {results['test_rows']} test rows", *metrics.values(), ""]).rstrip()]
+        lines += ["|---|" + "---:|" * len(metrics)]
         lines += [
-            f"| {name} | {results[key]['accuracy']:.1%} | {results[key]['macro_f1']:.1%} |"
+            " | ".join([f"| {name}", *(f"{results[key][metric]:.1%}" for metric in metrics), ""]).rstrip()
             for key, name in METHODS.items()
             if key in results
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections import Counter
@@ -17,6 +18,7 @@ from ia3.evaluation.balance import can_balance
 from ia3.evaluation.checkpoints import interruptible
 from ia3.evaluation.progress import Progress, Stage, training_stages
 from ia3.evaluation.results import majority_metrics, median_metrics, save_trained, tfidf_metrics
+from ia3.evaluation.start import Start
 from ia3.task.rows import as_rows
 
 if TYPE_CHECKING:
@@ -54,6 +56,7 @@ class Running:
     def __init__(self, experiment: Experiment, progress: Progress) -> None:
         from ia3.adapter.pretrained import load_base
         from ia3.evaluation.forming import forms_opinions, where_vectors_pay
+        from ia3.evaluation.label_sets import require_reading
         from ia3.scoring.families import family_of
         from ia3.scoring.readings import Readings
 
@@ -74,10 +77,12 @@ class Running:
         if not experiment.all_templates:  # for which vectors answer alone
             self.recipe = where_vectors_pay(self.recipe, tasks, reads_answers, experiment.folds, progress)
         self.forms_opinions = {
-            one.name: forms_opinions(self.recipe, one.task, reads_answers, experiment.all_templates)
+            one.name: one.task.multi_label  # whose thresholds are part of them
+            or forms_opinions(self.recipe, one.task, reads_answers, experiment.all_templates)
             for one in experiment.trials
         }
         moves = experiment.unlabelled is not None or experiment.prior != "file"
+        require_reading([one.task for one in experiment.trials], reads_answers)
         if moves and not all(self.forms_opinions.values()):
             raise InputError(
                 "Expected several opinions, whose probabilities can be moved to a prior, found vectors that answer alone",
@@ -130,7 +135,7 @@ class Running:
         """The trials, each in the wordings that its examples chose, where its task has candidates."""
         from ia3.evaluation.wordings import choose_wording
 
-        found = []
+        found: list[Trial] = []
         chosen: dict[tuple[int, int], tuple[Task, list[Ranked]]] = {}
         for trial in self.experiment.trials:
             key = id(trial.task), id(trial.examples)  # learning rates share a draw
@@ -143,13 +148,25 @@ class Running:
                     self.progress.wordings(title, chosen[key][1], len(chosen[key][0].templates))
             task, ranking = chosen[key]
             self.rankings[trial.name] = ranking[: len(task.templates)]
-            found.append(replace(trial, task=task))
+            found.append(replace(trial, task=task, test=self._unseen(trial)))
         return found
+
+    def _unseen(self, trial: Trial) -> Sequence[Row]:
+        """A trial's test rows, without those that the adapter has learned which it starts from, unless test rows were given."""
+        given = any(one.task is trial.task and one.test is not None for one in self.experiment.sources)
+        if self.recipe.init is None or given:
+            return trial.test
+        start = Start(self.recipe.init)
+        test = [row for row in trial.test if not start.has_seen(row)]
+        if len(test) < len(trial.test):
+            count = len(trial.test) - len(test)
+            self.progress.say(f"{count} test rows are left out: {self.recipe.init} was trained on them.")
+        return test
 
     def zero_shot(self) -> dict[str, list[Scores]]:
         """For each trial what the untrained model has on its test rows, in each template that measures; see `trained`."""
         with self.model.disable_adapter():  # which may have been trained on other tasks
-            return self._in_each_template(self._zero_shot)
+            return self._in_each_template(self._zero_shot, self.trials)
 
     def train(self, checkpoint: str | None) -> tuple[dict[str, float], float]:
         """Train all adapters, from a checkpoint where there is one; returns the trainer's metrics, and the seconds.
@@ -169,7 +186,9 @@ class Running:
         where no vectors were trained."""
         if self.recipe.opinions == "head":
             return {trial.name: [] for trial in self.trials}
-        return self._in_each_template(self._trained)
+        # Where rows have several labels, there are no thresholds yet.
+        single = [trial for trial in self.trials if not trial.task.multi_label]
+        return {trial.name: [] for trial in self.trials} | self._in_each_template(self._trained, single)
 
     def results(
         self, trial: Trial, zero_shot: Sequence[Scores], trained: Sequence[Scores], metrics: Scores, seconds: float
@@ -210,31 +229,33 @@ class Running:
         """Form a trial's opinions, and measure them: what is known of them beside `results`, and they themselves."""
         from ia3.evaluation.calibration import Calibration
         from ia3.evaluation.forming import form_opinions
+        from ia3.evaluation.label_sets import form_label_sets
         from ia3.evaluation.prediction import Prediction
         from ia3.opinions.opinions import VECTORS, Opinions
 
         experiment, task = self.experiment, trial.task
         recipe = self.recipe.changed(learning_rate=trial.learning_rate)
-        formed = form_opinions(
-            self.progress,
-            trial.name,
-            self.model,
-            self.tokenizer,
-            task,
-            trial.examples,
-            recipe,
-            experiment.folds,
-            trial.seed,
-            experiment.checkpoints,
-            self.readings,
-            [] if experiment.unlabelled is None else as_rows(experiment.unlabelled, task),
-        )
+        given = self.progress, trial.name, self.model, self.tokenizer, task, trial.examples, recipe
+        how = experiment.folds, trial.seed, experiment.checkpoints, self.readings
+        if task.multi_label:
+            formed = form_label_sets(*given, *how)
+        else:
+            pool = [] if experiment.unlabelled is None else as_rows(experiment.unlabelled, task)
+            formed = form_opinions(*given, *how, pool)
         found: dict[str, Any] = {"weights": formed.opinions.weights, "why": formed.why}
         results: dict[str, Any] = {"opinions": found}
         calibration = None
         if formed.held_out is not None:
             results["cross_validation"] = task.metrics(formed.labels, [one.best for one in formed.held_out])
             calibration = Calibration.as_it_is(formed.held_out, formed.labels)
+        if task.multi_label:
+            if trial.test:
+                asked = {trial.titled("Trained"): [(task, row) for row in trial.test]}
+                adapters = [self.adapters[trial.name]] * len(trial.test)
+                said, stages = self._predicted(asked, 0, adapters, formed.opinions)
+                results["trained"] = _scores(trial, *said.values(), 0)
+                _note(*stages.values(), task, [results["trained"]])
+            return results, formed.opinions, calibration
         opinions = self._moved(trial, formed.opinions)
         if trial.test:
             nothing = [Prediction.of(dict.fromkeys(task.labels or (), 0.0))] * len(trial.test)
@@ -244,7 +265,7 @@ class Running:
             by_vectors = [[one.scores for one in some] for some in zip(*each, strict=True)]
             if trial.name in self._by_vectors:
                 balanced = Opinions.of({VECTORS: 1.0}, balance=opinions.balance)
-                alone = [Prediction.of(balanced.together(one)) for one in by_vectors]
+                alone = [Prediction.of(balanced.together(one), costs=task.costs) for one in by_vectors]
                 found[VECTORS] = _scores(trial, alone, 0)
             by_heads: dict[str, list[Prediction]] = {}
             for name, head in opinions.heads.items():
@@ -256,7 +277,7 @@ class Running:
             together = []
             for index, one in enumerate(by_vectors):
                 heads = {name: its[index].scores for name, its in by_heads.items()}
-                together.append(Prediction.of(opinions.together(one, heads)))
+                together.append(Prediction.of(opinions.together(one, heads), costs=task.costs))
             results["trained"] = _scores(trial, together, 0)
         return results, opinions, calibration
 
@@ -272,11 +293,12 @@ class Running:
     def _moved(self, trial: Trial, opinions: Opinions) -> Opinions:
         """A trial's opinions for labels that are as frequent as where predictions will be made."""
         from ia3.evaluation.prediction import predict
-        from ia3.opinions.priors import BALANCED, estimated_prior, shares_of
+        from ia3.opinions.priors import BALANCED, estimated_prior, weighted_shares
 
         experiment, task = self.experiment, trial.task
         names = list(task.labels or ())
-        seen = shares_of([task.label(row) for row in trial.examples], names)
+        labels = [task.label(row) for row in trial.examples]
+        seen = weighted_shares(labels, task.weights(labels), names)
         prior, where = experiment.prior, "as you say"
         if experiment.unlabelled is not None:
             rows = as_rows(experiment.unlabelled, task)
@@ -295,7 +317,14 @@ class Running:
             said = np.log([[max(item.probabilities[name], 1e-12) for name in names] for item in items])
             prior, where = estimated_prior(said, seen, names), "as estimated on rows without labels"
         elif prior == "file":
-            prior, where = trial.shares or seen, "as in the file"
+            prior, where = seen, "as in the file" + ("" if task.class_weight is None else ", times class weights")
+            if trial.shares is not None:
+                # Labels without rows are not in the file because nobody had any: that is no reason to move them.
+                known = {name: trial.shares[name] for name in dict.fromkeys(labels)}
+                weights = task.weights(known)
+                known = {name: share * weights.get(name, 1.0) for name, share in known.items()}
+                rest = math.fsum(seen[name] for name in known) / math.fsum(known.values())
+                prior = {name: known[name] * rest if name in known else seen[name] for name in names}
         elif prior == BALANCED:
             prior, where = dict.fromkeys(names, 1 / len(names)), "equally"
         assert not isinstance(prior, str)
@@ -307,15 +336,16 @@ class Running:
             )
         return opinions.toward({name: prior[name] for name in names}, seen)
 
-    def cross_validate(self, trial: Trial) -> tuple[Scores, Calibration]:
-        """What a trial's examples have by adapters that have not seen them, and how they calibrate its own."""
-        experiment = self.experiment
-        return cross_validated(
+    def cross_validate(self, trial: Trial) -> tuple[dict[str, Any], Calibration]:
+        """What a trial's examples have by adapters that have not seen them, and how they calibrate its own; with costs, also what it
+        has on test rows with that, for then the decisions are others."""
+        experiment, task = self.experiment, trial.task
+        scores, calibration = cross_validated(
             self.progress,
             trial.titled("Cross-validation"),
             self.model,
             self.tokenizer,
-            trial.task,
+            task,
             trial.examples,
             self.recipe.changed(learning_rate=trial.learning_rate),
             experiment.folds,
@@ -323,14 +353,19 @@ class Running:
             experiment.checkpoints,
             self.readings,
         )
+        results: dict[str, Any] = {"cross_validation": scores}
+        if task.costs and trial.test and not experiment.all_templates:
+            said = [one.at(calibration.temperature) for one in self._by_vectors[trial.name]]
+            results["trained"] = _scores(trial, said, 0)
+        return results, calibration
 
     # Measuring.
 
-    def _in_each_template(self, measure: Any) -> dict[str, list[Scores]]:
-        found: dict[str, list[Scores]] = {trial.name: [] for trial in self.trials}
-        count = max(len(trial.task.templates) for trial in self.trials) if self.experiment.all_templates else 1
-        for template in range(count):
-            some = [trial for trial in self.trials if template < len(trial.task.templates)]
+    def _in_each_template(self, measure: Any, trials: Sequence[Trial]) -> dict[str, list[Scores]]:
+        found: dict[str, list[Scores]] = {trial.name: [] for trial in trials}
+        count = max((len(trial.task.templates) for trial in trials), default=0) if self.experiment.all_templates else 1
+        for template in range(count if trials else 0):
+            some = [trial for trial in trials if template < len(trial.task.templates)]
             for trial, scores in zip(some, measure(some, template), strict=True):
                 found[trial.name] += [] if scores is None else [scores]
         return found
@@ -338,16 +373,40 @@ class Running:
     def _zero_shot(self, trials: Sequence[Trial], template: int) -> list[Scores | None]:
         """A row of several trials goes through the model once."""
         found, stages = self._untrained("Zero-shot", {one.name: one.test for one in trials}, template)
+        found |= self._decided([one for one in trials if one.task.multi_label], found, template)
         scores = [_scores(one, found[one.name], template) for one in trials]
         self._note_each(stages, trials, scores)
         self._balance(trials, found, template)
         return scores
+
+    def _decided(
+        self, trials: Sequence[Trial], untrained: Mapping[str, list[Prediction]], template: int
+    ) -> dict[str, list[Prediction]]:
+        """What the untrained model says to test rows of multi-label tasks, by thresholds that suit the training rows."""
+        from ia3.evaluation.balance import balancing_rows
+        from ia3.evaluation.label_sets import by_answers
+        from ia3.evaluation.prediction import Prediction
+
+        some = [one for one in trials if one.test and one.examples]
+        rows = {one.name: balancing_rows(one.examples) for one in some}
+        said, _ = self._untrained("Thresholds", rows, template)
+        found = {}
+        for one in some:
+            names = list(one.task.labels or ())
+            scores = np.array([[item.scores[name] for name in names] for item in said[one.name]])
+            opinions = by_answers(scores, names, [one.task.labels_of(row) for row in rows[one.name]])
+            found[one.name] = [
+                Prediction.of(opinions.together([item.scores]), thresholds=opinions.thresholds)
+                for item in untrained[one.name]
+            ]
+        return found
 
     def _balance(self, trials: Sequence[Trial], untrained: Mapping[str, list[Prediction]], template: int) -> None:
         """Keep what the untrained model has on test rows when its answers are balanced on the training rows."""
         from ia3.evaluation.balance import Balance, balancing_rows
 
         some = [one for one in trials if one.test and one.examples and can_balance(one.task, template)]
+        some = [one for one in some if not one.task.multi_label]
         rows = {one.name: balancing_rows(one.examples) for one in some}
         found, stages = self._untrained("Balancing", rows, template)
         scores = []
@@ -445,7 +504,7 @@ def _measured(
     if not trial.test:
         return {}
     # The majority of the training rows says nothing when they are balanced; the test rows' own is the fair bar.
-    labels = [trial.task.label(row) for row in trial.test]
+    labels = [trial.task.truth(row) for row in trial.test]
     found: dict[str, Any] = {
         "zero_shot": median_metrics(zero_shot),
         **({} if balanced is None else {"zero_shot_balanced": median_metrics(balanced)}),
@@ -467,7 +526,7 @@ def _in_words(title: str, template: int) -> str:
 
 def _scores(trial: Trial, predictions: Sequence[Prediction], template: int) -> Scores | None:
     """A trial's metrics; a template that says itself which answer is right may list its answers in an order of its own."""
-    labels = [trial.task.label(row, template=template) for row in trial.test]
+    labels = [trial.task.truth(row, template=template) for row in trial.test]
     return trial.task.metrics(labels, [one.best for one in predictions]) if labels else None
 
 
@@ -504,10 +563,11 @@ def cross_validated(
     stage = progress.stage(title, recipe.steps)
     found = cross_validate(model, tokenizer, task, rows, recipe, folds, seed, folder, stage, readings)
     labels = [task.label(row) for row in rows]
-    scores = task.metrics(labels, [prediction.best for prediction in found])
+    calibration = Calibration.fit(found, labels)
+    scores = task.metrics(labels, [prediction.at(calibration.temperature).best for prediction in found])
     stage.end()
     _note(stage, task, [scores])
-    return scores, Calibration.fit(found, labels)
+    return scores, calibration
 
 
 def train_alone(
@@ -565,7 +625,7 @@ def with_adapters(base: PreTrainedModel, adapters: Mapping[str, Place], init: st
         return IA3Model(base, {name: IA3Config(**config, acts_from=place) for name, place in adapters.items()})
     model = IA3Model(base, {})
     for adapter in adapters:
-        model.load_adapter(init, adapter, is_trainable=True)
+        Start(init).load(model, adapter)
         model.peft_config[adapter].base_model_name_or_path = base.name_or_path
     model.set_adapter(next(iter(adapters)))
     return model

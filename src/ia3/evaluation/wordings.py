@@ -15,6 +15,7 @@ from ia3.adapter.pretrained import HEADED, task_type
 from ia3.errors import InputError
 from ia3.evaluation.balance import shift_of
 from ia3.evaluation.progress import Progress
+from ia3.evaluation.start import Start
 from ia3.scoring.batch import pass_tokens
 from ia3.scoring.family import base_of
 from ia3.scoring.question import row_length
@@ -101,7 +102,8 @@ def choose_wording(
     Args:
         model: the base model, without an acting adapter.
         tokenizer: its tokenizer.
-        task: a task whose wording was given, or a classifier's, stays as it is.
+        task: a task whose wording was given, or a classifier's, stays as it is. Where the recipe starts from an adapter of the same
+            labels, its wording is taken.
         rows: labelled rows, training examples alone.
         recipe: decides length normalization and what to do about long prompts; None: the paper's.
         progress: told how the search gets on.
@@ -111,10 +113,20 @@ def choose_wording(
     progress = progress or Progress()
     if not task.candidates or not rows:
         return task, []
+    if recipe is not None and recipe.init is not None:
+        kept = Start(recipe.init).worded(task)
+        if kept is not None:
+            progress.say(f"The wording is that of {recipe.init}, which its vectors know; --template sets another.")
+            return kept, []
     if task_type(base_of(model)) in HEADED:
         progress.say("A classifier reads no answers, so the wording stays plain.")
         return task, []
-    found = rank(Scorer(model, tokenizer, readings or Readings()), task, rows, recipe or Recipe(), progress, title)
+    scorer = Scorer(model, tokenizer, readings or Readings())
+    asked, each = task, list(rows)
+    if task.multi_label:  # each label of a row is right
+        asked = task.with_one_label()
+        each = [{**row, task.label_column: label} for row in rows for label in task.labels_of(row)]
+    found = rank(scorer, asked, each, recipe or Recipe(), progress, title)
     best = found[0]
     if best.bound > math.log(best.labels):
         progress.say(
@@ -204,7 +216,9 @@ def _restricted(task: Task, candidates: Sequence[Template], labels: Sequence[str
         return None if choices is None else {label: choices[label] for label in labels}
 
     templates = [{**one.model_dump(), "choices": part(one.choices)} for one in candidates]
-    return Task.create({**task.model_dump(), "aliases": {}, "choices": part(task.choices), "templates": templates})
+    # What names labels that are left out, and decides nothing here.
+    others = {"aliases": {}, "grades": [], "metric": "accuracy", "costs": {}, "class_weight": None}
+    return Task.create({**task.model_dump(), **others, "choices": part(task.choices), "templates": templates})
 
 
 def _rounds(lengths: Sequence[int], rows: int, labels: int, budget: int) -> list[tuple[int, int, int]]:

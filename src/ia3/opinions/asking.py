@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ia3.opinions.head import Head
-from ia3.opinions.opinions import HEAD, Opinions
+from ia3.opinions.opinions import HEAD, WORDS, Opinions
 from ia3.opinions.sentences import Sentences, sentence_of
+from ia3.opinions.words import Words
 from ia3.scoring.question import Question
 from ia3.scoring.scorer import Scorer
 from ia3.task.wording import Wording
@@ -21,7 +22,8 @@ class HeadJob:
     Attributes:
         head: answers.
         question: the row's; the head reads what the frozen model's layers hold of it.
-        encoder: the sentence encoder whose embedding of `sentence` the head reads instead; None: the model.
+        encoder: the sentence encoder whose embedding of `sentence` the head reads instead, or `WORDS` for its words; None: the
+            model.
         sentence: see `encoder`.
     """
 
@@ -41,7 +43,7 @@ def head_jobs(opinions: Opinions, wording: Wording, question: Question) -> dict[
     return {
         name: HeadJob(head, question)
         if name == HEAD
-        else HeadJob(head, question, opinions.encoder, sentence_of(wording))
+        else HeadJob(head, question, WORDS if name == WORDS else opinions.encoder, sentence_of(wording))
         for name, head in opinions.heads.items()
     }
 
@@ -49,7 +51,7 @@ def head_jobs(opinions: Opinions, wording: Wording, question: Question) -> dict[
 def heads_say(
     scorer: Scorer, jobs: Sequence[HeadJob], on_progress: Callable[[list[int]], Any] | None = None
 ) -> list[dict[str, float]]:
-    """For each job: label → log-probability. What several heads read is read once.
+    """For each job what its head says (`Head.said`). What several heads read is read once.
 
     Args:
         scorer: of the model, whose adapters do not act.
@@ -71,7 +73,8 @@ def heads_say(
         if encoder is None:
             states = scorer.states([job.question for job in some], told).numpy()
         else:
-            states = Sentences(encoder).embeddings([job.sentence for job in some], told)
+            reader = Words() if encoder == WORDS else Sentences(encoder)
+            states = reader.embeddings([job.sentence for job in some], told)
         for indices, row in zip(groups, states, strict=True):
             for index in indices:
                 found[index] = jobs[index].head.said(row)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,8 @@ class Head:
         weight: float32 (K, places, width), on the states as they are.
         bias: float32 (K,).
         of: how many places the model has.
+        single: each row has one label, so that scores become log-probabilities of all labels; otherwise labels are scored
+            one by one, for rows that have several (`fit_label_sets`).
     """
 
     labels: tuple[str, ...]
@@ -52,9 +54,14 @@ class Head:
     weight: np.ndarray
     bias: np.ndarray
     of: int
+    single: bool = True
 
     def log_probs(self, states: np.ndarray) -> np.ndarray:
-        """The log-probability of each label: (N, K), for states (N, places of the model, width).
+        """The log-probability of each label: (N, K), for states (N, places of the model, width); see `scores`."""
+        return log_softmax(self.scores(states), axis=1)
+
+    def scores(self, states: np.ndarray) -> np.ndarray:
+        """The score of each label: (N, K), for states (N, places of the model, width).
 
         Raises:
             InputError: states of another model.
@@ -66,17 +73,19 @@ class Head:
             )
             raise InputError(f"Expected hidden states of {expected}, on which the head was fitted, found {found}.")
         some = states[:, list(self.places)].astype(np.float64)
-        return log_softmax(np.einsum("npd,kpd->nk", some, self.weight.astype(np.float64)) + self.bias, axis=1)
+        return np.einsum("npd,kpd->nk", some, self.weight.astype(np.float64)) + self.bias
 
     def said(self, row: np.ndarray) -> dict[str, float]:
-        """Label → log-probability, for one row's states (places of the model, width)."""
-        return dict(zip(self.labels, self.log_probs(row[None])[0].tolist(), strict=True))
+        """Label → log-probability, or score where rows have several, for one row's states (places of the model, width)."""
+        found = (self.log_probs if self.single else self.scores)(row[None])
+        return dict(zip(self.labels, found[0].tolist(), strict=True))
 
     def to_bytes(self) -> bytes:
         """The content of a safetensors file that `from_bytes` reads."""
         from safetensors.numpy import save
 
         described = {"labels": list(self.labels), "places": list(self.places), "of": self.of}
+        described |= {} if self.single else {"single": False}
         # The library writes an array's memory, whatever its strides.
         tensors = {name: np.ascontiguousarray(getattr(self, name)) for name in ("weight", "bias")}
         return save(tensors, {"ia3_head": json.dumps(described, ensure_ascii=False)})
@@ -96,6 +105,7 @@ class Head:
                 tensors["weight"].astype(np.float32),
                 tensors["bias"].astype(np.float32),
                 int(described["of"]),
+                bool(described.get("single", True)),
             )
             labels, places, _ = head.weight.shape
             whole = (labels, places) == (len(head.labels), len(head.places)) and head.bias.shape == (labels,)
@@ -111,7 +121,10 @@ class Head:
 
 
 def fit_head(
-    states: np.ndarray, labels: Sequence[str], folds: Sequence[int] | None = None
+    states: np.ndarray,
+    labels: Sequence[str],
+    folds: Sequence[int] | None = None,
+    class_weight: Mapping[str, float] | None = None,
 ) -> tuple[Head, np.ndarray | None]:
     """Fit logistic regressions on single places, and make one head of those that answer best in cross-validation.
 
@@ -124,6 +137,7 @@ def fit_head(
         labels: the label of each row, of at least two.
         folds: the fold of each row, from 0 (see `fold_of_each`), -1 for a row that is never held out; None: no
             cross-validation.
+        class_weight: label → how much each of its rows counts, as scikit-learn's; None or empty: all the same.
 
     Returns:
         The head; and with folds what the rows that are held out are given, log-probabilities (rows, K): regressions and
@@ -132,6 +146,7 @@ def fit_head(
     """
     names = sorted(set(labels))
     y = np.array([names.index(label) for label in labels])
+    weights = weights_of(class_weight, names)
     step = -(-states.shape[1] // next((most for work, most in _TRIED if len(y) * len(names) <= work), 4))
     # From the last layer on, which is closest to the answer.
     tried = list(range(states.shape[1] - 1, -1, -step))[::-1]
@@ -140,11 +155,11 @@ def fit_head(
     chosen, sureness, held_out = even, USUAL_SURENESS, None
     if folds is not None:
         fold_of = np.asarray(folds)
-        held_out, chosen = _held_out(features, y, len(names), fold_of, even)
+        held_out, chosen = _held_out(features, y, weights, fold_of, even)
         held_out = held_out[fold_of >= 0]
-        sureness = sureness_of(held_out, y[fold_of >= 0])
+        sureness = sureness_of(held_out, y[fold_of >= 0], weights)
         held_out = log_softmax(held_out * sureness, axis=1)
-    fitted = [features[index].classifier(y, len(names)) for index in chosen]
+    fitted = [features[index].classifier(y, weights) for index in chosen]
     weight = np.stack([weight for weight, _ in fitted], axis=1) * sureness / len(chosen)
     bias = np.stack([bias for _, bias in fitted]).sum(0) * sureness / len(chosen)
     places = tuple(tried[index] for index in chosen)
@@ -167,14 +182,21 @@ class _Features:
         rotated, sizes, self._back = np.linalg.svd((states - self._mean) / self._scale, full_matrices=False)
         self.values = rotated * sizes
 
-    def classifier(self, y: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    def classifier(self, y: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Weights (K, width) and biases (K,) on the states as they are, of a regression on all rows."""
-        weight, bias = _regression(self.values, y, count)
+        weight, bias = _regression(self.values, y, weights)
         weight = weight @ self._back / self._scale
         return weight, bias - weight @ self._mean
 
 
-def regression(values: np.ndarray, y: np.ndarray, strength: float, iterations: int) -> tuple[np.ndarray, np.ndarray]:
+def weights_of(class_weight: Mapping[str, float] | None, names: Sequence[str]) -> np.ndarray:
+    """How much each row of some labels counts: (K,)."""
+    return np.array([(class_weight or {}).get(name, 1.0) for name in names])
+
+
+def regression(
+    values: np.ndarray, y: np.ndarray, strength: float, iterations: int, class_weight: Mapping[int, float]
+) -> tuple[np.ndarray, np.ndarray]:
     """Weights (K, features) and biases (K,) of a logistic regression, whose scores are one for each of K labels.
 
     Args:
@@ -182,30 +204,37 @@ def regression(values: np.ndarray, y: np.ndarray, strength: float, iterations: i
         y: (N,), the label of each row; there are at least two.
         strength: scikit-learn's `C`, the inverse strength of the penalty.
         iterations: the maximum.
+        class_weight: how much a row of each label counts.
     """
     from sklearn.linear_model import LogisticRegression
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of regressions that have not converged to the last digit
-        model: Any = LogisticRegression(C=strength, max_iter=iterations).fit(values, y)
+        made = LogisticRegression(C=strength, class_weight={**class_weight}, max_iter=iterations)
+        model: Any = made.fit(values, y)
     weight, bias = model.coef_, model.intercept_
     if len(weight) == 1:  # scikit-learn has one row for two labels, the second against the first
         weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
     return weight, bias
 
 
-def _regression(values: np.ndarray, y: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Weights (K, features) and biases (K,); a label without rows gets no weights, and a low bias."""
+def _regression(values: np.ndarray, y: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Weights (K, features) and biases (K,); a label without rows gets no weights, and a low bias.
+
+    `weights` (K,) are how much a row of each label counts.
+    """
+    count = len(weights)
     whole, low = np.zeros((count, values.shape[1])), np.zeros(count)
     labels = np.unique(y)
     if len(labels) > 1:
-        whole[labels], low[labels] = regression(values, y, _STRENGTH, 200)
+        each = {label: float(weights[label]) for label in labels.tolist()}
+        whole[labels], low[labels] = regression(values, y, _STRENGTH, 200, each)
     low[np.setdiff1d(np.arange(count), labels)] = low.min() - np.log(len(y) + 1)
     return whole, low
 
 
 def _held_out(
-    features: Sequence[_Features], y: np.ndarray, count: int, folds: np.ndarray, even: list[int]
+    features: Sequence[_Features], y: np.ndarray, weights: np.ndarray, folds: np.ndarray, even: list[int]
 ) -> tuple[np.ndarray, list[int]]:
     """The log-probabilities (N, K) of each fold's rows by regressions on the others, and the best places of all rows.
 
@@ -213,14 +242,14 @@ def _held_out(
     of a fold is too sure of it.
     """
     numbers = np.unique(folds[folds >= 0])
-    rows = np.arange(len(y))
+    rows, each = np.arange(len(y)), weights[y]
 
     def without(*left_out: int) -> np.ndarray:
         """The log-probabilities (places, N, K) by regressions on the rows of other folds."""
         rest = ~np.isin(folds, left_out)
         found = []
         for one in features:
-            weight, bias = _regression(one.values[rest], y[rest], count)
+            weight, bias = _regression(one.values[rest], y[rest], weights)
             found.append(log_softmax(one.values @ weight.T + bias, axis=1))
         return np.stack(found)
 
@@ -231,12 +260,12 @@ def _held_out(
     else:
         losses = {fold: np.zeros((len(features), len(y))) for fold in numbers}
         for first, second in itertools.combinations(numbers, 2):
-            found = -without(first, second)[:, rows, y]
+            found = -without(first, second)[:, rows, y] * each
             losses[first][:, folds == second] = found[:, folds == second]
             losses[second][:, folds == first] = found[:, folds == first]
         choices = {fold: _best(losses[fold][:, (folds != fold) & (folds >= 0)]) for fold in numbers}
-        best = _best(np.sum([-by_fold[fold][:, rows, y] * (folds == fold) for fold in numbers], axis=0))
-    held_out = np.zeros((len(y), count))
+        best = _best(np.sum([-by_fold[fold][:, rows, y] * each * (folds == fold) for fold in numbers], axis=0))
+    held_out = np.zeros((len(y), len(weights)))
     for fold in numbers:
         held_out[folds == fold] = by_fold[fold][choices[fold]].mean(0)[folds == fold]
     return held_out, best
@@ -247,12 +276,13 @@ def _best(losses: np.ndarray) -> list[int]:
     return sorted(np.argsort(losses.mean(1), kind="stable")[:_BEST].tolist())
 
 
-def sureness_of(log_probs: np.ndarray, y: np.ndarray) -> float:
-    """The factor of log-probabilities (N, K) with the lowest loss on N rows, pulled to the usual one like one more row or so."""
+def sureness_of(log_probs: np.ndarray, y: np.ndarray, weights: np.ndarray) -> float:
+    """The factor of log-probabilities (N, K) with the lowest loss on N rows, pulled to the usual one like one more row or so; a
+    label's rows count as `weights` (K,) say."""
     rows = np.arange(len(y))
 
     def loss(factor: float) -> float:
         pulled = (np.log(factor / USUAL_SURENESS) / _SPREAD) ** 2 / 2
-        return float(-log_softmax(log_probs * factor, axis=1)[rows, y].sum() + pulled)
+        return float(-(log_softmax(log_probs * factor, axis=1)[rows, y] * weights[y]).sum() + pulled)
 
     return min(_SURENESS, key=loss)

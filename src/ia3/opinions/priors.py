@@ -23,6 +23,11 @@ def shares_of(labels: Iterable[str] | Mapping[str, float], names: Sequence[str])
     return {name: (counts[name] + 1) / total for name in names}
 
 
+def weighted_shares(labels: Sequence[str], weights: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+    """`shares_of` labels of which some count more; `weights` are those of `class_weights`."""
+    return shares_of({name: count * weights.get(name, 1.0) for name, count in Counter(labels).items()}, names)
+
+
 def prior_of(text: str, names: Sequence[str]) -> dict[str, float]:
     """Shares as people write them: "balanced", or "spam=0.1,other=0.9"; a label that is left out shares what is left.
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from scipy.special import log_softmax
 
-from ia3.opinions.head import USUAL_SURENESS, Head, fit_head, sureness_of
+from ia3.opinions.head import USUAL_SURENESS, Head, fit_head, sureness_of, weights_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,11 +20,13 @@ class Examples:
         states: (N + M, places, width), of N labelled rows and M more examples, which are never held out.
         labels: N + M of them.
         pool: (P, places, width), of rows without labels.
+        class_weight: as of `fit_head`.
     """
 
     states: np.ndarray
     labels: Sequence[str]
     pool: np.ndarray
+    class_weight: Mapping[str, float] = field(default_factory=dict)
 
     def known(self, rows: np.ndarray) -> np.ndarray:
         """Those of some examples that it has: another opinion may have more."""
@@ -64,7 +66,8 @@ def self_train(
     found = {}
     for name, head in _learned(examples, heads, weights, np.arange(len(fold_of)), measured).items():
         y = [head.labels.index(examples[name].labels[row]) for row in measured.tolist()]
-        factor = sureness_of(held_out[name] / USUAL_SURENESS, np.array(y)) / USUAL_SURENESS
+        each = weights_of(examples[name].class_weight, head.labels)
+        factor = sureness_of(held_out[name] / USUAL_SURENESS, np.array(y), each) / USUAL_SURENESS
         held_out[name] = log_softmax(held_out[name] * factor, axis=1)
         found[name] = replace(head, weight=head.weight * np.float32(factor), bias=head.bias * np.float32(factor))
     return found, held_out
@@ -96,7 +99,7 @@ def _learned(
 
 def _fitted(examples: Examples, head: Head, rows: np.ndarray, pseudo: Mapping[int, str]) -> Head:
     """A head on the places of another one."""
-    made, _ = fit_head(*examples.of(head.places, rows, pseudo))
+    made, _ = fit_head(*examples.of(head.places, rows, pseudo), class_weight=examples.class_weight)
     places = tuple(head.places[place] for place in made.places)
     made = replace(made, places=places, of=head.of)
     if made.labels == head.labels:

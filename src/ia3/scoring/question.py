@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -52,6 +52,17 @@ class Question:
     def after(self, tokens: Sequence[int]) -> Question:
         """The question behind some more tokens, which are read before it."""
         return replace(self, prompt=[*tokens, *self.prompt], read=self.read + len(tokens))
+
+    def only(self, listed: Collection[int]) -> Question:
+        """The question with some of its choices, the right one among them, if it is known; `listed` are their indices in the
+        caller's list."""
+        kept = [index for index in range(len(self.choices)) if self.listed(index) in listed]
+        return replace(
+            self,
+            choices=[self.choices[index] for index in kept],
+            label=None if self.label is None else kept.index(self.label),
+            order=tuple(self.listed(index) for index in kept),
+        )
 
     def listed(self, index: int) -> int:
         """A choice's index in the caller's list."""

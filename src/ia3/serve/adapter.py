@@ -10,7 +10,15 @@ import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ia3.adapter.config import CONFIG_NAME
-from ia3.adapter.stored import CALIBRATION_NAME, HEAD_NAME, OPINIONS_NAME, RECIPE_NAME, SENTENCES_NAME, TASK_NAME
+from ia3.adapter.stored import (
+    CALIBRATION_NAME,
+    HEAD_NAME,
+    OPINIONS_NAME,
+    RECIPE_NAME,
+    SENTENCES_NAME,
+    TASK_NAME,
+    WORDS_NAME,
+)
 from ia3.errors import InputError, about, reason
 from ia3.files import WEIGHTS_NAME, current
 from ia3.folder import AdapterFolder
@@ -29,6 +37,7 @@ FILES = {
     OPINIONS_NAME: False,
     HEAD_NAME: False,
     SENTENCES_NAME: False,
+    WORDS_NAME: False,
     CALIBRATION_NAME: False,
 }
 """Name of an adapter's file → whether it is required."""

@@ -280,10 +280,14 @@ class Server:
 
         found, left = [], iter(scores)
         for row in asked:
-            item = Prediction.of(row.together([next(left) for _ in row.jobs]), row.temperature, body.abstain_below)
+            together = row.together([next(left) for _ in row.jobs])
+            given = row.task.costs, row.opinions.thresholds
+            item = Prediction.of(together, row.temperature, body.abstain_below, *given)
             grade = row.task.grade(item.probabilities)
             graded = {} if grade is None else grade._asdict()
-            found.append({"label": item.label, "probabilities": item.probabilities, **graded})
+            # The base model has no thresholds, and gives the most probable label alone.
+            answer = {"labels": item.labels} if row.task.multi_label else {"label": item.label}
+            found.append({**answer, "probabilities": item.probabilities, **graded})
         usage = {"prompt_tokens": sum(len(row.jobs[0][1].question.prompt) for row in asked)}
         names = [adapter.name for adapter in adapters]
         if body.adapters is None:

@@ -7,7 +7,8 @@ import logging
 import os
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -15,10 +16,11 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
-from ia3.errors import InputError, brief, excerpt, problems, shown, similar
+from ia3.errors import InputError, about, brief, excerpt, problems, shown, similar
 from ia3.files import read_fields, reading, replacing
 from ia3.task.candidates import MOST_LISTED, candidates, made_template
 from ia3.task.grades import Grade, Grades
+from ia3.task.label_sets import flag_of, is_list, labels_in, metrics_of_sets
 from ia3.task.reading import as_delimiter, require_delimited
 from ia3.task.rows import as_rows
 from ia3.task.template import (
@@ -31,9 +33,13 @@ from ia3.task.template import (
     is_missing,
     verbatim,
 )
+from ia3.task.unequal import ClassWeight, as_class_weight, as_costs, class_weights, mean_cost
 from ia3.task.wording import Wording
 
 logger = logging.getLogger(__name__)
+
+Truth = Any
+"""A row's label; or the tuple of its labels, where it may have several."""
 
 # YAML's spellings of no value.
 NOTHING = ("", "~", "null")
@@ -69,7 +75,7 @@ def _label(value: Any) -> str:
 def _several(found: Any) -> InputError:
     return InputError(
         f"Expected one label, found {brief(found)}",
-        "tasks with several labels a row are not supported: make a yes/no task of each label",
+        "a task whose rows have several is multi_label (ia3 train --multi-label)",
     )
 
 
@@ -94,6 +100,15 @@ class Task(BaseModel):
         aliases: a label's name in other copies of the data → label.
         grades: the labels from the lowest to the highest, for labels that have an order (see `Grades`); empty: they have
             none.
+        multi_label: each row has any number of the labels, also none. The label column holds a list, a list as JSON, or text
+            (see `label_separator`).
+        label_separator: the text between a row's labels, of multi-label tasks whose cells are no lists.
+        label_columns: a column for each label, that says whether a row has it (1 or 0, true or false, yes or no), instead of
+            the label column; the columns' names are the labels.
+        class_weight: how much a row of each label counts in training, as scikit-learn's: "balanced", n / (k · n_label), or
+            label → weight (see `class_weights`); None: all the same.
+        costs: true label → label that is given → cost. Predictions give the label with the least expected cost (see
+            `least_costly`); a pair that is left out costs 1, a right label 0. Empty: the most probable label.
         separator: the text between prompt and answer text.
         metric: the metric to show during training.
         truncate: columns to shorten, in this order, if a prompt is longer than the model's context; empty: the longest
@@ -117,8 +132,13 @@ class Task(BaseModel):
     choices: Choices | None = None
     aliases: dict[str, str] = {}
     grades: list[str] = []
+    multi_label: bool = False
+    label_separator: str | None = None
+    label_columns: list[str] = []
+    class_weight: ClassWeight | None = None
+    costs: dict[str, dict[str, float]] = {}
     separator: str = " "
-    metric: Literal["accuracy", "macro_f1", "quadratic_kappa"] = "accuracy"
+    metric: Literal["accuracy", "macro_f1", "micro_f1", "quadratic_kappa"] = "accuracy"
     truncate: list[str] = []
     only_choices: bool = False
     class_names: bool = True
@@ -136,6 +156,14 @@ class Task(BaseModel):
                 raise ValueError("expected template or templates, one of the two, found both")
             values = {**values, "templates": [values["template"]]}
             del values["template"]
+        if isinstance(values, Mapping) and (
+            values.get("label_columns") or values.get("label_separator") is not None
+        ):
+            values = {"multi_label": True, **values}
+        if isinstance(values, Mapping) and values.get("label_columns"):
+            values = {"choices": list(values["label_columns"]), **values}
+        if isinstance(values, Mapping) and values.get("multi_label") not in (None, False, "false"):
+            values = {"metric": "macro_f1", **values}
         if isinstance(values, Mapping) and isinstance(values.get("templates"), Sequence):
             # Each template is compiled, which takes longer than reading it.
             length = sum(len(str(template)) for template in values["templates"])
@@ -160,6 +188,16 @@ class Task(BaseModel):
     @classmethod
     def _grades_are_text(cls, value: Any) -> Any:
         return [as_text(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+    @field_validator("class_weight", mode="before")
+    @classmethod
+    def _weights_are_numbers(cls, value: Any) -> Any:
+        return as_class_weight(value)
+
+    @field_validator("costs", mode="before")
+    @classmethod
+    def _costs_are_numbers(cls, value: Any) -> Any:
+        return as_costs(value)
 
     @field_validator("delimiter")
     @classmethod
@@ -193,10 +231,11 @@ class Task(BaseModel):
                 )
         for number, template in enumerate(self.templates, 1):
             named = {*template.columns, *columns_of(self.choices_of(number - 1))}
-            if self.label_column in named and not template.says_answer:
+            given_away = sorted(named & {*self.answer_columns})
+            if given_away and not template.says_answer:
                 which = repr(template.name) if template.name else f"template {number}"
                 raise ValueError(
-                    f"expected prompts and choices without the label column {self.label_column!r}, which gives the answer "
+                    f"expected prompts and choices without the label column {given_away[0]!r}, which gives the answer "
                     f"away, found it in {which}; take it out, or say which column holds the label (label_column)"
                 )
         if self.grades and (not isinstance(known, list) or sorted(self.grades) != known):
@@ -204,6 +243,11 @@ class Task(BaseModel):
             raise ValueError(f"expected each label once among the grades, found {shown(self.grades)} for {theirs}")
         if self.metric == "quadratic_kappa" and not self.grades:
             raise ValueError("expected grades for the metric quadratic_kappa, found none")
+        self._check_unequal(known if isinstance(known, list) else None)
+        if self.multi_label:
+            self._fits_label_sets(known)
+        elif self.label_separator is not None or self.label_columns:
+            raise ValueError("expected multi_label with label_separator or label_columns, found it false")
         if isinstance(known, list):
             all_labels = set(known)
             for alias, label in self.aliases.items():
@@ -212,6 +256,40 @@ class Task(BaseModel):
                         f"expected aliases of the labels {brief(known)}, found {brief(alias)} for {brief(label)}"
                     )
         return self
+
+    def _fits_label_sets(self, labels: list[str] | str | None) -> None:
+        """Raise `ValueError` if a multi-label task's fields do not fit together."""
+        if not isinstance(labels, list):
+            raise ValueError("expected the same labels for all rows of a multi-label task, found answers of each row")
+        if any(template.says_answer for template in self.templates):
+            raise ValueError("expected templates that leave the labels to the label column, found one with an answer")
+        if self.label_columns and (self.label_separator or sorted(self.label_columns) != labels):
+            raise ValueError(
+                f"expected a column for each label and no separator, found columns {shown(self.label_columns)} for the labels "
+                f"{shown(labels)}"
+            )
+        if self.label_separator == "":
+            raise ValueError("expected some text as label_separator, found none")
+        for field in ("grades", "class_weight", "costs"):
+            if getattr(self, field):
+                raise ValueError(f"expected one label for each row with {field}, found multi_label")
+        if self.metric not in ("accuracy", "macro_f1", "micro_f1"):
+            raise ValueError(f"expected a metric of accuracy, macro_f1, micro_f1 for multi_label, found {self.metric}")
+
+    def _check_unequal(self, known: list[str] | None) -> None:
+        """Raise `ValueError` for class weights or costs of labels that the task does not have."""
+        weights = self.class_weight if isinstance(self.class_weight, dict) else {}
+        given = {label for row in self.costs.values() for label in row}
+        for field, named in {"class_weight": [*weights], "costs": [*self.costs, *sorted(given)]}.items():
+            if getattr(self, field) and known is None:
+                raise ValueError(
+                    f"expected the same labels for all rows with {field}, found answers that differ from row to row"
+                )
+            for label in named:
+                if known is not None and label not in known:
+                    raise ValueError(
+                        f"expected {field} of the task's labels, found {brief(label)}; {similar(label, known)}"
+                    )
 
     @classmethod
     def load(cls, name: str | os.PathLike) -> Task:
@@ -284,6 +362,9 @@ class Task(BaseModel):
         template: str | None = None,
         name: str = "task",
         grades: Sequence[str] = (),
+        multi_label: bool = False,
+        label_separator: str | None = None,
+        label_columns: Sequence[str] = (),
     ) -> Task:
         """Make a task from labelled rows. Column names and labels replace missing arguments.
 
@@ -299,6 +380,7 @@ class Task(BaseModel):
                 "Answer:".
             name: the task's name.
             grades: the labels from the lowest to the highest, if they have an order.
+            multi_label, label_separator, label_columns: see the class; a label column of lists makes a multi-label task, too.
 
         Raises:
             InputError: a column is missing, or all labels are equal.
@@ -313,8 +395,32 @@ class Task(BaseModel):
                 "in a file, another character may separate them: see",
                 argument="delimiter",
             )
-        label_column = column_of(label_column, columns, "label", "label_column", [])
         own, others = choices is not None, []
+        if label_columns:
+            missing = [name for name in label_columns if name not in columns]
+            if missing or label_column is not None:
+                found = f"no {shown(missing)} among {shown(columns, 20)}" if missing else "a label column as well"
+                raise InputError(f"Expected a column for each label, found {found}", argument="label_columns")
+            label_column, multi_label = "label", True
+            answer_columns = [*label_columns]
+            choices = choices or _answers_for(label_columns)
+        else:
+            label_column = column_of(label_column, columns, "label", "label_column", [])
+            answer_columns = [label_column]
+        cells = [row.get(label_column) for row in rows]
+        multi_label = multi_label or label_separator is not None or any(is_list(cell) for cell in cells)
+        if choices is None and multi_label:
+            known: set[str] = set()
+            for number, cell in enumerate(cells, 1):
+                with about(row=number):
+                    known |= {*labels_in(cell, label_separator)}
+            if len(known) < 2:
+                raise InputError(
+                    f"Expected at least two labels in column {label_column!r}, found {shown(sorted(known))}; if a cell holds "
+                    f"several, say what stands between them",
+                    argument="label_separator",
+                )
+            choices = _answers_for(sorted(known))
         if choices is None:
             found = {number: row.get(label_column) for number, row in enumerate(rows, 1)}
             labels = sorted({_label(value) for value in found.values() if not is_missing(value)})
@@ -331,20 +437,27 @@ class Task(BaseModel):
                     f"Expected at least two labels in column {label_column!r}, found {shown(labels)}; there is nothing "
                     f"to tell apart."
                 )
-            choices = {label: verbatim(label.replace("_", " ").strip()) for label in labels}
+            choices = _answers_for(labels)
         if template is None:
             asked = [text_column] if text_column is None or isinstance(text_column, str) else list(text_column)
-            texts = [column_of(each, columns, "text", "text_column", [label_column]) for each in asked]
-            if label_column in texts:
+            texts = [column_of(each, columns, "text", "text_column", answer_columns) for each in asked]
+            if {*answer_columns} & {*texts}:
                 raise InputError(
                     f"Expected two columns for text and label, found {label_column!r} for both", argument="text_column"
                 )
             template = made_template(texts, label_column, [choices[label] for label in sorted(choices)])
             others = candidates(rows, texts, label_column, choices, own, name)
         values = {"name": name, "template": template, "label_column": label_column, "choices": dict(choices)}
-        values["grades"] = list(grades)
+        values |= {"grades": list(grades), "multi_label": multi_label, "label_columns": list(label_columns)}
+        values |= {"label_separator": label_separator}
         made = cls.create(values)
         made._candidates = others
+        return made
+
+    def changed(self, **changes: Any) -> Task:
+        """The task with other values for some fields. Raises `InputError` for wrong ones."""
+        made = self.create({**self.model_dump(), **changes})
+        made._candidates = self._candidates
         return made
 
     @property
@@ -403,12 +516,57 @@ class Task(BaseModel):
         """A row's label; see `Wording`."""
         return self.wording(row, number, template).label
 
+    def labels_of(self, row: Row, number: int | None = None) -> tuple[str, ...]:
+        """The labels of a row of a multi-label task; see `Wording`."""
+        return self.wording(row, number).labels
+
+    def truth(self, row: Row, number: int | None = None, template: int = 0) -> Truth:
+        """A row's label, or its labels where it may have several; see `Wording`."""
+        return self.wording(row, number, template).truth
+
     def fingerprint(self, row: Row, number: int | None = None) -> str:
         """The fingerprint of a row's wording in the first template; see `Wording`."""
         return self.wording(row, number).fingerprint
 
+    def with_one_label(self) -> Task:
+        """A multi-label task as one with a label for each row, in its label column."""
+        values = {"multi_label": False, "label_separator": None, "label_columns": [], "metric": "accuracy"}
+        found = self.create({**self.model_dump(), **values})
+        found._candidates = self._candidates
+        return found
+
+    def require_one_label(self) -> None:
+        """Raise `InputError` for a multi-label task, where only one label for each row will do."""
+        if self.multi_label:
+            raise InputError(
+                f"Expected a task with one label for each row, found the multi-label task {brief(self.name)}",
+                "use another",
+            )
+
+    @property
+    def answer_columns(self) -> list[str]:
+        """The columns that say which labels a row has."""
+        return self.label_columns or [self.label_column]
+
+    def known_labels(self, row: Row) -> tuple[str, ...]:
+        """The labels of a row of a multi-label task, in alphabetical order; errors are those of `Wording.labels`."""
+        missing = [name for name in self.answer_columns if name not in row]
+        if missing:
+            raise InputError(f"Expected a label column {missing[0]!r}, found the columns {shown(row, 20)}.")
+        if self.label_columns:
+            return tuple(sorted(name for name in self.label_columns if flag_of(row[name], name)))
+        known = self.labels or []
+        found = set()
+        for label in labels_in(row[self.label_column], self.label_separator):
+            label = self.aliases.get(label, label)
+            if label not in known:
+                raise self._unknown(label, known)
+            found.add(label)
+        return tuple(sorted(found))
+
     def known_label(self, row: Row, answers: Mapping[str, str]) -> str:
         """The label in the label column, as one of the labels of `answers`; errors are those of `Wording.label`."""
+        self.require_one_label()
         if self.label_column not in row:
             raise InputError(f"Expected a label column {self.label_column!r}, found the columns {shown(row, 20)}.")
         label = _label(row[self.label_column])
@@ -417,9 +575,13 @@ class Task(BaseModel):
             several = [part.strip() for part in re.split(r"[,;|/]", label)]
             if len(several) > 1 and all(self.aliases.get(part, part) in answers for part in several):
                 raise _several(label)
-            hint = similar(label, answers) if len(answers) > MOST_LISTED else f"there are {shown(answers, 20)}"
-            raise _UnknownLabel(f"Expected a known label in {self.label_column!r}, found {brief(label)}", hint)
+            raise self._unknown(label, answers)
         return label
+
+    def _unknown(self, label: str, known: Iterable[str]) -> _UnknownLabel:
+        known = list(known)
+        hint = similar(label, known) if len(known) > MOST_LISTED else f"there are {shown(known, 20)}"
+        return _UnknownLabel(f"Expected a known label in {self.label_column!r}, found {brief(label)}", hint)
 
     def check(self, rows: Any, labelled: bool = True) -> None:
         """Raise the error of the first unusable row, in the file's order: an error of `prompt`, `answers` or `label` in
@@ -440,11 +602,13 @@ class Task(BaseModel):
 
     def _check_label(self, rows: Sequence[Row], wording: Wording) -> None:
         try:
-            _ = wording.label
+            _ = wording.truth
         except _UnknownLabel as error:
             if self.labels is None:
                 raise
-            values = (row.get(self.label_column) for row in rows)
+            values = [row.get(self.label_column) for row in rows]
+            if self.multi_label:
+                values = [label for value in values for label in labels_in(value, self.label_separator)]
             found = dict.fromkeys(as_text(value) for value in values if not is_missing(value))
             unknown = [label for label in found if self.aliases.get(label, label) not in self.labels]
             if len(unknown) < 2:
@@ -452,8 +616,11 @@ class Task(BaseModel):
             hint = f"{error.advice}. Unknown in all rows together: {shown(unknown, 20)}"
             raise InputError(error.message, hint, row=error.row) from error
 
-    def metrics(self, labels: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-        """Accuracy, and F1 averaged over the labels that occur, both between 0 and 1; for grades also those of `Grades`."""
+    def metrics(self, labels: Sequence[Truth], predictions: Sequence[Truth]) -> dict[str, float]:
+        """Accuracy, and F1 averaged over the labels that occur, both between 0 and 1; for grades also those of `Grades`, and with
+        costs their mean; for multi-label tasks see `metrics_of_sets`."""
+        if self.multi_label:
+            return metrics_of_sets(labels, predictions)
         from sklearn.metrics import accuracy_score, f1_score
 
         f1 = f1_score(labels, predictions, average="macro", zero_division=0)  # type: ignore[arg-type]
@@ -461,7 +628,12 @@ class Task(BaseModel):
             "accuracy": float(accuracy_score(labels, predictions)),
             "macro_f1": float(f1),
             **(Grades(self.grades).metrics(labels, predictions) if self.grades else {}),
+            **({"mean_cost": mean_cost(self.costs, labels, predictions)} if self.costs else {}),
         }
+
+    def weights(self, labels: Iterable[str] | Mapping[str, float]) -> dict[str, float]:
+        """Label → how much each of its rows counts among rows with these labels; empty: all the same (see `class_weights`)."""
+        return class_weights(self.class_weight, labels)
 
     def grade(self, probabilities: Mapping[str, float]) -> Grade | None:
         """The expected value of a row's label, and its spread; None for labels without an order."""
@@ -474,34 +646,66 @@ def few_shot(rows: Any, task: Task, per_label: int | None = None, seed: int = 0)
     Args:
         rows: the rows to draw from, as `as_rows` takes them.
         task: the task of the rows.
-        per_label: rows per label; None: 16, or all if a label has fewer.
+        per_label: rows per label; None: 16, or all if a label has fewer. A label without any rows is told by a warning.
         seed: decides the draw.
 
     Raises:
-        InputError: a label has fewer rows than `per_label`.
+        InputError: a label that has rows has fewer than `per_label`.
     """
     if per_label is not None and per_label < 1:
         raise InputError(f"Expected at least one training example for each label (per_label), found {per_label}.")
     rows, chance, wanted = as_rows(rows, task), random.Random(seed), per_label or _USUAL_EXAMPLES
+    if task.multi_label:
+        return _few_of_each(rows, task, wanted, per_label, chance)
     found = [task.label(row, number) for number, row in enumerate(rows, 1)]
     # By label in alphabetical order, so that the draw does not depend on how a task lists them.
     by_label: dict[str, list[Row]] = {label: [] for label in sorted({*(task.labels or ()), *found})}
     for label, row in zip(found, rows, strict=True):
         by_label[label].append(row)
-    scarce = {label: len(its) for label, its in by_label.items() if len(its) < wanted}
+    unknown = [label for label, its in by_label.items() if not its]
+    if unknown:
+        logger.warning("No training examples for %s: only answer texts say what such labels mean.", shown(unknown))
+    scarce = {label: len(its) for label, its in by_label.items() if 0 < len(its) < wanted}
     if scarce:
-        fewest = min(scarce, key=scarce.__getitem__)
-        which = f"{len(scarce)} of {len(by_label)} labels, the fewest for {brief(fewest, 80)}: {scarce[fewest]}"
-        if per_label is not None:
-            raise InputError(
-                f"Expected {per_label} training examples for each label, found fewer for {which}",
-                "ask for fewer, or take what there is, without",
-                argument="per_label",
-            )
-        logger.warning("Fewer than %d training examples for %s; all of these are taken.", wanted, which)
+        _say_scarce(scarce, len(by_label), wanted, per_label)
     chosen = [row for its in by_label.values() for row in chance.sample(its, min(wanted, len(its)))]
     chance.shuffle(chosen)
     return chosen
+
+
+def _few_of_each(
+    rows: Sequence[Row], task: Task, wanted: int, per_label: int | None, chance: random.Random
+) -> list[Row]:
+    """Random rows, until so many have each label, and as many have none."""
+    counts: Counter[str] = Counter()
+    chosen = []
+    for index in chance.sample(range(len(rows)), len(rows)):
+        its = task.labels_of(rows[index], index + 1) or ("",)
+        if any(counts[label] < wanted for label in its):
+            chosen.append(rows[index])
+            counts.update(its)
+    scarce = {label: counts[label] for label in task.labels or () if counts[label] < wanted}
+    if scarce:
+        _say_scarce(scarce, len(task.labels or ()), wanted, per_label)
+    return chosen
+
+
+def _say_scarce(scarce: Mapping[str, int], labels: int, wanted: int, per_label: int | None) -> None:
+    """Warn that labels have fewer rows than wanted, or raise `InputError` if somebody asked for so many."""
+    fewest = min(scarce, key=scarce.__getitem__)
+    which = f"{len(scarce)} of {labels} labels, the fewest for {brief(fewest, 80)}: {scarce[fewest]}"
+    if per_label is not None:
+        raise InputError(
+            f"Expected {per_label} training examples for each label, found fewer for {which}",
+            "ask for fewer, or take what there is, without",
+            argument="per_label",
+        )
+    logger.warning("Fewer than %d training examples for %s; all of these are taken.", wanted, which)
+
+
+def _answers_for(labels: Iterable[str]) -> dict[str, str]:
+    """Label → itself as an answer's text."""
+    return {label: verbatim(label.replace("_", " ").strip()) for label in labels}
 
 
 class _Loader(yaml.BaseLoader):

@@ -24,13 +24,18 @@ class Wording:
         row: column → value; or a text, if the task reads one column.
         number: the row's number in its file, for errors.
         template: the index of one of the task's templates.
+        learns: of a row with several labels, the one to learn; the others are then neither right nor wrong, so they are no
+            answers.
 
     Attributes:
         row: column → value.
     """
 
-    def __init__(self, task: Task, row: Any, number: int | None = None, template: int = 0) -> None:
-        self.task, self.number = task, number
+    def __init__(
+        self, task: Task, row: Any, number: int | None = None, template: int = 0, learns: str | None = None
+    ) -> None:
+        self.task, self.number, self.learns = task, number, learns
+        self._place = template
         self.template = task.templates[template]
         self.row: Row = as_row(row, task, number)
         self._choices = task.choices_of(template)
@@ -42,6 +47,12 @@ class Wording:
         Raises:
             InputError: the row lacks a column that the choices name, an answer is empty, or two are equal.
         """
+        others = set() if self.learns is None else {*self.labels} - {self.learns}
+        return {label: text for label, text in self._listed.items() if label not in others}
+
+    @functools.cached_property
+    def _listed(self) -> dict[str, str]:
+        """Label → answer text, of all labels."""
         with about(row=self.number):
             return answers_of(self._choices, self._read(self.row))
 
@@ -79,7 +90,7 @@ class Wording:
     @property
     def _seen(self) -> Iterable[str]:
         """The answers, where the template sees them."""
-        return self.answers.values() if self.template.sees_answers else ()
+        return self._listed.values() if self.template.sees_answers else ()
 
     @functools.cached_property
     def label(self) -> str:
@@ -89,6 +100,8 @@ class Wording:
             InputError: the column is missing, the label is unknown, or there are several.
         """
         with about(row=self.number):
+            if self.learns is not None:
+                return self.learns
             if not self.template.says_answer:
                 return self.task.known_label(self.row, self.answers)
             text = self.template.right_answer(self.row, self.answers.values())
@@ -98,6 +111,27 @@ class Wording:
             return found[text]
 
     @functools.cached_property
+    def labels(self) -> tuple[str, ...]:
+        """The labels of a row of a multi-label task, in alphabetical order.
+
+        Raises:
+            InputError: the column is missing, or a label is unknown.
+        """
+        with about(row=self.number):
+            return self.task.known_labels(self.row)
+
+    @property
+    def truth(self) -> Any:
+        """The row's label, or its labels where it may have several."""
+        return self.labels if self.task.multi_label else self.label
+
+    def each_label(self) -> list[Wording]:
+        """The wordings that a row teaches by: itself; of a row with several labels, one for each."""
+        if not self.task.multi_label:
+            return [self]
+        return [Wording(self.task, self.row, self.number, self._place, label) for label in self.labels]
+
+    @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of the prompt and answers. A model cannot distinguish rows with equal fingerprints; labels may
         differ."""
@@ -105,7 +139,7 @@ class Wording:
 
     def _read(self, row: Row) -> Row:
         """A row without its label, so that a template that prints the whole row does not reveal it."""
-        column = self.task.label_column
-        if column not in row or self.template.says_answer:
+        columns = self.task.answer_columns
+        if self.template.says_answer or not any(column in row for column in columns):
             return row
-        return {name: value for name, value in row.items() if name != column}
+        return {name: value for name, value in row.items() if name not in columns}

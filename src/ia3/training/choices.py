@@ -258,8 +258,9 @@ class ChoiceTrainer(Trainer):
             log_probs = scorer.log_probs(part)
             for name, rows in _by_member([inputs["members"][i] for i in group]).items():
                 mine = log_probs[rows], part["mask"][rows], part["label"][rows]
+                weights = _weights([inputs["weights"][i] for i in group], best.device)
                 share = len(mine[0]) / inputs["counts"][name]
-                loss = tfew_loss(*mine, **self._loss_weights)
+                loss = tfew_loss(*mine, **self._loss_weights, weights=None if weights is None else weights[rows])
                 losses.setdefault(name, []).append(loss.total * share)
                 doubts.setdefault(name, []).append(loss.length_normalized.detach() * share)
             scores = normalized_scores(log_probs.detach(), part["mask"], self.recipe.length_normalization)
@@ -279,8 +280,14 @@ class ChoiceTrainer(Trainer):
             order += group
             found.append(family.embeddings(to_device(family.pack([questions[i] for i in group]), device)))
         embeddings = torch.cat(found)[torch.tensor(order, device=device).argsort()]
+        weights = _weights(inputs["weights"], device)
         return {
-            name: contrastive_loss(embeddings[rows], inputs["label"][rows], self.recipe.temperature)
+            name: contrastive_loss(
+                embeddings[rows],
+                inputs["label"][rows],
+                self.recipe.temperature,
+                None if weights is None else weights[rows],
+            )
             for name, rows in _by_member(inputs["members"]).items()
         }
 
@@ -308,8 +315,13 @@ class ChoiceTrainer(Trainer):
 
 def _some(inputs: dict[str, Any], indices: list[int]) -> dict[str, Any]:
     """Some of a batch's questions; `counts` stay those of the whole batch."""
-    lists = {name: [inputs[name][i] for i in indices] for name in ("questions", "members")}
+    lists = {name: [inputs[name][i] for i in indices] for name in ("questions", "members", "weights")}
     return {**inputs, "label": inputs["label"][indices], **lists}
+
+
+def _weights(weights: Sequence[float], device: torch.device) -> torch.Tensor | None:
+    """Weights of questions as a tensor (B,); None if all are 1."""
+    return None if all(weight == 1 for weight in weights) else torch.tensor(weights, device=device)
 
 
 def _by_member(members: Sequence[str]) -> dict[str, list[int] | slice]:

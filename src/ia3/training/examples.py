@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -31,11 +31,13 @@ class Example:
         questions: one per template.
         key: decides, with the step, which question is drawn; it differs from row to row.
         member: the member that the example trains.
+        weight: what its loss is multiplied by (see `class_weights`).
     """
 
     questions: tuple[Question, ...]
     key: str = ""
     member: str = ONE
+    weight: float = 1.0
 
     def drawn(self, step: int) -> Question:
         """The question of a step. It does not depend on the batch."""
@@ -45,10 +47,13 @@ class Example:
 
     def of(self, member: str, adapter: str | None) -> Example:
         """The same example for a member, with questions for an adapter; None: for the active adapters."""
-        return Example(tuple(replace(question, adapter=adapter) for question in self.questions), self.key, member)
+        questions = tuple(replace(question, adapter=adapter) for question in self.questions)
+        return replace(self, questions=questions, member=member)
 
 
-def training_examples(scorer: Scorer, task: Task, rows: Any, recipe: Recipe, seed: int) -> list[Example]:
+def training_examples(
+    scorer: Scorer, task: Task, rows: Any, recipe: Recipe, seed: int, known: Collection[str] | None = None
+) -> list[Example]:
     """Labelled rows as training examples.
 
     Args:
@@ -57,22 +62,34 @@ def training_examples(scorer: Scorer, task: Task, rows: Any, recipe: Recipe, see
         rows: labelled rows, as `as_rows` takes them.
         recipe: decides which templates are drawn.
         seed: decides the draw.
+        known: the labels that have rows; None: those of these rows. Answers of others are no choices in training: wrong in
+            every row, they would be unlearned, and the base model's idea of them with that.
 
     Raises:
         InputError: rows do not fit the task (see `Scorer.questions`), or all have the same label.
     """
-    wordings = list(task.checked(rows))
-    labels = list(dict.fromkeys(its[0].label for its in wordings))
-    if len(labels) < 2:
+    wordings = [[*each] for its in task.checked(rows) for each in zip(*(one.each_label() for one in its), strict=True)]
+    labels = [its[0].label for its in wordings]
+    if len(set(labels)) < 2:
         raise InputError(
-            f"Expected training rows of at least two labels, found only {shown(labels)} in {len(wordings)} rows; T-Few "
+            f"Expected training rows of at least two labels, found only {shown(set(labels))} in {len(wordings)} rows; T-Few "
             f"learns from the difference."
         )
+    weights = task.weights(labels)
     templates = range(len(task.templates)) if recipe.templates == "random" else [0]
     asked = [scorer.questions([its[i] for its in wordings], long_prompts=recipe.long_prompts) for i in templates]
+    known = set(labels) if known is None else known
+    if scorer.family.reads_answers and task.labels is not None and len(known) < len(task.labels):
+        for template, questions in zip(templates, asked, strict=True):
+            kept = [[i for i, label in enumerate(its[template].answers) if label in known] for its in wordings]
+            questions[:] = [question.only(some) for question, some in zip(questions, kept, strict=True)]
     if scorer.family.embeds:
         asked = [[*questions, *_answers(scorer, wordings[0][i])] for i, questions in zip(templates, asked, strict=True)]
-    return [Example(questions, f"{seed} {number}") for number, questions in enumerate(zip(*asked, strict=True))]
+        labels += sorted(wordings[0][0].answers)
+    return [
+        Example(tuple(questions), f"{seed} {number}", weight=weights.get(label, 1.0))
+        for number, (label, *questions) in enumerate(zip(labels, *asked, strict=True))
+    ]
 
 
 def _answers(scorer: Scorer, wording: Wording) -> list[Question]:
@@ -96,12 +113,13 @@ def evaluation_examples(scorer: Scorer, task: Task, rows: Any, recipe: Recipe) -
 
 def collate_examples(examples: Sequence[Example]) -> dict[str, Any]:
     """A batch of examples as a dictionary: `label` (B,), the index of each right choice; `questions` of the first
-    template, which are packed later, with the model; `members`; `counts`, the number of examples per member in the
-    whole batch, kept when it is divided; and `examples`, if another template may be drawn."""
+    template, which are packed later, with the model; `members`; `weights` of their losses; `counts`, the number of
+    examples per member in the whole batch, kept when it is divided; and `examples`, if another template may be drawn."""
     questions = [example.questions[0] for example in examples]
     members = [example.member for example in examples]
     labels = [-100 if question.label is None else question.listed(question.label) for question in questions]
     batch = {"label": torch.tensor(labels), "questions": questions, "members": members, "counts": Counter(members)}
+    batch["weights"] = [example.weight for example in examples]
     if any(len(example.questions) > 1 for example in examples):
         batch["examples"] = list(examples)
     return batch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,17 +14,17 @@ import torch
 from ia3.adapter.trained import TrainedModule
 from ia3.opinions.head import regression
 from ia3.scoring.family import frozen
-from ia3.scoring.question import Question
 
 if TYPE_CHECKING:
     from ia3.scoring.scorer import Scorer
+    from ia3.training.examples import Example
 
 # The inverse strengths of the penalty on weights that cross-validation chooses from, and the one where it cannot.
 _STRENGTHS, _USUAL = (1.0, 10.0, 100.0, 1000.0), 10.0
 _FOLDS, _ITERATIONS = 5, 300
 
 
-def fill_head(scorer: Scorer, questions: Sequence[Question], name: str) -> None:
+def fill_head(scorer: Scorer, examples: Sequence[Example], name: str) -> None:
     """Fit a logistic regression on embeddings, and make it the head of an adapter.
 
     Cross-validation chooses its strength on the embeddings of the untrained encoder: vectors that were trained on the same
@@ -32,15 +32,17 @@ def fill_head(scorer: Scorer, questions: Sequence[Question], name: str) -> None:
 
     Args:
         scorer: the scorer of a sentence encoder.
-        questions: labelled ones, at least one of each label.
+        examples: at least one of each label; their first questions are asked.
         name: the adapter; without adapters, the head is the model's own.
     """
+    questions = [example.questions[0] for example in examples]
     labels = np.array([question.choices[question.label][0] for question in questions])  # type: ignore[index]
+    weights = dict(zip(labels.tolist(), (example.weight for example in examples), strict=True))
     with frozen(scorer.model):
         untrained = scorer.embeddings([replace(question, adapter=None) for question in questions]).numpy()
-    strength = _chosen_strength(untrained, labels)
+    strength = _chosen_strength(untrained, labels, weights)
     embeddings = scorer.embeddings(questions).numpy()
-    weight, bias = map(torch.from_numpy, regression(embeddings, labels, strength, _ITERATIONS))
+    weight, bias = map(torch.from_numpy, regression(embeddings, labels, strength, _ITERATIONS, weights))
     head = scorer.family.base.classifier
     if isinstance(head, TrainedModule):
         head = head.modules_to_save[name]
@@ -49,7 +51,7 @@ def fill_head(scorer: Scorer, questions: Sequence[Question], name: str) -> None:
             parameter.copy_(value)
 
 
-def _chosen_strength(embeddings: np.ndarray, labels: np.ndarray) -> float:
+def _chosen_strength(embeddings: np.ndarray, labels: np.ndarray, weights: Mapping[int, float]) -> float:
     """The strength with the lowest log-loss on held-out rows; the usual one where each label has one row."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
@@ -60,9 +62,10 @@ def _chosen_strength(embeddings: np.ndarray, labels: np.ndarray) -> float:
     parts = StratifiedKFold(folds, shuffle=True, random_state=0)
 
     def loss(strength: float) -> float:
-        model = LogisticRegression(C=strength, max_iter=_ITERATIONS)
+        model = LogisticRegression(C=strength, class_weight={**weights}, max_iter=_ITERATIONS)
         found: Any = cross_val_predict(model, embeddings, labels, cv=parts, method="predict_log_proba")
-        return -float(found[np.arange(len(labels)), labels].mean())
+        each = [weights[label] for label in labels.tolist()]
+        return -float(np.average(found[np.arange(len(labels)), labels], weights=each))
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of regressions that have not converged to the last digit

@@ -32,6 +32,7 @@ def tfew_loss(
     unlikelihood_weight: float = 1.0,
     length_normalized_weight: float = 1.0,
     length_normalization: float = 1.0,
+    weights: torch.Tensor | None = None,
 ) -> TFewLoss:
     """L = a L_LM + b L_UL + c L_LN for B questions of at most C choices of at most T tokens.
 
@@ -49,6 +50,7 @@ def tfew_loss(
         unlikelihood_weight: b, 1 in the paper.
         length_normalized_weight: c, 1 in the paper.
         length_normalization: the power of T in β.
+        weights: (B,), what each question's loss is multiplied by before the mean over B; None: all the same.
 
     Raises:
         InputError: shapes do not fit, or a label is not the index of a choice.
@@ -66,14 +68,17 @@ def tfew_loss(
     right = F.one_hot(labels, mask.shape[1]).bool()
 
     mean = log_probs.sum(-1) / length.clamp(min=1)
-    likelihood = -mean[right].mean()
+    likelihood = _mean(-mean[right], weights)
 
     wrong = mask & ~right[..., None]
     surprise = -torch.log1p(-(1 - _EPSILON) * log_probs.exp()).masked_fill(~wrong, 0)
-    unlikelihood = (surprise.sum((1, 2)) / wrong.sum((1, 2)).clamp(min=1)).mean()
+    unlikelihood = _mean(surprise.sum((1, 2)) / wrong.sum((1, 2)).clamp(min=1), weights)
 
     scores = normalized_scores(log_probs, mask, length_normalization)
-    length_normalized = F.cross_entropy(scores, labels)
+    if weights is None:  # PyTorch's own mean, which rounds otherwise
+        length_normalized = F.cross_entropy(scores, labels)
+    else:
+        length_normalized = _mean(F.cross_entropy(scores, labels, reduction="none"), weights)
     total = (
         likelihood_weight * likelihood
         + unlikelihood_weight * unlikelihood
@@ -82,7 +87,13 @@ def tfew_loss(
     return TFewLoss(total, likelihood, unlikelihood, length_normalized)
 
 
-def contrastive_loss(embeddings: torch.Tensor, labels: torch.Tensor, temperature: float = 0.1) -> torch.Tensor:
+def _mean(values: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    return (values if weights is None else values * weights).mean()
+
+
+def contrastive_loss(
+    embeddings: torch.Tensor, labels: torch.Tensor, temperature: float = 0.1, weights: torch.Tensor | None = None
+) -> torch.Tensor:
     """The supervised contrastive loss of N texts (Khosla et al. 2020, arXiv:2004.11362, equation 2).
 
     P(i) are the other texts with the label of text i, and z are embeddings of length 1:
@@ -95,6 +106,7 @@ def contrastive_loss(embeddings: torch.Tensor, labels: torch.Tensor, temperature
         embeddings: (N, H), of length 1.
         labels: (N,).
         temperature: below 1, the nearest texts count most.
+        weights: (N,), what the loss of each text i is multiplied by before the mean; None: all the same.
     """
     others = ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
     similar = (embeddings @ embeddings.T / temperature).masked_fill(~others, -torch.inf)
@@ -104,4 +116,4 @@ def contrastive_loss(embeddings: torch.Tensor, labels: torch.Tensor, temperature
     has_positives = counts > 0
     if not has_positives.any():
         return embeddings.sum() * 0.0
-    return (surprise[has_positives] / counts[has_positives]).mean()
+    return _mean(surprise[has_positives] / counts[has_positives], None if weights is None else weights[has_positives])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,7 @@ class Member:
         learning_rate: the peak learning rate; None: the arguments'.
         eval_rows: labelled rows for `evaluate()`.
         title: the member's name in errors; None: `name`.
+        known: the labels that have rows; None: those of these rows (see `training_examples`).
     """
 
     task: Task
@@ -45,6 +46,7 @@ class Member:
     learning_rate: float | None = None
     eval_rows: Any = None
     title: str | None = None
+    known: Collection[str] | None = None
 
     def seed_in(self, args: TrainingArguments) -> int:
         """The seed of its order: the arguments' `data_seed` if set, else the member's, else the arguments' `seed`."""

@@ -91,6 +91,8 @@ class Mixture(Dataset):
                     raise InputError("Expected labelled rows, found none.")
                 task.check(rows)
             self.tasks.append((task, rows))
+        # How much rows of each label count, in each task.
+        self._weights = [task.weights(task.label(row) for row in rows) for task, rows in self.tasks]
         sizes = np.array([min(len(rows), cap) for _, rows in self.tasks], dtype=float)
         self._shares = sizes / sizes.sum()
         # The task of each draw (draws,), and the number of earlier draws of that task (draws,).
@@ -136,7 +138,11 @@ class Mixture(Dataset):
         return len(self._turns)
 
     def __getitem__(self, index: int) -> Example:
-        return Example((self._question(*self.draw(index)),))
+        which, row, template = self.draw(index)
+        task, rows = self.tasks[which]
+        weights = self._weights[which]
+        weight = weights[task.label(rows[row], row + 1)] if weights else 1.0
+        return Example((self._question(which, row, template),), weight=weight)
 
     def _shuffled(self, which: int, epoch: int) -> np.ndarray:
         task, rows = self.tasks[which]

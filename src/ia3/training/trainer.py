@@ -108,7 +108,7 @@ class TFewTrainer(ChoiceTrainer):
         examples, held_out = {}, {}
         for name, member in self.members.items():
             with about(member.owner if self._in_step else None):
-                found = training_examples(scorer, member.task, member.rows, recipe, member.seed_in(args))
+                found = training_examples(scorer, member.task, member.rows, recipe, member.seed_in(args), member.known)
                 check_batch(found, args)
                 examples[name] = self._of(name, found)
                 if member.eval_rows is not None:
@@ -182,7 +182,7 @@ class TFewTrainer(ChoiceTrainer):
         self._filled = self.state.global_step
         if self.scorer.family.embeds:
             for name in self.members:
-                fill_head(self.scorer, [example.questions[0] for example in self._examples[name]], name)
+                fill_head(self.scorer, self._examples[name], name)
 
     def _held_out(self, rows: Any) -> list[Example]:
         if self._in_step:
@@ -266,7 +266,8 @@ class TFewTrainer(ChoiceTrainer):
 
 
 def metrics_of(task: Task) -> Callable[[Any], dict[str, float]]:
-    """The task's metrics as `compute_metrics` for a trainer whose predictions are indices of choices."""
+    """The task's metrics as `compute_metrics` for a trainer whose predictions are indices of choices, the most probable ones even
+    where mistakes have costs."""
 
     def name(index: int) -> str:
         return str(index) if task.labels is None else task.labels[index]

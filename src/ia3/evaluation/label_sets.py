@@ -1,0 +1,139 @@
+"""Form the opinions of an adapter whose rows have several labels: `form_label_sets`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ia3.errors import InputError
+from ia3.evaluation.forming import FOLDS, QUICK, Formed, held_out_scores
+from ia3.evaluation.prediction import Prediction
+from ia3.evaluation.progress import Progress
+from ia3.opinions.label_sets import decide, fit_label_sets
+from ia3.opinions.opinions import HEAD, SENTENCES, VECTORS, WORDS, Opinions
+from ia3.opinions.sentences import Sentences, sentence_of
+from ia3.opinions.words import Words
+from ia3.scoring.readings import Readings
+from ia3.scoring.scorer import Scorer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ia3.adapter.model import IA3Model
+    from ia3.task.task import Row, Task
+    from ia3.training.recipe import Recipe
+
+
+def form_label_sets(
+    progress: Progress,
+    title: str,
+    model: IA3Model,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    rows: Sequence[Row],
+    recipe: Recipe,
+    folds: int = 0,
+    seed: int = 0,
+    output_dir: str | os.PathLike = "cross-validation",
+    readings: Readings | None = None,
+) -> Formed:
+    """Fit heads on the rows of a multi-label task, weigh them and the vectors, and find each label's threshold.
+
+    Arguments as of `form_opinions`. Heads' held-out scores cost nothing (`fit_label_sets`). Vectors train once for each fold; where
+    that takes long and heads answer as well, they do not count.
+    """
+    wordings = task.wordings(rows)
+    labels = [one.labels for one in wordings]
+    names = sorted({label for its in labels for label in its})
+    y = np.array([[name in its for name in names] for its in labels], dtype=float)
+    held_out: dict[str, np.ndarray] = {}
+    heads, encoder = {}, None
+    if recipe.opinions != VECTORS:
+        encoder = Sentences.found(recipe.encoder)
+        scorer = Scorer(model, tokenizer, readings)
+        questions = scorer.questions(wordings, labelled=False, long_prompts=recipe.long_prompts)
+        sentences = [sentence_of(wording) for wording in wordings]
+
+        def read(name: str, ask: Callable[[Callable[[list[int]], None]], np.ndarray]) -> np.ndarray:
+            stage = progress.stage(f"{name} {title}".strip(), len(wordings))
+            found = ask(lambda done: stage.advance(len(done)))
+            stage.end()
+            return found
+
+        states = {HEAD: read("Head", lambda told: scorer.states(questions, told).numpy())}
+        if encoder is not None:
+            states[SENTENCES] = read("Sentence encoder", lambda told: encoder.embeddings(sentences, told))
+        states[WORDS] = Words().embeddings(sentences)
+        heads, held_out[HEAD] = fit_label_sets(states, labels, [one.fingerprint for one in wordings])
+    balance: list[dict[str, float]] = []
+    asked = recipe.opinions == VECTORS or (recipe.opinions != HEAD and (bool(folds) or len(rows) * len(names) <= QUICK))
+    count = min(folds or FOLDS, len({one.fingerprint for one in wordings}))
+    if asked:
+        stage = progress.stage(f"Cross-validation {title}".strip(), recipe.steps)
+        readings = Readings() if readings is None else readings
+        scores = held_out_scores(model, tokenizer, task, rows, recipe, count, seed, output_dir, stage, readings, names)
+        stage.end()
+        balance, held_out[VECTORS] = centred(scores, names)
+    decided = decide(held_out, y)
+    # Heads are parts of one regression, so that they have one weight.
+    weights = {name: decided.weights[HEAD] for name in heads if HEAD in decided.weights}
+    weights |= {VECTORS: decided.weights[VECTORS]} if VECTORS in decided.weights else {}
+    # A label without rows is given where vectors are sure of it.
+    thresholds = dict.fromkeys(task.labels or (), 0.5) | dict(zip(names, decided.thresholds.tolist(), strict=True))
+    opinions = Opinions.of(
+        weights,
+        heads,
+        balance if VECTORS in weights else (),
+        None if encoder is None else encoder.name,
+        decided.bias,
+        thresholds,
+    )
+    together = decided.bias + sum(weight * held_out[name] for name, weight in decided.weights.items())
+    predictions = [
+        Prediction.of(dict(zip(names, row.tolist(), strict=True)), thresholds=thresholds) for row in together
+    ]
+    low, high = decided.thresholds.min(), decided.thresholds.max()
+    why = f"each label is decided by itself, by thresholds of {low:.2f} to {high:.2f}"
+    if recipe.opinions == "auto" and not asked:
+        why += f"; {len(rows)} rows of {len(names)} labels take long to cross-validate, so vectors do not count"
+    return Formed(opinions, predictions, labels, why)
+
+
+def centred(scores: Sequence[np.ndarray], names: Sequence[str]) -> tuple[list[dict[str, float]], np.ndarray]:
+    """For scores (N, K) in each template, the shift of each label that makes its mean 0, and the mean of the shifted scores."""
+    shifts = [-some.mean(0) for some in scores]
+    mean = np.mean([some + shift for some, shift in zip(scores, shifts, strict=True)], axis=0)
+    return [dict(zip(names, shift.tolist(), strict=True)) for shift in shifts], mean
+
+
+def by_answers(scores: np.ndarray, names: Sequence[str], label_sets: Sequence[Sequence[str]]) -> Opinions:
+    """Opinions of the answers' scores (N, K) alone, whose thresholds suit N labelled rows: the untrained model's."""
+    balance, held_out = centred([scores], names)
+    y = np.array([[name in its for name in names] for its in label_sets], dtype=float)
+    decided = decide({VECTORS: held_out}, y)
+    thresholds = dict(zip(names, decided.thresholds.tolist(), strict=True))
+    return Opinions.of(decided.weights, balance=balance, bias=decided.bias, thresholds=thresholds)
+
+
+def require_label_sets(task: Task, rows: Sequence[Row]) -> None:
+    """Raise `InputError` if a multi-label task's training rows teach nothing."""
+    labels = [task.labels_of(row, number) for number, row in enumerate(rows, 1)]
+    found = sorted({label for its in labels for label in its})
+    if len(found) < 2 or all(set(its) == set(labels[0]) for its in labels):
+        raise InputError(
+            f"Expected training rows with different labels, of at least two, found {', '.join(found) or 'none'} in "
+            f"{len(rows)} rows."
+        )
+
+
+def require_reading(tasks: Sequence[Task], reads_answers: bool) -> None:
+    """Raise `InputError` if one of the tasks is multi-label and the model reads no answers."""
+    if not reads_answers and any(task.multi_label for task in tasks):
+        raise InputError(
+            "Expected a language model for rows with several labels, found one that reads no answers",
+            "take smollm2, or another; see",
+            argument="model",
+        )
