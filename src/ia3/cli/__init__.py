@@ -14,6 +14,7 @@ import typer
 from ia3 import __version__
 from ia3.cli import compare, convert, evaluate, inspect, merge, predict, pretrain, raft, serve, suggest, tasks, train
 from ia3.errors import InputError, excerpt, reason
+from ia3.processes import count, is_first
 
 app = typer.Typer(
     name="ia3",
@@ -61,7 +62,7 @@ class _Notices(logging.Handler):
 
     def say(self, message: object, *_: Any) -> None:
         line = f"ia3: {' '.join(str(message).split())}"
-        if line not in self._said:
+        if line not in self._said and is_first():
             self._said.add(line)
             typer.echo(line, err=True)
 
@@ -92,6 +93,10 @@ def _options(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
 ) -> None:
     """Options of the whole program."""
+    if count() > 1 and context.invoked_subcommand != "train":
+        raise InputError(
+            f"Expected one process, found several; a launcher can start ia3 train, but not ia3 {context.invoked_subcommand}."
+        )
     if context.invoked_subcommand != "serve":  # which has a log
         context.with_resource(_our_lines_alone())
 
@@ -126,5 +131,6 @@ def _is_failed_write(error: Exception) -> bool:
 
 def _fail(message: str) -> None:
     sys.stdout.flush()
-    typer.echo(f"ia3: {' '.join(message.split())}", err=True)
+    if is_first():
+        typer.echo(f"ia3: {' '.join(message.split())}", err=True)
     raise SystemExit(2)

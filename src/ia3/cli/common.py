@@ -17,6 +17,7 @@ import typer
 from ia3.adapter.config import CONFIG_NAME, IA3Config
 from ia3.adapter.pretrained import DTYPES, EMBEDDED_MODEL
 from ia3.errors import InputError, shown
+from ia3.processes import is_first
 from ia3.scoring import MEMORY
 
 if TYPE_CHECKING:
@@ -147,15 +148,17 @@ JsonOption = typer.Option(False, "--json", help="Print only JSON on standard out
 
 
 def console(json_output: bool = False) -> Console:
-    """The console for people: standard output, or standard error if standard output has JSON."""
+    """The console for people: standard output, or standard error if standard output has JSON. Of several processes, the first
+    one prints."""
     from rich.console import Console
 
-    return Console(stderr=json_output, highlight=False)
+    return Console(stderr=json_output, highlight=False, quiet=not is_first())
 
 
 def print_json(value: Any) -> None:
     """Print the result for programs, as one JSON document."""
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    if is_first():
+        typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def quiet() -> None:

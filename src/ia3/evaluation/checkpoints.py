@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from ia3.errors import InputError, shown
 from ia3.files import read_json, write_json
+from ia3.processes import is_first
 
 # The file of settings that a resumed run must share with the interrupted one.
 RUN_NAME = "run.json"
@@ -59,7 +60,7 @@ def interruptible(checkpoints: Path, settings: dict[str, Any], checkpoint: str |
     Raises:
         Interrupted: on a keyboard interrupt.
     """
-    if checkpoint is None:
+    if checkpoint is None and is_first():
         shutil.rmtree(checkpoints, ignore_errors=True)
         write_json(checkpoints / RUN_NAME, settings)
     with resumable(checkpoints):

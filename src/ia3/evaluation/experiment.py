@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ia3 import processes
 from ia3.adapter.config import IA3Config
 from ia3.adapter.pretrained import EMBEDDED_MODEL
 from ia3.errors import InputError, about, brief, shown
@@ -93,7 +94,8 @@ class Experiment:
         outcome.results["zero_shot"], outcome.results["trained"], outcome.folder
 
     Lists of tasks (with a list of rows for each), of seeds or of learning rates train one adapter for each combination.
-    All train at once. Each adapter gets a subfolder of `folder`, such as "seed-0" or "rte/seed-0-lr-0.001".
+    All train at once. Under `torchrun` or `accelerate launch`, processes share batches and test rows; the first one writes.
+    Each adapter gets a subfolder of `folder`, such as "seed-0" or "rte/seed-0-lr-0.001".
 
     Attributes:
         task: the task of the rows. If `Task.infer` made it without a template, the training examples choose its wording.
@@ -300,6 +302,7 @@ class Experiment:
 
         self.check()
         checkpoint = self.checkpoint() if resume else None
+        processes.connect(self.settings())
         running = Running(self, progress or Progress())
         before = running.zero_shot()
         metrics, seconds = running.train(checkpoint)
@@ -326,9 +329,10 @@ class Experiment:
         for trial in running.trials:
             groups.setdefault(trial.shared, []).append(trial.name)
         outcome = Outcome(Path(self.folder), results, groups, self.several)
-        if self.several:
-            write_json(outcome.folder / "metrics.json", outcome.results)
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        if processes.is_first():
+            if self.several:
+                write_json(outcome.folder / "metrics.json", outcome.results)
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
         return outcome
 
 

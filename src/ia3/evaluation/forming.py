@@ -22,6 +22,7 @@ from ia3.opinions.opinions import HEAD, LEAST, MOST_ASKING, SENTENCES, USUAL, VE
 from ia3.opinions.priors import shares_of
 from ia3.opinions.self_training import Examples, self_train
 from ia3.opinions.sentences import Sentences, sentence_of
+from ia3.processes import dealt
 from ia3.scoring.readings import Readings
 from ia3.scoring.scorer import Scorer
 from ia3.task.candidates import are_codes
@@ -299,9 +300,13 @@ def held_out_scores(
     found = []
     with trained_on_others(model, tokenizer, task, rows, recipe, folds, seed, output_dir, stage, readings) as by_fold:
         for template in _asking(task, recipe):
-            said = predict(
-                model, tokenizer, task, rows, None, by_fold, template=template, recipe=recipe, readings=readings
-            )
+
+            def said_to(some: list[int], template: int = template) -> list[Prediction]:
+                how: dict[str, Any] = {"template": template, "recipe": recipe, "readings": readings}
+                names = [by_fold[index] for index in some]
+                return predict(model, tokenizer, task, [rows[index] for index in some], None, names, **how)
+
+            said = dealt(len(rows), said_to)
             found.append(np.array([[one.scores[name] for name in names] for one in said]))
     return found
 

@@ -19,6 +19,7 @@ from ia3.evaluation.checkpoints import interruptible
 from ia3.evaluation.progress import Progress, Stage, training_stages
 from ia3.evaluation.results import majority_metrics, median_metrics, save_trained, tfidf_metrics
 from ia3.evaluation.start import Start
+from ia3.processes import dealt, from_first
 from ia3.task.rows import as_rows
 
 if TYPE_CHECKING:
@@ -141,9 +142,8 @@ class Running:
             key = id(trial.task), id(trial.examples)  # learning rates share a draw
             if key not in chosen:
                 title = trial.titled("Wordings")
-                chosen[key] = choose_wording(
-                    base, self.tokenizer, trial.task, trial.examples, self.recipe, self.progress, title, readings
-                )
+                asked = base, self.tokenizer, trial.task, trial.examples, self.recipe, self.progress, title, readings
+                chosen[key] = from_first(lambda asked=asked: choose_wording(*asked))
                 if chosen[key][1]:
                     self.progress.wordings(title, chosen[key][1], len(chosen[key][0].templates))
             task, ranking = chosen[key]
@@ -221,9 +221,8 @@ class Running:
     ) -> dict[str, Any]:
         """Save a trial's adapter; returns its results with its size."""
         folder, adapter = Path(self.experiment.folder, trial.name), self.adapters[trial.name]
-        return save_trained(
-            folder, self.model, adapter, trial.task, self.recipe, results, trial.examples, calibration, opinions
-        )
+        what = folder, self.model, adapter, trial.task, self.recipe, results, trial.examples, calibration, opinions
+        return from_first(lambda: save_trained(*what))
 
     def opinions(self, trial: Trial) -> tuple[dict[str, Any], Opinions, Calibration | None]:
         """Form a trial's opinions, and measure them: what is known of them beside `results`, and they themselves."""
@@ -475,21 +474,25 @@ class Running:
                 stages[title].advance(count)
 
         if pairs:
-            tasks, rows = zip(*pairs, strict=True)
-            items = predict(
-                self.model,
-                self.tokenizer,
-                tasks,
-                rows,
-                advance,
-                adapters,
-                template=template,
-                recipe=self.recipe,
-                readings=self.readings,
-                opinions=opinions,
-            )
-            for title, item in zip(titles, items, strict=True):
+
+            def said(some: list[int]) -> list[Prediction]:
+                return predict(
+                    self.model,
+                    self.tokenizer,
+                    [pairs[index][0] for index in some],
+                    [pairs[index][1] for index in some],
+                    lambda done: advance([some[place] for place in done]),
+                    None if adapters is None else [adapters[index] for index in some],
+                    template=template,
+                    recipe=self.recipe,
+                    readings=self.readings,
+                    opinions=opinions,
+                )
+
+            for title, item in zip(titles, dealt(len(pairs), said), strict=True):
                 found[title].append(item)
+            for title, stage in stages.items():
+                stage.reach(len(asked[title]))
         return found, stages
 
 

@@ -156,9 +156,7 @@ class Task(BaseModel):
                 raise ValueError("expected template or templates, one of the two, found both")
             values = {**values, "templates": [values["template"]]}
             del values["template"]
-        if isinstance(values, Mapping) and (
-            values.get("label_columns") or values.get("label_separator") is not None
-        ):
+        if isinstance(values, Mapping) and (values.get("label_columns") or values.get("label_separator") is not None):
             values = {"multi_label": True, **values}
         if isinstance(values, Mapping) and values.get("label_columns"):
             values = {"choices": list(values["label_columns"]), **values}

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from ia3.errors import InputError
+from ia3.processes import add_up, add_up_gradients
 from ia3.scoring.batch import Batch, groups, normalized_scores, pass_tokens, to_device
 from ia3.scoring.encoder import SentenceEncoder
 from ia3.scoring.question import Question
@@ -21,7 +22,6 @@ from ia3.trainer import Trainer
 from ia3.training.averaging import MovingAverage
 from ia3.training.examples import ONE, Example, collate_examples
 from ia3.training.losses import contrastive_loss, tfew_loss
-from ia3.training.processes import add_up, add_up_gradients
 from ia3.training.recipe import Recipe
 from ia3.training.stopping import StopAtFloor
 

@@ -17,8 +17,8 @@ from transformers import TrainingArguments
 
 from ia3.adapter.adapted import find_adapted
 from ia3.errors import InputError, shown
+from ia3.processes import add_up
 from ia3.training.examples import ONE, Example
-from ia3.training.processes import add_up
 
 if TYPE_CHECKING:
     from ia3.task.task import Task

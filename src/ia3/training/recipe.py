@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ia3.errors import InputError, brief, excerpt, problems, similar
 from ia3.files import read_fields, reading, replacing
+from ia3.processes import count
 
 logger = logging.getLogger(__name__)
 
@@ -248,7 +249,7 @@ class Recipe(BaseModel):
         import torch
         from transformers import TrainingArguments
 
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        processes = count()
         if self.batch_size % processes and "per_device_train_batch_size" not in kwargs:
             raise InputError(
                 f"Expected a batch_size that {processes} processes can share evenly, found {self.batch_size}; change the recipe, or "
@@ -265,6 +266,8 @@ class Recipe(BaseModel):
             "label_names": ["label"],
             "logging_steps": 1,
             "report_to": "none",
+            # Without it, accelerate takes processes on CPUs for single ones.
+            **({"use_cpu": True} if processes > 1 and not torch.accelerator.is_available() else {}),
             "dataloader_pin_memory": torch.cuda.is_available(),
         }
         return TrainingArguments(output_dir=str(output_dir), **{**fields, **kwargs})

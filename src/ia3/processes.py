@@ -1,0 +1,101 @@
+"""Several processes that work together (`torchrun`, `accelerate launch`), each with the whole model.
+
+In training, each has a part of every batch, and what they find is added up once a step; rows to predict are dealt out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ia3.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+T = TypeVar("T")
+
+
+def count() -> int:
+    """How many processes were started together; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first() -> bool:
+    """Whether this is the process that prints and writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def connect(settings: Any) -> None:
+    """Connect the processes, before they load a model.
+
+    Raises:
+        InputError: they disagree about the settings (JSON), such as rows or a seed.
+    """
+    if count() > 1:
+        import torch
+        from accelerate import PartialState
+
+        PartialState(cpu=not torch.accelerator.is_available())
+        mine = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+        found: list[Any] = [None] * count()
+        torch.distributed.all_gather_object(found, mine)
+        if len({*found}) > 1:
+            others = [number for number, its in enumerate(found) if its != found[0]]
+            raise InputError(
+                f"Expected {count()} processes with the same data, task, recipe and seed, found others in process "
+                f"{', '.join(map(str, others))}; start all with one command and the same files."
+            )
+
+
+def from_first(work: Callable[[], T]) -> T:
+    """What the first process finds, for all of them; the others wait."""
+    if count() == 1:
+        return work()
+    import torch
+
+    found: list[Any] = [work() if is_first() else None]
+    torch.distributed.broadcast_object_list(found, 0)
+    return found[0]
+
+
+def dealt(rows: int, work: Callable[[list[int]], Sequence[T]]) -> list[T]:
+    """What `work` finds for each of so many rows, of which each process gets some, as indices."""
+    if count() == 1:
+        return list(work([*range(rows)]))
+    import torch
+
+    mine = [*range(rows)][torch.distributed.get_rank() :: count()]
+    parts: list[Any] = [None] * count()
+    torch.distributed.all_gather_object(parts, list(work(mine)) if mine else [])
+    return [parts[index % count()][index // count()] for index in range(rows)]
+
+
+def add_up(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The sum of each tensor over all processes, in one exchange. All have tensors of the same shapes, in the same order."""
+    import torch
+
+    flat = torch.cat([value.detach().float().reshape(-1) for value in values])
+    torch.distributed.all_reduce(flat)
+    sizes = [value.numel() for value in values]
+    parts = zip(flat.split(sizes), values, strict=True)
+    return [part.reshape(value.shape).to(value.dtype) for part, value in parts]
+
+
+def add_up_gradients(parameters: Sequence[nn.Parameter], values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Add up the gradients of parameters, and some more values, of which it returns the sums.
+
+    A gradient that no process has stays None.
+    """
+    import torch
+
+    have = torch.tensor([float(one.grad is not None) for one in parameters], device=parameters[0].device)
+    gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in parameters]
+    some, *rest = add_up([have, *gradients, *values])
+    for parameter, count, gradient in zip(parameters, some.tolist(), rest, strict=False):
+        parameter.grad = gradient if count else None
+    return rest[len(parameters) :]
