@@ -148,7 +148,11 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
                 weights = {_in_words(label): weight for label, weight in weights.items()}
             task = task.changed(class_weight=weights)
         rows = [
-            {**as_row(item, task, number), task.label_column: cell, **{name: name in cell for name in task.label_columns}}
+            {
+                **as_row(item, task, number),
+                task.label_column: cell,
+                **{name: name in cell for name in task.label_columns},
+            }
             for number, (item, cell) in enumerate(zip(items, cells, strict=True), 1)
         ]
         task.check(rows)
@@ -307,9 +311,13 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             if self.template is not None or self.choices is not None:
                 raise InputError("Expected a task, or template and choices, found both; a task has its own.")
             if sorted(_labels_of(task)) != sorted(map(_in_words, several or _labels_of(task))):
-                raise InputError(f"Expected the labels {shown(_labels_of(task))} as columns of y, found {shown(several)}.")
+                raise InputError(
+                    f"Expected the labels {shown(_labels_of(task))} as columns of y, found {shown(several)}."
+                )
             if task.multi_label and several is None:
-                raise InputError("Expected an indicator matrix as y for a multi-label task, found one label for each row.")
+                raise InputError(
+                    "Expected an indicator matrix as y for a multi-label task, found one label for each row."
+                )
             return task
         choices = self.choices
         if choices is not None:

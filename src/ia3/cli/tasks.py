@@ -137,9 +137,7 @@ def suggest(
         raise InputError(f"Expected a file for --output, found the folder {str(output)!r}.")
     out = console(json_output)
     several = label_sets(multi_label, label_separator, label_columns)
-    source = source_of(
-        None, data, None, label_column, text_column, choices, None, delimiter, several=several
-    )
+    source = source_of(None, data, None, label_column, text_column, choices, None, delimiter, several=several)
     source.check()
     examples = drawn(source, examples_per_label, 1, seed).examples
     quiet()

@@ -93,7 +93,8 @@ def report(task: Task, predictions: Sequence[Prediction], labels: Sequence[str],
     predictions = [prediction.at(temperature) for prediction in predictions]
     if task.multi_label and not all(prediction.thresholds for prediction in predictions):
         raise InputError(
-            "Expected thresholds of a multi-label task's labels (opinions.json), found none", "train to the end, or anew"
+            "Expected thresholds of a multi-label task's labels (opinions.json), found none",
+            "train to the end, or anew",
         )
     found = [prediction.best for prediction in predictions]
     names = task.labels or sorted({*labels, *found})

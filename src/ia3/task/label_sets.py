@@ -25,7 +25,9 @@ def labels_in(cell: Any, separator: str | None = None) -> list[str]:
             raise InputError(f"Expected a list of labels, found {brief(cell)}.")
         items = as_text(cell).split(separator) if separator else [cell]
     for item in items:
-        if isinstance(item, (list, tuple, set, dict)) or getattr(item, "ndim", 0) or item is None or item != item:  # NaN
+        if (
+            isinstance(item, (list, tuple, set, dict)) or getattr(item, "ndim", 0) or item is None or item != item
+        ):  # NaN
             raise InputError(f"Expected a list of labels, found {brief(item)} in it.")
     found = [as_text(item).strip() for item in items]
     return list(dict.fromkeys(label for label in found if label))

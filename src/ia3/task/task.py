@@ -156,9 +156,7 @@ class Task(BaseModel):
                 raise ValueError("expected template or templates, one of the two, found both")
             values = {**values, "templates": [values["template"]]}
             del values["template"]
-        if isinstance(values, Mapping) and (
-            values.get("label_columns") or values.get("label_separator") is not None
-        ):
+        if isinstance(values, Mapping) and (values.get("label_columns") or values.get("label_separator") is not None):
             values = {"multi_label": True, **values}
         if isinstance(values, Mapping) and values.get("label_columns"):
             values = {"choices": list(values["label_columns"]), **values}
@@ -246,6 +244,8 @@ class Task(BaseModel):
         self._check_unequal(known if isinstance(known, list) else None)
         if self.multi_label:
             self._fits_label_sets(known)
+        elif self.metric == "micro_f1":
+            raise ValueError("expected multi_label with the metric micro_f1, found it false")
         elif self.label_separator is not None or self.label_columns:
             raise ValueError("expected multi_label with label_separator or label_columns, found it false")
         if isinstance(known, list):
