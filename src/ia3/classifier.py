@@ -156,15 +156,15 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             for number, (item, cell) in enumerate(zip(items, cells, strict=True), 1)
         ]
         task.check(rows)
-        if several is None:
-            by_label = _values_by_label(task, rows, values)
-        else:
-            from ia3.evaluation.label_sets import require_label_sets
-
-            require_label_sets(task, rows)
-            by_label = {_in_words(name): name for name in several[0]}
+        by_label = (
+            _values_by_label(task, rows, values) if several is None else {_in_words(name): name for name in several[0]}
+        )
         base = _base(name, self.dtype, [*by_label])
         recipe = recipe or Recipe.for_model(name)
+        if task.multi_label:
+            from ia3.evaluation.label_sets import require_label_sets
+
+            require_label_sets(task, rows, recipe)
         from ia3.scoring.readings import Readings
 
         readings = Readings()  # what the search for a wording reads, training asks

@@ -242,13 +242,18 @@ def test_interrupted_and_resumed_ends_as_uninterrupted(run, place, monkeypatch):
         assert (place / "cut" / name).read_bytes() == (place / "whole" / name).read_bytes()
 
 
-def test_vectors_without_thresholds(run):
+def test_vectors_without_thresholds(run, place):
     """As after an interruption, before labels had thresholds."""
     shutil.copytree("adapters/separated", "early", ignore=shutil.ignore_patterns("opinions.json", "calibration.json"))
     [one] = json.loads(run("predict", "early", TEXTS[0], "--json"))
     assert one["labels"] == [max(one["probabilities"], key=one["probabilities"].get)]
     err = run("evaluate", "early", data="test.csv", code=2)
     assert "Expected thresholds of a multi-label task's labels (opinions.json), found none" in err
+    data = json.loads((place / "adapters" / "separated" / "opinions.json").read_text())
+    del data["thresholds"]["tea"]
+    (place / "early" / "opinions.json").write_text(json.dumps(data))
+    err = run("predict", "early", TEXTS[0], code=2)
+    assert "Expected thresholds of the labels 'neg', 'pos', 'tea' in 'early', found those of 'neg', 'pos'" in err
 
 
 def test_rows_to_label_next(run):

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from scipy.special import expit, logit
 from sklearn.metrics import log_loss, precision_recall_fscore_support
 
-from ia3 import InputError, Task
+from ia3 import InputError, Recipe, Task
+from ia3.evaluation import label_sets
 from ia3.evaluation.calibration import Calibration, fold_of_each
 from ia3.evaluation.label_sets import by_answers, centred, require_label_sets
 from ia3.evaluation.prediction import Prediction
@@ -103,4 +104,12 @@ def test_rows_that_teach_nothing(labels):
     with pytest.raises(
         InputError, match=r"Expected training rows with different labels, of at least two, found .* in 2 rows"
     ):
-        require_label_sets(TASK, [{"text": "tea", "label": its} for its in labels])
+        require_label_sets(TASK, [{"text": "tea", "label": its} for its in labels], Recipe())
+
+
+def test_more_rows_than_heads_take(monkeypatch):
+    monkeypatch.setattr(label_sets, "MOST_ROWS", 2)
+    rows = [{"text": "tea", "label": its} for its in (["hot"], ["new"], [])]
+    require_label_sets(TASK, rows, Recipe())  # whose vectors answer alone
+    with pytest.raises(InputError, match="Expected at most 2 training rows for heads .*, found 3; take fewer"):
+        require_label_sets(TASK, rows, Recipe.small())

@@ -19,6 +19,9 @@ from ia3.opinions.words import Words
 from ia3.scoring.readings import Readings
 from ia3.scoring.scorer import Scorer
 
+MOST_ROWS = 10_000
+"""For heads: their regression takes the cube of the rows' number, and memory for its square."""
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -118,8 +121,14 @@ def by_answers(scores: np.ndarray, names: Sequence[str], label_sets: Sequence[Se
     return Opinions.of(decided.weights, balance=balance, bias=decided.bias, thresholds=thresholds)
 
 
-def require_label_sets(task: Task, rows: Sequence[Row]) -> None:
-    """Raise `InputError` if a multi-label task's training rows teach nothing."""
+def require_label_sets(task: Task, rows: Sequence[Row], recipe: Recipe) -> None:
+    """Raise `InputError` if a multi-label task's training rows teach nothing, or are too many for heads."""
+    if recipe.opinions != VECTORS and len(rows) > MOST_ROWS:
+        raise InputError(
+            f"Expected at most {MOST_ROWS} training rows for heads on rows with several labels, found {len(rows)}",
+            "take fewer for each label; see",
+            argument="examples_per_label",
+        )
     labels = [task.labels_of(row, number) for number, row in enumerate(rows, 1)]
     found = sorted({label for its in labels for label in its})
     if len(found) < 2 or all(set(its) == set(labels[0]) for its in labels):

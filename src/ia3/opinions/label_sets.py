@@ -193,8 +193,8 @@ def _fitted(kernel: np.ndarray, y: np.ndarray, groups: Sequence[Sequence[int]]) 
     for penalty in _PENALTIES:
         hat = (vectors * (values / (values + penalty))) @ vectors.T + 1 / count
         residuals = y - hat @ y
-        held_out = np.empty_like(y)
-        for some in groups:
+        held_out = y - residuals / (1 - hat.diagonal())[:, None]
+        for some in (group for group in groups if len(group) > 1):
             part = np.eye(len(some)) - hat[np.ix_(some, some)]
             held_out[some] = y[some] - np.linalg.solve(part, residuals[some])
         loss = _log_loss(held_out, y)
@@ -207,11 +207,11 @@ def _fitted(kernel: np.ndarray, y: np.ndarray, groups: Sequence[Sequence[int]]) 
 def _log_loss(scores: np.ndarray, y: np.ndarray) -> float:
     """The log-loss of the labels' probabilities (N, K), when a logistic regression makes them of scores."""
     from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import log_loss
 
     if y.min() == y.max():  # some rows of many, of which none has a label
         return 0.0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of regressions that have not converged to the last digit
         model = LogisticRegression(C=100.0).fit(scores.reshape(-1, 1), y.ravel())
-    return float(log_loss(y.ravel(), model.predict_proba(scores.reshape(-1, 1))[:, 1]))
+    logits = model.decision_function(scores.reshape(-1, 1))
+    return float(np.logaddexp(0.0, (1 - 2 * y.ravel()) * logits).mean())
