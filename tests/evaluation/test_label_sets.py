@@ -111,5 +111,5 @@ def test_more_rows_than_heads_take(monkeypatch):
     monkeypatch.setattr(label_sets, "MOST_ROWS", 2)
     rows = [{"text": "tea", "label": its} for its in (["hot"], ["new"], [])]
     require_label_sets(TASK, rows, Recipe())  # whose vectors answer alone
-    with pytest.raises(InputError, match="Expected at most 2 training rows for heads .*, found 3; take fewer"):
+    with pytest.raises(InputError, match=r"Expected at most 2 training rows for heads .*, found 3; take fewer"):
         require_label_sets(TASK, rows, Recipe.small())

@@ -189,13 +189,16 @@ def _fitted(kernel: np.ndarray, y: np.ndarray, groups: Sequence[Sequence[int]]) 
     count, shares = len(y), y.mean(0)
     values, vectors = np.linalg.eigh(kernel)
     values, turned = np.maximum(values, 0.0), vectors.T @ (y - shares)
+    squares = vectors**2
     best = None
     for penalty in _PENALTIES:
-        hat = (vectors * (values / (values + penalty))) @ vectors.T + 1 / count
-        residuals = y - hat @ y
-        held_out = y - residuals / (1 - hat.diagonal())[:, None]
+        # The hat matrix, vectors · kept · vectorsᵀ + 1/N, is too large to have in whole.
+        kept = values / (values + penalty)
+        residuals = y - shares - vectors @ (kept[:, None] * turned)
+        held_out = y - residuals / (1 - 1 / count - squares @ kept)[:, None]
         for some in (group for group in groups if len(group) > 1):
-            part = np.eye(len(some)) - hat[np.ix_(some, some)]
+            its = vectors[some]
+            part = np.eye(len(some)) - 1 / count - (its * kept) @ its.T
             held_out[some] = y[some] - np.linalg.solve(part, residuals[some])
         loss = _log_loss(held_out, y)
         if best is None or loss < best.loss:
