@@ -137,7 +137,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         recipe = _loaded("recipe", self.recipe, Recipe, Recipe.load)
         items = self._items(X, reset=True)
         several = _indicators(y)
-        values = _label_values(y) if several is None else several[1]
+        values: Any = _label_values(y) if several is None else several[1]
         if len(items) != len(values):
             raise InputError(f"Expected a label for each of the {len(items)} rows, found {len(values)}.")
         cells: list[Any] = [_in_words(value) for value in values] if several is None else _label_sets(*several)
@@ -312,7 +312,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
                 raise InputError("Expected a task, or template and choices, found both; a task has its own.")
             if sorted(_labels_of(task)) != sorted(map(_in_words, several or _labels_of(task))):
                 raise InputError(
-                    f"Expected the labels {shown(_labels_of(task))} as columns of y, found {shown(several)}."
+                    f"Expected the labels {shown(_labels_of(task))} as columns of y, found {shown(several or ())}."
                 )
             if task.multi_label and several is None:
                 raise InputError(

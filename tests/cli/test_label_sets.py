@@ -262,7 +262,7 @@ def test_rows_to_label_next(run):
     with open("pool.jsonl", "w", encoding="utf-8") as file:
         file.write("\n".join(map(json.dumps, pool)))
     out = run("suggest", data="pool.jsonl", adapter="adapters/columns", count=4, encoder="none", output="next.csv")
-    assert "fill in 'pos', 'neg', 'tea'" in out
+    assert "fill in the columns 'pos', 'neg', 'tea'." in out
     with open("next.csv", encoding="utf-8") as file:
         found = [row["text"] for row in csv.DictReader(file)]
     assert len(found) == 4 and pool[0]["text"] not in found

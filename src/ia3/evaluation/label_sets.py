@@ -70,7 +70,8 @@ def form_label_sets(
         if encoder is not None:
             states[SENTENCES] = read("Sentence encoder", lambda told: encoder.embeddings(sentences, told))
         states[WORDS] = Words().embeddings(sentences)
-        heads, held_out[HEAD] = fit_label_sets(states, labels, [one.fingerprint for one in wordings])
+        with progress.waiting("Fitting heads …"):
+            heads, held_out[HEAD] = fit_label_sets(states, labels, [one.fingerprint for one in wordings])
     balance: list[dict[str, float]] = []
     asked = recipe.opinions == VECTORS or (recipe.opinions != HEAD and (bool(folds) or len(rows) * len(names) <= QUICK))
     count = min(folds or FOLDS, len({one.fingerprint for one in wordings}))
@@ -94,7 +95,7 @@ def form_label_sets(
         decided.bias,
         thresholds,
     )
-    together = decided.bias + sum(weight * held_out[name] for name, weight in decided.weights.items())
+    together = decided.bias + np.sum([weight * held_out[name] for name, weight in decided.weights.items()], axis=0)
     predictions = [
         Prediction.of(dict(zip(names, row.tolist(), strict=True)), thresholds=thresholds) for row in together
     ]
