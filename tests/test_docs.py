@@ -37,7 +37,7 @@ def test_every_block_is_named_once_and_run_here_or_by_ci():
     assert set(blocks("example")) == {
         "train", "template", "classifier", "classifier-frame", "python", "peft", "modules", "rule", "several", "mixed", "question", "question-decoder", "readings", "bank", "auto", "convert",
         "families", "task.yaml", "task", "task-python", "suggest", "pairs.yaml", "cause.yaml", "endings.yaml", "stars.yaml", "tasks",
-        "class-weight", "dear.yaml", "costs", "added", "unseen", "unequal-python",
+        "class-weight", "dear.yaml", "costs", "added", "unseen", "unequal-python", "label-sets", "tags.yaml", "label-sets-python",
         "prompts-python", "fleet", "fleet-python", "many", "many-python", "compare", "compare-python",
         "pretrain", "pretrain-python", "raft", "opinions", "opinions-python", "suggest-rows", "mine.yaml", "recipe", "recipe-python", "experiment-python", "benchmarks",
         # Those of docs/serve.md run in serve/test_docs.py.
@@ -64,6 +64,14 @@ def place(tmp_path_factory):
     more = [f"{row['text']} fine {number},other" for number, row in enumerate(words.rows(8, seed=1))]
     (folder / "more.csv").write_text("message,queue\n" + "\n".join([*lines[:32], *more]) + "\n")
     (folder / "dear.yaml").write_text(blocks("example")["dear.yaml"])
+    (folder / "tags.yaml").write_text(blocks("example")["tags.yaml"])
+    sets = [(i % 2, i // 2 % 2, i // 4 % 2) for i in range(40)]
+    tagged = [("bill " * a + "fault " * b + "today " * c + f"tea {i}", (a, b, c)) for i, (a, b, c) in enumerate(sets)]
+    flags = [f"{text},{a},{b},{c}" for text, (a, b, c) in tagged]
+    (folder / "flags.csv").write_text("message,billing,technical,urgent\n" + "\n".join(flags) + "\n")
+    its = [[name for name, one in zip(("billing", "technical", "urgent"), some, strict=True) if one] for some in sets]
+    lines = [f"{text},{'; '.join(some)}" for (text, _), some in zip(tagged, its, strict=True)]
+    (folder / "tagged.csv").write_text("message,tags\n" + "\n".join(lines) + "\n")
     (folder / "pool.csv").write_text("message\n" + "\n".join(row["text"] for row in words.different(40)) + "\n")
     tiny.classifier(vocab_size=len(words.VOCABULARY)).base_model.save_pretrained(folder / "encoder")
     words.enclosing().save_pretrained(folder / "encoder")
@@ -115,6 +123,7 @@ def place(tmp_path_factory):
         "costs",
         "added",
         "unseen",
+        "label-sets",
     ],
 )
 def test_commands(name, place, monkeypatch, capsys):
@@ -285,6 +294,20 @@ def test_unequal_labels_in_python(place, monkeypatch, capsys):
     code = code.replace("FewShotClassifier(", 'FewShotClassifier(model="model", recipe="quick.yaml", ', 1)
     exec(compile(code, "unequal-python", "exec"), {})
     assert re.fullmatch(r"\d.\d+ {'technical': {'billing': 20.0}}\n", capsys.readouterr().out)
+
+
+def test_label_sets_in_python(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    arguments = ["train", "--task", "tags.yaml", "--model", "model", "--opinions", "head", "--output", "adapters/tags"]
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert not ended.value.code
+    capsys.readouterr()
+    code = blocks("example")["label-sets-python"]
+    code = code.replace("FewShotClassifier(", 'FewShotClassifier(model="model", recipe="quick.yaml", ', 1)
+    exec(compile(code, "label-sets-python", "exec"), {})
+    expected = r"\[\(.*\)\] \[\[0.\d* +0.\d* +0.\d*\]\]\n\{'billing': 0\.\d+, 'technical': .*"
+    assert re.fullmatch(expected, capsys.readouterr().out.strip())
 
 
 def test_opinions_in_python(place, monkeypatch, capsys):

@@ -137,7 +137,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         recipe = _loaded("recipe", self.recipe, Recipe, Recipe.load)
         items = self._items(X, reset=True)
         several = _indicators(y)
-        values = _label_values(y) if several is None else several[1]
+        values: Any = _label_values(y) if several is None else several[1]
         if len(items) != len(values):
             raise InputError(f"Expected a label for each of the {len(items)} rows, found {len(values)}.")
         cells: list[Any] = [_in_words(value) for value in values] if several is None else _label_sets(*several)
@@ -156,15 +156,15 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             for number, (item, cell) in enumerate(zip(items, cells, strict=True), 1)
         ]
         task.check(rows)
-        if several is None:
-            by_label = _values_by_label(task, rows, values)
-        else:
-            from ia3.evaluation.label_sets import require_label_sets
-
-            require_label_sets(task, rows)
-            by_label = {_in_words(name): name for name in several[0]}
+        by_label = (
+            _values_by_label(task, rows, values) if several is None else {_in_words(name): name for name in several[0]}
+        )
         base = _base(name, self.dtype, [*by_label])
         recipe = recipe or Recipe.for_model(name)
+        if task.multi_label:
+            from ia3.evaluation.label_sets import require_label_sets
+
+            require_label_sets(task, rows, recipe)
         from ia3.scoring.readings import Readings
 
         readings = Readings()  # what the search for a wording reads, training asks
@@ -312,7 +312,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
                 raise InputError("Expected a task, or template and choices, found both; a task has its own.")
             if sorted(_labels_of(task)) != sorted(map(_in_words, several or _labels_of(task))):
                 raise InputError(
-                    f"Expected the labels {shown(_labels_of(task))} as columns of y, found {shown(several)}."
+                    f"Expected the labels {shown(_labels_of(task))} as columns of y, found {shown(several or ())}."
                 )
             if task.multi_label and several is None:
                 raise InputError(

@@ -88,6 +88,12 @@ class AdapterFolder(StoredAdapter):
             )
         if self.task is not None:
             opinions.asking(len(self.task.templates))
+            decided = sorted(known or ()) if self.task.multi_label else []
+            if sorted(opinions.thresholds) != decided:
+                raise InputError(
+                    f"Expected thresholds of the labels {shown(decided)} in {str(self)!r}, found those of "
+                    f"{shown(sorted(opinions.thresholds))}; train anew."
+                )
         return opinions
 
     @functools.cached_property

@@ -242,13 +242,18 @@ def test_interrupted_and_resumed_ends_as_uninterrupted(run, place, monkeypatch):
         assert (place / "cut" / name).read_bytes() == (place / "whole" / name).read_bytes()
 
 
-def test_vectors_without_thresholds(run):
+def test_vectors_without_thresholds(run, place):
     """As after an interruption, before labels had thresholds."""
     shutil.copytree("adapters/separated", "early", ignore=shutil.ignore_patterns("opinions.json", "calibration.json"))
     [one] = json.loads(run("predict", "early", TEXTS[0], "--json"))
     assert one["labels"] == [max(one["probabilities"], key=one["probabilities"].get)]
     err = run("evaluate", "early", data="test.csv", code=2)
     assert "Expected thresholds of a multi-label task's labels (opinions.json), found none" in err
+    data = json.loads((place / "adapters" / "separated" / "opinions.json").read_text())
+    del data["thresholds"]["tea"]
+    (place / "early" / "opinions.json").write_text(json.dumps(data))
+    err = run("predict", "early", TEXTS[0], code=2)
+    assert "Expected thresholds of the labels 'neg', 'pos', 'tea' in 'early', found those of 'neg', 'pos'" in err
 
 
 def test_rows_to_label_next(run):
@@ -257,7 +262,7 @@ def test_rows_to_label_next(run):
     with open("pool.jsonl", "w", encoding="utf-8") as file:
         file.write("\n".join(map(json.dumps, pool)))
     out = run("suggest", data="pool.jsonl", adapter="adapters/columns", count=4, encoder="none", output="next.csv")
-    assert "fill in 'pos', 'neg', 'tea'" in out
+    assert "fill in the columns 'pos', 'neg', 'tea'." in out
     with open("next.csv", encoding="utf-8") as file:
         found = [row["text"] for row in csv.DictReader(file)]
     assert len(found) == 4 and pool[0]["text"] not in found

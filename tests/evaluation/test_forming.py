@@ -156,7 +156,7 @@ def test_opinions_of_another_task_are_refused(place, trained):
 
 
 def test_many_rows_and_labels_are_not_trained_for_each_fold(place, monkeypatch):
-    monkeypatch.setattr("ia3.evaluation.forming._QUICK", 10)
+    monkeypatch.setattr("ia3.evaluation.forming.QUICK", 10)
     _, _, found = formed(place)
     assert found.held_out is None and "take long" in found.why
     _, _, found = formed(place, folds=2)  # unless somebody asks for it

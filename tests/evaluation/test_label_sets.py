@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from scipy.special import expit, logit
 from sklearn.metrics import log_loss, precision_recall_fscore_support
 
-from ia3 import InputError, Task
+from ia3 import InputError, Recipe, Task
+from ia3.evaluation import label_sets
 from ia3.evaluation.calibration import Calibration, fold_of_each
 from ia3.evaluation.label_sets import by_answers, centred, require_label_sets
 from ia3.evaluation.prediction import Prediction
@@ -50,7 +51,9 @@ def made(rows=60, seed=0):
 def test_calibration_is_that_of_all_decisions():
     found, labels, y, values = made()
     fitted = Calibration.fit(found, labels)
-    losses = {t: log_loss(y.ravel(), expit(values.ravel() / t)) for t in (fitted.temperature * np.linspace(0.8, 1.2, 21))}
+    losses = {
+        t: log_loss(y.ravel(), expit(values.ravel() / t)) for t in (fitted.temperature * np.linspace(0.8, 1.2, 21))
+    }
     assert fitted.log_loss == pytest.approx(min(losses.values()), abs=1e-4)
     as_it_is = Calibration.as_it_is(found, labels)
     assert as_it_is.temperature == 1 and as_it_is.log_loss == pytest.approx(log_loss(y.ravel(), expit(values.ravel())))
@@ -75,7 +78,7 @@ def test_folds_keep_two_labels_beside_each():
 
 
 def test_shifts_take_off_what_each_template_prefers():
-    some = [np.random.default_rng(seed).normal(size=(5, 2)) + (3, -1) for seed in range(2)]
+    some = [(*np.random.default_rng(seed).normal(size=(5, 2)), 3, -1) for seed in range(2)]
     balance, mean = centred(some, ["a", "b"])
     np.testing.assert_allclose(mean.mean(0), 0, atol=1e-12)
     np.testing.assert_allclose(mean, sum(one - one.mean(0) for one in some) / 2)
@@ -98,5 +101,15 @@ def test_answers_alone_are_decided_by_thresholds_of_the_labelled_rows():
 
 @pytest.mark.parametrize("labels", [[[], []], [["hot"], ["hot"]], [["hot", "new"], ["new", "hot"]], [["hot"], []]])
 def test_rows_that_teach_nothing(labels):
-    with pytest.raises(InputError, match=r"Expected training rows with different labels, of at least two, found .* in 2 rows"):
-        require_label_sets(TASK, [{"text": "tea", "label": its} for its in labels])
+    with pytest.raises(
+        InputError, match=r"Expected training rows with different labels, of at least two, found .* in 2 rows"
+    ):
+        require_label_sets(TASK, [{"text": "tea", "label": its} for its in labels], Recipe())
+
+
+def test_more_rows_than_heads_take(monkeypatch):
+    monkeypatch.setattr(label_sets, "MOST_ROWS", 2)
+    rows = [{"text": "tea", "label": its} for its in (["hot"], ["new"], [])]
+    require_label_sets(TASK, rows, Recipe())  # whose vectors answer alone
+    with pytest.raises(InputError, match=r"Expected at most 2 training rows for heads .*, found 3; take fewer"):
+        require_label_sets(TASK, rows, Recipe.small())

@@ -38,14 +38,16 @@ def test_what_is_held_out_is_what_a_regression_without_the_row_says(duplicates, 
     features -= features.mean(0)
     groups = [[i, i + 1, i + 2] if duplicates else [i] for i in range(0, len(y), 3 if duplicates else 1)]
     groups = [np.array([i for i in group if i < len(y)]) for group in groups]
-    _, held_out, _ = label_sets._fitted(features @ features.T, y.astype(float), groups)
+    held_out = label_sets._fitted(features @ features.T, y.astype(float), groups).held_out
     for group in groups:
         others = np.setdiff1d(np.arange(len(y)), group)
         model = Ridge(alpha=penalty).fit(features[others], y[others].astype(float))
         np.testing.assert_allclose(held_out[group], model.predict(features[group]), atol=1e-9)
 
 
-def test_heads_together_are_the_regression():
+@pytest.mark.parametrize("choosing", [800, 15])
+def test_heads_together_are_the_regression(choosing, monkeypatch):
+    monkeypatch.setattr(label_sets, "_CHOOSING", choosing)  # all rows are fitted, however many choose
     states, sets, y = made(places=3)
     others, _, _ = made(seed=1, width=7)
     given = {"head": states, "sentences": others, "words": others[:, :, :5]}
@@ -64,7 +66,9 @@ def test_heads_together_are_the_regression():
 
     # One of the settings that may be chosen, and no other: a regression on all features beside each other.
     gaps = []
-    for place, words, head, penalty in itertools.product(range(3), (0.25, 0.5, 1, 2), (0, 0.1, 0.3, 1), label_sets._PENALTIES):
+    for place, words, head, penalty in itertools.product(
+        range(3), (0.25, 0.5, 1, 2), (0, 0.1, 0.3, 1), label_sets._PENALTIES
+    ):
         some = [features("sentences", 0, 1), features("words", 0, words), features("head", place, head)]
         x = np.concatenate(some, axis=1)
         gaps.append(np.abs(Ridge(alpha=penalty).fit(x, y.astype(float)).predict(x) - found).max())
@@ -131,14 +135,20 @@ class TestDecide:
 
 class TestFiles:
     def opinions(self):
-        heads, _ = fit_label_sets({"words": Words().embeddings(["good tea", "bad soup", "good bad", "tea"])}, [["a"], ["b"], ["a", "b"], []], list("1234"))
+        heads, _ = fit_label_sets(
+            {"words": Words().embeddings(["good tea", "bad soup", "good bad", "tea"])},
+            [["a"], ["b"], ["a", "b"], []],
+            list("1234"),
+        )
         return Opinions.of({"words": 2.0}, heads, bias=-1.5, thresholds={"a": 0.4, "b": 0.3})
 
     def test_they_give_it_back(self):
         its = self.opinions()
         files = its.files()
         assert set(files) == {"opinions.json", "words.safetensors"}
-        again = Opinions.from_json(files["opinions.json"], "opinions.json", lambda name: Head.from_bytes(files[f"{name}.safetensors"], name))
+        again = Opinions.from_json(
+            files["opinions.json"], "opinions.json", lambda name: Head.from_bytes(files[f"{name}.safetensors"], name)
+        )
         assert again.model_dump() == its.model_dump() and not again.heads["words"].single
         row = Words().embeddings(["good tea"])[0]
         said = again.heads["words"].said(row)
@@ -146,8 +156,15 @@ class TestFiles:
         assert again.together([{"a": 0.0, "b": 0.0}], {"words": said}) == {k: -1.5 + 2 * v for k, v in said.items()}
 
     @pytest.mark.parametrize(
-        "change", [{"thresholds": {"a": 0}}, {"thresholds": {"a": 2}}, {"bias": "x"}, {"bias": 1e9}, {"words": -1},
-                   {"thresholds": {"a": 0.5}, "seen": {"a": 0.5}, "prior": {"a": 0.5}}]
+        "change",
+        [
+            {"thresholds": {"a": 0}},
+            {"thresholds": {"a": 2}},
+            {"bias": "x"},
+            {"bias": 1e9},
+            {"words": -1},
+            {"thresholds": {"a": 0.5}, "seen": {"a": 0.5}, "prior": {"a": 0.5}},
+        ],
     )
     def test_damaged(self, change):
         its = self.opinions()

@@ -194,7 +194,7 @@ class Said(Progress):
 
 
 def test_with_many_rows_and_labels_no_vectors_are_trained(place, tmp_path, monkeypatch):
-    monkeypatch.setattr("ia3.evaluation.forming._QUICK", 10)
+    monkeypatch.setattr("ia3.evaluation.forming.QUICK", 10)
     task = Task(name="teas", template=words.TEMPLATE, choices=words.CHOICES)
     fields = {"folder": tmp_path, "model": str(place / "model"), "test_rows": 1}
     said = Said()
@@ -212,7 +212,7 @@ def test_with_many_rows_and_labels_no_vectors_are_trained(place, tmp_path, monke
 
 def test_answers_that_differ_from_row_to_row_are_left_to_vectors(place, monkeypatch):
     """However many rows and labels there are: heads alone cannot answer for them."""
-    monkeypatch.setattr("ia3.evaluation.forming._QUICK", 10)
+    monkeypatch.setattr("ia3.evaluation.forming.QUICK", 10)
     task = Task(name="teas", template=words.TEMPLATE, choices={"pos": "good {{ said }}", "neg": "bad {{ said }}"})
     made = FewShotClassifier(place / "model", task=task, recipe=recipe(place))
     made.fit([{**row, "said": "fine"} for row in ROWS], [row["label"] for row in ROWS])

@@ -106,6 +106,7 @@ class TestTask:
             ({"label_columns": LABELS, "label_separator": ";"}, "no separator"),
             ({"choices": "{{ text }}"}, "the same labels for all rows of a multi-label task"),
             ({"multi_label": False, "label_separator": ";"}, "multi_label with label_separator"),
+            ({"multi_label": False, "metric": "micro_f1"}, "multi_label with the metric micro_f1"),
         ],
     )
     def test_fields_that_do_not_fit(self, fields, said):
@@ -135,7 +136,7 @@ class TestInferred:
     def test_from_a_separator_and_from_columns(self):
         rows = [{"text": "a", "label": "x; y"}, {"text": "b", "label": ""}]
         assert Task.infer(rows, label_separator=";").labels == ["x", "y"]
-        assert not Task.infer(rows[:1] + [{"text": "b", "label": "z"}]).multi_label
+        assert not Task.infer([*rows[:1], {"text": "b", "label": "z"}]).multi_label
         its = Task.infer([{"text": "a", "x": 1, "y": 0}], label_columns=["x", "y"])
         assert its.labels == ["x", "y"] and its.columns == ["text"]
 
@@ -173,6 +174,8 @@ def test_one_of_several_labels_leaves_the_others_out():
     assert (second.label, set(second.answers)) == ("sweet", {"new", "sweet"})
     assert first.prompt == wording.prompt and first.number == 3
     assert task().wording({"text": "tea", "label": []}).each_label() == []
+    listing = task(template="{{ text }} {{ answer_choices | join(' ') }} ?").wording({"text": "tea", "label": ["hot"]})
+    assert [one.prompt for one in listing.each_label()] == ["tea hot new sweet ?"]
     single = task(multi_label=False).wording({"text": "tea", "label": "hot"})
     assert single.each_label() == [single]
 

@@ -224,7 +224,10 @@ class TestTask:
         [
             ({"label": "maybe"}, r"found 'maybe' \(row 3\); there are 'pos', 'neg'"),
             ({"text": "a"}, "label column 'label'"),
-            ({"label": ["pos", "neg"]}, r"Expected one label, found \['pos', 'neg'\] \(row 3\); a task whose rows have several"),
+            (
+                {"label": ["pos", "neg"]},
+                r"Expected one label, found \['pos', 'neg'\] \(row 3\); a task whose rows have several",
+            ),
             ({"label": {"pos"}}, "Expected one label"),
             ({"label": "pos, neg"}, "Expected one label, found 'pos, neg'"),
             ({"label": "neg|pos"}, "Expected one label"),

@@ -134,7 +134,8 @@ def suggest(
     found = [{**rows[index], **dict.fromkeys(to_fill, "")} for index in chosen]
     if output is not None:
         write_rows(output, found, delimiter_like(data, delimiter))
-        out.print(f"{count} rows written to {output}; fill in {', '.join(map(repr, to_fill))}.", markup=False)
+        which = f"the column{'s' if len(to_fill) > 1 else ''} {', '.join(map(repr, to_fill))}"
+        out.print(f"{count} rows written to {output}; fill in {which}.", markup=False)
     if json_output:
         print_json([{"row": index + 1, "text": texts[index]} for index in chosen])
     elif output is None:

@@ -259,7 +259,7 @@ class Experiment:
         """Raise `InputError` for what a multi-label task cannot have."""
         from ia3.evaluation.label_sets import require_label_sets
 
-        require_label_sets(trial.task, trial.examples)
+        require_label_sets(trial.task, trial.examples, self.chosen_recipe)
         unfit = {
             "all_templates": self.all_templates,
             "unlabelled": self.unlabelled is not None,

@@ -55,13 +55,13 @@ class Formed:
         opinions: with their weights.
         held_out: predictions of training rows by what has not seen them, but for rows that are the only ones of their labels;
             None: nothing was cross-validated.
-        labels: the labels of these rows.
+        labels: the labels of these rows; tuples of labels where rows may have several.
         why: how the weights came about, for people.
     """
 
     opinions: Opinions
     held_out: list[Prediction] | None
-    labels: list[str]
+    labels: list[Any]
     why: str
 
 

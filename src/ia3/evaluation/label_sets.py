@@ -19,6 +19,9 @@ from ia3.opinions.words import Words
 from ia3.scoring.readings import Readings
 from ia3.scoring.scorer import Scorer
 
+MOST_ROWS = 10_000
+"""For heads: their regression takes the cube of the rows' number, and memory for its square."""
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -67,7 +70,8 @@ def form_label_sets(
         if encoder is not None:
             states[SENTENCES] = read("Sentence encoder", lambda told: encoder.embeddings(sentences, told))
         states[WORDS] = Words().embeddings(sentences)
-        heads, held_out[HEAD] = fit_label_sets(states, labels, [one.fingerprint for one in wordings])
+        with progress.waiting("Fitting heads …"):
+            heads, held_out[HEAD] = fit_label_sets(states, labels, [one.fingerprint for one in wordings])
     balance: list[dict[str, float]] = []
     asked = recipe.opinions == VECTORS or (recipe.opinions != HEAD and (bool(folds) or len(rows) * len(names) <= QUICK))
     count = min(folds or FOLDS, len({one.fingerprint for one in wordings}))
@@ -91,7 +95,7 @@ def form_label_sets(
         decided.bias,
         thresholds,
     )
-    together = decided.bias + sum(weight * held_out[name] for name, weight in decided.weights.items())
+    together = decided.bias + np.sum([weight * held_out[name] for name, weight in decided.weights.items()], axis=0)
     predictions = [
         Prediction.of(dict(zip(names, row.tolist(), strict=True)), thresholds=thresholds) for row in together
     ]
@@ -118,8 +122,14 @@ def by_answers(scores: np.ndarray, names: Sequence[str], label_sets: Sequence[Se
     return Opinions.of(decided.weights, balance=balance, bias=decided.bias, thresholds=thresholds)
 
 
-def require_label_sets(task: Task, rows: Sequence[Row]) -> None:
-    """Raise `InputError` if a multi-label task's training rows teach nothing."""
+def require_label_sets(task: Task, rows: Sequence[Row], recipe: Recipe) -> None:
+    """Raise `InputError` if a multi-label task's training rows teach nothing, or are too many for heads."""
+    if recipe.opinions != VECTORS and len(rows) > MOST_ROWS:
+        raise InputError(
+            f"Expected at most {MOST_ROWS} training rows for heads on rows with several labels, found {len(rows)}",
+            "take fewer for each label; see",
+            argument="examples_per_label",
+        )
     labels = [task.labels_of(row, number) for number, row in enumerate(rows, 1)]
     found = sorted({label for its in labels for label in its})
     if len(found) < 2 or all(set(its) == set(labels[0]) for its in labels):

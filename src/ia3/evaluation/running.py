@@ -249,11 +249,12 @@ class Running:
             calibration = Calibration.as_it_is(formed.held_out, formed.labels)
         if task.multi_label:
             if trial.test:
-                asked = {trial.titled("Trained"): [(task, row) for row in trial.test]}
+                title = trial.titled("Trained")
+                asked = {title: [(task, row) for row in trial.test]}
                 adapters = [self.adapters[trial.name]] * len(trial.test)
                 said, stages = self._predicted(asked, 0, adapters, formed.opinions)
-                results["trained"] = _scores(trial, *said.values(), 0)
-                _note(*stages.values(), task, [results["trained"]])
+                results["trained"] = _scores(trial, said[title], 0)
+                _note(stages[title], task, [results["trained"]])
             return results, formed.opinions, calibration
         opinions = self._moved(trial, formed.opinions)
         if trial.test:

@@ -20,8 +20,11 @@ _PENALTIES = (0.03, 0.1, 0.3, 1.0)
 # labels apart equally well; a model's hidden states add little to both.
 _SCALES = {SENTENCES: (1.0,), WORDS: (0.25, 0.5, 1.0, 2.0), HEAD: (0.0, 0.1, 0.3, 1.0)}
 
-# Places that are tried, at most, of rows up to so many: a place takes longer with more of them.
-_TRIED = ((400, 12), (1200, 6))
+# Places that are tried, at most, of up to so many rows, and of more.
+_FEW, _TRIED = 400, (12, 6)
+
+# Features and place are chosen on at most so many rows: a regression takes the cube of their number.
+_CHOOSING = 800
 
 # A feature's standard deviation, in parts of the median one, is taken to be no smaller.
 _LEAST_SPREAD = 0.1
@@ -100,35 +103,43 @@ def fit_label_sets(
     """
     names = sorted({label for its in label_sets for label in its})
     y = np.array([[name in its for name in names] for its in label_sets], dtype=float)
-    same = list({group: [] for group in groups})
-    members = [np.array([i for i, group in enumerate(groups) if group == one]) for one in same]
-    blocks = {name: _Block(some, place) for name, some in states.items() if name != HEAD for place in [0]}
+    same: dict[str, list[int]] = {}
+    for row, group in enumerate(groups):
+        same.setdefault(group, []).append(row)
+    place, scales = _chosen(states, y, list(same.values())[:: -(-len(y) // _CHOOSING)])
+    blocks = {name: _Block(states[name], place if name == HEAD else 0, name == HEAD) for name in scales}
+    fitted = _fitted(_kernel(blocks, scales), y, list(same.values()))
+    heads, bias = {}, y.mean(0)
+    for name, scale in scales.items():
+        heads[name] = blocks[name].head(names, scale, fitted.dual, bias)
+        bias = np.zeros(len(names))  # of all together
+    return heads, fitted.held_out
+
+
+def _chosen(
+    states: Mapping[str, np.ndarray], y: np.ndarray, groups: Sequence[Sequence[int]]
+) -> tuple[int, dict[str, float]]:
+    """The place of hidden states, and how much the features of each opinion count, of those that do; by the rows of some groups."""
+    rows = [row for group in groups for row in group]
+    starts = np.cumsum([0, *map(len, groups)])
+    y, groups = y[rows], [range(*bounds) for bounds in itertools.pairwise(starts)]
+    blocks = {name: _Block(some[rows], 0) for name, some in states.items() if name != HEAD}
+    place = 0
     if HEAD in states:
-        tried = _places(states[HEAD].shape[1], len(y))
-        some = [_Block(states[HEAD], place, standard=True) for place in tried]
-        blocks[HEAD] = min(some, key=lambda block: _fitted(block.kernel, y, members)[0])
+        count = states[HEAD].shape[1]
+        step = -(-count // _TRIED[len(rows) > _FEW])
+        tried = {place: _Block(states[HEAD][rows], place, standard=True) for place in range(0, count, step)}
+        place = min(tried, key=lambda place: _fitted(tried[place].kernel, y, groups).loss)
+        blocks[HEAD] = tried[place]
     kinds = [name for name in _SCALES if name in blocks]
     grid = itertools.product(*((1.0,) if name == kinds[0] else _SCALES[name] for name in kinds))
-    _, scales, held_out, dual = min(
-        (
-            (found[0], scales, *found[1:])
-            for scales in grid
-            for found in [_fitted(sum(s * blocks[n].kernel for n, s in zip(kinds, scales, strict=True)), y, members)]
-        ),
-        key=lambda one: one[0],
-    )
-    heads, bias = {}, y.mean(0)
-    for name, scale in zip(kinds, scales, strict=True):
-        if scale:
-            heads[name] = blocks[name].head(names, scale, dual, bias)
-            bias = np.zeros(len(names))  # of all together
-    return heads, held_out
+    all_scales = [dict(zip(kinds, scales, strict=True)) for scales in grid]
+    best = min(all_scales, key=lambda scales: _fitted(_kernel(blocks, scales), y, groups).loss)
+    return place, {name: scale for name, scale in best.items() if scale}
 
 
-def _places(count: int, rows: int) -> list[int]:
-    most = next((most for limit, most in _TRIED if rows <= limit), 3)
-    step = -(-count // most)
-    return list(range(0, count, step))
+def _kernel(blocks: Mapping[str, _Block], scales: Mapping[str, float]) -> np.ndarray:
+    return np.sum([scale * blocks[name].kernel for name, scale in scales.items()], axis=0)
 
 
 class _Block:
@@ -159,8 +170,16 @@ class _Block:
         )
 
 
-def _fitted(kernel: np.ndarray, y: np.ndarray, groups: Sequence[np.ndarray]) -> tuple[float, np.ndarray, np.ndarray]:
-    """The log-loss of the best penalty, scores (N, K) of held-out rows, and the dual coefficients (N, K) of the regression.
+class _Fit(NamedTuple):
+    """A ridge regression: the log-loss of held-out rows, their scores (N, K), and its dual coefficients (N, K)."""
+
+    loss: float
+    held_out: np.ndarray
+    dual: np.ndarray
+
+
+def _fitted(kernel: np.ndarray, y: np.ndarray, groups: Sequence[Sequence[int]]) -> _Fit:
+    """The regression with the best penalty.
 
     Args:
         kernel: (N, N), of features whose mean is 0.
@@ -170,17 +189,20 @@ def _fitted(kernel: np.ndarray, y: np.ndarray, groups: Sequence[np.ndarray]) -> 
     count, shares = len(y), y.mean(0)
     values, vectors = np.linalg.eigh(kernel)
     values, turned = np.maximum(values, 0.0), vectors.T @ (y - shares)
+    squares = vectors**2
     best = None
     for penalty in _PENALTIES:
-        hat = (vectors * (values / (values + penalty))) @ vectors.T + 1 / count
-        residuals = y - hat @ y
-        held_out = np.empty_like(y)
-        for some in groups:
-            part = np.eye(len(some)) - hat[np.ix_(some, some)]
+        # The hat matrix, vectors · kept · vectorsᵀ + 1/N, is too large to have in whole.
+        kept = values / (values + penalty)
+        residuals = y - shares - vectors @ (kept[:, None] * turned)
+        held_out = y - residuals / (1 - 1 / count - squares @ kept)[:, None]
+        for some in (group for group in groups if len(group) > 1):
+            its = vectors[some]
+            part = np.eye(len(some)) - 1 / count - (its * kept) @ its.T
             held_out[some] = y[some] - np.linalg.solve(part, residuals[some])
         loss = _log_loss(held_out, y)
-        if best is None or loss < best[0]:
-            best = loss, held_out, vectors @ (turned / (values + penalty)[:, None])
+        if best is None or loss < best.loss:
+            best = _Fit(loss, held_out, vectors @ (turned / (values + penalty)[:, None]))
     assert best is not None
     return best
 
@@ -188,9 +210,11 @@ def _fitted(kernel: np.ndarray, y: np.ndarray, groups: Sequence[np.ndarray]) -> 
 def _log_loss(scores: np.ndarray, y: np.ndarray) -> float:
     """The log-loss of the labels' probabilities (N, K), when a logistic regression makes them of scores."""
     from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import log_loss
 
+    if y.min() == y.max():  # some rows of many, of which none has a label
+        return 0.0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of regressions that have not converged to the last digit
         model = LogisticRegression(C=100.0).fit(scores.reshape(-1, 1), y.ravel())
-    return float(log_loss(y.ravel(), model.predict_proba(scores.reshape(-1, 1))[:, 1]))
+    logits = model.decision_function(scores.reshape(-1, 1))
+    return float(np.logaddexp(0.0, (1 - 2 * y.ravel()) * logits).mean())

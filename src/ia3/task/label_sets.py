@@ -56,11 +56,12 @@ def flag_of(cell: Any, column: str) -> bool:
 def metrics_of_sets(labels: Sequence[Sequence[str]], predictions: Sequence[Sequence[str]]) -> dict[str, float]:
     """Accuracy, the share of rows whose labels are all right and none too many; F1 averaged over the labels that occur, and that
     of all decisions together."""
+    import numpy as np
     from sklearn.preprocessing import MultiLabelBinarizer
 
     maker = MultiLabelBinarizer().fit([*labels, *predictions])
     # Not scikit-learn's metrics, which take the column of a single label as that of two classes.
-    right, found = maker.transform(labels), maker.transform(predictions)
+    right, found = (np.asarray(maker.transform(some)) for some in (labels, predictions))
     both, all_given = 2 * (right & found).sum(0), (right + found).sum(0)
     return {
         "accuracy": float((right == found).all(1).mean()),

@@ -244,6 +244,8 @@ class Task(BaseModel):
         self._check_unequal(known if isinstance(known, list) else None)
         if self.multi_label:
             self._fits_label_sets(known)
+        elif self.metric == "micro_f1":
+            raise ValueError("expected multi_label with the metric micro_f1, found it false")
         elif self.label_separator is not None or self.label_columns:
             raise ValueError("expected multi_label with label_separator or label_columns, found it false")
         if isinstance(known, list):
