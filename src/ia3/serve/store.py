@@ -148,7 +148,8 @@ class Store:
     def close_to(self, name: str, *others: str) -> str:
         """Similar names for an error message; among many names, only alphabetical neighbours are searched."""
         place = bisect.bisect(self.names, name)
-        return similar(name[:100], [*others, *self.names[max(0, place - _NEAR) : place + _NEAR]])
+        near = self.names[max(0, place - _NEAR) : place + _NEAR]
+        return similar(name[:100], [*others, *near], len(others) + len(self.names))
 
     def __contains__(self, name: str) -> bool:
         return name in self._adapters
