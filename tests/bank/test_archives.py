@@ -142,8 +142,8 @@ def test_registering_and_gathering_read_no_other_names(model, tmp_path, monkeypa
         assert (bank.gather([f"tenant-{number}"]) == number).all()
     assert "tenant-7" in bank and "tenant-3000" not in bank and len(bank) == 3000
     assert not read and not bank._homes  # what was evicted takes no memory
-    with pytest.raises(InputError, match=r"Unknown adapter 'tenant-12x'.*close to it: 'tenant-12") as error:
-        bank.gather(["tenant-12x"])
+    with pytest.raises(InputError, match=r"Unknown adapter 'tenant-129x'.*close to it: 'tenant-129'") as error:
+        bank.gather(["tenant-129x"])
     one_line(error)
     assert len(read) < 250
     with pytest.raises(InputError, match=r"there are 'tenant-0', .* and 2995 more"):
@@ -248,8 +248,8 @@ def test_names_that_are_no_text(model, tmp_path):
     again(path, lambda its: its["names"].__setitem__(0, 0xFF))
     bank.register(path)
     assert (bank.gather(["ba"]) == 2).all()
-    with pytest.raises(InputError, match="Expected names in UTF-8, found b'.xffa'"):
-        bank.names
+    with pytest.raises(InputError, match=r"Expected names in UTF-8, found b'.xffa'"):
+        list(bank)
     with pytest.raises(InputError, match="Expected names that can be written as UTF-8"):
         bank.add("\ud800", {entry.key: torch.ones(entry.shape) for entry in bank.entries})
         bank.save_archive(tmp_path / "new", ["\ud800"])

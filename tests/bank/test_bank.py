@@ -875,7 +875,7 @@ def test_an_archive_of_an_earlier_version(model, tmp_path):
         AdapterBank(model).register(tmp_path / "old")
     twice = text.replace(b'"z"', b'"\\u00e9"')
     (tmp_path / "old").write_bytes(len(twice).to_bytes(8, "little") + twice + data)
-    with pytest.raises(InputError, match="not as AdapterBank.save_archive writes them"):
+    with pytest.raises(InputError, match=r"not as AdapterBank.save_archive writes them"):
         AdapterBank(model).register(tmp_path / "old")
 
 
