@@ -16,14 +16,14 @@ from torch import nn
 from ia3.adapter.adapted import Adapted
 from ia3.adapter.config import CONFIG_NAME, IA3Config, adapter_folders
 from ia3.adapter.rows import BASE
-from ia3.adapter.stored import StoredAdapter
+from ia3.adapter.stored import OWN_NAMES, StoredAdapter
 from ia3.adapter.targets import Target, has_encoder, outside_decoder, resolve
 from ia3.bank.archives import Archive, open_archive, write_archive
 from ia3.bank.homes import Folder, Home, Record, SpillFile
 from ia3.bank.layout import DTYPES, Layout, resolve_entries
 from ia3.bank.residency import Residency
 from ia3.errors import InputError, brief, shown, similar
-from ia3.files import current, locate, parse_bytes
+from ia3.files import current, fetch, is_address, locate, parse_bytes
 
 _RESERVED = (BASE, "__metadata__")  # safetensors does not allow the second name
 
@@ -302,7 +302,9 @@ class AdapterBank:
 
         Args:
             path: a folder, whose subfolders at any depth are adapters, with their relative path (with slashes) as name,
-                also if they appear later; or an archive, of which only the index is read.
+                also if they appear later; or an archive, of which only the index is read. Or the address of one of them,
+                such as s3://bucket/adapters, which is copied to the local cache; registering it again copies what has
+                changed.
 
         Returns:
             The found names. Those of an archive are read from it one by one, when they are asked for.
@@ -310,7 +312,7 @@ class AdapterBank:
         Raises:
             InputError: the path is no folder or archive of the bank's kind, or a name is known from another place.
         """
-        path = os.path.abspath(path)
+        path = fetch(str(path), OWN_NAMES) if is_address(path) else os.path.abspath(path)
         with self._writing():
             if not os.path.isdir(path):
                 return self._register_archive(path)[0].names
