@@ -73,11 +73,15 @@ def test_a_mirror_follows_its_address(bucket):
     assert mirror.refresh()
     assert found(mirror.folder) == {"tea": expected("two"), "team/a/b": expected("one"), "team": expected("three")}
     assert os.stat(mirror.folder / "team/a/b" / CONFIG_NAME).st_ino == inodes["team/a/b"]  # not copied again
+    inodes["tea"] = os.stat(mirror.folder / "tea" / CONFIG_NAME).st_ino
     again = Mirror(ADDRESS + "/", OWN_NAMES)
-    assert again.folder == mirror.folder and not again.refresh()
+    assert again.folder == mirror.folder and again.refresh() and not again.refresh()
+    assert inodes == {name: os.stat(mirror.folder / name / CONFIG_NAME).st_ino for name in inodes}
+    put(bucket, "team", "four")
+    assert again.refresh() and mirror.refresh()  # a change for both, whoever copies it
     bucket.rm(f"{ADDRESS}/team/a", recursive=True)
     bucket.rm(f"{ADDRESS}/tea", recursive=True)
-    assert mirror.refresh() and found(mirror.folder) == {"team": expected("three")}
+    assert mirror.refresh() and found(mirror.folder) == {"team": expected("four")}
     assert os.listdir(mirror.folder) == ["team"] and not (mirror.folder / "team" / "a").exists()
 
 

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save, save_file
 
 from ia3 import IA3Config, get_peft_model, load_base
+from ia3.adapter.stored import OWN_NAMES
 from ia3.errors import InputError
 from ia3.files import PENDING, Mirror
 from ia3.serve import store
-from ia3.serve.adapter import FILES
 from ia3.serve.limits import Limits
 from ia3.serve.store import Store
 from ia3.serve.uploads import check
@@ -126,7 +126,7 @@ def test_what_was_not_uploaded_is_not_overwritten_or_deleted(place, start):
 def test_adapters_of_an_address(place, start, monkeypatch):
     """New, changed and removed adapters at the address are served after the next look, and nothing is uploaded."""
     monkeypatch.setenv("IA3_CACHE", str(place / "cache"))
-    mirror = Mirror(f"file://{place / 'adapters'}", FILES)
+    mirror = Mirror(f"file://{place / 'adapters'}", OWN_NAMES)
     mirror.refresh()
     server = start(place, mirror=mirror)
     assert listed(server) == ["cake", "nested/pair", "soup", "tea"]

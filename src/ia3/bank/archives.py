@@ -277,8 +277,8 @@ def open_archive(path: str | os.PathLike, layout: Layout) -> Archive:
                     raise InputError(f"{excerpt(path)} has been cut short since it was opened; copy it again.")
 
             mapped = np.asarray(np.memmap(file, np.uint8, "r", shape=(start,)))[8 + length :]
-            numbers = mapped[: 24 * count].view(np.int64)
-            names = Names(*np.split(numbers, 3), mapped[24 * count :], intact)
+            ends, hashes, order = mapped[: 24 * count].view(np.int64).reshape(3, count)
+            names = Names(ends, hashes, order, mapped[24 * count :], intact)
             names.require_index()
             return Archive(file, path, dtype, acts_from, names, start, record_bytes, range(count))
     except BaseException:

@@ -11,6 +11,7 @@ from typing import Any
 import typer
 
 from ia3.adapter.pretrained import DTYPES
+from ia3.adapter.stored import OWN_NAMES
 from ia3.cli.common import BaseOption, DtypeOption, console
 from ia3.errors import InputError, reason, shown
 from ia3.files import Mirror, is_address
@@ -113,13 +114,12 @@ def serve(
     except ImportError as error:
         raise InputError(f"Serving needs the package {error.name!r}; install it: pip install 'ia3[serve]'") from error
     from ia3.adapter.pretrained import find_base
-    from ia3.serve.adapter import FILES
     from ia3.serve.engine import Engine
     from ia3.serve.run import run
     from ia3.serve.server import Server
     from ia3.serve.store import Store
 
-    mirror = Mirror(adapters, FILES) if adapters is not None and remote else None
+    mirror = Mirror(adapters, OWN_NAMES) if adapters is not None and remote else None
     if mirror is not None:
         with console(True).status("Copying adapters …"):
             mirror.refresh()

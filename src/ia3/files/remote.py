@@ -60,11 +60,11 @@ def fetch(address: str, names: Collection[str]) -> str:
 class Mirror:
     """A local copy of the adapters below an address, at any depth, or of the one that is there.
 
-    Nobody else may write into the folder, except other mirrors of the same address.
+    Other mirrors of the same address, of this process or another, have the same folder. Nobody else may write into it.
 
     Args:
         address: the folder's address.
-        names: the names of an adapter's files to copy.
+        names: the names of an adapter's files to copy, the same for all mirrors of an address.
 
     Attributes:
         address: the address.
@@ -80,13 +80,13 @@ class Mirror:
         self._root = root.rstrip("/")
         self.folder = _place(address)
         self._lock = threading.Lock()
-        self._changed = False
+        self._seen: dict[str, str] = {}  # name → stamp of the adapters at the end of the last look
 
     def refresh(self) -> bool:
         """Copy new and changed adapters, and remove those that are gone, each adapter's files together.
 
         Returns:
-            Whether anything has changed since the last call that returned.
+            Whether the adapters are others than after the last call that returned; at first, whoever copied them.
 
         Raises:
             InputError: the address cannot be read, or has no adapters. What was copied before stays.
@@ -102,10 +102,9 @@ class Mirror:
             for start in range(0, len(news), _TOGETHER):
                 self._copy({name: wanted[name] for name in news[start : start + _TOGETHER]}, stamps)
             for name in copied.keys() - wanted.keys():
-                self._changed = True
                 self._remove(self.folder / name)
-            changed, self._changed = self._changed, False
-            return changed
+            before, self._seen = self._seen, stamps
+            return before != stamps
 
     def _listed(self) -> dict[str, dict[str, dict[str, Any]]]:
         """Name of an adapter → name of a file → what the file system says of it."""
@@ -148,7 +147,6 @@ class Mirror:
                     targets.append(str(staged / str(number) / file))
             self._files.get(sources, targets)
             for number, name in enumerate(adapters):
-                self._changed = True
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
                 take_over(staged / str(number), self.folder / name, sorted(self._names))
 
