@@ -165,7 +165,7 @@ def test_a_bank_of_addresses(bucket, tmp_path):
     assert other.register("memory://bucket/archive.safetensors") == ["a", "c", "team/b"]
     bank.save_archive(tmp_path / "archive", ["c"])
     bucket.put_file(str(tmp_path / "archive"), "memory://bucket/archive.safetensors")
-    assert AdapterBank(model).register("memory://bucket/archive.safetensors") == ["c"]
+    assert AdapterBank(model).load_archive("memory://bucket/archive.safetensors") == ["c"]
     assert (other.gather(["team/b"]) == 1).all()  # of the copy that it has opened
     copies = os.path.dirname(fetch("memory://bucket/archive.safetensors", ()))
     assert len(os.listdir(copies)) == 1

@@ -312,7 +312,7 @@ class AdapterBank:
         Raises:
             InputError: the path is no folder or archive of the bank's kind, or a name is known from another place.
         """
-        path = fetch(str(path), OWN_NAMES) if is_address(path) else os.path.abspath(path)
+        path = _local(path)
         with self._writing():
             if not os.path.isdir(path):
                 return self._register_archive(path)[0].names
@@ -342,6 +342,7 @@ class AdapterBank:
         Raises:
             InputError: a value is not finite; see also `register`.
         """
+        path = _local(path)
         with self._writing():
             archive, former = self._register_archive(path)
             loaded: list[str] = []
@@ -583,6 +584,11 @@ def _rows(budget: int | str, row_bytes: int) -> int:
             f"base model's row as much."
         )
     return rows
+
+
+def _local(path: str | os.PathLike) -> str:
+    """A path; for an address, that of its copy in the cache."""
+    return fetch(str(path), OWN_NAMES) if is_address(path) else os.path.abspath(path)
 
 
 def _require_new(taken: Sequence[str]) -> None:
