@@ -35,13 +35,13 @@ def test_every_block_is_named_once_and_run_here_or_by_ci():
     assert None not in names and len(set(names)) == len(names)
     assert set(blocks("command")) == set(re.findall(r"\$\(readme (\w+)\)", (ROOT / ".ci" / "run").read_text()))
     assert set(blocks("example")) == {
-        "train", "template", "classifier", "classifier-frame", "python", "peft", "modules", "rule", "several", "mixed", "question", "question-decoder", "readings", "bank", "auto", "convert",
+        "train", "template", "classifier", "classifier-frame", "python", "peft", "modules", "rule", "several", "mixed", "question", "question-decoder", "readings", "bank", "archive", "auto", "convert",
         "families", "task.yaml", "task", "task-python", "suggest", "pairs.yaml", "cause.yaml", "endings.yaml", "stars.yaml", "tasks",
         "class-weight", "dear.yaml", "costs", "added", "unseen", "unequal-python", "label-sets", "tags.yaml", "label-sets-python",
         "prompts-python", "fleet", "fleet-python", "many", "many-python", "compare", "compare-python",
         "pretrain", "pretrain-python", "raft", "opinions", "opinions-python", "suggest-rows", "mine.yaml", "recipe", "recipe-python", "experiment-python", "benchmarks",
         # Those of docs/serve.md run in serve/test_docs.py.
-        "serve", "serve-classify", "serve-completions", "serve-openai", "serve-adapters", "serve-operation",
+        "serve", "serve-classify", "serve-completions", "serve-openai", "serve-adapters", "serve-address", "serve-operation",
         "ia3.service", "Dockerfile",
         "lm-eval-task.yaml", "lm-eval", "lm-eval-python",  # run by harness/test_model.py
         "vllm-serve", "vllm-requests", "vllm-python", "vllm-question", "vllm-classify",  # run by tests/with_vllm/test_server.py
@@ -174,7 +174,7 @@ def test_the_benchmarks_command(place, monkeypatch, capsys):
     [
         ["peft"],
         ["modules", "several"],
-        ["modules", "mixed", "bank"],
+        ["modules", "mixed", "bank", "archive"],
         ["modules", "mixed", "question", "question-decoder", "readings"],
         ["rule"],
         ["task-python"],

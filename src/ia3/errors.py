@@ -120,13 +120,14 @@ def reason(error: BaseException) -> str:
     return excerpt((str(error).strip().splitlines() or [type(error).__name__])[0])
 
 
-def shown(names: Iterable[Any], limit: int = 5, room: int = _LONGEST_PIECE) -> str:
+def shown(names: Iterable[Any], limit: int = 5, room: int = _LONGEST_PIECE, total: int | None = None) -> str:
     """Names for an error message: the first few, quoted, and the number of further ones.
 
     Args:
         names: values of any type.
         limit: the maximum of names to list.
         room: the maximum of characters; the first name is always listed.
+        total: the number of names if these are only some of them.
     """
     names = list(names)
     listed: list[str] = []
@@ -136,15 +137,15 @@ def shown(names: Iterable[Any], limit: int = 5, room: int = _LONGEST_PIECE) -> s
         if listed and room < 0:
             break
         listed.append(text)
-    more = len(names) - len(listed)
+    more = (len(names) if total is None else total) - len(listed)
     return (", ".join(listed) or "none") + (f" and {more} more" if more else "")
 
 
-def similar(name: str, names: Iterable[str]) -> str:
-    """For an error message about an unknown name: similar names, or otherwise the first few names."""
+def similar(name: str, names: Iterable[str], total: int | None = None) -> str:
+    """For an error message about an unknown name: similar names, or otherwise the first few names; see `shown`."""
     names = list(names)
     close = difflib.get_close_matches(name[:_LONGEST_PIECE], names)
-    return f"close to it: {shown(close)}" if close else f"there are {shown(names)}"
+    return f"close to it: {shown(close)}" if close else f"there are {shown(names, total=total)}"
 
 
 def problems(error: ValidationError, whole: str) -> str:

@@ -840,13 +840,43 @@ def test_an_archive_is_plain_safetensors(archive, model):
     bank = AdapterBank(model)
     with safe_open(path, framework="pt") as opened:
         metadata = opened.metadata()
-        for name, one in made.items():
-            assert tiny.same_bits(named(bank, opened.get_tensor(name)), dict(sorted(one.items())))
+        found = {name: opened.get_tensor(name) for name in opened.offset_keys()}
+    assert list(found) == ["ends", "hashes", "order", "names", "rows"]
+    texts = bytes(found["names"].tolist())
+    assert [texts[end - 6 : end].decode() for end in found["ends"].tolist()] == list(made)
+    for row, one in zip(found["rows"], made.values(), strict=True):
+        assert tiny.same_bits(named(bank, row), dict(sorted(one.items())))
     assert metadata["format"] == "pt"
     assert json.loads(metadata["config"]) == bank.config.to_dict()
     assert json.loads(metadata["ia3_bank"]) == [
         [entry.key, list(entry.shape), entry.feedforward] for entry in bank.entries
     ]
+
+
+def test_an_archive_of_an_earlier_version(model, tmp_path):
+    """A tensor for each adapter, in any order, and no index."""
+    bank = AdapterBank(model, budget=rows_of(AdapterBank(model), 1))
+    made = {name: tensors(bank, seed=i) for i, name in enumerate(("z", "a/b", "é"))}
+    rows = {name: torch.cat([one[key].flatten() for key in sorted(one)]) for name, one in made.items()}
+    entries = [[entry.key, list(entry.shape), entry.feedforward] for entry in bank.entries]
+    header = {"__metadata__": {"ia3_bank": json.dumps(entries), "config": bank.config.to_json()}}
+    for i, name in enumerate(rows):
+        start = i * 4 * bank.width
+        header[name] = {"dtype": "F32", "shape": [bank.width], "data_offsets": [start, start + 4 * bank.width]}
+    text = json.dumps(header).encode()
+    data = b"".join(row.numpy().tobytes() for row in rows.values())
+    (tmp_path / "old").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    assert bank.register(tmp_path / "old") == sorted(made)
+    assert all(holds(bank, name, one) for name, one in made.items())
+    bank.save_archive(tmp_path / "new")
+    assert AdapterBank(model).load_archive(tmp_path / "new") == sorted(made)
+    (tmp_path / "old").write_bytes(len(text).to_bytes(8, "little") + text + data[:-1])
+    with pytest.raises(InputError, match="cut short"):
+        AdapterBank(model).register(tmp_path / "old")
+    twice = text.replace(b'"z"', b'"\\u00e9"')
+    (tmp_path / "old").write_bytes(len(twice).to_bytes(8, "little") + twice + data)
+    with pytest.raises(InputError, match=r"not as AdapterBank.save_archive writes them"):
+        AdapterBank(model).register(tmp_path / "old")
 
 
 def test_an_archive_of_more_than_fits(model, tmp_path):
@@ -878,7 +908,13 @@ def test_an_archive_cut_while_it_is_open(model, tmp_path):
     os.truncate(tmp_path / "archive", (tmp_path / "archive").stat().st_size - 1)
     assert (other.gather(["a58"]) == 58).all()
     with pytest.raises(InputError, match="archive has been cut short since"):
-        other.gather(["a59"])
+        other.gather(["a9"])  # the last in alphabetical order
+    os.truncate(tmp_path / "archive", 100)  # into the index, which is mapped
+    assert (other.gather(["a58"]) == 58).all()
+    for call in (lambda: other.gather(["a57"]), lambda: "a57" in other, lambda: other.names):
+        with pytest.raises(InputError, match="archive has been cut short since") as error:
+            call()
+        one_line(error)
 
 
 def test_an_archive_of_heads(tmp_path):

@@ -60,6 +60,19 @@ def test_openai(tickets, start, capsys):
     assert capsys.readouterr().out.strip()
 
 
+def test_an_address(tickets, monkeypatch, capsys):
+    from ia3.cli import main
+
+    monkeypatch.setenv("IA3_CACHE", str(tickets / "cache"))
+    command = BLOCKS["serve-address"].splitlines()[1].replace("s3://bucket", f"file://{tickets}")
+    with pytest.raises(SystemExit) as ended:
+        main([*shlex.split(command)[1:], "--model", str(tickets / "model"), "--json"])
+    assert not ended.value.code and set(json.loads(capsys.readouterr().out)[0]["probabilities"]) == {
+        "billing",
+        "technical",
+    }
+
+
 def test_commands_and_files_name_options_that_there_are(capsys, monkeypatch):
     from ia3.cli import main
 
@@ -69,6 +82,7 @@ def test_commands_and_files_name_options_that_there_are(capsys, monkeypatch):
     known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
     lines = [
         *BLOCKS["serve"].splitlines(),
+        BLOCKS["serve-address"].splitlines()[0],
         *(line for line in BLOCKS["ia3.service"].splitlines() if "ExecStart" in line),
     ]
     lines += [
@@ -76,7 +90,7 @@ def test_commands_and_files_name_options_that_there_are(capsys, monkeypatch):
         for line in BLOCKS["Dockerfile"].splitlines()
         if line.startswith("CMD")
     ]
-    assert len(lines) == 4
+    assert len(lines) == 5
     for line in lines:
         assert "ia3 serve" in line and set(re.findall(r"--[a-z-]+", line)) <= known
     # systemd makes the folder that the command names.

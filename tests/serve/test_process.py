@@ -58,6 +58,22 @@ def launch():
         each.close()
 
 
+def test_an_address_is_followed(place, launch):
+    address = f"file://{place / 'adapters'}"
+    server = launch(place, "--adapters", address, "--refresh", 0.1, IA3_CACHE=str(place / "cache"))
+    server.wait_until_ready()
+    shutil.copytree(place / "adapters" / "soup", place / "adapters" / "new")
+    line = server.until(lambda: next((line for line in server.log if line.get("event") == "reload"), None))
+    assert (line["added"], line["changed"], line["removed"], line["failed"]) == (1, 0, 0, 0)
+    assert server.http.post("/v1/classify", json={"adapter": "new", "texts": ["tea"]}).status_code == 200
+    shutil.rmtree(place / "adapters")
+    failed = server.until(lambda: next((line for line in server.log if line.get("event") == "reload failed"), None))
+    assert "found none" in failed["reason"]
+    assert server.http.post("/v1/classify", json={"adapter": "new", "texts": ["tea"]}).status_code == 200
+    server.send(signal.SIGTERM)
+    assert server.ended() == 0
+
+
 def test_signals_and_slow_connections(place, launch):
     """Two hundred connections that say little; the folder read again; then SIGTERM while requests are under way."""
     server = launch(place, "--deadline", "60", "--max-adapters", "5")

@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save, save_file
 
 from ia3 import IA3Config, get_peft_model, load_base
+from ia3.adapter.stored import OWN_NAMES
 from ia3.errors import InputError
-from ia3.files import PENDING
+from ia3.files import PENDING, Mirror
 from ia3.serve import store
 from ia3.serve.limits import Limits
 from ia3.serve.store import Store
@@ -120,6 +121,32 @@ def test_what_was_not_uploaded_is_not_overwritten_or_deleted(place, start):
     assert "nested/pair" not in listed(server)
     assert server.http.post("/v1/adapters", json={"folder": "nested/pair"}).status_code == 201
     assert "nested/pair" in listed(server)
+
+
+def test_adapters_of_an_address(place, start, monkeypatch):
+    """New, changed and removed adapters at the address are served after the next look, and nothing is uploaded."""
+    monkeypatch.setenv("IA3_CACHE", str(place / "cache"))
+    mirror = Mirror(f"file://{place / 'adapters'}", OWN_NAMES)
+    mirror.refresh()
+    server = start(place, mirror=mirror)
+    assert listed(server) == ["cake", "nested/pair", "soup", "tea"]
+    tea, soup = probabilities(server, "tea"), probabilities(server, "soup")
+    assert server.call(server.server.store.reload(if_changed=True)) is None
+    (place / "adapters" / "tea" / "recipe.yaml").unlink()
+    for file in (WEIGHTS, "calibration.json"):
+        shutil.copy(place / "adapters" / "soup" / file, place / "adapters" / "tea" / file)
+    shutil.copytree(place / "adapters" / "cake", place / "adapters" / "nested" / "new")
+    shutil.rmtree(place / "adapters" / "soup")
+    done = server.call(server.server.store.reload(if_changed=True))
+    assert done == {"added": ["nested/new"], "changed": ["tea"], "removed": ["soup"], "failed": []}
+    assert probabilities(server, "tea") == pytest.approx(soup) != pytest.approx(tea)
+    assert probabilities(server, "nested/new") == pytest.approx(probabilities(server, "cake"))
+    assert server.classify("soup").status_code == 404
+    response = upload(server, "more", files_of(place / "adapters" / "tea"))
+    assert response.status_code == 507 and "copied from elsewhere" in response.json()["error"]["message"]
+    assert server.http.delete("/v1/adapters/cake").status_code == 200
+    server.call(server.server.store.reload())
+    assert listed(server) == ["nested/new", "nested/pair", "tea"]
 
 
 def test_a_folder_below_the_root(place, start):

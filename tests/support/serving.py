@@ -38,8 +38,10 @@ class Running:
         http: a client.
     """
 
-    def __init__(self, folder, limits=None, token=None, idle=30.0, wait=True, log_texts=False, **options) -> None:
-        store = Store(folder / "adapters", base="model")
+    def __init__(
+        self, folder, limits=None, token=None, idle=30.0, wait=True, log_texts=False, mirror=None, **options
+    ) -> None:
+        store = Store(folder / "adapters" if mirror is None else mirror.folder, base="model", mirror=mirror)
         engine = LocalEngine(str(folder / "model"), store.kinds(str(folder / "model")), "model", **options)
         self.engine = engine
         self.server = Server(engine, store, limits or Limits(), token, None, log_texts)

@@ -453,8 +453,9 @@ class IA3Model(Adapted):
         bank = self.ia3_routing.bank
         for row, name in enumerate(names):
             if name not in self.peft_config and name != BASE and (bank is None or name not in bank):
-                known = [*self.peft_config, *(() if bank is None else bank.names)]
-                raise InputError(f"Row {row}: adapter {name!r} does not exist; {similar(name, known)}.")
+                own = self.peft_config
+                close = similar(name, own) if bank is None else bank.close_to(name, *own)
+                raise InputError(f"Row {row}: adapter {name!r} does not exist; {close}.")
 
     def get_base_model(self) -> nn.Module:
         """The wrapped model."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ia3.adapter.config import TaskType
 from ia3.errors import InputError, brief, reason, shown, similar
-from ia3.files import hub_answers, new_folder
+from ia3.files import cache_folder, hub_answers, new_folder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -266,10 +266,7 @@ def _embedded_folder() -> Path | None:
     files = sorted(Path(spec.origin).parent.glob("*.gguf"))
     if not files:
         return None
-    from platformdirs import user_cache_path
-
-    cache = Path(os.environ.get("IA3_CACHE", user_cache_path("ia3")))
-    folder = cache / f"{files[0].stem}-{files[0].stat().st_size}-float32"
+    folder = cache_folder() / f"{files[0].stem}-{files[0].stat().st_size}-float32"
     if not folder.exists():
         _dequantize(files[0], folder)
     return folder

@@ -136,9 +136,8 @@ class _OfReplica:
 class Bank(Protocol):
     """Adapters that no layer holds, but that rows can have."""
 
-    @property
-    def names(self) -> Sequence[str]:
-        """All that can be asked for."""
+    def close_to(self, name: str, *others: str) -> str:
+        """For an error message about an unknown name: similar ones among those in the bank and `others`."""
         ...
 
     @property

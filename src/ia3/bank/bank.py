@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,13 +16,14 @@ from torch import nn
 from ia3.adapter.adapted import Adapted
 from ia3.adapter.config import CONFIG_NAME, IA3Config, adapter_folders
 from ia3.adapter.rows import BASE
-from ia3.adapter.stored import StoredAdapter
+from ia3.adapter.stored import OWN_NAMES, StoredAdapter
 from ia3.adapter.targets import Target, has_encoder, outside_decoder, resolve
-from ia3.bank.homes import Folder, Home, Record, RowFile, SpillFile, open_archive, write_archive
+from ia3.bank.archives import Archive, open_archive, write_archive
+from ia3.bank.homes import Folder, Home, Record, SpillFile
 from ia3.bank.layout import DTYPES, Layout, resolve_entries
 from ia3.bank.residency import Residency
 from ia3.errors import InputError, brief, shown, similar
-from ia3.files import current, locate, parse_bytes
+from ia3.files import current, fetch, is_address, locate, parse_bytes
 
 _RESERVED = (BASE, "__metadata__")  # safetensors does not allow the second name
 
@@ -122,10 +124,10 @@ class AdapterBank:
         self._writer = threading.RLock()
         self._resident = Residency(self.width, dtype, self.device, capacity)
         self._stage = None if self.device.type == "cpu" else torch.empty(self.width, dtype=dtype, device="cpu")
-        self._homes: dict[str, Home | None] = {}  # name → home; None: only in memory
+        self._homes: dict[str, Home | None] = {}  # name → home, but for records of archives; None: only in memory
         self._roots: list[str] = []  # registered folders
         self._deleted: set[str] = set()  # deleted names that a registered folder still has
-        self._files: list[RowFile] = []  # archives
+        self._archives: list[Archive] = []
         self._spill = None if spill is None else SpillFile(spill, self._layout)
         self._closed = False
         self._write(0, lambda layout, row, name: layout.pack(base, row, name), BASE)
@@ -149,7 +151,7 @@ class AdapterBank:
         resident = self._resident
         return BankStatistics(
             resident=len(resident.rows) - 1,
-            known=len(self._homes),
+            known=len(self),
             capacity=resident.capacity,
             pinned=len(resident.pinned),
             row_bytes=self._layout.row_bytes,
@@ -162,11 +164,17 @@ class AdapterBank:
 
     @property
     def names(self) -> list[str]:
-        """The names of all known adapters, in memory or not; of registered folders, those that were seen."""
-        return list(self._homes)
+        """The names of all known adapters, in memory or not; of registered folders, those that were seen.
+
+        `len` and iteration over a bank make no list of them.
+        """
+        return list(self)
 
     def __len__(self) -> int:
-        return len(self._homes)
+        return len(self._homes) + sum(map(len, self._archives))
+
+    def __iter__(self) -> Iterator[str]:
+        return chain(list(self._homes), *map(iter, list(self._archives)))
 
     def __contains__(self, name: object) -> bool:
         """Whether `gather` knows the name, including "__base__"."""
@@ -231,7 +239,7 @@ class AdapterBank:
                 if name != BASE and not self._is_known(name):
                     raise InputError(
                         f"Unknown adapter {brief(name)}",
-                        f"{similar(str(name), self.names)}. Load or register it first",
+                        f"{self.close_to(str(name))}. Load or register it first",
                         row=number,
                     )
             self._resident.require_room(distinct)
@@ -284,28 +292,30 @@ class AdapterBank:
         """
         _check_name(name)
         with self._writing():
-            if name in self._homes:
+            if name in self._homes or self._record(name) is not None:
                 raise InputError(f"Adapter {brief(name)} already exists; choose another name or delete it.")
             self._resident.require_room([name])
             self._fill(name, lambda layout, row, name: layout.pack(tensors, row, name), None)
 
-    def register(self, path: str | os.PathLike) -> list[str]:
+    def register(self, path: str | os.PathLike) -> Sequence[str]:
         """Register adapters without loading them. The first gather with an adapter loads it.
 
         Args:
             path: a folder, whose subfolders at any depth are adapters, with their relative path (with slashes) as name,
-                also if they appear later; or an archive.
+                also if they appear later; or an archive, of which only the index is read. Or the address of one of them,
+                such as s3://bucket/adapters, which is copied to the local cache; registering it again copies what has
+                changed.
 
         Returns:
-            The found names.
+            The found names. Those of an archive are read from it one by one, when they are asked for.
 
         Raises:
             InputError: the path is no folder or archive of the bank's kind, or a name is known from another place.
         """
-        path = os.path.abspath(path)
+        path = _local(path)
         with self._writing():
             if not os.path.isdir(path):
-                return self._register_archive(path)
+                return self._register_archive(path)[0].names
             folders = adapter_folders(path)
             self._add_homes({name: Folder(folder) for name, folder in folders.items()})
             if path not in self._roots:
@@ -323,7 +333,7 @@ class AdapterBank:
             self._layout.check_folder(os.path.abspath(path), name)
             self._add_homes({name: Folder(os.path.abspath(path))})
 
-    def load_archive(self, path: str | os.PathLike) -> list[str]:
+    def load_archive(self, path: str | os.PathLike) -> Sequence[str]:
         """Register an archive, and load as many of its adapters as fit without eviction.
 
         Returns:
@@ -332,29 +342,36 @@ class AdapterBank:
         Raises:
             InputError: a value is not finite; see also `register`.
         """
+        path = _local(path)
         with self._writing():
-            before = set(self._homes)
-            names = self._register_archive(path)
+            archive, former = self._register_archive(path)
+            loaded: list[str] = []
             try:
                 if self._resident.capacity is None:
-                    self._resident.reserve(sum(name not in self._resident.rows for name in names))
-                for name in names:
+                    self._resident.reserve(sum(name not in self._resident.rows for name in archive.names))
+                for name in archive.names:
                     if name not in self._resident.rows:
                         if self._resident.is_full:
                             break
                         self._reload(name)
+                        loaded.append(name)
             except BaseException:
-                for name in set(names) - before:
-                    self.delete(name)
+                for name in loaded:
+                    self._resident.drop(name)
+                if former is None:
+                    self._archives.remove(archive)
+                    archive.close()
+                else:
+                    archive.hidden = former
                 raise
-        return names
+        return archive.names
 
     def save_archive(self, path: str | os.PathLike, names: Iterable[str] | None = None) -> None:
-        """Write adapters (None: all) to one safetensors file, each as a tensor (width,) under its name.
+        """Write adapters (None: all) to an archive: one safetensors file, with an index of their names.
 
         They may be more than fit into memory: adapters that are not resident are read from their homes.
         """
-        names = self.names if names is None else list(dict.fromkeys(names))
+        names = sorted(set(self if names is None else names))
         with self._writing():
             self._require(names)
         places = {self.acts_from(name) for name in names} or {self.config.acts_from}
@@ -378,34 +395,39 @@ class AdapterBank:
 
         write_archive(path, self._layout, config, names, rows())
 
-    def _register_archive(self, path: str | os.PathLike) -> list[str]:
-        file, records = open_archive(path, self._layout)
+    def _register_archive(self, path: str | os.PathLike) -> tuple[Archive, set[str] | None]:
+        """The registered archive, and its names that were hidden if it was registered before."""
+        archive = open_archive(path, self._layout)
+        before = next((each for each in self._archives if each == archive), None)
         try:
-            news = self._add_homes(records)
+            for name in ("", *_RESERVED):
+                if name in archive.names:
+                    _check_name(name)
+            others = [each for each in self._archives if each is not before]
+            taken = [name for name in self._homes if name in archive.names]
+            for other in others:
+                taken += (name for name in archive.names.shared(other.names) if other.find(name) is not None)
+            _require_new(taken)
         except InputError:
-            file.close()
+            archive.close()
             raise
-        if news:
-            self._files.append(file)
-        else:
-            file.close()
-        return list(records)
+        if before is None:
+            self._archives.append(archive)
+            return archive, None
+        archive.close()
+        former, before.hidden = before.hidden, set()
+        return before, former
 
-    def _add_homes(self, homes: Mapping[str, Home]) -> bool:
-        """Register all names, or none. Return whether any is new."""
+    def _add_homes(self, homes: Mapping[str, Home]) -> None:
+        """Register all names, or none."""
         for name in homes:
             _check_name(name)
         known = {name: self._homes[name] for name in homes if name in self._homes}
         taken = [name for name, home in known.items() if homes[name] not in (home, getattr(home, "origin", None))]
-        if taken:
-            raise InputError(
-                f"{shown(taken, 3)} of these adapters are known from another place; delete them from the bank or rename "
-                f"the new ones."
-            )
         news = {name: home for name, home in homes.items() if name not in known}
+        _require_new([*taken, *(name for name in news if self._record(name) is not None)])
         self._homes.update(news)
         self._deleted.difference_update(news)
-        return bool(news)
 
     # Removing and pinning adapters.
 
@@ -414,7 +436,8 @@ class AdapterBank:
         with self._writing():
             self._require([name])
             self._resident.drop(name)
-            self._release(self._homes.pop(name))
+            self._release(self._homes.pop(name, None))
+            self._hide(name)
             if self._find(name) is not None:
                 self._deleted.add(name)
 
@@ -436,7 +459,7 @@ class AdapterBank:
         change."""
         with self._writer:
             self._closed = True
-            for file in (*self._files, *([] if self._spill is None else [self._spill])):
+            for file in (*self._archives, *([] if self._spill is None else [self._spill])):
                 file.close()
 
     # Known adapters.
@@ -448,16 +471,27 @@ class AdapterBank:
                 raise InputError("This bank is closed; make another.")
             yield
 
+    def close_to(self, name: str, *others: str) -> str:
+        """Similar names for an error message; of an archive, only alphabetical neighbours are searched."""
+        names = [*others, *self._homes]
+        for archive in self._archives:
+            names += (each for each in archive.names.near(name) if each not in archive.hidden)
+        return similar(name, names, len(self) + len(others))
+
     def _is_known(self, name: str) -> bool:
         """Whether an adapter exists. A new one in a registered folder becomes known."""
-        if name not in self._homes and isinstance(name, str):
-            home = self._find(name)
-            if home is not None:
-                self._add_homes({name: home})
-        return name in self._homes
+        if name in self._homes or not isinstance(name, str):
+            return name in self._homes
+        home = self._find(name)
+        if isinstance(home, Folder):
+            self._add_homes({name: home})
+        return home is not None
 
-    def _find(self, name: str) -> Folder | None:
-        """The folder of an adapter in the first registered folder that has it."""
+    def _find(self, name: str) -> Record | Folder | None:
+        """The record of an adapter in an archive, or its folder in the first registered folder that has it."""
+        record = self._record(name)
+        if record is not None:
+            return record
         parts = name.split("/")
         inside = not {"", ".", ".."}.intersection(parts) and "\\" not in name and not os.path.splitdrive(name)[0]
         if inside and name not in self._deleted:
@@ -467,23 +501,41 @@ class AdapterBank:
                     return Folder(folder)
         return None
 
+    def _record(self, name: str) -> Record | None:
+        """The record of an adapter in an archive."""
+        return next((record for each in self._archives if (record := each.find(name)) is not None), None)
+
+    def _hide(self, name: str) -> None:
+        """Take an adapter no longer from the archive that has it."""
+        for archive in self._archives:
+            if name in archive.names:
+                archive.hidden.add(name)
+
     def _require(self, names: Iterable[str]) -> None:
         for name in names:
             if not self._is_known(name):
-                raise InputError(f"Unknown adapter {brief(name)}; {similar(str(name), self.names)}.")
+                raise InputError(f"Unknown adapter {brief(name)}; {self.close_to(str(name))}.")
 
     # Filling rows; only the writer does this.
 
     def _home(self, name: str) -> Home:
-        home = self._homes[name]
+        home = self._homes.get(name) or self._record(name)
         assert home is not None  # only a resident adapter can have no home
         return home
 
     def _reload(self, name: str) -> int:
-        home = self._home(name)
-        return self._fill(name, home.read, home)
+        """Read an adapter from its home into a row."""
+        return self._read(name, self._home(name).read)
 
-    def _fill(self, name: str, read: Callable[[Layout, torch.Tensor, str], None], home: Home | None) -> int:
+    def _fill(self, name: str, read: Callable[[Layout, torch.Tensor, str], None], home: Home | None) -> None:
+        """Read a new or changed adapter into a row, and record its new home."""
+        self._read(name, read)
+        self._release(self._homes.get(name))
+        self._homes[name] = home
+        self._hide(name)
+        self._deleted.discard(name)
+
+    def _read(self, name: str, read: Callable[[Layout, torch.Tensor, str], None]) -> int:
         """Read an adapter into a row, then assign the row to its name."""
         row, victim = self._resident.take(name)
         if victim is not None:
@@ -493,12 +545,7 @@ class AdapterBank:
         except BaseException:
             self._resident.give_back(row)
             raise
-        former = self._homes.get(name)
-        self._homes[name] = home
         self._resident.put(name, row)
-        if former is not home:
-            self._release(former)
-        self._deleted.discard(name)
         return row
 
     def _write(self, row: int, read: Callable[[Layout, torch.Tensor, str], None], name: str) -> None:
@@ -510,6 +557,8 @@ class AdapterBank:
 
     def _keep(self, name: str, row: int) -> None:
         """Make sure that an adapter has a home before its row is overwritten; otherwise it stays."""
+        if name not in self._homes:  # a record of an archive, which stays open
+            return
         home = self._homes[name]
         try:
             if home is None or not home.holds():
@@ -535,6 +584,19 @@ def _rows(budget: int | str, row_bytes: int) -> int:
             f"base model's row as much."
         )
     return rows
+
+
+def _local(path: str | os.PathLike) -> str:
+    """A path; for an address, that of its copy in the cache."""
+    return fetch(str(path), OWN_NAMES) if is_address(path) else os.path.abspath(path)
+
+
+def _require_new(taken: Sequence[str]) -> None:
+    if taken:
+        raise InputError(
+            f"{shown(taken, 3)} of these adapters are known from another place; delete them from the bank or rename "
+            f"the new ones."
+        )
 
 
 def _check_name(name: str) -> None:

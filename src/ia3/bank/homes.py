@@ -1,25 +1,20 @@
-"""The homes of adapters: folders, archives, the spill file."""
+"""The homes of adapters: folders, records of files, the spill file."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import tempfile
 import weakref
-from collections.abc import Iterable
 from io import BufferedRandom, BufferedReader
 from typing import NamedTuple, Protocol
 
 import torch
 
-from ia3.adapter.config import IA3Config
 from ia3.adapter.stored import StoredAdapter
-from ia3.bank.layout import DTYPES, Layout, file_stamp, memory, tensor_header
+from ia3.bank.layout import Layout, file_stamp, memory
 from ia3.errors import InputError
-from ia3.files import reading, replacing
 
-_ENTRIES_KEY = "ia3_bank"  # key of an archive's header
 _SPILL_NAME = "ia3_bank.spill"
 
 
@@ -209,74 +204,3 @@ def _discard(file: BufferedReader | BufferedRandom, path: str | None) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)  # while it is locked
     file.close()
-
-
-def write_archive(
-    path: str | os.PathLike, layout: Layout, config: IA3Config, names: Iterable[str], rows: Iterable[torch.Tensor]
-) -> None:
-    """Write adapters to one safetensors file, each as a tensor (width,) under its name.
-
-    Args:
-        path: the file; it is replaced atomically.
-        layout: the layout of the rows, recorded in the header, so that only banks with this layout read the file.
-        config: the adapters' config, recorded in the header.
-        names: the adapters' names.
-        rows: one row per name; each is written before the next is requested.
-    """
-    metadata = {
-        "format": "pt",
-        _ENTRIES_KEY: json.dumps([entry.described() for entry in layout.entries]),
-        "config": config.to_json(),
-    }
-    header = {"__metadata__": metadata} | {
-        name: tensor_header(layout.dtype, [layout.width], i * layout.row_bytes) for i, name in enumerate(names)
-    }
-    try:
-        data = json.dumps(header, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"Expected names that can be written as UTF-8, found {error.object[error.start :][:1]!r}."
-        ) from error
-    data += b" " * (-len(data) % 8)
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        file.write(len(data).to_bytes(8, "little") + data)
-        for row in rows:
-            file.write(memory(row))
-
-
-def open_archive(path: str | os.PathLike, layout: Layout) -> tuple[RowFile, dict[str, Record]]:
-    """Open a file of `write_archive`; return it and the record of each adapter.
-
-    Raises:
-        InputError: the file does not exist, is no archive, is cut short, or has another layout.
-    """
-    path = os.path.abspath(path)
-    with reading(path, "an archive of adapters"):
-        file = open(path, "rb")  # noqa: SIM115
-    try:
-        with reading(path, "an archive that AdapterBank.save_archive wrote"):
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 + length:
-                raise InputError(f"Expected a whole safetensors file, {path} is none or cut short; copy it again.")
-            header = json.loads(file.read(length))
-            metadata = header.pop("__metadata__")
-            layout.check_described(json.loads(metadata[_ENTRIES_KEY]), path)
-            config = IA3Config.from_json(metadata["config"].encode(), path)
-            for dtype in DTYPES:
-                row_bytes = layout.width * dtype.itemsize
-                expected = [tensor_header(dtype, [layout.width], i * row_bytes) for i in range(len(header))]
-                if list(header.values()) == expected:
-                    break
-            else:
-                raise InputError(f"The rows in {path} are not as AdapterBank.save_archive writes them; write it again.")
-            if size != 8 + length + row_bytes * len(header):
-                raise InputError(
-                    f"Expected {len(header)} adapters of {row_bytes} bytes in {path}, found {size - 8 - length} bytes; it "
-                    f"is cut short or damaged, copy it again."
-                )
-    except BaseException:
-        file.close()
-        raise
-    rows = RowFile(file, path, dtype, acts_from=config.acts_from)
-    return rows, {name: Record(rows, 8 + length + i * row_bytes) for i, name in enumerate(header)}

@@ -16,7 +16,9 @@ import typer
 
 from ia3.adapter.config import CONFIG_NAME, IA3Config
 from ia3.adapter.pretrained import DTYPES, EMBEDDED_MODEL
+from ia3.adapter.stored import OWN_NAMES
 from ia3.errors import InputError, shown
+from ia3.files import fetch, is_address
 from ia3.processes import is_first
 from ia3.scoring import MEMORY
 
@@ -34,7 +36,20 @@ if TYPE_CHECKING:
 # The largest seed of random generators.
 MAX_SEED = 2**32 - 1
 
-AdapterArgument = typer.Argument(help="Folder (or hub id) of a trained adapter.", show_default=False)
+
+def _local(adapter: str) -> str:
+    """An adapter's folder: for an address, its copy in the cache."""
+    if not is_address(adapter):
+        return adapter
+    with console(True).status("Copying …"):
+        return fetch(adapter, OWN_NAMES)
+
+
+AdapterArgument = typer.Argument(
+    help="Folder, hub id or address (such as s3://bucket/tickets) of a trained adapter.",
+    callback=_local,
+    show_default=False,
+)
 ModelOption = typer.Option(
     None,
     "--model",

@@ -11,8 +11,10 @@ from typing import Any
 import typer
 
 from ia3.adapter.pretrained import DTYPES
-from ia3.cli.common import BaseOption, DtypeOption
+from ia3.adapter.stored import OWN_NAMES
+from ia3.cli.common import BaseOption, DtypeOption, console
 from ia3.errors import InputError, reason, shown
+from ia3.files import Mirror, is_address
 from ia3.serve.limits import Limits
 
 _DEFAULTS = Limits()
@@ -30,12 +32,16 @@ class EngineKind(str, Enum):
 def serve(
     model: str = BaseOption,
     dtype: str = DtypeOption,
-    adapters: Path | None = typer.Option(
+    adapters: str | None = typer.Option(
         None,
         "--adapters",
         "-a",
-        help="Folder with adapters in subfolders; also for uploads. \\[default: adapters, where ia3 train puts them]",
+        help="Folder with adapters in subfolders; also for uploads. Or a folder's address, such as s3://bucket/adapters, "
+        "which is copied to the cache. \\[default: adapters, where ia3 train puts them]",
         show_default=False,
+    ),
+    refresh: float = typer.Option(
+        60, min=0.01, help="Seconds between looks at an address of --adapters for new, changed and removed adapters."
     ),
     host: str = typer.Option("127.0.0.1", help="Address to listen on. All but loopback need a token."),
     port: int = typer.Option(8000, min=0, max=65535, help="Port to listen on; 0: any free port."),
@@ -84,7 +90,7 @@ def serve(
     http://127.0.0.1:8000, the API at /docs.
 
     Requests for different adapters share batches, so thousands of adapters are as fast as one. SIGHUP reads the
-    adapters' folder again. SIGTERM and Ctrl-C finish accepted requests and end. Logs are JSON lines on standard error,
+    adapters' folder (or address) again. SIGTERM and Ctrl-C finish accepted requests and end. Logs are JSON lines on standard error,
     without texts.
     """
     if max_texts > queue:
@@ -98,8 +104,9 @@ def serve(
         raise InputError(f"Expected a --dtype of {shown(DTYPES)}, found {dtype!r}.")
     if engine == EngineKind.VLLM and memory is not None:
         raise InputError("--memory is for --engine local; vLLM counts adapters. Leave it out.")
-    if adapters is not None and not adapters.is_dir():
-        raise InputError(f"Expected a folder of adapters, found no {str(adapters)!r}.")
+    remote = is_address(adapters)
+    if adapters is not None and not remote and not os.path.isdir(adapters):
+        raise InputError(f"Expected a folder of adapters, found no {adapters!r}.")
     try:
         import fastapi_offline  # noqa: F401
         import prometheus_client  # noqa: F401
@@ -112,9 +119,13 @@ def serve(
     from ia3.serve.server import Server
     from ia3.serve.store import Store
 
+    mirror = Mirror(adapters, OWN_NAMES) if adapters is not None and remote else None
+    if mirror is not None:
+        with console(True).status("Copying adapters …"):
+            mirror.refresh()
     recorded, _ = find_base(model)  # before anything is loaded
     name = Path(recorded).name if Path(recorded).is_dir() else recorded
-    store = Store(adapters or Path("adapters"), max_adapters, name)
+    store = Store(adapters or "adapters" if mirror is None else mirror.folder, max_adapters, name, mirror)
     runs: Engine
     if engine == EngineKind.VLLM:
         from ia3.serve.vllm import VllmEngine
@@ -135,7 +146,7 @@ def serve(
         queue=queue,
         deadline=deadline,
     )
-    run(Server(runs, store, limits, token, {host}, log_texts), host, port)
+    run(Server(runs, store, limits, token, {host}, log_texts), host, port, None if mirror is None else refresh)
 
 
 def _token(file: Path | None) -> str | None:

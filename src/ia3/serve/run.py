@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
 from typing import Any
 
 import uvicorn
@@ -82,8 +82,14 @@ class _Uvicorn(uvicorn.Server):
             await asyncio.sleep(0.005)
 
 
-def run(server: Server, host: str, port: int) -> None:
+def run(server: Server, host: str, port: int, refresh: float | None = None) -> None:
     """Serve until a signal arrives; then finish accepted requests.
+
+    Args:
+        server: serves.
+        host, port: the address to listen on; port 0: any free one.
+        refresh: seconds between looks at the address that the adapters are copied from; None: they are in a folder,
+            which is read again on SIGHUP only.
 
     Raises:
         InputError: the address is not available, the model cannot be loaded, or its engine has ended.
@@ -116,24 +122,35 @@ def run(server: Server, host: str, port: int) -> None:
     async def serve() -> None:
         if hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread():
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hang_up)
+        if refresh is not None:
+            start(follow(refresh))
         await running.serve([listening])
 
     def hang_up() -> None:
-        task = asyncio.ensure_future(reload())
+        start(reload())
+
+    def start(work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
         tasks.add(task)  # the loop holds tasks only weakly
         task.add_done_callback(tasks.discard)
 
-    async def reload() -> None:
+    async def follow(seconds: float) -> None:
+        while True:
+            await asyncio.sleep(seconds)
+            await reload(if_changed=True)
+
+    async def reload(if_changed: bool = False) -> None:
         if not server.started:
             return
         try:
-            found = await server.store.reload()
+            found = await server.store.reload(if_changed)
         except (InputError, OSError) as error:  # serving continues as before
             logger.error("reload failed", extra={"fields": {"reason": reason(error)}})
         except Exception:
             logger.exception("reload failed")
         else:
-            logger.info("reload", extra={"fields": {key: len(names) for key, names in found.items()}})
+            if found is not None:
+                logger.info("reload", extra={"fields": {key: len(names) for key, names in found.items()}})
 
     tasks: set[asyncio.Future] = set()
     address = f"http://{'[' + host + ']' if ':' in host else host}:{listening.getsockname()[1]}"

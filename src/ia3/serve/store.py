@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from ia3.adapter.config import CONFIG_NAME, IA3Config, adapter_folders
 from ia3.adapter.stored import OWN_NAMES
 from ia3.errors import InputError, shown, similar
-from ia3.files import WEIGHTS_NAME, current, take_over
+from ia3.files import WEIGHTS_NAME, Mirror, current, take_over
 from ia3.serve.adapter import FILES, Adapter, read_settings, stamp_of
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ class Store:
         root: the folder whose subfolders are the adapters; relative paths are their names.
         max_adapters: the maximum of adapters.
         base: the base model's served name, which no adapter can have.
+        mirror: copies the adapters to the root from elsewhere; None: the root is theirs.
 
     Attributes:
         root: the folder's real path.
@@ -89,9 +90,15 @@ class Store:
         InputError: there are too many adapters, or the root is itself an adapter.
     """
 
-    def __init__(self, root: str | os.PathLike, max_adapters: int = 20_000, base: str = "") -> None:
+    def __init__(
+        self,
+        root: str | os.PathLike,
+        max_adapters: int = 20_000,
+        base: str = "",
+        mirror: Mirror | None = None,
+    ) -> None:
         self.root = os.path.realpath(root)
-        self.max_adapters, self._base = max_adapters, base
+        self.max_adapters, self._base, self._mirror = max_adapters, base, mirror
         if (current(self.root) / CONFIG_NAME).is_file():
             raise InputError(
                 f"Expected a folder whose subfolders are the adapters, found an adapter in {str(root)!r}; give the folder "
@@ -148,7 +155,8 @@ class Store:
     def close_to(self, name: str, *others: str) -> str:
         """Similar names for an error message; among many names, only alphabetical neighbours are searched."""
         place = bisect.bisect(self.names, name)
-        return similar(name[:100], [*others, *self.names[max(0, place - _NEAR) : place + _NEAR]])
+        near = self.names[max(0, place - _NEAR) : place + _NEAR]
+        return similar(name[:100], [*others, *near], len(others) + len(self.names))
 
     def __contains__(self, name: str) -> bool:
         return name in self._adapters
@@ -186,12 +194,21 @@ class Store:
 
     # Changes, one at a time.
 
-    async def reload(self) -> dict[str, list[str]]:
+    async def reload(self, if_changed: bool = False) -> dict[str, list[str]] | None:
         """Read the root again. Running requests end with the vectors that they started with.
 
+        Args:
+            if_changed: only if the mirror has found a change.
+
         Returns:
-            Names of adapters by "added", "changed", "removed", "failed".
+            Names of adapters by "added", "changed", "removed", "failed"; None: it was not read.
+
+        Raises:
+            InputError: the mirror's address cannot be read, or there are too many adapters.
         """
+        changed = self._mirror is not None and await asyncio.to_thread(self._mirror.refresh)
+        if if_changed and not changed:
+            return None
         async with self._changing:
             found = await asyncio.to_thread(self._scan)
             done: dict[str, list[str]] = {"added": [], "changed": [], "removed": [], "failed": []}
@@ -270,6 +287,8 @@ class Store:
             Conflict: an adapter with that name exists that was not uploaded; see also `admit`.
             NotStored: the root cannot be written to.
         """
+        if self._mirror is not None:
+            raise NotStored("Adapters are copied from elsewhere here; put new ones there instead of uploading them.")
         if "/" in self._checked(name):
             raise InputError(f"Expected a name without slashes for an upload, found {name!r}.")
         from ia3.serve import uploads
