@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -27,16 +28,19 @@ from ia3.scoring.decoder import Decoder
 from ia3.scoring.encoder import SentenceEncoder
 from ia3.scoring.families import family_of
 from ia3.scoring.family import evaluating, frozen
-from ia3.scoring.fitting import Fitted, answer_lengths, fitted, warn_of_cuts
+from ia3.scoring.fitting import answer_lengths, fitted, warn_of_cuts
 from ia3.scoring.prefix import SEPARATOR, Prefix
 from ia3.scoring.question import Question
 from ia3.scoring.readings import Readings, askable
 from ia3.scoring.states import whole_states
-from ia3.scoring.tokens import question_lengths
+from ia3.scoring.tokens import chat_tokens, closing_token, question_lengths
 from ia3.task.wording import Wording
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from ia3.task.free_text import FreeText, TextWording
+    from ia3.task.task import Task
 
 
 class Scorer:
@@ -143,32 +147,37 @@ class Scorer:
         prefix: Prefix | None,
     ) -> list[Question]:
         """Rows of one task, in the words of one template."""
-        family = self.family
+        family, spoken = self.family, wordings[0].chat if wordings else False
+        if wordings and wordings[0].closes and not family.reads_answers:
+            raise no_text(family.base, wordings[0].task)
         answers = [wording.answers for wording in wordings]
         # A classifier reads no answers, so it need not tell them apart.
         lengths = answer_lengths(self.tokenizer, wordings) if family.reads_answers else []
-        tokens_of = family.prompt_tokens if prefix is None else prefix.prompt_tokens
+        tokens_of = self._tokens_of(spoken) if prefix is None else prefix.prompt_tokens
         if not family.reads_questions and wordings:
             tokens_of = _unasked(tokens_of, wordings[0])
         behind = prefix is not None and isinstance(family, Decoder)  # it has positions for what is left of them
         limit = prefix.room if prefix is not None and behind else family.max_length
-        if limit is None:
-            prompts = [wording.prompt for wording in wordings]
-            fits = [Fitted(*pair) for pair in zip(prompts, tokens_of(prompts), strict=True)]
-        else:
-            # An encoder has its positions for the prompt alone.
-            rooms = [limit] * len(wordings) if family.has_encoder else [limit - length for length in lengths]
-            fits = fitted(wordings, tokens_of, rooms, long_prompts)
+        # An encoder has its positions for the prompt alone.
+        rooms = None if limit is None else [limit - length for length in lengths or [0] * len(wordings)]
+        if limit is not None and family.has_encoder:
+            rooms = [limit] * len(wordings)
+        fits = fitted(wordings, tokens_of, rooms, long_prompts)
         labels = None
         if labelled:
             labels = [list(its).index(wording.label) for its, wording in zip(answers, wordings, strict=True)]
-        texts = [[wording.task.separator + text for text in wording.answers.values()] for wording in wordings]
+        texts = [[wording.separator + text for text in wording.answers.values()] for wording in wordings]
         prompts, tokens = [one.prompt for one in fits], [one.tokens for one in fits]
         numbers = [wording.number for wording in wordings]
         if prefix is not None:
             questions = prefix.ask(prompts, tokens, texts, labels, numbers)
         else:
             questions = family.ask(prompts, tokens, texts, labels, numbers, [list(its) for its in answers], limit)
+        if wordings and wordings[0].closes:
+            # There is a position for it: the last token of an answer is predicted, not read.
+            end = closing_token(self.tokenizer, spoken)
+            closed = [[choice if choice[-1:] == [end] else [*choice, end] for choice in its.choices] for its in questions]
+            questions = [replace(its, choices=choices) for its, choices in zip(questions, closed, strict=True)]
         if isinstance(family, Decoder):
             texts_of = [wording.text_of(prompt) for wording, prompt in zip(wordings, prompts, strict=True)]
             asked = question_lengths(self.tokenizer, prompts, tokens, texts_of, tokens_of)
@@ -177,6 +186,42 @@ class Scorer:
                 for question, length in zip(questions, asked, strict=True)
             ]
         return [replace(question, cut=fit.cut) for question, fit in zip(questions, fits, strict=True)]
+
+    def _tokens_of(self, spoken: bool) -> Callable[[Sequence[str]], list[list[int]]]:
+        """The tokens of prompts; with `spoken`, as a user's messages in the tokenizer's chat template."""
+        return functools.partial(chat_tokens, self.tokenizer) if spoken else self.family.prompt_tokens
+
+    def prompts(self, wordings: Sequence[TextWording], new_tokens: int, before: str = "") -> list[list[int]]:
+        """Prompts to generate text behind, as token ids that leave room for so many more. Long ones are cut as those of
+        `questions`.
+
+        Args:
+            wordings: of one `FreeText`.
+            new_tokens: the maximum of tokens to generate.
+            before: a text that stands before each prompt, such as examples in context.
+
+        Raises:
+            InputError: see `Wording`; the model generates no text, or has no room.
+        """
+        if not wordings:
+            return []
+        family, limit = self.family, self.max_length
+        if not family.reads_answers:
+            raise no_text(family.base, wordings[0].task)
+        room = limit if limit is None or family.has_encoder else limit - new_tokens
+        if room is not None and room < 1:
+            raise InputError(
+                f"Expected fewer new tokens than the model's {limit}, found {new_tokens}", "see", argument="max_new_tokens"
+            )
+        tokens_of = self._tokens_of(wordings[0].chat)
+        fits = fitted(
+            wordings,
+            lambda prompts: tokens_of([before + prompt for prompt in prompts]),
+            None if room is None else [room] * len(wordings),
+            "truncate",
+        )
+        warn_of_cuts([fit.cut for fit in fits])
+        return [family._framed(list(fit.tokens), fit.prompt)[0] for fit in fits]
 
     def prefix(self, text: str, separator: str = SEPARATOR) -> Prefix:
         """A text that stands before many prompts, read by the model as it is now; see `Prefix`."""
@@ -420,6 +465,16 @@ class Scorer:
         if len(adapter_names) != len(questions):
             raise InputError(f"Expected adapter_names for the {len(questions)} prompts, found {len(adapter_names)}.")
         return [replace(one, adapter=name) for one, name in zip(questions, adapter_names, strict=True)]
+
+
+def no_text(model: nn.Module, task: Task | FreeText) -> InputError:
+    """The error for a model that generates no text."""
+    return InputError(
+        f"Expected a language model for the task {task.name!r}, whose answer is text, found a {type(model).__name__}, which "
+        f"generates none",
+        "name another with",
+        argument="model",
+    )
 
 
 def _require_numbers(scores: torch.Tensor, row: int) -> None:

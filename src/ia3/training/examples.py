@@ -12,10 +12,12 @@ import torch
 
 from ia3.errors import InputError, shown
 from ia3.scoring.question import Question
+from ia3.task.free_text import FreeText
+from ia3.task.task import Task
 
 if TYPE_CHECKING:
     from ia3.scoring.scorer import Scorer
-    from ia3.task.task import Task
+    from ia3.task.kinds import AnyTask
     from ia3.task.wording import Wording
     from ia3.training.recipe import Recipe
 
@@ -48,7 +50,7 @@ class Example:
         return Example(tuple(replace(question, adapter=adapter) for question in self.questions), self.key, member)
 
 
-def training_examples(scorer: Scorer, task: Task, rows: Any, recipe: Recipe, seed: int) -> list[Example]:
+def training_examples(scorer: Scorer, task: AnyTask, rows: Any, recipe: Recipe, seed: int) -> list[Example]:
     """Labelled rows as training examples.
 
     Args:
@@ -59,11 +61,13 @@ def training_examples(scorer: Scorer, task: Task, rows: Any, recipe: Recipe, see
         seed: decides the draw.
 
     Raises:
-        InputError: rows do not fit the task (see `Scorer.questions`), or all have the same label.
+        InputError: rows do not fit the task (see `Scorer.questions`), there are none, or all have the same label.
     """
     wordings = list(task.checked(rows))
+    if isinstance(task, FreeText) and not wordings:
+        raise InputError("Expected training rows, found none.")
     labels = list(dict.fromkeys(its[0].label for its in wordings))
-    if len(labels) < 2:
+    if len(labels) < 2 and isinstance(task, Task):
         raise InputError(
             f"Expected training rows of at least two labels, found only {shown(labels)} in {len(wordings)} rows; T-Few "
             f"learns from the difference."
@@ -86,7 +90,7 @@ def _answers(scorer: Scorer, wording: Wording) -> list[Question]:
     )
 
 
-def evaluation_examples(scorer: Scorer, task: Task, rows: Any, recipe: Recipe) -> list[Example]:
+def evaluation_examples(scorer: Scorer, task: AnyTask, rows: Any, recipe: Recipe) -> list[Example]:
     """Labelled rows as examples of the first template; arguments and errors are those of `training_examples`."""
     wordings = task.wordings(rows)
     if not wordings:

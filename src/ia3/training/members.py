@@ -16,12 +16,13 @@ from transformers import TrainingArguments
 
 from ia3.adapter.adapted import find_adapted
 from ia3.errors import InputError, shown
+from ia3.task.free_text import FreeText
 from ia3.training.examples import ONE, Example
 
 if TYPE_CHECKING:
     import torch
 
-    from ia3.task.task import Task
+    from ia3.task.kinds import AnyTask
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Member:
         title: the member's name in errors; None: `name`.
     """
 
-    task: Task
+    task: AnyTask
     rows: Any
     name: str | None = None
     seed: int | None = None
@@ -66,6 +67,14 @@ def listed(members: Member | Iterable[Member]) -> list[Member]:
             kind = type(one if isinstance(members, (list, tuple)) else members).__name__
             raise InputError(f"Expected a Member or several, found a {kind}; for example Member(task, rows).")
     return found
+
+
+def generates(members: Sequence[Member]) -> bool:
+    """Whether the members' answers are texts. Raises `InputError` if only some are."""
+    kinds = {isinstance(member.task, FreeText) for member in members}
+    if len(kinds) > 1:
+        raise InputError("Expected tasks with choices or tasks whose answer is text, found both; train them apart.")
+    return kinds.pop()
 
 
 def only_active(members: Sequence[Member], model: nn.Module) -> bool:

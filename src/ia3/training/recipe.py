@@ -70,6 +70,7 @@ class Recipe(BaseModel):
         init: an adapter's folder or hub id to start from; None: ones.
         acts_from: where new vectors act, see `IA3Config`: "start" or "question"; "auto": from the question on where the
             model is a decoder and the task's templates ask behind the row (see `place`), from the start in encoder-decoders.
+        target_modules: which modules new vectors rescale, see `IA3Config`: "all-linear", or None for the paper's.
         opinions: what answers: the "vectors" alone; the "head", a linear classifier on the frozen model's hidden states
             (and one on a sentence encoder's embeddings), for which no vectors are trained; or "auto", all of them, weighed
             by cross-validation on the training rows.
@@ -97,6 +98,7 @@ class Recipe(BaseModel):
     long_prompts: Literal["truncate", "refuse"] = "truncate"
     init: str | None = None
     acts_from: Literal["auto", "start", "question"] = "start"
+    target_modules: Literal["all-linear"] | None = None
     opinions: Literal["auto", "vectors", "head"] = "vectors"
     encoder: str = Field(default="auto", min_length=1)
 
@@ -136,17 +138,25 @@ class Recipe(BaseModel):
         return cls(name="sentence", **_SENTENCE)
 
     @classmethod
-    def for_model(cls, name: str) -> Recipe:
-        """The preset for a base model of that kind and size. Its files say which; no weights are read."""
+    def generate(cls) -> Recipe:
+        """For tasks whose answer is a text: the likelihood of the answer alone."""
+        return cls(name="generate", **_GENERATE)
+
+    @classmethod
+    def for_model(cls, name: str, generates: bool = False) -> Recipe:
+        """The preset for a base model of that kind and size, or for one that generates text. Its files say which; no weights
+        are read."""
         from ia3.adapter.pretrained import parameter_count, reads_sentences
 
+        if generates:
+            return cls.generate()
         if reads_sentences(name):
             return cls.sentence()
         return cls.small() if parameter_count(name) < _LARGE else cls.paper()
 
     @classmethod
     def load(cls, source: str | os.PathLike) -> Recipe:
-        """A preset by its name, "paper", "small" or "sentence", or a YAML file with some of the fields; the others are the paper's.
+        """A preset by its name, one of `PRESETS`, or a YAML file with some of the fields; the others are the paper's.
 
         Raises:
             InputError: no such preset or file, or a field that is unknown or out of range.
@@ -177,6 +187,12 @@ class Recipe(BaseModel):
                 return cls.model_validate(dict(values))
             except ValidationError as error:
                 raise InputError(f"Cannot use {excerpt(where)}: {problems(error, 'recipe')}.") from error
+
+    @property
+    def likelihood_only(self) -> Recipe:
+        """The recipe with L_LM as its loss and without early stopping, whose floor is that of a choice among answers."""
+        only = {"likelihood": 1.0, "unlikelihood": 0.0, "length_normalized": 0.0, "early_stopping": None}
+        return self.create({**self.model_dump(), **only})
 
     def changed(self, **changes: Any) -> Recipe:
         """The recipe with other values for the fields that are not None."""
@@ -284,4 +300,6 @@ _SENTENCE: dict[str, Any] = {
     "warmup": 0.0,
 }
 
-PRESETS = {"paper": Recipe.paper, "small": Recipe.small, "sentence": Recipe.sentence}
+_GENERATE: dict[str, Any] = {"steps": 200, "unlikelihood": 0.0, "length_normalized": 0.0}
+
+PRESETS = {"paper": Recipe.paper, "small": Recipe.small, "sentence": Recipe.sentence, "generate": Recipe.generate}
