@@ -8,7 +8,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from ia3.cli.common import table
-from ia3.evaluation.results import METHODS, METRICS, OF_GRADES, spread
+from ia3.evaluation.results import METHODS, OF_GRADES, spread, titles_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,11 +24,12 @@ def print_table(out: Console, results: dict[str, Any]) -> None:
     """Print the results of one adapter."""
     if "trained" in results:
         graded = {name: title for name, title in OF_GRADES.items() if name in results["trained"]}
-        scores = table("", *METRICS.values(), *graded.values(), title=f"{results['test_rows']} test rows")
+        titles = titles_of(results["trained"])
+        scores = table("", *titles.values(), *graded.values(), title=f"{results['test_rows']} test rows")
         opinions = results.get("opinions", {})
 
         def cells(its: Mapping[str, float]) -> list[str]:
-            return [*(f"{its[name]:.1%}" for name in METRICS), *(f"{its[name]:.2f}" for name in graded)]
+            return [*(f"{its[name]:.1%}" for name in titles), *(f"{its[name]:.2f}" for name in graded)]
 
         for key, name in METHODS.items():
             if key not in results:  # no balance where answers differ from row to row
@@ -108,7 +109,9 @@ def print_fleet_table(out: Console, members: Mapping[str, dict[str, Any]], seeds
 
     measured = {name: results for name, results in members.items() if "trained" in results}
     if measured:
-        scores = table("", "rows", *METHODS.values(), title="Accuracy (macro-F1) on test rows")
+        first, second = _two(next(iter(measured.values()))["trained"]).values()
+        first = first[:1].upper() + first[1:]
+        scores = table("", "rows", *METHODS.values(), title=f"{first} ({second}) on test rows")
         for name, results in measured.items():
             scores.add_row(escape(name), str(results["test_rows"]), *_cells([results]))
         for shared, names in seeds.items():
@@ -127,15 +130,20 @@ def print_fleet_table(out: Console, members: Mapping[str, dict[str, Any]], seeds
     )
 
 
+def _two(scores: Mapping[str, float]) -> dict[str, str]:
+    """The two metrics of a narrow table, with their titles."""
+    return dict(islice(titles_of(scores).items(), 2))
+
+
 def _cells(some: Sequence[dict[str, Any]]) -> list[str]:
-    """Accuracy and macro-F1 of each method: median and interquartile range, or the value if all are equal."""
+    """Two metrics of each method: median and interquartile range, or the value if all are equal."""
     cells = []
     for method in METHODS:
         if not all(method in results for results in some):
             cells.append("–")
             continue
         texts = []
-        for metric in METRICS:
+        for metric in _two(some[0][method]):
             values = [100 * results[method][metric] for results in some]
             its = spread(values)
             width = f" ({its['interquartile_range']:.1f})" if len(set(values)) > 1 else ""
@@ -145,7 +153,7 @@ def _cells(some: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _means(groups: Sequence[Sequence[dict[str, Any]]]) -> list[str]:
-    """Accuracy and macro-F1 of each method: the mean of the groups' medians."""
+    """Two metrics of each method: the mean of the groups' medians."""
     cells = []
     for method in METHODS:
         if not all(method in results for some in groups for results in some):
@@ -153,7 +161,7 @@ def _means(groups: Sequence[Sequence[dict[str, Any]]]) -> list[str]:
             continue
         medians = [
             statistics.mean(statistics.median(results[method][metric] for results in some) for some in groups)
-            for metric in METRICS
+            for metric in _two(groups[0][0][method])
         ]
         cells.append(f"{medians[0]:.1%} ({medians[1]:.1%})")
     return cells

@@ -244,7 +244,8 @@ def trained_on_others(
     free = (name for name in (f"fold{number}" for number in itertools.count()) if name not in model.peft_config)
     names = list(itertools.islice(free, folds))
     base = base_of(model)
-    config = {"task_type": task_type(base), "acts_from": recipe.place(base, task)}
+    config: dict[str, Any] = {"target_modules": recipe.target_modules}
+    config |= {"task_type": task_type(base), "acts_from": recipe.place(base, task)}
     by_fold = [names[fold] for fold in each]
     added: list[str] = []
     with _kept_as_it_is(model):

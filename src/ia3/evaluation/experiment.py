@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ia3.adapter.config import IA3Config
-from ia3.adapter.pretrained import EMBEDDED_MODEL
+from ia3.adapter.pretrained import EMBEDDED_MODEL, reads_sentences
 from ia3.errors import InputError, about, brief, shown
 from ia3.evaluation.checkpoints import checkpoint_of, resumable, settings_of
 from ia3.evaluation.drawing import Draw, Source, drawn, read
@@ -21,8 +21,10 @@ from ia3.files import parse_bytes, write_json
 from ia3.opinions.opinions import VECTORS, Opinions
 from ia3.opinions.priors import BALANCED
 from ia3.scoring import MEMORY
+from ia3.task.free_text import FreeText
+from ia3.task.kinds import AnyTask
 from ia3.task.rows import as_rows
-from ia3.task.task import Row, Task
+from ia3.task.task import Row
 from ia3.training.recipe import Recipe
 
 T = TypeVar("T")
@@ -48,7 +50,7 @@ class Trial:
 
     name: str
     shared: str
-    task: Task
+    task: AnyTask
     seed: int
     learning_rate: float | None
     examples: Sequence[Row]
@@ -105,7 +107,8 @@ class Experiment:
         dtype: the type of its weights, as `load_base` takes it.
         memory: the maximum that `Readings` keep, in bytes or such as "2GiB".
         recipe: how to train; None: the one for a model of that size.
-        examples_per_label: examples to draw per label; None: 16, or all if a label has fewer; 0: all rows.
+        examples_per_label: examples to draw per label; None: 16, or all if a label has fewer; 0: all rows. If the answer is text,
+            examples in all; None: 64, or all if there are fewer.
         test_rows: the maximum of test rows, drawn at random; 0: all.
         seed: decides which examples are drawn, and their order.
         learning_rate: the learning rate; None: the recipe's.
@@ -119,7 +122,7 @@ class Experiment:
             cross-validation agrees (see `self_train`).
     """
 
-    task: Task | Sequence[Task]
+    task: AnyTask | Sequence[AnyTask]
     rows: Any = None
     test: Any = None
     folder: str | os.PathLike = field(kw_only=True)
@@ -135,6 +138,16 @@ class Experiment:
     memory: int | str = MEMORY
     prior: str | Mapping[str, float] = "file"
     unlabelled: Any = None
+
+    @property
+    def generates(self) -> bool:
+        """Whether the answers are texts. Raises `InputError` if only those of some tasks are."""
+        kinds = {isinstance(task, FreeText) for task in _listed(self.task)}
+        if len(kinds) > 1:
+            raise InputError(
+                "Expected tasks with choices or tasks whose answer is text, found both", "train them apart"
+            )
+        return kinds == {True}
 
     @property
     def several(self) -> bool:
@@ -202,7 +215,8 @@ class Experiment:
     @functools.cached_property
     def chosen_recipe(self) -> Recipe:
         """The recipe of all adapters."""
-        return Recipe.for_model(self.model) if self.recipe is None else self.recipe
+        chosen = Recipe.for_model(self.model, self.generates) if self.recipe is None else self.recipe
+        return chosen.likelihood_only if self.generates else chosen
 
     def settings(self) -> dict[str, Any]:
         """All settings that decide the result."""
@@ -239,6 +253,8 @@ class Experiment:
         from ia3.opinions.sentences import Sentences
 
         parse_bytes(self.memory, "memory for readings")
+        if self.generates:
+            self._check_generates()
         self._check_prior()
         if self.chosen_recipe.init is not None:
             IA3Config.from_pretrained(self.chosen_recipe.init)
@@ -249,6 +265,27 @@ class Experiment:
 
             for trial in self.trials:
                 fold_of_each(trial.task, trial.examples, self.folds, trial.seed)
+
+    def _check_generates(self) -> None:
+        """Raise `InputError` for settings and models that need labels."""
+        for name in ("folds", "all_templates", "unlabelled"):
+            if getattr(self, name):
+                raise InputError(
+                    "Expected tasks with choices, found one whose answer is text", "leave out", argument=name
+                )
+        if self.prior != "file":
+            raise InputError(
+                "Expected tasks with choices, found one whose answer is text", "leave out", argument="prior"
+            )
+        if reads_sentences(self.model):
+            raise InputError(
+                f"Expected a language model for a task whose answer is text, found the sentence encoder {self.model!r}, which "
+                f"generates none",
+                "name another with",
+                argument="model",
+            )
+        for trial in self.trials:
+            self.chosen_recipe.place(None, trial.task)
 
     def _check_prior(self) -> None:
         """Raise `InputError` for a prior that does not fit the tasks."""
@@ -276,10 +313,11 @@ class Experiment:
             Interrupted: on a keyboard interrupt during training.
         """
         from ia3.evaluation.running import Running
+        from ia3.evaluation.running_text import RunningText
 
         self.check()
         checkpoint = self.checkpoint() if resume else None
-        running = Running(self, progress or Progress())
+        running = (RunningText if self.generates else Running)(self, progress or Progress())
         before = running.zero_shot()
         metrics, seconds = running.train(checkpoint)
         after = running.trained()
@@ -310,7 +348,7 @@ class Experiment:
         return outcome
 
 
-def source_of(task: Task, rows: Any = None, test: Any = None) -> Source:
+def source_of(task: AnyTask, rows: Any = None, test: Any = None) -> Source:
     """A task and its rows; the arguments are those of `Experiment`. Raises `InputError` if there are no rows."""
     if rows is None:
         if task.train is None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from ia3.errors import InputError
 from ia3.scoring import trials
@@ -102,7 +103,6 @@ def generate(
         "pad_token_id": scorer.family.pad_token_id,
         "do_sample": temperature > 0,
         **({"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}),
-        **({"stop_strings": [SEPARATOR], "tokenizer": tokenizer} if before else {}),
     }
     found: list[Generated | None] = [None] * len(prompts)
     device = next(model.parameters()).device
@@ -113,8 +113,11 @@ def generate(
             some = [prompts[i] for i in group]
             ids, mask = (one.to(device) for one in _batch(scorer, some))
             names = {} if adapter_names is None else {"adapter_names": [adapter_names[i] for i in group]}
-            made = model.generate(input_ids=ids, attention_mask=mask, **names, **options)  # type: ignore[operator]
             start = 1 if scorer.family.has_encoder else ids.shape[1]
+            stop = [_AtBlankLine(tokenizer, start)] if before else []
+            made = model.generate(  # type: ignore[operator]
+                input_ids=ids, attention_mask=mask, stopping_criteria=StoppingCriteriaList(stop), **names, **options
+            )
             for index, tokens in zip(group, made[:, start:].tolist(), strict=True):
                 found[index] = _generated(tokenizer, task, wordings[index].row, tokens, ends, bool(before))
             if on_progress is not None:
@@ -148,7 +151,7 @@ def _groups(scorer: Scorer, prompts: Sequence[list[int]], new_tokens: int) -> It
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     asked = [Question(prompts[i], [[0, 0]]) for i in order]
     pads = scorer.family.has_encoder or not asked or trials.packs(scorer.family, asked)
-    for length, its in itertools.groupby(order, key=lambda i: 0 if pads else len(prompts[i])):
+    for _, its in itertools.groupby(order, key=lambda i: 0 if pads else len(prompts[i])):
         group: list[int] = []
         for index in its:
             if group and (len(prompts[group[0]]) + new_tokens) * (len(group) + 1) > BATCH_TOKENS:
@@ -164,6 +167,18 @@ def _batch(scorer: Scorer, prompts: Sequence[list[int]]) -> tuple[torch.Tensor, 
         return padded(prompts, scorer.family.pad_token_id)
     ids, mask = padded([prompt[::-1] for prompt in prompts], scorer.family.pad_token_id)
     return ids.flip(1), mask.flip(1)
+
+
+class _AtBlankLine(StoppingCriteria):
+    """Ends a text where, behind shots, the next one would begin."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, start: int) -> None:
+        self._tokenizer, self._start = tokenizer, start
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **_: Any) -> torch.BoolTensor:
+        texts = self._tokenizer.batch_decode(input_ids[:, self._start :], skip_special_tokens=True)
+        ended = [SEPARATOR in text.lstrip() for text in texts]
+        return torch.tensor(ended, device=input_ids.device)  # type: ignore[return-value]
 
 
 def _generated(

@@ -92,7 +92,7 @@ class Pretraining:
         checkpoint = self.checkpoint() if resume else None
         with progress.waiting("Loading the model …"):
             base, tokenizer = load_base(self.model, [], self.dtype)
-            network = with_adapters(base, {"default": "start"}, plan.init)
+            network = with_adapters(base, {"default": "start"}, plan)
         logged = max(1, plan.steps // 1000)
         arguments = plan.training_arguments(
             self.checkpoints,

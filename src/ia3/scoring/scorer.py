@@ -176,7 +176,9 @@ class Scorer:
         if wordings and wordings[0].closes:
             # There is a position for it: the last token of an answer is predicted, not read.
             end = closing_token(self.tokenizer, spoken)
-            closed = [[choice if choice[-1:] == [end] else [*choice, end] for choice in its.choices] for its in questions]
+            closed = [
+                [choice if choice[-1:] == [end] else [*choice, end] for choice in its.choices] for its in questions
+            ]
             questions = [replace(its, choices=choices) for its, choices in zip(questions, closed, strict=True)]
         if isinstance(family, Decoder):
             texts_of = [wording.text_of(prompt) for wording, prompt in zip(wordings, prompts, strict=True)]
@@ -211,7 +213,9 @@ class Scorer:
         room = limit if limit is None or family.has_encoder else limit - new_tokens
         if room is not None and room < 1:
             raise InputError(
-                f"Expected fewer new tokens than the model's {limit}, found {new_tokens}", "see", argument="max_new_tokens"
+                f"Expected fewer new tokens than the model's {limit}, found {new_tokens}",
+                "see",
+                argument="max_new_tokens",
             )
         tokens_of = self._tokens_of(wordings[0].chat)
         fits = fitted(

@@ -42,7 +42,9 @@ def chat_tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> l
     """
     if tokenizer.chat_template is None:
         raise InputError(
-            "Expected a model with a chat template, such as an instruct model, found none", "take another model, or leave out", argument="chat"
+            "Expected a model with a chat template, such as an instruct model, found none",
+            "take another model, or leave out",
+            argument="chat",
         )
     texts = [_chat(tokenizer, [{"role": "user", "content": prompt}], True) for prompt in prompts]
     return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []  # type: ignore[return-value]

@@ -14,7 +14,7 @@ from typing_extensions import Self
 from ia3.errors import InputError, about, brief, shown, similar
 from ia3.task.described import ANSWER, Described
 from ia3.task.rows import as_rows
-from ia3.task.template import Row, Template, columns_of, is_missing, rendered
+from ia3.task.template import Row, Template, columns_of, is_missing, parse, rendered
 from ia3.task.text_metrics import TEXT_METRICS, is_function, text_metrics
 from ia3.task.wording import Wording
 
@@ -48,7 +48,7 @@ class FreeText(Described):
     chat: bool = False
     max_new_tokens: int | None = Field(default=None, ge=1)
     metric: str = "token_f1"
-    truncate: list[str] = []
+    truncate: list[str] = Field([])
     class_names: bool = True
     example: dict[str, Any] | None = None
 
@@ -76,6 +76,12 @@ class FreeText(Described):
             raise ValueError(
                 "expected a prompt that names columns, without ||| and answer_choices, which are for tasks with labels"
             )
+        return value
+
+    @field_validator("answer")
+    @classmethod
+    def _parses(cls, value: str) -> str:
+        parse(value)
         return value
 
     @field_validator("metric")
@@ -145,7 +151,9 @@ class FreeText(Described):
         with about(row=number):
             return self.result(self.answer_of(row), row)
 
-    def metrics(self, predictions: Sequence[Any], references: Sequence[Any], metric: str | None = None) -> dict[str, float]:
+    def metrics(
+        self, predictions: Sequence[Any], references: Sequence[Any], metric: str | None = None
+    ) -> dict[str, float]:
         """The metrics of predictions; `metric` is another function's dotted name than the task's. See `text_metrics`."""
         return text_metrics(predictions, references, metric or self.metric)
 
@@ -232,6 +240,8 @@ def few_rows(rows: Any, task: FreeText, count: int | None = None, seed: int = 0)
     rows = as_rows(rows, task)
     if count is not None and not 1 <= count <= len(rows):
         raise InputError(
-            f"Expected from 1 to {len(rows)} training examples, found {count}", "take what there is, without", argument="examples"
+            f"Expected from 1 to {len(rows)} training examples, found {count}",
+            "take what there is, without",
+            argument="examples",
         )
     return random.Random(seed).sample(rows, min(count or _USUAL_EXAMPLES, len(rows)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ia3.task.described import ANSWER, FIELDS, read_yaml
+from ia3.task.described import ANSWER, read_yaml
 from ia3.task.free_text import FreeText
 from ia3.task.task import Task, embedded_tasks
 

@@ -91,11 +91,11 @@ class Task(Described):
 
     label_column: str = "label"
     choices: Choices | None = None
-    aliases: dict[str, str] = {}
-    grades: list[str] = []
+    aliases: dict[str, str] = Field({})
+    grades: list[str] = Field([])
     separator: str = " "
     metric: Literal["accuracy", "macro_f1", "quadratic_kappa"] = "accuracy"
-    truncate: list[str] = []
+    truncate: list[str] = Field([])
     only_choices: bool = False
     class_names: bool = True
     templates: list[Template] = Field(min_length=1)
