@@ -49,7 +49,7 @@ def test_a_template_does_not_see_the_answer():
         ({"choices": {"a": "b"}}, "an answer without choices"),
         ({"metric": "f1"}, "expected a metric of exact_match, token_f1, rouge_l"),
         ({"truncate": ["title"]}, "expected columns of the template"),
-        ({"answer": "{{ summary"}, "answer: expected a template"),
+        ({"answer": "{{ summary"}, "answer: expected a Jinja template"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -41,8 +42,8 @@ ChatOption = typer.Option(
 MetricOption = typer.Option(
     None,
     "--metric",
-    help="For a task whose answer is text: exact_match, token_f1, rouge_l, or a Python function of (predictions, references) "
-    "that returns a number, by its dotted name. \\[default: the task's]",
+    help="For a task whose answer is text: exact_match, token_f1, rouge_l, micro_f1 and exact_match of fields, or a Python "
+    "function of (predictions, references) that returns a number, by its dotted name. \\[default: the task's]",
     show_default=False,
 )
 
@@ -157,7 +158,7 @@ def predict(
         listed = table("text", *(name.replace("_", " ") for name in found), left=1 + len(found))
         listed.columns[1].style = "bold"
         for row, its in zip(items, results, strict=True):
-            listed.add_row(escape(text_of(task.columns, row)), *(escape(str(value)) for value in its.values()))
+            listed.add_row(escape(text_of(task.columns, row)), *(escape(_shown(value)) for value in its.values()))
         out.print(listed)
 
 
@@ -178,7 +179,7 @@ def evaluate(
     if is_function(task.metric):  # a folder may come from anywhere: its code runs only if the user names it
         if metric is None:
             out.print(f"The task's own metric runs only with --metric {task.metric}.", style="yellow", markup=False)
-        task = task.model_copy(update={"metric": task.own_metrics()[0]})
+        task = task.model_copy(update={"metric": task.METRICS[0]})
     task = with_options(task, False, metric)
     seen = folder.seen()
     known = 0 if seen is None else sum(map(seen, rows))
@@ -208,6 +209,11 @@ def evaluate(
         out.print(listed)
     if unfinished:
         out.print(f"{unfinished} answers are cut off at the maximum of tokens (max_new_tokens of the task).")
+
+
+def _shown(value: Any) -> str:
+    """A result for a table."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def number(value: float) -> str:

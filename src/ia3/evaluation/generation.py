@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from ia3.errors import InputError
 from ia3.scoring import trials
@@ -18,7 +18,9 @@ from ia3.scoring.family import evaluating, waits_for_question
 from ia3.scoring.prefix import SEPARATOR
 from ia3.scoring.question import Question
 from ia3.scoring.scorer import Scorer
+from ia3.scoring.spans import FieldsProcessor, Grammar
 from ia3.scoring.tokens import closing_token
+from ia3.task.fields import Fields
 from ia3.task.rows import as_rows
 
 if TYPE_CHECKING:
@@ -115,8 +117,17 @@ def generate(
             names = {} if adapter_names is None else {"adapter_names": [adapter_names[i] for i in group]}
             start = 1 if scorer.family.has_encoder else ids.shape[1]
             stop = [_AtBlankLine(tokenizer, start)] if before else []
+            bound: list[LogitsProcessor] = []
+            if isinstance(task, Fields):
+                grammars = [Grammar(task.fields, task.texts(wordings[i].row)) for i in group]
+                bound = [FieldsProcessor(tokenizer, grammars, ends, start)]
             made = model.generate(  # type: ignore[operator]
-                input_ids=ids, attention_mask=mask, stopping_criteria=StoppingCriteriaList(stop), **names, **options
+                input_ids=ids,
+                attention_mask=mask,
+                stopping_criteria=StoppingCriteriaList(stop),
+                logits_processor=LogitsProcessorList(bound),
+                **names,
+                **options,
             )
             for index, tokens in zip(group, made[:, start:].tolist(), strict=True):
                 found[index] = _generated(tokenizer, task, wordings[index].row, tokens, ends, bool(before))

@@ -10,6 +10,8 @@ from ia3.errors import InputError
 from ia3.evaluation.generation import answer_tokens, generate
 from ia3.evaluation.running import Running, Scores
 from ia3.scoring.scorer import Scorer
+from ia3.scoring.spans import require_json
+from ia3.task.fields import Fields
 
 if TYPE_CHECKING:
     from ia3.evaluation.experiment import Experiment, Trial
@@ -32,6 +34,8 @@ class RunningText(Running):
         with progress.waiting("Loading the model …"):
             base, self.tokenizer = load_base(experiment.model, dtype=experiment.dtype)
         scorer = Scorer(base, self.tokenizer)
+        if any(isinstance(trial.task, Fields) for trial in experiment.trials):
+            require_json(self.tokenizer)  # before training
         self.trials = [_bounded(trial, scorer) for trial in experiment.trials]
         self.rankings = {trial.name: [] for trial in self.trials}
         self.forms_opinions = {trial.name: False for trial in self.trials}

@@ -52,6 +52,9 @@ class FreeText(Described):
     class_names: bool = True
     example: dict[str, Any] | None = None
 
+    # The metrics that tasks of this kind have without a function.
+    METRICS: ClassVar[tuple[str, ...]] = TEXT_METRICS
+
     # What other tasks have: this one has no labels.
     labels: ClassVar[None] = None
     label_column: ClassVar[None] = None
@@ -87,9 +90,9 @@ class FreeText(Described):
     @field_validator("metric")
     @classmethod
     def _is_a_metric(cls, value: str) -> str:
-        if value not in cls.own_metrics() and not is_function(value):
+        if value not in cls.METRICS and not is_function(value):
             raise ValueError(
-                f"expected a metric of {', '.join(cls.own_metrics())} or a function such as package.module.function, "
+                f"expected a metric of {', '.join(cls.METRICS)} or a function such as package.module.function, "
                 f"found {brief(value)}"
             )
         return value
@@ -110,11 +113,6 @@ class FreeText(Described):
                     f"expected columns of the template to truncate, found {brief(column)}; {similar(column, self.columns)}"
                 )
         return self
-
-    @classmethod
-    def own_metrics(cls) -> tuple[str, ...]:
-        """The metrics that tasks of this kind have without a function."""
-        return TEXT_METRICS
 
     @functools.cached_property
     def templates(self) -> list[Template]:

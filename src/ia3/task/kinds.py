@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ia3.task.described import ANSWER, read_yaml
+from ia3.task.described import ANSWER, FIELDS, read_yaml
+from ia3.task.fields import Fields
 from ia3.task.free_text import FreeText
 from ia3.task.task import Task, embedded_tasks
 
@@ -24,6 +25,7 @@ def task_from(path: str | os.PathLike, data: bytes | None = None) -> AnyTask:
     Args and errors: see `Task.from_file`.
     """
     values = read_yaml(Path(path), data)
-    if ANSWER in values:
-        return FreeText.of_values(values, Path(path))
+    for field, kind in {FIELDS: Fields, ANSWER: FreeText}.items():
+        if field in values:
+            return kind.of_values(values, Path(path))
     return Task.from_file(path, data)
