@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import ia3
 from ia3 import InputError
 from ia3.evaluation.generation import generate, shots_before
 from ia3.task.free_text import FreeText
@@ -85,6 +86,6 @@ def test_bad_numbers(given, error):
 
 
 def test_adapters_must_act_from_the_start():
-    model = tiny.adapt("llama", __import__("ia3"), acts_from="question")
+    model = tiny.adapt("llama", ia3, acts_from="question")
     with pytest.raises(InputError, match="acts from the question on"):
         generate(model, words.tokenizer(), TASK, ROWS)

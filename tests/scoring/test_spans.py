@@ -54,7 +54,7 @@ def objects(texts, fields, most: int) -> set[str]:
 
 
 def test_a_token_is_allowed_if_and_only_if_some_object_goes_on_with_it():
-    texts, fields = ['a"b', "ü c"], ["x", "y"]
+    texts, fields = ['a"', "ü b"], ["x", "y"]
     # With lists of one value more than are looked at, no list ends at the bound.
     wholes = objects(texts, fields, 2)
     prefixes = {whole.encode()[:n] for whole in wholes for n in range(len(whole.encode()) + 1)}
@@ -62,7 +62,7 @@ def test_a_token_is_allowed_if_and_only_if_some_object_goes_on_with_it():
     one_value = sorted(
         whole for whole in wholes if not any(type(its) is list and len(its) > 1 for its in json.loads(whole).values())
     )
-    for whole in random.Random(0).sample(one_value, 12):
+    for whole in random.Random(0).sample(one_value, 6):
         written = TOKENIZER(whole)["input_ids"]
         for length in range(len(written) + 1):
             so_far = b"".join(_bytes(token) for token in written[:length])
