@@ -254,7 +254,7 @@ def test_an_encoder_is_refused_before_it_is_loaded(train, tmp_path):
 
 
 def test_fields_are_found(ia3, tmp_path):
-    from scoring.test_spans import TOKENIZER
+    TOKENIZER = words.byte_level()
 
     tiny.build("llama", vocab_size=len(TOKENIZER), max_position_embeddings=256).save_pretrained(tmp_path / "model")
     TOKENIZER.save_pretrained(tmp_path / "model")

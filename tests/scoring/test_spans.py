@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from ia3 import InputError
@@ -14,19 +14,7 @@ from ia3.evaluation.generation import generate
 from ia3.scoring.spans import FieldsProcessor, Grammar, _alphabet, require_json
 from ia3.task.fields import Fields
 from support import tiny, words
-
-MERGES = ["Ġ {", '" :', '": Ġ', '":Ġ "', '" }', "a b", '{ "', 'Ġ{ "', ", Ġ"]
-
-
-def byte_level() -> PreTrainedTokenizerFast:
-    """A tokenizer of bytes and of some tokens that reach over the parts of JSON."""
-    names = ["<pad>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *(m.replace(" ", "") for m in MERGES)]
-    vocabulary = {name: number for number, name in enumerate(dict.fromkeys(names))}
-    made = Tokenizer(models.BPE(vocabulary, [tuple(merge.split(" ")) for merge in MERGES]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    made.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="</s>")
-
+from support.words import byte_level
 
 TOKENIZER = byte_level()
 END = TOKENIZER.eos_token_id

@@ -93,7 +93,7 @@ def test_a_chat_ends_as_its_template_says():
     assert question.choices == [tokens("good fine")]
     assert scorer.prompts(task.wordings(ROWS[:1]), 4) == [question.prompt]
     without = Scorer(scorer.model, words.tokenizer())
-    with pytest.raises(InputError, match="Expected a model with a chat template.*leave out chat"):
+    with pytest.raises(InputError, match=r"Expected a model with a chat template.*leave out chat"):
         without.questions(task.wordings(ROWS[:1]))
 
 
