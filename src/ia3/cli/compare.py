@@ -34,7 +34,7 @@ from ia3.cli.common import (
     say_seen,
     table,
 )
-from ia3.cli.free_text import ChatOption, MetricOption, TextExamplesOption, is_text, with_options
+from ia3.cli.free_text import ChatOption, MetricOption, TextExamplesOption, is_text, trusted, with_options
 from ia3.cli.free_text import print_comparison as print_texts
 from ia3.cli.train import folder_of, numbers, source_of
 from ia3.errors import InputError
@@ -111,7 +111,7 @@ def compare(
 
     out = console(json_output)
     if adapter is not None:
-        for option, value in {"--recipe": recipe, "--steps": steps}.items():
+        for option, value in {"--recipe": recipe, "--steps": steps, "--chat": chat or None}.items():
             if value is not None:
                 raise InputError(f"Expected --adapter or {option}, one of the two, found both.")
     trained = None if adapter is None else AdapterFolder(adapter)
@@ -129,7 +129,9 @@ def compare(
         {"--examples": text_examples, "--chat": chat, "--metric": metric},
     )
     if not isinstance(source.task, Task):
-        source = replace(source, task=with_options(source.task, chat, metric))
+        is_own = trained is not None and task is None
+        changed = trusted(out, source.task, metric) if is_own else with_options(source.task, chat, metric)
+        source = replace(source, task=changed)
     source.check()
     seen = None if trained is None else trained.seen()
     if adapter is not None and seen is None and source.test is None:

@@ -86,6 +86,18 @@ def with_options(task: FreeText, chat: bool, metric: str | None) -> FreeText:
     return type(task).create(task.model_dump() | changes) if changes else task
 
 
+def trusted(out: Console, task: FreeText, metric: str | None) -> FreeText:
+    """The task of an adapter's folder with --metric. A folder may come from anywhere: a function that it names does not run
+    unless --metric names it too."""
+    from ia3.task.text_metrics import is_function
+
+    if is_function(task.metric):
+        if metric is None:
+            out.print(f"The task's own metric runs only with --metric {task.metric}.", style="yellow", markup=False)
+        task = task.model_copy(update={"metric": task.METRICS[0]})
+    return with_options(task, False, metric)
+
+
 def import_from_here() -> None:
     """Let --metric name a function in a file of this folder, as `python -m` does."""
     if os.getcwd() not in sys.path:
@@ -173,14 +185,9 @@ def evaluate(
     json_output: bool,
 ) -> None:
     """`ia3 evaluate` for an adapter of a task whose answer is text."""
-    from ia3.evaluation.results import titles_of
-    from ia3.task.text_metrics import is_function
+    from ia3.evaluation.results import shown_metric, titles_of
 
-    if is_function(task.metric):  # a folder may come from anywhere: its code runs only if the user names it
-        if metric is None:
-            out.print(f"The task's own metric runs only with --metric {task.metric}.", style="yellow", markup=False)
-        task = task.model_copy(update={"metric": task.METRICS[0]})
-    task = with_options(task, False, metric)
+    task = trusted(out, task, metric)
     seen = folder.seen()
     known = 0 if seen is None else sum(map(seen, rows))
     if known:
@@ -199,13 +206,13 @@ def evaluate(
         return
     titles = titles_of(scores)
     listed = table("", *titles.values(), title=f"{len(rows)} rows")
-    listed.add_row("all", *(number(scores[name]) for name in titles))
+    listed.add_row("all", *(shown_metric(scores[name]) for name in titles))
     out.print(listed)
     parts = [name for name in scores if name not in titles]
     if parts:
         listed = table("", "F1")
         for name in parts:
-            listed.add_row(name.partition(": ")[2], number(scores[name]))
+            listed.add_row(name.partition(": ")[2], shown_metric(scores[name]))
         out.print(listed)
     if unfinished:
         out.print(f"{unfinished} answers are cut off at the maximum of tokens (max_new_tokens of the task).")
@@ -216,20 +223,15 @@ def _shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def number(value: float) -> str:
-    """A metric for a table: percent, or as it is where it is not between 0 and 1."""
-    return f"{value:.1%}" if 0 <= value <= 1 else f"{value:.3g}"
-
-
 def print_comparison(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     """A line per method."""
-    from ia3.evaluation.results import titles_of
+    from ia3.evaluation.results import shown_metric, titles_of
 
     costs = ("method", "seconds", "once_seconds", "disk_bytes", "examples", "steps")
     titles = titles_of({name: value for name, value in rows[0].items() if name not in costs})
     listed = table("", *titles.values(), "on disk", "s an example")
     for row in rows:
-        cells = [number(row[name]) for name in titles]
+        cells = [shown_metric(row[name]) for name in titles]
         style = "bold" if row is rows[-1] else None
         listed.add_row(
             row["method"], *cells, f"{row['disk_bytes'] / 1000:.3g} kB", f"{row['seconds']:.3g}", style=style

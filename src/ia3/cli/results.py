@@ -8,7 +8,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from ia3.cli.common import table
-from ia3.evaluation.results import METHODS, OF_GRADES, spread, titles_of
+from ia3.evaluation.results import METHODS, OF_GRADES, shown_metric, spread, titles_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,7 +29,7 @@ def print_table(out: Console, results: dict[str, Any]) -> None:
         opinions = results.get("opinions", {})
 
         def cells(its: Mapping[str, float]) -> list[str]:
-            return [*(f"{its[name]:.1%}" for name in titles), *(f"{its[name]:.2f}" for name in graded)]
+            return [*(shown_metric(its[name]) for name in titles), *(f"{its[name]:.2f}" for name in graded)]
 
         for key, name in METHODS.items():
             if key not in results:  # no balance where answers differ from row to row

@@ -15,6 +15,7 @@ from ia3.errors import InputError
 from ia3.evaluation.comparison import USUAL_SHOTS
 from ia3.evaluation.generation import answer_tokens, generate, shots_before
 from ia3.evaluation.progress import Progress
+from ia3.evaluation.results import OF_TEXTS, shown_metric
 from ia3.evaluation.running import train_alone, with_adapters
 from ia3.files import WEIGHTS_NAME
 from ia3.scoring.scorer import Scorer
@@ -144,6 +145,6 @@ class TextComparison:
         seconds = (time.perf_counter() - started) / len(self.test)
         scores = self.task.metrics([one.result for one in found], self.references, self.metric)
         headline = self.metric or self.task.metric
-        stage.note(f"{headline.replace('_', '-')} {scores[headline]:.1%}")
+        stage.note(f"{OF_TEXTS.get(headline, headline)} {shown_metric(scores[headline])}")
         costs = {"seconds": seconds, "once_seconds": 0.0, "disk_bytes": 0, "examples": 0}
         return {"method": method, **scores, **costs, **more}

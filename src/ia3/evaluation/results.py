@@ -51,6 +51,11 @@ def titles_of(scores: Mapping[str, float]) -> dict[str, str]:
     return {name: OF_TEXTS.get(name, name) for name in scores if ":" not in name}
 
 
+def shown_metric(value: float) -> str:
+    """A metric for a table: percent, or as it is where it is not between 0 and 1, such as one of the user's."""
+    return f"{value:.1%}" if 0 <= value <= 1 else f"{value:.3g}"
+
+
 def majority(labels: Sequence[str]) -> str:
     """The most frequent label; of several, the first."""
     return Counter(labels).most_common(1)[0][0]
@@ -209,7 +214,7 @@ def _model_card(folder: Path, task: AnyTask, recipe: Recipe, results: dict[str, 
             "|---" + "|---:" * len(titles) + "|",
         ]
         lines += [
-            f"| {name} | {' | '.join(f'{results[key][metric]:.1%}' for metric in titles)} |"
+            f"| {name} | {' | '.join(shown_metric(results[key][metric]) for metric in titles)} |"
             for key, name in METHODS.items()
             if key in results
         ]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ia3.errors import InputError
 from ia3.evaluation.generation import answer_tokens, generate
+from ia3.evaluation.results import OF_TEXTS, shown_metric
 from ia3.evaluation.running import Running, Scores
 from ia3.scoring.scorer import Scorer
 from ia3.scoring.spans import require_json
@@ -68,7 +69,7 @@ class RunningText(Running):
         names = [adapter] * len(trial.test) if adapter is not None and len(self.trials) > 1 else None
         found = generate(self.model, self.tokenizer, task, trial.test, lambda done: stage.advance(len(done)), names)
         scores = task.metrics([one.result for one in found], [task.reference(row) for row in trial.test])
-        stage.note(f"{task.metric.replace('_', '-')} {scores[task.metric]:.1%}")
+        stage.note(f"{OF_TEXTS.get(task.metric, task.metric)} {shown_metric(scores[task.metric])}")
         return [scores]
 
 
