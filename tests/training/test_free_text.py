@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 
 from ia3 import AdapterFolder, IA3Config, IA3Model, InputError, Member, Recipe, Scorer, TFewTrainer
 from ia3.task.free_text import FreeText
@@ -18,6 +19,11 @@ CHAT = "{% for m in messages %}{{ m.role }} : {{ m.content }}{% if m.role == 'as
 
 
 def model_of(name: str) -> torch.nn.Module:
+    if name == "bloom":  # its biases are counted over the row
+        config = transformers.AutoConfig.for_model(
+            name, vocab_size=len(words.VOCABULARY), hidden_size=32, n_layer=2, n_head=4
+        )
+        return tiny.randomized(transformers.AutoModelForCausalLM.from_config(config).eval()).double()
     return tiny.build(name, vocab_size=len(words.VOCABULARY)).double()
 
 
@@ -35,23 +41,33 @@ def likelihood(model, prompt: list[int], answer: list[int]) -> torch.Tensor:
     return -logits.log_softmax(-1)[range(len(answer)), answer].mean()
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bart"])
-def test_the_loss_is_the_likelihood_of_the_answer_and_its_end(name, tmp_path):
+@pytest.mark.parametrize("name, passes", [("llama", 1), ("gpt2", 1), ("opt", 1), ("bloom", 3), ("t5", 3), ("bart", 3)])
+def test_the_loss_is_the_likelihood_of_the_answer_and_its_end(name, passes, tmp_path, monkeypatch):
     base = model_of(name)
     expected = torch.stack(
         [likelihood(base, tokens(f"review : {row['text']} answer :"), [*tokens(row["said"]), EOS]) for row in ROWS]
     ).mean()
-    model = IA3Model(base, IA3Config(task_type=tiny.TASKS[name]))
+    model = IA3Model(base, IA3Config(task_type=tiny.TASKS.get(name, "CAUSAL_LM")))
     recipe = Recipe.small()  # its other terms are for choices
     run = TFewTrainer(
         model, recipe.training_arguments(tmp_path, use_cpu=True), words.tokenizer(), Member(TASK, ROWS), recipe
     )
     inputs = run.data_collator([run.train_dataset[i] for i in range(3)])
     assert float(run.compute_loss(model, inputs).detach()) == pytest.approx(float(expected), abs=1e-6)
-    # The step's gradients are those of the mean, however its rows are divided into passes.
+    # A step's loss and gradients are those of the mean, however its rows are divided into passes: rows of all examples, where
+    # that is exact, and otherwise a row for each of those that differ in length.
+    vectors = [*model.adapter_parameters("default")]
+    right = torch.autograd.grad(run.compute_loss(model, inputs), vectors)
+    monkeypatch.setattr("ia3.scoring.batch.PASS_TOKENS", 1)
     run.create_optimizer()
     run.current_gradient_accumulation_steps = 1
+    model.train()
+    run.scorer.foresee(inputs["questions"])
+    parts = [batch["input_ids"].shape for _, batch in run.scorer.training_batches(inputs["questions"])]
+    assert len(parts) == passes
     assert float(run.training_step(model, inputs)) == pytest.approx(float(expected), abs=1e-6)
+    for vector, gradient in zip(vectors, right, strict=True):
+        torch.testing.assert_close(vector.grad, gradient, rtol=1e-5, atol=1e-8)
     assert run.recipe.unlikelihood == run.recipe.length_normalized == 0 and run.recipe.early_stopping is None
 
 

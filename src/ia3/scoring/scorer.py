@@ -18,6 +18,7 @@ from ia3.scoring.batch import (
     PASS_TOKENS,
     Batch,
     groups,
+    joined_groups,
     normalized_scores,
     pass_tokens,
     to_device,
@@ -27,7 +28,7 @@ from ia3.scoring.beginning import Beginning, beginnings
 from ia3.scoring.decoder import Decoder
 from ia3.scoring.encoder import SentenceEncoder
 from ia3.scoring.families import family_of
-from ia3.scoring.family import evaluating, frozen
+from ia3.scoring.family import evaluating, frozen, waits_for_question
 from ia3.scoring.fitting import answer_lengths, fitted, warn_of_cuts
 from ia3.scoring.prefix import SEPARATOR, Prefix
 from ia3.scoring.question import Question
@@ -41,6 +42,10 @@ if TYPE_CHECKING:
 
     from ia3.task.free_text import FreeText, TextWording
     from ia3.task.task import Task
+
+
+# Tokens of a row of several questions, at most: attention, which grows with the square, sees all of them.
+_JOINED = 1024
 
 
 class Scorer:
@@ -243,7 +248,11 @@ class Scorer:
         if readings is not None:
             readings.foresee(self.family, [questions[i] for i in apart])
         taken = set() if self.family.has_encoder else {*apart}  # behind an encoder's states rows are packed as all are
-        self._try_packing([question for i, question in enumerate(questions) if i not in taken])
+        left = [question for i, question in enumerate(questions) if i not in taken]
+        self._try_packing(left)
+        joined = self._joined(left)
+        if joined:  # the longest questions, none of which a later row has more of
+            trials.joins(self.family, [left[i] for i in joined[0]])  # type: ignore[arg-type]
 
     def _try_packing(self, questions: Sequence[Question]) -> None:
         if questions:
@@ -321,15 +330,46 @@ class Scorer:
         for indices, beginning in self._beginnings(questions, left):
             some = [questions[i] for i in indices]
             if beginning is None:
-                self._try_packing(some)
-                for group in reversed(list(training_groups(some, batch_tokens))):
-                    yield [indices[i] for i in group], self.collate([some[i] for i in group])
+                for group, batch in self._training_rows(some, batch_tokens):
+                    yield [indices[i] for i in group], batch
                 continue
             some = beginning.behind(some)
             beginning.detach()
             for group in reversed(list(training_groups(some, beginning.room(some, batch_tokens)))):
                 yield [indices[i] for i in group], beginning.packed([some[i] for i in group])
             beginning.backward()
+
+    def _training_rows(self, questions: Sequence[Question], batch_tokens: int) -> Iterator[tuple[list[int], Batch]]:
+        """Batches of questions, the last first: rows of several where that takes fewer passes and is exact, otherwise a row for
+        each question."""
+        alone, joined = list(training_groups(questions, batch_tokens)), self._joined(questions)
+        family = self.family
+        if isinstance(family, Decoder) and 0 < len(joined) < len(alone):
+            rows = [[questions[i] for i in group] for group in joined]
+            if all(len(row) == 1 or trials.joins(family, row) for row in rows):
+                for group, row in zip(joined[::-1], rows[::-1], strict=True):
+                    yield group, family.join(row) if len(row) > 1 else self.collate(row)
+                return
+        self._try_packing(questions)
+        for group in reversed(alone):
+            yield group, self.collate([questions[i] for i in group])
+
+    def _joined(self, questions: Sequence[Question]) -> list[list[int]]:
+        """Groups of questions that may share a row, if they have one choice each and adapters act from the start; else none."""
+        names = dict.fromkeys(question.adapter for question in questions)
+        named = [name for name in names if name is not None]
+        if (
+            not isinstance(self.family, Decoder)
+            or any(len(question.choices) > 1 for question in questions)
+            or waits_for_question(self.model, named or None)
+        ):
+            return []
+        tokens = min(pass_tokens(self.model), _JOINED, self.max_length or _JOINED)
+        found = []
+        for name in names:
+            mine = [i for i, question in enumerate(questions) if question.adapter == name]
+            found += [[mine[i] for i in group] for group in joined_groups([questions[i] for i in mine], tokens)]
+        return found
 
     # Rows become scores.
 
