@@ -237,7 +237,7 @@ def train(
     )
     if generates:
         several = isinstance(rows["task"], list)
-        changed = [with_options(one, chat, metric) for one in (rows["task"] if several else [rows["task"]])]
+        changed: Any = [with_options(one, chat, metric) for one in (rows["task"] if several else [rows["task"]])]
         rows["task"] = changed if several else changed[0]
     experiment = Experiment(
         **rows,

@@ -40,7 +40,7 @@ class Trial:
     Attributes:
         name: its subfolder in the experiment's folder, such as "seed-0"; "" for a single adapter in the folder itself.
         shared: the name without the seed.
-        task: the task of its rows.
+        task: the task of its rows, of any kind.
         seed: decides which examples are drawn, and their order.
         learning_rate: the learning rate; None: the recipe's.
         examples: the training examples.
@@ -50,7 +50,7 @@ class Trial:
 
     name: str
     shared: str
-    task: AnyTask
+    task: Any
     seed: int
     learning_rate: float | None
     examples: Sequence[Row]

@@ -150,10 +150,10 @@ def answer_tokens(scorer: Scorer, task: FreeText, rows: Any) -> int:
 def _ends(scorer: Scorer, task: FreeText) -> list[int]:
     """The tokens that end a text."""
     config = getattr(scorer.family.base, "generation_config", None)
-    known = getattr(config, "eos_token_id", None)
-    ends = {closing_token(scorer.tokenizer, task.chat), scorer.tokenizer.eos_token_id}
-    ends |= {*known} if isinstance(known, list) else {known}
-    return sorted(end for end in ends if end is not None)
+    known: Any = getattr(config, "eos_token_id", None)
+    ends = [closing_token(scorer.tokenizer, task.chat), scorer.tokenizer.eos_token_id]
+    ends += known if isinstance(known, list) else [known]
+    return sorted({end for end in ends if end is not None})  # type: ignore[type-var]
 
 
 def _groups(scorer: Scorer, prompts: Sequence[list[int]], new_tokens: int) -> Iterator[list[int]]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ia3.evaluation.wordings import Ranked
     from ia3.opinions.opinions import Opinions
     from ia3.scoring.readings import Readings
+    from ia3.task.kinds import AnyTask
     from ia3.task.task import Row, Task
     from ia3.training.recipe import Recipe
     from ia3.training.trainer import TFewTrainer
@@ -523,7 +524,7 @@ def train_alone(
     title: str,
     model: IA3Model,
     tokenizer: PreTrainedTokenizerBase,
-    task: Task,
+    task: AnyTask,
     rows: Sequence[Row],
     recipe: Recipe,
     seed: int,
