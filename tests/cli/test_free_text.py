@@ -123,6 +123,13 @@ def test_the_code_that_a_folder_names_runs_only_if_it_is_asked_for(ia3, place, t
     assert AdapterFolder(tmp_path / "out").metrics["trained"]["own_evil.run"] == 0.25
     code, out, err = ia3("evaluate", tmp_path / "out", "--json", data=place / "rows.jsonl")
     assert not code and "own_evil.run" not in out and "runs only with --metric own_evil.run" in err
+    common = {"adapter": tmp_path / "out", "shots": 1, "test_rows": 2, "output": tmp_path / "compared"}
+    code, out, err = ia3("compare", "--json", **common)
+    assert not code and "own_evil.run" not in out, err
+    code, out, err = ia3("compare", "--json", metric="own_evil.run", **common)
+    assert not code and json.loads(out)["rows"][0]["own_evil.run"] == 0.25, err
+    code, _, err = ia3("compare", "--chat", **common)
+    assert code == 2 and "Expected --adapter or --chat" in err
 
 
 def test_compare_sets_examples_in_context_beside(ia3, place, tmp_path):
@@ -246,11 +253,15 @@ def test_rows_that_cannot_be_used(ia3, train, place, tmp_path):
         assert code == 2 and error in err and err.count("\n") == 1
 
 
-def test_an_encoder_is_refused_before_it_is_loaded(train, tmp_path):
+def test_an_encoder_is_refused_before_it_is_loaded(ia3, train, place, tmp_path):
     tiny.classifier(vocab_size=len(words.VOCABULARY)).base_model.save_pretrained(tmp_path / "encoder")
     words.enclosing().save_pretrained(tmp_path / "encoder")
-    code, _, err = train(model=tmp_path / "encoder")
-    assert code == 2 and "found the sentence encoder" in err.splitlines()[-1] and "generates none" in err
+    for run in (
+        train,
+        lambda **given: ia3("compare", task=place / "task.yaml", examples=4, test_rows=2, output=tmp_path, **given),
+    ):
+        code, _, err = run(model=tmp_path / "encoder")
+        assert code == 2 and "found the sentence encoder" in err.splitlines()[-1] and "generates none" in err
 
 
 def test_fields_are_found(ia3, tmp_path):

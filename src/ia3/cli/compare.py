@@ -161,6 +161,10 @@ def compare(
         from ia3.evaluation.comparison import USUAL_SHOTS, Comparison
         from ia3.evaluation.wordings import choose_wording
 
+        if generates:
+            from ia3.evaluation.generation import require_generator
+
+            require_generator(model or EMBEDDED_MODEL)
         if trained is None:
             base, tokenizer = load_base(model or EMBEDDED_MODEL, source.task.labels, dtype)
         else:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ia3.adapter.config import IA3Config
-from ia3.adapter.pretrained import EMBEDDED_MODEL, reads_sentences
+from ia3.adapter.pretrained import EMBEDDED_MODEL
 from ia3.errors import InputError, about, brief, shown
 from ia3.evaluation.checkpoints import checkpoint_of, resumable, settings_of
 from ia3.evaluation.drawing import Draw, Source, drawn, read
@@ -277,13 +277,9 @@ class Experiment:
             raise InputError(
                 "Expected tasks with choices, found one whose answer is text", "leave out", argument="prior"
             )
-        if reads_sentences(self.model):
-            raise InputError(
-                f"Expected a language model for a task whose answer is text, found the sentence encoder {self.model!r}, which "
-                f"generates none",
-                "name another with",
-                argument="model",
-            )
+        from ia3.evaluation.generation import require_generator
+
+        require_generator(self.model)
         for trial in self.trials:
             self.chosen_recipe.place(None, trial.task)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from ia3.adapter.pretrained import reads_sentences
 from ia3.errors import InputError
 from ia3.scoring import trials
 from ia3.scoring.batch import BATCH_TOKENS, padded
@@ -134,6 +135,17 @@ def generate(
             if on_progress is not None:
                 on_progress(group)
     return [one for one in found if one is not None]
+
+
+def require_generator(model: str) -> None:
+    """Raise `InputError` for the name of a base model that is a sentence encoder; no weights are read."""
+    if reads_sentences(model):
+        raise InputError(
+            f"Expected a language model for a task whose answer is text, found the sentence encoder {model!r}, which generates "
+            f"none",
+            "name another with",
+            argument="model",
+        )
 
 
 def shots_before(task: FreeText, shots: Any) -> str:
