@@ -13,7 +13,7 @@ from ia3.adapter.checkpoint import save_adapter
 from ia3.adapter.model import IA3Model
 from ia3.errors import InputError
 from ia3.evaluation.comparison import USUAL_SHOTS
-from ia3.evaluation.generation import answer_tokens, generate, shots_before
+from ia3.evaluation.generation import bounded, generate, shots_before
 from ia3.evaluation.progress import Progress
 from ia3.evaluation.results import OF_TEXTS, shown_metric
 from ia3.evaluation.running import train_alone, with_adapters
@@ -61,10 +61,7 @@ class TextComparison:
 
     def __post_init__(self) -> None:
         scorer = Scorer(self.base, self.tokenizer)
-        if self.task.max_new_tokens is None:
-            self.task = self.task.model_copy(
-                update={"max_new_tokens": 2 * answer_tokens(scorer, self.task, self.examples)}
-            )
+        self.task = bounded(self.task, scorer, self.examples)
         self.references = [self.task.reference(row) for row in self.test]
         self._scorer, self._progress = scorer, Progress()
 

@@ -22,7 +22,6 @@ from ia3.scoring.scorer import Scorer
 from ia3.scoring.spans import FieldsProcessor, Grammar
 from ia3.scoring.tokens import closing_token
 from ia3.task.fields import Fields
-from ia3.task.rows import as_rows
 
 if TYPE_CHECKING:
     from torch import nn
@@ -154,9 +153,14 @@ def shots_before(task: FreeText, shots: Any) -> str:
     return "".join(one.prompt + (one.separator or " ") + one.answer + SEPARATOR for one in wordings)
 
 
-def answer_tokens(scorer: Scorer, task: FreeText, rows: Any) -> int:
-    """The number of tokens of the longest answer of labelled rows, with its end."""
-    return max(len(one.choices[0]) for one in scorer.questions(task.wordings(as_rows(rows, task)), labelled=False))
+def bounded(task: FreeText, scorer: Scorer, rows: Any) -> FreeText:
+    """The task with a maximum of new tokens: its own, or twice those of the longest answer of labelled rows, but no more than
+    half of the model's context if that is enough for these."""
+    if task.max_new_tokens is not None:
+        return task
+    longest = max(len(one.choices[0]) for one in scorer.questions(task.wordings(rows), labelled=False))
+    limit = scorer.max_length or math.inf
+    return task.model_copy(update={"max_new_tokens": int(min(2 * longest, max(longest, limit // 2)))})
 
 
 def _ends(scorer: Scorer, task: FreeText) -> list[int]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ia3.errors import InputError
-from ia3.evaluation.generation import answer_tokens, generate
+from ia3.evaluation.generation import bounded, generate
 from ia3.evaluation.results import OF_TEXTS, shown_metric
 from ia3.evaluation.running import Running, Scores
 from ia3.scoring.scorer import Scorer
@@ -17,9 +17,6 @@ from ia3.task.fields import Fields
 if TYPE_CHECKING:
     from ia3.evaluation.experiment import Experiment, Trial
     from ia3.evaluation.progress import Progress
-
-# A generated answer may be so many times as long as the longest training example.
-_LONGER = 2
 
 
 class RunningText(Running):
@@ -37,7 +34,7 @@ class RunningText(Running):
         scorer = Scorer(base, self.tokenizer)
         if any(isinstance(trial.task, Fields) for trial in experiment.trials):
             require_json(self.tokenizer)  # before training
-        self.trials = [_bounded(trial, scorer) for trial in experiment.trials]
+        self.trials = [replace(one, task=bounded(one.task, scorer, one.examples)) for one in experiment.trials]
         self.rankings = {trial.name: [] for trial in self.trials}
         self.forms_opinions = {trial.name: False for trial in self.trials}
         self._adapt(base)
@@ -71,12 +68,3 @@ class RunningText(Running):
         scores = task.metrics([one.result for one in found], [task.reference(row) for row in trial.test])
         stage.note(f"{OF_TEXTS.get(task.metric, task.metric)} {shown_metric(scores[task.metric])}")
         return [scores]
-
-
-def _bounded(trial: Trial, scorer: Scorer) -> Trial:
-    """A trial whose task says how long answers may be."""
-    task: Any = trial.task
-    if task.max_new_tokens is not None:
-        return trial
-    longest = answer_tokens(scorer, task, trial.examples)
-    return replace(trial, task=task.model_copy(update={"max_new_tokens": _LONGER * longest}))
