@@ -48,7 +48,7 @@ def test_the_loss_is_the_likelihood_of_the_answer_and_its_end(name, passes, tmp_
         [likelihood(base, tokens(f"review : {row['text']} answer :"), [*tokens(row["said"]), EOS]) for row in ROWS]
     ).mean()
     model = IA3Model(base, IA3Config(task_type=tiny.TASKS.get(name, "CAUSAL_LM")))
-    recipe = Recipe.small()  # its other terms are for choices
+    recipe = Recipe.small().changed(encoder="minilm")  # its other terms, and opinions, are for choices
     run = TFewTrainer(
         model, recipe.training_arguments(tmp_path, use_cpu=True), words.tokenizer(), Member(TASK, ROWS), recipe
     )
@@ -69,6 +69,7 @@ def test_the_loss_is_the_likelihood_of_the_answer_and_its_end(name, passes, tmp_
     for vector, gradient in zip(vectors, right, strict=True):
         torch.testing.assert_close(vector.grad, gradient, rtol=1e-5, atol=1e-8)
     assert run.recipe.unlikelihood == run.recipe.length_normalized == 0 and run.recipe.early_stopping is None
+    assert run.recipe.opinions == "vectors"
 
 
 def test_training_learns_the_answers(tmp_path):

@@ -263,7 +263,8 @@ def _wording(task: AnyTask, template: Template) -> str:
     """A template and its answers, for a model card."""
     if not isinstance(task, Task):
         chat = " (a user's message in the tokenizer's chat template)" if task.chat else ""
-        return f"```\n{template.prompt.rstrip()}\n```\n\nThe answer{chat}: `{task.answer}`"
+        answer = task.answer or f"JSON of {', '.join(task.answer_columns)}"
+        return f"```\n{template.prompt.rstrip()}\n```\n\nThe answer{chat}: `{answer}`"
     own = task.choices if template.choices is None else template.choices
     answers = [f"- `{label}`: {text}" for label, text in own.items()] if isinstance(own, dict) else [f"- `{own}`"]
     return f"```\n{template.prompt.rstrip()}\n```\n\nLabels and their answers:\n\n" + "\n".join(answers)

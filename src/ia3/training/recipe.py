@@ -200,6 +200,7 @@ class Recipe(BaseModel):
             "length_normalized": 0.0,
             "early_stopping": None,
             "opinions": "vectors",
+            "encoder": "auto",
         }
         return self.create({**self.model_dump(), **only})
 
@@ -317,6 +318,12 @@ _SENTENCE: dict[str, Any] = {
     "warmup": 0.0,
 }
 
-_GENERATE: dict[str, Any] = {"steps": 200, "unlikelihood": 0.0, "length_normalized": 0.0}
+_GENERATE: dict[str, Any] = {
+    "steps": 100,
+    "unlikelihood": 0.0,
+    "length_normalized": 0.0,
+    "ema_decay": 0.8,
+    "target_modules": "all-linear",
+}
 
 PRESETS = {"paper": Recipe.paper, "small": Recipe.small, "sentence": Recipe.sentence, "generate": Recipe.generate}
