@@ -318,8 +318,12 @@ _SENTENCE: dict[str, Any] = {
     "warmup": 0.0,
 }
 
+# SmolLM2-135M learned best with these to write the details of 64 queries of NLU++ banking: after 33, 66 and 99 steps the loss of 64
+# other training rows was 0.59, 0.63 and 0.64; with learning rate 3e-3 0.83, 0.92 and 0.94; with the paper's modules 0.86, 0.92 and
+# 0.96. Token F1 was 77 %, 65 % and 61 % at the end. These are single runs.
 _GENERATE: dict[str, Any] = {
-    "steps": 100,
+    "steps": 60,
+    "learning_rate": 1e-2,
     "unlikelihood": 0.0,
     "length_normalized": 0.0,
     "ema_decay": 0.8,
