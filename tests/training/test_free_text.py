@@ -137,12 +137,8 @@ def test_a_recipe_may_rescale_all_linear_modules(tmp_path):
     from ia3.evaluation.running import with_adapters
 
     few, all_linear = (
-        len(
-            with_adapters(
-                tiny.build("llama"), {"default": "start"}, Recipe.generate().changed(target_modules=modules)
-            ).ia3_layers
-        )
-        for modules in (None, "all-linear")
+        len(with_adapters(tiny.build("llama"), {"default": "start"}, recipe).ia3_layers)
+        for recipe in (Recipe.small(), Recipe.generate())
     )
     assert few == 3 * tiny.LAYERS
     assert all_linear == 7 * tiny.LAYERS
