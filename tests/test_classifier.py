@@ -494,7 +494,7 @@ def test_rows_and_labels_that_cannot_be_used(make, texts, labels, message):
     [
         ({"model": 5}, "a name or a path as model, found 5"),
         ({"model": "./nothing-here"}, "found no './nothing-here' here"),
-        ({"recipe": "fast"}, "a recipe of paper, small, sentence or a YAML file, found 'fast'"),
+        ({"recipe": "fast"}, "a recipe of paper, small, sentence, generate or a YAML file, found 'fast'"),
         ({"dtype": "int8"}, "a dtype of .*, found 'int8'"),
         ({"template": "{{ text"}, "Cannot use the task"),
         ({"template": "{{ text }} {{ title }}"}, "the columns 'text', 'title'"),

@@ -19,6 +19,7 @@ from ia3 import Task
 from ia3.cli import main
 from support import tiny, words
 from support.paths import ROOT
+from support.words import byte_level
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(?:<!-- (\w+): ([\w.-]+) -->\n)?```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -43,6 +44,7 @@ def test_every_block_is_named_once_and_run_here_or_by_ci():
         # Those of docs/serve.md run in serve/test_docs.py.
         "serve", "serve-classify", "serve-completions", "serve-openai", "serve-adapters", "serve-address", "serve-operation",
         "ia3.service", "Dockerfile",
+        "free-text.yaml", "free-text", "free-text-python", "fields.yaml", "fields", "sft",
         "lm-eval-task.yaml", "lm-eval", "lm-eval-python",  # run by harness/test_model.py
         "vllm-serve", "vllm-requests", "vllm-python", "vllm-question", "vllm-classify",  # run by tests/with_vllm/test_server.py
     }  # fmt: skip
@@ -88,6 +90,21 @@ def place(tmp_path_factory):
     (hub / "adapter_config.json").write_text(json.dumps({"config": method, "name": "sentiment", "model_type": "bert"}))
     name = "bert.encoder.layer.0.attention.self.key.loras.sentiment.lora_B"
     torch.save({name: torch.ones(8, 1)}, hub / "pytorch_adapter.bin")
+    for name in ("free-text.yaml", "fields.yaml"):
+        (folder / name).write_text(blocks("example")[name])
+    short = [
+        {"review": row["text"], "summary": "good" if row["label"] == "pos" else "bad"} for row in words.different(24)
+    ]
+    for name in ("reviews", "new-reviews"):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, short)))
+    booked = [
+        {"text": f"{money} for {who}", "amount_of_money": money, "person_name": who, "date": None}
+        for money in ("20", "30")
+        for who in ("Ann", "Bob")
+    ]
+    (folder / "bookings.jsonl").write_text("\n".join(map(json.dumps, booked)))
+    tiny.build("llama", vocab_size=len(byte_level()), max_position_embeddings=512).save_pretrained(folder / "bytes")
+    byte_level().save_pretrained(folder / "bytes")
     (folder / "quick.yaml").write_text("steps: 2\n")
     (folder / "mine.yaml").write_text(blocks("example")["mine.yaml"])
     for name, column, labels in (
@@ -124,6 +141,8 @@ def place(tmp_path_factory):
         "added",
         "unseen",
         "label-sets",
+        "free-text",
+        "fields",
     ],
 )
 def test_commands(name, place, monkeypatch, capsys):
@@ -132,10 +151,12 @@ def test_commands(name, place, monkeypatch, capsys):
     for command in commands:
         program, *arguments = shlex.split(command)
         assert program == "ia3"
-        if arguments[:2] in (["compare", "--adapter"], ["tasks", "suggest"], ["suggest", "--data"]):
+        if arguments[:2] == ["compare", "--adapter"] and name == "free-text":
+            arguments += ["--test-rows", "4"]
+        elif arguments[:2] in (["compare", "--adapter"], ["tasks", "suggest"], ["suggest", "--data"]):
             arguments += ["--model", "model"]
         elif arguments[0] in ("train", "pretrain", "compare"):  # the tiny model learns in a moment
-            arguments += ["--model", "model", "--steps", "2"]
+            arguments += ["--model", "bytes" if name == "fields" else "model", "--steps", "2"]
         if arguments[0] == "raft":
             arguments += ["--model", "model", "--recipe", "quick.yaml"]
         with pytest.raises(SystemExit) as ended:
@@ -154,6 +175,8 @@ def test_commands(name, place, monkeypatch, capsys):
     if name == "raft":
         lines = (place / "raft-results" / "overruling" / "predictions.csv").read_text().splitlines()
         assert lines[0] == "ID,Label" and lines[-1].startswith("59,") and len(lines) == 11
+    if name == "free-text":
+        assert "prediction" in json.loads((place / "answers.jsonl").read_text().splitlines()[0])
     if name == "task":
         assert json.loads((place / "adapters" / "tickets" / "metrics.json").read_text())["task"] == "tickets"
 
@@ -251,6 +274,28 @@ def test_the_base_model_is_found(place, monkeypatch):
     scope: dict = {}
     exec(compile(blocks("example")["auto"], "auto", "exec"), scope)
     assert scope["model"].dtype == torch.bfloat16
+
+
+def test_texts_in_python(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    code = blocks("example")["free-text-python"]
+    exec(
+        compile(
+            code.replace("Experiment(task,", "Experiment(task, recipe=ia3.Recipe(steps=2),"), "free-text-python", "exec"
+        ),
+        {"ia3": ia3},
+    )
+    assert 0 <= float(capsys.readouterr().out) <= 1
+
+
+def test_sft(place, monkeypatch):
+    pytest.importorskip("trl")
+    monkeypatch.chdir(place)
+    scope: dict = {}
+    exec(compile(blocks("example")["sft"].replace("bf16=False", "bf16=False, use_cpu=True"), "sft", "exec"), scope)
+    trained, again = (ia3.get_peft_model_state_dict(scope[name]) for name in ("model", "again"))
+    assert any((vector != 1).any() for vector in trained.values())
+    assert all(torch.equal(vector, again[name]) for name, vector in trained.items())
 
 
 def test_examples_in_context_in_python(place, monkeypatch, capsys):

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from ia3.evaluation.calibration import Calibration, cross_validate
     from ia3.evaluation.choosing import choose_model
     from ia3.evaluation.experiment import Experiment
+    from ia3.evaluation.generation import Generated, generate
     from ia3.evaluation.icl import draw_shots, predict_in_context
     from ia3.evaluation.prediction import Prediction, Respondent, predict, predict_each
     from ia3.folder import AdapterFolder
@@ -59,6 +60,9 @@ if TYPE_CHECKING:
     from ia3.scoring.prefix import Prefix
     from ia3.scoring.readings import Readings
     from ia3.scoring.scorer import Scorer, score_choices
+    from ia3.task.fields import Fields
+    from ia3.task.free_text import FreeText
+    from ia3.task.kinds import load_task
     from ia3.task.prompts import read_prompts
     from ia3.task.reading import read_rows
     from ia3.task.rows import as_rows
@@ -111,6 +115,7 @@ _NAMES = {
     "evaluation.calibration": ("Calibration", "cross_validate"),
     "evaluation.choosing": ("choose_model",),
     "evaluation.experiment": ("Experiment",),
+    "evaluation.generation": ("Generated", "generate"),
     "evaluation.icl": ("draw_shots", "predict_in_context"),
     "evaluation.prediction": ("Prediction", "Respondent", "predict", "predict_each"),
     "folder": ("AdapterFolder",),
@@ -118,6 +123,9 @@ _NAMES = {
     "scoring.prefix": ("Prefix",),
     "scoring.readings": ("Readings",),
     "scoring.scorer": ("Scorer", "score_choices"),
+    "task.fields": ("Fields",),
+    "task.free_text": ("FreeText",),
+    "task.kinds": ("load_task",),
     "task.prompts": ("read_prompts",),
     "task.reading": ("read_rows",),
     "task.rows": ("as_rows",),
@@ -143,6 +151,9 @@ __all__ = [
     "EarlyStopping",
     "Experiment",
     "FewShotClassifier",
+    "Fields",
+    "FreeText",
+    "Generated",
     "IA3Config",
     "IA3Layer",
     "IA3Model",
@@ -177,6 +188,7 @@ __all__ = [
     "cross_validate",
     "draw_shots",
     "few_shot",
+    "generate",
     "get_base_model_state_dict",
     "get_layer_status",
     "get_model_status",
@@ -186,6 +198,7 @@ __all__ = [
     "inject_adapter_in_model",
     "load_base",
     "load_peft_weights",
+    "load_task",
     "pack",
     "predict",
     "predict_each",

@@ -419,7 +419,12 @@ class _Base:
             self._remove()
             if recipe.init is None:
                 kind, place = task_type(self.model.model), recipe.place(self.model.model, task)
-                config = IA3Config(task_type=kind, base_model_name_or_path=self.name, acts_from=place)
+                config = IA3Config(
+                    task_type=kind,
+                    base_model_name_or_path=self.name,
+                    target_modules=recipe.target_modules,
+                    acts_from=place,
+                )
                 self.model.add_adapter("default", config)
             else:
                 Start(recipe.init).load(self.model, "default")

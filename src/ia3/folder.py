@@ -14,6 +14,7 @@ from ia3.files import alone, current, locate, replacing
 if TYPE_CHECKING:
     from ia3.evaluation.calibration import Calibration
     from ia3.opinions.opinions import Opinions
+    from ia3.task.kinds import AnyTask
     from ia3.task.task import Row, Task
     from ia3.training.recipe import Recipe
 
@@ -29,17 +30,29 @@ class AdapterFolder(StoredAdapter):
     """
 
     @functools.cached_property
-    def task(self) -> Task | None:
-        """The task of the training; None if the folder has none. Raises `InputError` for a damaged file."""
-        from ia3.task.task import Task
+    def any_task(self) -> AnyTask | None:
+        """The task of the training, of any kind; None if the folder has none. Raises `InputError` for a damaged file."""
+        from ia3.task.kinds import task_from
 
         data = self.text(TASK_NAME)
-        return None if data is None else Task.from_file(self._named(TASK_NAME), data)
+        return None if data is None else task_from(self._named(TASK_NAME), data)
+
+    @functools.cached_property
+    def task(self) -> Task | None:
+        """The task of the training, if it has choices; None if the folder has none or its answer is text."""
+        from ia3.task.task import Task
+
+        return self.any_task if isinstance(self.any_task, Task) else None
 
     def required_task(self) -> Task:
-        """The task. Raises `InputError` also if there is none."""
+        """The task with choices. Raises `InputError` also if there is none."""
         if self.task is not None:
             return self.task
+        if self.any_task is not None:
+            raise InputError(
+                f"Expected a task with choices in {str(self)!r}, found {self.any_task.name!r}, whose answer is text; ia3 predict, "
+                f"evaluate and compare take it, alone."
+            )
         inner = [
             str(path.parent) for depth in ("*", "*/*") for path in sorted(self._folder.glob(f"{depth}/{TASK_NAME}"))
         ]
@@ -113,7 +126,7 @@ class AdapterFolder(StoredAdapter):
         """A function: whether the adapter was trained on a row; None if the folder has no fingerprints."""
         if SEEN not in self.metrics:
             return None
-        task, keys = self.required_task(), set(self.metrics[SEEN])
+        task, keys = self.any_task or self.required_task(), set(self.metrics[SEEN])
         return lambda row: row.keys() >= set(task.columns) and task.fingerprint(row) in keys
 
     def calibrate(self, calibration: Calibration) -> None:

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from ia3.cli import compare, main, raft, results
-from ia3.cli.answers import _shortened
+from ia3.cli.answers import shortened
 from ia3.cli.bars import Bars
 from ia3.task.task import embedded_tasks
 from support import words
@@ -77,9 +77,9 @@ def test_predict_shows_whole_labels_and_texts(place, narrow):
 
 def test_a_long_text_keeps_its_ends():
     text = f"begin {'tea ' * 40}end"
-    short = _shortened(text)
+    short = shortened(text)
     assert len(short) <= 60 and short.startswith("begin tea") and short.endswith("tea end") and " … " in short
-    assert _shortened(text[:60]) == text[:60]
+    assert shortened(text[:60]) == text[:60]
 
 
 def test_tasks_shows_whole_names(narrow):

@@ -288,7 +288,7 @@ class TestText:
         [
             ("tea", ["good", " "], "at least one token"),
             ("", ["good"], "prompt with at least one token"),
-            ("tea", ["good " * 70, "bad"], "shorter than 64 tokens, found one of 71"),
+            ("tea", ["good " * 70, "bad"], "fewer than 64 tokens, the model's context, found one of 71"),
         ],
     )
     def test_bad_input(self, prompt, texts, message):

@@ -129,5 +129,5 @@ def test_what_separates_a_prompt_from_a_prefix_takes_room(name, separator, caplo
 
 def test_answers_without_room_for_a_prompt(short):
     task = Task(template="{{ text }}", choices={"a": "tea " * 12, "b": "tea"})
-    with pytest.raises(InputError, match="Expected choices shorter than 12 tokens"):
+    with pytest.raises(InputError, match="Expected answers of fewer than 12 tokens"):
         scorer(short).questions(task.wordings([{"text": "tea"}]), labelled=False)

@@ -267,7 +267,7 @@ class TestScoreChoices:
             (["tea"], ["good"], "list of answer choices"),
             (["tea"], [["good", ""]], "at least one token"),
             ([""], [["good"]], "prompt with at least one token"),
-            (["tea"], [["good " * 70]], "shorter than 64"),
+            (["tea"], [["good " * 70]], "fewer than 64"),
         ],
     )
     def test_bad_input(self, gpt2, prompts, texts, message):
@@ -279,7 +279,9 @@ class TestScoreChoices:
             Task(template="{{ text }}", choices=["good", answer]) for answer in ("bad", "good " * 70 + "bad")
         )
         wordings = [task.wording({"text": "tea"}, number) for number, task in ((3, short), (4, short), (7, long))]
-        with pytest.raises(InputError, match=r"shorter than 64 tokens, found one of 71 \(row 7\)\.$") as error:
+        with pytest.raises(
+            InputError, match=r"fewer than 64 tokens, the model's context, found one of 71 \(row 7\); shorten"
+        ) as error:
             Scorer(gpt2, words.tokenizer()).questions(wordings, labelled=False)
         assert error.value.row == 7
 

@@ -151,7 +151,7 @@ def test_an_adapter_without_a_task(place, start):
     for adapters in (["tea", "cake"], "*"):
         response = ask(server, adapters, ["tea"])
         assert response.status_code == 422
-        assert response.json()["error"]["message"].startswith("Adapter 'cake' has no task.yaml")
+        assert response.json()["error"]["message"].startswith("Adapter 'cake' has no labels")
 
 
 def test_nothing_is_served(made, start, tmp_path):

@@ -3,7 +3,7 @@
 import csv
 import random
 
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
@@ -99,3 +99,16 @@ def write_csv(path, rows, delimiter=","):
         writer.writeheader()
         writer.writerows(rows)
     return path
+
+
+_MERGES = ["Ġ {", '" :', '": Ġ', '":Ġ "', '" }', "a b", '{ "', 'Ġ{ "', ", Ġ"]
+
+
+def byte_level() -> PreTrainedTokenizerFast:
+    """A tokenizer of bytes, and of some tokens that reach over the parts of JSON."""
+    names = ["<pad>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *(m.replace(" ", "") for m in _MERGES)]
+    vocabulary = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    made = Tokenizer(models.BPE(vocabulary, [tuple(merge.split(" ")) for merge in _MERGES]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="</s>")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ia3 import IA3Config, IA3Model, InputError, Recipe, Scorer, Task
 from ia3.trainer import last_checkpoint
 from ia3.training.examples import collate_examples
-from ia3.training.pretrain import CAP, PRETRAINING, Mixture, MixtureTrainer, likelihood_only
+from ia3.training.pretrain import CAP, PRETRAINING, Mixture, MixtureTrainer
 from support import tiny, words
 
 TOKENIZER = words.tokenizer()
@@ -194,7 +194,7 @@ def test_a_mixture_is_drawn_for_one_of_several_devices(tmp_path, monkeypatch):
 
 
 def test_recipe():
-    changed = likelihood_only(Recipe.small().changed(likelihood=0.0, init="somewhere"))
+    changed = Recipe.small().changed(likelihood=0.0, init="somewhere").likelihood_only
     assert (changed.likelihood, changed.unlikelihood, changed.length_normalized) == (1, 0, 0)
     assert changed.early_stopping is None and changed.init == "somewhere"
     assert (PRETRAINING.steps, PRETRAINING.batch_size, PRETRAINING.learning_rate) == (100_000, 16, 3e-3)

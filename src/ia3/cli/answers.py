@@ -166,10 +166,9 @@ def print_table(out: Console, rows: Sequence[Row], answers: Sequence[Sequence[An
     for row, answer in pairs:
         item = answer.found
         values = item.probabilities.values() if few else [item.sureness]
-        column = next((name for name in answer.task.columns if name in row), next(iter(row), ""))
-        text = " ".join(str(row.get(column, "")).split())
+        text = text_of(answer.task.columns, row)
         cells = [escape(answer.adapter)] if named else []
-        cells += [escape(_shortened(text)), escape(_named(item)), *(f"{value:.1%}" for value in values)]
+        cells += [escape(text), escape(_named(item)), *(f"{value:.1%}" for value in values)]
         if graded:
             grade = answer.task.grade(item.probabilities)
             cells.append("–" if grade is None else f"{grade.expected:.2f} ± {grade.spread:.2f}")
@@ -185,7 +184,14 @@ def _named(found: Prediction) -> str:
     return "—" if found.labels is None else ", ".join(found.labels) or "none"
 
 
-def _shortened(text: str) -> str:
-    """A long text without its middle. Its start and end distinguish it from others."""
+def text_of(columns: Sequence[str], row: Row) -> str:
+    """The first of these columns that a row has, shortened for a table."""
+    column = next((name for name in columns if name in row), next(iter(row), ""))
+    return shortened(str(row.get(column, "")))
+
+
+def shortened(text: str) -> str:
+    """A text on one line; a long one without its middle. Its start and end distinguish it from others."""
+    text = " ".join(text.split())
     beginning = _TEXT_WIDTH * 2 // 3
     return text if len(text) <= _TEXT_WIDTH else f"{text[:beginning]} … {text[beginning + 3 - _TEXT_WIDTH :]}"

@@ -108,7 +108,7 @@ TestRowsOption = typer.Option(200, min=0, help="Maximum of test rows, drawn at r
 RecipeOption = typer.Option(
     None,
     "--recipe",
-    help="Training recipe: 'paper', 'small', 'sentence' or a recipe.yaml. \\[default: the one for the model]",
+    help="Training recipe: 'paper', 'small', 'sentence', 'generate' or a recipe.yaml. \\[default: the one for the model]",
     show_default=False,
 )
 StepsOption = typer.Option(
@@ -278,13 +278,13 @@ def _load_base(
     return load_base(name, labels, dtype, kind)
 
 
-def recipe_for(model: str, recipe: str | None, **changes: Any) -> Recipe:
-    """The given recipe, or by default the one for a model of that size, with some fields changed."""
+def recipe_for(model: str, recipe: str | None, generates: bool = False, **changes: Any) -> Recipe:
+    """The given recipe, or by default the one for a model of that size or for one that generates text, with some fields changed."""
     from ia3.training.recipe import Recipe
 
     if recipe is None:
         quiet()
-    chosen = (Recipe.for_model(model) if recipe is None else Recipe.load(recipe)).changed(**changes)
+    chosen = (Recipe.for_model(model, generates) if recipe is None else Recipe.load(recipe)).changed(**changes)
     if chosen.init is not None:
         IA3Config.from_pretrained(chosen.init)  # so that an error comes before the model is loaded
     return chosen

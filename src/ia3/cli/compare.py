@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +34,11 @@ from ia3.cli.common import (
     say_seen,
     table,
 )
+from ia3.cli.free_text import ChatOption, MetricOption, TextExamplesOption, is_text, trusted, with_options
+from ia3.cli.free_text import print_comparison as print_texts
 from ia3.cli.train import folder_of, numbers, source_of
 from ia3.errors import InputError
+from ia3.files import write_json
 from ia3.folder import AdapterFolder
 
 if TYPE_CHECKING:
@@ -72,6 +76,9 @@ def compare(
         None, help="Folder of a trained adapter to evaluate, instead of training one.", show_default=False
     ),
     examples_per_label: int | None = ExamplesOption,
+    text_examples: int | None = TextExamplesOption,
+    chat: bool = ChatOption,
+    metric: str | None = MetricOption,
     test_rows: int = TestRowsOption,
     recipe: str | None = RecipeOption,
     steps: int | None = StepsOption,
@@ -96,19 +103,37 @@ def compare(
     them again for each example. The untrained methods also have balanced accuracy: an untrained model prefers some answers
     whatever it reads, and training rows show how much. Without --template or --task, the training rows choose the wording
     of all methods. Writes a picture, compare.png, and the numbers, compare.json.
+
+    For a task whose answer is text the methods have its metrics and times, and there is no picture.
     """
     from ia3.evaluation.drawing import drawn
+    from ia3.task.task import Task
 
     out = console(json_output)
     if adapter is not None:
-        for option, value in {"--recipe": recipe, "--steps": steps}.items():
+        for option, value in {"--recipe": recipe, "--steps": steps, "--chat": chat or None}.items():
             if value is not None:
                 raise InputError(f"Expected --adapter or {option}, one of the two, found both.")
     trained = None if adapter is None else AdapterFolder(adapter)
     counts = None if shots is None else numbers("--shots", shots, int)
-    own = trained.required_task() if trained is not None and task is None else task
+    own = trained.any_task or trained.required_task() if trained is not None and task is None else task
     source = source_of(own, data, test_data, label_column, text_column, choices, template, delimiter)
-    source.task.require_one_label()
+    generates = is_text(
+        source.task,
+        {
+            "--text-column": text_column,
+            "--label-column": label_column,
+            "--choices": choices,
+            "--examples-per-label": examples_per_label,
+        },
+        {"--examples": text_examples, "--chat": chat, "--metric": metric},
+    )
+    if isinstance(source.task, Task):
+        source.task.require_one_label()
+    else:
+        is_own = trained is not None and task is None
+        changed = trusted(out, source.task, metric) if is_own else with_options(source.task, chat, metric)
+        source = replace(source, task=changed)
     source.check()
     seen = None if trained is None else trained.seen()
     if adapter is not None and seen is None and source.test is None:
@@ -116,19 +141,21 @@ def compare(
             f"Expected test rows that the adapter has not seen (--test-data): {adapter} does not say which rows it was "
             f"trained on."
         )
-    chosen = drawn(source, examples_per_label, test_rows, seed, seen)
+    chosen = drawn(source, text_examples if generates else examples_per_label, test_rows, seed, seen)
     examples, test = chosen.examples, chosen.test
     if not test:
         raise InputError(
             "Expected labelled rows to measure on (--test-data): none remain after training; give some, or train on "
-            "fewer (--examples-per-label)."
+            f"fewer ({'--examples' if generates else '--examples-per-label'})."
         )
     for count in counts or ():
         if not 1 <= count <= len(examples):
             raise InputError(f"Expected --shots from 1 to {len(examples)}, the training examples, found {count}.")
     folder = output or folder_of("comparisons", source.task.name)
     require_folder(folder)
-    plan = trained.recipe if trained is not None else recipe_for(model or EMBEDDED_MODEL, recipe, steps=steps)
+    plan = (
+        trained.recipe if trained is not None else recipe_for(model or EMBEDDED_MODEL, recipe, generates, steps=steps)
+    )
 
     quiet()
     with out.status("Loading the model …"):
@@ -136,10 +163,29 @@ def compare(
         from ia3.evaluation.comparison import USUAL_SHOTS, Comparison
         from ia3.evaluation.wordings import choose_wording
 
+        if generates:
+            from ia3.evaluation.generation import require_generator
+
+            require_generator(model or EMBEDDED_MODEL)
         if trained is None:
             base, tokenizer = load_base(model or EMBEDDED_MODEL, source.task.labels, dtype)
         else:
             base, tokenizer = load_base_of(trained, model, dtype)
+    if not isinstance(source.task, Task):
+        from ia3.evaluation.comparison_text import TextComparison
+
+        texts = TextComparison(
+            base, tokenizer, source.task, examples, test, plan.likelihood_only, seed, metric, trained
+        )
+        with Bars(out) as bars:
+            rows = texts.run(texts.shots(counts), bars)
+        write_json(folder / "compare.json", {"model": base.name_or_path, "task": source.task.name, "rows": rows})
+        if json_output:
+            print_json({"rows": rows})
+        else:
+            print_texts(out, rows)
+            out.print(f"\nSaved in {folder}.", markup=False, soft_wrap=True)
+        return
     with Bars(out) as bars:
         asked, ranking = choose_wording(base, tokenizer, source.task, examples, plan, bars)
         if ranking:

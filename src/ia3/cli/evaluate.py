@@ -18,6 +18,8 @@ from ia3.cli.common import (
     print_json,
     table,
 )
+from ia3.cli.free_text import MetricOption, is_text
+from ia3.cli.free_text import evaluate as evaluate_texts
 from ia3.folder import AdapterFolder
 
 
@@ -37,27 +39,35 @@ def evaluate(
         help="Fit the temperature of the adapter's probabilities to these rows, except its training rows, "
         "and store it in the folder.",
     ),
+    metric: str | None = MetricOption,
     model: str | None = ModelOption,
     dtype: str = DtypeOption,
     json_output: bool = JsonOption,
 ) -> None:
     """Evaluate a trained adapter on labelled rows: accuracy, macro-F1, each label's precision and recall, and the
-    calibration of its probabilities."""
+    calibration of its probabilities; or the metrics of the texts that it generates (see --metric)."""
     from ia3.errors import InputError
     from ia3.evaluation.calibration import Calibration
     from ia3.evaluation.drawing import read
     from ia3.evaluation.results import METRICS, OF_LABEL_SETS, majority, report
     from ia3.task.reading import require_delimited
+    from ia3.task.task import Task
 
     out = console(json_output)
     folder = AdapterFolder(adapter)
-    task = folder.required_task()
+    task = folder.any_task or folder.required_task()
+    is_text(task, {"--calibrate": calibrate}, {"--metric": metric})
     source = data or task.test
     if source is None:
         raise InputError("Expected labelled rows (--data): the task names no test rows.")
     require_delimited(delimiter, source)
     rows = read(source, task, delimiter)
     task.check(rows)
+    if not isinstance(task, Task):
+        if not rows:
+            raise InputError("Expected labelled rows to measure on, found none.")
+        evaluate_texts(out, folder, task, rows, model, dtype, metric, json_output)
+        return
     labels = [task.truth(row, number) for number, row in enumerate(rows, 1)]
     if calibrate and not Path(adapter).is_dir():
         raise InputError(f"Expected a folder here with --calibrate, found {adapter!r}: the result is stored in it.")

@@ -12,6 +12,7 @@ from ia3.adapter.config import adapter_folders
 from ia3.cli.answers import Answer, delimiter_like, print_table, to_json, write
 from ia3.cli.bars import Bars
 from ia3.cli.common import (
+    MAX_SEED,
     AdapterArgument,
     DelimiterOption,
     DtypeOption,
@@ -25,6 +26,8 @@ from ia3.cli.common import (
     moved,
     print_json,
 )
+from ia3.cli.free_text import is_text
+from ia3.cli.free_text import predict as predict_texts
 from ia3.errors import InputError, about, brief, shown, similar
 from ia3.files import parse_bytes
 from ia3.folder import AdapterFolder
@@ -32,6 +35,7 @@ from ia3.folder import AdapterFolder
 if TYPE_CHECKING:
     from ia3.adapter.model import IA3Model
     from ia3.opinions.opinions import Opinions
+    from ia3.task.kinds import AnyTask
     from ia3.task.task import Row, Task
 
 # What an adapter is called that is asked alone.
@@ -73,12 +77,28 @@ def predict(
         0.0, min=0.0, max=1.0, help="Give no label if the best label's probability is lower."
     ),
     prior: str | None = PriorOption,
+    max_new_tokens: int | None = typer.Option(
+        None,
+        min=1,
+        help="For an adapter that generates text: the maximum of tokens of an answer. \\[default: the task's]",
+        show_default=False,
+    ),
+    temperature: float | None = typer.Option(
+        None,
+        min=0.0,
+        help="For an adapter that generates text: draw tokens with this temperature. \\[default: 0, the most probable token]",
+        show_default=False,
+    ),
+    seed: int | None = typer.Option(
+        None, min=0, max=MAX_SEED, help="Random seed of --temperature. \\[default: 0]", show_default=False
+    ),
     model: str | None = ModelOption,
     dtype: str = DtypeOption,
     memory: str = MemoryOption,
     json_output: bool = JsonOption,
 ) -> None:
-    """Label texts, or the rows of a file, with a trained adapter: the label and each label's probability.
+    """Label texts, or the rows of a file, with a trained adapter: the label and each label's probability; or generate the
+    answer, if the adapter's task asks for a text.
 
     Probabilities are calibrated when the adapter is: ia3 train --folds 4, or ia3 evaluate --calibrate.
 
@@ -100,6 +120,7 @@ def predict(
     if output is not None and output.suffix.lower() not in (".csv", ".jsonl"):
         raise InputError(f"Expected --output to end in .csv or .jsonl, found {str(output)!r}.")
     from ia3.evaluation.drawing import read
+    from ia3.task.free_text import FreeText
     from ia3.task.reading import require_delimited
 
     require_delimited(delimiter, data)
@@ -113,9 +134,32 @@ def predict(
     else:
         names = _chosen(adapter, there, adapters) if each else [_ALONE]
         known = {name: AdapterFolder(there[name] if each else adapter) for name in names}
-        task = None if each else known[_ALONE].required_task()
+        task = None if each else known[_ALONE].any_task or known[_ALONE].required_task()
         rows = list(texts or []) if data is None else read(data, task, delimiter)
         asked = [names] * len(rows)
+    generating = {"--max-new-tokens": max_new_tokens, "--temperature": temperature, "--seed": seed}
+    own = known[_ALONE].any_task if _ALONE in known else None
+    if own is not None and is_text(own, {"--abstain-below": abstain_below, "--prior": prior}, generating):
+        assert isinstance(own, FreeText)
+        if data is None and len(own.columns) != 1:
+            raise _not_texts(own)
+        delimited = delimiter_like(data, delimiter)
+        predict_texts(
+            out,
+            known[_ALONE],
+            own,
+            rows,
+            model,
+            dtype,
+            zero_shot,
+            max_new_tokens,
+            temperature or 0.0,
+            seed or 0,
+            output,
+            delimited,
+            json_output,
+        )
+        return
     tasks = {name: folder.required_task() for name, folder in known.items()}
     opinions = {}
     for name, folder in known.items():
@@ -123,10 +167,7 @@ def predict(
             opinions[name] = moved(folder.opinions, prior, tasks[name].labels)
     for name, task in tasks.items():
         if data is None and len(task.columns) != 1:
-            raise InputError(
-                f"Expected rows with the columns {shown(task.columns, 20)}, found texts alone; give a file: --data.",
-                owner=f"Adapter {name!r}" if each else None,
-            )
+            raise _not_texts(task, f"Adapter {name!r}" if each else None)
     for number, (row, names) in enumerate(zip(rows, asked, strict=True), 1):
         for name in names:  # before a model is loaded, what cannot be used
             with about(f"Adapter {name!r}" if each else None):
@@ -145,6 +186,12 @@ def predict(
         print_json([to_json(its, each, named=adapter_column is not None) for its in found])
     elif output is None:
         print_table(out, items, found, named=bool(options))
+
+
+def _not_texts(task: AnyTask, owner: str | None = None) -> InputError:
+    """The error for texts that a task of several columns cannot take."""
+    columns = shown(task.columns, 20)
+    return InputError(f"Expected rows with the columns {columns}, found texts alone; give a file: --data.", owner=owner)
 
 
 def _answered(

@@ -8,7 +8,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from ia3.cli.common import table
-from ia3.evaluation.results import METHODS, METRICS, OF_COSTS, OF_GRADES, OF_LABEL_SETS, spread
+from ia3.evaluation.results import METHODS, OF_COSTS, OF_GRADES, shown_metric, spread, titles_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,15 +22,14 @@ _OPINIONS = {"vectors": "vectors alone", "head": "head alone", "sentences": "sen
 
 def print_table(out: Console, results: dict[str, Any]) -> None:
     """Print the results of one adapter."""
-    if "micro_f1" in results.get("trained", {}):
-        _print_label_sets(out, results)
-    elif "trained" in results:
+    if "trained" in results:
         more = {name: title for name, title in (OF_GRADES | OF_COSTS).items() if name in results["trained"]}
-        scores = table("", *METRICS.values(), *more.values(), title=f"{results['test_rows']} test rows")
+        titles = titles_of(results["trained"])
+        scores = table("", *titles.values(), *more.values(), title=f"{results['test_rows']} test rows")
         opinions = results.get("opinions", {})
 
         def cells(its: Mapping[str, float]) -> list[str]:
-            return [*(f"{its[name]:.1%}" for name in METRICS), *(f"{its[name]:.2f}" for name in more)]
+            return [*(shown_metric(its[name]) for name in titles), *(f"{its[name]:.2f}" for name in more)]
 
         for key, name in METHODS.items():
             if key not in results:  # no balance where answers differ from row to row
@@ -48,23 +47,12 @@ def print_table(out: Console, results: dict[str, Any]) -> None:
     if "cross_validation" in results:
         scores = results["cross_validation"]
         temperature = f"; temperature {results['calibration']['temperature']:.2f}" if "calibration" in results else ""
-        named = OF_LABEL_SETS if "micro_f1" in scores else METRICS
-        said = ", ".join(f"{title} {scores[name]:.1%}" for name, title in named.items())
+        said = ", ".join(f"{title} {scores[name]:.1%}" for name, title in titles_of(scores).items())
         out.print(f"Cross-validated on the examples: {said}{temperature}")
     out.print(
         f"{results['steps']} steps in {results['train_seconds']:.0f} s; {results['trainable_parameters']:,} trained "
         f"parameters; adapter of {results['adapter_bytes'] / 1000:.0f} kB"
     )
-
-
-def _print_label_sets(out: Console, results: Mapping[str, Any]) -> None:
-    """Print the results of an adapter whose rows have several labels."""
-    scores = table("", *OF_LABEL_SETS.values(), title=f"{results['test_rows']} test rows")
-    for key, name in METHODS.items():
-        if key in results:
-            cells = [f"{results[key][metric]:.1%}" for metric in OF_LABEL_SETS]
-            scores.add_row(name, *cells, style="bold" if key == "trained" else None)
-    out.print(scores)
 
 
 def print_wordings(out: Console, title: str, ranking: Sequence[Ranked], tried: int) -> None:
@@ -119,9 +107,9 @@ def print_fleet_table(out: Console, members: Mapping[str, dict[str, Any]], seeds
 
     measured = {name: results for name, results in members.items() if "trained" in results}
     if measured:
-        exact = all("micro_f1" in results["trained"] for results in measured.values())
-        title = f"{'Exact match' if exact else 'Accuracy'} (macro-F1) on test rows"
-        scores = table("", "rows", *METHODS.values(), title=title)
+        kinds = dict.fromkeys(tuple(_two(results["trained"]).values()) for results in measured.values())
+        named = " or ".join(f"{first[:1].upper()}{first[1:]} ({second})" for first, second in kinds)
+        scores = table("", "rows", *METHODS.values(), title=f"{named} on test rows")
         for name, results in measured.items():
             scores.add_row(escape(name), str(results["test_rows"]), *_cells([results]))
         for shared, names in seeds.items():
@@ -140,15 +128,20 @@ def print_fleet_table(out: Console, members: Mapping[str, dict[str, Any]], seeds
     )
 
 
+def _two(scores: Mapping[str, float]) -> dict[str, str]:
+    """The two metrics of a narrow table, with their titles."""
+    return dict(islice(titles_of(scores).items(), 2))
+
+
 def _cells(some: Sequence[dict[str, Any]]) -> list[str]:
-    """Accuracy and macro-F1 of each method: median and interquartile range, or the value if all are equal."""
+    """Two metrics of each method: median and interquartile range, or the value if all are equal."""
     cells = []
     for method in METHODS:
         if not all(method in results for results in some):
             cells.append("–")
             continue
         texts = []
-        for metric in METRICS:
+        for metric in _two(some[0][method]):
             values = [100 * results[method][metric] for results in some]
             its = spread(values)
             width = f" ({its['interquartile_range']:.1f})" if len(set(values)) > 1 else ""
@@ -158,7 +151,7 @@ def _cells(some: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _means(groups: Sequence[Sequence[dict[str, Any]]]) -> list[str]:
-    """Accuracy and macro-F1 of each method: the mean of the groups' medians."""
+    """Two metrics of each method: the mean of the groups' medians."""
     cells = []
     for method in METHODS:
         if not all(method in results for some in groups for results in some):
@@ -166,7 +159,7 @@ def _means(groups: Sequence[Sequence[dict[str, Any]]]) -> list[str]:
             continue
         medians = [
             statistics.mean(statistics.median(results[method][metric] for results in some) for some in groups)
-            for metric in METRICS
+            for metric in _two(groups[0][0][method])
         ]
         cells.append(f"{medians[0]:.1%} ({medians[1]:.1%})")
     return cells

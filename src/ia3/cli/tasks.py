@@ -138,6 +138,7 @@ def suggest(
     out = console(json_output)
     several = label_sets(multi_label, label_separator, label_columns)
     source = source_of(None, data, None, label_column, text_column, choices, None, delimiter, several=several)
+    assert isinstance(source.task, Task)  # of rows without a task file
     source.check()
     examples = drawn(source, examples_per_label, 1, seed).examples
     quiet()

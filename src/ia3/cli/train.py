@@ -43,6 +43,14 @@ from ia3.cli.common import (
     say_seen,
     saying_how_to_go_on,
 )
+from ia3.cli.free_text import (
+    ChatOption,
+    MetricOption,
+    TextExamplesOption,
+    is_text,
+    print_prompt,
+    with_options,
+)
 from ia3.cli.results import print_fleet_table, print_table
 from ia3.errors import InputError, about, brief, shown
 
@@ -51,7 +59,7 @@ if TYPE_CHECKING:
 
     from ia3.evaluation.drawing import Source
     from ia3.evaluation.experiment import Experiment, Trial
-    from ia3.task.task import Task
+    from ia3.task.kinds import AnyTask
 
 EMBEDDED_TASK = "courses"
 
@@ -107,6 +115,7 @@ def train(
         "it has, or weights such as fraud=5 (others: 1). \\[default: the task's, otherwise all rows the same]",
         show_default=False,
     ),
+    text_examples: int | None = TextExamplesOption,
     test_rows: int = TestRowsOption,
     recipe: str | None = RecipeOption,
     steps: int | None = StepsOption,
@@ -157,6 +166,8 @@ def train(
         help="Folder of the adapter. \\[default: adapters/NAME; adapters/fleet with --tasks]",
         show_default=False,
     ),
+    chat: bool = ChatOption,
+    metric: str | None = MetricOption,
     resume: bool = typer.Option(False, "--resume", help="Continue from the last checkpoint of an interrupted run."),
     json_output: bool = JsonOption,
 ) -> None:
@@ -184,6 +195,9 @@ def train(
 
     Rows may have several labels each: --label-separator, --label-columns, or lists in a .jsonl file. Each label is then decided
     by itself; the table has F1 of labels, and the share of rows whose labels are all right.
+
+    A task file with `answer: "{{ summary }}"` instead of choices trains a model to write the answer (see --chat, --metric,
+    --examples).
 
     Writes adapter_config.json and adapter_model.safetensors (which PEFT also reads, with --acts-from start), opinions.json,
     head.safetensors, sentences.safetensors, words.safetensors, calibration.json, task.yaml, recipe.yaml, metrics.json and README.md into the
@@ -226,14 +240,39 @@ def train(
         sources = _sources(tasks, delimiter)
         rows = {key: [getattr(source, key) for source in sources] for key in ("task", "rows", "test")}
         name = "fleet"
+    generates = is_text(
+        rows["task"],
+        {
+            "--text-column": text_column,
+            "--label-column": label_column,
+            "--choices": choices,
+            "--multi-label": multi_label or None,
+            "--label-separator": label_separator,
+            "--label-columns": label_columns,
+            "--class-weight": class_weight,
+            "--grades": grades,
+            "--examples-per-label": examples_per_label,
+            "--unlabelled": unlabelled,
+            "--prior": prior,
+            "--opinions": opinions,
+            "--encoder": encoder,
+            "--folds": folds,
+            "--all-templates": all_templates,
+        },
+        {"--examples": text_examples, "--chat": chat, "--metric": metric},
+    )
     if class_weight is not None:
         rows["task"] = _weighed(rows["task"], class_weight)
+    if generates:
+        several = isinstance(rows["task"], list)
+        changed: Any = [with_options(one, chat, metric) for one in (rows["task"] if several else [rows["task"]])]
+        rows["task"] = changed if several else changed[0]
     experiment = Experiment(
         **rows,
         folder=output or folder_of("adapters", name),
         model=model,
         dtype=dtype,
-        examples_per_label=examples_per_label,
+        examples_per_label=text_examples if generates else examples_per_label,
         test_rows=test_rows,
         seed=all_seeds,
         learning_rate=rates,
@@ -251,6 +290,10 @@ def train(
 
     models = named_models(model)
     if models is not None:
+        if generates:
+            raise InputError(
+                "Expected one model for a task whose answer is text, found several", "name it by", argument="model"
+            )
         if resume:
             raise InputError(
                 "Expected the model of the interrupted run with --resume, found several",
@@ -262,7 +305,14 @@ def train(
         given = [option for option, value in forms.items() if value not in (None, "none")]
         model = experiment.model = _chosen(out, models, experiment, dtype, encoder or "auto", given)
     experiment.recipe = recipe_for(
-        model, recipe, steps=steps, init=init, acts_from=acts_from, opinions=opinions, encoder=encoder
+        model,
+        recipe,
+        generates,
+        steps=steps,
+        init=init,
+        acts_from=acts_from,
+        opinions=opinions,
+        encoder=encoder,
     )
     _describe(out, experiment, experiment.checkpoint() if resume else None)
 
@@ -311,7 +361,7 @@ def _chosen(
     return considered[0].name
 
 
-def _prior(prior: str | None, task: Task | Sequence[Task]) -> str | dict[str, float]:
+def _prior(prior: str | None, task: AnyTask | Sequence[AnyTask]) -> str | dict[str, float]:
     """The prior of --prior. Raises `InputError` if it does not fit the task's labels."""
     from ia3.opinions.priors import BALANCED, prior_of
 
@@ -411,7 +461,7 @@ def label_sets(multi_label: bool, label_separator: str | None, label_columns: st
 
 
 def source_of(
-    task: str | Task | None = None,
+    task: str | AnyTask | None = None,
     data: str | None = None,
     test_data: str | None = None,
     label_column: str | None = None,
@@ -424,6 +474,8 @@ def source_of(
 ) -> Source:
     """The task and rows that these options describe; without options, the embedded ones. `several` is of `label_sets`."""
     from ia3.evaluation.drawing import Source, read
+    from ia3.task.free_text import FreeText
+    from ia3.task.kinds import load_task
     from ia3.task.reading import name_of, require_delimited
     from ia3.task.task import Task
 
@@ -439,7 +491,11 @@ def source_of(
         if task is None:
             description = Task.embedded(EMBEDDED_TASK)
         else:
-            description = task if isinstance(task, Task) else Task.load(task)
+            description = load_task(task) if isinstance(task, str) else task
+        if isinstance(description, FreeText):
+            if template is not None:
+                description = type(description).create(description.model_dump() | {"template": template})
+            return source_in(description, data, test_data, delimiter)
         if text_column is not None:
             raise InputError("--text-column goes with --data; a task's template names its columns itself.")
         changes = {
@@ -450,20 +506,28 @@ def source_of(
             **(several or {}),
         }
         description = description.changed(**{key: value for key, value in changes.items() if value is not None})
-        source = data or description.train
-        if source is None:
-            raise InputError(
-                f"Expected training rows: neither --data nor a `train:` in {task if isinstance(task, str) else description.name}."
-            )
-        require_delimited(delimiter, source, test_data or (description.test if data is None else None))
-        rows = read(source, description, delimiter)
-    source = test_data or (description.test if data is None else None)
-    test = None if source is None else list(read(source, description, delimiter))
+        return source_in(description, data, test_data, delimiter)
+    test = None if test_data is None else list(read(test_data, description, delimiter))
     return Source(description, list(rows), test)
+
+
+def source_in(description: AnyTask, data: str | None, test_data: str | None, delimiter: str | None) -> Source:
+    """A task and the rows in these files, or in those that it names."""
+    from ia3.evaluation.drawing import Source, read
+    from ia3.task.reading import require_delimited
+
+    source, tested = data or description.train, test_data or (description.test if data is None else None)
+    if source is None:
+        raise InputError(f"Expected training rows: neither --data nor a `train:` in {description.name}.")
+    require_delimited(delimiter, source, tested)
+    rows = read(source, description, delimiter)
+    return Source(description, list(rows), None if tested is None else list(read(tested, description, delimiter)))
 
 
 def _describe(out: Console, experiment: Experiment, checkpoint: str | None) -> None:
     """Say what the run will do."""
+    from ia3.task.task import Task
+
     by_task: dict[int, list[Trial]] = {}
     for trial in experiment.trials:
         by_task.setdefault(id(trial.task), []).append(trial)
@@ -477,6 +541,9 @@ def _describe(out: Console, experiment: Experiment, checkpoint: str | None) -> N
         out.print(text, markup=False, style="bold", soft_wrap=True)
         say_seen(out, draws)
         example = (first.examples or first.test)[0]
+        if not isinstance(task, Task):
+            print_prompt(out, task, example)
+            continue
         if task.candidates:
             how = f"The training examples choose the wording from {len(task.candidates)} (--template sets one). "
             if experiment.chosen_recipe.init is not None:  # whose wording it may be

@@ -259,7 +259,9 @@ def trained_on_others(
     base = base_of(model)
     start = None if recipe.init is None else Start(recipe.init)
     if start is None:
-        config = IA3Config(task_type=task_type(base), acts_from=recipe.place(base, task))
+        config = IA3Config(
+            task_type=task_type(base), acts_from=recipe.place(base, task), target_modules=recipe.target_modules
+        )
     else:
         config = replace(start.stored.config, inference_mode=False)
     # An adapter that was trained on held-out rows knows them already.

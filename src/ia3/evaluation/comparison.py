@@ -154,7 +154,7 @@ class Comparison:
 
     def _train(self) -> tuple[Any, dict[str, Any]]:
         recipe = self.recipe
-        model = with_adapters(self.base, {"default": recipe.place(self.base, self.task)}, recipe.init)
+        model = with_adapters(self.base, {"default": recipe.place(self.base, self.task)}, recipe)
         with tempfile.TemporaryDirectory() as scratch:
             trainer, _, seconds = train_alone(
                 self._progress, "training", model, self.tokenizer, self.task, self.examples, recipe, self.seed, scratch

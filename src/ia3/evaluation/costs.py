@@ -210,7 +210,8 @@ def example_flops(
                 for questions in steps:
                     for _, batch in scorer.training_batches(questions):
                         batch = to_device(batch, device)
-                        loss = tfew_loss(scorer.log_probs(batch), batch["mask"], batch["label"], **recipe.loss_weights)
+                        what = scorer.log_probs(batch), batch["mask"], batch["label"]
+                        loss = tfew_loss(*what, weights=None, **recipe.loss_weights)
                         loss.total.backward()
         seen = sum(map(len, steps))
         texts = len({question.text for questions in steps for question in questions})

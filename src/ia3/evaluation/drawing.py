@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ia3.opinions.priors import shares_of
+from ia3.task.free_text import FreeText, few_rows
+from ia3.task.kinds import AnyTask
 from ia3.task.reading import is_delimited, read_rows
 from ia3.task.task import Row, Task, few_shot
 from ia3.task.template import as_text
@@ -18,7 +20,7 @@ from ia3.task.template import as_text
 _TELLING = 50
 
 
-def read(source: str, task: Task | None = None, delimiter: str | None = None) -> list[dict[str, Any]]:
+def read(source: str, task: AnyTask | None = None, delimiter: str | None = None) -> list[dict[str, Any]]:
     """Read the rows of a file or a data set.
 
     Args:
@@ -32,7 +34,7 @@ def read(source: str, task: Task | None = None, delimiter: str | None = None) ->
     if own:
         delimiter = delimiter or task.delimiter
     rows = read_rows(source, task.class_names, delimiter if is_delimited(source) else None)
-    if not (own and task.only_choices and task.labels is not None):
+    if not (own and isinstance(task, Task) and task.only_choices and task.labels is not None):
         return rows
     known = {*task.labels, *task.aliases}
     return [row for row in rows if as_text(row.get(task.label_column)) in known]
@@ -42,7 +44,7 @@ def read(source: str, task: Task | None = None, delimiter: str | None = None) ->
 class Source:
     """A task with the rows to draw training examples from, and given test rows or None."""
 
-    task: Task
+    task: AnyTask
     rows: Sequence[Row]
     test: Sequence[Row] | None
 
@@ -83,7 +85,8 @@ def drawn(
 
     Args:
         source: the rows to draw from.
-        per_label: examples per label; None: 16, or all if a label has fewer; 0: all rows.
+        per_label: examples per label; None: 16, or all if a label has fewer; 0: all rows. If the answer is text, examples in
+            all; None: 64, or all if there are fewer.
         test_rows: the maximum of test rows; 0: all.
         seed: decides the draw.
         seen: whether a trained adapter was trained on a row. If the source has such rows, they are the examples, each
@@ -95,7 +98,7 @@ def drawn(
     if learned:
         examples = list(learned.values())
     else:
-        examples = list(source.rows) if per_label == 0 else few_shot(source.rows, source.task, per_label, seed)
+        examples = list(source.rows) if per_label == 0 else _few(source, per_label, seed)
     known = {source.task.fingerprint(row) for row in examples}
 
     def is_known(row: Row, key: str) -> bool:
@@ -120,9 +123,17 @@ def drawn(
     return Draw(examples, tested, left_out=len(rest) - len(test), shares=shares)
 
 
-def _shares(task: Task, rows: Sequence[Row], others: Sequence[Row] = (), stand_for: int = 0) -> dict[str, float] | None:
+def _few(source: Source, count: int | None, seed: int) -> list[Row]:
+    if isinstance(source.task, FreeText):
+        return few_rows(source.rows, source.task, count, seed)
+    return few_shot(source.rows, source.task, count, seed)
+
+
+def _shares(
+    task: AnyTask, rows: Sequence[Row], others: Sequence[Row] = (), stand_for: int = 0
+) -> dict[str, float] | None:
     """The shares of labels among rows and `stand_for` more, of which `others` are a random sample."""
-    if task.labels is None or task.multi_label:
+    if isinstance(task, FreeText) or task.labels is None or task.multi_label:
         return None
     first, second = (Counter(task.label(row) for row in some) for some in (rows, others))
     each = stand_for / max(len(others), 1)

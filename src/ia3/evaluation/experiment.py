@@ -22,8 +22,10 @@ from ia3.files import parse_bytes, write_json
 from ia3.opinions.opinions import VECTORS, Opinions
 from ia3.opinions.priors import BALANCED
 from ia3.scoring import MEMORY
+from ia3.task.free_text import FreeText
+from ia3.task.kinds import AnyTask
 from ia3.task.rows import as_rows
-from ia3.task.task import Row, Task
+from ia3.task.task import Row
 from ia3.training.recipe import Recipe
 
 T = TypeVar("T")
@@ -39,7 +41,7 @@ class Trial:
     Attributes:
         name: its subfolder in the experiment's folder, such as "seed-0"; "" for a single adapter in the folder itself.
         shared: the name without the seed.
-        task: the task of its rows.
+        task: the task of its rows, of any kind.
         seed: decides which examples are drawn, and their order.
         learning_rate: the learning rate; None: the recipe's.
         examples: the training examples.
@@ -49,7 +51,7 @@ class Trial:
 
     name: str
     shared: str
-    task: Task
+    task: Any
     seed: int
     learning_rate: float | None
     examples: Sequence[Row]
@@ -107,7 +109,8 @@ class Experiment:
         dtype: the type of its weights, as `load_base` takes it.
         memory: the maximum that `Readings` keep, in bytes or such as "2GiB".
         recipe: how to train; None: the one for a model of that size.
-        examples_per_label: examples to draw per label; None: 16, or all if a label has fewer; 0: all rows.
+        examples_per_label: examples to draw per label; None: 16, or all if a label has fewer; 0: all rows. If the answer is text,
+            examples in all; None: 64, or all if there are fewer.
         test_rows: the maximum of test rows, drawn at random; 0: all.
         seed: decides which examples are drawn, and their order.
         learning_rate: the learning rate; None: the recipe's.
@@ -121,7 +124,7 @@ class Experiment:
             cross-validation agrees (see `self_train`).
     """
 
-    task: Task | Sequence[Task]
+    task: AnyTask | Sequence[AnyTask]
     rows: Any = None
     test: Any = None
     folder: str | os.PathLike = field(kw_only=True)
@@ -137,6 +140,16 @@ class Experiment:
     memory: int | str = MEMORY
     prior: str | Mapping[str, float] = "file"
     unlabelled: Any = None
+
+    @property
+    def generates(self) -> bool:
+        """Whether the answers are texts. Raises `InputError` if only those of some tasks are."""
+        kinds = {isinstance(task, FreeText) for task in _listed(self.task)}
+        if len(kinds) > 1:
+            raise InputError(
+                "Expected tasks with choices or tasks whose answer is text, found both", "train them apart"
+            )
+        return kinds == {True}
 
     @property
     def several(self) -> bool:
@@ -204,7 +217,8 @@ class Experiment:
     @functools.cached_property
     def chosen_recipe(self) -> Recipe:
         """The recipe of all adapters."""
-        return Recipe.for_model(self.model) if self.recipe is None else self.recipe
+        chosen = Recipe.for_model(self.model, self.generates) if self.recipe is None else self.recipe
+        return chosen.likelihood_only if self.generates else chosen
 
     def settings(self) -> dict[str, Any]:
         """All settings that decide the result."""
@@ -241,6 +255,8 @@ class Experiment:
         from ia3.opinions.sentences import Sentences
 
         parse_bytes(self.memory, "memory for readings")
+        if self.generates:
+            self._check_generates()
         self._check_prior()
         if self.chosen_recipe.init is not None:
             IA3Config.from_pretrained(self.chosen_recipe.init)
@@ -273,6 +289,23 @@ class Experiment:
                     argument=argument,
                 )
 
+    def _check_generates(self) -> None:
+        """Raise `InputError` for settings and models that need labels."""
+        for name in ("folds", "all_templates", "unlabelled"):
+            if getattr(self, name):
+                raise InputError(
+                    "Expected tasks with choices, found one whose answer is text", "leave out", argument=name
+                )
+        if self.prior != "file":
+            raise InputError(
+                "Expected tasks with choices, found one whose answer is text", "leave out", argument="prior"
+            )
+        from ia3.evaluation.generation import require_generator
+
+        require_generator(self.model)
+        for trial in self.trials:
+            self.chosen_recipe.place(None, trial.task)
+
     def _check_prior(self) -> None:
         """Raise `InputError` for a prior that does not fit the tasks."""
         if isinstance(self.prior, str) and self.prior not in ("file", BALANCED):
@@ -299,11 +332,12 @@ class Experiment:
             Interrupted: on a keyboard interrupt during training.
         """
         from ia3.evaluation.running import Running
+        from ia3.evaluation.running_text import RunningText
 
         self.check()
         checkpoint = self.checkpoint() if resume else None
         processes.connect(self.settings())
-        running = Running(self, progress or Progress())
+        running = (RunningText if self.generates else Running)(self, progress or Progress())
         before = running.zero_shot()
         metrics, seconds = running.train(checkpoint)
         after = running.trained()
@@ -336,7 +370,7 @@ class Experiment:
         return outcome
 
 
-def source_of(task: Task, rows: Any = None, test: Any = None) -> Source:
+def source_of(task: AnyTask, rows: Any = None, test: Any = None) -> Source:
     """A task and its rows; the arguments are those of `Experiment`. Raises `InputError` if there are no rows."""
     if rows is None:
         if task.train is None:

@@ -19,7 +19,7 @@ from ia3.evaluation.checkpoints import checkpoint_of, interruptible, settings_of
 from ia3.evaluation.progress import Progress, training_stages
 from ia3.evaluation.results import save_measured
 from ia3.evaluation.running import with_adapters
-from ia3.training.pretrain import CAP, PRETRAINING, MixtureTrainer, likelihood_only
+from ia3.training.pretrain import CAP, PRETRAINING, MixtureTrainer
 
 if TYPE_CHECKING:
     from ia3.task.task import Row, Task
@@ -51,7 +51,7 @@ class Pretraining:
     @property
     def plan(self) -> Recipe:
         """The recipe of the training."""
-        return likelihood_only(self.recipe or PRETRAINING)
+        return (self.recipe or PRETRAINING).likelihood_only
 
     @property
     def checkpoints(self) -> Path:
@@ -92,7 +92,7 @@ class Pretraining:
         checkpoint = self.checkpoint() if resume else None
         with progress.waiting("Loading the model …"):
             base, tokenizer = load_base(self.model, [], self.dtype)
-            network = with_adapters(base, {"default": "start"}, plan.init)
+            network = with_adapters(base, {"default": "start"}, plan)
         logged = max(1, plan.steps // 1000)
         arguments = plan.training_arguments(
             self.checkpoints,

@@ -152,7 +152,7 @@ class Raft:
         else:
             adapted, tokenizer = self._loaded
             base = adapted.unload()
-        self._loaded = with_adapters(base, {_ADAPTER: self.recipe.place(base, task)}, self.recipe.init), tokenizer
+        self._loaded = with_adapters(base, {_ADAPTER: self.recipe.place(base, task)}, self.recipe), tokenizer
         return self._loaded
 
     def _earlier(self, name: str) -> dict[str, Any]:

@@ -22,13 +22,15 @@ from ia3.adapter.stored import (
 from ia3.errors import InputError
 from ia3.files import to_json
 from ia3.task.grades import Grades
+from ia3.task.task import Task
 
 if TYPE_CHECKING:
     from ia3.adapter.model import IA3Model
     from ia3.evaluation.calibration import Calibration
     from ia3.evaluation.prediction import Prediction
     from ia3.opinions.opinions import Opinions
-    from ia3.task.task import Row, Task, Template
+    from ia3.task.kinds import AnyTask
+    from ia3.task.task import Row, Template
     from ia3.training.recipe import Recipe
 
 METHODS = {
@@ -41,7 +43,20 @@ METHODS = {
 METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
 OF_LABEL_SETS = {"macro_f1": "macro-F1", "micro_f1": "micro-F1", "accuracy": "exact match"}
 OF_COSTS = {"mean_cost": "mean cost"}
+OF_TEXTS = {"exact_match": "exact match", "token_f1": "token F1", "rouge_l": "ROUGE-L", "micro_f1": "micro-F1"}
 OF_GRADES = {"mean_absolute_error": "mean error", "quadratic_kappa": "kappa"}
+
+
+def titles_of(scores: Mapping[str, float]) -> dict[str, str]:
+    """The metrics that tables show, with their titles; those of a part, such as "f1: date", are not among them."""
+    if "accuracy" in scores:
+        return OF_LABEL_SETS if "micro_f1" in scores else METRICS
+    return {name: OF_TEXTS.get(name, name) for name in scores if ":" not in name}
+
+
+def shown_metric(value: float) -> str:
+    """A metric for a table: percent, or as it is where it is not between 0 and 1, such as one of the user's."""
+    return f"{value:.1%}" if 0 <= value <= 1 else f"{value:.3g}"
 
 
 def majority(labels: Sequence[str]) -> str:
@@ -136,7 +151,10 @@ def summary(members: Mapping[str, dict[str, Any]], seeds: Mapping[str, Sequence[
         some = [members[name] for name in names if "trained" in members[name]]
         if some:
             found[shared] = {
-                method: {metric: spread([results[method][metric] for results in some]) for metric in METRICS}
+                method: {
+                    metric: spread([results[method][metric] for results in some])
+                    for metric in titles_of(some[0]["trained"])
+                }
                 for method in METHODS
                 if all(method in results for results in some)
             }
@@ -155,7 +173,7 @@ def save_trained(
     folder: Path,
     model: IA3Model,
     adapter: str,
-    task: Task,
+    task: AnyTask,
     recipe: Recipe,
     results: dict[str, Any],
     examples: Sequence[Row],
@@ -204,14 +222,16 @@ def save_measured(
     return measured
 
 
-def _model_card(folder: Path, task: Task, recipe: Recipe, results: dict[str, Any]) -> str:
+def _model_card(folder: Path, task: AnyTask, recipe: Recipe, results: dict[str, Any]) -> str:
     lines = []
     if "trained" in results:
-        metrics = OF_LABEL_SETS if task.multi_label else METRICS
-        lines = [" | ".join([f"| {results['test_rows']} test rows", *metrics.values(), ""]).rstrip()]
-        lines += ["|---|" + "---:|" * len(metrics)]
+        titles = titles_of(results["trained"])
+        lines = [
+            f"| {results['test_rows']} test rows | {' | '.join(titles.values())} |",
+            "|---" + "|---:" * len(titles) + "|",
+        ]
         lines += [
-            " | ".join([f"| {name}", *(f"{results[key][metric]:.1%}" for metric in metrics), ""]).rstrip()
+            f"| {name} | {' | '.join(shown_metric(results[key][metric]) for metric in titles)} |"
             for key, name in METHODS.items()
             if key in results
         ]
@@ -224,6 +244,7 @@ def _model_card(folder: Path, task: Task, recipe: Recipe, results: dict[str, Any
     if "trained_at_once" in results:
         how += f", {results['trained_at_once']} adapters at once"
     wordings = "\n\n".join(_wording(task, template) for template in task.templates)
+    kind = "A text classifier" if isinstance(task, Task) else "Generates text"
     return f"""---
 base_model: {json.dumps(base)}
 library_name: peft
@@ -236,7 +257,7 @@ tags:
 
 # {task.name}
 
-{task.description or "A text classifier"}: an (IA)³ adapter ([arXiv:2205.05638](https://arxiv.org/abs/2205.05638)) for
+{task.description or kind}: an (IA)³ adapter ([arXiv:2205.05638](https://arxiv.org/abs/2205.05638)) for
 `{base}`, trained by `{results.get("command", "ia3 train")}` with T-Few's recipe ({recipe.name}) on {results["train_examples"]} labelled examples in
 {results["steps"]} steps ({how}).
 {results["trainable_parameters"]:,} numbers, {results["adapter_bytes"] / 1000:.0f} kB.
@@ -255,8 +276,12 @@ ia3 predict {folder.name} --data rows.csv
 """
 
 
-def _wording(task: Task, template: Template) -> str:
+def _wording(task: AnyTask, template: Template) -> str:
     """A template and its answers, for a model card."""
+    if not isinstance(task, Task):
+        chat = " (a user's message in the tokenizer's chat template)" if task.chat else ""
+        answer = task.answer or f"JSON of {', '.join(task.answer_columns)}"
+        return f"```\n{template.prompt.rstrip()}\n```\n\nThe answer{chat}: `{answer}`"
     own = task.choices if template.choices is None else template.choices
     answers = [f"- `{label}`: {text}" for label, text in own.items()] if isinstance(own, dict) else [f"- `{own}`"]
     return f"```\n{template.prompt.rstrip()}\n```\n\nLabels and their answers:\n\n" + "\n".join(answers)

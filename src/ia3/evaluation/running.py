@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ia3.evaluation.wordings import Ranked
     from ia3.opinions.opinions import Opinions
     from ia3.scoring.readings import Readings
+    from ia3.task.kinds import AnyTask
     from ia3.task.task import Row, Task
     from ia3.training.recipe import Recipe
     from ia3.training.trainer import TFewTrainer
@@ -66,11 +67,6 @@ class Running:
         self._balanced: dict[str, list[Scores]] = {}
         self._by_vectors: dict[str, list[Prediction]] = {}
         with progress.waiting("Loading the model …"):
-            from transformers import set_seed
-
-            from ia3.training.members import Member
-            from ia3.training.trainer import TFewTrainer
-
             base, self.tokenizer = load_base(experiment.model, experiment.trials[0].task.labels, experiment.dtype)
         reads_answers = family_of(base, self.tokenizer).reads_answers
         tasks = [(trial.task, trial.examples) for trial in experiment.trials]
@@ -93,6 +89,15 @@ class Running:
         # What is asked about texts before training, in it and after it, is asked of one reading of each.
         readings = Readings(experiment.memory)
         self.trials = self._worded(base, readings)
+        self._adapt(base, readings)
+
+    def _adapt(self, base: PreTrainedModel, readings: Readings | None = None) -> None:
+        """Put an adapter for each trial into the base model, and make their trainer."""
+        from transformers import set_seed
+
+        from ia3.training.members import Member
+        from ia3.training.trainer import TFewTrainer
+
         # Names in the model may hold neither the dots nor the slashes that names of folders may.
         one = len(self.trials) == 1
         names = ["default"] if one else [f"member{number}" for number in range(len(self.trials))]
@@ -100,12 +105,12 @@ class Running:
         places: dict[str, Place] = {
             self.adapters[trial.name]: self.recipe.place(base, trial.task) for trial in self.trials
         }
-        self.model = with_adapters(base, places, self.recipe.init)
+        self.model = with_adapters(base, places, self.recipe)
         self.readings = readings if self.model.waits_for_question() else None
         self.base_name = base.name_or_path
         seed = self.trials[0].seed
         arguments = self.recipe.training_arguments(
-            experiment.checkpoints,
+            self.experiment.checkpoints,
             seed=seed,
             save_strategy="steps",
             save_steps=max(1, min(10, self.recipe.steps // 4)),
@@ -127,7 +132,7 @@ class Running:
         self.trainer = TFewTrainer(self.model, arguments, self.tokenizer, members, self.recipe, self.readings)
         logged = {trial.name: self.trainer.logged_as(self.adapters[trial.name]) for trial in self.trials}
         titles = {logged[trial.name]: trial.titled("Training") for trial in self.trials}
-        self.trainer.add_callback(training_stages(progress, titles))
+        self.trainer.add_callback(training_stages(self.progress, titles))
         self.trainer.silence()
 
     # The steps.
@@ -195,8 +200,8 @@ class Running:
     ) -> dict[str, Any]:
         """All that is known of a trial, but for what is known when it has been saved."""
         adapter, several = self.adapters[trial.name], len(self.trials) > 1
-        balanced, ranking = self._balanced.get(trial.name), self.rankings[trial.name]
-        return _measured(trial, zero_shot, balanced, trained, self.experiment.all_templates) | {
+        ranking = self.rankings[trial.name]
+        return self.measured(trial, zero_shot, trained) | {
             **({"wordings": [one.to_dict() for one in ranking]} if ranking else {}),
             "train_seconds": round(seconds, 2),
             **({"train_loss": metrics[f"train_{self.trainer.logged_as(adapter)}"]} if metrics else {}),
@@ -211,6 +216,10 @@ class Running:
             "model": self.base_name,
             "task": trial.task.name,
         }
+
+    def measured(self, trial: Trial, zero_shot: Sequence[Scores], trained: Sequence[Scores]) -> dict[str, Any]:
+        """What was measured on a trial's test rows; nothing without them."""
+        return _measured(trial, zero_shot, self._balanced.get(trial.name), trained, self.experiment.all_templates)
 
     def save(
         self,
@@ -579,7 +588,7 @@ def train_alone(
     title: str,
     model: IA3Model,
     tokenizer: PreTrainedTokenizerBase,
-    task: Task,
+    task: AnyTask,
     rows: Sequence[Row],
     recipe: Recipe,
     seed: int,
@@ -612,20 +621,23 @@ def train_alone(
     return trainer, metrics, time.perf_counter() - started
 
 
-def with_adapters(base: PreTrainedModel, adapters: Mapping[str, Place], init: str | None) -> IA3Model:
+def with_adapters(base: PreTrainedModel, adapters: Mapping[str, Place], recipe: Recipe) -> IA3Model:
     """A base model with adapters to train, the first one active.
 
     Args:
         base: the model.
         adapters: name → from where it acts (`IA3Config.acts_from`).
-        init: an adapter that all start from, which acts from where it does; None: ones.
+        recipe: which modules they rescale (`target_modules`), and the adapter that all start from (`init`), which acts from
+            where it does, and rescales what it does.
     """
     from ia3.adapter.config import IA3Config
     from ia3.adapter.model import IA3Model
     from ia3.adapter.pretrained import task_type
 
+    init = recipe.init
     if init is None:
-        config = {"task_type": task_type(base), "base_model_name_or_path": base.name_or_path}
+        config: dict[str, Any] = {"target_modules": recipe.target_modules}
+        config |= {"task_type": task_type(base), "base_model_name_or_path": base.name_or_path}
         return IA3Model(base, {name: IA3Config(**config, acts_from=place) for name, place in adapters.items()})
     model = IA3Model(base, {})
     for adapter in adapters:

@@ -125,6 +125,21 @@ def training_groups(questions: Sequence[Question], tokens: int) -> Iterator[list
     return groups_of_sizes(sizes, tokens)
 
 
+def joined_groups(questions: Sequence[Question], tokens: int) -> Iterator[list[int]]:
+    """Indices of questions of one adapter, longest first, in groups of at most so many tokens together."""
+    group: list[int] = []
+    filled = 0
+    for index in sorted(range(len(questions)), key=lambda i: -sum(sizes_of(questions[i]))):
+        size = sum(sizes_of(questions[index]))
+        if group and filled + size > tokens:
+            yield group
+            group, filled = [], 0
+        group.append(index)
+        filled += size
+    if group:
+        yield group
+
+
 def groups_of_sizes(sizes: Sequence[tuple[int, int]], tokens: int = BATCH_TOKENS) -> Iterator[list[int]]:
     """`groups` of questions whose `sizes_of` are known."""
     group: list[int] = []

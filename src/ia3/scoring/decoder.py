@@ -36,6 +36,11 @@ class Decoder(Family):
     def pack(self, questions: Sequence[Question]) -> Batch:
         return pack(questions, self.pad_token_id, self.dtype)
 
+    def join(self, questions: Sequence[Question]) -> Batch:
+        """One row for all questions, of one adapter that acts from the start; see `join`. Which models take it, `trials`
+        finds out."""
+        return join(questions, self.dtype)
+
     def plain_rows(self, questions: Sequence[Question]) -> Batch:
         return plain_rows(questions, self.pad_token_id)
 
@@ -98,6 +103,45 @@ def pack(questions: Sequence[Question], pad_token_id: int = 0, dtype: torch.dtyp
         **answers_of(
             questions, [[[row * keep + node for node in path] for path in tree.paths] for row, tree in enumerate(trees)]
         ),
+    }
+
+
+def join(questions: Sequence[Question], dtype: torch.dtype = torch.float32) -> Batch:
+    """All questions in one row, none of which sees another: first the prompts without their last tokens, then these, each with
+    its tree, so that all predictions are the last K columns.
+
+    Args:
+        questions: B of them.
+        dtype: as of `pack`.
+
+    Returns:
+        A `Batch` with R = 1 row, otherwise as of `pack`.
+    """
+    trees = [tree_of(question) for question in questions]
+    width = sum(len(question.prompt) - 1 for question in questions)
+    keep = sum(len(tree.tokens) for tree in trees)
+    ids, positions = np.zeros((2, 1, width + keep), dtype=np.int64)
+    allowed = np.eye(width + keep, dtype=bool)[None]
+    paths, start, end = [], 0, width
+    for question, tree in zip(questions, trees, strict=True):
+        size = len(question.prompt) - 1
+        mine, its = slice(start, start + size), slice(end, end + len(tree.tokens))
+        ids[0, mine], ids[0, its] = question.prompt[:-1], [question.prompt[-1], *tree.tokens[1:]]
+        positions[0, mine], positions[0, its] = np.arange(size), size + np.array(tree.depths)
+        allowed[0, mine, mine] = np.tri(size, dtype=bool)
+        allowed[0, end, mine] = True
+        for node in range(1, len(tree.tokens)):
+            allowed[0, end + node] |= allowed[0, end + tree.parents[node]]
+        paths.append([[end - width + node for node in path] for path in tree.paths])
+        start, end = start + size, its.stop
+    return {
+        "input_ids": torch.from_numpy(ids),
+        "attention_mask": additive_mask(allowed, dtype),
+        "position_ids": torch.from_numpy(positions),
+        "keep": torch.tensor(keep),
+        "acts_from": torch.tensor([0]),
+        **names_of(questions[:1], [1]),
+        **answers_of(questions, paths),
     }
 
 

@@ -169,7 +169,9 @@ class Family(ABC):
                 most = room - (0 if self.has_encoder else longest)
                 if most < 1 or longest > room:
                     raise InputError(
-                        f"Expected choices shorter than {room} tokens, found one of {longest}.", row=number
+                        f"Expected answers of fewer than {room} tokens, the model's context, found one of {longest}",
+                        "shorten the answer",
+                        row=number,
                     )
                 if len(prompt) > most:
                     shortened += 1

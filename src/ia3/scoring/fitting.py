@@ -49,7 +49,7 @@ def answer_lengths(tokenizer: PreTrainedTokenizerBase, wordings: Sequence[Wordin
     lengths: dict[tuple[str, ...], int] = {}
     found = []
     for wording in wordings:
-        separator, number = wording.task.separator, wording.number
+        separator, number = wording.separator, wording.number
         texts = tuple(separator + text for text in wording.answers.values())
         if texts not in lengths:
             sandbox.checkpoint()
@@ -78,7 +78,7 @@ def most_characters(tokens: int) -> int:
 def fitted(
     wordings: Sequence[Wording],
     tokens_of: Callable[[Sequence[str]], list[Tokens]],
-    rooms: Sequence[int],
+    rooms: Sequence[int] | None,
     long_prompts: str,
 ) -> list[Fitted]:
     """The rows' prompts, those that take more tokens than there is room for with a column cut short.
@@ -86,12 +86,15 @@ def fitted(
     Args:
         wordings: the rows.
         tokens_of: prompts' tokens.
-        rooms: tokens of each prompt, at most.
+        rooms: tokens of each prompt, at most; None: any number.
         long_prompts: "truncate", or "refuse" to cut.
 
     Raises:
         InputError: a row cannot be used, or is too long.
     """
+    if rooms is None:
+        whole = [wording.prompt for wording in wordings]
+        return [Fitted(*pair) for pair in zip(whole, tokens_of(whole), strict=True)]
     prompts = [_prompt(wording, room) for wording, room in zip(wordings, rooms, strict=True)]
     found = []
     tokens = _tokens(tokens_of, prompts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ from ia3.scoring.batch import (
     PASS_TOKENS,
     Batch,
     groups,
+    joined_groups,
     normalized_scores,
     pass_tokens,
     to_device,
@@ -26,17 +28,24 @@ from ia3.scoring.beginning import Beginning, beginnings
 from ia3.scoring.decoder import Decoder
 from ia3.scoring.encoder import SentenceEncoder
 from ia3.scoring.families import family_of
-from ia3.scoring.family import evaluating, frozen
-from ia3.scoring.fitting import Fitted, answer_lengths, fitted, warn_of_cuts
+from ia3.scoring.family import evaluating, frozen, waits_for_question
+from ia3.scoring.fitting import answer_lengths, fitted, warn_of_cuts
 from ia3.scoring.prefix import SEPARATOR, Prefix
 from ia3.scoring.question import Question
 from ia3.scoring.readings import Readings, askable
 from ia3.scoring.states import whole_states
-from ia3.scoring.tokens import question_lengths
+from ia3.scoring.tokens import chat_tokens, closing_token, question_lengths
 from ia3.task.wording import Wording
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from ia3.task.free_text import FreeText, TextWording
+    from ia3.task.task import Task
+
+
+# Tokens of a row of several questions, at most: attention, which grows with the square, sees all of them.
+_JOINED = 1024
 
 
 class Scorer:
@@ -143,32 +152,39 @@ class Scorer:
         prefix: Prefix | None,
     ) -> list[Question]:
         """Rows of one task, in the words of one template."""
-        family = self.family
+        family, spoken = self.family, wordings[0].chat if wordings else False
+        if wordings and wordings[0].closes and not family.reads_answers:
+            raise no_text(family.base, wordings[0].task)
         answers = [wording.answers for wording in wordings]
         # A classifier reads no answers, so it need not tell them apart.
         lengths = answer_lengths(self.tokenizer, wordings) if family.reads_answers else []
-        tokens_of = family.prompt_tokens if prefix is None else prefix.prompt_tokens
+        tokens_of = self._tokens_of(spoken) if prefix is None else prefix.prompt_tokens
         if not family.reads_questions and wordings:
             tokens_of = _unasked(tokens_of, wordings[0])
         behind = prefix is not None and isinstance(family, Decoder)  # it has positions for what is left of them
         limit = prefix.room if prefix is not None and behind else family.max_length
-        if limit is None:
-            prompts = [wording.prompt for wording in wordings]
-            fits = [Fitted(*pair) for pair in zip(prompts, tokens_of(prompts), strict=True)]
-        else:
-            # An encoder has its positions for the prompt alone.
-            rooms = [limit] * len(wordings) if family.has_encoder else [limit - length for length in lengths]
-            fits = fitted(wordings, tokens_of, rooms, long_prompts)
+        # An encoder has its positions for the prompt alone.
+        rooms = None if limit is None else [limit - length for length in lengths or [0] * len(wordings)]
+        if limit is not None and family.has_encoder:
+            rooms = [limit] * len(wordings)
+        fits = fitted(wordings, tokens_of, rooms, long_prompts)
         labels = None
         if labelled:
             labels = [list(its).index(wording.label) for its, wording in zip(answers, wordings, strict=True)]
-        texts = [[wording.task.separator + text for text in wording.answers.values()] for wording in wordings]
+        texts = [[wording.separator + text for text in wording.answers.values()] for wording in wordings]
         prompts, tokens = [one.prompt for one in fits], [one.tokens for one in fits]
         numbers = [wording.number for wording in wordings]
         if prefix is not None:
             questions = prefix.ask(prompts, tokens, texts, labels, numbers)
         else:
             questions = family.ask(prompts, tokens, texts, labels, numbers, [list(its) for its in answers], limit)
+        if wordings and wordings[0].closes:
+            # There is a position for it: the last token of an answer is predicted, not read.
+            end = closing_token(self.tokenizer, spoken)
+            closed = [
+                [choice if choice[-1:] == [end] else [*choice, end] for choice in its.choices] for its in questions
+            ]
+            questions = [replace(its, choices=choices) for its, choices in zip(questions, closed, strict=True)]
         if isinstance(family, Decoder):
             texts_of = [wording.text_of(prompt) for wording, prompt in zip(wordings, prompts, strict=True)]
             asked = question_lengths(self.tokenizer, prompts, tokens, texts_of, tokens_of)
@@ -177,6 +193,44 @@ class Scorer:
                 for question, length in zip(questions, asked, strict=True)
             ]
         return [replace(question, cut=fit.cut) for question, fit in zip(questions, fits, strict=True)]
+
+    def _tokens_of(self, spoken: bool) -> Callable[[Sequence[str]], list[list[int]]]:
+        """The tokens of prompts; with `spoken`, as a user's messages in the tokenizer's chat template."""
+        return functools.partial(chat_tokens, self.tokenizer) if spoken else self.family.prompt_tokens
+
+    def prompts(self, wordings: Sequence[TextWording], new_tokens: int, before: str = "") -> list[list[int]]:
+        """Prompts to generate text behind, as token ids that leave room for so many more. Long ones are cut as those of
+        `questions`.
+
+        Args:
+            wordings: of one `FreeText`.
+            new_tokens: the maximum of tokens to generate.
+            before: a text that stands before each prompt, such as examples in context.
+
+        Raises:
+            InputError: see `Wording`; the model generates no text, or has no room.
+        """
+        if not wordings:
+            return []
+        family, limit = self.family, self.max_length
+        if not family.reads_answers:
+            raise no_text(family.base, wordings[0].task)
+        room = limit if limit is None or family.has_encoder else limit - new_tokens
+        if room is not None and room < 1:
+            raise InputError(
+                f"Expected fewer new tokens than the model's {limit}, found {new_tokens}",
+                "see",
+                argument="max_new_tokens",
+            )
+        tokens_of = self._tokens_of(wordings[0].chat)
+        fits = fitted(
+            wordings,
+            lambda prompts: tokens_of([before + prompt for prompt in prompts]),
+            None if room is None else [room] * len(wordings),
+            "truncate",
+        )
+        warn_of_cuts([fit.cut for fit in fits])
+        return [family._framed(list(fit.tokens), fit.prompt)[0] for fit in fits]
 
     def prefix(self, text: str, separator: str = SEPARATOR) -> Prefix:
         """A text that stands before many prompts, read by the model as it is now; see `Prefix`."""
@@ -194,7 +248,11 @@ class Scorer:
         if readings is not None:
             readings.foresee(self.family, [questions[i] for i in apart])
         taken = set() if self.family.has_encoder else {*apart}  # behind an encoder's states rows are packed as all are
-        self._try_packing([question for i, question in enumerate(questions) if i not in taken])
+        left = [question for i, question in enumerate(questions) if i not in taken]
+        self._try_packing(left)
+        joined = self._joined(left)
+        if joined:  # the longest questions, none of which a later row has more of
+            trials.joins(self.family, [left[i] for i in joined[0]])  # type: ignore[arg-type]
 
     def _try_packing(self, questions: Sequence[Question]) -> None:
         if questions:
@@ -272,15 +330,46 @@ class Scorer:
         for indices, beginning in self._beginnings(questions, left):
             some = [questions[i] for i in indices]
             if beginning is None:
-                self._try_packing(some)
-                for group in reversed(list(training_groups(some, batch_tokens))):
-                    yield [indices[i] for i in group], self.collate([some[i] for i in group])
+                for group, batch in self._training_rows(some, batch_tokens):
+                    yield [indices[i] for i in group], batch
                 continue
             some = beginning.behind(some)
             beginning.detach()
             for group in reversed(list(training_groups(some, beginning.room(some, batch_tokens)))):
                 yield [indices[i] for i in group], beginning.packed([some[i] for i in group])
             beginning.backward()
+
+    def _training_rows(self, questions: Sequence[Question], batch_tokens: int) -> Iterator[tuple[list[int], Batch]]:
+        """Batches of questions, the last first: rows of several where that takes fewer passes and is exact, otherwise a row for
+        each question."""
+        alone, joined = list(training_groups(questions, batch_tokens)), self._joined(questions)
+        family = self.family
+        if isinstance(family, Decoder) and 0 < len(joined) < len(alone):
+            rows = [[questions[i] for i in group] for group in joined]
+            if all(len(row) == 1 or trials.joins(family, row) for row in rows):
+                for group, row in zip(joined[::-1], rows[::-1], strict=True):
+                    yield group, family.join(row) if len(row) > 1 else self.collate(row)
+                return
+        self._try_packing(questions)
+        for group in reversed(alone):
+            yield group, self.collate([questions[i] for i in group])
+
+    def _joined(self, questions: Sequence[Question]) -> list[list[int]]:
+        """Groups of questions that may share a row, if they have one choice each and adapters act from the start; else none."""
+        names = dict.fromkeys(question.adapter for question in questions)
+        named = [name for name in names if name is not None]
+        if (
+            not isinstance(self.family, Decoder)
+            or any(len(question.choices) > 1 for question in questions)
+            or waits_for_question(self.model, named or None)
+        ):
+            return []
+        tokens = min(pass_tokens(self.model), _JOINED, self.max_length or _JOINED)
+        found = []
+        for name in names:
+            mine = [i for i, question in enumerate(questions) if question.adapter == name]
+            found += [[mine[i] for i in group] for group in joined_groups([questions[i] for i in mine], tokens)]
+        return found
 
     # Rows become scores.
 
@@ -420,6 +509,16 @@ class Scorer:
         if len(adapter_names) != len(questions):
             raise InputError(f"Expected adapter_names for the {len(questions)} prompts, found {len(adapter_names)}.")
         return [replace(one, adapter=name) for one, name in zip(questions, adapter_names, strict=True)]
+
+
+def no_text(model: nn.Module, task: Task | FreeText) -> InputError:
+    """The error for a model that generates no text."""
+    return InputError(
+        f"Expected a language model for the task {task.name!r}, whose answer is text, found a {type(model).__name__}, which "
+        f"generates none",
+        "name another with",
+        argument="model",
+    )
 
 
 def _require_numbers(scores: torch.Tensor, row: int) -> None:

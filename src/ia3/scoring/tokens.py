@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ia3.errors import InputError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -30,6 +32,44 @@ def continuations(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> l
         if word and both[: len(word)] == word:
             found[i] = both[len(word) :]
     return found
+
+
+def chat_tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+    """The tokens of prompts as a user's messages, up to where the assistant's answer begins.
+
+    Raises:
+        InputError: the tokenizer has no chat template.
+    """
+    if tokenizer.chat_template is None:
+        raise InputError(
+            "Expected a model with a chat template, such as an instruct model, found none",
+            "take another model, or leave out",
+            argument="chat",
+        )
+    texts = [_chat(tokenizer, [{"role": "user", "content": prompt}], True) for prompt in prompts]
+    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []  # type: ignore[return-value]
+
+
+def closing_token(tokenizer: PreTrainedTokenizerBase, chat: bool = False) -> int:
+    """The token that ends an answer: the end of a text, or in a chat what the template puts behind the assistant's message.
+
+    Raises:
+        InputError: the tokenizer has no such token.
+    """
+    if chat:
+        asked = [{"role": "user", "content": "?"}]
+        said = _chat(tokenizer, [*asked, {"role": "assistant", "content": "!"}])
+        before, behind, closing = said.removeprefix(_chat(tokenizer, asked, True)).partition("!")
+        first: list[int] = tokenizer(closing, add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
+        if behind and not before.strip() and first:
+            return first[0]
+    if not isinstance(tokenizer.eos_token_id, int):
+        raise InputError("Expected a tokenizer with an end-of-text token, found none; set its eos_token.")
+    return tokenizer.eos_token_id
+
+
+def _chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], asks: bool = False) -> str:
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks))
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:

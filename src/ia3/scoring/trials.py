@@ -19,6 +19,7 @@ from torch import nn
 
 from ia3.errors import reason
 from ia3.scoring.batch import Batch, normalized_scores, to_device
+from ia3.scoring.decoder import Decoder
 from ia3.scoring.family import Family, evaluating
 from ia3.scoring.question import Question, text_length, tree_of
 
@@ -152,6 +153,16 @@ def deviation(
         return math.inf, reason(error)
 
 
+def tolerance(family: Family, questions: Sequence[Question], right: torch.Tensor) -> float:
+    """How far scores in another layout may be from those of plain rows: as far as rounding moves these, when the first two are
+    asked alone."""
+    noise = max(
+        float((scores_of(family, family.plain_rows([q]))[0] - right[i]).abs().max())
+        for i, q in enumerate(questions[:2])
+    )
+    return max(ROUNDING, 4 * noise, torch.finfo(family.dtype).eps * float(right.abs().max()))
+
+
 def packs(family: Family, questions: Sequence[Question]) -> bool:
     """Whether a row for each question is exact for all of them."""
     if not family.has_layouts:
@@ -172,6 +183,26 @@ def packs(family: Family, questions: Sequence[Question]) -> bool:
     )
 
 
+def joins(family: Decoder, questions: Sequence[Question]) -> bool:
+    """Whether one row for all these questions, each with one choice, is exact."""
+    verdicts = verdicts_of(family, "joined")
+    size = sum(map(text_length, questions)), max(map(text_length, questions))
+    known = verdicts.of(size)
+    if known is None:
+        alone = family.unwrapped
+        with evaluating(alone.model), torch.no_grad():
+            right = scores_of(alone, alone.plain_rows(questions))
+            if not torch.isfinite(right).all():
+                return False
+            difference, why = deviation(alone, lambda: alone.join(questions), right)  # type: ignore[attr-defined]
+            known = difference <= tolerance(alone, questions, right)
+        verdicts.add(size, known)
+        if not known:
+            name = type(family.base).__name__
+            logger.info("%s: a row for each example, because rows of several are not exact (%s).", name, why)
+    return known
+
+
 def is_exact_packed(family: Family, question: Question, verdicts: Verdicts) -> bool | None:
     """Whether a model scores a question packed as it does in plain rows; None: its scores are no numbers."""
     # Two short rows show whether padding on the left is exact too, and how much rounding does to plain rows alone.
@@ -179,14 +210,11 @@ def is_exact_packed(family: Family, question: Question, verdicts: Verdicts) -> b
     ends = telling(question)
     with evaluating(family.model), torch.no_grad():
         right = scores_of(family, family.plain_rows(short))
-        noise = max(
-            float((scores_of(family, family.plain_rows([q])) - right[i]).abs().max()) for i, q in enumerate(short)
-        )
         told = replace(question, choices=[question.choices[end] for end in ends])
         far = scores_of(family, family.plain_rows([told]))[0]
         if not torch.isfinite(right).all() or not torch.isfinite(far).all():
             return None
-        allowed = max(ROUNDING, 4 * noise, torch.finfo(family.dtype).eps * float(right.abs().max()))
+        allowed = tolerance(family, short, right)
         difference, why = deviation(family, lambda: family.pack(short), right)
         if not difference <= allowed:  # so is every longer row
             verdicts.add(size_of(short[1], family.has_encoder), False)

@@ -416,7 +416,9 @@ class Server:
 def _rows(body: ClassifyBody, task: Task | None, name: str, owner: str | None) -> list[Row]:
     """The rows in a body. Raises `InputError`."""
     if task is None:
-        raise InputError(f"Adapter {name!r} has no task.yaml, so that it has no labels; use completions.")
+        raise InputError(
+            f"Adapter {name!r} has no labels, for it has no task.yaml, or one whose answer is text; use completions."
+        )
     with about(owner):
         return as_rows(body.items, task)
 

@@ -13,7 +13,8 @@ import jinja2.nodes
 from pydantic import ValidationError
 
 from ia3.errors import InputError, problems, shown
-from ia3.task.task import MOST_TEMPLATES, NOTHING, Task, read_yaml
+from ia3.task.described import NOTHING, read_yaml
+from ia3.task.task import MOST_TEMPLATES, Task
 from ia3.task.template import BAR, Template, parse
 
 logger = logging.getLogger(__name__)

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     import datasets
     import pandas
 
-    from ia3.task.task import Task
+    from ia3.task.kinds import AnyTask
 
 
-def as_rows(rows: Any, task: Task | None = None) -> list[Row]:
+def as_rows(rows: Any, task: AnyTask | None = None) -> list[Row]:
     """Rows as a list of dictionaries. Every public function that takes rows uses this function.
 
     Args:
@@ -32,7 +32,7 @@ def as_rows(rows: Any, task: Task | None = None) -> list[Row]:
     return [as_row(item, task, number) for number, item in enumerate(items_of(rows, task), 1)]
 
 
-def items_of(rows: Any, task: Task | None = None) -> list[Any]:
+def items_of(rows: Any, task: AnyTask | None = None) -> list[Any]:
     """The items that `as_row` converts to rows; arguments and errors are those of `as_rows`."""
     # If this is a library's object, the library is imported already. So no import is needed to check.
     pandas, datasets = sys.modules.get("pandas"), sys.modules.get("datasets")
@@ -60,7 +60,7 @@ def items_of(rows: Any, task: Task | None = None) -> list[Any]:
     return list(rows)
 
 
-def as_row(item: Any, task: Task | None = None, number: int | None = None) -> Row:
+def as_row(item: Any, task: AnyTask | None = None, number: int | None = None) -> Row:
     """One row as a dictionary; arguments and errors are those of `as_rows`. Errors name the row by `number`."""
     if isinstance(item, Mapping):
         return item
@@ -83,7 +83,7 @@ def as_row(item: Any, task: Task | None = None, number: int | None = None) -> Ro
 
 
 def of_dataset(
-    data: datasets.Dataset | datasets.IterableDataset, class_names: bool = True, task: Task | None = None
+    data: datasets.Dataset | datasets.IterableDataset, class_names: bool = True, task: AnyTask | None = None
 ) -> list[dict[str, Any]]:
     """The rows of a data set, with names for its class labels.
 
@@ -120,7 +120,7 @@ def _of_frame(frame: pandas.DataFrame) -> list[dict[str, Any]]:
     ]
 
 
-def _of_mapping(rows: Mapping[Any, Any], task: Task | None) -> list[Any]:
+def _of_mapping(rows: Mapping[Any, Any], task: AnyTask | None) -> list[Any]:
     """A dictionary as one row, or as columns if every value is a list."""
     values = list(rows.values())
     if rows and all(isinstance(value, Mapping) for value in values):

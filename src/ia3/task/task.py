@@ -13,15 +13,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
-from ia3.errors import InputError, about, brief, excerpt, problems, shown, similar
-from ia3.files import read_fields, reading, replacing
+from ia3.errors import InputError, about, brief, excerpt, shown, similar
 from ia3.task.candidates import MOST_LISTED, candidates, made_template
+from ia3.task.described import ANSWER, FIELDS, Described, as_yaml, read_yaml
 from ia3.task.grades import Grade, Grades
 from ia3.task.label_sets import flag_of, is_list, labels_in, metrics_of_sets
-from ia3.task.reading import as_delimiter, require_delimited
 from ia3.task.rows import as_rows
 from ia3.task.template import (
     Choices,
@@ -41,22 +39,11 @@ logger = logging.getLogger(__name__)
 Truth = Any
 """A row's label; or the tuple of its labels, where it may have several."""
 
-# YAML's spellings of no value.
-NOTHING = ("", "~", "null")
-
 # The default number of training examples per label.
 _USUAL_EXAMPLES = 16
 
 # Limits of a task: the number of templates, and the characters of all templates together.
 MOST_TEMPLATES, _MOST_WORDS = 256, 200_000
-
-
-def read_yaml(path: Path, data: bytes | None = None) -> dict[str, Any]:
-    """The fields of a YAML file, with all values as text: `yes` and `1` are labels here, not true and a number. Tags
-    are ignored. `data` is the file's content, if it was read already."""
-    if data is None and not os.path.isfile(path):
-        raise InputError(f"Expected a task file, found no {brief(str(path))}.")
-    return read_fields(path, _Loader, "template and choices", data)
 
 
 class _UnknownLabel(InputError):
@@ -85,11 +72,10 @@ def embedded_tasks() -> list[str]:
     return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
 
 
-class Task(BaseModel):
+class Task(Described):
     """A classification task.
 
-    Attributes:
-        name: the name for folders and tables.
+    Attributes (more in `Described`):
         templates: one or more templates; a text is a prompt. `template` instead sets a single one.
         label_column: the column with the label.
         choices: label → answer text; or a list of labels that are their own answer texts. Labels are compared as text;
@@ -115,31 +101,21 @@ class Task(BaseModel):
             column of a row.
         only_choices: leave out rows of the sources below whose label is not among the choices; otherwise they are an error.
         class_names: read class labels of hub data sets as names, otherwise as numbers.
-        train, test: sources of labelled rows, as `read_rows` takes them.
-        delimiter: the delimiter of sources that are `.csv` or `.tsv` files; None: detect it in each file.
-        description: a sentence for people.
         example: an example row for people.
     """
 
-    model_config = ConfigDict(extra="forbid")
-
-    name: str = "task"
-    description: str | None = None
-    train: str | None = None
-    test: str | None = None
-    delimiter: str | None = None
     label_column: str = "label"
     choices: Choices | None = None
-    aliases: dict[str, str] = {}
-    grades: list[str] = []
+    aliases: dict[str, str] = Field({})
+    grades: list[str] = Field([])
     multi_label: bool = False
     label_separator: str | None = None
-    label_columns: list[str] = []
+    label_columns: list[str] = Field([])
     class_weight: ClassWeight | None = None
-    costs: dict[str, dict[str, float]] = {}
+    costs: dict[str, dict[str, float]] = Field({})
     separator: str = " "
     metric: Literal["accuracy", "macro_f1", "micro_f1", "quadratic_kappa"] = "accuracy"
-    truncate: list[str] = []
+    truncate: list[str] = Field([])
     only_choices: bool = False
     class_names: bool = True
     templates: list[Template] = Field(min_length=1)
@@ -196,16 +172,6 @@ class Task(BaseModel):
     @classmethod
     def _costs_are_numbers(cls, value: Any) -> Any:
         return as_costs(value)
-
-    @field_validator("delimiter")
-    @classmethod
-    def _delimiter_is_a_character(cls, value: str | None) -> str | None:
-        return None if value is None else as_delimiter(value)
-
-    @model_validator(mode="after")
-    def _delimiter_is_of_files(self) -> Task:
-        require_delimited(self.delimiter, self.train, self.test)
-        return self
 
     @model_validator(mode="after")
     def _fits_together(self) -> Task:
@@ -327,23 +293,12 @@ class Task(BaseModel):
             from ia3.task.prompts import task_of
 
             return task_of(values, path)
-        values = {
-            key: value for key, value in values.items() if value not in NOTHING or (key, value) == ("separator", "")
-        }
-        for name in ("train", "test"):
-            source = values.get(name)
-            if isinstance(source, str) and source and os.path.exists(path.parent / source):
-                values[name] = str((path.parent / source).resolve())
-        return cls.create(values, where=str(path))
-
-    @classmethod
-    def create(cls, values: Mapping[str, Any], where: str = "the task") -> Task:
-        """Make a task from fields. Raises `InputError`, one line, for wrong fields."""
-        with reading(where, "a task", "correct it"):
-            try:
-                return cls.model_validate(dict(values))
-            except ValidationError as error:
-                raise InputError(f"Cannot use {excerpt(where)}: {problems(error, 'task')}.") from error
+        if ANSWER in values or FIELDS in values:
+            raise InputError(
+                f"Expected a task with choices, found one whose answer is text (see {excerpt(str(path))}); ia3 train, predict, "
+                f"evaluate and compare take it."
+            )
+        return cls.of_values(values, path)
 
     @classmethod
     def embedded(cls, name: str) -> Task:
@@ -471,12 +426,7 @@ class Task(BaseModel):
         if self.templates == [Template(prompt=self.templates[0].prompt)]:
             del values["templates"]
             values["template"] = self.templates[0].prompt
-        return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Write the task as YAML, atomically."""
-        with replacing(path) as temporary:
-            temporary.write_text(self.to_yaml(), encoding="utf-8")
+        return as_yaml(values)
 
     @functools.cached_property
     def labels(self) -> list[str] | None:
@@ -706,29 +656,6 @@ def _say_scarce(scarce: Mapping[str, int], labels: int, wanted: int, per_label: 
 def _answers_for(labels: Iterable[str]) -> dict[str, str]:
     """Label → itself as an answer's text."""
     return {label: verbatim(label.replace("_", " ").strip()) for label in labels}
-
-
-class _Loader(yaml.BaseLoader):
-    """A YAML loader that reads every value as text and refuses repeated keys."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen: set[str] = set()
-        for key in (key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """A YAML dumper that keeps text of several lines readable."""
-
-
-def _represent_text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
-
-
-_Dumper.add_representer(str, _represent_text)
 
 
 def column_of(asked: str | None, columns: list[str], usual: str, argument: str, taken: list[str]) -> str:

@@ -212,6 +212,12 @@ def answers_of(choices: Choices, row: Row) -> dict[str, str]:
     return dict(zip(labels, texts, strict=True))
 
 
+def rendered(source: str, row: Row) -> str:
+    """A template's text for a row, without white space around it. Raises `InputError` if it cannot be rendered."""
+    require(row, _columns(source))
+    return _render(_compiled(source), row).strip()
+
+
 def _render(template: jinja2.Template, row: Row, environment: sandbox.Environment = _ENVIRONMENT, **seen: Any) -> str:
     values = {name: _cell(value) for name, value in row.items()}
     try:

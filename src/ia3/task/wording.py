@@ -29,16 +29,24 @@ class Wording:
 
     Attributes:
         row: column → value.
+        chat: the prompt is a user's message in a chat.
+        closes: the answer closes the text, and its end is predicted too.
     """
+
+    chat = False
+    closes = False
 
     def __init__(
         self, task: Task, row: Any, number: int | None = None, template: int = 0, learns: str | None = None
     ) -> None:
         self.task, self.number, self.learns = task, number, learns
-        self._place = template
-        self.template = task.templates[template]
+        self.template, self._place = task.templates[template], template
         self.row: Row = as_row(row, task, number)
-        self._choices = task.choices_of(template)
+
+    @property
+    def separator(self) -> str:
+        """The text between prompt and answer."""
+        return self.task.separator
 
     @functools.cached_property
     def answers(self) -> dict[str, str]:
@@ -54,7 +62,7 @@ class Wording:
     def _listed(self) -> dict[str, str]:
         """Label → answer text, of all labels."""
         with about(row=self.number):
-            return answers_of(self._choices, self._read(self.row))
+            return answers_of(self.task.choices_of(self._place), self._read(self.row))
 
     @functools.cached_property
     def prompt(self) -> str:

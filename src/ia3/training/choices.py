@@ -193,6 +193,7 @@ class ChoiceTrainer(Trainer):
     def _added_up(self, loss: torch.Tensor) -> torch.Tensor:
         """The loss of all processes; adds up their gradients, and what early stopping looks at."""
         doubts = torch.tensor(self.stopping.step_losses, device=loss.device, dtype=torch.float32)
+        assert self.model is not None
         if self.accelerator.sync_gradients:
             parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
             loss, doubts = add_up_gradients(parameters, [loss, doubts])

@@ -11,12 +11,12 @@ from ia3.errors import InputError
 from ia3.files import to_json
 
 if TYPE_CHECKING:
-    from ia3.task.task import Task
+    from ia3.task.kinds import AnyTask
     from ia3.training.recipe import Recipe
 
 
 def described(
-    task: Task, recipe: Recipe, rows: Sequence[Mapping[str, Any]], before: StoredAdapter | None = None
+    task: AnyTask, recipe: Recipe, rows: Sequence[Mapping[str, Any]], before: StoredAdapter | None = None
 ) -> StoredAdapter:
     """The other files of an adapter in training, which has no folder yet.
 

@@ -12,10 +12,12 @@ import torch
 
 from ia3.errors import InputError, shown
 from ia3.scoring.question import Question
+from ia3.task.free_text import FreeText
+from ia3.task.task import Task
 
 if TYPE_CHECKING:
     from ia3.scoring.scorer import Scorer
-    from ia3.task.task import Task
+    from ia3.task.kinds import AnyTask
     from ia3.task.wording import Wording
     from ia3.training.recipe import Recipe
 
@@ -52,7 +54,7 @@ class Example:
 
 
 def training_examples(
-    scorer: Scorer, task: Task, rows: Any, recipe: Recipe, seed: int, known: Collection[str] | None = None
+    scorer: Scorer, task: AnyTask, rows: Any, recipe: Recipe, seed: int, known: Collection[str] | None = None
 ) -> list[Example]:
     """Labelled rows as training examples.
 
@@ -66,16 +68,18 @@ def training_examples(
             every row, they would be unlearned, and the base model's idea of them with that.
 
     Raises:
-        InputError: rows do not fit the task (see `Scorer.questions`), or all have the same label.
+        InputError: rows do not fit the task (see `Scorer.questions`), there are none, or all have the same label.
     """
     wordings = [[*each] for its in task.checked(rows) for each in zip(*(one.each_label() for one in its), strict=True)]
+    if isinstance(task, FreeText) and not wordings:
+        raise InputError("Expected training rows, found none.")
     labels = [its[0].label for its in wordings]
-    if len(set(labels)) < 2:
+    if len(set(labels)) < 2 and isinstance(task, Task):
         raise InputError(
             f"Expected training rows of at least two labels, found only {shown(set(labels))} in {len(wordings)} rows; T-Few "
             f"learns from the difference."
         )
-    weights = task.weights(labels)
+    weights = task.weights(labels) if isinstance(task, Task) else {}
     templates = range(len(task.templates)) if recipe.templates == "random" else [0]
     asked = [scorer.questions([its[i] for its in wordings], long_prompts=recipe.long_prompts) for i in templates]
     known = set(labels) if known is None else known
@@ -103,7 +107,7 @@ def _answers(scorer: Scorer, wording: Wording) -> list[Question]:
     )
 
 
-def evaluation_examples(scorer: Scorer, task: Task, rows: Any, recipe: Recipe) -> list[Example]:
+def evaluation_examples(scorer: Scorer, task: AnyTask, rows: Any, recipe: Recipe) -> list[Example]:
     """Labelled rows as examples of the first template; arguments and errors are those of `training_examples`."""
     wordings = task.wordings(rows)
     if not wordings:

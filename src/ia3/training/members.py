@@ -18,10 +18,11 @@ from transformers import TrainingArguments
 from ia3.adapter.adapted import find_adapted
 from ia3.errors import InputError, shown
 from ia3.processes import add_up
+from ia3.task.free_text import FreeText
 from ia3.training.examples import ONE, Example
 
 if TYPE_CHECKING:
-    from ia3.task.task import Task
+    from ia3.task.kinds import AnyTask
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Member:
         known: the labels that have rows; None: those of these rows (see `training_examples`).
     """
 
-    task: Task
+    task: AnyTask
     rows: Any
     name: str | None = None
     seed: int | None = None
@@ -68,6 +69,14 @@ def listed(members: Member | Iterable[Member]) -> list[Member]:
             kind = type(one if isinstance(members, (list, tuple)) else members).__name__
             raise InputError(f"Expected a Member or several, found a {kind}; for example Member(task, rows).")
     return found
+
+
+def generates(members: Sequence[Member]) -> bool:
+    """Whether the members' answers are texts. Raises `InputError` if only some are."""
+    kinds = {isinstance(member.task, FreeText) for member in members}
+    if len(kinds) > 1:
+        raise InputError("Expected tasks with choices or tasks whose answer is text, found both; train them apart.")
+    return kinds.pop()
 
 
 def only_active(members: Sequence[Member], model: nn.Module) -> bool:

@@ -40,12 +40,6 @@ CAP = 500_000
 _KEPT = 16_384
 
 
-def likelihood_only(recipe: Recipe) -> Recipe:
-    """The recipe with L_LM as its loss and without early stopping, because a mixture has no floor."""
-    only = {"likelihood": 1.0, "unlikelihood": 0.0, "length_normalized": 0.0, "early_stopping": None}
-    return Recipe.create({**recipe.model_dump(), **only})
-
-
 class Mixture(Dataset):
     """Draws from several tasks. A draw is a row, rendered by one template, with only its right answer.
 
@@ -190,7 +184,7 @@ class MixtureTrainer(ChoiceTrainer):
         cap: int = CAP,
         **kwargs: Any,
     ) -> None:
-        recipe = likelihood_only(recipe or PRETRAINING)
+        recipe = (recipe or PRETRAINING).likelihood_only
         scorer = Scorer(model, processing_class)
         if not scorer.family.reads_answers:
             raise InputError(

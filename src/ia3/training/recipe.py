@@ -14,13 +14,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ia3.errors import InputError, brief, excerpt, problems, similar
 from ia3.files import read_fields, reading, replacing
 from ia3.processes import count
+from ia3.task.free_text import FreeText
 
 logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-    from ia3.task.task import Task
+    from ia3.task.kinds import AnyTask
 
 # From this many parameters on, a model has the paper's recipe.
 _LARGE = 1_000_000_000
@@ -70,7 +71,9 @@ class Recipe(BaseModel):
         long_prompts: "truncate" shortens a field of the row (see `Task.truncate`), "refuse" stops.
         init: an adapter's folder or hub id to start from; None: ones.
         acts_from: where new vectors act, see `IA3Config`: "start" or "question"; "auto": from the question on where the
-            model is a decoder and the task's templates ask behind the row (see `place`), from the start in encoder-decoders.
+            model is a decoder and the task's templates ask behind the row (see `place`), from the start in encoder-decoders
+            and where the answer is text.
+        target_modules: which modules new vectors rescale, see `IA3Config`: "all-linear", or None for the paper's.
         opinions: what answers: the "vectors" alone; the "head", a linear classifier on the frozen model's hidden states
             (and one on a sentence encoder's embeddings), for which no vectors are trained; or "auto", all of them, weighed
             by cross-validation on the training rows.
@@ -98,6 +101,7 @@ class Recipe(BaseModel):
     long_prompts: Literal["truncate", "refuse"] = "truncate"
     init: str | None = None
     acts_from: Literal["auto", "start", "question"] = "start"
+    target_modules: Literal["all-linear"] | None = None
     opinions: Literal["auto", "vectors", "head"] = "vectors"
     encoder: str = Field(default="auto", min_length=1)
 
@@ -137,17 +141,25 @@ class Recipe(BaseModel):
         return cls(name="sentence", **_SENTENCE)
 
     @classmethod
-    def for_model(cls, name: str) -> Recipe:
-        """The preset for a base model of that kind and size. Its files say which; no weights are read."""
+    def generate(cls) -> Recipe:
+        """For tasks whose answer is a text: the likelihood of the answer alone."""
+        return cls(name="generate", **_GENERATE)
+
+    @classmethod
+    def for_model(cls, name: str, generates: bool = False) -> Recipe:
+        """The preset for a base model of that kind and size, or for one that generates text. Its files say which; no weights
+        are read."""
         from ia3.adapter.pretrained import parameter_count, reads_sentences
 
+        if generates:
+            return cls.generate()
         if reads_sentences(name):
             return cls.sentence()
         return cls.small() if parameter_count(name) < _LARGE else cls.paper()
 
     @classmethod
     def load(cls, source: str | os.PathLike) -> Recipe:
-        """A preset by its name, "paper", "small" or "sentence", or a YAML file with some of the fields; the others are the paper's.
+        """A preset by its name, one of `PRESETS`, or a YAML file with some of the fields; the others are the paper's.
 
         Raises:
             InputError: no such preset or file, or a field that is unknown or out of range.
@@ -179,12 +191,26 @@ class Recipe(BaseModel):
             except ValidationError as error:
                 raise InputError(f"Cannot use {excerpt(where)}: {problems(error, 'recipe')}.") from error
 
+    @property
+    def likelihood_only(self) -> Recipe:
+        """The recipe with L_LM as its loss, for vectors alone, and without early stopping, whose floor is that of a choice among
+        answers."""
+        only = {
+            "likelihood": 1.0,
+            "unlikelihood": 0.0,
+            "length_normalized": 0.0,
+            "early_stopping": None,
+            "opinions": "vectors",
+            "encoder": "auto",
+        }
+        return self.create({**self.model_dump(), **only})
+
     def changed(self, **changes: Any) -> Recipe:
         """The recipe with other values for the fields that are not None."""
         wanted = {name: value for name, value in changes.items() if value is not None}
         return self.create({**self.model_dump(), **wanted})
 
-    def place(self, model: Any, task: Task) -> Literal["start", "question"]:
+    def place(self, model: Any, task: AnyTask) -> Literal["start", "question"]:
         """From where an adapter for the task acts in a model.
 
         Args:
@@ -192,9 +218,17 @@ class Recipe(BaseModel):
             task: in the words of whose templates it is trained.
 
         Raises:
-            InputError: `acts_from` is "question", and the model or a template does not allow it.
+            InputError: `acts_from` is "question", and the model, a template or a task whose answer is text does not allow it.
         """
         if self.acts_from == "start":
+            return "start"
+        if isinstance(task, FreeText):  # which is generated by adapters that any library loads
+            if self.acts_from == "question":
+                raise InputError(
+                    f"Expected an adapter that acts from the start for the task {task.name!r}, whose answer is text",
+                    "leave out",
+                    argument="acts_from",
+                )
             return "start"
         from ia3.adapter.config import TaskType
         from ia3.adapter.pretrained import task_type
@@ -293,4 +327,16 @@ _SENTENCE: dict[str, Any] = {
     "warmup": 0.0,
 }
 
-PRESETS = {"paper": Recipe.paper, "small": Recipe.small, "sentence": Recipe.sentence}
+# SmolLM2-135M learned best with these to write the details of 64 queries of NLU++ banking: after 33, 66 and 99 steps the loss of 64
+# other training rows was 0.59, 0.63 and 0.64; with learning rate 3e-3 0.83, 0.92 and 0.94; with the paper's modules 0.86, 0.92 and
+# 0.96. Token F1 was 77 %, 65 % and 61 % at the end. These are single runs.
+_GENERATE: dict[str, Any] = {
+    "steps": 60,
+    "learning_rate": 1e-2,
+    "unlikelihood": 0.0,
+    "length_normalized": 0.0,
+    "ema_decay": 0.8,
+    "target_modules": "all-linear",
+}
+
+PRESETS = {"paper": Recipe.paper, "small": Recipe.small, "sentence": Recipe.sentence, "generate": Recipe.generate}

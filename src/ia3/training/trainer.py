@@ -15,6 +15,7 @@ from ia3.errors import about
 from ia3.scoring.family import waits_for_question
 from ia3.scoring.readings import Readings
 from ia3.scoring.scorer import Scorer
+from ia3.task.task import Task
 from ia3.training.choices import ChoiceTrainer
 from ia3.training.described import described
 from ia3.training.examples import Example, evaluation_examples, training_examples
@@ -27,6 +28,7 @@ from ia3.training.members import (
     by_name,
     check_batch,
     check_in_step,
+    generates,
     listed,
     only_active,
 )
@@ -35,12 +37,13 @@ from ia3.training.recipe import Recipe
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ia3.task.task import Task
+    from ia3.task.kinds import AnyTask
 
 
 class TFewTrainer(ChoiceTrainer):
-    """Trains one adapter or several at once with T-Few's three losses; an encoder with a head with cross-entropy only; a
-    sentence encoder with `contrastive_loss`, and then its head as a logistic regression on the embeddings.
+    """Trains one adapter or several at once with T-Few's three losses; for tasks whose answer is text, with the likelihood of
+    the answer alone; an encoder with a head with cross-entropy only; a sentence encoder with `contrastive_loss`, and then its
+    head as a logistic regression on the embeddings.
 
         TFewTrainer(model, recipe.training_arguments("run"), tokenizer, Member(task, rows), recipe).train()
 
@@ -90,6 +93,7 @@ class TFewTrainer(ChoiceTrainer):
         **kwargs: Any,
     ) -> None:
         members, recipe = listed(members), recipe or Recipe()
+        recipe = recipe.likelihood_only if generates(members) else recipe
         named, self._active = members[0].name is not None, only_active(members, model)
         self.members = by_name(members, model)
         self._in_step = len(self.members) > 1
@@ -265,9 +269,11 @@ class TFewTrainer(ChoiceTrainer):
         super().log(logs, *args, **kwargs)
 
 
-def metrics_of(task: Task) -> Callable[[Any], dict[str, float]]:
+def metrics_of(task: AnyTask) -> Callable[[Any], dict[str, float]]:
     """The task's metrics as `compute_metrics` for a trainer whose predictions are indices of choices, the most probable ones even
-    where mistakes have costs."""
+    where mistakes have costs; none for texts."""
+    if not isinstance(task, Task):
+        return lambda _: {}
 
     def name(index: int) -> str:
         return str(index) if task.labels is None else task.labels[index]
