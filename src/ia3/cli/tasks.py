@@ -132,6 +132,7 @@ def suggest(
     from ia3.cli.results import print_wordings
     from ia3.cli.train import label_sets, source_of
     from ia3.evaluation.drawing import drawn
+    from ia3.task.task import Task
 
     if output is not None and output.is_dir():
         raise InputError(f"Expected a file for --output, found the folder {str(output)!r}.")

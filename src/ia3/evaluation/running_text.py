@@ -10,6 +10,7 @@ from ia3.errors import InputError
 from ia3.evaluation.generation import bounded, generate
 from ia3.evaluation.results import OF_TEXTS, shown_metric
 from ia3.evaluation.running import Running, Scores
+from ia3.processes import dealt
 from ia3.scoring.scorer import Scorer
 from ia3.scoring.spans import require_json
 from ia3.task.fields import Fields
@@ -63,8 +64,13 @@ class RunningText(Running):
         if not trial.test:
             return []
         stage = self.progress.stage(trial.titled(title), len(trial.test))
-        names = [adapter] * len(trial.test) if adapter is not None and len(self.trials) > 1 else None
-        found = generate(self.model, self.tokenizer, task, trial.test, lambda done: stage.advance(len(done)), names)
+        named = adapter is not None and len(self.trials) > 1
+
+        def generated(some: list[int]) -> list[Any]:
+            rows, names = [trial.test[index] for index in some], [adapter] * len(some) if named else None
+            return generate(self.model, self.tokenizer, task, rows, lambda done: stage.advance(len(done)), names)
+
+        found = dealt(len(trial.test), generated)
         scores = task.metrics([one.result for one in found], [task.reference(row) for row in trial.test])
         stage.note(f"{OF_TEXTS.get(task.metric, task.metric)} {shown_metric(scores[task.metric])}")
         return [scores]

@@ -1,0 +1,122 @@
+"""Several processes train what one would, to rounding; the first prints and writes."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ia3 import InputError, Recipe
+from ia3.cli import main
+from ia3.processes import connect, dealt, from_first
+from support import training_script, words
+from support.paths import TESTS
+
+SCRIPT = TESTS / "support" / "training_script.py"
+
+
+def launched(*arguments, processes=2):
+    """Start a script or module in several processes; returns what they print, and ends the test if they fail."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent / "src"), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "150",
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    done = subprocess.run(
+        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert not done.returncode, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_the_vectors_are_those_of_one_process(tmp_path):
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    alone.mkdir()
+    together.mkdir()
+    training_script.main(alone)
+    launched(SCRIPT, together, alone / "several" / "checkpoint-4")
+    mine, theirs = torch.load(alone / "found.pt"), torch.load(together / "found.pt")
+    for name, vectors in mine.items():
+        for key, value in vectors.items():
+            torch.testing.assert_close(theirs[name][key], value, atol=2e-6, rtol=0, msg=f"{name}, {key}")
+    # One process began, two went on; and the other way round.
+    again = training_script.trained(alone, "question", ["one", "two", "three"], str(together / "several/checkpoint-4"))
+    for found in (theirs["resumed"], again):
+        for key, value in mine["several"].items():
+            if key != "loss":  # of the steps since
+                torch.testing.assert_close(found[key], value, atol=2e-6, rtol=0, msg=key)
+
+
+def test_the_command_of_the_docs_gives_what_one_process_does(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words.save_model(tmp_path / "model")
+    rows = [{"message": row["text"], "category": row["label"]} for row in words.different(40, seed=2)]
+    words.write_csv(tmp_path / "train.csv", rows)
+    page = (TESTS.parent / "docs" / "processes.md").read_text(encoding="utf-8")
+    [command] = re.findall(r"^torchrun --nproc_per_node 2 -m ia3 (.+)$", page, re.MULTILINE)
+    command = f"{command} --model model --encoder none --dtype float32 --examples-per-label 8 --json".split()
+    with pytest.raises(SystemExit) as ended:
+        main([part.replace("shared", "alone") for part in command])
+    assert not ended.value.code
+    alone = json.loads(capsys.readouterr().out)
+    together = json.loads(launched("-m", "ia3", *command))  # printed once
+    one, two = (Path("adapters", name) for name in ("alone", "shared"))
+    vectors = load_file(two / "adapter_model.safetensors")
+    for key, value in load_file(one / "adapter_model.safetensors").items():
+        torch.testing.assert_close(vectors[key], value, atol=2e-6, rtol=0)
+    assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
+    for key in ("zero_shot", "trained", "cross_validation"):
+        assert together[key] == pytest.approx(alone[key])
+
+
+def test_what_a_launcher_cannot_start(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as ended:
+        main(["predict", "adapters/x", "some text"])
+    assert ended.value.code == 2
+    assert "Expected one process" in capsys.readouterr().err
+    with pytest.raises(InputError, match="a batch_size that 2 processes can share evenly, found 5"):
+        Recipe(batch_size=5).training_arguments("run")
+
+
+def test_only_the_first_prints(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as ended:
+        main(["predict", "adapters/x", "some text"])
+    found = capsys.readouterr()
+    assert ended.value.code == 2 and not found.out + found.err
+
+
+def test_one_process_works_alone():
+    connect({"seed": 0})
+    assert from_first(lambda: "found") == "found"
+    assert dealt(3, lambda indices: [index * 2 for index in indices]) == [0, 2, 4]
+
+
+DISAGREE = """
+import os
+from ia3.processes import connect, dealt, from_first
+
+connect({"seed": 0})
+assert dealt(5, lambda indices: [10 * index for index in indices]) == [0, 10, 20, 30, 40]
+assert dealt(1, lambda indices: indices) == [0]
+assert from_first(lambda: os.environ["RANK"]) == "0"
+try:
+    connect({"seed": int(os.environ["RANK"])})
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_processes_that_disagree_are_told(tmp_path):
+    (tmp_path / "script.py").write_text(DISAGREE)
+    out = launched(tmp_path / "script.py")
+    assert out.count("Expected 2 processes with the same data, task, recipe and seed, found others in process 1") == 2
