@@ -81,6 +81,10 @@ class AdapterFolder(StoredAdapter):
 
         data = self.text(OPINIONS_NAME)
         if data is None:
+            if self.task is not None and self.task.multi_label:
+                raise InputError(
+                    f"Expected {OPINIONS_NAME} with the labels' thresholds in {str(self)!r}, found none; train to the end, or anew."
+                )
             return Opinions()
 
         def head(name: str) -> Head | None:

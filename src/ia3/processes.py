@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ia3.errors import InputError
+from ia3.errors import InputError, brief
 
 if TYPE_CHECKING:
     import torch
@@ -21,8 +21,11 @@ T = TypeVar("T")
 
 
 def count() -> int:
-    """How many processes were started together; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes a launcher started together (`WORLD_SIZE`); 1 without one. Raises `InputError` if it is no number."""
+    found = os.environ.get("WORLD_SIZE", "1")
+    if not found.isdecimal() or not int(found):
+        raise InputError(f"Expected the number of processes in WORLD_SIZE, found {brief(found)}; unset it.")
+    return int(found)
 
 
 def is_first() -> bool:
@@ -37,6 +40,12 @@ def connect(settings: Any) -> None:
         InputError: they disagree about the settings (JSON), such as rows or a seed.
     """
     if count() > 1:
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise InputError(
+                f"Expected {', '.join(missing)} beside WORLD_SIZE={count()}, found none; start the processes by torchrun, or unset "
+                f"WORLD_SIZE."
+            )
         import torch
         from accelerate import PartialState
 
@@ -96,6 +105,6 @@ def add_up_gradients(parameters: Sequence[nn.Parameter], values: Sequence[torch.
     have = torch.tensor([float(one.grad is not None) for one in parameters], device=parameters[0].device)
     gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in parameters]
     some, *rest = add_up([have, *gradients, *values])
-    for parameter, count, gradient in zip(parameters, some.tolist(), rest, strict=False):
-        parameter.grad = gradient if count else None
+    for parameter, has, gradient in zip(parameters, some.tolist(), rest, strict=False):
+        parameter.grad = gradient if has else None
     return rest[len(parameters) :]

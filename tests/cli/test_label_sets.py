@@ -218,7 +218,7 @@ def test_a_task_file_and_a_label_without_rows(run):
 
 def test_many_at_once(run):
     out = run("train", output="fleet", seeds="0,1", folds=2, **OPTIONS, **HOW["lists"])
-    assert "Exact match (macro-F1) on test rows" in out
+    assert "Macro-F1 (micro-F1) on test rows" in out
     for seed in (0, 1):
         folder = AdapterFolder(f"fleet/seed-{seed}")
         assert folder.opinions.thresholds and "trained" in folder.metrics
@@ -243,12 +243,15 @@ def test_interrupted_and_resumed_ends_as_uninterrupted(run, place, monkeypatch):
 
 
 def test_vectors_without_thresholds(run, place):
-    """As after an interruption, before labels had thresholds."""
+    """As after an interruption, before labels had thresholds; and as people edit them."""
     shutil.copytree("adapters/separated", "early", ignore=shutil.ignore_patterns("opinions.json", "calibration.json"))
-    [one] = json.loads(run("predict", "early", TEXTS[0], "--json"))
-    assert one["labels"] == [max(one["probabilities"], key=one["probabilities"].get)]
-    err = run("evaluate", "early", data="test.csv", code=2)
-    assert "Expected thresholds of a multi-label task's labels (opinions.json), found none" in err
+    for command in (["predict", "early", TEXTS[0]], ["evaluate", "early", "--data", "test.csv"]):
+        err = run(*command, code=2)
+        assert "Expected opinions.json with the labels' thresholds in 'early', found none; train to the end" in err
+    data = json.loads((place / "adapters" / "separated" / "opinions.json").read_text())
+    data["thresholds"]["tea"] = 1.0  # never
+    (place / "early" / "opinions.json").write_text(json.dumps(data))
+    assert "tea" not in json.loads(run("predict", "early", TEXTS[0], "--json"))[0]["labels"]
     data = json.loads((place / "adapters" / "separated" / "opinions.json").read_text())
     del data["thresholds"]["tea"]
     (place / "early" / "opinions.json").write_text(json.dumps(data))

@@ -78,7 +78,7 @@ def test_folds_keep_two_labels_beside_each():
 
 
 def test_shifts_take_off_what_each_template_prefers():
-    some = [(*np.random.default_rng(seed).normal(size=(5, 2)), 3, -1) for seed in range(2)]
+    some = [np.random.default_rng(seed).normal([3.0, -1.0], size=(5, 2)) for seed in range(2)]
     balance, mean = centred(some, ["a", "b"])
     np.testing.assert_allclose(mean.mean(0), 0, atol=1e-12)
     np.testing.assert_allclose(mean, sum(one - one.mean(0) for one in some) / 2)
@@ -109,7 +109,7 @@ def test_rows_that_teach_nothing(labels):
 
 def test_more_rows_than_heads_take(monkeypatch):
     monkeypatch.setattr(label_sets, "MOST_ROWS", 2)
-    rows = [{"text": "tea", "label": its} for its in (["hot"], ["new"], [])]
+    rows = [{"text": f"tea {i}", "label": its} for i, its in enumerate((["hot"], ["new"], []))]
     require_label_sets(TASK, rows, Recipe())  # whose vectors answer alone
     with pytest.raises(InputError, match=r"Expected at most 2 training rows for heads .*, found 3; take fewer"):
         require_label_sets(TASK, rows, Recipe.small())

@@ -103,7 +103,7 @@ class TestTask:
             ({"metric": "quadratic_kappa"}, "kappa"),
             ({"label_separator": ""}, "some text as label_separator"),
             ({"label_columns": ["hot", "new"]}, "a column for each label"),
-            ({"label_columns": LABELS, "label_separator": ";"}, "no separator"),
+            ({"label_columns": LABELS, "label_separator": ";"}, "label_columns or label_separator, one of the two"),
             ({"choices": "{{ text }}"}, "the same labels for all rows of a multi-label task"),
             ({"multi_label": False, "label_separator": ";"}, "multi_label with label_separator"),
             ({"multi_label": False, "metric": "micro_f1"}, "multi_label with the metric micro_f1"),

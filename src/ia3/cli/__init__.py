@@ -95,7 +95,7 @@ def _options(
     """Options of the whole program."""
     if count() > 1 and context.invoked_subcommand != "train":
         raise InputError(
-            f"Expected one process, found several; a launcher can start ia3 train, but not ia3 {context.invoked_subcommand}."
+            f"Expected one process, found WORLD_SIZE={count()}; a launcher can start ia3 train, but not ia3 {context.invoked_subcommand}: unset it."
         )
     if context.invoked_subcommand != "serve":  # which has a log
         context.with_resource(_our_lines_alone())

@@ -118,7 +118,7 @@ def print_fleet_table(out: Console, members: Mapping[str, dict[str, Any]], seeds
                 scores.add_row(escape(f"{shared} median (IQR)".strip()), "", *_cells(some), style="bold")
         groups = [[measured[name] for name in names if name in measured] for names in seeds.values()]
         groups = [some for some in groups if some]
-        if len(groups) > 1:
+        if len(groups) > 1 and len(kinds) == 1:  # a mean of different metrics says nothing
             scores.add_row("mean of all", "", *_means(groups), style="bold")
         out.print(scores)
     first = next(iter(members.values()))

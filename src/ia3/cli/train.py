@@ -379,9 +379,12 @@ def _weighed(task: Any, text: str) -> Any:
         return [_weighed(one, text) for one in task]
     parts = [part.rpartition("=") for part in text.split(",")]
     found = {label.strip(): weight.strip() for label, _, weight in parts}
-    if len(found) < len(parts):
-        raise InputError(f"Expected one weight for each label, found {brief(text)}", argument="class_weight")
-    return task.changed(class_weight=found if "=" in text else text)
+    if text != "balanced" and ("" in found or len(found) < len(parts)):
+        raise InputError(
+            f"Expected 'balanced' or one weight for each label (fraud=5,other=1), found {brief(text)}",
+            argument="class_weight",
+        )
+    return task.changed(class_weight=text if text == "balanced" else found)
 
 
 def _together(one: str, value: Any, other: str, others: Any) -> None:

@@ -276,35 +276,34 @@ class Experiment:
         from ia3.evaluation.label_sets import require_label_sets
 
         require_label_sets(trial.task, trial.examples, self.chosen_recipe)
-        unfit = {
-            "all_templates": self.all_templates,
-            "unlabelled": self.unlabelled is not None,
-            "prior": self.prior != "file",
-        }
-        for argument, given in unfit.items():
-            if given:
-                raise InputError(
-                    f"Expected a task with one label for each row, found the multi-label task {brief(trial.task.name)}",
-                    "leave out",
-                    argument=argument,
-                )
+        self._refuse(
+            f"Expected a task with one label for each row, found the multi-label task {brief(trial.task.name)}",
+            all_templates=self.all_templates,
+            unlabelled=self.unlabelled is not None,
+            prior=self.prior != "file",
+        )
 
     def _check_generates(self) -> None:
         """Raise `InputError` for settings and models that need labels."""
-        for name in ("folds", "all_templates", "unlabelled"):
-            if getattr(self, name):
-                raise InputError(
-                    "Expected tasks with choices, found one whose answer is text", "leave out", argument=name
-                )
-        if self.prior != "file":
-            raise InputError(
-                "Expected tasks with choices, found one whose answer is text", "leave out", argument="prior"
-            )
+        self._refuse(
+            "Expected tasks with choices, found one whose answer is text",
+            folds=bool(self.folds),
+            all_templates=self.all_templates,
+            unlabelled=self.unlabelled is not None,
+            prior=self.prior != "file",
+        )
         from ia3.evaluation.generation import require_generator
 
         require_generator(self.model)
         for trial in self.trials:
             self.chosen_recipe.place(None, trial.task)
+
+    @staticmethod
+    def _refuse(why: str, **given: bool) -> None:
+        """Raise `InputError` for the first argument that was given."""
+        for argument, was_given in given.items():
+            if was_given:
+                raise InputError(why, "leave out", argument=argument)
 
     def _check_prior(self) -> None:
         """Raise `InputError` for a prior that does not fit the tasks."""
@@ -336,7 +335,8 @@ class Experiment:
 
         self.check()
         checkpoint = self.checkpoint() if resume else None
-        processes.connect(self.settings())
+        rows = {trial.name: trial.test for trial in self.trials}
+        processes.connect([self.settings(), rows, self.prior, self.unlabelled])
         running = (RunningText if self.generates else Running)(self, progress or Progress())
         before = running.zero_shot()
         metrics, seconds = running.train(checkpoint)

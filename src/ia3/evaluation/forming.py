@@ -337,12 +337,10 @@ def where_vectors_pay(
     long = [len(rows) * len(task.labels or ()) > QUICK for task, rows in tasks]
     if all(nameless):
         why = "no wording can name labels that are numbers or codes. --choices gives them names,"
-    elif all(long) and Sentences.found(recipe.encoder) is not None:
+    elif all(long) and (Sentences.found(recipe.encoder) is not None or all(task.multi_label for task, _ in tasks)):
         task, rows = tasks[0]
-        why = (
-            f"that takes long for {len(rows)} rows of {len(task.labels or ())} labels, and heads with a sentence encoder tell so "
-            f"many apart better."
-        )
+        better = "take seconds" if task.multi_label else "with a sentence encoder tell so many apart better"
+        why = f"that takes long for {len(rows)} rows of {len(task.labels or ())} labels, and heads {better}."
     else:
         return recipe
     progress.say(f"No vectors are trained: {why} --folds 4 trains and weighs them all the same.")

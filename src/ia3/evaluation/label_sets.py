@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ia3.errors import InputError
+from ia3.errors import InputError, shown
+from ia3.evaluation.calibration import fold_of_each
 from ia3.evaluation.forming import FOLDS, QUICK, Formed, held_out_scores
 from ia3.evaluation.prediction import Prediction
 from ia3.evaluation.progress import Progress
@@ -18,9 +19,7 @@ from ia3.opinions.sentences import Sentences, sentence_of
 from ia3.opinions.words import Words
 from ia3.scoring.readings import Readings
 from ia3.scoring.scorer import Scorer
-
-MOST_ROWS = 10_000
-"""For heads: their regression takes the cube of the rows' number, and memory for its square."""
+from ia3.task.label_sets import indicators
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,6 +27,9 @@ if TYPE_CHECKING:
     from ia3.adapter.model import IA3Model
     from ia3.task.task import Row, Task
     from ia3.training.recipe import Recipe
+
+MOST_ROWS = 10_000
+"""For heads: their regression takes the cube of the rows' number, and memory for its square."""
 
 
 def form_label_sets(
@@ -51,7 +53,7 @@ def form_label_sets(
     wordings = task.wordings(rows)
     labels = [one.labels for one in wordings]
     names = sorted({label for its in labels for label in its})
-    y = np.array([[name in its for name in names] for its in labels], dtype=float)
+    y = indicators(labels, names)
     held_out: dict[str, np.ndarray] = {}
     heads, encoder = {}, None
     if recipe.opinions != VECTORS:
@@ -73,19 +75,26 @@ def form_label_sets(
         with progress.waiting("Fitting heads …"):
             heads, held_out[HEAD] = fit_label_sets(states, labels, [one.fingerprint for one in wordings])
     balance: list[dict[str, float]] = []
-    asked = recipe.opinions == VECTORS or (recipe.opinions != HEAD and (bool(folds) or len(rows) * len(names) <= QUICK))
+    unseen = [label for label in task.labels or () if label not in names]
     count = min(folds or FOLDS, len({one.fingerprint for one in wordings}))
+    long = not folds and len(rows) * len(names) > QUICK
+    divides = bool(folds) or _divides(task, rows, count, seed)
+    asked = recipe.opinions == VECTORS or (recipe.opinions != HEAD and not long and divides)
     if asked:
         stage = progress.stage(f"Cross-validation {title}".strip(), recipe.steps)
         readings = Readings() if readings is None else readings
-        scores = held_out_scores(model, tokenizer, task, rows, recipe, count, seed, output_dir, stage, readings, names)
+        every = [*names, *unseen]
+        scores = held_out_scores(model, tokenizer, task, rows, recipe, count, seed, output_dir, stage, readings, every)
         stage.end()
-        balance, held_out[VECTORS] = centred(scores, names)
+        balance, centred_scores = centred(scores, every)
+        held_out[VECTORS] = centred_scores[:, : len(names)]
     decided = decide(held_out, y)
     # Heads are parts of one regression, so that they have one weight.
     weights = {name: decided.weights[HEAD] for name in heads if HEAD in decided.weights}
     weights |= {VECTORS: decided.weights[VECTORS]} if VECTORS in decided.weights else {}
-    # A label without rows is given where vectors are sure of it.
+    if unseen and VECTORS not in weights:
+        progress.say(f"No rows have {shown(unseen)}; heads alone answer, so that no row is given it.")
+    # A label without rows is given where vectors raise it from the bias, which is that of rare labels, to one half.
     thresholds = dict.fromkeys(task.labels or (), 0.5) | dict(zip(names, decided.thresholds.tolist(), strict=True))
     opinions = Opinions.of(
         weights,
@@ -102,8 +111,18 @@ def form_label_sets(
     low, high = decided.thresholds.min(), decided.thresholds.max()
     why = f"each label is decided by itself, by thresholds of {low:.2f} to {high:.2f}"
     if recipe.opinions == "auto" and not asked:
-        why += f"; {len(rows)} rows of {len(names)} labels take long to cross-validate, so vectors do not count"
+        reason = "take long to cross-validate" if long else "are too few to cross-validate"
+        why += f"; {len(rows)} rows of {len(names)} labels {reason}, so vectors do not count"
     return Formed(opinions, predictions, labels, why)
+
+
+def _divides(task: Task, rows: Sequence[Row], folds: int, seed: int) -> bool:
+    """Whether rows can be divided into folds, beside each of which there are labels to train on."""
+    try:
+        fold_of_each(task, rows, folds, seed)
+    except InputError:
+        return False
+    return True
 
 
 def centred(scores: Sequence[np.ndarray], names: Sequence[str]) -> tuple[list[dict[str, float]], np.ndarray]:
@@ -116,8 +135,7 @@ def centred(scores: Sequence[np.ndarray], names: Sequence[str]) -> tuple[list[di
 def by_answers(scores: np.ndarray, names: Sequence[str], label_sets: Sequence[Sequence[str]]) -> Opinions:
     """Opinions of the answers' scores (N, K) alone, whose thresholds suit N labelled rows: the untrained model's."""
     balance, held_out = centred([scores], names)
-    y = np.array([[name in its for name in names] for its in label_sets], dtype=float)
-    decided = decide({VECTORS: held_out}, y)
+    decided = decide({VECTORS: held_out}, indicators(label_sets, names))
     thresholds = dict(zip(names, decided.thresholds.tolist(), strict=True))
     return Opinions.of(decided.weights, balance=balance, bias=decided.bias, thresholds=thresholds)
 
@@ -137,6 +155,8 @@ def require_label_sets(task: Task, rows: Sequence[Row], recipe: Recipe) -> None:
             f"Expected training rows with different labels, of at least two, found {', '.join(found) or 'none'} in "
             f"{len(rows)} rows."
         )
+    if len({task.fingerprint(row, number) for number, row in enumerate(rows, 1)}) < 2:
+        raise InputError("Expected training rows with different texts, found the same one in all.")
 
 
 def require_reading(tasks: Sequence[Task], reads_answers: bool) -> None:

@@ -77,9 +77,9 @@ class Prediction:
         return min(p if self._has(label) else 1 - p for label, p in self.probabilities.items())
 
     def _has(self, label: str) -> bool:
-        # A temperature changes no decision.
+        # A temperature changes no decision. A threshold of 1 means never.
         threshold = self.thresholds[label]
-        return self.scores[label] >= math.log(threshold / (1 - threshold))
+        return threshold < 1 and self.scores[label] >= math.log(threshold / (1 - threshold))
 
     @classmethod
     def of(

@@ -19,9 +19,9 @@ from ia3.adapter.stored import (
     SEEN,
     TASK_NAME,
 )
-from ia3.errors import InputError
 from ia3.files import to_json
 from ia3.task.grades import Grades
+from ia3.task.label_sets import indicators
 from ia3.task.task import Task
 
 if TYPE_CHECKING:
@@ -106,16 +106,11 @@ def report(task: Task, predictions: Sequence[Prediction], labels: Sequence[str],
     from ia3.evaluation.calibration import Calibration
 
     predictions = [prediction.at(temperature) for prediction in predictions]
-    if task.multi_label and not all(prediction.thresholds for prediction in predictions):
-        raise InputError(
-            "Expected thresholds of a multi-label task's labels (opinions.json), found none",
-            "train to the end, or anew",
-        )
     found = [prediction.best for prediction in predictions]
     names = task.labels or sorted({*labels, *found})
     truth, said = labels, found
     if task.multi_label:
-        truth, said = ([[name in its for name in names] for its in some] for some in (labels, found))
+        truth, said = (indicators(some, names) for some in (labels, found))
     each: Any = {"zero_division": 0, **({"average": None} if task.multi_label else {"labels": names})}
     measured = np.array(precision_recall_fscore_support(truth, said, **each))
     return {

@@ -12,6 +12,7 @@ from scipy.special import expit
 
 from ia3.opinions.head import Head
 from ia3.opinions.opinions import HEAD, SENTENCES, WORDS
+from ia3.task.label_sets import indicators
 
 # The strengths of the penalty that are tried, for features of length 1.
 _PENALTIES = (0.03, 0.1, 0.3, 1.0)
@@ -29,8 +30,8 @@ _CHOOSING = 800
 # A feature's standard deviation, in parts of the median one, is taken to be no smaller.
 _LEAST_SPREAD = 0.1
 
+# Thresholds' bounds: half of the best F1 is no more, and no label is given to a row that hardly has it.
 _HIGHEST, _LOWEST = 0.5, 0.02
-"""Of thresholds."""
 
 
 class Decisions(NamedTuple):
@@ -94,21 +95,23 @@ def fit_label_sets(
 
     Args:
         states: opinion → (N, places, width), of `HEAD`, `SENTENCES` and `WORDS` those that are there.
-        label_sets: N of them; at least two labels occur, and none of them in all rows.
-        groups: rows with the same one are duplicates, and held out together.
+        label_sets: N of them; at least two labels occur, and rows differ.
+        groups: rows with the same one are duplicates, and held out together; at least two.
 
     Returns:
         Opinion → its head, of those that count equally: labels' scores are the sum of all. And scores (N, K) of held-out rows,
         their labels in alphabetical order.
     """
     names = sorted({label for its in label_sets for label in its})
-    y = np.array([[name in its for name in names] for its in label_sets], dtype=float)
+    y = indicators(label_sets, names)
     same: dict[str, list[int]] = {}
     for row, group in enumerate(groups):
         same.setdefault(group, []).append(row)
-    place, scales = _chosen(states, y, list(same.values())[:: -(-len(y) // _CHOOSING)])
+    every = list(same.values())
+    some = every[:: -(-len(y) // _CHOOSING)]
+    place, scales = _chosen(states, y, some if len(some) > 1 else every)
     blocks = {name: _Block(states[name], place if name == HEAD else 0, name == HEAD) for name in scales}
-    fitted = _fitted(_kernel(blocks, scales), y, list(same.values()))
+    fitted = _fitted(_kernel(blocks, scales), y, every)
     heads, bias = {}, y.mean(0)
     for name, scale in scales.items():
         heads[name] = blocks[name].head(names, scale, fitted.dual, bias)

@@ -62,7 +62,7 @@ class Opinions(BaseModel):
         seen: label → its share of the training examples; empty: as where predictions are made.
         prior: label → its share where predictions are made.
         bias: of labels that are decided one by one.
-        thresholds: label → the probability from which on a row has it; empty: each row has the most probable label.
+        thresholds: label → the probability from which on a row has it, 1 for never; empty: each row has the most probable label.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ia3.errors import InputError, brief
 from ia3.task.template import as_text, is_missing, items_of
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _YES, _NO = {"1", "1.0", "true", "yes", "y", "x"}, {"", "0", "0.0", "false", "no", "n"}
 
@@ -51,6 +54,13 @@ def flag_of(cell: Any, column: str) -> bool:
     if text in _YES or text in _NO:
         return text in _YES
     raise InputError(f"Expected 1 or 0 in the label column {column!r}, found {brief(cell)}.")
+
+
+def indicators(label_sets: Sequence[Sequence[str]], names: Sequence[str]) -> np.ndarray:
+    """Whether each row has each label: (N, K), 1 or 0."""
+    import numpy as np
+
+    return np.array([[name in its for name in names] for its in label_sets], dtype=float)
 
 
 def metrics_of_sets(labels: Sequence[Sequence[str]], predictions: Sequence[Sequence[str]]) -> dict[str, float]:

@@ -39,6 +39,9 @@ logger = logging.getLogger(__name__)
 Truth = Any
 """A row's label; or the tuple of its labels, where it may have several."""
 
+# What may stand between several labels in a cell.
+_SEPARATORS = ",;|/"
+
 # The default number of training examples per label.
 _USUAL_EXAMPLES = 16
 
@@ -229,9 +232,11 @@ class Task(Described):
             raise ValueError("expected the same labels for all rows of a multi-label task, found answers of each row")
         if any(template.says_answer for template in self.templates):
             raise ValueError("expected templates that leave the labels to the label column, found one with an answer")
-        if self.label_columns and (self.label_separator or sorted(self.label_columns) != labels):
+        if self.label_columns and self.label_separator is not None:
+            raise ValueError("expected label_columns or label_separator, one of the two, found both")
+        if self.label_columns and sorted(self.label_columns) != labels:
             raise ValueError(
-                f"expected a column for each label and no separator, found columns {shown(self.label_columns)} for the labels "
+                f"expected a column for each label, found columns {shown(self.label_columns)} for the labels "
                 f"{shown(labels)}"
             )
         if self.label_separator == "":
@@ -363,6 +368,8 @@ class Task(Described):
             label_column = column_of(label_column, columns, "label", "label_column", [])
             answer_columns = [label_column]
         cells = [row.get(label_column) for row in rows]
+        if label_separator is None and choices is None:
+            _say_joined(cells)
         multi_label = multi_label or label_separator is not None or any(is_list(cell) for cell in cells)
         if choices is None and multi_label:
             known: set[str] = set()
@@ -396,9 +403,10 @@ class Task(Described):
         if template is None:
             asked = [text_column] if text_column is None or isinstance(text_column, str) else list(text_column)
             texts = [column_of(each, columns, "text", "text_column", answer_columns) for each in asked]
-            if {*answer_columns} & {*texts}:
+            shared = [name for name in texts if name in answer_columns]
+            if shared:
                 raise InputError(
-                    f"Expected two columns for text and label, found {label_column!r} for both", argument="text_column"
+                    f"Expected two columns for text and label, found {shared[0]!r} for both", argument="text_column"
                 )
             template = made_template(texts, label_column, [choices[label] for label in sorted(choices)])
             others = candidates(rows, texts, label_column, choices, own, name)
@@ -490,7 +498,7 @@ class Task(Described):
         if self.multi_label:
             raise InputError(
                 f"Expected a task with one label for each row, found the multi-label task {brief(self.name)}",
-                "use another",
+                "take a task without multi_label",
             )
 
     @property
@@ -522,7 +530,7 @@ class Task(Described):
         label = _label(row[self.label_column])
         label = self.aliases.get(label, label)
         if label not in answers:
-            several = [part.strip() for part in re.split(r"[,;|/]", label)]
+            several = [part.strip() for part in re.split(f"[{_SEPARATORS}]", label)]
             if len(several) > 1 and all(self.aliases.get(part, part) in answers for part in several):
                 raise _several(label)
             raise self._unknown(label, answers)
@@ -612,12 +620,7 @@ def few_shot(rows: Any, task: Task, per_label: int | None = None, seed: int = 0)
     by_label: dict[str, list[Row]] = {label: [] for label in sorted({*(task.labels or ()), *found})}
     for label, row in zip(found, rows, strict=True):
         by_label[label].append(row)
-    unknown = [label for label, its in by_label.items() if not its]
-    if unknown:
-        logger.warning("No training examples for %s: only answer texts say what such labels mean.", shown(unknown))
-    scarce = {label: len(its) for label, its in by_label.items() if 0 < len(its) < wanted}
-    if scarce:
-        _say_scarce(scarce, len(by_label), wanted, per_label)
+    _say_scarce({label: len(its) for label, its in by_label.items()}, wanted, per_label)
     chosen = [row for its in by_label.values() for row in chance.sample(its, min(wanted, len(its)))]
     chance.shuffle(chosen)
     return chosen
@@ -634,16 +637,20 @@ def _few_of_each(
         if any(counts[label] < wanted for label in its):
             chosen.append(rows[index])
             counts.update(its)
-    scarce = {label: counts[label] for label in task.labels or () if counts[label] < wanted}
-    if scarce:
-        _say_scarce(scarce, len(task.labels or ()), wanted, per_label)
+    _say_scarce({label: counts[label] for label in task.labels or ()}, wanted, per_label)
     return chosen
 
 
-def _say_scarce(scarce: Mapping[str, int], labels: int, wanted: int, per_label: int | None) -> None:
-    """Warn that labels have fewer rows than wanted, or raise `InputError` if somebody asked for so many."""
+def _say_scarce(counts: Mapping[str, int], wanted: int, per_label: int | None) -> None:
+    """Warn that labels have fewer rows than wanted, or none; raise `InputError` if somebody asked for so many of those that have."""
+    unknown = [label for label, count in counts.items() if not count]
+    if unknown:
+        logger.warning("No training examples for %s: only answer texts say what such labels mean.", shown(unknown))
+    scarce = {label: count for label, count in counts.items() if 0 < count < wanted}
+    if not scarce:
+        return
     fewest = min(scarce, key=scarce.__getitem__)
-    which = f"{len(scarce)} of {labels} labels, the fewest for {brief(fewest, 80)}: {scarce[fewest]}"
+    which = f"{len(scarce)} of {len(counts)} labels, the fewest for {brief(fewest, 80)}: {scarce[fewest]}"
     if per_label is not None:
         raise InputError(
             f"Expected {per_label} training examples for each label, found fewer for {which}",
@@ -651,6 +658,22 @@ def _say_scarce(scarce: Mapping[str, int], labels: int, wanted: int, per_label: 
             argument="per_label",
         )
     logger.warning("Fewer than %d training examples for %s; all of these are taken.", wanted, which)
+
+
+def _say_joined(cells: Iterable[Any]) -> None:
+    """Warn that cells seem to hold several labels with something between them."""
+    texts = {cell.strip() for cell in cells if isinstance(cell, str) and not is_list(cell)}
+    for separator in _SEPARATORS:
+        parts = {text: [part.strip() for part in text.split(separator)] for text in texts if separator in text}
+        joined = [text for text, its in parts.items() if {*its} <= texts]
+        if joined:
+            logger.warning(
+                "Cells such as %r seem to hold several labels of a row; if they do, say that %r stands between them.",
+                min(joined),
+                separator,
+                extra={"argument": "label_separator"},
+            )
+            return
 
 
 def _answers_for(labels: Iterable[str]) -> dict[str, str]:

@@ -183,23 +183,29 @@ class ChoiceTrainer(Trainer):
         inputs = _some(inputs, [i for i, name in enumerate(inputs["members"]) if self.stopping.learns(name)])
         if self._shares:
             inputs = _some(inputs, [*range(len(inputs["members"]))][self.args.process_index :: self.args.world_size])
-        losses = []
+        losses, before = [], self.stopping.step_losses
         for part in self._training_parts(self.scorer.through(model), inputs):
             losses.append(super().training_step(model, part, num_items_in_batch))
         # All members may have stopped, or a process may have no example.
         loss = torch.stack(losses[::-1]).sum() if losses else torch.zeros((), device=self.args.device)
-        return self._added_up(loss) if self._shares else loss
+        return self._added_up(loss, before) if self._shares else loss
 
-    def _added_up(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss of all processes; adds up their gradients, and what early stopping looks at."""
-        doubts = torch.tensor(self.stopping.step_losses, device=loss.device, dtype=torch.float32)
+    def _added_up(self, loss: torch.Tensor, before: Sequence[float]) -> torch.Tensor:
+        """The loss of all processes; adds up their gradients, and what early stopping looks at.
+
+        Args:
+            loss: of this process's part of the batch.
+            before: what early stopping has of earlier batches of the optimizer step, which is of all processes already.
+        """
+        earlier = torch.tensor(before, device=loss.device, dtype=torch.float32)
+        doubts = torch.tensor(self.stopping.step_losses, device=loss.device, dtype=torch.float32) - earlier
         assert self.model is not None
         if self.accelerator.sync_gradients:
             parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
             loss, doubts = add_up_gradients(parameters, [loss, doubts])
         else:
             loss, doubts = add_up([loss, doubts])
-        self.stopping.step_losses = doubts.tolist()
+        self.stopping.step_losses = (earlier + doubts).tolist()
         return loss
 
     def _training_parts(self, scorer: Scorer, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
