@@ -5,6 +5,10 @@ import os
 import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may depend on the network; read when huggingface_hub is imported
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # NumPy's threads of several workers wait for each other; read when it is imported
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

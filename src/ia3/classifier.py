@@ -432,7 +432,9 @@ class _Base:
             self.model.set_adapter("default")
             arguments = recipe.training_arguments(folder, seed=seed, save_strategy="no", disable_tqdm=not verbose)
             kept = readings if self.model.waits_for_question() else None
-            trainer = TFewTrainer(self.model, arguments, self.tokenizer, Member(task, rows), recipe, kept)
+            trainer = TFewTrainer(
+                self.model, arguments, self.tokenizer, Member(task, rows, known=task.taught(rows)), recipe, kept
+            )
             reads_answers = trainer.scorer.family.reads_answers
             require_reading([task], reads_answers)
             forms = task.multi_label or forms_opinions(recipe, task, reads_answers)

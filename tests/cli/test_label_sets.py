@@ -325,3 +325,14 @@ def test_what_other_commands_refuse(run):
     assert several in run("train", task="one.yaml", data="rows.jsonl", model="model", output="x", code=2)
     assert "a label column 'pos'" in run("evaluate", "adapters/columns", data="test.csv", code=2)
     assert "found 'cold'" in run("evaluate", "adapters/lists", data="unknown.jsonl", code=2)
+
+
+def test_tasks_of_two_kinds_at_once(run, place):
+    """Their tables have different metrics, of which there is no mean."""
+    sets = {"name": "sets", "train": "rows.jsonl", "test": "test.jsonl", "multi_label": True, "choices": LABELS}
+    one = {"name": "one", "train": "single.csv", "test": "single.csv", "choices": ["pos", "neg"]}
+    for task in (sets, one):
+        Task.create({**task, "template": "{{ text }} is"}).save(place / f"{task['name']}.yaml")
+    for tasks in ("sets.yaml,one.yaml", "one.yaml,sets.yaml"):
+        out = run("train", tasks=tasks, output="both", model="model", steps=2, opinions="head", encoder="none")
+        assert "Macro-F1 (micro-F1)" in out and "Accuracy (macro-F1)" in out and "mean of all" not in out

@@ -113,3 +113,9 @@ def test_more_rows_than_heads_take(monkeypatch):
     require_label_sets(TASK, rows, Recipe())  # whose vectors answer alone
     with pytest.raises(InputError, match=r"Expected at most 2 training rows for heads .*, found 3; take fewer"):
         require_label_sets(TASK, rows, Recipe.small())
+
+
+def test_rows_that_are_all_the_same():
+    rows = [{"text": "tea", "label": its} for its in (["hot"], ["new"], [])]
+    with pytest.raises(InputError, match="Expected training rows with different texts, found the same one in all"):
+        require_label_sets(TASK, rows, Recipe())

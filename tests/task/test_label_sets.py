@@ -195,3 +195,13 @@ class TestDraw:
         with pytest.raises(InputError, match="Expected 21 training examples for each label, found fewer for 1 of 3"):
             few_shot(self.rows, task(), 21)
         assert len(few_shot(self.rows[:4], task())) == 4
+
+
+def test_a_separator_that_nobody_named_is_said(caplog):
+    rows = [{"text": text, "label": label} for text, label in {"a": "pin; new", "b": "pin", "c": "new"}.items()]
+    assert Task.infer(rows).labels == ["new", "pin", "pin; new"]
+    assert "say that ';' stands between them" in caplog.text
+    caplog.clear()
+    Task.infer(rows, label_separator=";")
+    Task.infer([{"text": "a", "label": "and/or"}, {"text": "b", "label": "not"}])  # no label by itself
+    assert not caplog.text

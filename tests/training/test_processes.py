@@ -95,6 +95,18 @@ def test_only_the_first_prints(monkeypatch, capsys):
     assert ended.value.code == 2 and not found.out + found.err
 
 
+def test_what_a_launcher_must_set(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(
+        InputError, match=r"MASTER_ADDR.* beside WORLD_SIZE=2, found none; start the processes by torchrun"
+    ):
+        connect({})
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    with pytest.raises(InputError, match="Expected the number of processes in WORLD_SIZE, found 'many'"):
+        connect({})
+
+
 def test_one_process_works_alone():
     connect({"seed": 0})
     assert from_first(lambda: "found") == "found"

@@ -7,7 +7,7 @@ import json
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -197,6 +197,7 @@ def cross_validate(
     output_dir: str | os.PathLike = "cross-validation",
     stage: Stage | None = None,
     readings: Readings | None = None,
+    known: Collection[str] | None = None,
 ) -> list[Prediction]:
     """Predict each fold of the labelled rows with an adapter that is trained on the other folds.
 
@@ -214,6 +215,7 @@ def cross_validate(
         output_dir: the trainer's output folder; nothing is written to it.
         stage: shows the progress in steps.
         readings: keeps the rows' texts, which all folds share; None: kept during this call.
+        known: as of `Member`.
 
     Returns:
         N predictions, in the rows' order.
@@ -225,7 +227,8 @@ def cross_validate(
     from ia3.scoring.readings import Readings
 
     rows, readings = as_rows(rows, task), Readings() if readings is None else readings
-    with trained_on_others(model, tokenizer, task, rows, recipe, folds, seed, output_dir, stage, readings) as names:
+    given = model, tokenizer, task, rows, recipe, folds, seed, output_dir, stage, readings, known
+    with trained_on_others(*given) as names:
         return predict(model, tokenizer, task, rows, adapter_names=names, recipe=recipe, readings=readings)
 
 
@@ -241,6 +244,7 @@ def trained_on_others(
     output_dir: str | os.PathLike,
     stage: Stage | None,
     readings: Readings,
+    known: Collection[str] | None = None,
 ) -> Iterator[list[str]]:
     """In a `with` block, the name of an adapter for each row that was trained without it; `cross_validate` has the arguments."""
     from transformers import TrainerCallback
@@ -276,8 +280,6 @@ def trained_on_others(
                 else:
                     start.load(model, name)
                 added.append(name)
-            truths = [task.truth(row, number) for number, row in enumerate(rows, 1)]
-            known = {label for its in truths for label in its} if task.multi_label else {*truths}
             members = [
                 Member(
                     task, [row for row, its in zip(rows, by_fold, strict=True) if its != name], name, seed, known=known

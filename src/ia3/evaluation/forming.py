@@ -298,7 +298,8 @@ def held_out_scores(
 ) -> list[np.ndarray]:
     """For each template that asks, the scores (N, labels) of rows by vectors that were trained without them."""
     found = []
-    with trained_on_others(model, tokenizer, task, rows, recipe, folds, seed, output_dir, stage, readings) as by_fold:
+    given = model, tokenizer, task, rows, recipe, folds, seed, output_dir, stage, readings, task.taught(rows)
+    with trained_on_others(*given) as by_fold:
         for template in _asking(task, recipe):
 
             def said_to(some: list[int], template: int = template) -> list[Prediction]:

@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -95,6 +95,7 @@ class Running:
         """Put an adapter for each trial into the base model, and make their trainer."""
         from transformers import set_seed
 
+        from ia3.task.task import Task
         from ia3.training.members import Member
         from ia3.training.trainer import TFewTrainer
 
@@ -126,6 +127,7 @@ class Running:
                 trial.seed,
                 trial.learning_rate,
                 title=trial.name,
+                known=trial.task.taught(trial.examples) if isinstance(trial.task, Task) else None,
             )
             for trial in self.trials
         ]
@@ -361,6 +363,7 @@ class Running:
             trial.seed,
             experiment.checkpoints,
             self.readings,
+            task.taught(trial.examples),
         )
         results: dict[str, Any] = {"cross_validation": scores}
         if task.costs and trial.test and not experiment.all_templates:
@@ -562,19 +565,20 @@ def cross_validated(
     seed: int,
     folder: Path,
     readings: Readings | None = None,
+    known: Collection[str] | None = None,
 ) -> tuple[Scores, Calibration]:
     """The metrics of labelled rows, each predicted by an adapter that has not seen it, and what they calibrate.
 
     Args:
         progress: told of the steps.
         title: of its stage.
-        model, tokenizer, task, rows, recipe, folds, seed, readings: as of `cross_validate`.
+        model, tokenizer, task, rows, recipe, folds, seed, readings, known: as of `cross_validate`.
         folder: its `output_dir`.
     """
     from ia3.evaluation.calibration import Calibration, cross_validate
 
     stage = progress.stage(title, recipe.steps)
-    found = cross_validate(model, tokenizer, task, rows, recipe, folds, seed, folder, stage, readings)
+    found = cross_validate(model, tokenizer, task, rows, recipe, folds, seed, folder, stage, readings, known)
     labels = [task.label(row) for row in rows]
     calibration = Calibration.fit(found, labels)
     scores = task.metrics(labels, [prediction.at(calibration.temperature).best for prediction in found])

@@ -482,6 +482,11 @@ class Task(Described):
         """A row's label, or its labels where it may have several; see `Wording`."""
         return self.wording(row, number, template).truth
 
+    def taught(self, rows: Iterable[Row]) -> set[str]:
+        """The labels that rows have."""
+        truths = [self.truth(row, number) for number, row in enumerate(rows, 1)]
+        return {label for its in truths for label in its} if self.multi_label else {*truths}
+
     def fingerprint(self, row: Row, number: int | None = None) -> str:
         """The fingerprint of a row's wording in the first template; see `Wording`."""
         return self.wording(row, number).fingerprint

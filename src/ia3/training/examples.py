@@ -64,8 +64,8 @@ def training_examples(
         rows: labelled rows, as `as_rows` takes them.
         recipe: decides which templates are drawn.
         seed: decides the draw.
-        known: the labels that have rows; None: those of these rows. Answers of others are no choices in training: wrong in
-            every row, they would be unlearned, and the base model's idea of them with that.
+        known: the labels whose answers are choices; None: all, as in the paper. The answer of a label that no row has is wrong
+            in every row, so that it is unlearned, and the base model's idea of it with that.
 
     Raises:
         InputError: rows do not fit the task (see `Scorer.questions`), there are none, or all have the same label.
@@ -82,8 +82,7 @@ def training_examples(
     weights = task.weights(labels) if isinstance(task, Task) else {}
     templates = range(len(task.templates)) if recipe.templates == "random" else [0]
     asked = [scorer.questions([its[i] for its in wordings], long_prompts=recipe.long_prompts) for i in templates]
-    known = set(labels) if known is None else known
-    if scorer.family.reads_answers and task.labels is not None and len(known) < len(task.labels):
+    if known is not None and scorer.family.reads_answers and task.labels is not None and len(known) < len(task.labels):
         for template, questions in zip(templates, asked, strict=True):
             kept = [[i for i, label in enumerate(its[template].answers) if label in known] for its in wordings]
             questions[:] = [question.only(some) for question, some in zip(questions, kept, strict=True)]

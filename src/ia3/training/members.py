@@ -37,7 +37,7 @@ class Member:
         learning_rate: the peak learning rate; None: the arguments'.
         eval_rows: labelled rows for `evaluate()`.
         title: the member's name in errors; None: `name`.
-        known: the labels that have rows; None: those of these rows (see `training_examples`).
+        known: the labels whose answers are choices; None: all (see `training_examples`).
     """
 
     task: AnyTask
