@@ -64,10 +64,10 @@ class RunningText(Running):
         if not trial.test:
             return []
         stage = self.progress.stage(trial.titled(title), len(trial.test))
-        named = adapter is not None and len(self.trials) > 1
 
         def generated(some: list[int]) -> list[Any]:
-            rows, names = [trial.test[index] for index in some], [adapter] * len(some) if named else None
+            rows = [trial.test[index] for index in some]
+            names = [adapter] * len(some) if adapter is not None and len(self.trials) > 1 else None
             return generate(self.model, self.tokenizer, task, rows, lambda done: stage.advance(len(done)), names)
 
         found = dealt(len(trial.test), generated)
