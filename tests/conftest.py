@@ -43,7 +43,7 @@ def gpt2():
 
 # Tiny models are slowed down by more threads. Real ones get all, or their process's share: threads of two processes on the
 # same cores wait for each other for minutes.
-THREADS = max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+THREADS = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 torch.set_num_threads(1)
 
 
