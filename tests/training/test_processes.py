@@ -28,7 +28,8 @@ def launched(*arguments, processes=2):
         "OMP_NUM_THREADS": "1",
         "COLUMNS": "150",
     }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost"]
+    command += ["--nproc_per_node", str(processes)]
     done = subprocess.run(
         [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=300, check=False
     )
