@@ -73,7 +73,12 @@ def from_first(work: Callable[[], T]) -> T:
 
 
 def dealt(rows: int, work: Callable[[list[int]], Sequence[T]]) -> list[T]:
-    """What `work` finds for each of so many rows, of which each process gets some, as indices."""
+    """What `work` finds for each row. Every process works on a part of them.
+
+    Args:
+        rows: their number.
+        work: finds something for each of some rows, given as indices.
+    """
     if count() == 1:
         return list(work([*range(rows)]))
     import torch

@@ -63,7 +63,9 @@ class Prediction:
     @property
     def labels(self) -> list[str] | None:
         """The label or labels as a list, whatever the task; None: it is not sure enough."""
-        return [self.label] if isinstance(self.label, str) else None if self.label is None else list(self.label)
+        if self.label is None:
+            return None
+        return [self.label] if isinstance(self.label, str) else list(self.label)
 
     def at(self, temperature: float) -> Prediction:
         """The prediction from the same scores at another temperature."""

@@ -167,6 +167,14 @@ def fit_head(
     return head, held_out
 
 
+def scale_of(states: np.ndarray) -> np.ndarray:
+    """What to divide each feature of states (N, width) by, so that it is standardized and a row's length is about 1: (width,)."""
+    spread = states.std(0)
+    # Of two rows a feature may be the same by chance, and is not in others.
+    spread = np.maximum(spread, _LEAST_SPREAD * np.median(spread)) + 1e-6
+    return spread * np.sqrt(states.shape[1])
+
+
 class _Features:
     """A place's hidden states (N, width), standardized, and turned so that there are no more features than rows.
 
@@ -175,10 +183,7 @@ class _Features:
 
     def __init__(self, states: np.ndarray) -> None:
         states = states.astype(np.float64)
-        spread = states.std(0)
-        # Of two rows a feature may be the same by chance, and is not in others.
-        spread = np.maximum(spread, _LEAST_SPREAD * np.median(spread)) + 1e-6
-        self._mean, self._scale = states.mean(0), spread * np.sqrt(states.shape[1])
+        self._mean, self._scale = states.mean(0), scale_of(states)
         rotated, sizes, self._back = np.linalg.svd((states - self._mean) / self._scale, full_matrices=False)
         self.values = rotated * sizes
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import expit
 
-from ia3.opinions.head import Head
+from ia3.opinions.head import Head, scale_of
 from ia3.opinions.opinions import HEAD, SENTENCES, WORDS
 from ia3.task.label_sets import indicators
 
@@ -21,14 +21,11 @@ _PENALTIES = (0.03, 0.1, 0.3, 1.0)
 # labels apart equally well; a model's hidden states add little to both.
 _SCALES = {SENTENCES: (1.0,), WORDS: (0.25, 0.5, 1.0, 2.0), HEAD: (0.0, 0.1, 0.3, 1.0)}
 
-# Places that are tried, at most, of up to so many rows, and of more.
+# The most places that are tried: 12 with at most 400 rows, 6 with more.
 _FEW, _TRIED = 400, (12, 6)
 
-# Features and place are chosen on at most so many rows: a regression takes the cube of their number.
+# The most rows that choose features and place: a regression takes the cube of their number.
 _CHOOSING = 800
-
-# A feature's standard deviation, in parts of the median one, is taken to be no smaller.
-_LEAST_SPREAD = 0.1
 
 # Thresholds' bounds: half of the best F1 is no more, and no label is given to a row that hardly has it.
 _HIGHEST, _LOWEST = 0.5, 0.02
@@ -151,11 +148,7 @@ class _Block:
     def __init__(self, states: np.ndarray, place: int, standard: bool = False) -> None:
         self._of, self._place = states.shape[1], place
         features = states[:, place].astype(np.float64)
-        self._mean, self._scale = features.mean(0), np.ones(features.shape[1])
-        if standard:
-            spread = features.std(0)
-            spread = np.maximum(spread, _LEAST_SPREAD * np.median(spread)) + 1e-6
-            self._scale = spread * np.sqrt(features.shape[1])
+        self._mean, self._scale = features.mean(0), scale_of(features) if standard else np.ones(features.shape[1])
         self._features = (features - self._mean) / self._scale
         self.kernel = self._features @ self._features.T
 

@@ -130,18 +130,20 @@ class Task(Described):
     @model_validator(mode="before")
     @classmethod
     def _one_template(cls, values: Any) -> Any:
-        if isinstance(values, Mapping) and "template" in values:
+        if not isinstance(values, Mapping):
+            return values
+        if "template" in values:
             if "templates" in values:
                 raise ValueError("expected template or templates, one of the two, found both")
             values = {**values, "templates": [values["template"]]}
             del values["template"]
-        if isinstance(values, Mapping) and (values.get("label_columns") or values.get("label_separator") is not None):
+        if values.get("label_columns") or values.get("label_separator") is not None:
             values = {"multi_label": True, **values}
-        if isinstance(values, Mapping) and values.get("label_columns"):
+        if values.get("label_columns"):
             values = {"choices": list(values["label_columns"]), **values}
-        if isinstance(values, Mapping) and values.get("multi_label") not in (None, False, "false"):
+        if values.get("multi_label") not in (None, False, "false"):
             values = {"metric": "macro_f1", **values}
-        if isinstance(values, Mapping) and isinstance(values.get("templates"), Sequence):
+        if isinstance(values.get("templates"), Sequence):
             # Each template is compiled, which takes longer than reading it.
             length = sum(len(str(template)) for template in values["templates"])
             if len(values["templates"]) > MOST_TEMPLATES or length > _MOST_WORDS:
