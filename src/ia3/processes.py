@@ -1,10 +1,11 @@
-"""Several processes that work together (`torchrun`, `accelerate launch`), each with the whole model.
+"""Several processes that work together (`torchrun`, `accelerate launch`), each with the whole model or with a share of its layers.
 
 In training, each has a part of every batch, and what they find is added up once a step; rows to predict are dealt out.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -31,6 +32,37 @@ def count() -> int:
 def is_first() -> bool:
     """Whether this is the process that prints and writes."""
     return os.environ.get("RANK", "0") == "0"
+
+
+@functools.cache
+def sharded_by_launcher() -> bool:
+    """Whether `accelerate launch` was told to leave each process a share of the model's layers (FSDP 2).
+
+    That is then taken out of the environment: accelerate's own way would divide vectors, too, which are few numbers.
+
+    Raises:
+        InputError: it was told of another way to do so.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise not_fsdp2("DeepSpeed")
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return False
+    version = os.environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise not_fsdp2(f"fsdp_version {version}")
+    for name in ("FSDP_OFFLOAD_PARAMS", "FSDP_ACTIVATION_CHECKPOINTING"):
+        if os.environ.get(name, "false").lower() == "true":
+            raise not_fsdp2(name.lower())
+    del os.environ["ACCELERATE_USE_FSDP"]
+    return True
+
+
+def not_fsdp2(found: str) -> InputError:
+    """The error for another way to divide a model among processes than ours."""
+    return InputError(
+        f"Expected whole models, or FSDP 2 without offloading and checkpointing (fsdp_version: 2), to divide a base model among "
+        f"processes, found {found}; change the launcher's configuration."
+    )
 
 
 def connect(settings: Any) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from ia3.adapter.placement import device_of
 from ia3.evaluation.prediction import Prediction, predict
 from ia3.scoring.batch import Batch, to_device
 from ia3.scoring.family import base_of, evaluating
@@ -78,7 +79,7 @@ def cache_bytes_per_token(model: nn.Module) -> int:
     """
     base = base_of(model)
     both = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
-    ids = torch.zeros((1, 4), dtype=torch.long, device=next(model.parameters()).device)
+    ids = torch.zeros((1, 4), dtype=torch.long, device=device_of(model))
     inputs = {"input_ids": ids, **({"decoder_input_ids": ids} if both else {})}
     with evaluating(model), torch.no_grad():
         cache = getattr(base(**inputs, use_cache=True, return_dict=True), "past_key_values", None)
@@ -130,7 +131,7 @@ def measure(
     predictions = predict(model, tokenizer, task, rows, on_progress, recipe=recipe, prefix=prefix)
     seconds = time.perf_counter() - started
 
-    scorer, device = Scorer(model, tokenizer), next(model.parameters()).device
+    scorer, device = Scorer(model, tokenizer), device_of(model)
     questions = scorer.questions(task.wordings(rows), labelled=False, prefix=prefix)
     with evaluating(model), torch.inference_mode():
         places = [_places(batch) for _, batch in scorer.batches(questions, prefix=prefix)]
@@ -189,7 +190,7 @@ def example_flops(
     examples = training_examples(scorer, task, rows, recipe, seed=0)
     size, count = recipe.batch_size, min(_COUNTED_STEPS, max(len(examples) // recipe.batch_size, 1))
     steps = [[one.drawn(step) for one in examples[step * size : (step + 1) * size]] for step in range(count)]
-    device = next(model.parameters()).device
+    device = device_of(model)
     frozen = [
         parameter for parameter in model.adapter_parameters(model.active_adapters[0]) if not parameter.requires_grad
     ]
