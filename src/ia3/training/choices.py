@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from ia3.errors import InputError
-from ia3.processes import add_up, add_up_gradients
+from ia3.processes import add_up, add_up_gradients, leave_at_exit
 from ia3.scoring.batch import Batch, groups, normalized_scores, pass_tokens, to_device
 from ia3.scoring.encoder import SentenceEncoder
 from ia3.scoring.question import Question
@@ -88,6 +88,8 @@ class ChoiceTrainer(Trainer):
         self._whole = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
         # A sentence encoder's loss compares all texts of a batch, so that each process reads all of them.
         self._shares = self._whole and self.args.world_size > 1 and not scorer.family.embeds
+        if self.args.world_size > 1:
+            leave_at_exit()
         if self._whole and self.args.world_size > 1:
             self.accelerator.prepare_model = self._placed  # type: ignore[method-assign]
 
