@@ -5,6 +5,7 @@ In training, each has a part of every batch, and what they find is added up once
 
 from __future__ import annotations
 
+import atexit
 import functools
 import hashlib
 import json
@@ -82,6 +83,7 @@ def connect(settings: Any) -> None:
         from accelerate import PartialState
 
         PartialState(cpu=not torch.accelerator.is_available())
+        leave_at_exit()
         mine = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
         found: list[Any] = [None] * count()
         torch.distributed.all_gather_object(found, mine)
@@ -91,6 +93,22 @@ def connect(settings: Any) -> None:
                 f"Expected {count()} processes with the same data, task, recipe and seed, found others in process "
                 f"{', '.join(map(str, others))}; start all with one command and the same files."
             )
+
+
+def leave_at_exit() -> None:
+    """Leave the other processes before Python ends.
+
+    Gloo's threads may still hold tensors then; freeing them in an interpreter that is being torn down aborts the process.
+    """
+    atexit.unregister(_leave)
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def from_first(work: Callable[[], T]) -> T:

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from ia3.adapter.placement import is_sharded, is_spread, shard
 from ia3.errors import InputError
-from ia3.processes import add_up, add_up_gradients, count, not_fsdp2, sharded_by_launcher
+from ia3.processes import add_up, add_up_gradients, count, leave_at_exit, not_fsdp2, sharded_by_launcher
 from ia3.scoring.batch import Batch, groups, normalized_scores, pass_tokens, to_device, training_groups
 from ia3.scoring.encoder import SentenceEncoder
 from ia3.scoring.question import Question
@@ -96,6 +96,8 @@ class ChoiceTrainer(Trainer):
         self.add_callback(self.stopping)
         # A sentence encoder's loss compares all texts of a batch, so that each process reads all of them.
         self._shares = self.args.world_size > 1 and not scorer.family.embeds
+        if self.args.world_size > 1:
+            leave_at_exit()
         if self.args.world_size > 1 or is_spread(scorer.model):
             self.accelerator.prepare_model = self._placed  # type: ignore[method-assign]
 
