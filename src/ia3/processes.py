@@ -95,6 +95,14 @@ def connect(settings: Any) -> None:
             )
 
 
+def _connected() -> bool:
+    if count() == 1:
+        return False
+    import torch
+
+    return torch.distributed.is_initialized()
+
+
 def leave_at_exit() -> None:
     """Leave the other processes before Python ends.
 
@@ -111,25 +119,27 @@ def _leave() -> None:
         torch.distributed.destroy_process_group()
 
 
-def from_first(work: Callable[[], T]) -> T:
-    """What the first process finds, for all of them; the others wait."""
-    if count() == 1:
+def from_first(work: Callable[[], T], together: bool = False) -> T:
+    """What the first process finds, for all of them; the others wait, or work `together` with it, as processes with shares of a
+    model must."""
+    if not _connected():
         return work()
     import torch
 
-    found: list[Any] = [work() if is_first() else None]
+    found: list[Any] = [work() if together or is_first() else None]
     torch.distributed.broadcast_object_list(found, 0)
     return found[0]
 
 
-def dealt(rows: int, work: Callable[[list[int]], Sequence[T]]) -> list[T]:
+def dealt(rows: int, work: Callable[[list[int]], Sequence[T]], together: bool = False) -> list[T]:
     """What `work` finds for each row. Every process works on a part of them.
 
     Args:
         rows: their number.
         work: finds something for each of some rows, given as indices.
+        together: every process works on all rows, as processes with shares of a model must.
     """
-    if count() == 1:
+    if together or not _connected():
         return list(work([*range(rows)]))
     import torch
 

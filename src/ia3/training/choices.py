@@ -78,12 +78,10 @@ class ChoiceTrainer(Trainer):
         args = copy(args)
         args._n_gpu = min(args.n_gpu, 1)
         self._sharded = _sharded(scorer.model, args)
-        if is_spread(scorer.model):
-            if args.world_size > 1:
-                raise InputError(
-                    "Expected one process for a model with a device_map, found several; start one, or load the model without it."
-                )
-            args.place_model_on_device = False
+        if is_spread(scorer.model) and args.world_size > 1:
+            raise InputError(
+                "Expected one process for a model with a device_map, found several; start one, or load the model without it."
+            )
         super().__init__(
             scorer.model,
             args,
@@ -104,6 +102,10 @@ class ChoiceTrainer(Trainer):
     def _placed(self, model: nn.Module, *_: Any, **__: Any) -> nn.Module:
         """A model on its device, without a wrapper: gradients are added up by `training_step`."""
         return model if self._sharded or is_spread(model) else model.to(self.args.device)
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not (self._sharded or is_spread(model)):
+            super()._move_model_to_device(model, device)
 
     def get_train_dataloader(self) -> DataLoader:
         """The dataloader of `transformers.Trainer`; with several processes, whole batches for each of them."""
@@ -236,6 +238,7 @@ class ChoiceTrainer(Trainer):
         """This process's parts of a batch, as many as each other process has, because all put layers together at the same time.
         A process that has none left makes a pass that does not count."""
         questions, tokens = inputs["questions"], pass_tokens(scorer.model)
+        scorer.foresee(questions)  # together, so that no process alone has to find out which rows are exact
         divided = [
             [[mine[i] for i in group] for group in training_groups([questions[i] for i in mine], tokens)]
             for mine in self._dealt(inputs)
