@@ -70,14 +70,35 @@ def test_the_command_of_the_docs_gives_what_one_process_does(tmp_path, monkeypat
         main([part.replace("shared", "alone") for part in command])
     assert not ended.value.code
     alone = json.loads(capsys.readouterr().out)
-    together = json.loads(launched("-m", "ia3", *command))  # printed once
     one, two = (Path("adapters", name) for name in ("alone", "shared"))
+    for more in ([], ["--device-map", "shards"]):
+        together = json.loads(launched("-m", "ia3", *command, *more))  # printed once
+        assert_same_vectors(one, two)
+        assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
+        for key in ("zero_shot", "trained", "cross_validation"):
+            assert together[key] == pytest.approx(alone[key])
+
+
+def test_pretraining_in_processes_gives_what_one_does(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words.save_model(tmp_path / "model")
+    for name, rows in (("teas", words.rows(30)), ("soups", words.rows(10, seed=1))):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        training_script.TASK.changed(name=name, train=f"{name}.jsonl").save(tmp_path / f"{name}.yaml")
+    command = ["pretrain", "--tasks", "teas.yaml,soups.yaml", "--model", "model", "--dtype", "float32", "--steps", "8"]
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--output", "alone", "--json"])
+    assert not ended.value.code
+    alone = json.loads(capsys.readouterr().out)
+    together = json.loads(launched("-m", "ia3", *command, "--output", "shared", "--json", "--device-map", "shards"))
+    assert_same_vectors(tmp_path / "alone", tmp_path / "shared")
+    assert together["tasks"] == alone["tasks"] and together["train_loss"] == pytest.approx(alone["train_loss"])
+
+
+def assert_same_vectors(one, two):
     vectors = load_file(two / "adapter_model.safetensors")
     for key, value in load_file(one / "adapter_model.safetensors").items():
         torch.testing.assert_close(vectors[key], value, atol=2e-6, rtol=0)
-    assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
-    for key in ("zero_shot", "trained", "cross_validation"):
-        assert together[key] == pytest.approx(alone[key])
 
 
 def test_what_a_launcher_cannot_start(monkeypatch, capsys):
