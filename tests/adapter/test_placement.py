@@ -96,6 +96,37 @@ def test_what_needs_the_weights_says_so(tmp_path):
         shard(nn.Linear(2, 2))
 
 
+@pytest.fixture
+def one_process():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_shares_of_layers_answer_as_whole_ones(one_process, tmp_path):
+    """Layers alone are divided, vectors and embeddings are not; training and asking may follow each other."""
+    plain, shared = build("llama", None, tmp_path), build("llama", None, tmp_path)
+    shared.add_adapter("other", IA3Config(task_type="CAUSAL_LM"))  # frozen, and not divided either
+    shard(shared)
+    divided = {name for name, parameter in shared.named_parameters() if hasattr(parameter, "device_mesh")}
+    assert divided and all(".layers." in name and "ia3_l" not in name for name in divided)
+    assert is_sharded(shared) and not is_sharded(plain)
+    found = []
+    for model in (plain, shared):
+        scorer = Scorer(model, words.tokenizer())
+        questions = scorer.questions(TASK.wordings(words.rows(8)))
+        before = torch.stack(scorer.score(questions))
+        model.train()
+        scorer.log_probs(scorer.collate(questions)).sum().backward()
+        gradients = [one.grad.flatten() for one in model.parameters() if one.grad is not None]
+        found.append((before, torch.cat(gradients), torch.stack(scorer.score(questions))))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+    with pytest.raises(InputError, match="Expected the weights of a Linear in this process, found a share of them"):
+        shared.merge_adapter()
+
+
 def test_models_without_hooks_are_where_their_weights_are():
     module = nn.Sequential(nn.ReLU(), nn.Linear(2, 2, device="meta"))
     assert device_of(module).type == "meta" and not is_spread(module) and not is_sharded(module)
