@@ -14,10 +14,9 @@ from safetensors.torch import load_file
 from ia3 import InputError, Recipe
 from ia3.cli import main
 from ia3.processes import connect, dealt, from_first
-from support import training_script, words
+from support import disagreeing, training_script, words
+from support.launched import together as forked
 from support.paths import TESTS
-
-SCRIPT = TESTS / "support" / "training_script.py"
 
 
 def launched(*arguments, processes=2):
@@ -42,7 +41,7 @@ def test_the_vectors_are_those_of_one_process(tmp_path):
     alone.mkdir()
     together.mkdir()
     training_script.main(alone)
-    launched(SCRIPT, together, alone / "several" / "checkpoint-4")
+    forked(tmp_path, training_script.main, together, str(alone / "several/checkpoint-4"), processes=2)
     mine, theirs = torch.load(alone / "found.pt"), torch.load(together / "found.pt")
     for name, vectors in mine.items():
         for key, value in vectors.items():
@@ -114,22 +113,6 @@ def test_one_process_works_alone():
     assert dealt(3, lambda indices: [index * 2 for index in indices]) == [0, 2, 4]
 
 
-DISAGREE = """
-import os
-from ia3.processes import connect, dealt, from_first
-
-connect({"seed": 0})
-assert dealt(5, lambda indices: [10 * index for index in indices]) == [0, 10, 20, 30, 40]
-assert dealt(1, lambda indices: indices) == [0]
-assert from_first(lambda: os.environ["RANK"]) == "0"
-try:
-    connect({"seed": int(os.environ["RANK"])})
-except ValueError as error:
-    print(error)
-"""
-
-
 def test_processes_that_disagree_are_told(tmp_path):
-    (tmp_path / "script.py").write_text(DISAGREE)
-    out = launched(tmp_path / "script.py")
+    out = forked(tmp_path, disagreeing.main, processes=2)
     assert out.count("Expected 2 processes with the same data, task, recipe and seed, found others in process 1") == 2
