@@ -39,10 +39,11 @@ def _main(error: Connection, program: str, environment: dict[str, str], argument
 
 
 def _run(said: Path, environment: dict[str, str], function: Callable, arguments: tuple) -> None:
-    """What a process of `together` does: what it prints goes to a file."""
-    with said.open("wb") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    """What a process of `together` does: what it prints goes to files in the working directory."""
+    os.chdir(said.parent)
+    for number, name in ((1, said), (2, said.with_suffix(".err"))):
+        with name.open("wb") as file:
+            os.dup2(file.fileno(), number)
     os.environ.update(environment)
     function(*arguments)
     sys.stdout.flush()
@@ -52,7 +53,7 @@ def together(folder: Path, function: Callable, *arguments, processes: int = 1) -
     """Call a module's function in several processes; returns what they print, and ends the test if one fails.
 
     Args:
-        folder: for files.
+        folder: the working directory.
         function: which the processes import.
         arguments: its own.
         processes: how many; several find each other as those of `torchrun` do.
@@ -66,7 +67,7 @@ def together(folder: Path, function: Callable, *arguments, processes: int = 1) -
         if processes > 1:
             environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
             environment |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
-        said = folder / f"said-{rank}"
+        said = folder / f"said-{rank}.out"
         process = _CONTEXT.Process(target=_run, args=(said, environment, function, arguments), daemon=True)
         process.start()
         started.append((process, said))
@@ -78,9 +79,9 @@ def together(folder: Path, function: Callable, *arguments, processes: int = 1) -
         if process.exitcode is None:  # it waits for one that failed
             process.kill()
         process.join()
-    found = [said.read_text(encoding="utf-8") for _, said in started]
-    assert not any(process.exitcode for process, _ in started), "\n".join(text[-2000:] for text in found)
-    return "".join(found)
+    failed = [said.with_suffix(".err").read_text()[-2000:] for process, said in started if process.exitcode]
+    assert not failed, "\n".join(failed)
+    return "".join(said.read_text(encoding="utf-8") for _, said in started)
 
 
 class Process:
