@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ia3.errors import InputError, brief, reason, shown
+from ia3.errors import InputError, brief, excerpt, reason, shown
 from ia3.files.formats import reading
 from ia3.files.saves import current
 
@@ -79,7 +79,7 @@ def said_by(error: Exception) -> str:
         return f"the hub answered: {reason(error)}"
     if isinstance(error, OSError) or type(error).__module__.startswith("httpx"):
         return f"the hub cannot be reached ({reason(error)})"
-    return reason(error)
+    return excerpt(str(error)).rstrip(".")
 
 
 def locate(path: str | os.PathLike, filename: str, subfolder: str | None = None, **hub_kwargs: Any) -> str:
@@ -216,10 +216,18 @@ def upload(
         save(folder)
         try:
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if private and not api.repo_info(repo_id).private:
+                raise InputError(
+                    f"Expected a private repository, found that {brief(repo_id)} is public",
+                    "make it private on the hub, or leave out",
+                    argument="private",
+                )
             branch = kwargs.get("revision")
             if branch not in (None, "main") and not kwargs.get("create_pr"):
                 api.create_branch(repo_id, branch=branch, exist_ok=True)
             done = api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs)
+        except InputError:
+            raise
         except Exception as error:  # network, hub, name or token: the user gets the same error
             raise InputError(f"Cannot upload to {brief(repo_id)}: {said_by(error)}.") from error
     return str(getattr(done, "pr_url", None) or done)
