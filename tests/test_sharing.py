@@ -24,6 +24,7 @@ from ia3.serve.store import Store
 from ia3.task.kinds import load_task
 from support import hub as local_hub
 from support import tiny, words
+from support.paths import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -342,6 +343,64 @@ class TestACard:
         Experiment(task, rows, folder=out, model=str(place / "model"), recipe=recipe, test_rows=4).run()
         monkeypatch.chdir(out)
         runs((out / "README.md").read_text(), capsys)
+
+
+class TestThePage:
+    @pytest.fixture
+    def here(self, place, other, hub, tmp_path, monkeypatch):
+        """A working directory with what docs/sharing.md names."""
+        shutil.copytree(other, tmp_path / "work" / "adapters" / "tickets")
+        monkeypatch.chdir(tmp_path / "work")
+        monkeypatch.setenv("IA3_CACHE", str(tmp_path / "ours"))
+        words.write_csv(Path("checked.csv"), words.rows(8, seed=1))
+        rows = [{"message": row["text"], "queue": row["label"]} for row in words.rows(40)]
+        words.write_csv(Path("tickets.csv"), rows)
+        return tmp_path / "work"
+
+    def test_commands(self, here, hub, ia3):
+        for line in example("sharing").splitlines():
+            program, *arguments = shlex.split(line)
+            code, _, err = ia3(*arguments)
+            assert program == "ia3" and code == 0, err
+        repository = hub.repositories["owner/tickets"]
+        assert repository.private and set(repository.branches) == {"main", "v1"}
+
+    def test_python(self, here, hub, capsys):
+        exec(compile(example("sharing-python"), "sharing-python", "exec"), {})
+        assert re.search(r"/owner/tickets/commit/\w{40}\n\['(pos|neg)'\]\n$", capsys.readouterr().out)
+
+    def test_serving(self, here, place, hub, ia3, monkeypatch):
+        pushed("adapters/tickets", "owner/tickets")
+        pushed("adapters/tickets", "owner/tone", revision="v1")
+        served = []
+        monkeypatch.setattr("ia3.serve.run.run", lambda server, *rest: served.append((server.store, rest)))
+        program, *arguments = shlex.split(example("sharing-serve"))
+        code, _, err = ia3(*arguments, "--model", place / "model")
+        assert program == "ia3" and code == 0, err
+        [(store, (_, _, refresh))] = served
+        assert set(store.found) == {"owner/tickets", "owner/tone"} and refresh == 60
+
+    def test_base_models(self, here, place, hub, ia3):
+        pytest.importorskip("gguf")
+        from support import gguf_files
+
+        (here / "models").mkdir()
+        gguf_files.write(here / "models" / "tiny-Q8_0.gguf")
+        repository = hub.repositories["owner/base"] = local_hub.Repository()
+        repository.commit("v1", {path.name: path.read_bytes() for path in (place / "model").iterdir()}, "v1")
+        for line in example("sharing-base").splitlines():
+            program, *arguments = shlex.split(line)
+            code, _, err = ia3(*arguments, "--steps", "2")
+            assert program == "ia3" and code == 0, err
+            code, _, err = ia3("predict", arguments[-1], "the tea was fresh")
+            assert code == 0, err
+
+
+def example(name: str) -> str:
+    """A block of docs/sharing.md."""
+    page = (ROOT / "docs" / "sharing.md").read_text(encoding="utf-8")
+    [block] = re.findall(rf"<!-- example: {name} -->\n```\w+\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    return block
 
 
 def load_kind(values, folder):

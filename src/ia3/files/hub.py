@@ -114,7 +114,7 @@ def locate(path: str | os.PathLike, filename: str, subfolder: str | None = None,
         raise InputError(f"Can't find {filename!r} at {brief(str(path))}: no such folder here, and {hub}.") from error
 
 
-def snapshot(name: str, patterns: Sequence[str], cache_dir: str | os.PathLike | None = None) -> str:
+def snapshot(name: str, patterns: Sequence[str], cache_dir: str | Path | None = None) -> str:
     """The folder, in huggingface_hub's cache, with files of a hub repository ("owner/name", "owner/name@v1").
 
     Without a network it is the one of an earlier download.
