@@ -10,7 +10,6 @@ from ia3.files.hub import (
     is_hub_id,
     locate,
     locate_beside,
-    said_by,
     snapshot,
     upload,
 )
@@ -59,7 +58,6 @@ __all__ = [
     "reading",
     "replacing",
     "replacing_adapter",
-    "said_by",
     "snapshot",
     "take_over",
     "to_json",

@@ -58,7 +58,7 @@ def _placed(path: str | os.PathLike, hub_kwargs: Mapping[str, Any]) -> tuple[str
     return name, {**hub_kwargs, "revision": revision}
 
 
-def said_by(error: Exception) -> str:
+def _said_by(error: Exception) -> str:
     """What an error of huggingface_hub means for the user, without a full stop."""
     from huggingface_hub import errors
 
@@ -110,7 +110,7 @@ def locate(path: str | os.PathLike, filename: str, subfolder: str | None = None,
     try:
         return hf_hub_download(name, filename, subfolder=subfolder, **hub_kwargs)
     except Exception as error:  # hub, network or invalid name: the user gets the same error
-        hub = said_by(error) if answers else "the hub cannot be reached"
+        hub = _said_by(error) if answers else "the hub cannot be reached"
         raise InputError(f"Can't find {filename!r} at {brief(str(path))}: no such folder here, and {hub}.") from error
 
 
@@ -131,7 +131,7 @@ def snapshot(name: str, patterns: Sequence[str], cache_dir: str | Path | None = 
             repo_id, revision=revision, cache_dir=cache_dir, allow_patterns=[*patterns], local_files_only=not answers
         )
     except Exception as error:  # hub, network or invalid name: the user gets the same error
-        hub = said_by(error) if answers else "the hub cannot be reached"
+        hub = _said_by(error) if answers else "the hub cannot be reached"
         raise InputError(f"Expected a folder here or on the hub, found no {brief(name)} here, and {hub}.") from error
 
 
@@ -229,5 +229,5 @@ def upload(
         except InputError:
             raise
         except Exception as error:  # network, hub, name or token: the user gets the same error
-            raise InputError(f"Cannot upload to {brief(repo_id)}: {said_by(error)}.") from error
+            raise InputError(f"Cannot upload to {brief(repo_id)}: {_said_by(error)}.") from error
     return str(getattr(done, "pr_url", None) or done)
