@@ -50,7 +50,8 @@ def compare(
         None,
         "--model",
         "-m",
-        help="Base model: a folder, a hub id, 'smollm2' or 'minilm'. \\[default: the adapter's, else smollm2]",
+        help="Base model: a folder, a .gguf file, a hub id (owner/name, owner/name@v1), 'smollm2' or 'minilm'. \\[default: the adapter's, else "
+        "smollm2]",
         show_default=False,
     ),
     dtype: str = DtypeOption,
