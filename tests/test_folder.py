@@ -22,7 +22,6 @@ from ia3.files import PENDING, TEMPORARY, atomic, hub, is_unused, new_folder, re
 from ia3.folder import AdapterFolder
 from ia3.training.described import described
 from support import tiny, words
-from support.paths import TESTS
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TASK = Task.create(
@@ -74,26 +73,21 @@ def one_line(error) -> str:
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory):
+def killed_ones(tmp_path_factory):
     """What `killed.py` says of each case."""
     place = tmp_path_factory.mktemp("killed")
-    done = subprocess.run(
-        [sys.executable, "-m", "support.killed", place],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=TESTS,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    from support import killed, launched
+
+    said = launched.together(tmp_path_factory.mktemp("said"), killed.main, place)
+    found = [json.loads(line) for line in said.splitlines()]
     return {name: [one for one in found if one["case"] == name] for name in CASES}
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forks")
 class TestKilled:
     @pytest.mark.parametrize("case", CASES)
-    def test_old_or_new_and_the_next_write_cleans_up(self, case, killed):
-        found = killed[case]
+    def test_old_or_new_and_the_next_write_cleans_up(self, case, killed_ones):
+        found = killed_ones[case]
         *died, last = found
         assert len(died) >= 5 and all(one["killed"] for one in died) and not last["killed"]
         assert all(one["differs"] for one in found)
@@ -103,14 +97,14 @@ class TestKilled:
         assert not any(one["leftovers"] for one in found)
 
     @pytest.mark.parametrize("case", CASES)
-    def test_programs_that_do_not_know_how_we_write_never_find_a_mixture(self, case, killed):
-        assert {one["plain"] for one in killed[case]} <= {"old", "new", "none"}
+    def test_programs_that_do_not_know_how_we_write_never_find_a_mixture(self, case, killed_ones):
+        assert {one["plain"] for one in killed_ones[case]} <= {"old", "new", "none"}
         if case not in ("another config", "another format", "upload"):
-            assert {one["plain"] for one in killed[case]} <= {"old", "new"}
+            assert {one["plain"] for one in killed_ones[case]} <= {"old", "new"}
 
     @pytest.mark.parametrize("case", CASES)
-    def test_a_killed_command_can_be_repeated(self, case, killed):
-        refused = [one for one in killed[case] if one["refused"]]
+    def test_a_killed_command_can_be_repeated(self, case, killed_ones):
+        refused = [one for one in killed_ones[case] if one["refused"]]
         # When all was done, and the process was yet to end.
         assert len(refused) <= 1 and all((one["state"], one["plain"]) == ("new", "new") for one in refused)
 

@@ -63,7 +63,7 @@ MANY = settings(
 
 # What has broken readers, or what is done with what they read.
 NASTY = (
-    b"[" * 5000, b'{"a":' * 5000, b"9" * 5000, b"0x" + b"f" * 5000, b"a" * 5000, b"1e999", b"-1e999", b"NaN", b"-1",
+    b"9" * 5000, b"0x" + b"f" * 5000, b"a" * 5000, b"1e999", b"-1e999", b"NaN", b"-1",
     b"null", b"true", b"[]", b"{}", b'""', b"\\ud800", b'"\\ud800"', b"\\uDFFF", b"\0", b"\\u0000", b"\xff\xfe",
     b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\x1b[31m", b"\r", b"\x85", "\u2028".encode(), b"&a [*a, *a]", b"*a",
     b"!!python/name:os.system", b"!!binary x", b"!!set {a, b}", b"2024-13-45", b"{{", b"{% for a in b %}" * 30,
@@ -101,13 +101,16 @@ values = st.recursive(
 
 
 @st.composite
-def damaged(draw, good: bytes) -> bytes:
+def damaged(draw, good: bytes, file: str = "") -> bytes:
     """A file with other bytes in some places."""
+    # Deeper than Python calls itself. PyYAML takes seconds for thousands of levels, and two calls for one.
+    levels = 600 if file.endswith(".yaml") else 5000
+    nasty = (b"[" * levels, b'{"a":' * levels, *NASTY)
     data = good
     for _ in range(draw(st.integers(1, 3))):
         start = draw(st.integers(0, len(data)))
         end = min(len(data), start + draw(st.sampled_from([0, 0, 1, 2, 8, 1000])))
-        new = draw(st.sampled_from(NASTY) | st.binary(max_size=8) | st.just(data[start : start + 100]))
+        new = draw(st.sampled_from(nasty) | st.binary(max_size=8) | st.just(data[start : start + 100]))
         data = data[:start] + new + data[end:]
     return data
 
@@ -263,7 +266,7 @@ KINDS: dict[str, tuple[Callable[[Path, Any], None], str, tuple[str, ...]]] = {
 @MANY
 def test_other_bytes(kind, base, good, data):
     use, file, files = KINDS[kind]
-    content = data.draw(damaged(good[file]))
+    content = data.draw(damaged(good[file], file))
     with folder_of({name: good[name] for name in files} | {file: content}) as folder:
         read_or_refused(lambda: use(folder, base))
 
@@ -338,7 +341,7 @@ COMMANDS = {
 def test_the_command_line_says_it_in_one_line(command, good, data):
     line, files = COMMANDS[command]
     file = data.draw(st.sampled_from(files))
-    content = data.draw(damaged(good[file]))
+    content = data.draw(damaged(good[file], file))
     out, err = io.StringIO(), io.StringIO()
     with (
         folder_of({name: good[name] for name in files} | {file: content}) as folder,

@@ -22,7 +22,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from ia3.adapter.pretrained import EMBEDDED_MODEL
-from ia3.adapter.stored import METRICS_NAME
+from ia3.adapter.stored import CARD_NAME, METRICS_NAME
 from ia3.errors import InputError, brief, shown
 from ia3.files import CONFIG_NAME, to_json
 from ia3.folder import AdapterFolder
@@ -223,6 +223,18 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         with self._lent() as (model, _):
             model.save_pretrained(folder)
 
+    def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None, **kwargs: Any) -> str:
+        """Upload the adapter's folder to a hub repository: `FewShotClassifier.load("owner/name")`.
+
+        Args and result: see `AdapterFolder.push_to_hub`.
+
+        Raises:
+            NotFittedError: before `fit`.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(folder)
+            return AdapterFolder(folder).push_to_hub(repo_id, private, token, **kwargs)
+
     @classmethod
     def load(
         cls,
@@ -234,7 +246,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         """Load a classifier from a folder that `save` or `ia3 train` wrote.
 
         Args:
-            folder: the adapter's folder or hub id.
+            folder: the adapter's folder or hub id ("owner/name", "owner/name@v1").
             model: the base model; None: the one that the adapter names.
             dtype: the type of its weights.
             device_map: where they go.
@@ -245,7 +257,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         """
         found = AdapterFolder(folder)
         task = found.required_task()
-        name = found.config.base_model_name_or_path if model is None else model
+        name = found.config.base if model is None else model
         if name is None:
             raise InputError(f"The adapter in {brief(str(folder))} names no base model; say which: load(…, model=…).")
         labels = _labels_of(task)
@@ -417,6 +429,7 @@ class _Base:
         """Train an adapter; return its files and opinions. `classes` are the task's labels with the user's types."""
         from ia3.adapter.config import IA3Config
         from ia3.adapter.pretrained import task_type
+        from ia3.evaluation.card import trained_card
         from ia3.evaluation.forming import form_opinions, forms_opinions
         from ia3.evaluation.label_sets import form_label_sets, require_reading
         from ia3.evaluation.progress import Progress
@@ -469,6 +482,8 @@ class _Base:
             metrics = json.loads(files[METRICS_NAME])
             metrics[_CLASSES] = [value.item() if isinstance(value, np.generic) else value for value in classes]
             files[METRICS_NAME] = to_json(metrics).encode()
+            known = {"opinions": {"weights": opinions.weights}, **metrics}
+            files[CARD_NAME] = trained_card(task, recipe, known, self.model.peft_config["default"]).encode()
         return files, opinions
 
     def _load(self, folder: AdapterFolder | str) -> None:

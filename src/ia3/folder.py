@@ -5,11 +5,22 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from ia3.adapter.stored import CALIBRATION_NAME, OPINIONS_NAME, RECIPE_NAME, SEEN, TASK_NAME, StoredAdapter
+from ia3.adapter.stored import (
+    CALIBRATION_NAME,
+    CARD_MARK,
+    CARD_NAME,
+    OPINIONS_NAME,
+    OWN_NAMES,
+    RECIPE_NAME,
+    SEEN,
+    TASK_NAME,
+    StoredAdapter,
+)
 from ia3.errors import InputError, shown
-from ia3.files import alone, current, locate, replacing
+from ia3.files import alone, current, locate, replacing, upload
 
 if TYPE_CHECKING:
     from ia3.evaluation.calibration import Calibration
@@ -132,6 +143,68 @@ class AdapterFolder(StoredAdapter):
             return None
         task, keys = self.any_task or self.required_task(), set(self.metrics[SEEN])
         return lambda row: row.keys() >= set(task.columns) and task.fingerprint(row) in keys
+
+    def card(self, where: str, license: str | None = None, language: str | None = None) -> bytes | None:
+        """The model card for a place, made anew from what the folder holds; a user's own card, or one of an adapter without a task,
+        as it is; None if the folder has no card.
+
+        Args:
+            where, license, language: as of `trained_card`.
+
+        Raises:
+            InputError: a license or language for a card that is not made anew.
+        """
+        from ia3.evaluation.card import trained_card
+
+        kept, task = self.text(CARD_NAME), self.any_task
+        if task is None or (kept is not None and CARD_MARK.encode() not in kept):
+            if license is not None or language is not None:
+                whose = "an adapter without a task" if task is None else "a card of your own"
+                raise InputError(
+                    f"Expected a card of ia3's to write license and language into, found {whose} in {str(self)!r}; write them into "
+                    f"the head of its {CARD_NAME}."
+                )
+            return kept
+        calibration = {} if self.calibration is None else {"calibration": self.calibration.model_dump()}
+        known = self.metrics | calibration
+        return trained_card(task, self.recipe, known, self.config, where, license, language).encode()
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        token: str | None = None,
+        license: str | None = None,
+        language: str | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """Upload the adapter to a hub repository, which is created if it does not exist: all files of this table in
+        docs/adapters.md, in place of those of an earlier adapter. A user's other files stay.
+
+        Args:
+            repo_id: owner/name.
+            private: whether a new repository is private.
+            token: the hub's token; None: that of the login.
+            license: the hub's name of a licence for the card, such as "apache-2.0"; None: the card names none.
+            language: the code of the texts' language for the card, such as "en"; None: the card names none.
+            **kwargs: `commit_message`, `revision`, `create_pr`, … as of `huggingface_hub.upload_folder`. A branch that does not
+                exist is created.
+
+        Returns:
+            The URL of the commit or of the pull request.
+
+        Raises:
+            InputError: the folder has no adapter; see also `card` and `upload`.
+        """
+        card = self.card(repo_id, license, language)
+
+        def save(folder: str) -> None:
+            self.copy_to(folder)
+            if card is not None:
+                Path(folder, CARD_NAME).write_bytes(card)
+
+        kwargs = {"commit_message": "Upload (IA)³ adapter", "delete_patterns": [*OWN_NAMES], **kwargs}
+        return upload(save, repo_id, private, token, **kwargs)
 
     def calibrate(self, calibration: Calibration) -> None:
         """Store a new calibration in the folder.

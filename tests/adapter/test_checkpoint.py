@@ -927,6 +927,9 @@ def test_pushing_uploads_what_saving_writes(llama, tmp_path, monkeypatch):
             calls["create"] = (repo_id, private, exist_ok)
             return SimpleNamespace(repo_id="owner/" + repo_id)
 
+        def repo_info(self, repo_id):
+            return SimpleNamespace(private=True)
+
         def upload_folder(self, *, repo_id, folder_path, **kwargs):
             calls["upload"] = (repo_id, kwargs)
             shutil.copytree(folder_path, tmp_path, dirs_exist_ok=True)

@@ -1,5 +1,7 @@
 """What `load_base` makes of a checkpoint of each family."""
 
+import importlib.util
+
 import pytest
 import torch
 import transformers
@@ -126,3 +128,68 @@ class TestAModelOfTheHub:
         with pytest.raises(InputError, match=f"found no {name!r} here, and the hub cannot be reached") as error:
             load_base(name)
         assert "\n" not in str(error.value)
+
+
+class TestAGGUFFile:
+    @pytest.fixture
+    def file(self, tmp_path, monkeypatch):
+        pytest.importorskip("gguf")
+        from support import gguf_files
+
+        monkeypatch.setenv("IA3_CACHE", str(tmp_path / "cache"))
+        (tmp_path / "models").mkdir()
+        self.written = gguf_files.write(tmp_path / "models" / "tiny.gguf")
+        return tmp_path / "models" / "tiny.gguf"
+
+    def test_is_a_base_model_by_its_own_name_or_its_folders(self, file, tmp_path):
+        ids = torch.arange(3, 12)[None]
+        expected = self.written(ids).logits
+        link = tmp_path / "link.gguf"
+        link.symlink_to(file)
+        for name in (file, file.parent, link):
+            model, tokenizer = load_base(str(name))
+            assert model.name_or_path == str(name)
+            assert tiny.relative_error(model(ids).logits, expected) < 0.02  # of 8 bits
+            assert tokenizer.decode(tokenizer("a tea")["input_ids"]) == "a tea"
+            assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+        copy = next((tmp_path / "cache").glob("tiny-*"))
+        stamp = (copy / "model.safetensors").stat().st_mtime_ns
+        load_base(str(file))
+        assert (copy / "model.safetensors").stat().st_mtime_ns == stamp  # made once
+
+    def test_that_is_replaced_is_read_again(self, file):
+        from support import gguf_files
+
+        first, _ = load_base(str(file))
+        gguf_files.write(file, seed=1)
+        assert not tiny.same_bits(load_base(str(file))[0].state_dict(), first.state_dict())
+
+    def test_is_trained_and_its_adapter_finds_it_again(self, file, tmp_path, monkeypatch):
+        import ia3
+
+        base, _ = load_base(str(file))
+        model = ia3.get_peft_model(base, ia3.IA3Config(task_type="CAUSAL_LM"))
+        model(input_ids=torch.arange(3, 12)[None], labels=torch.arange(3, 12)[None]).loss.backward()
+        assert all(parameter.grad.abs().sum() > 0 for parameter in model.adapter_parameters("default"))
+        model.save_pretrained(tmp_path / "adapter")
+        monkeypatch.chdir(tmp_path / "adapter")
+        assert ia3.AdapterFolder(".").config.base == str(file)
+        load_base(str(file))
+
+    def test_that_cannot_be_read_is_one_line(self, file, tmp_path, monkeypatch):
+        (file.parent / "other.gguf").write_bytes(b"GGUF of no use")
+        (file.parent / "notes.txt").write_text("no model")
+        for name, said in {
+            file.parent: r"or one \.gguf file, found 'other.gguf', 'tiny.gguf' in .*; name the file",
+            file.parent / "other.gguf": "Cannot read the GGUF file .*other.gguf",
+            file.parent / "notes.txt": r"Expected a model's folder or a \.gguf file, found the file",
+            file.parent / "none.gguf": "Expected a model's folder, found no",
+        }.items():
+            with pytest.raises(InputError, match=said) as error:
+                load_base(str(name))
+            assert "\n" not in str(error.value)
+        assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").iterdir())
+        found = importlib.util.find_spec
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gguf" else found(name))
+        with pytest.raises(InputError, match="pip install gguf"):
+            load_base(str(file))

@@ -140,7 +140,10 @@ def test_compare_sets_examples_in_context_beside(ia3, place, tmp_path):
     rows = json.loads(out)["rows"]
     assert [row["method"] for row in rows] == ["zero-shot", "1-shot", "2-shot", "trained"]
     assert all(0 <= row["token_f1"] <= 1 and row["seconds"] > 0 for row in rows)
+    assert rows[0]["inference_flops"] < rows[1]["inference_flops"] < rows[2]["inference_flops"]
+    assert rows[0]["training_flops"] == 0 < rows[3]["training_flops"]  # as the adapter's folder records it
     assert json.loads((tmp_path / "compare.json").read_text())["rows"] == rows
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
     code, out, err = ia3(
         *("compare", "--examples", 8),
         task=place / "task.yaml",
@@ -150,7 +153,16 @@ def test_compare_sets_examples_in_context_beside(ia3, place, tmp_path):
         steps=2,
         output=tmp_path,
     )
-    assert not code and "1-shot" in out and "token F1" in out, err
+    assert not code and "1-shot" in out and "token F1" in out and "training FLOPs" in out, err
+
+
+def test_a_metric_that_cannot_be_is_refused_before_training(ia3, train, place, tmp_path, monkeypatch):
+    def load_base(*_, **__):
+        pytest.fail("a model was loaded")
+
+    monkeypatch.setattr("ia3.adapter.pretrained.load_base", load_base)
+    code, _, err = train(metric="no_such.metric", examples=8)
+    assert code == 2 and "Cannot import the metric 'no_such.metric'" in err
 
 
 def test_several_adapters_train_at_once(train, tmp_path):

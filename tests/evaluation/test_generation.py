@@ -1,10 +1,13 @@
 """What is generated in batches is what greedy decoding gives for each row alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import ia3
-from ia3 import InputError
+from ia3 import InputError, Scorer
+from ia3.evaluation.costs import count_flops, flops_of
 from ia3.evaluation.generation import generate, shots_before
 from ia3.task.free_text import FreeText
 from support import tiny, words
@@ -43,6 +46,20 @@ def test_rows_of_a_batch_are_generated_as_alone(name):
         assert one.text == tokenizer.decode(expected, skip_special_tokens=True) and one.result == one.text
         assert one.finished == (len(expected) < 6)
     assert sorted(done) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_generating_costs_what_reading_does_but_for_attention(name):
+    model, tokenizer = tiny.build(name, vocab_size=len(words.VOCABULARY), seed=3), words.tokenizer()
+    generate(model, tokenizer, TASK, ROWS[1:2])  # tries once whether padding is exact
+    with count_flops() as counter:
+        found = generate(model, tokenizer, TASK, ROWS[1:2])
+    [question] = (one.question for one in found)
+    assert tokenizer.decode(question.prompt) == "review : the soup was stale today answer :"
+    assert tokenizer.decode(question.choices[0], skip_special_tokens=True) == found[0].text
+    read = flops_of(Scorer(model, tokenizer), [question])
+    assert read == pytest.approx(counter.get_total_flops(), rel=0.1)
+    assert read > flops_of(Scorer(model, tokenizer), [replace(question, choices=[question.choices[0][:2]])])
 
 
 def test_a_model_for_which_padding_is_not_exact_reads_rows_of_one_length_together(monkeypatch):

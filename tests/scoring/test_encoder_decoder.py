@@ -114,8 +114,11 @@ def scores(model: torch.nn.Module, batch) -> torch.Tensor:
 
 
 def check(model: torch.nn.Module, found: torch.Tensor, made: list[Question]) -> None:
-    for row, question in zip(found, made, strict=True):
-        expected = alone(model, question)
+    compare(found, [alone(model, question) for question in made])
+
+
+def compare(found: torch.Tensor, wanted: list[list[float]]) -> None:
+    for row, expected in zip(found, wanted, strict=True):
         assert row[: len(expected)].tolist() == pytest.approx(expected, abs=2e-5)
         assert row[len(expected) :].tolist() == [-math.inf] * (found.shape[1] - len(expected))
 
@@ -130,12 +133,13 @@ def test_every_architecture_scores_as_each_choice_alone(name, attention):
         pytest.skip(f"{name} has no {attention} attention")
     batch = scorer(model).collate(MADE)
     assert ("question" not in batch) is (name in PACKED)
-    check(model, scores(model, batch), MADE)
-    check(model, scores(model, scorer(model).family.plain_rows(MADE)), MADE)
+    expected = [alone(model, question) for question in MADE]
+    compare(scores(model, batch), expected)
+    compare(scores(model, scorer(model).family.plain_rows(MADE)), expected)
     asks, read = scorer(model), [replace(question, read=len(question.prompt)) for question in MADE]
     asks.readings = Readings()
-    for found, question in zip(asks.score(read), MADE, strict=True):
-        check(model, found[None], [question])
+    for found, its in zip(asks.score(read), expected, strict=True):
+        compare(found[None], [its])
     assert asks.readings.read == 2  # the encoder's states of all but a short prompt are kept
     assert not any("compute_bias" in vars(module) or module._forward_pre_hooks for module in model.modules())
 

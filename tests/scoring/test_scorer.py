@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 import transformers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ia3 import IA3Config, IA3Model, InputError, Scorer, Task, score_choices
@@ -24,6 +24,7 @@ def models():
 
 @pytest.mark.parametrize("name", CAUSAL)
 @pytest.mark.parametrize("layout", [pack, plain_rows])
+@settings(max_examples=25)
 @given(made=questions)
 def test_both_layouts_score_as_each_row_alone(models, name, layout, made):
     model, batch = models[name], layout(made)

@@ -20,12 +20,14 @@ TOKENIZER = byte_level()
 END = TOKENIZER.eos_token_id
 
 
-def allowed(texts, fields, written: list[int]) -> set[int]:
-    """The tokens that may come behind those that are written."""
+def allowed(texts, fields, written: list[int]) -> list[set[int]]:
+    """The tokens that may come behind none of those that are written, behind the first, …, behind all."""
     processor = FieldsProcessor(TOKENIZER, [Grammar(fields, texts)], [END], 0)
+    found = []
     for length in range(len(written) + 1):
         scores = processor(torch.tensor([written[:length]], dtype=torch.long), torch.zeros(1, len(TOKENIZER)))
-    return {*torch.isfinite(scores[0]).nonzero().flatten().tolist()}
+        found.append({*torch.isfinite(scores[0]).nonzero().flatten().tolist()})
+    return found
 
 
 def objects(texts, fields, most: int) -> set[str]:
@@ -46,20 +48,20 @@ def test_a_token_is_allowed_if_and_only_if_some_object_goes_on_with_it():
     # With lists of one value more than are looked at, no list ends at the bound.
     wholes = objects(texts, fields, 2)
     prefixes = {whole.encode()[:n] for whole in wholes for n in range(len(whole.encode()) + 1)}
-    alphabet = {token: TOKENIZER.decode([token]) for token in range(2, len(TOKENIZER))}
+    alphabet = {token: _bytes(token) for token in range(2, len(TOKENIZER))}
     one_value = sorted(
         whole for whole in wholes if not any(type(its) is list and len(its) > 1 for its in json.loads(whole).values())
     )
     for whole in random.Random(0).sample(one_value, 6):
         written = TOKENIZER(whole)["input_ids"]
-        for length in range(len(written) + 1):
-            so_far = b"".join(_bytes(token) for token in written[:length])
-            expected = {token for token in alphabet if so_far + _bytes(token) in prefixes}
+        for length, found in enumerate(allowed(texts, fields, written)):
+            so_far = b"".join(alphabet[token] for token in written[:length])
+            expected = {token for token, its in alphabet.items() if so_far + its in prefixes}
             if not length:  # a space may stand before it
-                expected |= {token for token in alphabet if _bytes(token)[:1] == b" " and _bytes(token)[1:] in prefixes}
+                expected |= {token for token, its in alphabet.items() if its[:1] == b" " and its[1:] in prefixes}
             if so_far.decode(errors="replace") in wholes:
                 expected |= {END}
-            assert allowed(texts, fields, written[:length]) == expected, (whole, so_far)
+            assert found == expected, (whole, so_far)
 
 
 def _bytes(token: int) -> bytes:

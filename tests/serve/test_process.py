@@ -4,8 +4,6 @@ import json
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -160,15 +158,13 @@ def test_a_token_from_the_environment(made, launch):
     assert server.ended() == 130
 
 
-def test_a_model_that_cannot_be_loaded(made, tmp_path):
+def test_a_model_that_cannot_be_loaded(made, tmp_path, launch):
     shutil.copytree(made / "model", tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"damaged")
     (tmp_path / "adapters").mkdir()
-    command = [sys.executable, "-c", "from ia3.cli import main; main()", "serve", "--model", tmp_path / "model",
-               "--adapters", tmp_path / "adapters", "--port", "0"]  # fmt: skip
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("ia3: Cannot load") and "Traceback" not in done.stderr
+    server = launch(tmp_path)
+    assert server.ended() == 2
+    assert server.said.startswith("ia3: Cannot load") and not any("Traceback" in text for text in server.others)
 
 
 def test_a_connection_that_says_nothing_is_closed(made, start):

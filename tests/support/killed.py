@@ -1,6 +1,6 @@
 """Writers that are killed before each of their changes to the file system, in turn, and what is left: one JSON line each.
 
-    python -m support.killed FOLDER
+`main(folder)` needs a process of its own: `launched.together`.
 
 What a killed process leaves is what is on the disk at that moment. So each writer runs once, and its folder is copied before
 each change. In the middle a fork is killed indeed: it has to leave the same.
@@ -306,7 +306,3 @@ def main(root: Path) -> None:
                 ),
                 flush=True,
             )
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,17 +1,29 @@
-"""`ia3 serve` in processes of their own, forked from one that has imported what they need: Python takes seconds to start."""
+"""Processes of their own, forked from one that has imported what they need: Python takes seconds to start.
+
+`Process` is `ia3 serve`; `together` calls a function in as many processes as `torchrun` would start.
+"""
 
 import json
 import multiprocessing
 import os
 import signal
+import socket
+import sys
 import threading
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import httpx
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["ia3.cli", "ia3.serve.run", "ia3.serve.local", "transformers.models.llama"])
+_CONTEXT.set_forkserver_preload(
+    [
+        *("ia3.cli", "ia3.serve.run", "ia3.serve.local", "ia3.training.trainer"),
+        *("transformers.models.llama.modeling_llama", "support.tiny"),
+    ]
+)
 
 
 def _main(error: Connection, program: str, environment: dict[str, str], arguments: list[str]) -> None:
@@ -26,6 +38,52 @@ def _main(error: Connection, program: str, environment: dict[str, str], argument
     main(arguments)
 
 
+def _run(said: Path, environment: dict[str, str], function: Callable, arguments: tuple) -> None:
+    """What a process of `together` does: what it prints goes to files in the working directory."""
+    os.chdir(said.parent)
+    for number, name in ((1, said), (2, said.with_suffix(".err"))):
+        with name.open("wb") as file:
+            os.dup2(file.fileno(), number)
+    os.environ.update(environment)
+    function(*arguments)
+    sys.stdout.flush()
+
+
+def together(folder: Path, function: Callable, *arguments, processes: int = 1) -> str:
+    """Call a module's function in several processes; returns what they print, and ends the test if one fails.
+
+    Args:
+        folder: the working directory.
+        function: which the processes import.
+        arguments: its own.
+        processes: how many; several find each other as those of `torchrun` do.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    started = []
+    for rank in range(processes):
+        environment = {"OMP_NUM_THREADS": "1"}
+        if processes > 1:
+            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+            environment |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
+        said = folder / f"said-{rank}.out"
+        process = _CONTEXT.Process(target=_run, args=(said, environment, function, arguments), daemon=True)
+        process.start()
+        started.append((process, said))
+    end = time.monotonic() + 300
+    while any(process.is_alive() for process, _ in started) and not any(process.exitcode for process, _ in started):
+        assert time.monotonic() < end, "they go on"
+        time.sleep(0.01)
+    for process, _ in started:
+        if process.exitcode is None:  # it waits for one that failed
+            process.kill()
+        process.join()
+    failed = [said.with_suffix(".err").read_text()[-2000:] for process, said in started if process.exitcode]
+    assert not failed, "\n".join(failed)
+    return "".join(said.read_text(encoding="utf-8") for _, said in started)
+
+
 class Process:
     """A process.
 
@@ -37,14 +95,15 @@ class Process:
 
     Attributes:
         log: the JSON lines of its standard error.
-        said: the last of the other lines.
+        others: the other lines.
+        said: the last of them.
         port: where it listens.
         http: a client.
     """
 
     def __init__(self, folder, *arguments, program="", **environment) -> None:
         self.log: list[dict] = []
-        self.said = ""
+        self.others: list[str] = []
         places = ("--model", folder / "model", "--adapters", folder / "adapters", "--port", 0)
         command = ["serve", *map(str, (*places, *arguments))]
         reading, writing = _CONTEXT.Pipe(duplex=False)
@@ -66,7 +125,11 @@ class Process:
                 if line.startswith("{"):
                     self.log.append(json.loads(line))
                 else:
-                    self.said = line
+                    self.others.append(line)
+
+    @property
+    def said(self) -> str:
+        return self.others[-1] if self.others else ""
 
     def until(self, condition, seconds: float = 120.0):
         """Wait for something that has to come."""

@@ -1,7 +1,6 @@
-"""Trains adapters in as many processes as `torchrun` starts, and saves them: FOLDER [CHECKPOINT of "several"]."""
+"""Trains adapters in as many processes as there are, and saves them."""
 
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -77,7 +76,3 @@ def main(folder: Path, checkpoint: str | None = None) -> None:
         found["resumed in shares"] = trained(folder / "resumed_shares", "question", several, checkpoint, sharded=True)
     if os.environ.get("RANK", "0") == "0":
         torch.save(found, folder / "found.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])

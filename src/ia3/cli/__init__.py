@@ -12,7 +12,21 @@ from typing import Any
 import typer
 
 from ia3 import __version__
-from ia3.cli import compare, convert, evaluate, inspect, merge, predict, pretrain, raft, serve, suggest, tasks, train
+from ia3.cli import (
+    compare,
+    convert,
+    evaluate,
+    inspect,
+    merge,
+    predict,
+    pretrain,
+    push,
+    raft,
+    serve,
+    suggest,
+    tasks,
+    train,
+)
 from ia3.errors import InputError, excerpt, reason
 from ia3.processes import count, is_first
 
@@ -36,6 +50,7 @@ app.command("pretrain")(pretrain.pretrain)
 app.command("raft")(raft.raft)
 app.command("convert")(convert.convert)
 app.command("serve")(serve.serve)
+app.command("push")(push.push)
 app.add_typer(tasks.app, name="tasks")
 
 

@@ -46,7 +46,7 @@ def _local(adapter: str) -> str:
 
 
 AdapterArgument = typer.Argument(
-    help="Folder, hub id or address (such as s3://bucket/tickets) of a trained adapter.",
+    help="Folder, hub id (owner/name, owner/name@v1) or address (such as s3://bucket/tickets) of a trained adapter.",
     callback=_local,
     show_default=False,
 )
@@ -54,7 +54,7 @@ ModelOption = typer.Option(
     None,
     "--model",
     "-m",
-    help="Base model: a folder, a hub id, 'smollm2' or 'minilm'. \\[default: the adapter's own]",
+    help="Base model: a folder, a .gguf file, a hub id (owner/name, owner/name@v1), 'smollm2' or 'minilm'. \\[default: the adapter's own]",
     show_default=False,
 )
 TextColumnOption = typer.Option(
@@ -151,7 +151,10 @@ MemoryOption = typer.Option(
     MEMORY, help="Keep at most so much of what is read once (512MB, 2GiB, …); the rest is read again."
 )
 BaseOption = typer.Option(
-    EMBEDDED_MODEL, "--model", "-m", help="Base model: a folder, a hub id, 'smollm2' or 'minilm' (from packages)."
+    EMBEDDED_MODEL,
+    "--model",
+    "-m",
+    help="Base model: a folder, a .gguf file, a hub id (owner/name, owner/name@v1), 'smollm2' or 'minilm' (from packages).",
 )
 DtypeOption = typer.Option(
     "auto",
@@ -268,11 +271,11 @@ def _load_base(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base model that adapters name, or the given one."""
     first, *others = folders
-    name = model or first.config.base_model_name_or_path
+    name = model or first.config.base
     if not name:
         raise InputError(f"The adapter's {CONFIG_NAME} in {str(first)!r} names no base model; say which: --model.")
     for other in others:
-        its = other.config.base_model_name_or_path
+        its = other.config.base
         if model is None and its != name:
             raise InputError(
                 f"Expected adapters of one base model, found {name!r} in {str(first)!r} and {its!r} in {str(other)!r}; "

@@ -35,14 +35,14 @@ from ia3.cli.common import (
     table,
 )
 from ia3.cli.free_text import ChatOption, MetricOption, TextExamplesOption, is_text, trusted, with_options
-from ia3.cli.free_text import print_comparison as print_texts
 from ia3.cli.train import folder_of, numbers, source_of
 from ia3.errors import InputError
-from ia3.files import write_json
 from ia3.folder import AdapterFolder
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from ia3.evaluation.wordings import Ranked
 
 
 def compare(
@@ -50,7 +50,8 @@ def compare(
         None,
         "--model",
         "-m",
-        help="Base model: a folder, a hub id, 'smollm2' or 'minilm'. \\[default: the adapter's, else smollm2]",
+        help="Base model: a folder, a .gguf file, a hub id (owner/name, owner/name@v1), 'smollm2' or 'minilm'. \\[default: the adapter's, else "
+        "smollm2]",
         show_default=False,
     ),
     dtype: str = DtypeOption,
@@ -104,7 +105,7 @@ def compare(
     whatever it reads, and training rows show how much. Without --template or --task, the training rows choose the wording
     of all methods. Writes a picture, compare.png, and the numbers, compare.json.
 
-    For a task whose answer is text the methods have its metrics and times, and there is no picture.
+    For a task whose answer is text the methods have its metrics, and each row's shots are read again.
     """
     from ia3.evaluation.drawing import drawn
     from ia3.task.task import Task
@@ -161,6 +162,7 @@ def compare(
     with out.status("Loading the model …"):
         from ia3.adapter.pretrained import load_base
         from ia3.evaluation.comparison import USUAL_SHOTS, Comparison
+        from ia3.evaluation.comparison_text import TextComparison
         from ia3.evaluation.wordings import choose_wording
 
         if generates:
@@ -171,26 +173,16 @@ def compare(
             base, tokenizer = load_base(model or EMBEDDED_MODEL, source.task.labels, dtype)
         else:
             base, tokenizer = load_base_of(trained, model, dtype)
-    if not isinstance(source.task, Task):
-        from ia3.evaluation.comparison_text import TextComparison
-
-        texts = TextComparison(
-            base, tokenizer, source.task, examples, test, plan.likelihood_only, seed, metric, trained
-        )
+    ranking: list[Ranked] = []
+    if isinstance(source.task, Task):
         with Bars(out) as bars:
-            rows = texts.run(texts.shots(counts), bars)
-        write_json(folder / "compare.json", {"model": base.name_or_path, "task": source.task.name, "rows": rows})
-        if json_output:
-            print_json({"rows": rows})
-        else:
-            print_texts(out, rows)
-            out.print(f"\nSaved in {folder}.", markup=False, soft_wrap=True)
-        return
-    with Bars(out) as bars:
-        asked, ranking = choose_wording(base, tokenizer, source.task, examples, plan, bars)
-        if ranking:
-            bars.wordings("Wordings", ranking, len(asked.templates))
-    comparison = Comparison(base, tokenizer, asked, examples, test, plan, seed, trained)
+            asked, ranking = choose_wording(base, tokenizer, source.task, examples, plan, bars)
+            if ranking:
+                bars.wordings("Wordings", ranking, len(asked.templates))
+        comparison = Comparison(base, tokenizer, asked, examples, test, plan, seed, trained)
+    else:
+        plan = plan.likelihood_only
+        comparison = TextComparison(base, tokenizer, source.task, examples, test, plan, seed, trained, metric)
     drawn_shots = comparison.shots(counts)
     out.print(
         f"{source.task.name} on {base.name_or_path}: {len(examples)} training examples, {len(test)} test rows",
@@ -220,9 +212,15 @@ def compare(
 
 def print_comparison(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     """A column per method, so that names and numbers fit a narrow screen; costs are rounded."""
+    from ia3.evaluation.comparison import BESIDE_METRICS
+    from ia3.evaluation.results import shown_metric, titles_of
+
+    scores = {name: value for name, value in rows[0].items() if name not in BESIDE_METRICS}
+    titles = titles_of(scores)
     lines: dict[str, Callable[[Mapping[str, Any]], str]] = {
-        "accuracy": lambda row: f"{row['accuracy']:.1%}",
-        "macro-F1": lambda row: f"{row['macro_f1']:.1%}",
+        title: lambda row, name=name: shown_metric(row[name]) for name, title in titles.items()
+    }
+    lines |= {
         "balanced accuracy": lambda row: f"{row['balanced']['accuracy']:.1%}" if row["balanced"] else "",
         "its macro-F1": lambda row: f"{row['balanced']['macro_f1']:.1%}" if row["balanced"] else "",
         "FLOPs an example": lambda row: _power(row["inference_flops"]),
@@ -240,7 +238,7 @@ def print_comparison(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     for name, cell in lines.items():
         shown.add_row(name, *map(cell, rows))
     for column, row in zip(shown.columns[1:], rows, strict=True):
-        column.style = "bold" if row["method"] == "t-few" else ""
+        column.style = "bold" if row is rows[-1] else ""
     out.print(shown)
     if any(row["balanced"] for row in rows):
         out.print("Balanced: without the answers' own frequency, which is estimated on training rows.")

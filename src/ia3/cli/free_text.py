@@ -223,19 +223,3 @@ def evaluate(
 def _shown(value: Any) -> str:
     """A result for a table."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def print_comparison(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A line per method."""
-    from ia3.evaluation.results import shown_metric, titles_of
-
-    costs = ("method", "seconds", "once_seconds", "disk_bytes", "examples", "steps")
-    titles = titles_of({name: value for name, value in rows[0].items() if name not in costs})
-    listed = table("", *titles.values(), "on disk", "s an example")
-    for row in rows:
-        cells = [shown_metric(row[name]) for name in titles]
-        style = "bold" if row is rows[-1] else None
-        listed.add_row(
-            row["method"], *cells, f"{row['disk_bytes'] / 1000:.3g} kB", f"{row['seconds']:.3g}", style=style
-        )
-    out.print(listed)

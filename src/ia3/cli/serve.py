@@ -14,7 +14,7 @@ from ia3.adapter.pretrained import DTYPES
 from ia3.adapter.stored import OWN_NAMES
 from ia3.cli.common import BaseOption, DtypeOption, console
 from ia3.errors import InputError, reason, shown
-from ia3.files import Mirror, is_address
+from ia3.files import HubMirror, Mirror, is_address, is_hub_id
 from ia3.serve.limits import Limits
 
 _DEFAULTS = Limits()
@@ -36,12 +36,14 @@ def serve(
         None,
         "--adapters",
         "-a",
-        help="Folder with adapters in subfolders; also for uploads. Or a folder's address, such as s3://bucket/adapters, "
-        "which is copied to the cache. \\[default: adapters, where ia3 train puts them]",
+        help="Folder with adapters in subfolders; also for uploads. Or a folder's address, such as s3://bucket/adapters, or hub ids, "
+        "such as owner/tickets,owner/tone@v1, which are copied to the cache. \\[default: adapters, where ia3 train puts them]",
         show_default=False,
     ),
     refresh: float = typer.Option(
-        60, min=0.01, help="Seconds between looks at an address of --adapters for new, changed and removed adapters."
+        60,
+        min=0.01,
+        help="Seconds between looks at an address or hub ids of --adapters for new, changed and removed adapters.",
     ),
     host: str = typer.Option("127.0.0.1", help="Address to listen on. All but loopback need a token."),
     port: int = typer.Option(8000, min=0, max=65535, help="Port to listen on; 0: any free port."),
@@ -104,7 +106,8 @@ def serve(
         raise InputError(f"Expected a --dtype of {shown(DTYPES)}, found {dtype!r}.")
     if engine == EngineKind.VLLM and memory is not None:
         raise InputError("--memory is for --engine local; vLLM counts adapters. Leave it out.")
-    remote = is_address(adapters)
+    on_hub = adapters is not None and all(map(is_hub_id, adapters.split(",")))
+    remote = on_hub or is_address(adapters)
     if adapters is not None and not remote and not os.path.isdir(adapters):
         raise InputError(f"Expected a folder of adapters, found no {adapters!r}.")
     try:
@@ -119,7 +122,7 @@ def serve(
     from ia3.serve.server import Server
     from ia3.serve.store import Store
 
-    mirror = Mirror(adapters, OWN_NAMES) if adapters is not None and remote else None
+    mirror = (HubMirror if on_hub else Mirror)(adapters, OWN_NAMES) if adapters is not None and remote else None
     if mirror is not None:
         with console(True).status("Copying adapters …"):
             mirror.refresh()

@@ -126,7 +126,7 @@ def suggest(
         probabilities = (
             None if folder is None else _probabilities(bars, folder, [rows[i] for i in some.values()], model, dtype)
         )
-        name = model or (None if folder is None else folder.config.base_model_name_or_path) or EMBEDDED_MODEL
+        name = model or (None if folder is None else folder.config.base) or EMBEDDED_MODEL
         embeddings = _embeddings(bars, [*some], name, encoder, dtype)
     from ia3.evaluation.suggesting import suggest as suggested
 

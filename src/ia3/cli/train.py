@@ -71,8 +71,8 @@ def train(
         EMBEDDED_MODEL,
         "--model",
         "-m",
-        help="Base model: a folder, a hub id, 'smollm2' or 'minilm' (from packages); 'auto', or several with commas between "
-        "them: the training examples choose.",
+        help="Base model: a folder, a .gguf file, a hub id (owner/name, owner/name@v1), 'smollm2' or 'minilm' (from packages); 'auto', or "
+        "several with commas between them: the training examples choose.",
     ),
     dtype: str = DtypeOption,
     device_map: str | None = DeviceMapOption,

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ia3.adapter.checkpoint import save_adapter
 from ia3.adapter.model import IA3Model
@@ -18,6 +18,7 @@ from ia3.evaluation import costs, icl
 from ia3.evaluation.balance import Balance, balancing_rows, can_balance
 from ia3.evaluation.prediction import predict
 from ia3.evaluation.progress import Progress
+from ia3.evaluation.results import OF_TEXTS
 from ia3.evaluation.running import train_alone, with_adapters
 from ia3.files import WEIGHTS_NAME, replacing, write_json
 from ia3.scoring.prefix import Prefix
@@ -27,18 +28,40 @@ from ia3.scoring.scorer import Scorer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ia3.task.task import Row, Task
+    from ia3.task.task import Row
     from ia3.training.recipe import Recipe
 
 # Default numbers of shots, if the rows and the model's context allow them.
 USUAL_SHOTS = (8, 16)
 
-T_FEW = "t-few"
+ZERO_SHOT, T_FEW, TRAINED = "zero-shot", "t-few", "trained"
+
+BESIDE_METRICS = (
+    "method",
+    "balanced",
+    "inference_flops",
+    "inference_flops_uncached",
+    "inference_flops_estimate",
+    "training_flops",
+    "training_flops_estimate",
+    "kv_cache_bytes",
+    "disk_bytes",
+    "seconds",
+    "once_seconds",
+    "tokens",
+    "examples",
+    "recipe",
+    "steps",
+)
+"""What a method's row has beside its metrics."""
+
+# In the picture; shots have others.
+_MARKS = {ZERO_SHOT: ("tab:gray", "s"), T_FEW: ("tab:red", "*"), TRAINED: ("tab:red", "*")}
 
 
 @dataclass
 class Comparison:
-    """Compares methods on one task and model, with the same rows.
+    """Compares methods on one task and model, with the same rows. See `TextComparison` for a task whose answer is text.
 
         comparison = Comparison(base, tokenizer, task, examples, test, recipe=Recipe.small())
         rows = comparison.run(comparison.shots([4, 8]))
@@ -56,16 +79,18 @@ class Comparison:
 
     base: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    task: Task
+    task: Any
     examples: Sequence[Row]
     test: Sequence[Row]
     recipe: Recipe
     seed: int = 0
     adapter: StoredAdapter | None = None
 
+    # What the method that trains is called.
+    METHOD: ClassVar[str] = T_FEW
+
     def __post_init__(self) -> None:
         self._progress = Progress()
-        self.labels = [self.task.label(row) for row in self.test]
         self.parameters = costs.count_parameters(self.base)
         self.cache_bytes = costs.cache_bytes_per_token(self.base)
 
@@ -110,14 +135,12 @@ class Comparison:
             progress: shows the progress.
         """
         self._progress = progress or Progress()
-        rows = [self.zero_shot()]
-        rows += [self.in_context(some) for some in shots.values()]
-        return [*rows, self.t_few()]
+        return [self.zero_shot(), *map(self.in_context, shots.values()), self.trained()]
 
     def zero_shot(self) -> dict[str, Any]:
         """The model without training or shots."""
-        measured = self._measure("zero-shot", self.base)
-        return self._row("zero-shot", measured, balanced=self._balanced("zero-shot", measured, self.examples))
+        measured = self._measure(ZERO_SHOT, self.base)
+        return self._row(ZERO_SHOT, measured, balanced=self._balanced(ZERO_SHOT, measured, self.examples))
 
     def in_context(self, shots: Sequence[Row]) -> dict[str, Any]:
         """The model with shots before each prompt."""
@@ -142,7 +165,7 @@ class Comparison:
             balanced=self._balanced(f"{count}-shot", measured, others, prefix),
         )
 
-    def t_few(self) -> dict[str, Any]:
+    def trained(self) -> dict[str, Any]:
         """The model with an adapter: the given one, or one that is trained here."""
         if self.adapter is not None:
             model = IA3Model.from_pretrained(self.base, self.adapter)
@@ -150,7 +173,10 @@ class Comparison:
             more = {"disk_bytes": size, **self._recorded(model, self.adapter)}
         else:
             model, more = self._train()
-        return self._row(T_FEW, self._measure(T_FEW, model), **more)
+        return self._with_adapter(model, **more)
+
+    def _with_adapter(self, model: Any, **more: Any) -> dict[str, Any]:
+        return self._row(self.METHOD, self._measure(self.METHOD, model), **more)
 
     def _train(self) -> tuple[Any, dict[str, Any]]:
         recipe = self.recipe
@@ -231,7 +257,13 @@ class Comparison:
         return scores
 
     def _scores(self, measured: costs.Measured) -> dict[str, float]:
-        return self.task.metrics(self.labels, [prediction.best for prediction in measured.predictions])
+        labels = [self.task.label(row) for row in self.test]
+        return self.task.metrics(labels, [prediction.best for prediction in measured.predictions])
+
+    @property
+    def headline(self) -> str:
+        """The name of the metric that the picture shows."""
+        return "accuracy"
 
     @property
     def reads_examples(self) -> bool:
@@ -243,9 +275,10 @@ class Comparison:
         return bool(self.base.config.is_encoder_decoder)
 
     def _row(self, method: str, measured: costs.Measured, **more: Any) -> dict[str, Any]:
+        return {"method": method, **self._scores(measured), **self._beside(measured), **more}
+
+    def _beside(self, measured: costs.Cost) -> dict[str, Any]:
         return {
-            "method": method,
-            **self._scores(measured),
             "balanced": None,
             "inference_flops": measured.flops,
             "inference_flops_uncached": measured.flops,
@@ -258,7 +291,6 @@ class Comparison:
             "once_seconds": 0.0,
             "tokens": measured.tokens,
             "examples": 0,
-            **more,
         }
 
     def save(self, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -272,31 +304,35 @@ class Comparison:
             "seed": self.seed,
         }
         with replacing(folder / "compare.png") as path:
-            draw(path, rows, f"{self.task.name}, {Path(str(self.base.name_or_path)).name}, {len(self.test)} test rows")
+            draw(
+                path,
+                rows,
+                self.headline,
+                f"{self.task.name}, {Path(str(self.base.name_or_path)).name}, {len(self.test)} test rows",
+            )
             write_json(folder / "compare.json", {**settings, "rows": rows})
 
 
-def draw(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> None:
-    """Draw accuracy against FLOPs per example, on a logarithmic scale; untrained methods with balanced answers."""
+def draw(path: Path, rows: Sequence[Mapping[str, Any]], metric: str, title: str) -> None:
+    """Draw a metric against FLOPs per example, on a logarithmic scale; untrained methods with balanced answers."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
+    percent = all(0 <= row[metric] <= 1 for row in rows)  # not so for a metric of the user's
     for row in rows:
         cost, again = row["inference_flops"], row["inference_flops_uncached"]
-        accuracy = 100 * (row["balanced"] or row)["accuracy"]
-        color, marker = {"zero-shot": ("tab:gray", "s"), T_FEW: ("tab:red", "*")}.get(row["method"], ("tab:blue", "o"))
+        score = (100 if percent else 1) * (row["balanced"] or row)[metric]
+        color, marker = _MARKS.get(row["method"], ("tab:blue", "o"))
         if again > cost:
-            axes.plot([cost, again], [accuracy, accuracy], ":", color=color, linewidth=1)
-            axes.plot(again, accuracy, marker, color=color, markerfacecolor="white", markersize=8)
-        axes.plot(cost, accuracy, marker, color=color, markersize=14 if marker == "*" else 8)
-        axes.annotate(
-            row["method"], (cost, accuracy), xytext=(6, -14 if marker == "*" else 6), textcoords="offset points"
-        )
+            axes.plot([cost, again], [score, score], ":", color=color, linewidth=1)
+            axes.plot(again, score, marker, color=color, markerfacecolor="white", markersize=8)
+        axes.plot(cost, score, marker, color=color, markersize=14 if marker == "*" else 8)
+        axes.annotate(row["method"], (cost, score), xytext=(6, -14 if marker == "*" else 6), textcoords="offset points")
     axes.set_xscale("log")
     axes.margins(0.2)
     axes.set_xlabel("FLOPs an example at inference (hollow: shots read again for each example)")
-    axes.set_ylabel("accuracy, %")
+    axes.set_ylabel(OF_TEXTS.get(metric, metric) + (", %" if percent else ""))
     axes.set_title(title)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)

@@ -2,75 +2,55 @@
 
 from __future__ import annotations
 
-import tempfile
+import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from ia3.adapter.checkpoint import save_adapter
-from ia3.adapter.model import IA3Model
 from ia3.errors import InputError
-from ia3.evaluation.comparison import USUAL_SHOTS
+from ia3.evaluation import costs
+from ia3.evaluation.comparison import TRAINED, USUAL_SHOTS, ZERO_SHOT, Comparison
 from ia3.evaluation.generation import bounded, generate, shots_before
-from ia3.evaluation.progress import Progress
 from ia3.evaluation.results import OF_TEXTS, shown_metric
-from ia3.evaluation.running import train_alone, with_adapters
-from ia3.files import WEIGHTS_NAME
+from ia3.scoring.question import row_length
 from ia3.scoring.scorer import Scorer
 from ia3.task.free_text import few_rows
+from ia3.task.text_metrics import require_metric
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ia3.adapter.stored import StoredAdapter
-    from ia3.task.free_text import FreeText
     from ia3.task.task import Row
-    from ia3.training.recipe import Recipe
-
-TRAINED = "trained"
 
 
 @dataclass
-class TextComparison:
-    """Methods on one base model and the test rows of a task whose answer is text. All generate greedily.
+class TextComparison(Comparison):
+    """Compares methods on a task whose answer is text; all generate greedily. Examples in context are read again for each row.
 
-    Attributes:
-        base: the base model.
-        tokenizer: its tokenizer.
-        task: the task.
-        examples: labelled rows to train on and to draw shots from.
-        test: labelled rows to measure on.
-        recipe: how to train.
-        seed: decides the draw of shots and the order of examples.
+    Attributes (more in `Comparison`):
         metric: another metric than the task's, as of `text_metrics`.
-        adapter: a trained adapter to measure; None: train one.
+
+    Raises:
+        InputError: the metric cannot be computed.
     """
 
-    base: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    task: FreeText
-    examples: Sequence[Row]
-    test: Sequence[Row]
-    recipe: Recipe
-    seed: int = 0
     metric: str | None = None
-    adapter: StoredAdapter | None = None
+
+    METHOD: ClassVar[str] = TRAINED
 
     def __post_init__(self) -> None:
-        scorer = Scorer(self.base, self.tokenizer)
-        self.task = bounded(self.task, scorer, self.examples)
+        super().__post_init__()
+        require_metric(self.headline)
+        self._scorer = Scorer(self.base, self.tokenizer)
+        self.task = bounded(self.task, self._scorer, self.examples)
         self.references = [self.task.reference(row) for row in self.test]
-        self._scorer, self._progress = scorer, Progress()
+
+    @property
+    def headline(self) -> str:
+        return self.metric or self.task.metric
 
     def shots(self, counts: Sequence[int] | None = None) -> dict[int, list[Row]]:
-        """Number of shots → the shots. By default, those of the usual numbers that fit.
-
-        Raises:
-            InputError: a given number does not fit into the model's context.
-        """
         found = {}
         for count in counts or [count for count in USUAL_SHOTS if count <= len(self.examples)]:
             some = few_rows(self.examples, self.task, count, self.seed)
@@ -93,47 +73,19 @@ class TextComparison:
         longest = max((before + one.prompt for one in self.task.wordings(self.test)), key=len)
         return len(self._scorer.family.prompt_tokens([longest])[0]) <= room
 
-    def run(self, shots: Mapping[int, Sequence[Row]], progress: Progress | None = None) -> list[dict[str, Any]]:
-        """Metrics and costs, one dictionary per method.
+    def zero_shot(self) -> dict[str, Any]:
+        return self._generated(ZERO_SHOT, self.base)
 
-        Args:
-            shots: number of shots → the shots; see `shots`.
-            progress: shows the progress.
-        """
-        self._progress = progress or Progress()
-        rows = [self._row("zero-shot", self.base)]
-        for count, some in shots.items():
-            size = len(shots_before(self.task, some).encode())
-            rows.append(self._row(f"{count}-shot", self.base, some, examples=count, disk_bytes=size))
-        model, more = self._adapted()
-        return [*rows, self._row(TRAINED, model, **more)]
+    def in_context(self, shots: Sequence[Row]) -> dict[str, Any]:
+        size = len(shots_before(self.task, shots).encode())
+        return self._generated(f"{len(shots)}-shot", self.base, shots, examples=len(shots), disk_bytes=size)
 
-    def _adapted(self) -> tuple[Any, dict[str, Any]]:
-        """The model with the given adapter, or with one that is trained here."""
-        if self.adapter is not None:
-            size = Path(self.adapter.vectors_file()).stat().st_size
-            examples = self.adapter.metrics.get("train_examples")
-            return IA3Model.from_pretrained(self.base, self.adapter), {"disk_bytes": size, "examples": examples}
-        model = with_adapters(self.base, {"default": self.recipe.place(self.base, self.task)}, self.recipe)
-        with tempfile.TemporaryDirectory() as scratch:
-            trainer, _, seconds = train_alone(
-                self._progress,
-                "training",
-                model,
-                self.tokenizer,
-                self.task,
-                self.examples,
-                self.recipe,
-                self.seed,
-                scratch,
-            )
-            save_adapter(model, scratch)
-            size = Path(scratch, WEIGHTS_NAME).stat().st_size
-        steps = trainer.steps_of("default")
-        more = {"disk_bytes": size, "examples": len(self.examples), "once_seconds": seconds, "steps": steps}
-        return model.eval(), more
+    def _with_adapter(self, model: Any, **more: Any) -> dict[str, Any]:
+        return self._generated(self.METHOD, model, **more)
 
-    def _row(self, method: str, model: nn.Module, shots: Sequence[Row] | None = None, **more: Any) -> dict[str, Any]:
+    def _generated(
+        self, method: str, model: nn.Module, shots: Sequence[Row] | None = None, **more: Any
+    ) -> dict[str, Any]:
         stage = self._progress.stage(method, len(self.test))
         started = time.perf_counter()
         found = generate(
@@ -141,7 +93,8 @@ class TextComparison:
         )
         seconds = (time.perf_counter() - started) / len(self.test)
         scores = self.task.metrics([one.result for one in found], self.references, self.metric)
-        headline = self.metric or self.task.metric
-        stage.note(f"{OF_TEXTS.get(headline, headline)} {shown_metric(scores[headline])}")
-        costs = {"seconds": seconds, "once_seconds": 0.0, "disk_bytes": 0, "examples": 0}
-        return {"method": method, **scores, **costs, **more}
+        stage.note(f"{OF_TEXTS.get(self.headline, self.headline)} {shown_metric(scores[self.headline])}")
+        questions = [one.question for one in found]
+        flops, tokens = costs.flops_of(Scorer(model, self.tokenizer), questions), map(row_length, questions)
+        cost = costs.Cost(flops, statistics.mean(tokens), seconds)
+        return {"method": method, **scores, **self._beside(cost), **more}

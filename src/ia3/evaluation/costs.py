@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +17,7 @@ from ia3.evaluation.prediction import Prediction, predict
 from ia3.scoring.batch import Batch, to_device
 from ia3.scoring.family import base_of, evaluating
 from ia3.scoring.prefix import Prefix
-from ia3.scoring.question import row_length
+from ia3.scoring.question import Question, row_length
 from ia3.scoring.readings import Readings
 from ia3.scoring.scorer import Scorer
 from ia3.task.rows import as_rows
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ia3.adapter.model import IA3Model
+    from ia3.task.kinds import AnyTask
     from ia3.training.recipe import Recipe
 
 # Number of batches, of different lengths, to count FLOPs in. This happens after timing, because counting is slow.
@@ -90,20 +91,29 @@ def cache_bytes_per_token(model: nn.Module) -> int:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Predictions for rows, and the mean cost of one.
+class Cost:
+    """The mean cost of a row.
 
     Attributes:
-        predictions: one per row.
         flops: operations per row; with a prefix, only those that each row needs again.
         tokens: mean tokens of a row, the prefix included.
-        seconds: wall time to score one row, in batches.
+        seconds: wall time per row, in batches.
     """
 
-    predictions: list[Prediction]
     flops: float
     tokens: float
     seconds: float
+
+
+@dataclass(frozen=True)
+class Measured(Cost):
+    """Predictions for rows, and the mean cost of one.
+
+    Attributes (more in `Cost`):
+        predictions: one per row.
+    """
+
+    predictions: list[Prediction]
 
 
 def measure(
@@ -130,10 +140,18 @@ def measure(
     started = time.perf_counter()
     predictions = predict(model, tokenizer, task, rows, on_progress, recipe=recipe, prefix=prefix)
     seconds = time.perf_counter() - started
-
-    scorer, device = Scorer(model, tokenizer), device_of(model)
+    scorer = Scorer(model, tokenizer)
     questions = scorer.questions(task.wordings(rows), labelled=False, prefix=prefix)
-    with evaluating(model), torch.inference_mode():
+    behind = len(prefix.tokens) if prefix is not None and prefix.is_cached else 0
+    tokens = behind + statistics.mean(map(row_length, questions))
+    return Measured(flops_of(scorer, questions, prefix), tokens, seconds / len(rows), predictions)
+
+
+def flops_of(scorer: Scorer, questions: Sequence[Question], prefix: Prefix | None = None) -> float:
+    """Operations to read a question with its choices: a mean, counted as `measure` does. A text that is generated costs what
+    reading it costs, but for attention, which generation computes for the tokens so far alone."""
+    device = device_of(scorer.model)
+    with evaluating(scorer.model), torch.inference_mode():
         places = [_places(batch) for _, batch in scorer.batches(questions, prefix=prefix)]
         count = min(len(places), _COUNTED_BATCHES)
         counted = [(2 * i + 1) * len(places) // (2 * count) for i in range(count)]
@@ -145,10 +163,7 @@ def measure(
                     scorer.log_probs(to_device(batch, device))
                     in_rows += counter.get_total_flops() - before
     once = counter.get_total_flops() - in_rows
-    flops = once + in_rows * sum(places) / sum(places[number] for number in counted)
-    behind = len(prefix.tokens) if prefix is not None and prefix.is_cached else 0
-    tokens = behind + statistics.mean(map(row_length, questions))
-    return Measured(predictions, flops / len(rows), tokens, seconds / len(rows))
+    return (once + in_rows * sum(places) / sum(places[number] for number in counted)) / len(questions)
 
 
 def _places(batch: Batch) -> int:
@@ -175,7 +190,7 @@ class ExampleFlops(NamedTuple):
 
 
 def example_flops(
-    model: IA3Model, tokenizer: PreTrainedTokenizerBase, task: Task, rows: Any, recipe: Recipe
+    model: IA3Model, tokenizer: PreTrainedTokenizerBase, task: AnyTask, rows: Any, recipe: Recipe
 ) -> ExampleFlops:
     """FLOPs of training the active adapter on one example: the mean of at most four steps.
 

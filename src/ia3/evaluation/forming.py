@@ -291,8 +291,8 @@ class Forming:
 def states_of(scorer: Scorer, questions: Sequence[Question], told: Callable[[list[int]], None]) -> np.ndarray:
     """`Scorer.states` of questions, which processes share: float32 (N, places, width)."""
 
-    def some(indices: list[int]) -> np.ndarray:
-        return scorer.states([questions[index] for index in indices], told).numpy()
+    def some(indices: list[int]) -> list[np.ndarray]:
+        return [*scorer.states([questions[index] for index in indices], told).numpy()]
 
     return np.stack(dealt(len(questions), some, passes_in_step(scorer.model)))
 

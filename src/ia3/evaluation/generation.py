@@ -42,11 +42,13 @@ class Generated:
         result: the text, or what it says (see `FreeText.result`).
         text: the text as generated.
         finished: whether the model ended the text; otherwise it is cut off at the maximum of tokens.
+        question: the tokens of the prompt, and those that were generated as its only choice.
     """
 
     result: Any
     text: str
     finished: bool
+    question: Question
 
 
 def generate(
@@ -131,7 +133,14 @@ def generate(
                 **options,
             )
             for index, tokens in zip(group, made[:, start:].tolist(), strict=True):
-                found[index] = _generated(tokenizer, task, wordings[index].row, tokens, ends, bool(before))
+                length = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+                question = Question(prompts[index], [tokens[: length + 1]])
+                finished, tokens = length < len(tokens), tokens[:length]
+                text = str(tokenizer.decode(tokens, skip_special_tokens=True))
+                if before and SEPARATOR in text.lstrip():
+                    text, finished = text.lstrip().partition(SEPARATOR)[0], True
+                result = task.result(text, wordings[index].row)
+                found[index] = Generated(result, text.strip(), finished, question)
             if on_progress is not None:
                 on_progress(group)
     return [one for one in found if one is not None]
@@ -207,18 +216,3 @@ class _AtBlankLine(StoppingCriteria):
         texts = self._tokenizer.batch_decode(input_ids[:, self._start :], skip_special_tokens=True)
         ended = [SEPARATOR in text.lstrip() for text in texts]
         return torch.tensor(ended, device=input_ids.device)  # type: ignore[return-value]
-
-
-def _generated(
-    tokenizer: PreTrainedTokenizerBase,
-    task: FreeText,
-    row: Any,
-    tokens: list[int],
-    ends: Sequence[int],
-    shots: bool,
-) -> Generated:
-    length = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
-    text, finished = str(tokenizer.decode(tokens[:length], skip_special_tokens=True)), length < len(tokens)
-    if shots and SEPARATOR in text.lstrip():
-        text, finished = text.lstrip().partition(SEPARATOR)[0], True
-    return Generated(task.result(text, row), text.strip(), finished)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import json
 import os
 import shutil
 import statistics
@@ -15,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from ia3 import processes
 from ia3.adapter.pretrained import EMBEDDED_MODEL, load_base
-from ia3.adapter.stored import CARD_MARK
+from ia3.evaluation.card import pretrained_card
 from ia3.evaluation.checkpoints import checkpoint_of, interruptible, settings_of
 from ia3.evaluation.progress import Progress, training_stages
-from ia3.evaluation.results import save_measured
 from ia3.evaluation.running import with_adapters
+from ia3.evaluation.saving import save_measured
 from ia3.training.pretrain import CAP, PRETRAINING, MixtureTrainer
 
 if TYPE_CHECKING:
@@ -139,40 +137,11 @@ class Pretraining:
             },
             "trainable_parameters": sum(parameter.numel() for parameter in network.adapter_parameters("default")),
         }
-        what = folder, network, "default", plan, results, functools.partial(_card, folder, plan)
-        results = processes.from_first(lambda: save_measured(*what))
+        config = network.peft_config["default"]
+        what = folder, network, "default", plan, results
+        results = processes.from_first(
+            lambda: save_measured(*what, lambda measured: pretrained_card(plan, measured, config, folder.name))
+        )
         if processes.is_first():
             shutil.rmtree(self.checkpoints, ignore_errors=True)
         return results
-
-
-def _card(folder: Path, recipe: Recipe, results: dict[str, Any]) -> str:
-    rows = [f"| {name} | {its['rows']} | {its['drawn']} |" for name, its in results["tasks"].items()]
-    start = "" if recipe.init is None else f", starting from `{recipe.init}`"
-    return f"""---
-base_model: {json.dumps(results["model"])}
-library_name: peft
-tags:
-- ia3
-- t-few
----
-
-{CARD_MARK}
-
-# {folder.name}
-
-(IA)³ vectors ([arXiv:2205.05638](https://arxiv.org/abs/2205.05638)) for `{results["model"]}` to start training from, made by
-`ia3 pretrain` on a mixture of {len(rows)} tasks: {results["steps"]} steps of {recipe.batch_size} examples with the right
-answer's likelihood as the loss (seed {results["seed"]}{start}).
-{results["trainable_parameters"]:,} numbers, {results["adapter_bytes"] / 1000:.0f} kB.
-
-| task | rows | examples drawn |
-|---|---:|---:|
-{chr(10).join(rows)}
-
-## Use
-
-```
-ia3 train --init {folder.name} --data rows.csv
-```
-"""

@@ -14,7 +14,8 @@ from ia3.adapter.stored import SEEN, StoredAdapter, is_number
 from ia3.errors import InputError
 from ia3.evaluation.checkpoints import RUN_NAME, require_same, settings_of
 from ia3.evaluation.progress import Progress
-from ia3.evaluation.results import majority_metrics, save_trained
+from ia3.evaluation.results import majority_metrics
+from ia3.evaluation.saving import save_trained
 from ia3.files import write_json
 from ia3.task.raft import PREDICTIONS_NAME, RaftTask, write_predictions
 

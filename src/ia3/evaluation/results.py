@@ -1,37 +1,19 @@
-"""The results of an experiment: an adapter's folder with metrics and model card, and summaries of several adapters."""
+"""The results of an experiment: metrics, their titles, baselines, and summaries of several adapters."""
 
 from __future__ import annotations
 
-import functools
-import json
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ia3.adapter.stored import (
-    CALIBRATION_NAME,
-    CARD_MARK,
-    CARD_NAME,
-    METRICS_NAME,
-    RECIPE_NAME,
-    SEEN,
-    TASK_NAME,
-)
-from ia3.files import to_json
 from ia3.task.grades import Grades
 from ia3.task.label_sets import indicators
 from ia3.task.task import Task
 
 if TYPE_CHECKING:
-    from ia3.adapter.model import IA3Model
-    from ia3.evaluation.calibration import Calibration
     from ia3.evaluation.prediction import Prediction
-    from ia3.opinions.opinions import Opinions
-    from ia3.task.kinds import AnyTask
-    from ia3.task.task import Row, Template
-    from ia3.training.recipe import Recipe
+    from ia3.task.task import Row
 
 METHODS = {
     "zero_shot": "zero-shot",
@@ -162,121 +144,3 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
     low, median, high = np.percentile(values, [25, 50, 75]).tolist()
     return {"median": median, "interquartile_range": high - low}
-
-
-def save_trained(
-    folder: Path,
-    model: IA3Model,
-    adapter: str,
-    task: AnyTask,
-    recipe: Recipe,
-    results: dict[str, Any],
-    examples: Sequence[Row],
-    calibration: Calibration | None = None,
-    opinions: Opinions | None = None,
-) -> dict[str, Any]:
-    """Save an adapter with all files of its folder; return the results with the adapter's size.
-
-    metrics.json records the training examples as fingerprints, for programs.
-    """
-    texts: dict[str, str | bytes] = {TASK_NAME: task.to_yaml()}
-    if calibration is not None:
-        results = {**results, "calibration": calibration.model_dump()}
-        texts[CALIBRATION_NAME] = calibration.to_json()
-    if opinions is not None:
-        texts |= opinions.files()
-    card = functools.partial(_model_card, folder, task, recipe)
-    seen = {SEEN: [task.fingerprint(row) for row in examples]}
-    results = save_measured(folder, model, adapter, recipe, {**results, **seen}, card, texts)
-    del results[SEEN]
-    return results
-
-
-def save_measured(
-    folder: Path,
-    model: IA3Model,
-    adapter: str,
-    recipe: Recipe,
-    results: dict[str, Any],
-    card: Callable[[dict[str, Any]], str],
-    texts: Mapping[str, str | bytes] | None = None,
-) -> dict[str, Any]:
-    """Save an adapter with its recipe, its metrics, a model card made from them, and other files, atomically; return
-    the metrics with the adapter's size."""
-    from ia3.adapter.checkpoint import save_adapter
-
-    measured = dict(results)
-
-    def beside(adapter_bytes: int) -> dict[str, bytes]:
-        measured["adapter_bytes"] = adapter_bytes
-        more = {RECIPE_NAME: recipe.to_yaml(), METRICS_NAME: to_json(measured), CARD_NAME: card(measured)}
-        files = {**more, **(texts or {})}
-        return {name: text.encode() if isinstance(text, str) else text for name, text in files.items()}
-
-    save_adapter(model, folder, adapter, beside=beside)
-    return measured
-
-
-def _model_card(folder: Path, task: AnyTask, recipe: Recipe, results: dict[str, Any]) -> str:
-    lines = []
-    if "trained" in results:
-        titles = titles_of(results["trained"])
-        lines = [
-            f"| {results['test_rows']} test rows | {' | '.join(titles.values())} |",
-            "|---" + "|---:" * len(titles) + "|",
-        ]
-        lines += [
-            f"| {name} | {' | '.join(shown_metric(results[key][metric]) for metric in titles)} |"
-            for key, name in METHODS.items()
-            if key in results
-        ]
-    base = results["model"]
-    how = f"{results['train_seconds']:.0f} s, seed {results['seed']}"
-    if "learning_rate" in results:
-        how += f", learning rate {results['learning_rate']}"
-    if recipe.init is not None:
-        how += f", starting from `{recipe.init}`"
-    if "trained_at_once" in results:
-        how += f", {results['trained_at_once']} adapters at once"
-    wordings = "\n\n".join(_wording(task, template) for template in task.templates)
-    kind = "A text classifier" if isinstance(task, Task) else "Generates text"
-    return f"""---
-base_model: {json.dumps(base)}
-library_name: peft
-tags:
-- ia3
-- t-few
----
-
-{CARD_MARK}
-
-# {task.name}
-
-{task.description or kind}: an (IA)³ adapter ([arXiv:2205.05638](https://arxiv.org/abs/2205.05638)) for
-`{base}`, trained by `{results.get("command", "ia3 train")}` with T-Few's recipe ({recipe.name}) on {results["train_examples"]} labelled examples in
-{results["steps"]} steps ({how}).
-{results["trainable_parameters"]:,} numbers, {results["adapter_bytes"] / 1000:.0f} kB.
-
-{chr(10).join(lines)}
-
-## The prompt
-
-{wordings}
-
-## Use
-
-```
-ia3 predict {folder.name} --data rows.csv
-```
-"""
-
-
-def _wording(task: AnyTask, template: Template) -> str:
-    """A template and its answers, for a model card."""
-    if not isinstance(task, Task):
-        chat = " (a user's message in the tokenizer's chat template)" if task.chat else ""
-        answer = task.answer or f"JSON of {', '.join(task.answer_columns)}"
-        return f"```\n{template.prompt.rstrip()}\n```\n\nThe answer{chat}: `{answer}`"
-    own = task.choices if template.choices is None else template.choices
-    answers = [f"- `{label}`: {text}" for label, text in own.items()] if isinstance(own, dict) else [f"- `{own}`"]
-    return f"```\n{template.prompt.rstrip()}\n```\n\nLabels and their answers:\n\n" + "\n".join(answers)

@@ -17,7 +17,8 @@ from ia3.errors import InputError
 from ia3.evaluation.balance import can_balance
 from ia3.evaluation.checkpoints import interruptible
 from ia3.evaluation.progress import Progress, Stage, training_stages
-from ia3.evaluation.results import majority_metrics, median_metrics, save_trained, tfidf_metrics
+from ia3.evaluation.results import majority_metrics, median_metrics, tfidf_metrics
+from ia3.evaluation.saving import save_trained
 from ia3.evaluation.start import Start
 from ia3.processes import dealt, from_first
 from ia3.task.rows import as_rows

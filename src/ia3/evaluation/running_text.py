@@ -15,6 +15,7 @@ from ia3.scoring.family import passes_in_step
 from ia3.scoring.scorer import Scorer
 from ia3.scoring.spans import require_json
 from ia3.task.fields import Fields
+from ia3.task.text_metrics import require_metric
 
 if TYPE_CHECKING:
     from ia3.evaluation.experiment import Experiment, Trial
@@ -31,6 +32,8 @@ class RunningText(Running):
         from ia3.adapter.pretrained import load_base
 
         self.experiment, self.progress, self.recipe = experiment, progress, experiment.chosen_recipe
+        for trial in experiment.trials:
+            require_metric(trial.task.metric)  # before training
         with progress.waiting("Loading the model …"):
             base, self.tokenizer = load_base(experiment.model, dtype=experiment.dtype, device_map=experiment.device_map)
         scorer = Scorer(base, self.tokenizer)

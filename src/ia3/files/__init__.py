@@ -2,8 +2,18 @@
 
 from ia3.files.atomic import TEMPORARY, alone, has_unfinished, new_folder, replacing
 from ia3.files.formats import parse_bytes, parse_json, read_fields, read_json, reading, to_json, write_json
-from ia3.files.hub import HUB_ARGUMENTS, hub_answers, hub_arguments, locate, locate_beside, upload
-from ia3.files.remote import Mirror, cache_folder, fetch, is_address
+from ia3.files.hub import (
+    HUB_ARGUMENTS,
+    at_revision,
+    hub_answers,
+    hub_arguments,
+    is_hub_id,
+    locate,
+    locate_beside,
+    snapshot,
+    upload,
+)
+from ia3.files.remote import HubMirror, Mirror, cache_folder, fetch, is_address
 from ia3.files.saves import (
     CONFIG_NAME,
     PENDING,
@@ -24,8 +34,10 @@ __all__ = [
     "TEMPORARY",
     "TORCH_WEIGHTS_NAME",
     "WEIGHTS_NAME",
+    "HubMirror",
     "Mirror",
     "alone",
+    "at_revision",
     "cache_folder",
     "current",
     "fetch",
@@ -33,6 +45,7 @@ __all__ = [
     "hub_answers",
     "hub_arguments",
     "is_address",
+    "is_hub_id",
     "is_unused",
     "locate",
     "locate_beside",
@@ -45,6 +58,7 @@ __all__ = [
     "reading",
     "replacing",
     "replacing_adapter",
+    "snapshot",
     "take_over",
     "to_json",
     "upload",

@@ -14,6 +14,7 @@ from typing import Any
 
 from ia3.errors import InputError, brief, reason
 from ia3.files.atomic import TEMPORARY, replacing, temporary_in
+from ia3.files.hub import at_revision, snapshot
 from ia3.files.saves import CONFIG_NAME, PENDING, TORCH_WEIGHTS_NAME, WEIGHTS_NAME, current, take_over
 
 # The file in a copied adapter's folder that holds the stamp of the files that it was copied from.
@@ -76,7 +77,7 @@ class Mirror:
 
     def __init__(self, address: str, names: Collection[str]) -> None:
         self.address, self._names = address, names
-        self._files, root = _opened(address)
+        self._files, root = self._opened()
         self._root = root.rstrip("/")
         self.folder = _place(address)
         self._lock = threading.Lock()
@@ -105,6 +106,9 @@ class Mirror:
                 self._remove(self.folder / name)
             before, self._seen = self._seen, stamps
             return before != stamps
+
+    def _opened(self) -> tuple[Any, str]:
+        return _opened(self.address)
 
     def _listed(self) -> dict[str, dict[str, dict[str, Any]]]:
         """Name of an adapter → name of a file → what the file system says of it."""
@@ -160,6 +164,36 @@ class Mirror:
         while folder != self.folder and not os.listdir(folder):
             folder.rmdir()
             folder = folder.parent
+
+
+class HubMirror(Mirror):
+    """A local copy of the adapters in hub repositories, whose ids are the adapters' names.
+
+    A repository holds one adapter, or several in subfolders: "owner/name", "owner/name/sub". huggingface_hub downloads and
+    caches the files.
+
+    Args:
+        address: hub ids with commas between them, such as "owner/tickets@v1,owner/tone". Without a revision it is the
+            newest of the branch "main", which `refresh` follows.
+        names: as of `Mirror`.
+    """
+
+    def _opened(self) -> tuple[Any, str]:
+        from fsspec.implementations.local import LocalFileSystem
+
+        return LocalFileSystem(), ""
+
+    def _listed(self) -> dict[str, dict[str, dict[str, Any]]]:
+        found = {}
+        for hub_id in self.address.split(","):
+            here = Path(snapshot(hub_id, [part + name for name in self._names for part in ("", "*/")]))
+            for config in here.rglob(CONFIG_NAME):
+                inside = config.parent.relative_to(here).as_posix()
+                name = at_revision(hub_id)[0] + ("" if inside == "." else f"/{inside}")
+                # In huggingface_hub's cache a file is a link to one that is named after its content.
+                files = [config.parent / file for file in self._names if (config.parent / file).is_file()]
+                found[name] = {file.name: {"name": os.path.realpath(file)} for file in files}
+        return found
 
 
 def _opened(address: str) -> tuple[Any, str]:

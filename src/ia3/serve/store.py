@@ -121,7 +121,7 @@ class Store:
             with contextlib.suppress(InputError, RecursionError, OSError):
                 config = IA3Config.from_pretrained(folder)
                 # A model's folder may have moved.
-                own = Path(config.base_model_name_or_path or base_model).name == Path(base_model).name
+                own = Path(config.base or base_model).name == Path(base_model).name
                 kind = dataclasses.replace(config, base_model_name_or_path=None, inference_mode=True)
                 found.setdefault(kind.to_json(), (config, []))[1].append(own)
         ranked = sorted(found.values(), key=lambda each: (-sum(each[1]), -len(each[1])))
@@ -356,7 +356,7 @@ class Store:
         why = error.worded(owned=False)
         base = self._engine_of().name
         with contextlib.suppress(InputError, RecursionError, OSError):
-            own = Path(IA3Config.from_pretrained(self._folder(name)).base_model_name_or_path or base).name
+            own = Path(IA3Config.from_pretrained(self._folder(name)).base or base).name
             if own != Path(base).name:
                 why = f"it was made for {own!r}; {why}"
         why = self.public(why.replace(self._folder(name) + os.sep, ""))

@@ -34,6 +34,18 @@ _ENVIRONMENT = sandbox.Environment()
 _LISTS = sandbox.Environment(lambda value: BAR.join(map(str, value)) if isinstance(value, (list, _List)) else value)
 
 
+def _one_text(value: Any) -> Any:
+    if isinstance(value, (list, tuple, set, dict)):
+        raise ValueError(
+            f"expected a text, found {brief(value)}; join a list's items, {{{{ … | join(', ') }}}}, or write JSON, {{{{ … | tojson }}}}"
+        )
+    return value
+
+
+# Here a list is no text: nobody wants a model to learn Python's signs around its items.
+_TEXTS = sandbox.Environment(_one_text)
+
+
 def parse(source: str) -> jinja2.nodes.Template:
     """A template as a tree. Raises `ValueError` for an invalid template."""
     _compiled(source)  # also finds unknown filters
@@ -213,9 +225,13 @@ def answers_of(choices: Choices, row: Row) -> dict[str, str]:
 
 
 def rendered(source: str, row: Row) -> str:
-    """A template's text for a row, without white space around it. Raises `InputError` if it cannot be rendered."""
+    """A template's text for a row, without white space around it.
+
+    Raises:
+        InputError: it cannot be rendered, or prints a list or a dictionary.
+    """
     require(row, _columns(source))
-    return _render(_compiled(source), row).strip()
+    return _render(_compiled(source, _TEXTS), row, _TEXTS).strip()
 
 
 def _render(template: jinja2.Template, row: Row, environment: sandbox.Environment = _ENVIRONMENT, **seen: Any) -> str:

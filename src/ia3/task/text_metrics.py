@@ -9,6 +9,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from ia3.errors import InputError, brief, reason
 
@@ -56,14 +57,26 @@ def _f1(prediction: Sequence[str], reference: Sequence[str]) -> float:
     return 2 * common / (len(prediction) + len(reference))
 
 
-def _rouge_l(predictions: Sequence[str], references: Sequence[str]) -> float:
+def require_metric(name: str) -> None:
+    """Raise the errors that `text_metrics` would for a metric's name, before there is anything to measure."""
+    if is_function(name):
+        function_of(name)
+    elif name == "rouge_l":
+        _rouge_scorer()
+
+
+def _rouge_scorer() -> Any:
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
         raise InputError(
             "Expected the package rouge-score for the metric rouge_l, found none; install it: pip install rouge-score"
         ) from error
-    scorer = RougeScorer(["rougeL"], tokenizer=_Words())
+    return RougeScorer
+
+
+def _rouge_l(predictions: Sequence[str], references: Sequence[str]) -> float:
+    scorer = _rouge_scorer()(["rougeL"], tokenizer=_Words())
     pairs = zip(predictions, references, strict=True)
     return _mean([scorer.score(reference, prediction)["rougeL"].fmeasure for prediction, reference in pairs])
 
