@@ -622,3 +622,17 @@ class TestLabelSets:
             make().fit(self.texts, self.y[1:])
         with pytest.raises(InputError, match="one label for each row with class_weight"):
             make(class_weight="balanced").fit(self.texts, self.y)
+
+
+def test_a_base_with_a_device_map(tmp_path):
+    words.save_model(tmp_path)
+    rows = words.rows(16)
+    texts, labels = [row["text"] for row in rows], [row["label"] for row in rows]
+    found = []
+    for device_map in (None, "auto"):
+        classifier = FewShotClassifier(tmp_path, words.TEMPLATE, recipe=Recipe(steps=2), device_map=device_map)
+        classifier.fit(texts, labels).save(tmp_path / "saved")
+        again = FewShotClassifier.load(tmp_path / "saved", device_map=device_map)
+        found += [classifier.predict_proba(texts), again.predict_proba(texts)]
+    for other in found[1:]:
+        np.testing.assert_allclose(found[0], other, atol=1e-6)

@@ -74,6 +74,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         verbose: show progress during training.
         class_weight: how much a row of each label counts: "balanced", n / (k · n_label), or label → weight, as scikit-learn's;
             None: the task's, or all the same.
+        device_map: where the base model's weights go, as `load_base` takes it: "auto" for one that no device holds alone.
 
     Attributes:
         classes_: the labels, in the order of `predict_proba`'s columns; of an indicator matrix the names of its columns, or
@@ -96,6 +97,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         random_state: int | np.random.RandomState | None = 0,
         verbose: bool = False,
         class_weight: Literal["balanced"] | Mapping[Any, float] | None = None,
+        device_map: str | None = None,
     ) -> None:
         self.model = model
         self.template = template
@@ -106,6 +108,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self.random_state = random_state
         self.verbose = verbose
         self.class_weight = class_weight
+        self.device_map = device_map
 
     def __sklearn_tags__(self) -> Any:
         """The estimator's capabilities for scikit-learn."""
@@ -159,7 +162,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         by_label = (
             _values_by_label(task, rows, values) if several is None else {_in_words(name): name for name in several[0]}
         )
-        base = _base(name, self.dtype, [*by_label])
+        base = _base(name, self.dtype, self.device_map, [*by_label])
         recipe = recipe or Recipe.for_model(name)
         if task.multi_label:
             from ia3.evaluation.label_sets import require_label_sets
@@ -234,7 +237,11 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
     @classmethod
     def load(
-        cls, folder: str | os.PathLike, model: str | os.PathLike | None = None, dtype: str = "auto"
+        cls,
+        folder: str | os.PathLike,
+        model: str | os.PathLike | None = None,
+        dtype: str = "auto",
+        device_map: str | None = None,
     ) -> FewShotClassifier:
         """Load a classifier from a folder that `save` or `ia3 train` wrote.
 
@@ -242,6 +249,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             folder: the adapter's folder or hub id ("owner/name", "owner/name@v1").
             model: the base model; None: the one that the adapter names.
             dtype: the type of its weights.
+            device_map: where they go.
 
         Raises:
             InputError: the folder has no adapter, or one for another model, without a task, or with answers that differ
@@ -259,8 +267,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
                 f"Expected the labels {shown(labels)} as {_CLASSES!r} in {METRICS_NAME} of {brief(str(folder))}, found "
                 f"{brief(values)}; delete it."
             )
-        made = cls(name, task=task, recipe=found.recipe, dtype=dtype)
-        base = _base(_path("model", name), dtype, labels, found.config.task_type)
+        made = cls(name, task=task, recipe=found.recipe, dtype=dtype, device_map=device_map)
+        base = _base(_path("model", name), dtype, device_map, labels, found.config.task_type)
         made._files = base.load(found)
         by_label = {_in_words(value): value for value in values}
         made._keep(base, task, found.recipe, found.temperature, found.opinions, by_label)
@@ -285,13 +293,13 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         order = np.arange(len(classes)) if task.multi_label else classes.argsort()
         self.classes_, self._labels = classes[order], [[*by_label][i] for i in order]
         self.task_, self.recipe_, self.temperature_, self.opinions_ = task, recipe, temperature, opinions
-        self._base, self._name_and_dtype = base, (base.name, self.dtype)
+        self._base, self._loading = base, (base.name, self.dtype, self.device_map)
 
     @contextmanager
     def _lent(self) -> Iterator[tuple[IA3Model, PreTrainedTokenizerBase]]:
         """In a `with` block, the base model with this adapter, and its tokenizer."""
         if "_base" not in vars(self):
-            self._base = _base(*self._name_and_dtype, self._labels, json.loads(self._files[CONFIG_NAME])["task_type"])
+            self._base = _base(*self._loading, self._labels, json.loads(self._files[CONFIG_NAME])["task_type"])
         with self._base.lent(self._files) as model:
             yield model, self._base.tokenizer
 
@@ -356,15 +364,18 @@ class _Base:
     Args:
         name: the name or path to load it from.
         dtype: the type of its weights.
+        device_map: where they go.
         labels: the labels of an encoder's head.
         kind: as `load_base` takes it.
     """
 
-    def __init__(self, name: str, dtype: str, labels: Sequence[str], kind: str | None = None) -> None:
+    def __init__(
+        self, name: str, dtype: str, device_map: str | None, labels: Sequence[str], kind: str | None = None
+    ) -> None:
         from ia3.adapter.model import IA3Model
         from ia3.adapter.pretrained import load_base
 
-        base, self.tokenizer = load_base(name, labels, dtype, kind)
+        base, self.tokenizer = load_base(name, labels, dtype, kind, device_map)
         self.name = str(base.name_or_path)
         self.model = IA3Model(base, {}).eval()
         self._files: Files | None = None  # the files of the adapter in the model
@@ -497,7 +508,7 @@ _USED_LAST: collections.deque[_Base] = collections.deque(maxlen=1)
 _LOADING = threading.Lock()
 
 
-def _base(name: str, dtype: str, labels: Sequence[str], kind: str | None = None) -> _Base:
+def _base(name: str, dtype: str, device_map: str | None, labels: Sequence[str], kind: str | None = None) -> _Base:
     """The base model of this name, loaded if it is not in memory."""
     from ia3.adapter.pretrained import HEADED, find_base, task_type
 
@@ -505,12 +516,12 @@ def _base(name: str, dtype: str, labels: Sequence[str], kind: str | None = None)
     files = sorted(os.scandir(source), key=lambda file: file.name) if os.path.isdir(source) else []
     stamp = tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
     # An encoder has a head for its labels; other models serve any labels.
-    key = (found, dtype, stamp, *([kind] if kind in HEADED else []))
+    key = (found, dtype, device_map, stamp, *([kind] if kind in HEADED else []))
     with _LOADING:
         base = _BASES.get(key) or _BASES.get((*key, *sorted(labels)))
         if base is None:
             _USED_LAST.clear()  # so that memory never holds both
-            base = _Base(name, dtype, labels, kind)
+            base = _Base(name, dtype, device_map, labels, kind)
             head = sorted(labels) if task_type(base.model.model) in HEADED else ()
             _BASES[(*key, *head)] = base
         _USED_LAST.append(base)

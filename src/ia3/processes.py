@@ -1,4 +1,4 @@
-"""Several processes that work together (`torchrun`, `accelerate launch`), each with the whole model.
+"""Several processes that work together (`torchrun`, `accelerate launch`), each with the whole model or with a share of its layers.
 
 In training, each has a part of every batch, and what they find is added up once a step; rows to predict are dealt out.
 """
@@ -6,6 +6,7 @@ In training, each has a part of every batch, and what they find is added up once
 from __future__ import annotations
 
 import atexit
+import functools
 import hashlib
 import json
 import os
@@ -32,6 +33,37 @@ def count() -> int:
 def is_first() -> bool:
     """Whether this is the process that prints and writes."""
     return os.environ.get("RANK", "0") == "0"
+
+
+@functools.cache
+def sharded_by_launcher() -> bool:
+    """Whether `accelerate launch` was told to leave each process a share of the model's layers (FSDP 2).
+
+    That is then taken out of the environment: accelerate's own way would divide vectors, too, which are few numbers.
+
+    Raises:
+        InputError: it was told of another way to do so.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise not_fsdp2("DeepSpeed")
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return False
+    version = os.environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise not_fsdp2(f"fsdp_version {version}")
+    for name in ("FSDP_OFFLOAD_PARAMS", "FSDP_ACTIVATION_CHECKPOINTING"):
+        if os.environ.get(name, "false").lower() == "true":
+            raise not_fsdp2(name.lower())
+    del os.environ["ACCELERATE_USE_FSDP"]
+    return True
+
+
+def not_fsdp2(found: str) -> InputError:
+    """The error for another way to divide a model among processes than ours."""
+    return InputError(
+        f"Expected whole models, or FSDP 2 without offloading and checkpointing (fsdp_version: 2), to divide a base model among "
+        f"processes, found {found}; change the launcher's configuration."
+    )
 
 
 def connect(settings: Any) -> None:
@@ -63,6 +95,14 @@ def connect(settings: Any) -> None:
             )
 
 
+def _connected() -> bool:
+    if count() == 1:
+        return False
+    import torch
+
+    return torch.distributed.is_initialized()
+
+
 def leave_at_exit() -> None:
     """Leave the other processes before Python ends.
 
@@ -79,25 +119,27 @@ def _leave() -> None:
         torch.distributed.destroy_process_group()
 
 
-def from_first(work: Callable[[], T]) -> T:
-    """What the first process finds, for all of them; the others wait."""
-    if count() == 1:
+def from_first(work: Callable[[], T], together: bool = False) -> T:
+    """What the first process finds, for all of them; the others wait, or work `together` with it, as processes with shares of a
+    model must."""
+    if not _connected():
         return work()
     import torch
 
-    found: list[Any] = [work() if is_first() else None]
+    found: list[Any] = [work() if together or is_first() else None]
     torch.distributed.broadcast_object_list(found, 0)
     return found[0]
 
 
-def dealt(rows: int, work: Callable[[list[int]], Sequence[T]]) -> list[T]:
+def dealt(rows: int, work: Callable[[list[int]], Sequence[T]], together: bool = False) -> list[T]:
     """What `work` finds for each row. Every process works on a part of them.
 
     Args:
         rows: their number.
         work: finds something for each of some rows, given as indices.
+        together: every process works on all rows, as processes with shares of a model must.
     """
-    if count() == 1:
+    if together or not _connected():
         return list(work([*range(rows)]))
     import torch
 

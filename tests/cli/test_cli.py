@@ -641,3 +641,30 @@ def test_help_loads_neither_torch_nor_transformers():
 def test_version_and_unknown_commands(ia3):
     assert ia3("--version")[1].startswith("ia3 0.")
     assert ia3("trian")[0] == 2
+
+
+class TestDeviceMap:
+    def test_auto_answers_as_without(self, ia3, train, place):
+        code, out, _ = train("--json", device_map="auto", steps=2)
+        assert code == 0 and json.loads(out)["trained"]
+        said = [ia3("predict", place / "adapter", "the tea was lovely", "--json", *more)[1] for more in ([], AUTO)]
+        assert json.loads(said[0]) == json.loads(said[1])
+        measured = [
+            ia3("evaluate", place / "adapter", "--data", place / "test.csv", "--json", *more)[1] for more in ([], AUTO)
+        ]
+        assert json.loads(measured[0]) == json.loads(measured[1])
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"device_map": "atuo"}, "Expected a device_map of 'auto', 'shards', found 'atuo'; close to it: 'auto'."),
+            ({"device_map": "shards"}, "Expected several processes for the device_map 'shards', found WORLD_SIZE=1"),
+            ({"device_map": "auto", "model": "auto"}, "Expected one model, found several; leave out --device-map."),
+        ],
+    )
+    def test_what_it_cannot_be(self, train, changes, message):
+        code, _, err = train(**changes)
+        assert code == 2 and message in err and err.count("\n") == 1, err
+
+
+AUTO = ["--device-map", "auto"]

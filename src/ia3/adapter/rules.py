@@ -109,7 +109,7 @@ def _multiply(tensor: torch.Tensor, vector: torch.Tensor, axis: int) -> torch.Te
     """A tensor times a vector along one axis (counted from the end), in the tensor's dtype."""
     if axis != -1:
         vector = vector.view(-1, *[1] * (-axis - 1))
-    return (tensor * vector).to(tensor.dtype)
+    return (tensor * vector.to(tensor.device)).to(tensor.dtype)
 
 
 def _multiply_rows(tensor: torch.Tensor, vectors: torch.Tensor, axis: int) -> torch.Tensor:

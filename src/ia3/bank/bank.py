@@ -15,6 +15,7 @@ from torch import nn
 
 from ia3.adapter.adapted import Adapted
 from ia3.adapter.config import CONFIG_NAME, IA3Config, adapter_folders
+from ia3.adapter.placement import device_of
 from ia3.adapter.rows import BASE
 from ia3.adapter.stored import OWN_NAMES, StoredAdapter
 from ia3.adapter.targets import Target, has_encoder, outside_decoder, resolve
@@ -115,7 +116,7 @@ class AdapterBank:
         reading = outside_decoder(model.model) if has_encoder(model.model) else ()
         self._layout = Layout(entries, self.targets, dtype, reading)
         self.entries, self.width, self.dtype = entries, self._layout.width, dtype
-        device = next(model.model.parameters()).device
+        device = device_of(model.model)
         self.device = torch.device("cpu") if device.type == "meta" else device
         capacity = None if budget is None else _rows(budget, self._layout.row_bytes) - 1
 

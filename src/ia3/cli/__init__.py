@@ -108,9 +108,10 @@ def _options(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
 ) -> None:
     """Options of the whole program."""
-    if count() > 1 and context.invoked_subcommand != "train":
+    if count() > 1 and context.invoked_subcommand not in ("train", "pretrain"):
         raise InputError(
-            f"Expected one process, found WORLD_SIZE={count()}; a launcher can start ia3 train, but not ia3 {context.invoked_subcommand}: unset it."
+            f"Expected one process, found WORLD_SIZE={count()}; a launcher can start ia3 train and ia3 pretrain, but not ia3 "
+            f"{context.invoked_subcommand}: unset it."
         )
     if context.invoked_subcommand != "serve":  # which has a log
         context.with_resource(_our_lines_alone())

@@ -162,6 +162,13 @@ DtypeOption = typer.Option(
     help=f"Type of the base model's weights: {', '.join(DTYPES)}. auto: bfloat16 for language models on machines that multiply "
     "it, which halves memory and nearly halves time; scores are rounded. On other machines the stored type.",
 )
+DeviceMapOption = typer.Option(
+    None,
+    "--device-map",
+    help="Where the base model's weights go if no device holds them alone. auto: on all visible devices, and what does not fit "
+    "there into main memory; shards: a share of each layer into each of several processes (torchrun). \\[default: one device]",
+    show_default=False,
+)
 JsonOption = typer.Option(False, "--json", help="Print only JSON on standard output, for programs.")
 
 
@@ -212,7 +219,7 @@ def table(*names: str, left: int = 1, title: str | None = None) -> Table:
 
 
 def load_adapted(
-    folder: AdapterFolder, model: str | None, dtype: str = "auto"
+    folder: AdapterFolder, model: str | None, dtype: str = "auto", device_map: str | None = None
 ) -> tuple[IA3Model, PreTrainedTokenizerBase]:
     """A base model with the adapter of a folder in it, and its tokenizer.
 
@@ -220,22 +227,23 @@ def load_adapted(
         folder: the adapter's folder.
         model: the base model; None: the one that the adapter names.
         dtype: the type of its weights, as `load_base` takes it.
+        device_map: where they go, as `load_base` takes it.
     """
-    base, tokenizer = load_base_of(folder, model, dtype)
+    base, tokenizer = load_base_of(folder, model, dtype, device_map)
     from ia3.adapter.model import IA3Model
 
     return IA3Model.from_pretrained(base, folder), tokenizer
 
 
 def load_base_of(
-    folder: AdapterFolder, model: str | None, dtype: str
+    folder: AdapterFolder, model: str | None, dtype: str, device_map: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base model of an adapter, without the adapter. The arguments are those of `load_adapted`."""
-    return _load_base([folder], model, dtype)
+    return _load_base([folder], model, dtype, device_map)
 
 
 def load_bank(
-    folders: Mapping[str, AdapterFolder], model: str | None, dtype: str
+    folders: Mapping[str, AdapterFolder], model: str | None, dtype: str, device_map: str | None = None
 ) -> tuple[IA3Model, PreTrainedTokenizerBase]:
     """A base model with a bank of adapters, and its tokenizer.
 
@@ -243,8 +251,9 @@ def load_bank(
         folders: name → the adapter's folder; at least one.
         model: the base model; None: the one that all adapters name.
         dtype: the type of its weights, as `load_base` takes it.
+        device_map: where they go, as `load_base` takes it.
     """
-    base, tokenizer = _load_base([*folders.values()], model, dtype)
+    base, tokenizer = _load_base([*folders.values()], model, dtype, device_map)
     from ia3.adapter.model import IA3Model
     from ia3.bank import AdapterBank
 
@@ -258,7 +267,7 @@ def load_bank(
 
 
 def _load_base(
-    folders: Sequence[AdapterFolder], model: str | None, dtype: str
+    folders: Sequence[AdapterFolder], model: str | None, dtype: str, device_map: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base model that adapters name, or the given one."""
     first, *others = folders
@@ -278,7 +287,7 @@ def _load_base(
     kind, labels = first.config.task_type, None
     if kind in HEADED and first.task is not None:
         labels = first.task.labels
-    return load_base(name, labels, dtype, kind)
+    return load_base(name, labels, dtype, kind, device_map)
 
 
 def recipe_for(model: str, recipe: str | None, generates: bool = False, **changes: Any) -> Recipe:

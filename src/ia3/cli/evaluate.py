@@ -10,6 +10,7 @@ from ia3.cli.bars import Bars
 from ia3.cli.common import (
     AdapterArgument,
     DelimiterOption,
+    DeviceMapOption,
     DtypeOption,
     JsonOption,
     ModelOption,
@@ -42,6 +43,7 @@ def evaluate(
     metric: str | None = MetricOption,
     model: str | None = ModelOption,
     dtype: str = DtypeOption,
+    device_map: str | None = DeviceMapOption,
     json_output: bool = JsonOption,
 ) -> None:
     """Evaluate a trained adapter on labelled rows: accuracy, macro-F1, each label's precision and recall, and the
@@ -66,7 +68,7 @@ def evaluate(
     if not isinstance(task, Task):
         if not rows:
             raise InputError("Expected labelled rows to measure on, found none.")
-        evaluate_texts(out, folder, task, rows, model, dtype, metric, json_output)
+        evaluate_texts(out, folder, task, rows, model, dtype, device_map, metric, json_output)
         return
     labels = [task.truth(row, number) for number, row in enumerate(rows, 1)]
     if calibrate and not Path(adapter).is_dir():
@@ -80,7 +82,7 @@ def evaluate(
         text += "; probabilities are calibrated without them." if calibrate else "."
         out.print(text, style="yellow", markup=False, soft_wrap=True)
     with out.status("Loading …"):
-        adapted, tokenizer = load_adapted(folder, model, dtype)
+        adapted, tokenizer = load_adapted(folder, model, dtype, device_map)
         from ia3.evaluation.prediction import predict as predict_rows
     with Bars(out) as bars:
         stage = bars.stage("Evaluating", len(rows))

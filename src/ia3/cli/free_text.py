@@ -119,6 +119,7 @@ def predict(
     rows: Sequence[Any],
     model: str | None,
     dtype: str,
+    device_map: str | None,
     zero_shot: bool,
     max_new_tokens: int | None,
     temperature: float,
@@ -133,7 +134,7 @@ def predict(
     items = as_rows(rows, task)
     task.check(items, labelled=False)
     with out.status("Loading …"):
-        adapted, tokenizer = load_adapted(folder, model, dtype)
+        adapted, tokenizer = load_adapted(folder, model, dtype, device_map)
         from ia3.evaluation.generation import generate
     found: dict[str, list[Generated]] = {}
     with Bars(out) as bars:
@@ -181,6 +182,7 @@ def evaluate(
     rows: Sequence[Row],
     model: str | None,
     dtype: str,
+    device_map: str | None,
     metric: str | None,
     json_output: bool,
 ) -> None:
@@ -194,7 +196,7 @@ def evaluate(
         out.print(f"{known} of {len(rows)} rows duplicate training examples.", style="yellow", markup=False)
     references = [task.reference(row, number) for number, row in enumerate(rows, 1)]
     with out.status("Loading …"):
-        adapted, tokenizer = load_adapted(folder, model, dtype)
+        adapted, tokenizer = load_adapted(folder, model, dtype, device_map)
         from ia3.evaluation.generation import generate
     with Bars(out) as bars:
         stage = bars.stage("Evaluating", len(rows))

@@ -15,6 +15,7 @@ from ia3.cli.common import (
     MAX_SEED,
     AdapterArgument,
     DelimiterOption,
+    DeviceMapOption,
     DtypeOption,
     JsonOption,
     MemoryOption,
@@ -94,6 +95,7 @@ def predict(
     ),
     model: str | None = ModelOption,
     dtype: str = DtypeOption,
+    device_map: str | None = DeviceMapOption,
     memory: str = MemoryOption,
     json_output: bool = JsonOption,
 ) -> None:
@@ -151,6 +153,7 @@ def predict(
             rows,
             model,
             dtype,
+            device_map,
             zero_shot,
             max_new_tokens,
             temperature or 0.0,
@@ -175,7 +178,11 @@ def predict(
                 _ = wording.prompt, wording.answers
     with out.status("Loading …"):
         alone = not options and not zero_shot
-        loaded = load_adapted(known[_ALONE], model, dtype) if alone else load_bank(known, model, dtype)
+        loaded = (
+            load_adapted(known[_ALONE], model, dtype, device_map)
+            if alone
+            else load_bank(known, model, dtype, device_map)
+        )
     with Bars(out) as bars:
         found = _answered(bars, loaded, known, tasks, opinions, rows, asked, zero_shot, abstain_below, memory)
     items = [row if data is not None else {tasks[asked[0][0]].columns[0]: row} for row in rows]

@@ -12,6 +12,7 @@ from ia3.cli.common import (
     MAX_SEED,
     BaseOption,
     DelimiterOption,
+    DeviceMapOption,
     DtypeOption,
     JsonOption,
     console,
@@ -37,6 +38,7 @@ def pretrain(
     delimiter: str | None = DelimiterOption,
     model: str = BaseOption,
     dtype: str = DtypeOption,
+    device_map: str | None = DeviceMapOption,
     steps: int | None = typer.Option(
         None, min=1, help="Optimizer steps. \\[default: the recipe's, 100,000]", show_default=False
     ),
@@ -73,7 +75,7 @@ def pretrain(
     from ia3.training.recipe import Recipe
 
     plan = (PRETRAINING if recipe is None else Recipe.load(recipe)).changed(steps=steps)
-    pretraining = Pretraining(chosen, output, model, dtype, plan, cap or CAP, seed)
+    pretraining = Pretraining(chosen, output, model, dtype, plan, cap or CAP, seed, device_map)
 
     quiet()
     with saying_how_to_go_on(), Bars(out) as bars:

@@ -16,6 +16,7 @@ from ia3.cli.common import (
     ActsFromOption,
     ChoicesOption,
     DelimiterOption,
+    DeviceMapOption,
     DtypeOption,
     EncoderOption,
     ExamplesOption,
@@ -53,6 +54,7 @@ from ia3.cli.free_text import (
 )
 from ia3.cli.results import print_fleet_table, print_table
 from ia3.errors import InputError, about, brief, shown
+from ia3.processes import connect
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -73,6 +75,7 @@ def train(
         "several with commas between them: the training examples choose.",
     ),
     dtype: str = DtypeOption,
+    device_map: str | None = DeviceMapOption,
     data: str | None = typer.Option(
         None,
         "--data",
@@ -272,6 +275,7 @@ def train(
         folder=output or folder_of("adapters", name),
         model=model,
         dtype=dtype,
+        device_map=device_map,
         examples_per_label=text_examples if generates else examples_per_label,
         test_rows=test_rows,
         seed=all_seeds,
@@ -300,6 +304,8 @@ def train(
                 "name it by",
                 argument="model",
             )
+        if device_map is not None:
+            raise InputError("Expected one model, found several", "leave out", argument="device_map")
         # A sentence encoder answers by itself.
         forms = {"--opinions": opinions, "--encoder": encoder, "--unlabelled": unlabelled, "--prior": prior}
         given = [option for option, value in forms.items() if value not in (None, "none")]
@@ -355,6 +361,7 @@ def _chosen(
                 "name one by",
                 argument="model",
             )
+    connect([models, trial.task.model_dump(), trial.examples, dtype, trial.seed, encoder])
     with Bars(out) as bars:
         considered = choose_model(models, trial.task, trial.examples, dtype, bars, trial.seed, encoder)
     print_models(out, considered)

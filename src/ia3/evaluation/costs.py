@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from ia3.adapter.placement import device_of
 from ia3.evaluation.prediction import Prediction, predict
 from ia3.scoring.batch import Batch, to_device
 from ia3.scoring.family import base_of, evaluating
@@ -79,7 +80,7 @@ def cache_bytes_per_token(model: nn.Module) -> int:
     """
     base = base_of(model)
     both = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
-    ids = torch.zeros((1, 4), dtype=torch.long, device=next(model.parameters()).device)
+    ids = torch.zeros((1, 4), dtype=torch.long, device=device_of(model))
     inputs = {"input_ids": ids, **({"decoder_input_ids": ids} if both else {})}
     with evaluating(model), torch.no_grad():
         cache = getattr(base(**inputs, use_cache=True, return_dict=True), "past_key_values", None)
@@ -149,7 +150,7 @@ def measure(
 def flops_of(scorer: Scorer, questions: Sequence[Question], prefix: Prefix | None = None) -> float:
     """Operations to read a question with its choices: a mean, counted as `measure` does. A text that is generated costs what
     reading it costs, but for attention, which generation computes for the tokens so far alone."""
-    device = next(scorer.model.parameters()).device
+    device = device_of(scorer.model)
     with evaluating(scorer.model), torch.inference_mode():
         places = [_places(batch) for _, batch in scorer.batches(questions, prefix=prefix)]
         count = min(len(places), _COUNTED_BATCHES)
@@ -204,7 +205,7 @@ def example_flops(
     examples = training_examples(scorer, task, rows, recipe, seed=0)
     size, count = recipe.batch_size, min(_COUNTED_STEPS, max(len(examples) // recipe.batch_size, 1))
     steps = [[one.drawn(step) for one in examples[step * size : (step + 1) * size]] for step in range(count)]
-    device = next(model.parameters()).device
+    device = device_of(model)
     frozen = [
         parameter for parameter in model.adapter_parameters(model.active_adapters[0]) if not parameter.requires_grad
     ]

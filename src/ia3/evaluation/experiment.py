@@ -107,6 +107,7 @@ class Experiment:
         folder: the folder for the results.
         model: the base model, as `load_base` takes it.
         dtype: the type of its weights, as `load_base` takes it.
+        device_map: where they go, as `load_base` takes it; None: "shards" if `accelerate launch` was told so, otherwise one device.
         memory: the maximum that `Readings` keep, in bytes or such as "2GiB".
         recipe: how to train; None: the one for a model of that size.
         examples_per_label: examples to draw per label; None: 16, or all if a label has fewer; 0: all rows. If the answer is text,
@@ -130,6 +131,7 @@ class Experiment:
     folder: str | os.PathLike = field(kw_only=True)
     model: str = EMBEDDED_MODEL
     dtype: str = "auto"
+    device_map: str | None = field(default=None, kw_only=True)
     recipe: Recipe | None = None
     examples_per_label: int | None = None
     test_rows: int = 200
@@ -336,7 +338,9 @@ class Experiment:
         self.check()
         checkpoint = self.checkpoint() if resume else None
         rows = {trial.name: trial.test for trial in self.trials}
-        processes.connect([self.settings(), rows, self.prior, self.unlabelled])
+        if processes.sharded_by_launcher() and self.device_map is None:
+            self.device_map = "shards"
+        processes.connect([self.settings(), rows, self.prior, self.unlabelled, self.device_map])
         running = (RunningText if self.generates else Running)(self, progress or Progress())
         before = running.zero_shot()
         metrics, seconds = running.train(checkpoint)

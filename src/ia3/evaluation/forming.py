@@ -22,7 +22,8 @@ from ia3.opinions.opinions import HEAD, LEAST, MOST_ASKING, SENTENCES, USUAL, VE
 from ia3.opinions.priors import shares_of
 from ia3.opinions.self_training import Examples, self_train
 from ia3.opinions.sentences import Sentences, sentence_of
-from ia3.processes import dealt
+from ia3.processes import dealt, from_first
+from ia3.scoring.family import passes_in_step
 from ia3.scoring.readings import Readings
 from ia3.scoring.scorer import Scorer
 from ia3.task.candidates import are_codes
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ia3.adapter.model import IA3Model
+    from ia3.scoring.question import Question
     from ia3.task.task import Row, Task
     from ia3.training.recipe import Recipe
 
@@ -97,7 +99,7 @@ def form_opinions(
     made = Forming(task, rows, unlabelled, folds, seed, progress, title)
     scorer = Scorer(model, tokenizer, readings)
     questions = scorer.questions(made.wordings, labelled=False, long_prompts=recipe.long_prompts)
-    made.fit(HEAD, "Head", lambda told: scorer.states(questions, told).numpy())
+    made.fit(HEAD, "Head", lambda told: states_of(scorer, questions, told))
     encoder = Sentences.found(recipe.encoder)
     if encoder is not None:
         made.fit_sentences(encoder)
@@ -199,7 +201,9 @@ class Forming:
         examples = Examples(known, [*self.labels, *more], states[between], self.class_weight)
         parts = None if self.folds is None else [*self.folds, *[-1] * len(more)]
         self._examples[name] = examples
-        self.heads[name], held_out = fit_head(examples.states, examples.labels, parts, self.class_weight)
+        self.heads[name], held_out = from_first(
+            lambda: fit_head(examples.states, examples.labels, parts, self.class_weight)
+        )
         stage.end()
         if held_out is not None:
             self.held_out[name] = held_out
@@ -248,7 +252,8 @@ class Forming:
             return weights, ""
         most = max(len(self._examples[name].labels) for name in some)
         parts = [*self.folds, *[-1] * (most - len(self.labels))]
-        heads, held_out = self_train({name: self._examples[name] for name in some}, some, weights, parts)
+        examples = {name: self._examples[name] for name in some}
+        heads, held_out = from_first(lambda: self_train(examples, some, weights, parts))
         known, before = self.held_out, self._log_loss(weights)
         self.held_out = {**known, **held_out}
         again = self.weights([*weights])
@@ -283,6 +288,15 @@ class Forming:
         return [Prediction.of(one, costs=self.task.costs) for one in scores]
 
 
+def states_of(scorer: Scorer, questions: Sequence[Question], told: Callable[[list[int]], None]) -> np.ndarray:
+    """`Scorer.states` of questions, which processes share: float32 (N, places, width)."""
+
+    def some(indices: list[int]) -> list[np.ndarray]:
+        return [*scorer.states([questions[index] for index in indices], told).numpy()]
+
+    return np.stack(dealt(len(questions), some, passes_in_step(scorer.model)))
+
+
 def held_out_scores(
     model: IA3Model,
     tokenizer: PreTrainedTokenizerBase,
@@ -307,7 +321,7 @@ def held_out_scores(
                 names = [by_fold[index] for index in some]
                 return predict(model, tokenizer, task, [rows[index] for index in some], None, names, **how)
 
-            said = dealt(len(rows), said_to)
+            said = dealt(len(rows), said_to, passes_in_step(model))
             found.append(np.array([[one.scores[name] for name in names] for one in said]))
     return found
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from ia3.adapter.placement import device_of
 from ia3.adapter.pretrained import reads_sentences
 from ia3.errors import InputError
 from ia3.scoring import trials
@@ -109,7 +110,7 @@ def generate(
         **({"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}),
     }
     found: list[Generated | None] = [None] * len(prompts)
-    device = next(model.parameters()).device
+    device = device_of(model)
     with evaluating(model), torch.inference_mode(), torch.random.fork_rng(enabled=temperature > 0):
         if temperature:
             torch.manual_seed(seed)

@@ -10,13 +10,14 @@ import numpy as np
 
 from ia3.errors import InputError, shown
 from ia3.evaluation.calibration import fold_of_each
-from ia3.evaluation.forming import FOLDS, QUICK, Formed, held_out_scores
+from ia3.evaluation.forming import FOLDS, QUICK, Formed, held_out_scores, states_of
 from ia3.evaluation.prediction import Prediction
 from ia3.evaluation.progress import Progress
 from ia3.opinions.label_sets import decide, fit_label_sets
 from ia3.opinions.opinions import HEAD, SENTENCES, VECTORS, WORDS, Opinions
 from ia3.opinions.sentences import Sentences, sentence_of
 from ia3.opinions.words import Words
+from ia3.processes import from_first
 from ia3.scoring.readings import Readings
 from ia3.scoring.scorer import Scorer
 from ia3.task.label_sets import indicators
@@ -68,12 +69,13 @@ def form_label_sets(
             stage.end()
             return found
 
-        states = {HEAD: read("Head", lambda told: scorer.states(questions, told).numpy())}
+        states = {HEAD: read("Head", lambda told: states_of(scorer, questions, told))}
         if encoder is not None:
             states[SENTENCES] = read("Sentence encoder", lambda told: encoder.embeddings(sentences, told))
         states[WORDS] = Words().embeddings(sentences)
         with progress.waiting("Fitting heads …"):
-            heads, held_out[HEAD] = fit_label_sets(states, labels, [one.fingerprint for one in wordings])
+            fingerprints = [one.fingerprint for one in wordings]
+            heads, held_out[HEAD] = from_first(lambda: fit_label_sets(states, labels, fingerprints))
     balance: list[dict[str, float]] = []
     unseen = [label for label in task.labels or () if label not in names]
     count = min(folds or FOLDS, len({one.fingerprint for one in wordings}))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ia3 import processes
 from ia3.adapter.pretrained import EMBEDDED_MODEL, load_base
 from ia3.evaluation.card import pretrained_card
 from ia3.evaluation.checkpoints import checkpoint_of, interruptible, settings_of
@@ -28,11 +29,14 @@ if TYPE_CHECKING:
 class Pretraining:
     """Train vectors on a mixture of tasks and save them; what `ia3 pretrain` does.
 
+    Under `torchrun` or `accelerate launch`, processes share batches; the first one writes.
+
     Attributes:
         tasks: the tasks with their labelled rows.
         folder: the adapter's folder.
         model: the base model, as `load_base` takes it.
         dtype: the type of its weights.
+        device_map: where they go, as of `Experiment`.
         recipe: how to train, except the loss, which is the right answer's likelihood; None: the paper's.
         cap: the maximum of rows that count for a task's share.
         seed: decides which rows are drawn.
@@ -45,6 +49,7 @@ class Pretraining:
     recipe: Recipe | None = None
     cap: int = CAP
     seed: int = 0
+    device_map: str | None = None
 
     @property
     def plan(self) -> Recipe:
@@ -88,8 +93,11 @@ class Pretraining:
 
         progress, plan, folder = progress or Progress(), self.plan, Path(self.folder)
         checkpoint = self.checkpoint() if resume else None
+        if processes.sharded_by_launcher() and self.device_map is None:
+            self.device_map = "shards"
+        processes.connect([self.settings(), self.device_map])
         with progress.waiting("Loading the model …"):
-            base, tokenizer = load_base(self.model, [], self.dtype)
+            base, tokenizer = load_base(self.model, [], self.dtype, device_map=self.device_map)
             network = with_adapters(base, {"default": "start"}, plan)
         logged = max(1, plan.steps // 1000)
         arguments = plan.training_arguments(
@@ -130,13 +138,10 @@ class Pretraining:
             "trainable_parameters": sum(parameter.numel() for parameter in network.adapter_parameters("default")),
         }
         config = network.peft_config["default"]
-        results = save_measured(
-            folder,
-            network,
-            "default",
-            plan,
-            results,
-            lambda measured: pretrained_card(plan, measured, config, folder.name),
+        what = folder, network, "default", plan, results
+        results = processes.from_first(
+            lambda: save_measured(*what, lambda measured: pretrained_card(plan, measured, config, folder.name))
         )
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        if processes.is_first():
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
         return results

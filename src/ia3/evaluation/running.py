@@ -68,7 +68,8 @@ class Running:
         self._balanced: dict[str, list[Scores]] = {}
         self._by_vectors: dict[str, list[Prediction]] = {}
         with progress.waiting("Loading the model …"):
-            base, self.tokenizer = load_base(experiment.model, experiment.trials[0].task.labels, experiment.dtype)
+            labels, where = experiment.trials[0].task.labels, experiment.device_map
+            base, self.tokenizer = load_base(experiment.model, labels, experiment.dtype, device_map=where)
         reads_answers = family_of(base, self.tokenizer).reads_answers
         tasks = [(trial.task, trial.examples) for trial in experiment.trials]
         self.recipe = experiment.chosen_recipe
@@ -143,6 +144,7 @@ class Running:
     def _worded(self, base: PreTrainedModel, readings: Readings) -> list[Trial]:
         """The trials, each in the wordings that its examples chose, where its task has candidates."""
         from ia3.evaluation.wordings import choose_wording
+        from ia3.scoring.family import passes_in_step
 
         found: list[Trial] = []
         chosen: dict[tuple[int, int], tuple[Task, list[Ranked]]] = {}
@@ -151,7 +153,7 @@ class Running:
             if key not in chosen:
                 title = trial.titled("Wordings")
                 asked = base, self.tokenizer, trial.task, trial.examples, self.recipe, self.progress, title, readings
-                chosen[key] = from_first(lambda asked=asked: choose_wording(*asked))
+                chosen[key] = from_first(lambda asked=asked: choose_wording(*asked), passes_in_step(base))
                 if chosen[key][1]:
                     self.progress.wordings(title, chosen[key][1], len(chosen[key][0].templates))
             task, ranking = chosen[key]
@@ -477,6 +479,7 @@ class Running:
     ) -> tuple[dict[str, list[Prediction]], dict[str, Stage]]:
         """Each row's prediction, by the title of its stage, and the stages; rows of all titles share batches."""
         from ia3.evaluation.prediction import predict
+        from ia3.scoring.family import passes_in_step
 
         titles = [title for title, pairs in asked.items() for _ in pairs]
         pairs = [pair for some in asked.values() for pair in some]
@@ -503,7 +506,7 @@ class Running:
                     opinions=opinions,
                 )
 
-            for title, item in zip(titles, dealt(len(pairs), said), strict=True):
+            for title, item in zip(titles, dealt(len(pairs), said, passes_in_step(self.model)), strict=True):
                 found[title].append(item)
             for title, stage in stages.items():
                 stage.reach(len(asked[title]))

@@ -11,6 +11,7 @@ from ia3.evaluation.generation import bounded, generate
 from ia3.evaluation.results import OF_TEXTS, shown_metric
 from ia3.evaluation.running import Running, Scores
 from ia3.processes import dealt
+from ia3.scoring.family import passes_in_step
 from ia3.scoring.scorer import Scorer
 from ia3.scoring.spans import require_json
 from ia3.task.fields import Fields
@@ -34,7 +35,7 @@ class RunningText(Running):
         for trial in experiment.trials:
             require_metric(trial.task.metric)  # before training
         with progress.waiting("Loading the model …"):
-            base, self.tokenizer = load_base(experiment.model, dtype=experiment.dtype)
+            base, self.tokenizer = load_base(experiment.model, dtype=experiment.dtype, device_map=experiment.device_map)
         scorer = Scorer(base, self.tokenizer)
         if any(isinstance(trial.task, Fields) for trial in experiment.trials):
             require_json(self.tokenizer)  # before training
@@ -73,7 +74,7 @@ class RunningText(Running):
             names = [adapter] * len(some) if adapter is not None and len(self.trials) > 1 else None
             return generate(self.model, self.tokenizer, task, rows, lambda done: stage.advance(len(done)), names)
 
-        found = dealt(len(trial.test), generated)
+        found = dealt(len(trial.test), generated, passes_in_step(self.model))
         scores = task.metrics([one.result for one in found], [task.reference(row) for row in trial.test])
         stage.note(f"{OF_TEXTS.get(task.metric, task.metric)} {shown_metric(scores[task.metric])}")
         return [scores]

@@ -13,6 +13,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from ia3.adapter.config import CONFIG_NAME, IA3Config, TaskType, adapter_folders
 from ia3.adapter.model import IA3Model
+from ia3.adapter.placement import device_of
 from ia3.adapter.pretrained import load_base, task_type
 from ia3.adapter.rows import BASE
 from ia3.bank import AdapterBank
@@ -165,7 +166,7 @@ class Panel:
 
     def _generated(self, rows: Sequence[tuple[Generation, str]], until: Sequence[str], tokens: int) -> list[str]:
         """The texts of rows that are generated together."""
-        device = next(self.base.parameters()).device
+        device = device_of(self.base)
         width = max(len(request.context) for request, _ in rows)
         ids = torch.full((len(rows), width), padding_id(self.tokenizer))
         mask = torch.zeros_like(ids)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ia3.adapter.placement import device_of
 from ia3.scoring.question import Question, sizes_of
 
 # Tokens that go through the model at once, padding included: on an accelerator, and on a processor, which is faster when
@@ -107,7 +108,7 @@ def normalized_scores(log_probs: torch.Tensor, mask: torch.Tensor, power: float 
 
 def pass_tokens(model: nn.Module) -> int:
     """How many tokens, padding included, are best read by a model at once where it is."""
-    return _PROCESSOR_TOKENS if next(model.parameters()).device.type == "cpu" else BATCH_TOKENS
+    return _PROCESSOR_TOKENS if device_of(model).type == "cpu" else BATCH_TOKENS
 
 
 def groups(questions: Sequence[Question], tokens: int = BATCH_TOKENS) -> Iterator[list[int]]:

@@ -16,6 +16,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from ia3.adapter.placement import device_of
 from ia3.errors import reason
 from ia3.scoring.batch import PASS_TOKENS, Batch
 from ia3.scoring.decoder import Decoder
@@ -87,7 +88,7 @@ def read(
         None for a model that keeps no keys and values, or something else.
     """
     cache = continued(before)
-    ids = torch.tensor([list(tokens)[cache.get_seq_length() :]], device=next(family.model.parameters()).device)
+    ids = torch.tensor([list(tokens)[cache.get_seq_length() :]], device=device_of(family.model))
     names = None if adapter is None else [adapter]
     if waits_for_question(family.model, names):
         with frozen(family.model):

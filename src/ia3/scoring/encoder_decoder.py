@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
+from ia3.adapter.placement import device_of
 from ia3.adapter.targets import inside_wrappers
 from ia3.scoring.batch import (
     Batch,
@@ -135,7 +136,7 @@ class EncoderDecoder(Family):
     def encoded(self, prompts: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], Encoded]:
         """What the encoder, as it is now, makes of prompts that differ, several a pass."""
         found = {}
-        device = next(self.model.parameters()).device
+        device = device_of(self.model)
         for group in groups_of_sizes([(len(prompt), 0) for prompt in prompts], pass_tokens(self.model)):
             ids, mask = (one.to(device) for one in padded([prompts[i] for i in group], self.pad_token_id))
             made = self.encode(ids, mask, output_hidden_states=True)

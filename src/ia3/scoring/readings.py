@@ -14,6 +14,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from ia3.adapter.adapted import find_adapted
+from ia3.adapter.placement import device_of
 from ia3.adapter.rows import BASE
 from ia3.adapter.targets import inside_wrappers
 from ia3.errors import InputError
@@ -153,7 +154,7 @@ class Readings:
         self, family: Family, questions: Sequence[Question], batch_tokens: int
     ) -> Iterator[tuple[list[int], torch.Tensor]]:
         """The states of questions of `askable`, as `whole_states` gives them."""
-        device = next(family.model.parameters()).device
+        device = device_of(family.model)
         for group, readings in self._divided(family, questions, batch_tokens):
             states = torch.stack([one.states for one in readings])
             if not family.has_encoder:
@@ -292,7 +293,7 @@ def read_texts(family: Family, texts: Sequence[Text]) -> dict[Text, Reading | En
 def _read(family: Decoder, texts: Sequence[Text]) -> dict[Text, Reading | Encoded] | None:
     """`read_texts` of a decoder. What all texts begin with, such as an instruction, is read once."""
     found: dict[Text, Reading | Encoded] = {}
-    device = next(family.model.parameters()).device
+    device = device_of(family.model)
     size = common_tokens([list(text) for text in texts])
     size = size if pays(size, len(texts)) else 0
     start, before = DynamicCache(), torch.tensor(0.0)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from ia3.adapter.placement import device_of
 from ia3.adapter.targets import inside_wrappers
 from ia3.errors import InputError
 from ia3.scoring import trials
@@ -438,7 +439,7 @@ class Scorer:
         """
         if adapter_names is not None:
             questions = self._named(questions, adapter_names)
-        device = next(self.model.parameters()).device
+        device = device_of(self.model)
         results: list[torch.Tensor] = [torch.empty(0)] * len(questions)
         power: Any = length_normalization
         each = None if isinstance(power, (int, float)) else torch.tensor(power, dtype=torch.float32, device=device)
@@ -463,7 +464,7 @@ class Scorer:
         Raises:
             InputError: scores that are not numbers.
         """
-        device = next(self.model.parameters()).device
+        device = device_of(self.model)
         results: list[list[tuple[float, bool]]] = [[] for _ in questions]
         with evaluating(self.model), torch.inference_mode():
             for group, batch in self.batches(questions):
@@ -491,7 +492,7 @@ class Scorer:
             raise InputError(f"Expected a sentence encoder for embeddings, found a {type(family.base).__name__}.")
         if adapter_names is not None:
             questions = self._named(questions, adapter_names)
-        device = next(self.model.parameters()).device
+        device = device_of(self.model)
         found: dict[int, torch.Tensor] = {}
         with evaluating(self.model), torch.inference_mode():
             for group in groups(questions, pass_tokens(self.model)):

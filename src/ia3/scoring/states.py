@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ia3.adapter.placement import device_of
 from ia3.errors import InputError
 from ia3.scoring.batch import Batch, groups_of_sizes, padded, pass_tokens, to_device
 from ia3.scoring.decoder import output_of
@@ -54,7 +55,7 @@ def whole_states(family: Family, questions: Sequence[Question]) -> Iterator[tupl
 
     See `Scorer.states`.
     """
-    device = next(family.model.parameters()).device
+    device = device_of(family.model)
     for group in groups_of_sizes([(len(one.prompt), 0) for one in questions], pass_tokens(family.model)):
         some = [questions[i] for i in group]
         ids, _ = padded([one.prompt for one in some], family.pad_token_id)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ia3.adapter.placement import device_of
 from ia3.errors import reason
 from ia3.scoring.batch import Batch, normalized_scores, to_device
 from ia3.scoring.decoder import Decoder
@@ -137,7 +138,7 @@ def telling(question: Question) -> list[int]:
 
 def scores_of(family: Family, batch: Batch) -> torch.Tensor:
     """Length-normalized scores (B, C) of a batch."""
-    batch = to_device(batch, next(family.model.parameters()).device)
+    batch = to_device(batch, device_of(family.model))
     return normalized_scores(family.log_probs(batch), batch["mask"])
 
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from ia3.adapter.placement import device_of
 from ia3.adapter.rows import BASE
 from ia3.bank import AdapterBank
 from ia3.errors import InputError, reason
@@ -208,7 +209,7 @@ class Decoder:
     ) -> None:
         self._model, self._tokenizer, self._observe = model, tokenizer, observe
         base = model.get_base_model()
-        self._device = next(base.parameters()).device
+        self._device = device_of(base)
         self._known = inspect.signature(base.forward).parameters
         self._joins = _joinable(DynamicCache(config=base.config))  # type: ignore[arg-type]
         ends = getattr(base.generation_config, "eos_token_id", None)

@@ -12,9 +12,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
+from ia3.adapter.placement import is_sharded, is_spread, shard
 from ia3.errors import InputError
-from ia3.processes import add_up, add_up_gradients, leave_at_exit
-from ia3.scoring.batch import Batch, groups, normalized_scores, pass_tokens, to_device
+from ia3.processes import add_up, add_up_gradients, count, leave_at_exit, not_fsdp2, sharded_by_launcher
+from ia3.scoring.batch import Batch, groups, normalized_scores, pass_tokens, to_device, training_groups
 from ia3.scoring.encoder import SentenceEncoder
 from ia3.scoring.question import Question
 from ia3.scoring.scorer import Scorer
@@ -33,7 +34,9 @@ class ChoiceTrainer(Trainer):
     Members share the batches. The loss is the sum over members of the mean over each member's examples. Each member has
     its own early stopping and average. A process trains on one device, the first visible one (`CUDA_VISIBLE_DEVICES`);
     several devices need several processes (`torchrun`). Each of them then has a part of every batch, so that the result is
-    that of one process with the same batches, and gradients, which are few numbers, are added up once a step.
+    that of one process with the same batches, and gradients, which are few numbers, are added up once a step. With FSDP 2
+    (`TrainingArguments(fsdp=True)`, `accelerate launch`) each has a share of the base model's layers, too; see `shard`. A model
+    with a `device_map` stays where it is.
 
     Args:
         scorer: the scorer of the model, which may be adapted or not.
@@ -74,6 +77,11 @@ class ChoiceTrainer(Trainer):
         # them in every step. With `_n_gpu` 1, as for a model that is split over devices, it does not.
         args = copy(args)
         args._n_gpu = min(args.n_gpu, 1)
+        self._sharded = _sharded(scorer.model, args)
+        if is_spread(scorer.model) and args.world_size > 1:
+            raise InputError(
+                "Expected one process for a model with a device_map, found several; start one, or load the model without it."
+            )
         super().__init__(
             scorer.model,
             args,
@@ -84,22 +92,24 @@ class ChoiceTrainer(Trainer):
             **kwargs,
         )
         self.add_callback(self.stopping)
-        # Processes that hold parts of a model must make the same number of forward and backward passes: one per batch.
-        self._whole = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
         # A sentence encoder's loss compares all texts of a batch, so that each process reads all of them.
-        self._shares = self._whole and self.args.world_size > 1 and not scorer.family.embeds
+        self._shares = self.args.world_size > 1 and not scorer.family.embeds
         if self.args.world_size > 1:
             leave_at_exit()
-        if self._whole and self.args.world_size > 1:
+        if self.args.world_size > 1 or is_spread(scorer.model):
             self.accelerator.prepare_model = self._placed  # type: ignore[method-assign]
 
     def _placed(self, model: nn.Module, *_: Any, **__: Any) -> nn.Module:
         """A model on its device, without a wrapper: gradients are added up by `training_step`."""
-        return model.to(self.args.device)
+        return model if self._sharded or is_spread(model) else model.to(self.args.device)
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not (self._sharded or is_spread(model)):
+            super()._move_model_to_device(model, device)
 
     def get_train_dataloader(self) -> DataLoader:
         """The dataloader of `transformers.Trainer`; with several processes, whole batches for each of them."""
-        if not self._whole or self.args.world_size == 1:
+        if self.args.world_size == 1:
             return super().get_train_dataloader()
         loader = DataLoader(
             self.train_dataset,  # type: ignore[arg-type]
@@ -175,16 +185,13 @@ class ChoiceTrainer(Trainer):
     ) -> torch.Tensor:
         """Forward and backward with the templates drawn for this step; return the loss, summed over members.
 
-        Parts of the batch run one after another, so that memory holds the activations of one part. Where processes hold parts
-        of the model, the whole batch runs at once.
+        Parts of the batch run one after another, so that memory holds the activations of one part.
         """
         inputs = self._drawn(inputs)
-        if not self._whole:
-            return super().training_step(model, inputs, num_items_in_batch)
         model.train()  # before prefixes are shared: evaluation shares more
         inputs = _some(inputs, [i for i, name in enumerate(inputs["members"]) if self.stopping.learns(name)])
-        if self._shares:
-            inputs = _some(inputs, [*range(len(inputs["members"]))][self.args.process_index :: self.args.world_size])
+        if self._shares and not self._sharded:
+            inputs = _some(inputs, self._dealt(inputs)[self.args.process_index])
         losses, before = [], self.stopping.step_losses
         for part in self._training_parts(self.scorer.through(model), inputs):
             losses.append(super().training_step(model, part, num_items_in_batch))
@@ -216,14 +223,35 @@ class ChoiceTrainer(Trainer):
             for name in dict.fromkeys(inputs["members"]):
                 yield _some(inputs, [i for i, its in enumerate(inputs["members"]) if its == name])
             return
+        if self._shares and self._sharded:
+            yield from self._equal_parts(scorer, inputs)
+            return
         for group, batch in scorer.training_batches(inputs["questions"]):
             yield {**_some(inputs, group), "batch": batch}
 
+    def _dealt(self, inputs: dict[str, Any]) -> list[list[int]]:
+        """For each process its part of a batch, as indices."""
+        all_of_them = [*range(len(inputs["members"]))]
+        return [all_of_them[process :: self.args.world_size] for process in range(self.args.world_size)]
+
+    def _equal_parts(self, scorer: Scorer, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """This process's parts of a batch, as many as each other process has, because all put layers together at the same time.
+        A process that has none left makes a pass that does not count."""
+        questions, tokens = inputs["questions"], pass_tokens(scorer.model)
+        scorer.foresee(questions)  # together, so that no process alone has to find out which rows are exact
+        divided = [
+            [[mine[i] for i in group] for group in training_groups([questions[i] for i in mine], tokens)]
+            for mine in self._dealt(inputs)
+        ]
+        parts = divided[self.args.process_index]
+        for number in range(max(map(len, divided))):
+            group = parts[number] if number < len(parts) else [0]
+            batch = scorer.collate([questions[i] for i in group])
+            yield {**_some(inputs, group), "batch": batch, "counted": number < len(parts)}
+
     def _foreseen(self) -> list[Question]:
         """Questions that training will ask, as far as known."""
-        dataset: Any = self.train_dataset
-        examples: list[Example] = dataset if isinstance(dataset, list) else getattr(dataset, "examples", [])
-        return [question for example in examples for question in example.questions]
+        return _questions(self.train_dataset)
 
     def _drawn(self, inputs: dict[str, Any]) -> dict[str, Any]:
         if "examples" not in inputs:
@@ -245,9 +273,7 @@ class ChoiceTrainer(Trainer):
         return (total, best) if return_outputs else total
 
     def _mean(self, loss: torch.Tensor) -> float:
-        """The mean loss over all processes and, because each part gives a share, over the optimizer step."""
-        if self.args.world_size > 1 and not self._whole:
-            loss = self.accelerator.reduce(loss, "mean")  # type: ignore[assignment]
+        """A part's share of the mean loss over the optimizer step."""
         return float(loss) / self.current_gradient_accumulation_steps
 
     def _losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -268,7 +294,7 @@ class ChoiceTrainer(Trainer):
             for name, rows in _by_member([inputs["members"][i] for i in group]).items():
                 mine = log_probs[rows], part["mask"][rows], part["label"][rows]
                 weights = _weights([inputs["weights"][i] for i in group], best.device)
-                share = len(mine[0]) / inputs["counts"][name]
+                share = len(mine[0]) / inputs["counts"][name] if inputs.get("counted", True) else 0.0
                 loss = tfew_loss(*mine, **self._loss_weights, weights=None if weights is None else weights[rows])
                 losses.setdefault(name, []).append(loss.total * share)
                 doubts.setdefault(name, []).append(loss.length_normalized.detach() * share)
@@ -303,10 +329,16 @@ class ChoiceTrainer(Trainer):
     def _parts(self, scorer: Scorer, inputs: dict[str, Any]) -> Iterator[tuple[list[int], Batch]]:
         """Divide a batch's questions into parts for single passes: indices, and the part."""
         questions = inputs["questions"]
-        if scorer.model.training and ("batch" in inputs or not self._whole):
+        if "batch" in inputs or self._sharded:  # of which evaluation makes a pass for each batch, as other processes do
             batch = inputs["batch"] if "batch" in inputs else scorer.collate(questions)
             return iter([([*range(len(questions))], batch)])
         return scorer.batches(questions)
+
+    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> Any:
+        """Measure as `transformers.Trainer.evaluation_loop`."""
+        if self._sharded:  # so that no process alone has to find out which rows are exact
+            self.scorer.foresee(_questions(dataloader.dataset))
+        return super().evaluation_loop(dataloader, *args, **kwargs)
 
     def prediction_step(
         self,
@@ -320,6 +352,40 @@ class ChoiceTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, best = self.compute_loss(model, inputs, return_outputs=True)
         return loss.detach(), None if prediction_loss_only else best, inputs["label"]
+
+
+def _sharded(model: nn.Module, args: TrainingArguments) -> bool:
+    """Whether processes have shares of a model's layers; they get them here if that is asked for, which the arguments then forget.
+
+    Raises:
+        InputError: another way to divide a model is asked for, or vectors are divided, too.
+    """
+    wanted = sharded_by_launcher()
+    if args.deepspeed:
+        raise not_fsdp2("DeepSpeed")
+    if args.fsdp:
+        plugin: dict[str, Any] = args.fsdp_plugin_args or {}
+        if plugin.get("fsdp_version") != 2:
+            raise not_fsdp2(f"fsdp_version {plugin.get('fsdp_version')}")
+        for name in ("cpu_offload", "activation_checkpointing"):
+            if plugin.get(name):
+                raise not_fsdp2(f"fsdp_config {name}")
+        wanted, args.fsdp, args.fsdp_plugin_args = True, None, None
+    if wanted and args.world_size == 1:
+        raise InputError(f"Expected several processes for FSDP, found WORLD_SIZE={count()}; start them by torchrun.")
+    if wanted and not is_sharded(model):
+        shard(model, args.device)
+    if any(parameter.requires_grad and hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+        raise InputError(
+            "Expected vectors that are whole in each process, found shares of them; divide the model by `shard`."
+        )
+    return is_sharded(model)
+
+
+def _questions(dataset: Any) -> list[Question]:
+    """The questions of a data set's examples, as far as they are known."""
+    examples: list[Example] = dataset if isinstance(dataset, list) else getattr(dataset, "examples", [])
+    return [question for example in examples for question in example.questions]
 
 
 def _some(inputs: dict[str, Any], indices: list[int]) -> dict[str, Any]:

@@ -142,7 +142,6 @@ def check_in_step(args: TrainingArguments, kwargs: Mapping[str, Any]) -> None:
         f"max_steps above 0, found {args.max_steps}; members' epochs differ in length": args.max_steps > 0,
         f"gradient_accumulation_steps of 1, found {args.gradient_accumulation_steps}; batches go through the model in "
         f"parts anyway, so make them larger (per_device_train_batch_size)": args.gradient_accumulation_steps == 1,
-        "processes that have the whole model, found DeepSpeed or FSDP": not args.deepspeed and not args.fsdp,
         f"train_sampling_strategy 'random' with use_seedable_sampler, found {str(strategy)!r} and {seedable}": seedable
         and strategy == "random",
         "no `optimizers`, found some; the trainer makes its own of the arguments' `optim`": "optimizers" not in kwargs,
