@@ -159,6 +159,12 @@ DtypeOption = typer.Option(
     help=f"Type of the base model's weights: {', '.join(DTYPES)}. auto: bfloat16 for language models on machines that multiply "
     "it, which halves memory and nearly halves time; scores are rounded. On other machines the stored type.",
 )
+ReportOption = typer.Option(
+    None,
+    "--report",
+    help="File of the report, .html. \\[default: report.html in the output folder]",
+    show_default=False,
+)
 JsonOption = typer.Option(False, "--json", help="Print only JSON on standard output, for programs.")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -148,6 +148,33 @@ def measure(
     behind = len(prefix.tokens) if prefix is not None and prefix.is_cached else 0
     tokens = behind + statistics.mean(map(row_length, questions))
     return Measured(predictions, flops / len(rows), tokens, seconds / len(rows))
+
+
+class RowCost(NamedTuple):
+    """What it costs to answer a row, the mean of some.
+
+    Attributes:
+        seconds: wall time, in one batch.
+        flops: operations.
+    """
+
+    seconds: float
+    flops: float
+
+
+def row_cost(ask: Callable[[list[Any]], Any], rows: Sequence[Any]) -> RowCost:
+    """Measure what it costs to answer rows: once for the time, and once more to count, which is slow.
+
+    Args:
+        ask: answers rows, and keeps nothing between calls.
+        rows: at least one.
+    """
+    started = time.perf_counter()
+    ask(list(rows))
+    seconds = time.perf_counter() - started
+    with count_flops() as counter:
+        ask(list(rows))
+    return RowCost(seconds / len(rows), counter.get_total_flops() / len(rows))
 
 
 def _places(batch: Batch) -> int:

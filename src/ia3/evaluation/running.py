@@ -17,8 +17,9 @@ from ia3.errors import InputError
 from ia3.evaluation.balance import can_balance
 from ia3.evaluation.checkpoints import interruptible
 from ia3.evaluation.progress import Progress, Stage, training_stages
-from ia3.evaluation.results import majority_metrics, median_metrics, save_trained, tfidf_metrics
+from ia3.evaluation.results import METHODS, OF_OPINIONS, majority, median_metrics, save_trained, tfidf_answers
 from ia3.evaluation.start import Start
+from ia3.files import replacing
 from ia3.processes import dealt, from_first
 from ia3.task.rows import as_rows
 
@@ -27,8 +28,11 @@ if TYPE_CHECKING:
 
     from ia3.adapter.model import IA3Model
     from ia3.evaluation.calibration import Calibration
+    from ia3.evaluation.costs import RowCost
+    from ia3.evaluation.doubts import HeldOut
     from ia3.evaluation.experiment import Experiment, Trial
     from ia3.evaluation.prediction import Prediction
+    from ia3.evaluation.report.findings import Findings, Point
     from ia3.evaluation.wordings import Ranked
     from ia3.opinions.opinions import Opinions
     from ia3.scoring.readings import Readings
@@ -42,6 +46,9 @@ _TITLES = {"head": "Head, test rows", "sentences": "Sentence encoder, test rows"
 
 # Shares that differ by less are not worth a line.
 _TELLING = 0.03
+
+# What a row costs is measured on so many test rows, for one adapter, which takes a second.
+_COSTED = 4
 
 Scores = dict[str, float]
 Place = Literal["start", "question"]
@@ -66,9 +73,11 @@ class Running:
         self.rankings: dict[str, list[Ranked]] = {}
         self._balanced: dict[str, list[Scores]] = {}
         self._by_vectors: dict[str, list[Prediction]] = {}
+        self._begin()
         with progress.waiting("Loading the model …"):
             base, self.tokenizer = load_base(experiment.model, experiment.trials[0].task.labels, experiment.dtype)
         reads_answers = family_of(base, self.tokenizer).reads_answers
+        each = [*experiment.trials, *experiment.points]
         tasks = [(trial.task, trial.examples) for trial in experiment.trials]
         self.recipe = experiment.chosen_recipe
         if not experiment.all_templates:  # for which vectors answer alone
@@ -76,7 +85,7 @@ class Running:
         self.forms_opinions = {
             one.name: one.task.multi_label  # whose thresholds are part of them
             or forms_opinions(self.recipe, one.task, reads_answers, experiment.all_templates)
-            for one in experiment.trials
+            for one in each
         }
         moves = experiment.unlabelled is not None or experiment.prior != "file"
         require_reading([one.task for one in experiment.trials], reads_answers)
@@ -90,6 +99,23 @@ class Running:
         readings = Readings(experiment.memory)
         self.trials = self._worded(base, readings)
         self._adapt(base, readings)
+
+    def _begin(self) -> None:
+        """Make room for what the report needs."""
+        self._answers: dict[str, dict[str, Sequence[Any]]] = {}
+        self._held_out: dict[str, HeldOut] = {}
+        self._costs: dict[str, dict[str, RowCost]] = {}
+        self._points: dict[str, list[Point]] = {}
+
+    @property
+    def own(self) -> list[Trial]:
+        """The trials whose adapters are saved."""
+        return [trial for trial in self.trials if trial.part is None]
+
+    @property
+    def points(self) -> list[Trial]:
+        """The trials that are points of learning curves."""
+        return [trial for trial in self.trials if trial.part is not None]
 
     def _adapt(self, base: PreTrainedModel, readings: Readings | None = None) -> None:
         """Put an adapter for each trial into the base model, and make their trainer."""
@@ -145,13 +171,13 @@ class Running:
 
         found: list[Trial] = []
         chosen: dict[tuple[int, int], tuple[Task, list[Ranked]]] = {}
-        for trial in self.experiment.trials:
+        for trial in [*self.experiment.trials, *self.experiment.points]:
             key = id(trial.task), id(trial.examples)  # learning rates share a draw
             if key not in chosen:
                 title = trial.titled("Wordings")
                 asked = base, self.tokenizer, trial.task, trial.examples, self.recipe, self.progress, title, readings
                 chosen[key] = from_first(lambda asked=asked: choose_wording(*asked))
-                if chosen[key][1]:
+                if chosen[key][1] and trial.part is None:
                     self.progress.wordings(title, chosen[key][1], len(chosen[key][0].templates))
             task, ranking = chosen[key]
             self.rankings[trial.name] = ranking[: len(task.templates)]
@@ -173,7 +199,7 @@ class Running:
     def zero_shot(self) -> dict[str, list[Scores]]:
         """For each trial what the untrained model has on its test rows, in each template that measures; see `trained`."""
         with self.model.disable_adapter():  # which may have been trained on other tasks
-            return self._in_each_template(self._zero_shot, self.trials)
+            return self._in_each_template(self._zero_shot, self.own)
 
     def train(self, checkpoint: str | None) -> tuple[dict[str, float], float]:
         """Train all adapters, from a checkpoint where there is one; returns the trainer's metrics, and the seconds.
@@ -221,7 +247,31 @@ class Running:
 
     def measured(self, trial: Trial, zero_shot: Sequence[Scores], trained: Sequence[Scores]) -> dict[str, Any]:
         """What was measured on a trial's test rows; nothing without them."""
-        return _measured(trial, zero_shot, self._balanced.get(trial.name), trained, self.experiment.all_templates)
+        if not trial.test:
+            return {}
+        task, balanced = trial.task, self._balanced.get(trial.name)
+        # The majority of the training rows says nothing when they are balanced; the test rows' own is the fair bar.
+        labels = [task.truth(row) for row in trial.test]
+        self._keep(trial, "majority", [majority(labels)] * len(labels))
+        found: dict[str, Any] = {
+            "zero_shot": median_metrics(zero_shot),
+            **({} if balanced is None else {"zero_shot_balanced": median_metrics(balanced)}),
+            **({"trained": median_metrics(trained)} if trained else {}),
+            "majority": task.metrics(labels, self._answers[trial.name]["majority"]),
+        }
+        if can_balance(task):  # the labels are the same for all rows
+            words = tfidf_answers(task, trial.examples, trial.test)
+            if words is not None:
+                self._keep(trial, "tfidf", words)
+                found["tfidf"] = task.metrics(labels, words)
+        if self.experiment.all_templates:
+            pairs = zip(task.templates, zero_shot, trained, strict=True)
+            found["templates"] = [{"name": template.name, "zero_shot": a, "trained": b} for template, a, b in pairs]
+        return found
+
+    def _keep(self, trial: Trial, method: str, answers: Sequence[Any]) -> None:
+        """Keep what a method says to a trial's test rows, for the report."""
+        self._answers.setdefault(trial.name, {})[method] = answers
 
     def save(
         self,
@@ -229,15 +279,131 @@ class Running:
         results: dict[str, Any],
         calibration: Calibration | None = None,
         opinions: Opinions | None = None,
+        reported: bool = False,
     ) -> dict[str, Any]:
-        """Save a trial's adapter; returns its results with its size."""
+        """Save a trial's adapter, with a report if nothing more will be known of it; returns its results with its size."""
         folder, adapter = Path(self.experiment.folder, trial.name), self.adapters[trial.name]
         what = folder, self.model, adapter, trial.task, self.recipe, results, trial.examples, calibration, opinions
-        return from_first(lambda: save_trained(*what))
+
+        def saved() -> dict[str, Any]:
+            if not reported:
+                return save_trained(*what)
+            from ia3.evaluation.report.page import page_of
+
+            page, elsewhere = page_of(self.findings(trial, results, opinions)), self.experiment.report
+            found = save_trained(*what, page if elsewhere is None else None)
+            if elsewhere is not None:
+                with replacing(elsewhere) as path:
+                    path.write_text(page, encoding="utf-8")
+            return found
+
+        return from_first(saved)
+
+    def point(self, trial: Trial, trained: Sequence[Scores]) -> dict[str, Any]:
+        """A point of a learning curve, as metrics.json has it: what a part of the examples gives."""
+        from ia3.evaluation.report.findings import Point
+
+        assert trial.part is not None and trial.of is not None
+        scores = self.opinions(trial)[0]["trained"] if self.forms_opinions[trial.name] else trained[0]
+        answers = self._answers[trial.name]["trained"]
+        self._points.setdefault(trial.of, []).append(Point(trial.part, len(trial.examples), scores, answers))
+        return {"size": trial.part, "train_examples": len(trial.examples), "trained": scores}
+
+    def findings(self, trial: Trial, results: dict[str, Any], opinions: Opinions | None) -> Findings:
+        """What the report on a trial is made of."""
+        from ia3.adapter.moved import moved
+        from ia3.evaluation.report.findings import Findings, Method
+
+        answers = self._answers.get(trial.name, {})
+        costs = self._row_costs(trial, answers, opinions)
+        methods: dict[str, Method] = {}
+        for key, title in (OF_OPINIONS | METHODS).items():
+            scores = results.get("opinions", {}).get(key) if key in OF_OPINIONS else results.get(key)
+            if scores is None or key not in answers:
+                continue
+            cost = costs.get(key)
+            seconds, flops = (None, None) if cost is None else (cost.seconds, cost.flops or None)
+            before = results["train_seconds"] / len(self.trials) if key in ("vectors", "trained") else None
+            methods[key] = Method(title, scores, answers[key], seconds, flops, before)
+        trained = results["steps"] > 0
+        facts: dict[str, Any] = {
+            "base model": Path(self.base_name).name,
+            "recipe": self.recipe.name,
+            "training examples": len(trial.examples),
+            "test rows": len(trial.test),
+            "steps": results["steps"],
+            "trained numbers": f"{results['trainable_parameters']:,}" if trained else 0,
+            "seed": trial.seed,
+        }
+        if "opinions" in results:
+            weights = results["opinions"]["weights"].items()
+            facts["opinions"] = ", ".join(f"{name} {weight:.2f}" for name, weight in weights)
+        return Findings(
+            trial.task,
+            " ".join(filter(None, (trial.task.name, trial.name))),
+            facts,
+            trial.examples,
+            trial.test,
+            [methods[key] for key in (*METHODS, *OF_OPINIONS) if key in methods],
+            methods.get("trained"),
+            self._held_out.get(trial.name),
+            self._points.get(trial.name, ()),
+            moved(self.model, self.adapters[trial.name]) if trained else {},
+            self._costs_from(costs),
+        )
+
+    def _costs_from(self, costs: Mapping[str, RowCost]) -> str:
+        """Where what rows cost was measured, for people."""
+        return f"on {_COSTED} test rows, in one batch" if costs else ""
+
+    def _row_costs(
+        self, trial: Trial, answers: Mapping[str, Sequence[Any]], opinions: Opinions | None
+    ) -> dict[str, RowCost]:
+        """What a row costs each method that asks the model, each on its own; nothing for several adapters, which cost the same."""
+        from ia3.evaluation.costs import row_cost
+        from ia3.evaluation.prediction import predict
+        from ia3.opinions.opinions import VECTORS, Opinions
+
+        task = trial.task
+        if self.experiment.several or not trial.test:
+            return {}
+        # Short and long ones.
+        ordered = sorted(trial.test, key=lambda row: len(task.prompt(row)))
+        count = min(_COSTED, len(ordered))
+        rows = [ordered[(2 * i + 1) * len(ordered) // (2 * count)] for i in range(count)]
+
+        def asked(opinions: Opinions | None) -> RowCost:
+            def ask(some: list[Row]) -> None:
+                predict(
+                    self.model,
+                    self.tokenizer,
+                    task,
+                    some,
+                    adapter_names=[self.adapters[trial.name]] * len(some) if len(self.trials) > 1 else None,
+                    recipe=self.recipe,
+                    opinions=opinions,
+                )
+
+            return row_cost(ask, rows)
+
+        found = {}
+        with self.model.disable_adapter():
+            found["zero_shot"] = row_cost(
+                lambda some: predict(self.model, self.tokenizer, task, some, recipe=self.recipe), rows
+            )
+        found["zero_shot_balanced"] = found["zero_shot"]
+        found["trained"] = asked(opinions)
+        if opinions is not None and "vectors" in answers:
+            found["vectors"] = asked(Opinions.of({VECTORS: 1.0}, balance=opinions.balance))
+        for name, head in ({} if opinions is None else opinions.heads).items():
+            if name in answers:
+                found[name] = asked(Opinions.of({name: 1.0}, {name: head}, encoder=opinions.encoder))
+        return found
 
     def opinions(self, trial: Trial) -> tuple[dict[str, Any], Opinions, Calibration | None]:
         """Form a trial's opinions, and measure them: what is known of them beside `results`, and they themselves."""
         from ia3.evaluation.calibration import Calibration
+        from ia3.evaluation.doubts import HeldOut
         from ia3.evaluation.forming import form_opinions
         from ia3.evaluation.label_sets import form_label_sets
         from ia3.evaluation.prediction import Prediction
@@ -257,6 +423,7 @@ class Running:
         calibration = None
         if formed.held_out is not None:
             results["cross_validation"] = task.metrics(formed.labels, [one.best for one in formed.held_out])
+            self._held_out[trial.name] = HeldOut(formed.rows, formed.held_out, formed.labels)
             calibration = Calibration.as_it_is(formed.held_out, formed.labels)
         if task.multi_label:
             if trial.test:
@@ -264,6 +431,7 @@ class Running:
                 asked = {title: [(task, row) for row in trial.test]}
                 adapters = [self.adapters[trial.name]] * len(trial.test)
                 said, stages = self._predicted(asked, 0, adapters, formed.opinions)
+                self._keep(trial, "trained", said[title])
                 results["trained"] = _scores(trial, said[title], 0)
                 _note(stages[title], task, [results["trained"]])
             return results, formed.opinions, calibration
@@ -277,6 +445,7 @@ class Running:
             if trial.name in self._by_vectors:
                 balanced = Opinions.of({VECTORS: 1.0}, balance=opinions.balance)
                 alone = [Prediction.of(balanced.together(one), costs=task.costs) for one in by_vectors]
+                self._keep(trial, VECTORS, alone)
                 found[VECTORS] = _scores(trial, alone, 0)
             by_heads: dict[str, list[Prediction]] = {}
             for name, head in opinions.heads.items():
@@ -284,11 +453,13 @@ class Running:
                 its = Opinions.of({name: 1.0}, {name: head}, encoder=opinions.encoder)
                 said, stages = self._predicted({title: [(task, row) for row in trial.test]}, 0, opinions=its)
                 by_heads[name], found[name] = said[title], _scores(trial, said[title], 0)
+                self._keep(trial, name, by_heads[name])
                 _note(stages.get(title), task, [found[name]])
             together = []
             for index, one in enumerate(by_vectors):
                 heads = {name: its[index].scores for name, its in by_heads.items()}
                 together.append(Prediction.of(opinions.together(one, heads), costs=task.costs))
+            self._keep(trial, "trained", together)
             results["trained"] = _scores(trial, together, 0)
         return results, opinions, calibration
 
@@ -350,8 +521,10 @@ class Running:
     def cross_validate(self, trial: Trial) -> tuple[dict[str, Any], Calibration]:
         """What a trial's examples have by adapters that have not seen them, and how they calibrate its own; with costs, also what it
         has on test rows with that, for then the decisions are others."""
+        from ia3.evaluation.doubts import HeldOut
+
         experiment, task = self.experiment, trial.task
-        scores, calibration = cross_validated(
+        scores, calibration, found = cross_validated(
             self.progress,
             trial.titled("Cross-validation"),
             self.model,
@@ -366,9 +539,15 @@ class Running:
             task.taught(trial.examples),
         )
         results: dict[str, Any] = {"cross_validation": scores}
-        if task.costs and trial.test and not experiment.all_templates:
-            said = [one.at(calibration.temperature) for one in self._by_vectors[trial.name]]
-            results["trained"] = _scores(trial, said, 0)
+        at = calibration.temperature
+        self._held_out[trial.name] = HeldOut(
+            range(len(found)), _calibrated(found, at), [task.label(row) for row in trial.examples]
+        )
+        if trial.test:
+            said = _calibrated(self._by_vectors[trial.name], at)
+            self._keep(trial, "trained", said)
+            if task.costs and not experiment.all_templates:
+                results["trained"] = _scores(trial, said, 0)
         return results, calibration
 
     # Measuring.
@@ -387,6 +566,9 @@ class Running:
         found, stages = self._untrained("Zero-shot", {one.name: one.test for one in trials}, template)
         found |= self._decided([one for one in trials if one.task.multi_label], found, template)
         scores = [_scores(one, found[one.name], template) for one in trials]
+        if not template:
+            for one in trials:
+                self._keep(one, "zero_shot", found[one.name])
         self._note_each(stages, trials, scores)
         self._balance(trials, found, template)
         return scores
@@ -426,6 +608,8 @@ class Running:
             labels = [one.task.label(row, template=template) for row in rows[one.name]]
             balanced = Balance.fit(found[one.name], labels).balanced(untrained[one.name])
             scores.append(_scores(one, balanced, template))
+            if not template:
+                self._keep(one, "zero_shot_balanced", balanced)
             self._balanced.setdefault(one.name, []).extend(scores[-1:])
         self._note_each(stages, some, scores)
 
@@ -462,6 +646,8 @@ class Running:
         found, stages = self._predicted(asked, template, names if len(self.trials) > 1 else None)
         if not template:
             self._by_vectors = {one.name: found[title] for title, one in zip(titles, trials, strict=True)}
+            for one in trials:
+                self._keep(one, "trained", self._by_vectors[one.name])
         scores = [_scores(one, found[title], template) for title, one in zip(titles, trials, strict=True)]
         for title, trial, score in zip(titles, trials, scores, strict=True):
             _note(stages.get(title), trial.task, [score])
@@ -509,33 +695,6 @@ class Running:
         return found, stages
 
 
-def _measured(
-    trial: Trial,
-    zero_shot: Sequence[Scores],
-    balanced: Sequence[Scores] | None,
-    trained: Sequence[Scores],
-    each_template: bool,
-) -> dict[str, Any]:
-    """What was measured on a trial's test rows; nothing without them."""
-    if not trial.test:
-        return {}
-    # The majority of the training rows says nothing when they are balanced; the test rows' own is the fair bar.
-    labels = [trial.task.truth(row) for row in trial.test]
-    found: dict[str, Any] = {
-        "zero_shot": median_metrics(zero_shot),
-        **({} if balanced is None else {"zero_shot_balanced": median_metrics(balanced)}),
-        **({"trained": median_metrics(trained)} if trained else {}),
-        "majority": majority_metrics(trial.task, labels),
-    }
-    if can_balance(trial.task):  # the labels are the same for all rows
-        words = tfidf_metrics(trial.task, trial.examples, trial.test)
-        found |= {} if words is None else {"tfidf": words}
-    if each_template:
-        pairs = zip(trial.task.templates, zero_shot, trained, strict=True)
-        found["templates"] = [{"name": template.name, "zero_shot": a, "trained": b} for template, a, b in pairs]
-    return found
-
-
 def _in_words(title: str, template: int) -> str:
     return f"{title}, template {template + 1}" if template else title
 
@@ -544,6 +703,16 @@ def _scores(trial: Trial, predictions: Sequence[Prediction], template: int) -> S
     """A trial's metrics; a template that says itself which answer is right may list its answers in an order of its own."""
     labels = [trial.task.truth(row, template=template) for row in trial.test]
     return trial.task.metrics(labels, [one.best for one in predictions]) if labels else None
+
+
+def _calibrated(predictions: Sequence[Prediction], temperature: float) -> list[Prediction]:
+    """Predictions whose scores are divided by the temperature, so that it is 1."""
+    from ia3.evaluation.prediction import Prediction
+
+    return [
+        Prediction.of({label: score / temperature for label, score in one.scores.items()}, costs=one.costs)
+        for one in predictions
+    ]
 
 
 def _note(stage: Stage | None, task: Task, scores: Sequence[Scores | None]) -> None:
@@ -566,8 +735,9 @@ def cross_validated(
     folder: Path,
     readings: Readings | None = None,
     known: Collection[str] | None = None,
-) -> tuple[Scores, Calibration]:
-    """The metrics of labelled rows, each predicted by an adapter that has not seen it, and what they calibrate.
+) -> tuple[Scores, Calibration, list[Prediction]]:
+    """The metrics of labelled rows, each predicted by an adapter that has not seen it, what they calibrate, and the predictions
+    with a temperature of 1.
 
     Args:
         progress: told of the steps.
@@ -584,7 +754,7 @@ def cross_validated(
     scores = task.metrics(labels, [prediction.at(calibration.temperature).best for prediction in found])
     stage.end()
     _note(stage, task, [scores])
-    return scores, calibration
+    return scores, calibration, found
 
 
 def train_alone(

@@ -1,0 +1,128 @@
+"""Training rows to look at again: duplicates, and labels that cross-validation contradicts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ia3.evaluation.prediction import Prediction
+from ia3.task.free_text import FreeText
+from ia3.task.kinds import AnyTask
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Predictions of training rows by what has not seen them.
+
+    Attributes:
+        rows: which of the training rows these are, counted from 0.
+        predictions: one for each.
+        labels: their labels; tuples of labels where rows may have several.
+    """
+
+    rows: Sequence[int]
+    predictions: Sequence[Prediction]
+    labels: Sequence[Any]
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """A label of a training row that may be wrong.
+
+    Attributes:
+        row: which training row, counted from 0.
+        label: the label that it has; None: it lacks `other`, where rows may have several.
+        other: the label that it seems to have; None: it seems to lack `label`.
+        p_label: the held-out probability of what the row says: of `label`, or that it lacks `other`.
+        p_other: that of what it seems to be.
+    """
+
+    row: int
+    label: str | None
+    other: str | None
+    p_label: float
+    p_other: float
+
+
+def doubts(held_out: HeldOut) -> list[Doubt]:
+    """The labels that held-out probabilities contradict, the most doubtful first.
+
+    A row's label is doubtful if another one is the most probable, and at least as probable as it is on average for rows that have it:
+    the off-diagonal of the confident joint (Northcutt et al. 2021, arXiv:1911.00068). Where rows may have several labels, each
+    label is a question of its own with the answers yes and no.
+    """
+    if held_out.labels and isinstance(held_out.labels[0], tuple):
+        found = _of_sets(held_out)
+    else:
+        found = _of_labels(held_out)
+    return sorted(found, key=lambda doubt: (doubt.p_label - doubt.p_other, doubt.row))
+
+
+def _of_labels(held_out: HeldOut) -> list[Doubt]:
+    means = {
+        label: np.mean([one.probabilities[label] for one, its in _pairs(held_out) if its == label])
+        for label in {*held_out.labels}
+    }
+    found = []
+    for row, (one, label) in zip(held_out.rows, _pairs(held_out), strict=True):
+        other = max(one.probabilities, key=lambda name: (one.probabilities[name], name))
+        if other != label and other in means and one.probabilities[other] >= means[other]:
+            found.append(Doubt(row, label, other, one.probabilities[label], one.probabilities[other]))
+    return found
+
+
+def _of_sets(held_out: HeldOut) -> list[Doubt]:
+    found = []
+    for name in held_out.predictions[0].probabilities:
+        p = np.array([one.probabilities[name] for one in held_out.predictions])
+        has = np.array([name in its for its in held_out.labels])
+        if has.all() or not has.any():  # nothing to compare with
+            continue
+        lacks = ~has & (p > 0.5) & (p >= p[has].mean())
+        not_has = has & (p < 0.5) & (p <= p[~has].mean())
+        found += [Doubt(held_out.rows[i], None, name, 1 - p[i], p[i]) for i in np.flatnonzero(lacks)]
+        found += [Doubt(held_out.rows[i], name, None, p[i], 1 - p[i]) for i in np.flatnonzero(not_has)]
+    return found
+
+
+def _pairs(held_out: HeldOut) -> list[tuple[Prediction, Any]]:
+    return [*zip(held_out.predictions, held_out.labels, strict=True)]
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """Training rows that a model cannot tell apart.
+
+    Attributes:
+        rows: which training rows, counted from 0; at least two.
+        labels: what each says is right.
+    """
+
+    rows: Sequence[int]
+    labels: Sequence[Any]
+
+    @property
+    def contradict(self) -> bool:
+        """Whether they disagree."""
+        return any(label != self.labels[0] for label in self.labels)
+
+
+def duplicates(task: AnyTask, rows: Sequence[Mapping[str, Any]]) -> list[Duplicates]:
+    """Groups of rows whose texts differ in case and white space alone; those whose labels differ come first, then the largest."""
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for index, wording in enumerate(task.wordings(rows)):
+        # Rows with answers of their own ask about these, too; a text's answer is what they are to be compared by.
+        answers = wording.answers.values() if task.labels is None and not isinstance(task, FreeText) else ()
+        key = tuple(" ".join(text.casefold().split()) for text in (wording.prompt, *answers))
+        groups.setdefault(key, []).append(index)
+    known = [truth_of(task, row) for row in rows]
+    found = [Duplicates(its, [known[i] for i in its]) for its in groups.values() if len(its) > 1]
+    return sorted(found, key=lambda one: (not one.contradict, -len(one.rows), one.rows[0]))
+
+
+def truth_of(task: AnyTask, row: Mapping[str, Any]) -> Any:
+    """What is right for a labelled row of a task of any kind: a label, a tuple of labels, a text or fields."""
+    return task.reference(row) if isinstance(task, FreeText) else task.truth(row)
