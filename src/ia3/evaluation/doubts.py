@@ -54,20 +54,17 @@ def doubts(held_out: HeldOut) -> list[Doubt]:
     the off-diagonal of the confident joint (Northcutt et al. 2021, arXiv:1911.00068). Where rows may have several labels, each
     label is a question of its own with the answers yes and no.
     """
-    if held_out.labels and isinstance(held_out.labels[0], tuple):
-        found = _of_sets(held_out)
-    else:
-        found = _of_labels(held_out)
+    sets = any(isinstance(label, tuple) for label in held_out.labels)
+    found = _of_sets(held_out) if sets else _of_labels(held_out)
     return sorted(found, key=lambda doubt: (doubt.p_label - doubt.p_other, doubt.row))
 
 
 def _of_labels(held_out: HeldOut) -> list[Doubt]:
-    means = {
-        label: np.mean([one.probabilities[label] for one, its in _pairs(held_out) if its == label])
-        for label in {*held_out.labels}
-    }
+    each = _rows(held_out)
+    known = {*held_out.labels}
+    means = {label: np.mean([one.probabilities[label] for _, (one, its) in each if its == label]) for label in known}
     found = []
-    for row, (one, label) in zip(held_out.rows, _pairs(held_out), strict=True):
+    for row, (one, label) in each:
         other = max(one.probabilities, key=lambda name: (one.probabilities[name], name))
         if other != label and other in means and one.probabilities[other] >= means[other]:
             found.append(Doubt(row, label, other, one.probabilities[label], one.probabilities[other]))
@@ -77,19 +74,17 @@ def _of_labels(held_out: HeldOut) -> list[Doubt]:
 def _of_sets(held_out: HeldOut) -> list[Doubt]:
     found = []
     for name in held_out.predictions[0].probabilities:
-        p = np.array([one.probabilities[name] for one in held_out.predictions])
-        has = np.array([name in its for its in held_out.labels])
-        if has.all() or not has.any():  # nothing to compare with
+        each = [(row, one.probabilities[name], name in its) for row, (one, its) in _rows(held_out)]
+        means = {has: np.mean([p for _, p, its in each if its == has]) for has in {its for *_, its in each}}
+        if len(means) < 2:  # nothing to compare with
             continue
-        lacks = ~has & (p > 0.5) & (p >= p[has].mean())
-        not_has = has & (p < 0.5) & (p <= p[~has].mean())
-        found += [Doubt(held_out.rows[i], None, name, 1 - p[i], p[i]) for i in np.flatnonzero(lacks)]
-        found += [Doubt(held_out.rows[i], name, None, p[i], 1 - p[i]) for i in np.flatnonzero(not_has)]
+        found += [Doubt(row, None, name, 1 - p, p) for row, p, has in each if not has and p > 0.5 and p >= means[True]]
+        found += [Doubt(row, name, None, p, 1 - p) for row, p, has in each if has and p < 0.5 and p <= means[False]]
     return found
 
 
-def _pairs(held_out: HeldOut) -> list[tuple[Prediction, Any]]:
-    return [*zip(held_out.predictions, held_out.labels, strict=True)]
+def _rows(held_out: HeldOut) -> list[tuple[int, tuple[Prediction, Any]]]:
+    return [*zip(held_out.rows, zip(held_out.predictions, held_out.labels, strict=True), strict=True)]
 
 
 @dataclass(frozen=True)

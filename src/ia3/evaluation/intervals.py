@@ -93,14 +93,17 @@ def bootstrap(some: Mapping[Any, Measure], resamples: int = RESAMPLES, seed: int
     found: dict[Any, list[np.ndarray]] = {name: [] for name in some}
     rows = len(next(iter(some.values())).parts) if some else 0
     for start in range(0, resamples if some else 0, _AT_ONCE):
-        counts = chance.multinomial(rows, np.full(rows, 1 / rows), min(_AT_ONCE, resamples - start)) / rows
+        counts = chance.multinomial(rows, np.full(rows, 1 / rows), min(_AT_ONCE, resamples - start)).astype(float)
         for name, one in some.items():
-            found[name].append(one.of(counts @ one.parts))
+            found[name].append(one.of(counts @ one.parts / rows))
     return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
-def interval(values: np.ndarray, share: float = 0.95) -> tuple[float, float]:
-    """The middle share of bootstrapped values: a percentile interval."""
+def interval(values: np.ndarray, share: float = 0.95) -> tuple[float, float] | None:
+    """The middle share of bootstrapped values: a percentile interval; None where all are the same, as where every row is right, for
+    then other rows may well differ."""
+    if np.ptp(values) == 0:
+        return None
     low, high = np.quantile(values, [(1 - share) / 2, (1 + share) / 2])
     return float(low), float(high)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +16,11 @@ import numpy as np
 from ia3.errors import InputError
 from ia3.evaluation.balance import can_balance
 from ia3.evaluation.checkpoints import interruptible
+from ia3.evaluation.doubts import HeldOut
 from ia3.evaluation.progress import Progress, Stage, training_stages
-from ia3.evaluation.results import METHODS, OF_OPINIONS, majority, median_metrics, save_trained, tfidf_answers
+from ia3.evaluation.report.findings import Point
+from ia3.evaluation.report.gathered import Gathered
+from ia3.evaluation.results import majority, majority_metrics, median_metrics, save_trained, tfidf_answers
 from ia3.evaluation.start import Start
 from ia3.files import replacing
 from ia3.processes import dealt, from_first
@@ -28,11 +31,8 @@ if TYPE_CHECKING:
 
     from ia3.adapter.model import IA3Model
     from ia3.evaluation.calibration import Calibration
-    from ia3.evaluation.costs import RowCost
-    from ia3.evaluation.doubts import HeldOut
     from ia3.evaluation.experiment import Experiment, Trial
     from ia3.evaluation.prediction import Prediction
-    from ia3.evaluation.report.findings import Findings, Point
     from ia3.evaluation.wordings import Ranked
     from ia3.opinions.opinions import Opinions
     from ia3.scoring.readings import Readings
@@ -46,9 +46,6 @@ _TITLES = {"head": "Head, test rows", "sentences": "Sentence encoder, test rows"
 
 # Shares that differ by less are not worth a line.
 _TELLING = 0.03
-
-# What a row costs is measured on so many test rows, for one adapter, which takes a second.
-_COSTED = 4
 
 Scores = dict[str, float]
 Place = Literal["start", "question"]
@@ -73,7 +70,7 @@ class Running:
         self.rankings: dict[str, list[Ranked]] = {}
         self._balanced: dict[str, list[Scores]] = {}
         self._by_vectors: dict[str, list[Prediction]] = {}
-        self._begin()
+        self.gathered: dict[str, Gathered] = defaultdict(Gathered)
         with progress.waiting("Loading the model …"):
             base, self.tokenizer = load_base(experiment.model, experiment.trials[0].task.labels, experiment.dtype)
         reads_answers = family_of(base, self.tokenizer).reads_answers
@@ -99,13 +96,6 @@ class Running:
         readings = Readings(experiment.memory)
         self.trials = self._worded(base, readings)
         self._adapt(base, readings)
-
-    def _begin(self) -> None:
-        """Make room for what the report needs."""
-        self._answers: dict[str, dict[str, Sequence[Any]]] = {}
-        self._held_out: dict[str, HeldOut] = {}
-        self._costs: dict[str, dict[str, RowCost]] = {}
-        self._points: dict[str, list[Point]] = {}
 
     @property
     def own(self) -> list[Trial]:
@@ -257,7 +247,7 @@ class Running:
             "zero_shot": median_metrics(zero_shot),
             **({} if balanced is None else {"zero_shot_balanced": median_metrics(balanced)}),
             **({"trained": median_metrics(trained)} if trained else {}),
-            "majority": task.metrics(labels, self._answers[trial.name]["majority"]),
+            "majority": majority_metrics(task, labels),
         }
         if can_balance(task):  # the labels are the same for all rows
             words = tfidf_answers(task, trial.examples, trial.test)
@@ -271,7 +261,7 @@ class Running:
 
     def _keep(self, trial: Trial, method: str, answers: Sequence[Any]) -> None:
         """Keep what a method says to a trial's test rows, for the report."""
-        self._answers.setdefault(trial.name, {})[method] = answers
+        self.gathered[trial.name].answers[method] = answers
 
     def save(
         self,
@@ -288,9 +278,7 @@ class Running:
         def saved() -> dict[str, Any]:
             if not reported:
                 return save_trained(*what)
-            from ia3.evaluation.report.page import page_of
-
-            page, elsewhere = page_of(self.findings(trial, results, opinions)), self.experiment.report
+            page, elsewhere = self._page(trial, results, opinions), self.experiment.report
             found = save_trained(*what, page if elsewhere is None else None)
             if elsewhere is not None:
                 with replacing(elsewhere) as path:
@@ -301,109 +289,32 @@ class Running:
 
     def point(self, trial: Trial, trained: Sequence[Scores]) -> dict[str, Any]:
         """A point of a learning curve, as metrics.json has it: what a part of the examples gives."""
-        from ia3.evaluation.report.findings import Point
-
         assert trial.part is not None and trial.of is not None
         scores = self.opinions(trial)[0]["trained"] if self.forms_opinions[trial.name] else trained[0]
-        answers = self._answers[trial.name]["trained"]
-        self._points.setdefault(trial.of, []).append(Point(trial.part, len(trial.examples), scores, answers))
+        answers = self.gathered[trial.name].answers["trained"]
+        self.gathered[trial.of].points.append(Point(trial.part, len(trial.examples), scores, answers))
         return {"size": trial.part, "train_examples": len(trial.examples), "trained": scores}
 
-    def findings(self, trial: Trial, results: dict[str, Any], opinions: Opinions | None) -> Findings:
-        """What the report on a trial is made of."""
+    def _page(self, trial: Trial, results: dict[str, Any], opinions: Opinions | None) -> str:
+        """The report on a trial."""
         from ia3.adapter.moved import moved
-        from ia3.evaluation.report.findings import Findings, Method
+        from ia3.evaluation.report.page import page_of
 
-        answers = self._answers.get(trial.name, {})
-        costs = self._row_costs(trial, answers, opinions)
-        methods: dict[str, Method] = {}
-        for key, title in (OF_OPINIONS | METHODS).items():
-            scores = results.get("opinions", {}).get(key) if key in OF_OPINIONS else results.get(key)
-            if scores is None or key not in answers:
-                continue
-            cost = costs.get(key)
-            seconds, flops = (None, None) if cost is None else (cost.seconds, cost.flops or None)
-            before = results["train_seconds"] / len(self.trials) if key in ("vectors", "trained") else None
-            methods[key] = Method(title, scores, answers[key], seconds, flops, before)
-        trained = results["steps"] > 0
-        facts: dict[str, Any] = {
-            "base model": Path(self.base_name).name,
-            "recipe": self.recipe.name,
-            "training examples": len(trial.examples),
-            "test rows": len(trial.test),
-            "steps": results["steps"],
-            "trained numbers": f"{results['trainable_parameters']:,}" if trained else 0,
-            "seed": trial.seed,
-        }
-        if "opinions" in results:
-            weights = results["opinions"]["weights"].items()
-            facts["opinions"] = ", ".join(f"{name} {weight:.2f}" for name, weight in weights)
-        return Findings(
-            trial.task,
-            " ".join(filter(None, (trial.task.name, trial.name))),
-            facts,
-            trial.examples,
-            trial.test,
-            [methods[key] for key in (*METHODS, *OF_OPINIONS) if key in methods],
-            methods.get("trained"),
-            self._held_out.get(trial.name),
-            self._points.get(trial.name, ()),
-            moved(self.model, self.adapters[trial.name]) if trained else {},
-            self._costs_from(costs),
-        )
+        if not self.experiment.several:  # a row costs all adapters the same
+            self._measure_costs(trial, opinions)
+        changed = moved(self.model, self.adapters[trial.name])
+        return page_of(self.gathered[trial.name].findings(trial, results, self.recipe, changed, len(self.trials)))
 
-    def _costs_from(self, costs: Mapping[str, RowCost]) -> str:
-        """Where what rows cost was measured, for people."""
-        return f"on {_COSTED} test rows, in one batch" if costs else ""
-
-    def _row_costs(
-        self, trial: Trial, answers: Mapping[str, Sequence[Any]], opinions: Opinions | None
-    ) -> dict[str, RowCost]:
-        """What a row costs each method that asks the model, each on its own; nothing for several adapters, which cost the same."""
-        from ia3.evaluation.costs import row_cost
-        from ia3.evaluation.prediction import predict
-        from ia3.opinions.opinions import VECTORS, Opinions
-
-        task = trial.task
-        if self.experiment.several or not trial.test:
-            return {}
-        # Short and long ones.
-        ordered = sorted(trial.test, key=lambda row: len(task.prompt(row)))
-        count = min(_COSTED, len(ordered))
-        rows = [ordered[(2 * i + 1) * len(ordered) // (2 * count)] for i in range(count)]
-
-        def asked(opinions: Opinions | None) -> RowCost:
-            def ask(some: list[Row]) -> None:
-                predict(
-                    self.model,
-                    self.tokenizer,
-                    task,
-                    some,
-                    adapter_names=[self.adapters[trial.name]] * len(some) if len(self.trials) > 1 else None,
-                    recipe=self.recipe,
-                    opinions=opinions,
-                )
-
-            return row_cost(ask, rows)
-
-        found = {}
-        with self.model.disable_adapter():
-            found["zero_shot"] = row_cost(
-                lambda some: predict(self.model, self.tokenizer, task, some, recipe=self.recipe), rows
-            )
-        found["zero_shot_balanced"] = found["zero_shot"]
-        found["trained"] = asked(opinions)
-        if opinions is not None and "vectors" in answers:
-            found["vectors"] = asked(Opinions.of({VECTORS: 1.0}, balance=opinions.balance))
-        for name, head in ({} if opinions is None else opinions.heads).items():
-            if name in answers:
-                found[name] = asked(Opinions.of({name: 1.0}, {name: head}, encoder=opinions.encoder))
-        return found
+    def _measure_costs(self, trial: Trial, opinions: Opinions | None) -> None:
+        """Measure what a row costs, for the report."""
+        if trial.test:
+            adapter = self.adapters[trial.name] if len(self.trials) > 1 else None
+            given = trial, self.model, self.tokenizer, self.recipe, adapter, opinions
+            self.gathered[trial.name].measure_costs(*given)
 
     def opinions(self, trial: Trial) -> tuple[dict[str, Any], Opinions, Calibration | None]:
         """Form a trial's opinions, and measure them: what is known of them beside `results`, and they themselves."""
         from ia3.evaluation.calibration import Calibration
-        from ia3.evaluation.doubts import HeldOut
         from ia3.evaluation.forming import form_opinions
         from ia3.evaluation.label_sets import form_label_sets
         from ia3.evaluation.prediction import Prediction
@@ -423,7 +334,7 @@ class Running:
         calibration = None
         if formed.held_out is not None:
             results["cross_validation"] = task.metrics(formed.labels, [one.best for one in formed.held_out])
-            self._held_out[trial.name] = HeldOut(formed.rows, formed.held_out, formed.labels)
+            self.gathered[trial.name].held_out = HeldOut(formed.rows, formed.held_out, formed.labels)
             calibration = Calibration.as_it_is(formed.held_out, formed.labels)
         if task.multi_label:
             if trial.test:
@@ -521,8 +432,6 @@ class Running:
     def cross_validate(self, trial: Trial) -> tuple[dict[str, Any], Calibration]:
         """What a trial's examples have by adapters that have not seen them, and how they calibrate its own; with costs, also what it
         has on test rows with that, for then the decisions are others."""
-        from ia3.evaluation.doubts import HeldOut
-
         experiment, task = self.experiment, trial.task
         scores, calibration, found = cross_validated(
             self.progress,
@@ -540,7 +449,7 @@ class Running:
         )
         results: dict[str, Any] = {"cross_validation": scores}
         at = calibration.temperature
-        self._held_out[trial.name] = HeldOut(
+        self.gathered[trial.name].held_out = HeldOut(
             range(len(found)), _calibrated(found, at), [task.label(row) for row in trial.examples]
         )
         if trial.test:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ia3.errors import InputError
 from ia3.evaluation.costs import RowCost
 from ia3.evaluation.generation import bounded, generate
+from ia3.evaluation.report.gathered import Gathered
 from ia3.evaluation.results import OF_TEXTS, shown_metric
 from ia3.evaluation.running import Running, Scores
 from ia3.processes import dealt
@@ -32,7 +34,7 @@ class RunningText(Running):
         from ia3.adapter.pretrained import load_base
 
         self.experiment, self.progress, self.recipe = experiment, progress, experiment.chosen_recipe
-        self._begin()
+        self.gathered = defaultdict(Gathered)
         with progress.waiting("Loading the model …"):
             base, self.tokenizer = load_base(experiment.model, dtype=experiment.dtype)
         scorer = Scorer(base, self.tokenizer)
@@ -64,12 +66,8 @@ class RunningText(Running):
         pairs = {"zero_shot": zero_shot, "trained": trained}
         return {name: scores for name, its in pairs.items() for scores in its}
 
-    def _row_costs(self, trial: Trial, *_: Any) -> dict[str, RowCost]:
-        """Each row was generated once, so that its time is known; FLOPs are not counted."""
-        return self._costs.get(trial.name, {})
-
-    def _costs_from(self, costs: Mapping[str, RowCost]) -> str:
-        return "on all test rows, in batches"
+    def _measure_costs(self, trial: Trial, opinions: Any) -> None:
+        """Nothing: the time that each text took is known, and its FLOPs are not counted."""
 
     def _generated(self, trial: Trial, title: str, method: str, adapter: str | None = None) -> list[Scores]:
         """The metrics of what an adapter, or the untrained model, generates for a trial's test rows; nothing without them."""
@@ -85,8 +83,9 @@ class RunningText(Running):
 
         started = time.perf_counter()
         found = dealt(len(trial.test), generated)
-        cost = RowCost((time.perf_counter() - started) / len(trial.test), 0.0)
-        self._costs.setdefault(trial.name, {})[method] = cost
+        gathered = self.gathered[trial.name]
+        gathered.costs = {**gathered.costs, method: RowCost((time.perf_counter() - started) / len(trial.test), 0.0)}
+        gathered.costs_from = "on all test rows, in batches"
         self._keep(trial, method, [one.result for one in found])
         scores = task.metrics([one.result for one in found], [task.reference(row) for row in trial.test])
         stage.note(f"{OF_TEXTS.get(task.metric, task.metric)} {shown_metric(scores[task.metric])}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -43,8 +42,10 @@ def page_of(found: Findings) -> str:
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters |= {"percent": shown_metric, "number": _number, "seconds": _seconds, "signed": _signed}
-    template = environment.from_string(resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
-    return template.render(mark=Markup(CARD_MARK), found=found, **_parts(found))  # noqa: S704
+    template = environment.from_string(
+        resources.files("ia3.evaluation.report").joinpath("page.html").read_text(encoding="utf-8")
+    )
+    return template.render(mark=Markup(CARD_MARK), found=found, **_parts(found))
 
 
 def _parts(found: Findings) -> dict[str, Any]:
@@ -119,13 +120,13 @@ class _Measured:
         ]
         return {"method": one, "cells": cells, "behind": self._behind(one), "chosen": one is self._found.chosen}
 
-    def _behind(self, one: Method) -> tuple[float, float, float] | None:
+    def _behind(self, one: Method) -> tuple[float, tuple[float, float] | None] | None:
         """How far the headline metric is above the chosen method's on the same rows, with the interval of that."""
         chosen = self._found.chosen
         mine, others = (self._values.get((id(its), self.metric)) for its in (one, chosen))
         if chosen is None or one is chosen or mine is None or others is None:
             return None
-        return one.metrics[self.metric] - chosen.metrics[self.metric], *interval(mine - others)
+        return one.metrics[self.metric] - chosen.metrics[self.metric], interval(mine - others)
 
     def _spot(self, title: str, x: float, one: Any) -> Spot:
         value = one.metrics[self.metric]
@@ -138,10 +139,12 @@ class _Measured:
     def cost_plots(self) -> list[Markup]:
         """The headline metric against seconds, and against FLOPs."""
         made = []
-        for key, what in {"seconds": "seconds a row", "flops": "FLOPs a row"}.items():
+        for key, (what, unit) in {"seconds": ("time a row", "s"), "flops": ("FLOPs a row", "")}.items():
             some = [(one, getattr(one, key)) for one in self._found.methods if getattr(one, key)]
             if len(some) > 1:
-                made.append(plots.costs([self._spot(one.title, x, one) for one, x in some], key, self.title, what))
+                made.append(
+                    plots.costs([self._spot(one.title, x, one) for one, x in some], key, self.title, what, unit)
+                )
         return made
 
     def curve(self) -> dict[str, Any] | None:
@@ -221,14 +224,14 @@ def _reliability(found: Findings) -> dict[str, Any]:
     edges = np.linspace(0, 1, _BINS + 1)
     bins = np.minimum((sure * _BINS).astype(int), _BINS - 1)
     some = np.unique(bins)
-    means = [[float(values[bins == b].mean()) for b in some] for values in (sure, right)]
+    means = tuple([float(values[bins == b].mean()) for b in some] for values in (sure, right))
     counts = np.bincount(bins, minlength=_BINS).tolist()
     quality = Calibration.quality(predictions, truth, 1.0)
     lines = [
         {"low": edges[b], "high": edges[b + 1], "count": counts[b], "sure": one, "right": other}
         for b, one, other in zip(some, *means, strict=True)
     ]
-    return {"plot": plots.reliability(*means, counts, edges.tolist()), "quality": quality, "lines": lines}
+    return {"plot": plots.reliability(means[0], means[1], counts, edges.tolist()), "quality": quality, "lines": lines}
 
 
 def _mistakes(found: Findings, measured: _Measured | None) -> dict[str, Any] | None:
