@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ia3.adapter.pretrained import EMBEDDED_MODEL
+from ia3.adapter.stored import REPORT_NAME
 from ia3.cli.bars import Bars
 from ia3.cli.common import (
     MAX_SEED,
@@ -20,6 +21,7 @@ from ia3.cli.common import (
     JsonOption,
     LabelColumnOption,
     RecipeOption,
+    ReportOption,
     StepsOption,
     TemplateOption,
     TestDataOption,
@@ -38,7 +40,6 @@ from ia3.cli.free_text import ChatOption, MetricOption, TextExamplesOption, is_t
 from ia3.cli.free_text import print_comparison as print_texts
 from ia3.cli.train import folder_of, numbers, source_of
 from ia3.errors import InputError
-from ia3.files import write_json
 from ia3.folder import AdapterFolder
 
 if TYPE_CHECKING:
@@ -89,9 +90,10 @@ def compare(
         None,
         "--output",
         "-o",
-        help="Folder of compare.png and compare.json. \\[default: comparisons/NAME]",
+        help="Folder of compare.png, compare.json and report.html. \\[default: comparisons/NAME]",
         show_default=False,
     ),
+    report: Path | None = ReportOption,
     json_output: bool = JsonOption,
 ) -> None:
     """Compare accuracy and cost of T-Few, zero-shot and in-context learning.
@@ -102,11 +104,12 @@ def compare(
     In-context learning reads the shots once and keeps their keys and values; the table also has the cost of reading
     them again for each example. The untrained methods also have balanced accuracy: an untrained model prefers some answers
     whatever it reads, and training rows show how much. Without --template or --task, the training rows choose the wording
-    of all methods. Writes a picture, compare.png, and the numbers, compare.json.
+    of all methods. Writes a picture, compare.png, the numbers, compare.json, and report.html, a page with intervals and mistakes.
 
     For a task whose answer is text the methods have its metrics and times, and there is no picture.
     """
     from ia3.evaluation.drawing import drawn
+    from ia3.evaluation.experiment import require_page
     from ia3.task.task import Task
 
     out = console(json_output)
@@ -153,6 +156,7 @@ def compare(
             raise InputError(f"Expected --shots from 1 to {len(examples)}, the training examples, found {count}.")
     folder = output or folder_of("comparisons", source.task.name)
     require_folder(folder)
+    require_page(report)
     plan = (
         trained.recipe if trained is not None else recipe_for(model or EMBEDDED_MODEL, recipe, generates, steps=steps)
     )
@@ -179,12 +183,12 @@ def compare(
         )
         with Bars(out) as bars:
             rows = texts.run(texts.shots(counts), bars)
-        write_json(folder / "compare.json", {"model": base.name_or_path, "task": source.task.name, "rows": rows})
+        texts.save(folder, rows, report)
         if json_output:
             print_json({"rows": rows})
         else:
             print_texts(out, rows)
-            out.print(f"\nSaved in {folder}.", markup=False, soft_wrap=True)
+            _say_saved(out, folder, report)
         return
     with Bars(out) as bars:
         asked, ranking = choose_wording(base, tokenizer, source.task, examples, plan, bars)
@@ -209,13 +213,19 @@ def compare(
         )
     with Bars(out) as bars:
         rows = comparison.run(drawn_shots, bars)
-    comparison.save(folder, rows)
+    comparison.save(folder, rows, report)
     if json_output:
         tried = {"wordings": [one.to_dict() for one in ranking]} if ranking else {}
         print_json({"rows": rows, **tried})
         return
     print_comparison(out, rows)
-    out.print(f"\nSaved in {folder}.", markup=False, soft_wrap=True)
+    _say_saved(out, folder, report)
+
+
+def _say_saved(out: Console, folder: Path, report: Path | None) -> None:
+    out.print(
+        f"\nSaved in {folder}.\nHow good are they? {report or folder / REPORT_NAME}", markup=False, soft_wrap=True
+    )
 
 
 def print_comparison(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -11,13 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from ia3.adapter.checkpoint import save_adapter
 from ia3.adapter.model import IA3Model
+from ia3.adapter.moved import moved
+from ia3.adapter.stored import REPORT_NAME
 from ia3.errors import InputError
 from ia3.evaluation.comparison import USUAL_SHOTS
 from ia3.evaluation.generation import bounded, generate, shots_before
 from ia3.evaluation.progress import Progress
+from ia3.evaluation.report.findings import Findings, Method
+from ia3.evaluation.report.page import page_of
 from ia3.evaluation.results import OF_TEXTS, shown_metric
 from ia3.evaluation.running import train_alone, with_adapters
-from ia3.files import WEIGHTS_NAME
+from ia3.files import WEIGHTS_NAME, replacing, write_json
 from ia3.scoring.scorer import Scorer
 from ia3.task.free_text import few_rows
 
@@ -64,6 +68,8 @@ class TextComparison:
         self.task = bounded(self.task, scorer, self.examples)
         self.references = [self.task.reference(row) for row in self.test]
         self._scorer, self._progress = scorer, Progress()
+        self._answers: dict[str, list[Any]] = {}
+        self._moved: dict[str, dict[int, float]] = {}
 
     def shots(self, counts: Sequence[int] | None = None) -> dict[int, list[Row]]:
         """Number of shots → the shots. By default, those of the usual numbers that fit.
@@ -106,6 +112,7 @@ class TextComparison:
             size = len(shots_before(self.task, some).encode())
             rows.append(self._row(f"{count}-shot", self.base, some, examples=count, disk_bytes=size))
         model, more = self._adapted()
+        self._moved = moved(model, model.active_adapters[0])
         return [*rows, self._row(TRAINED, model, **more)]
 
     def _adapted(self) -> tuple[Any, dict[str, Any]]:
@@ -140,8 +147,41 @@ class TextComparison:
             model, self.tokenizer, self.task, self.test, lambda done: stage.advance(len(done)), shots=shots
         )
         seconds = (time.perf_counter() - started) / len(self.test)
-        scores = self.task.metrics([one.result for one in found], self.references, self.metric)
+        self._answers[method] = [one.result for one in found]
+        scores = self.task.metrics(self._answers[method], self.references, self.metric)
         headline = self.metric or self.task.metric
         stage.note(f"{OF_TEXTS.get(headline, headline)} {shown_metric(scores[headline])}")
         costs = {"seconds": seconds, "once_seconds": 0.0, "disk_bytes": 0, "examples": 0}
         return {"method": method, **scores, **costs, **more}
+
+    def findings(self, rows: Sequence[Mapping[str, Any]]) -> Findings:
+        """What the report on the result of `run` is made of."""
+        costs = {"seconds", "once_seconds", "disk_bytes", "examples", "steps", "method"}
+        methods = [
+            Method(
+                row["method"],
+                {name: value for name, value in row.items() if name not in costs},
+                self._answers[row["method"]],
+                row["seconds"],
+                once_seconds=row["once_seconds"] or None,
+            )
+            for row in rows
+        ]
+        facts = {
+            "base model": Path(str(self.base.name_or_path)).name,
+            "recipe": self.recipe.name,
+            "training examples": len(self.examples),
+            "test rows": len(self.test),
+            "seed": self.seed,
+        }
+        title, timed = f"{self.task.name}: methods compared", "on all test rows, in batches"
+        given = self.task, title, facts, self.examples, self.test, methods, methods[-1]
+        return Findings(*given, moved=self._moved, costs_from=timed)
+
+    def save(self, folder: Path, rows: Sequence[Mapping[str, Any]], report: Path | None = None) -> None:
+        """Write the result of `run` to a folder: the numbers, compare.json, and a report; arguments as of `Comparison.save`."""
+        page = page_of(self.findings(rows))
+        with replacing(report or folder / REPORT_NAME) as path:
+            path.write_text(page, encoding="utf-8")
+            settings = {"model": self.base.name_or_path, "task": self.task.name}
+            write_json(folder / "compare.json", {**settings, "rows": rows})

@@ -308,14 +308,9 @@ class Experiment:
             raise InputError(
                 "Expected test rows to measure a learning curve on, found none", "leave out", argument="learning_curve"
             )
-        if self.report is None:
-            return
-        if self.several:
+        if self.report is not None and self.several:
             raise InputError("Expected one adapter for a report, found several", "leave out", argument="report")
-        if Path(self.report).suffix != ".html" or Path(self.report).is_dir():
-            raise InputError(
-                f"Expected a file that ends in .html for the report, found {brief(str(self.report))}", argument="report"
-            )
+        require_page(self.report)
 
     def _check_label_sets(self, trial: Trial) -> None:
         """Raise `InputError` for what a multi-label task cannot have."""
@@ -416,6 +411,16 @@ class Experiment:
                 write_json(outcome.folder / "metrics.json", outcome.results)
             shutil.rmtree(self.checkpoints, ignore_errors=True)
         return outcome
+
+
+def require_page(path: str | os.PathLike | None) -> None:
+    """Raise `InputError` for a report's file that cannot be one; None is the usual one."""
+    if path is not None and (Path(path).suffix != ".html" or Path(path).is_dir()):
+        raise InputError(
+            f"Expected a file that ends in .html for the report, found {brief(os.fspath(path))}",
+            "change",
+            argument="report",
+        )
 
 
 def source_of(task: AnyTask, rows: Any = None, test: Any = None) -> Source:
