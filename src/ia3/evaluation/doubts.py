@@ -8,9 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from ia3.evaluation.balance import can_balance
 from ia3.evaluation.prediction import Prediction
 from ia3.task.free_text import FreeText
 from ia3.task.kinds import AnyTask
+
+_QUARTER = 0.25
 
 
 @dataclass(frozen=True)
@@ -50,9 +53,10 @@ class Doubt:
 def doubts(held_out: HeldOut) -> list[Doubt]:
     """The labels that held-out probabilities contradict, the most doubtful first.
 
-    A row's label is doubtful if another one is the most probable, and at least as probable as it is on average for rows that have it:
-    the off-diagonal of the confident joint (Northcutt et al. 2021, arXiv:1911.00068). Where rows may have several labels, each
-    label is a question of its own with the answers yes and no.
+    A row's label is doubtful if another one is the most probable, and as probable as it is for most rows that have it: the
+    off-diagonal of the confident joint (Northcutt et al. 2021, arXiv:1911.00068), with a quartile instead of the mean, which misses
+    half of the wrong labels where all predictions are equally sure. Where rows may have several labels, each label is a question of
+    its own with the answers yes and no.
     """
     sets = any(isinstance(label, tuple) for label in held_out.labels)
     found = _of_sets(held_out) if sets else _of_labels(held_out)
@@ -62,11 +66,14 @@ def doubts(held_out: HeldOut) -> list[Doubt]:
 def _of_labels(held_out: HeldOut) -> list[Doubt]:
     each = _rows(held_out)
     known = {*held_out.labels}
-    means = {label: np.mean([one.probabilities[label] for _, (one, its) in each if its == label]) for label in known}
+    usual = {
+        label: np.quantile([one.probabilities[label] for _, (one, its) in each if its == label], _QUARTER)
+        for label in known
+    }
     found = []
     for row, (one, label) in each:
         other = max(one.probabilities, key=lambda name: (one.probabilities[name], name))
-        if other != label and other in means and one.probabilities[other] >= means[other]:
+        if other != label and other in usual and one.probabilities[other] >= usual[other]:
             found.append(Doubt(row, label, other, one.probabilities[label], one.probabilities[other]))
     return found
 
@@ -75,11 +82,12 @@ def _of_sets(held_out: HeldOut) -> list[Doubt]:
     found = []
     for name in held_out.predictions[0].probabilities:
         each = [(row, one.probabilities[name], name in its) for row, (one, its) in _rows(held_out)]
-        means = {has: np.mean([p for _, p, its in each if its == has]) for has in {its for *_, its in each}}
-        if len(means) < 2:  # nothing to compare with
+        having, lacking = ([p for _, p, its in each if its == has] for has in (True, False))
+        if not having or not lacking:  # nothing to compare with
             continue
-        found += [Doubt(row, None, name, 1 - p, p) for row, p, has in each if not has and p > 0.5 and p >= means[True]]
-        found += [Doubt(row, name, None, p, 1 - p) for row, p, has in each if has and p < 0.5 and p <= means[False]]
+        low, high = max(np.quantile(having, _QUARTER), 0.5), min(np.quantile(lacking, 1 - _QUARTER), 0.5)
+        found += [Doubt(row, None, name, 1 - p, p) for row, p, has in each if not has and p >= low]
+        found += [Doubt(row, name, None, p, 1 - p) for row, p, has in each if has and p <= high]
     return found
 
 
@@ -110,7 +118,7 @@ def duplicates(task: AnyTask, rows: Sequence[Mapping[str, Any]]) -> list[Duplica
     groups: dict[tuple[str, ...], list[int]] = {}
     for index, wording in enumerate(task.wordings(rows)):
         # Rows with answers of their own ask about these, too; a text's answer is what they are to be compared by.
-        answers = wording.answers.values() if task.labels is None and not isinstance(task, FreeText) else ()
+        answers = () if isinstance(task, FreeText) or can_balance(task) else wording.answers.values()
         key = tuple(" ".join(text.casefold().split()) for text in (wording.prompt, *answers))
         groups.setdefault(key, []).append(index)
     known = [truth_of(task, row) for row in rows]

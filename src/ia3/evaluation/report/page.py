@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from ia3.adapter.stored import CARD_MARK
 from ia3.errors import excerpt
+from ia3.evaluation.balance import can_balance
 from ia3.evaluation.calibration import Calibration
 from ia3.evaluation.doubts import Doubt, doubts, duplicates, truth_of
 from ia3.evaluation.intervals import Measure, bootstrap, interval, measures
@@ -322,7 +323,7 @@ def _shown(task: Any, row: Row, value: Any) -> str:
         return excerpt("; ".join(f"{name}: {', '.join(its)}" for name, its in parts.items()) or "nothing", _LONGEST)
     if isinstance(value, tuple):
         return ", ".join(value) or "none"
-    if isinstance(task, FreeText) or task.labels is not None:
+    if isinstance(task, FreeText) or can_balance(task):
         return excerpt(str(value), _LONGEST)
     return excerpt(f"{value}: {task.answers(row)[value]}", _LONGEST)  # answers differ from row to row
 
