@@ -312,9 +312,7 @@ class StoredAdapter:
         if key_value_only:
             metadata[KEY_VALUE_ONLY] = "true"
         folder = Path(path)
-        # A report of other vectors must not stay.
-        names = (*OWN_NAMES, REPORT_NAME) if is_ours(folder / REPORT_NAME) else OWN_NAMES
-        with replacing_adapter(folder, names) as staged:
+        with replacing_adapter(folder, replaced_in(folder)) as staged:
             (staged / CONFIG_NAME).write_text(config.to_json(), encoding="utf-8")
             file = staged / (WEIGHTS_NAME if safe_serialization else TORCH_WEIGHTS_NAME)
             _write_tensors(tensors, file, metadata, folder)
@@ -322,6 +320,11 @@ class StoredAdapter:
             for name, data in {**_staying(folder), **texts}.items():
                 if name not in (CARD_NAME, REPORT_NAME) or is_ours(folder / name):
                     (staged / name).write_bytes(data)
+
+
+def replaced_in(folder: Path) -> tuple[str, ...]:
+    """The names of the files in a folder that another adapter replaces: a report of ours, too, for it is about other vectors."""
+    return (*OWN_NAMES, REPORT_NAME) if is_ours(folder / REPORT_NAME) else OWN_NAMES
 
 
 def is_number(value: Any) -> bool:
