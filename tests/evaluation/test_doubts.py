@@ -57,7 +57,9 @@ def test_an_unsure_prediction_contradicts_nothing():
     held_out = predictions(np.array([sure, sure, unsure, [0.01, 0.98, 0.01]]))
     assert doubts(HeldOut(range(4), held_out, ["a", "a", "b", "b"])) == []
     assert doubts(HeldOut(range(3), held_out[:3], ["a", "a", "a"])) == []
-    found = doubts(HeldOut(range(4), predictions(np.array([unsure, sure, sure, [0.01, 0.98, 0.01]])), ["a", "b", "a", "b"]))
+    found = doubts(
+        HeldOut(range(4), predictions(np.array([unsure, sure, sure, [0.01, 0.98, 0.01]])), ["a", "b", "a", "b"])
+    )
     assert [type(one) for one in found] == [Doubt] and found[0].row == 1
 
 

@@ -40,7 +40,9 @@ def metrics(task, truth, said):
     return task.metrics(said, truth) if isinstance(task, FreeText) else task.metrics(truth, said)
 
 
-@pytest.mark.parametrize("task", [PLAIN, UNEQUAL, SETS, TEXT, FIELDS], ids=["plain", "unequal", "sets", "text", "fields"])
+@pytest.mark.parametrize(
+    "task", [PLAIN, UNEQUAL, SETS, TEXT, FIELDS], ids=["plain", "unequal", "sets", "text", "fields"]
+)
 def test_values_are_those_of_the_task_on_all_rows_and_on_each_resample(task):
     truth, said = some(task)
     found, expected = measures(task, truth, said), metrics(task, truth, said)

@@ -17,7 +17,9 @@ from ia3.task.free_text import FreeText
 from support import words
 from support.pages import Page
 
-HOSTILE = '<script>alert(1)</script><img src="http://e.com/x" onerror=alert(2)> & "quoted" \'$\\frac{x}$ {{ 137 * 719 }}'
+HOSTILE = (
+    '<script>alert(1)</script><img src="http://e.com/x" onerror=alert(2)> & "quoted" \'$\\frac{x}$ {{ 137 * 719 }}'
+)
 METHOD_TABLE = re.compile(r"\d+ test rows")
 
 

@@ -494,6 +494,6 @@ class Store:
 def _exchange(folder: str, final: str) -> None:
     """Replace a folder by another, or its files by the other's."""
     if os.path.lexists(final):
-        take_over(folder, final, replaced_in(final))
+        take_over(folder, final, replaced_in(Path(final)))
     else:
         os.rename(folder, final)
