@@ -15,10 +15,7 @@ FLIPPED = {3: 1, 20: 2, 41: 1}
 
 
 def predictions(probabilities, thresholds=None):
-    if thresholds:
-        scores = np.log(probabilities) - np.log1p(-probabilities)
-    else:
-        scores = np.log(probabilities)
+    scores = np.log(probabilities) - (np.log1p(-probabilities) if thresholds else 0)
     return [Prediction.of(dict(zip(NAMES, row, strict=True)), thresholds=thresholds) for row in scores.tolist()]
 
 

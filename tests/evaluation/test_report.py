@@ -241,7 +241,7 @@ def run(tmp_path_factory):
 
 
 def test_an_experiments_report_says_what_its_metrics_say(run):
-    experiment, outcome = run
+    _, outcome = run
     results = json.loads((outcome.folder / "metrics.json").read_text())
     page = Page((outcome.folder / "report.html").read_text(encoding="utf-8"))
     [caption] = [caption for caption in page.tables if METHOD_TABLE.match(caption)]
