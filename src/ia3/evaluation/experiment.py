@@ -292,8 +292,9 @@ class Experiment:
         if self.folds:
             from ia3.evaluation.calibration import fold_of_each
 
-            for trial in self.trials:
-                fold_of_each(trial.task, trial.examples, self.folds, trial.seed)
+            for trial in [*self.trials, *self.points]:
+                with about(trial.name or None):
+                    fold_of_each(trial.task, trial.examples, self.folds, trial.seed)
 
     def check_report(self) -> None:
         """Raise `InputError` for a learning curve or a report that cannot be."""
