@@ -36,7 +36,7 @@ def test_every_block_is_named_once_and_run_here_or_by_ci():
     assert None not in names and len(set(names)) == len(names)
     assert set(blocks("command")) == set(re.findall(r"\$\(readme (\w+)\)", (ROOT / ".ci" / "run").read_text()))
     assert set(blocks("example")) == {
-        "train", "template", "classifier", "classifier-frame", "python", "peft", "modules", "rule", "several", "mixed", "question", "question-decoder", "readings", "bank", "archive", "auto", "convert",
+        "train", "template", "report", "classifier", "classifier-frame", "python", "peft", "modules", "rule", "several", "mixed", "question", "question-decoder", "readings", "bank", "archive", "auto", "convert",
         "families", "task.yaml", "task", "task-python", "suggest", "pairs.yaml", "cause.yaml", "endings.yaml", "stars.yaml", "tasks",
         "class-weight", "dear.yaml", "costs", "added", "unseen", "unequal-python", "label-sets", "tags.yaml", "label-sets-python",
         "prompts-python", "fleet", "fleet-python", "many", "many-python", "compare", "compare-python",
@@ -142,6 +142,7 @@ def place(tmp_path_factory):
         "costs",
         "added",
         "unseen",
+        "report",
         "label-sets",
         "free-text",
         "fields",

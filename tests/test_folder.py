@@ -16,7 +16,7 @@ import ia3
 from ia3 import IA3Config, InputError, PeftModel, Recipe, Task
 from ia3.adapter.checkpoint import save_adapter
 from ia3.adapter.config import adapter_folders
-from ia3.adapter.stored import OWN_NAMES
+from ia3.adapter.stored import CARD_MARK, OWN_NAMES
 from ia3.evaluation.calibration import Calibration
 from ia3.files import PENDING, TEMPORARY, atomic, hub, is_unused, new_folder, replacing, replacing_adapter
 from ia3.folder import AdapterFolder
@@ -299,6 +299,7 @@ def test_other_files_stay(tmp_path):
         "checkpoint-5/adapter_config.json": b"{}",
         "runs/events": b"log",
         "README.md": b"my own words",
+        "report.html": b"<!doctype html><p>mine",
         "metrics.json": b'{"accuracy": 1}',
         "task.yaml": b"template: '{{ text }}'\nchoices: [a, b]\n",
     }
@@ -315,6 +316,7 @@ def test_other_files_stay(tmp_path):
     assert (
         "task.yaml" not in left
         and left["README.md"] == b"my own words"
+        and left["report.html"] == mine["report.html"]
         and left["metrics.json"] == mine["metrics.json"]
     )
     assert f"other/{WEIGHTS}" in left
@@ -323,6 +325,7 @@ def test_other_files_stay(tmp_path):
 def test_nothing_of_an_earlier_adapter_stays(tmp_path):
     adapted(1, task="a").save_pretrained(tmp_path)
     AdapterFolder(tmp_path).calibrate(CALIBRATION)
+    (tmp_path / "report.html").write_text(CARD_MARK)
     assert {"task.yaml", "recipe.yaml", "metrics.json", "calibration.json"} <= contents(tmp_path).keys()
     adapted(2).save_pretrained(tmp_path)
     assert contents(tmp_path).keys() == {CONFIG, WEIGHTS, "README.md"}

@@ -77,6 +77,7 @@ class TestTrain:
             "metrics.json",
             "opinions.json",
             "recipe.yaml",
+            "report.html",
             "task.yaml",
         ]
         metrics = json.loads((place / "adapter" / "metrics.json").read_text())
@@ -91,6 +92,33 @@ class TestTrain:
         assert json.loads((place / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
             place / "model"
         )
+
+    def test_a_report_elsewhere_and_a_learning_curve(self, train, tmp_path):
+        code, out, err = train("--json", report=tmp_path / "pages" / "tea.html", learning_curve="2,4")
+        assert code == 0, err
+        results = json.loads(out)
+        assert [one["train_examples"] for one in results["learning_curve"]] == [4, 8]
+        assert not (tmp_path / "out" / "report.html").exists()
+        assert os.listdir(tmp_path / "pages") == ["tea.html"]
+        assert "Would more examples help?" in (tmp_path / "pages" / "tea.html").read_text(encoding="utf-8")
+        code, out, _ = train(template=None)
+        assert code == 0 and f"{tmp_path / 'out' / 'report.html'}" in out
+        assert (tmp_path / "out" / "report.html").is_file()
+
+    @pytest.mark.parametrize(
+        "options, said",
+        [
+            ({"report": "page.txt"}, "ends in .html"),
+            ({"report": "page.html", "seeds": "0,1"}, "Expected one adapter for a report"),
+            ({"learning_curve": "4,x"}, "Expected --learning-curve as different numbers"),
+            ({"learning_curve": "16"}, "fewer than all 32 examples, found 16; take other numbers for --learning-curve"),
+            ({"learning_curve": "4", "test_rows": "0", "test_data": None, "examples_per_label": "0"}, "test rows"),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    def test_reports_and_curves_that_cannot_be(self, train, tmp_path, options, said):
+        code, _, err = train(**options)
+        assert code == 2 and said in err.splitlines()[-1] and not (tmp_path / "out").exists()
 
     def test_peft_reads_it(self, place):
         base = transformers.AutoModelForCausalLM.from_pretrained(place / "model")

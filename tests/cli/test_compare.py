@@ -104,7 +104,7 @@ def test_json_has_a_row_for_each_method(run, place, tmp_path):
     saved = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert saved["rows"] == json.loads(out)["rows"] and saved["test_rows"] == 30 and saved["train_examples"] == 32
     assert (tmp_path / "out" / "compare.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["compare.json", "compare.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["compare.json", "compare.png", "report.html"]
 
 
 def test_table_with_an_adapter_that_is_trained_already(run, ia3, place, tmp_path):

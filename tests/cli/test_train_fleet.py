@@ -11,7 +11,15 @@ from safetensors.torch import load_file
 from ia3 import Task, TFewTrainer
 from support import words
 
-FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "metrics.json", "recipe.yaml", "task.yaml"]
+FILES = [
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "metrics.json",
+    "recipe.yaml",
+    "report.html",
+    "task.yaml",
+]
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,13 @@
 """Rows of a task's own sources."""
 
+import itertools
 import json
 
 import pytest
 
 from ia3 import InputError, Task
-from ia3.evaluation.drawing import read
+from ia3.evaluation.drawing import nested, read
+from ia3.task.free_text import FreeText
 
 
 @pytest.fixture
@@ -36,3 +38,40 @@ def test_otherwise_they_are_an_error(source):
 def test_rows_of_somebody_else_stay(source, tmp_path):
     its = task("elsewhere.jsonl", only_choices=True)
     assert len(read(source, its)) == 6
+
+
+ROWS = [{"text": f"{n}", "label": "pos" if n % 3 else "neg"} for n in range(30)]  # 10 of neg, 20 of pos
+
+
+class TestNested:
+    def test_parts_have_so_many_rows_of_each_label_and_hold_the_smaller_ones(self):
+        its = Task(template="{{ text }} :", choices={"pos": "good", "neg": "bad"})
+        parts = nested(its, ROWS, [12, 2, 5])
+        assert [*parts] == [2, 5, 12]
+        for size, rows in parts.items():
+            labels = [row["label"] for row in rows]
+            assert (labels.count("pos"), labels.count("neg")) == (size, min(size, 10))
+            assert rows == [row for row in ROWS if row in rows]  # in their order
+        names = [{row["text"] for row in rows} for rows in parts.values()]
+        assert names[0] < names[1] < names[2]
+
+    def test_rows_with_several_labels(self):
+        its = Task(template="{{ text }} :", choices={name: name for name in "abc"}, multi_label=True)
+        rows = [{"text": f"{n}", "label": [name for i, name in enumerate("abc") if n >> i & 1]} for n in range(40)]
+        parts = nested(its, rows, [1, 2, 3, 4])
+        counts = [{name: sum(name in row["label"] for row in some) for name in "abc"} for some in parts.values()]
+        assert all(min(count.values()) >= size for size, count in zip(parts, counts, strict=True))
+        names = [{row["text"] for row in some} for some in parts.values()]
+        assert all(one < other for one, other in itertools.pairwise(names))
+        assert any(not row["label"] for row in parts[1])
+
+    def test_texts_are_counted_in_all(self):
+        its = FreeText.create({"template": "{{ text }} :", "answer": "{{ label }}"})
+        assert {size: len(rows) for size, rows in nested(its, ROWS, [4, 16]).items()} == {4: 4, 16: 16}
+
+    @pytest.mark.parametrize("sizes", [[20], [0, 4], [4, 99]])
+    def test_a_part_is_some_rows_and_not_all(self, sizes):
+        its = Task(template="{{ text }} :", choices={"pos": "good", "neg": "bad"})
+        with pytest.raises(InputError, match="fewer than all 30 examples") as found:
+            nested(its, ROWS, sizes)
+        assert found.value.argument == "learning_curve"

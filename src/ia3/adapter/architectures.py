@@ -106,6 +106,7 @@ _KEY_VALUE = (
     "key_protein value_protein, text_proj values_text_proj values_vision_proj, kv_b_proj, to_kv, kv_proj, keys_values"
 )
 _SIBLINGS = [names.split() for names in _KEY_VALUE.split(", ")]
+_KEYS, _VALUES = ({names[place] for names in _SIBLINGS if len(names) == 2} for place in (0, 1))
 # Deformable attention samples values at learned offsets: it has no keys.
 _VALUE_ONLY = {"value_proj": "sampling_offsets"}
 
@@ -418,6 +419,16 @@ def output_sites(modules: Mapping[str, nn.Module], sites: Iterable[Site]) -> dic
     """
     tree = _Tree(modules)
     return {site.path: tree.output_site(site) for site in sites}
+
+
+def kind_of(path: str) -> str:
+    """What a module whose output is rescaled makes: "key", "value", "key and value" where both are fused, or its own name."""
+    name = path.rpartition(".")[2]
+    if name in _KEYS:
+        return "key"
+    if name in _VALUES:
+        return "value"
+    return "key and value" if name in _FUSED or [name] in _SIBLINGS else name
 
 
 def _features(projection: nn.Module) -> int:

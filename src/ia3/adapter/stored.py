@@ -42,6 +42,7 @@ WORDS_NAME = "words.safetensors"
 CALIBRATION_NAME = "calibration.json"
 METRICS_NAME = "metrics.json"
 CARD_NAME = "README.md"
+REPORT_NAME = "report.html"
 
 OWN_NAMES = (
     CONFIG_NAME,
@@ -77,7 +78,7 @@ SEEN = "train_rows"
 TRAIN_LABELS = "train_labels"
 """The key of what it has beside them: label → number of training rows."""
 
-# The mark of a model card that this package wrote.
+# The mark of a model card or report that this package wrote.
 CARD_MARK = "<!-- Written by ia3, which replaces it with the adapter. Delete this line to keep a text of your own. -->"
 
 # Entries of the safetensors header, which PEFT does not read: that the adapter rescales only the key and value part of
@@ -306,7 +307,7 @@ class StoredAdapter:
     ) -> None:
         """Write an adapter and the other files of its folder, atomically; see `replacing_adapter`.
 
-        The files of an earlier adapter are removed. A user's files stay: README.md or metrics.json, all other files,
+        The files of an earlier adapter are removed. A user's files stay: README.md, report.html or metrics.json, all other files,
         and task.yaml and recipe.yaml if the folder had no adapter.
 
         Args:
@@ -326,14 +327,19 @@ class StoredAdapter:
         if key_value_only:
             metadata[KEY_VALUE_ONLY] = "true"
         folder = Path(path)
-        with replacing_adapter(folder, OWN_NAMES) as staged:
+        with replacing_adapter(folder, replaced_in(folder)) as staged:
             (staged / CONFIG_NAME).write_text(config.to_json(), encoding="utf-8")
             file = staged / (WEIGHTS_NAME if safe_serialization else TORCH_WEIGHTS_NAME)
             _write_tensors(tensors, file, metadata, folder)
             texts = beside(file.stat().st_size) if callable(beside) else beside or {}
             for name, data in {**_staying(folder), **texts}.items():
-                if name != CARD_NAME or is_ours(folder / CARD_NAME):
+                if name not in (CARD_NAME, REPORT_NAME) or is_ours(folder / name):
                     (staged / name).write_bytes(data)
+
+
+def replaced_in(folder: Path) -> tuple[str, ...]:
+    """The names of the files in a folder that another adapter replaces: a report of ours, too, for it is about other vectors."""
+    return (*OWN_NAMES, REPORT_NAME) if is_ours(folder / REPORT_NAME) else OWN_NAMES
 
 
 def is_number(value: Any) -> bool:
@@ -341,10 +347,10 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and 0 <= value <= _MOST
 
 
-def is_ours(card: Path) -> bool:
-    """Whether a model card may be replaced: it does not exist, or this package wrote it."""
+def is_ours(path: Path) -> bool:
+    """Whether a model card or report may be replaced: it does not exist, or this package wrote it."""
     try:
-        return CARD_MARK.encode() in card.read_bytes()
+        return CARD_MARK.encode() in path.read_bytes()
     except FileNotFoundError:
         return True
 

@@ -169,6 +169,12 @@ DeviceMapOption = typer.Option(
     "there into main memory; shards: a share of each layer into each of several processes (torchrun). \\[default: one device]",
     show_default=False,
 )
+ReportOption = typer.Option(
+    None,
+    "--report",
+    help="File of the report, .html. \\[default: report.html in the output folder]",
+    show_default=False,
+)
 JsonOption = typer.Option(False, "--json", help="Print only JSON on standard output, for programs.")
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ia3.adapter.pretrained import EMBEDDED_MODEL
+from ia3.adapter.stored import REPORT_NAME
 from ia3.cli.bars import Bars
 from ia3.cli.common import (
     MAX_SEED,
@@ -20,6 +21,7 @@ from ia3.cli.common import (
     JsonOption,
     LabelColumnOption,
     RecipeOption,
+    ReportOption,
     StepsOption,
     TemplateOption,
     TestDataOption,
@@ -90,9 +92,10 @@ def compare(
         None,
         "--output",
         "-o",
-        help="Folder of compare.png and compare.json. \\[default: comparisons/NAME]",
+        help="Folder of compare.png, compare.json and report.html. \\[default: comparisons/NAME]",
         show_default=False,
     ),
+    report: Path | None = ReportOption,
     json_output: bool = JsonOption,
 ) -> None:
     """Compare accuracy and cost of T-Few, zero-shot and in-context learning.
@@ -103,11 +106,12 @@ def compare(
     In-context learning reads the shots once and keeps their keys and values; the table also has the cost of reading
     them again for each example. The untrained methods also have balanced accuracy: an untrained model prefers some answers
     whatever it reads, and training rows show how much. Without --template or --task, the training rows choose the wording
-    of all methods. Writes a picture, compare.png, and the numbers, compare.json.
+    of all methods. Writes a picture, compare.png, the numbers, compare.json, and report.html, a page with intervals and mistakes.
 
     For a task whose answer is text the methods have its metrics, and each row's shots are read again.
     """
     from ia3.evaluation.drawing import drawn
+    from ia3.evaluation.experiment import require_page
     from ia3.task.task import Task
 
     out = console(json_output)
@@ -154,6 +158,7 @@ def compare(
             raise InputError(f"Expected --shots from 1 to {len(examples)}, the training examples, found {count}.")
     folder = output or folder_of("comparisons", source.task.name)
     require_folder(folder)
+    require_page(report)
     plan = (
         trained.recipe if trained is not None else recipe_for(model or EMBEDDED_MODEL, recipe, generates, steps=steps)
     )
@@ -201,13 +206,15 @@ def compare(
         )
     with Bars(out) as bars:
         rows = comparison.run(drawn_shots, bars)
-    comparison.save(folder, rows)
+    comparison.save(folder, rows, report)
     if json_output:
         tried = {"wordings": [one.to_dict() for one in ranking]} if ranking else {}
         print_json({"rows": rows, **tried})
         return
     print_comparison(out, rows)
-    out.print(f"\nSaved in {folder}.", markup=False, soft_wrap=True)
+    out.print(
+        f"\nSaved in {folder}.\nHow good are they? {report or folder / REPORT_NAME}", markup=False, soft_wrap=True
+    )
 
 
 def print_comparison(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:

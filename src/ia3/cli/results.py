@@ -8,16 +8,13 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from ia3.cli.common import table
-from ia3.evaluation.results import METHODS, OF_COSTS, OF_GRADES, shown_metric, spread, titles_of
+from ia3.evaluation.results import METHODS, OF_COSTS, OF_GRADES, OF_OPINIONS, shown_metric, spread, titles_of
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from ia3.evaluation.choosing import Considered
     from ia3.evaluation.wordings import Ranked
-
-# The row of an opinion in the table.
-_OPINIONS = {"vectors": "vectors alone", "head": "head alone", "sentences": "sentence encoder alone"}
 
 
 def print_table(out: Console, results: dict[str, Any]) -> None:
@@ -35,7 +32,7 @@ def print_table(out: Console, results: dict[str, Any]) -> None:
             if key not in results:  # no balance where answers differ from row to row
                 continue
             if key == "trained":
-                for opinion, its in _OPINIONS.items():
+                for opinion, its in OF_OPINIONS.items():
                     if opinion in opinions:
                         weight = f" (weight {opinions['weights'].get(opinion, 0):.2f})"
                         scores.add_row(its + weight, *cells(opinions[opinion]))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ia3.adapter.pretrained import EMBEDDED_MODEL
+from ia3.adapter.stored import REPORT_NAME
 from ia3.cli.bars import Bars
 from ia3.cli.common import (
     MAX_SEED,
@@ -30,6 +31,7 @@ from ia3.cli.common import (
     OpinionsOption,
     PriorOption,
     RecipeOption,
+    ReportOption,
     StepsOption,
     TemplateOption,
     TestDataOption,
@@ -169,6 +171,13 @@ def train(
         help="Folder of the adapter. \\[default: adapters/NAME; adapters/fleet with --tasks]",
         show_default=False,
     ),
+    learning_curve: str | None = typer.Option(
+        None,
+        "--learning-curve",
+        help="Also train on parts of the examples, so many per label (of texts: in all): 4,8. The report shows whether more would help.",
+        show_default=False,
+    ),
+    report: Path | None = ReportOption,
     chat: bool = ChatOption,
     metric: str | None = MetricOption,
     resume: bool = typer.Option(False, "--resume", help="Continue from the last checkpoint of an interrupted run."),
@@ -203,8 +212,8 @@ def train(
     --examples).
 
     Writes adapter_config.json and adapter_model.safetensors (which PEFT also reads, with --acts-from start), opinions.json,
-    head.safetensors, sentences.safetensors, words.safetensors, calibration.json, task.yaml, recipe.yaml, metrics.json and README.md into the
-    output folder.
+    head.safetensors, sentences.safetensors, words.safetensors, calibration.json, task.yaml, recipe.yaml, metrics.json, README.md and
+    report.html, a page on how good it is, into the output folder.
     """
     from ia3.evaluation.drawing import read
     from ia3.evaluation.experiment import Experiment
@@ -285,7 +294,10 @@ def train(
         memory=memory,
         prior=_prior(prior, rows["task"]),
         unlabelled=None if unlabelled is None else read(unlabelled, rows["task"], delimiter),
+        learning_curve=() if learning_curve is None else numbers("--learning-curve", learning_curve, int),
+        report=report,
     )
+    experiment.check_report()
     for path in experiment.folders:
         require_folder(path)
     if folds:
@@ -336,6 +348,8 @@ def train(
     first = experiment.trials[0]
     hint = f' Try it: ia3 predict {folder / first.name} "some text"' if len(first.task.columns) == 1 else ""
     out.print(f"\nSaved in {folder}.{hint}", markup=False, soft_wrap=True)
+    page = report or folder / ("*" * outcome.several) / REPORT_NAME
+    out.print(f"How good is it? {page}", markup=False, soft_wrap=True)
 
 
 def _chosen(

@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ia3.adapter.checkpoint import save_adapter
 from ia3.adapter.model import IA3Model
+from ia3.adapter.moved import moved
 from ia3.adapter.pretrained import HEADED, task_type
-from ia3.adapter.stored import RECIPE_NAME, StoredAdapter
+from ia3.adapter.stored import RECIPE_NAME, REPORT_NAME, StoredAdapter
 from ia3.errors import InputError
 from ia3.evaluation import costs, icl
 from ia3.evaluation.balance import Balance, balancing_rows, can_balance
 from ia3.evaluation.prediction import predict
 from ia3.evaluation.progress import Progress
+from ia3.evaluation.report.findings import Findings, Method
+from ia3.evaluation.report.page import page_of
 from ia3.evaluation.results import OF_TEXTS
 from ia3.evaluation.running import train_alone, with_adapters
 from ia3.files import WEIGHTS_NAME, replacing, write_json
@@ -89,8 +92,13 @@ class Comparison:
     # What the method that trains is called.
     METHOD: ClassVar[str] = T_FEW
 
+    # How costs are measured.
+    COSTS_FROM: ClassVar[str] = "on all test rows, in batches; shots are read once"
+
     def __post_init__(self) -> None:
         self._progress = Progress()
+        self._answers: dict[str, list[Any]] = {}
+        self._moved: dict[str, dict[int, float]] = {}
         self.parameters = costs.count_parameters(self.base)
         self.cache_bytes = costs.cache_bytes_per_token(self.base)
 
@@ -173,6 +181,7 @@ class Comparison:
             more = {"disk_bytes": size, **self._recorded(model, self.adapter)}
         else:
             model, more = self._train()
+        self._moved = moved(model, model.active_adapters[0])
         return self._with_adapter(model, **more)
 
     def _with_adapter(self, model: Any, **more: Any) -> dict[str, Any]:
@@ -236,6 +245,7 @@ class Comparison:
             self.recipe,
         )
         stage.note(f"accuracy {self._scores(measured)['accuracy']:.1%}")
+        self._answers[title] = measured.predictions
         return measured
 
     def _balanced(
@@ -252,7 +262,9 @@ class Comparison:
 
         found = predict(self.base, self.tokenizer, self.task, rows, advance, recipe=self.recipe, prefix=prefix)
         balance = Balance.fit(found, [self.task.label(row) for row in rows])
-        scores = self._scores(replace(measured, predictions=balance.balanced(measured.predictions)))
+        balanced = balance.balanced(measured.predictions)
+        self._answers[_balanced(title)] = balanced
+        scores = self._scores(replace(measured, predictions=balanced))
         stage.note(f"accuracy {scores['accuracy']:.1%}")
         return scores
 
@@ -293,8 +305,45 @@ class Comparison:
             "examples": 0,
         }
 
-    def save(self, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write the result of `run` to a folder: a picture, compare.png, and the numbers, compare.json."""
+    def findings(self, rows: Sequence[Mapping[str, Any]]) -> Findings:
+        """What the report on the result of `run` is made of."""
+        methods = []
+        for row in rows:
+            name = row["method"]
+            once = row["once_seconds"] or None
+            costs = row["seconds"], row["inference_flops"], once, row["training_flops"] or None
+            scores = {key: value for key, value in row.items() if key not in BESIDE_METRICS}
+            methods.append(Method(name, scores, self._answers[name], *costs))
+            if row["balanced"] is not None:
+                methods.append(Method(_balanced(name), row["balanced"], self._answers[_balanced(name)], *costs))
+        return Findings(
+            self.task,
+            f"{self.task.name}: methods compared",
+            {
+                "base model": Path(str(self.base.name_or_path)).name,
+                "parameters": f"{self.parameters:,}",
+                "recipe": self.recipe.name,
+                "training examples": len(self.examples),
+                "test rows": len(self.test),
+                "seed": self.seed,
+            },
+            self.examples,
+            self.test,
+            methods,
+            methods[-1],
+            moved=self._moved,
+            costs_from=self.COSTS_FROM,
+        )
+
+    def save(self, folder: Path, rows: Sequence[Mapping[str, Any]], report: Path | None = None) -> None:
+        """Write the result of `run` to a folder: a picture, compare.png, the numbers, compare.json, and a report.
+
+        Args:
+            folder: the folder.
+            rows: the result of `run`.
+            report: the report's file; None: report.html in the folder.
+        """
+        page = page_of(self.findings(rows))
         settings = {
             "model": self.base.name_or_path,
             "task": self.task.name,
@@ -303,14 +352,16 @@ class Comparison:
             "test_rows": len(self.test),
             "seed": self.seed,
         }
-        with replacing(folder / "compare.png") as path:
-            draw(
-                path,
-                rows,
-                self.headline,
-                f"{self.task.name}, {Path(str(self.base.name_or_path)).name}, {len(self.test)} test rows",
-            )
+        title = f"{self.task.name}, {Path(str(self.base.name_or_path)).name}, {len(self.test)} test rows"
+        with replacing(folder / "compare.png") as path, replacing(report or folder / REPORT_NAME) as written:
+            draw(path, rows, self.headline, title)
+            written.write_text(page, encoding="utf-8")
             write_json(folder / "compare.json", {**settings, "rows": rows})
+
+
+def _balanced(method: str) -> str:
+    """The name of an untrained method with balanced answers."""
+    return f"{method}, balanced"
 
 
 def draw(path: Path, rows: Sequence[Mapping[str, Any]], metric: str, title: str) -> None:

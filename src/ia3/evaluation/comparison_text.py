@@ -38,6 +38,7 @@ class TextComparison(Comparison):
     metric: str | None = None
 
     METHOD: ClassVar[str] = TRAINED
+    COSTS_FROM: ClassVar[str] = "on all test rows, in batches; shots are read again for each"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -92,7 +93,8 @@ class TextComparison(Comparison):
             model, self.tokenizer, self.task, self.test, lambda done: stage.advance(len(done)), shots=shots
         )
         seconds = (time.perf_counter() - started) / len(self.test)
-        scores = self.task.metrics([one.result for one in found], self.references, self.metric)
+        self._answers[method] = [one.result for one in found]
+        scores = self.task.metrics(self._answers[method], self.references, self.metric)
         stage.note(f"{OF_TEXTS.get(self.headline, self.headline)} {shown_metric(scores[self.headline])}")
         questions = [one.question for one in found]
         flops, tokens = costs.flops_of(Scorer(model, self.tokenizer), questions), map(row_length, questions)

@@ -166,6 +166,33 @@ def flops_of(scorer: Scorer, questions: Sequence[Question], prefix: Prefix | Non
     return (once + in_rows * sum(places) / sum(places[number] for number in counted)) / len(questions)
 
 
+class RowCost(NamedTuple):
+    """What it costs to answer a row, the mean of some.
+
+    Attributes:
+        seconds: wall time, in one batch.
+        flops: operations.
+    """
+
+    seconds: float
+    flops: float
+
+
+def row_cost(ask: Callable[[list[Any]], Any], rows: Sequence[Any]) -> RowCost:
+    """Measure what it costs to answer rows: once for the time, and once more to count, which is slow.
+
+    Args:
+        ask: answers rows, and keeps nothing between calls.
+        rows: at least one.
+    """
+    started = time.perf_counter()
+    ask(list(rows))
+    seconds = time.perf_counter() - started
+    with count_flops() as counter:
+        ask(list(rows))
+    return RowCost(seconds / len(rows), counter.get_total_flops() / len(rows))
+
+
 def _places(batch: Batch) -> int:
     """The number of token positions in a batch, padding included."""
     return sum(batch[name].numel() for name in ("input_ids", "decoder_input_ids") if name in batch)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ia3.errors import InputError
 from ia3.opinions.priors import shares_of
 from ia3.task.free_text import FreeText, few_rows
 from ia3.task.kinds import AnyTask
@@ -121,6 +122,42 @@ def drawn(
     left = [row for row in test if id(row) not in held]
     shares = _shares(source.task, examples, left, len(test)) if len(left) >= _TELLING or not test else None
     return Draw(examples, tested, left_out=len(rest) - len(test), shares=shares)
+
+
+def nested(task: AnyTask, rows: Sequence[Row], sizes: Sequence[int]) -> dict[int, list[Row]]:
+    """Parts of training examples, each inside the next larger one: size → its rows, in their order.
+
+    Args:
+        task: the task of the rows.
+        rows: the examples, in the random order in which they were drawn.
+        sizes: rows for each label, as far as it has so many; if the answer is text, rows in all.
+
+    Raises:
+        InputError: a part would be all rows, or fewer than one for each label.
+    """
+    if isinstance(task, FreeText):
+        labels: list[Sequence[str]] = [[""]] * len(rows)
+    elif task.multi_label:
+        labels = [task.labels_of(row, number) or ("",) for number, row in enumerate(rows, 1)]
+    else:
+        labels = [[task.label(row, number)] for number, row in enumerate(rows, 1)]
+    found: dict[int, list[Row]] = {}
+    counts: Counter[str] = Counter()
+    taken: set[int] = set()
+    for size in sorted(sizes):
+        for index, its in enumerate(labels):
+            if index not in taken and any(counts[label] < size for label in its):
+                taken.add(index)
+                counts.update(its)
+        if size < 1 or len(taken) == len(rows):
+            what = "examples" if isinstance(task, FreeText) else "examples for each label"
+            raise InputError(
+                f"Expected from 1 {what} to fewer than all {len(rows)} examples, found {size}",
+                "take other numbers for",
+                argument="learning_curve",
+            )
+        found[size] = [rows[index] for index in sorted(taken)]
+    return found
 
 
 def _few(source: Source, count: int | None, seed: int) -> list[Row]:

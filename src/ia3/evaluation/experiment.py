@@ -6,7 +6,7 @@ import functools
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ from ia3.adapter.config import IA3Config
 from ia3.adapter.pretrained import EMBEDDED_MODEL
 from ia3.errors import InputError, about, brief, shown
 from ia3.evaluation.checkpoints import checkpoint_of, resumable, settings_of
-from ia3.evaluation.drawing import Draw, Source, drawn, read
+from ia3.evaluation.drawing import Draw, Source, drawn, nested, read
 from ia3.evaluation.progress import Progress
 from ia3.evaluation.results import summary
 from ia3.files import parse_bytes, write_json
@@ -47,6 +47,9 @@ class Trial:
         examples: the training examples.
         test: the test rows; empty: the trial is not evaluated.
         shares: as of `Draw`.
+        part: the size of a part of another trial's examples (see `nested`), if this is a point of its learning curve, which is
+            measured and not saved; None: it is not.
+        of: the name of that trial.
     """
 
     name: str
@@ -57,6 +60,8 @@ class Trial:
     examples: Sequence[Row]
     test: Sequence[Row]
     shares: Mapping[str, float] | None = None
+    part: int | None = None
+    of: str | None = None
 
     def titled(self, text: str) -> str:
         """A text about this trial, with the trial's name if there are several."""
@@ -123,6 +128,9 @@ class Experiment:
             label → share, of all labels. Opinions move their probabilities there.
         unlabelled: rows without labels; the prior is estimated on them (see `estimated_prior`), and heads learn from them where
             cross-validation agrees (see `self_train`).
+        learning_curve: sizes of parts of the examples to train on, too, and to measure on the same test rows: examples per label, or
+            in all if the answer is text.
+        report: the file for the report; None: report.html in the adapter's folder.
     """
 
     task: AnyTask | Sequence[AnyTask]
@@ -142,6 +150,8 @@ class Experiment:
     memory: int | str = MEMORY
     prior: str | Mapping[str, float] = "file"
     unlabelled: Any = None
+    learning_curve: Sequence[int] = ()
+    report: str | os.PathLike | None = None
 
     @property
     def generates(self) -> bool:
@@ -204,6 +214,19 @@ class Experiment:
                     found.append(Trial(name, shared, source.task, seed, rate, draw.examples, draw.test, draw.shares))
         return found
 
+    @functools.cached_property
+    def points(self) -> list[Trial]:
+        """A trial for each point of each trial's learning curve. Raises `InputError` for sizes that its examples have not."""
+        found = []
+        unit = "examples" if self.generates else "per label"
+        for trial in self.trials if self.learning_curve else ():
+            with about(trial.name or None):
+                parts = nested(trial.task, trial.examples, self.learning_curve)
+            for size, rows in parts.items():
+                name = _joined(" ", trial.name, f"{size} {unit}")
+                found.append(replace(trial, name=name, shared=name, examples=rows, part=size, of=trial.name))
+        return found
+
     @property
     def folders(self) -> list[Path]:
         """All folders for results."""
@@ -231,7 +254,7 @@ class Experiment:
                 "learning_rate": trial.learning_rate,
                 "examples": trial.examples,
             }
-            for trial in self.trials
+            for trial in [*self.trials, *self.points]
         }
         return settings_of(
             model=self.model,
@@ -264,14 +287,33 @@ class Experiment:
             IA3Config.from_pretrained(self.chosen_recipe.init)
         if self.chosen_recipe.opinions != VECTORS:
             Sentences.found(self.chosen_recipe.encoder)
-        for trial in self.trials:
+        for trial in [*self.trials, *self.points]:
             if trial.task.multi_label:
                 self._check_label_sets(trial)
+        self.check_report()
         if self.folds:
             from ia3.evaluation.calibration import fold_of_each
 
-            for trial in self.trials:
-                fold_of_each(trial.task, trial.examples, self.folds, trial.seed)
+            for trial in [*self.trials, *self.points]:
+                with about(trial.name or None):
+                    fold_of_each(trial.task, trial.examples, self.folds, trial.seed)
+
+    def check_report(self) -> None:
+        """Raise `InputError` for a learning curve or a report that cannot be."""
+        if self.learning_curve and self.all_templates:
+            raise InputError(
+                "Expected the first template alone for a learning curve, found all of them",
+                "leave out",
+                argument="learning_curve",
+            )
+        untested = [trial for trial in self.trials if not trial.test]
+        if self.learning_curve and untested:
+            raise InputError(
+                "Expected test rows to measure a learning curve on, found none", "leave out", argument="learning_curve"
+            )
+        if self.report is not None and self.several:
+            raise InputError("Expected one adapter for a report, found several", "leave out", argument="report")
+        require_page(self.report)
 
     def _check_label_sets(self, trial: Trial) -> None:
         """Raise `InputError` for what a multi-label task cannot have."""
@@ -347,24 +389,26 @@ class Experiment:
         after = running.trained()
         found = {
             trial.name: running.results(trial, before[trial.name], after[trial.name], metrics, seconds)
-            for trial in running.trials
+            for trial in running.own
         }
         # Before cross-validation, so that the trained adapters are not lost if it fails.
         results = {}
         if running.recipe.opinions != "head":
-            results = {trial.name: running.save(trial, found[trial.name]) for trial in running.trials}
+            results = {trial.name: running.save(trial, found[trial.name]) for trial in running.own}
         with resumable(self.checkpoints):
-            for trial in running.trials:
+            for trial in running.points:
+                curve = found[str(trial.of)].setdefault("learning_curve", [])
+                curve.append(running.point(trial, after[trial.name]))
+            for trial in running.own:
+                more, opinions, calibration = {}, None, None
                 if running.forms_opinions[trial.name]:
                     more, opinions, calibration = running.opinions(trial)
-                    found[trial.name].update(more)
-                    results[trial.name] = running.save(trial, found[trial.name], calibration, opinions)
                 elif self.folds:
                     more, calibration = running.cross_validate(trial)
-                    found[trial.name].update(more)
-                    results[trial.name] = running.save(trial, found[trial.name], calibration)
+                found[trial.name].update(more)
+                results[trial.name] = running.save(trial, found[trial.name], calibration, opinions, reported=True)
         groups: dict[str, list[str]] = {}
-        for trial in running.trials:
+        for trial in running.own:
             groups.setdefault(trial.shared, []).append(trial.name)
         outcome = Outcome(Path(self.folder), results, groups, self.several)
         if processes.is_first():
@@ -372,6 +416,16 @@ class Experiment:
                 write_json(outcome.folder / "metrics.json", outcome.results)
             shutil.rmtree(self.checkpoints, ignore_errors=True)
         return outcome
+
+
+def require_page(path: str | os.PathLike | None) -> None:
+    """Raise `InputError` for a report's file that cannot be one; None is the usual one."""
+    if path is not None and (Path(path).suffix != ".html" or Path(path).is_dir()):
+        raise InputError(
+            f"Expected a file that ends in .html for the report, found {brief(os.fspath(path))}",
+            "change",
+            argument="report",
+        )
 
 
 def source_of(task: AnyTask, rows: Any = None, test: Any = None) -> Source:

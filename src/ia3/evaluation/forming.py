@@ -59,12 +59,14 @@ class Formed:
             None: nothing was cross-validated.
         labels: the labels of these rows; tuples of labels where rows may have several.
         why: how the weights came about, for people.
+        rows: which of the training rows were held out, counted from 0.
     """
 
     opinions: Opinions
     held_out: list[Prediction] | None
     labels: list[Any]
     why: str
+    rows: Sequence[int]
 
 
 def form_opinions(
@@ -138,7 +140,7 @@ def form_opinions(
             f"vectors answer, too, if they are trained."
         )
     opinions = Opinions.of(weights, made.heads, balance, None if encoder is None else encoder.name)
-    return Formed(opinions, made.together(opinions.weights), made.known, why)
+    return Formed(opinions, made.together(opinions.weights), made.known, why, made.measured)
 
 
 class Forming:

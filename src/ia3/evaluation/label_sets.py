@@ -115,7 +115,7 @@ def form_label_sets(
     if recipe.opinions == "auto" and not asked:
         reason = "take long to cross-validate" if long else "are too few to cross-validate"
         why += f"; {len(rows)} rows of {len(names)} labels {reason}, so vectors do not count"
-    return Formed(opinions, predictions, labels, why)
+    return Formed(opinions, predictions, labels, why, range(len(rows)))
 
 
 def _divides(task: Task, rows: Sequence[Row], folds: int, seed: int) -> bool:

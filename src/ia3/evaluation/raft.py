@@ -112,7 +112,7 @@ class Raft:
         with progress.waiting("Loading the model …"):
             model, tokenizer = self._with_new_adapter(task)
         set_seed(self.seed)
-        scores, calibration = cross_validated(
+        scores, calibration, _ = cross_validated(
             progress, "Cross-validation", model, tokenizer, task, one.train, recipe, self.folds, self.seed, folder
         )
         trainer, trained, train_seconds = train_alone(

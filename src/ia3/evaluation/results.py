@@ -22,6 +22,7 @@ METHODS = {
     "tfidf": "TF-IDF baseline",
     "majority": "majority class",
 }
+OF_OPINIONS = {"vectors": "vectors alone", "head": "head alone", "sentences": "sentence encoder alone"}
 METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
 OF_LABEL_SETS = {"macro_f1": "macro-F1", "micro_f1": "micro-F1", "accuracy": "exact match"}
 OF_COSTS = {"mean_cost": "mean cost"}
@@ -51,9 +52,9 @@ def majority_metrics(task: Task, labels: Sequence[str]) -> dict[str, float]:
     return task.metrics(labels, [majority(labels)] * len(labels))
 
 
-def tfidf_metrics(task: Task, examples: Sequence[Row], test: Sequence[Row]) -> dict[str, float] | None:
-    """The metrics of a logistic regression on TF-IDF features of words and pairs of words: what a few lines of scikit-learn
-    would do. None where it cannot be: examples without a word, or with one label."""
+def tfidf_answers(task: Task, examples: Sequence[Row], test: Sequence[Row]) -> list[Any] | None:
+    """What a logistic regression on TF-IDF features of words and pairs of words says to test rows: what a few lines of
+    scikit-learn would do. None where it cannot be: examples without a word, or with one label."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.multiclass import OneVsRestClassifier
@@ -64,7 +65,7 @@ def tfidf_metrics(task: Task, examples: Sequence[Row], test: Sequence[Row]) -> d
 
     texts, others = ([sentence_of(wording) for wording in task.wordings(rows)] for rows in (examples, test))
     regression, maker = LogisticRegression(C=10, max_iter=1000), MultiLabelBinarizer()
-    known, truth = ([task.truth(row) for row in rows] for rows in (examples, test))
+    known = [task.truth(row) for row in examples]
     if task.multi_label:
         regression, known = OneVsRestClassifier(regression), maker.fit_transform(known)
     model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), regression)
@@ -72,7 +73,7 @@ def tfidf_metrics(task: Task, examples: Sequence[Row], test: Sequence[Row]) -> d
         found = model.fit(texts, known).predict(others)
     except ValueError:
         return None
-    return task.metrics(truth, maker.inverse_transform(found) if task.multi_label else found.tolist())
+    return [*maker.inverse_transform(found)] if task.multi_label else found.tolist()
 
 
 def median_metrics(some: Sequence[Mapping[str, float]]) -> dict[str, float]:

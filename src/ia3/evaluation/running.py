@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +16,14 @@ import numpy as np
 from ia3.errors import InputError
 from ia3.evaluation.balance import can_balance
 from ia3.evaluation.checkpoints import interruptible
+from ia3.evaluation.doubts import HeldOut
 from ia3.evaluation.progress import Progress, Stage, training_stages
-from ia3.evaluation.results import majority_metrics, median_metrics, tfidf_metrics
+from ia3.evaluation.report.findings import Point
+from ia3.evaluation.report.gathered import Gathered
+from ia3.evaluation.results import majority, majority_metrics, median_metrics, tfidf_answers
 from ia3.evaluation.saving import save_trained
 from ia3.evaluation.start import Start
+from ia3.files import replacing
 from ia3.processes import dealt, from_first
 from ia3.task.rows import as_rows
 
@@ -67,10 +71,12 @@ class Running:
         self.rankings: dict[str, list[Ranked]] = {}
         self._balanced: dict[str, list[Scores]] = {}
         self._by_vectors: dict[str, list[Prediction]] = {}
+        self.gathered: dict[str, Gathered] = defaultdict(Gathered)
         with progress.waiting("Loading the model …"):
             labels, where = experiment.trials[0].task.labels, experiment.device_map
             base, self.tokenizer = load_base(experiment.model, labels, experiment.dtype, device_map=where)
         reads_answers = family_of(base, self.tokenizer).reads_answers
+        each = [*experiment.trials, *experiment.points]
         tasks = [(trial.task, trial.examples) for trial in experiment.trials]
         self.recipe = experiment.chosen_recipe
         if not experiment.all_templates:  # for which vectors answer alone
@@ -78,7 +84,7 @@ class Running:
         self.forms_opinions = {
             one.name: one.task.multi_label  # whose thresholds are part of them
             or forms_opinions(self.recipe, one.task, reads_answers, experiment.all_templates)
-            for one in experiment.trials
+            for one in each
         }
         moves = experiment.unlabelled is not None or experiment.prior != "file"
         require_reading([one.task for one in experiment.trials], reads_answers)
@@ -92,6 +98,16 @@ class Running:
         readings = Readings(experiment.memory)
         self.trials = self._worded(base, readings)
         self._adapt(base, readings)
+
+    @property
+    def own(self) -> list[Trial]:
+        """The trials whose adapters are saved."""
+        return [trial for trial in self.trials if trial.part is None]
+
+    @property
+    def points(self) -> list[Trial]:
+        """The trials that are points of learning curves."""
+        return [trial for trial in self.trials if trial.part is not None]
 
     def _adapt(self, base: PreTrainedModel, readings: Readings | None = None) -> None:
         """Put an adapter for each trial into the base model, and make their trainer."""
@@ -148,13 +164,13 @@ class Running:
 
         found: list[Trial] = []
         chosen: dict[tuple[int, int], tuple[Task, list[Ranked]]] = {}
-        for trial in self.experiment.trials:
+        for trial in [*self.experiment.trials, *self.experiment.points]:
             key = id(trial.task), id(trial.examples)  # learning rates share a draw
             if key not in chosen:
                 title = trial.titled("Wordings")
                 asked = base, self.tokenizer, trial.task, trial.examples, self.recipe, self.progress, title, readings
                 chosen[key] = from_first(lambda asked=asked: choose_wording(*asked), passes_in_step(base))
-                if chosen[key][1]:
+                if chosen[key][1] and trial.part is None:
                     self.progress.wordings(title, chosen[key][1], len(chosen[key][0].templates))
             task, ranking = chosen[key]
             self.rankings[trial.name] = ranking[: len(task.templates)]
@@ -176,7 +192,7 @@ class Running:
     def zero_shot(self) -> dict[str, list[Scores]]:
         """For each trial what the untrained model has on its test rows, in each template that measures; see `trained`."""
         with self.model.disable_adapter():  # which may have been trained on other tasks
-            return self._in_each_template(self._zero_shot, self.trials)
+            return self._in_each_template(self._zero_shot, self.own)
 
     def train(self, checkpoint: str | None) -> tuple[dict[str, float], float]:
         """Train all adapters, from a checkpoint where there is one; returns the trainer's metrics, and the seconds.
@@ -224,7 +240,31 @@ class Running:
 
     def measured(self, trial: Trial, zero_shot: Sequence[Scores], trained: Sequence[Scores]) -> dict[str, Any]:
         """What was measured on a trial's test rows; nothing without them."""
-        return _measured(trial, zero_shot, self._balanced.get(trial.name), trained, self.experiment.all_templates)
+        if not trial.test:
+            return {}
+        task, balanced = trial.task, self._balanced.get(trial.name)
+        # The majority of the training rows says nothing when they are balanced; the test rows' own is the fair bar.
+        labels = [task.truth(row) for row in trial.test]
+        self._keep(trial, "majority", [majority(labels)] * len(labels))
+        found: dict[str, Any] = {
+            "zero_shot": median_metrics(zero_shot),
+            **({} if balanced is None else {"zero_shot_balanced": median_metrics(balanced)}),
+            **({"trained": median_metrics(trained)} if trained else {}),
+            "majority": majority_metrics(task, labels),
+        }
+        if can_balance(task):  # the labels are the same for all rows
+            words = tfidf_answers(task, trial.examples, trial.test)
+            if words is not None:
+                self._keep(trial, "tfidf", words)
+                found["tfidf"] = task.metrics(labels, words)
+        if self.experiment.all_templates:
+            pairs = zip(task.templates, zero_shot, trained, strict=True)
+            found["templates"] = [{"name": template.name, "zero_shot": a, "trained": b} for template, a, b in pairs]
+        return found
+
+    def _keep(self, trial: Trial, method: str, answers: Sequence[Any]) -> None:
+        """Keep what a method says to a trial's test rows, for the report."""
+        self.gathered[trial.name].answers[method] = answers
 
     def save(
         self,
@@ -232,11 +272,48 @@ class Running:
         results: dict[str, Any],
         calibration: Calibration | None = None,
         opinions: Opinions | None = None,
+        reported: bool = False,
     ) -> dict[str, Any]:
-        """Save a trial's adapter; returns its results with its size."""
+        """Save a trial's adapter, with a report if nothing more will be known of it; returns its results with its size."""
         folder, adapter = Path(self.experiment.folder, trial.name), self.adapters[trial.name]
         what = folder, self.model, adapter, trial.task, self.recipe, results, trial.examples, calibration, opinions
-        return from_first(lambda: save_trained(*what))
+
+        def saved() -> dict[str, Any]:
+            if not reported:
+                return save_trained(*what)
+            page, elsewhere = self._page(trial, results, opinions), self.experiment.report
+            found = save_trained(*what, page if elsewhere is None else None)
+            if elsewhere is not None:
+                with replacing(elsewhere) as path:
+                    path.write_text(page, encoding="utf-8")
+            return found
+
+        return from_first(saved)
+
+    def point(self, trial: Trial, trained: Sequence[Scores]) -> dict[str, Any]:
+        """A point of a learning curve, as metrics.json has it: what a part of the examples gives."""
+        assert trial.part is not None and trial.of is not None
+        scores = self.opinions(trial)[0]["trained"] if self.forms_opinions[trial.name] else trained[0]
+        answers = self.gathered[trial.name].answers["trained"]
+        self.gathered[trial.of].points.append(Point(trial.part, len(trial.examples), scores, answers))
+        return {"size": trial.part, "train_examples": len(trial.examples), "trained": scores}
+
+    def _page(self, trial: Trial, results: dict[str, Any], opinions: Opinions | None) -> str:
+        """The report on a trial."""
+        from ia3.adapter.moved import moved
+        from ia3.evaluation.report.page import page_of
+
+        if not self.experiment.several:  # a row costs all adapters the same
+            self._measure_costs(trial, opinions)
+        changed = moved(self.model, self.adapters[trial.name])
+        return page_of(self.gathered[trial.name].findings(trial, results, self.recipe, changed, len(self.trials)))
+
+    def _measure_costs(self, trial: Trial, opinions: Opinions | None) -> None:
+        """Measure what a row costs, for the report."""
+        if trial.test:
+            adapter = self.adapters[trial.name] if len(self.trials) > 1 else None
+            given = trial, self.model, self.tokenizer, self.recipe, adapter, opinions
+            self.gathered[trial.name].measure_costs(*given)
 
     def opinions(self, trial: Trial) -> tuple[dict[str, Any], Opinions, Calibration | None]:
         """Form a trial's opinions, and measure them: what is known of them beside `results`, and they themselves."""
@@ -260,6 +337,7 @@ class Running:
         calibration = None
         if formed.held_out is not None:
             results["cross_validation"] = task.metrics(formed.labels, [one.best for one in formed.held_out])
+            self.gathered[trial.name].held_out = HeldOut(formed.rows, formed.held_out, formed.labels)
             calibration = Calibration.as_it_is(formed.held_out, formed.labels)
         if task.multi_label:
             if trial.test:
@@ -267,6 +345,7 @@ class Running:
                 asked = {title: [(task, row) for row in trial.test]}
                 adapters = [self.adapters[trial.name]] * len(trial.test)
                 said, stages = self._predicted(asked, 0, adapters, formed.opinions)
+                self._keep(trial, "trained", said[title])
                 results["trained"] = _scores(trial, said[title], 0)
                 _note(stages[title], task, [results["trained"]])
             return results, formed.opinions, calibration
@@ -280,6 +359,7 @@ class Running:
             if trial.name in self._by_vectors:
                 balanced = Opinions.of({VECTORS: 1.0}, balance=opinions.balance)
                 alone = [Prediction.of(balanced.together(one), costs=task.costs) for one in by_vectors]
+                self._keep(trial, VECTORS, alone)
                 found[VECTORS] = _scores(trial, alone, 0)
             by_heads: dict[str, list[Prediction]] = {}
             for name, head in opinions.heads.items():
@@ -287,11 +367,13 @@ class Running:
                 its = Opinions.of({name: 1.0}, {name: head}, encoder=opinions.encoder)
                 said, stages = self._predicted({title: [(task, row) for row in trial.test]}, 0, opinions=its)
                 by_heads[name], found[name] = said[title], _scores(trial, said[title], 0)
+                self._keep(trial, name, by_heads[name])
                 _note(stages.get(title), task, [found[name]])
             together = []
             for index, one in enumerate(by_vectors):
                 heads = {name: its[index].scores for name, its in by_heads.items()}
                 together.append(Prediction.of(opinions.together(one, heads), costs=task.costs))
+            self._keep(trial, "trained", together)
             results["trained"] = _scores(trial, together, 0)
         return results, opinions, calibration
 
@@ -354,7 +436,7 @@ class Running:
         """What a trial's examples have by adapters that have not seen them, and how they calibrate its own; with costs, also what it
         has on test rows with that, for then the decisions are others."""
         experiment, task = self.experiment, trial.task
-        scores, calibration = cross_validated(
+        scores, calibration, found = cross_validated(
             self.progress,
             trial.titled("Cross-validation"),
             self.model,
@@ -369,9 +451,15 @@ class Running:
             task.taught(trial.examples),
         )
         results: dict[str, Any] = {"cross_validation": scores}
-        if task.costs and trial.test and not experiment.all_templates:
-            said = [one.at(calibration.temperature) for one in self._by_vectors[trial.name]]
-            results["trained"] = _scores(trial, said, 0)
+        at = calibration.temperature
+        self.gathered[trial.name].held_out = HeldOut(
+            range(len(found)), _calibrated(found, at), [task.label(row) for row in trial.examples]
+        )
+        if trial.test:
+            said = _calibrated(self._by_vectors[trial.name], at)
+            self._keep(trial, "trained", said)
+            if task.costs and not experiment.all_templates:
+                results["trained"] = _scores(trial, said, 0)
         return results, calibration
 
     # Measuring.
@@ -390,6 +478,9 @@ class Running:
         found, stages = self._untrained("Zero-shot", {one.name: one.test for one in trials}, template)
         found |= self._decided([one for one in trials if one.task.multi_label], found, template)
         scores = [_scores(one, found[one.name], template) for one in trials]
+        if not template:
+            for one in trials:
+                self._keep(one, "zero_shot", found[one.name])
         self._note_each(stages, trials, scores)
         self._balance(trials, found, template)
         return scores
@@ -429,6 +520,8 @@ class Running:
             labels = [one.task.label(row, template=template) for row in rows[one.name]]
             balanced = Balance.fit(found[one.name], labels).balanced(untrained[one.name])
             scores.append(_scores(one, balanced, template))
+            if not template:
+                self._keep(one, "zero_shot_balanced", balanced)
             self._balanced.setdefault(one.name, []).extend(scores[-1:])
         self._note_each(stages, some, scores)
 
@@ -465,6 +558,8 @@ class Running:
         found, stages = self._predicted(asked, template, names if len(self.trials) > 1 else None)
         if not template:
             self._by_vectors = {one.name: found[title] for title, one in zip(titles, trials, strict=True)}
+            for one in trials:
+                self._keep(one, "trained", self._by_vectors[one.name])
         scores = [_scores(one, found[title], template) for title, one in zip(titles, trials, strict=True)]
         for title, trial, score in zip(titles, trials, scores, strict=True):
             _note(stages.get(title), trial.task, [score])
@@ -513,33 +608,6 @@ class Running:
         return found, stages
 
 
-def _measured(
-    trial: Trial,
-    zero_shot: Sequence[Scores],
-    balanced: Sequence[Scores] | None,
-    trained: Sequence[Scores],
-    each_template: bool,
-) -> dict[str, Any]:
-    """What was measured on a trial's test rows; nothing without them."""
-    if not trial.test:
-        return {}
-    # The majority of the training rows says nothing when they are balanced; the test rows' own is the fair bar.
-    labels = [trial.task.truth(row) for row in trial.test]
-    found: dict[str, Any] = {
-        "zero_shot": median_metrics(zero_shot),
-        **({} if balanced is None else {"zero_shot_balanced": median_metrics(balanced)}),
-        **({"trained": median_metrics(trained)} if trained else {}),
-        "majority": majority_metrics(trial.task, labels),
-    }
-    if can_balance(trial.task):  # the labels are the same for all rows
-        words = tfidf_metrics(trial.task, trial.examples, trial.test)
-        found |= {} if words is None else {"tfidf": words}
-    if each_template:
-        pairs = zip(trial.task.templates, zero_shot, trained, strict=True)
-        found["templates"] = [{"name": template.name, "zero_shot": a, "trained": b} for template, a, b in pairs]
-    return found
-
-
 def _in_words(title: str, template: int) -> str:
     return f"{title}, template {template + 1}" if template else title
 
@@ -548,6 +616,16 @@ def _scores(trial: Trial, predictions: Sequence[Prediction], template: int) -> S
     """A trial's metrics; a template that says itself which answer is right may list its answers in an order of its own."""
     labels = [trial.task.truth(row, template=template) for row in trial.test]
     return trial.task.metrics(labels, [one.best for one in predictions]) if labels else None
+
+
+def _calibrated(predictions: Sequence[Prediction], temperature: float) -> list[Prediction]:
+    """Predictions whose scores are divided by the temperature, so that it is 1."""
+    from ia3.evaluation.prediction import Prediction
+
+    return [
+        Prediction.of({label: score / temperature for label, score in one.scores.items()}, costs=one.costs)
+        for one in predictions
+    ]
 
 
 def _note(stage: Stage | None, task: Task, scores: Sequence[Scores | None]) -> None:
@@ -570,8 +648,9 @@ def cross_validated(
     folder: Path,
     readings: Readings | None = None,
     known: Collection[str] | None = None,
-) -> tuple[Scores, Calibration]:
-    """The metrics of labelled rows, each predicted by an adapter that has not seen it, and what they calibrate.
+) -> tuple[Scores, Calibration, list[Prediction]]:
+    """The metrics of labelled rows, each predicted by an adapter that has not seen it, what they calibrate, and the predictions
+    with a temperature of 1.
 
     Args:
         progress: told of the steps.
@@ -588,7 +667,7 @@ def cross_validated(
     scores = task.metrics(labels, [prediction.at(calibration.temperature).best for prediction in found])
     stage.end()
     _note(stage, task, [scores])
-    return scores, calibration
+    return scores, calibration, found
 
 
 def train_alone(

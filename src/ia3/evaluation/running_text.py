@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ia3.errors import InputError
+from ia3.evaluation.costs import RowCost
 from ia3.evaluation.generation import bounded, generate
+from ia3.evaluation.report.gathered import Gathered
 from ia3.evaluation.results import OF_TEXTS, shown_metric
 from ia3.evaluation.running import Running, Scores
 from ia3.processes import dealt
@@ -34,12 +38,14 @@ class RunningText(Running):
         self.experiment, self.progress, self.recipe = experiment, progress, experiment.chosen_recipe
         for trial in experiment.trials:
             require_metric(trial.task.metric)  # before training
+        self.gathered = defaultdict(Gathered)
         with progress.waiting("Loading the model …"):
             base, self.tokenizer = load_base(experiment.model, dtype=experiment.dtype, device_map=experiment.device_map)
         scorer = Scorer(base, self.tokenizer)
         if any(isinstance(trial.task, Fields) for trial in experiment.trials):
             require_json(self.tokenizer)  # before training
-        self.trials = [replace(one, task=bounded(one.task, scorer, one.examples)) for one in experiment.trials]
+        each = [*experiment.trials, *experiment.points]
+        self.trials = [replace(one, task=bounded(one.task, scorer, one.examples)) for one in each]
         self.rankings = {trial.name: [] for trial in self.trials}
         self.forms_opinions = {trial.name: False for trial in self.trials}
         self._adapt(base)
@@ -53,16 +59,21 @@ class RunningText(Running):
 
     def zero_shot(self) -> dict[str, list[Scores]]:
         with self.model.disable_adapter():
-            return {trial.name: self._generated(trial, "Zero-shot") for trial in self.trials}
+            return {trial.name: self._generated(trial, "Zero-shot", "zero_shot") for trial in self.own}
 
     def trained(self) -> dict[str, list[Scores]]:
-        return {trial.name: self._generated(trial, "Trained", self.adapters[trial.name]) for trial in self.trials}
+        return {
+            trial.name: self._generated(trial, "Trained", "trained", self.adapters[trial.name]) for trial in self.trials
+        }
 
     def measured(self, trial: Trial, zero_shot: Sequence[Scores], trained: Sequence[Scores]) -> dict[str, Any]:
         pairs = {"zero_shot": zero_shot, "trained": trained}
         return {name: scores for name, its in pairs.items() for scores in its}
 
-    def _generated(self, trial: Trial, title: str, adapter: str | None = None) -> list[Scores]:
+    def _measure_costs(self, trial: Trial, opinions: Any) -> None:
+        """Nothing: the time that each text took is known, and its FLOPs are not counted."""
+
+    def _generated(self, trial: Trial, title: str, method: str, adapter: str | None = None) -> list[Scores]:
         """The metrics of what an adapter, or the untrained model, generates for a trial's test rows; nothing without them."""
         task: Any = trial.task
         if not trial.test:
@@ -74,7 +85,12 @@ class RunningText(Running):
             names = [adapter] * len(some) if adapter is not None and len(self.trials) > 1 else None
             return generate(self.model, self.tokenizer, task, rows, lambda done: stage.advance(len(done)), names)
 
+        started = time.perf_counter()
         found = dealt(len(trial.test), generated, passes_in_step(self.model))
+        gathered = self.gathered[trial.name]
+        gathered.costs = {**gathered.costs, method: RowCost((time.perf_counter() - started) / len(trial.test), 0.0)}
+        gathered.costs_from = "on all test rows, in batches"
+        self._keep(trial, method, [one.result for one in found])
         scores = task.metrics([one.result for one in found], [task.reference(row) for row in trial.test])
         stage.note(f"{OF_TEXTS.get(task.metric, task.metric)} {shown_metric(scores[task.metric])}")
         return [scores]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ia3.adapter.stored import CALIBRATION_NAME, CARD_NAME, METRICS_NAME, RECIPE_NAME, SEEN, TASK_NAME
+from ia3.adapter.stored import CALIBRATION_NAME, CARD_NAME, METRICS_NAME, RECIPE_NAME, REPORT_NAME, SEEN, TASK_NAME
 from ia3.evaluation.card import trained_card
 from ia3.files import to_json
 from ia3.training.described import label_counts
@@ -30,10 +30,11 @@ def save_trained(
     examples: Sequence[Row],
     calibration: Calibration | None = None,
     opinions: Opinions | None = None,
+    page: str | None = None,
 ) -> dict[str, Any]:
     """Save an adapter with all files of its folder; return the results with the adapter's size.
 
-    metrics.json records the training examples as fingerprints, for programs.
+    metrics.json records the training examples as fingerprints, for programs. `page` is the report.
     """
     texts: dict[str, str | bytes] = {TASK_NAME: task.to_yaml()}
     if calibration is not None:
@@ -41,6 +42,8 @@ def save_trained(
         texts[CALIBRATION_NAME] = calibration.to_json()
     if opinions is not None:
         texts |= opinions.files()
+    if page is not None:
+        texts[REPORT_NAME] = page
     config = model.peft_config[adapter]
 
     def card(measured: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ia3.adapter.config import CONFIG_NAME, IA3Config, adapter_folders
-from ia3.adapter.stored import OWN_NAMES
+from ia3.adapter.stored import replaced_in
 from ia3.errors import InputError, shown, similar
 from ia3.files import WEIGHTS_NAME, Mirror, current, take_over
 from ia3.serve.adapter import FILES, Adapter, read_settings, stamp_of
@@ -494,6 +494,6 @@ class Store:
 def _exchange(folder: str, final: str) -> None:
     """Replace a folder by another, or its files by the other's."""
     if os.path.lexists(final):
-        take_over(folder, final, OWN_NAMES)
+        take_over(folder, final, replaced_in(Path(final)))
     else:
         os.rename(folder, final)

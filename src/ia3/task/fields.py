@@ -155,16 +155,10 @@ def field_metrics(
     right, said, known = Counter[str](), Counter[str](), Counter[str]()
     exact = 0
     for prediction, reference in zip(predictions, references, strict=True):
-        same = True
-        for name in fields:
-            its, true = (
-                Counter(" ".join(v.split()) for v in _values(one.get(name))) for one in (prediction, reference)
-            )
-            right[name] += (its & true).total()
-            said[name] += its.total()
-            known[name] += true.total()
-            same = same and its == true
-        exact += same
+        its = agreement(prediction, reference, fields)
+        for counts, more in zip((right, said, known), its, strict=True):
+            counts.update(more)
+        exact += its[0] == its[1] == its[2]
     hits, found, wanted = right.total(), said.total(), known.total()
     return {
         "micro_f1": _share(2 * hits, found + wanted),
@@ -177,6 +171,17 @@ def field_metrics(
             if said[name] or known[name]
         },
     }
+
+
+def agreement(
+    prediction: Mapping[str, Any], reference: Mapping[str, Any], fields: Sequence[str]
+) -> tuple[Counter[str], Counter[str], Counter[str]]:
+    """How many values of each field of a row are right, found, and to be found."""
+    right, said, known = Counter[str](), Counter[str](), Counter[str]()
+    for name in fields:
+        its, true = (Counter(" ".join(v.split()) for v in _values(one.get(name))) for one in (prediction, reference))
+        right[name], said[name], known[name] = (its & true).total(), its.total(), true.total()
+    return right, said, known
 
 
 def _share(part: int, whole: int) -> float:
