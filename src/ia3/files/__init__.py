@@ -3,7 +3,7 @@
 from ia3.files.atomic import TEMPORARY, alone, has_unfinished, new_folder, replacing
 from ia3.files.formats import parse_bytes, parse_json, read_fields, read_json, reading, to_json, write_json
 from ia3.files.hub import HUB_ARGUMENTS, hub_answers, hub_arguments, locate, locate_beside, upload
-from ia3.files.remote import Mirror, cache_folder, fetch, is_address
+from ia3.files.remote import UPLOADED, Mirror, cache_folder, fetch, is_address
 from ia3.files.saves import (
     CONFIG_NAME,
     PENDING,
@@ -23,6 +23,7 @@ __all__ = [
     "PENDING",
     "TEMPORARY",
     "TORCH_WEIGHTS_NAME",
+    "UPLOADED",
     "WEIGHTS_NAME",
     "Mirror",
     "alone",
