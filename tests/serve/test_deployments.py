@@ -20,6 +20,8 @@ from ia3.serve.limits import Limits
 from support.paths import ROOT
 
 EXAMPLES = ROOT / "examples"
+PAGE = (ROOT / "docs" / "replicas.md").read_text(encoding="utf-8")
+BLOCKS = dict(re.findall(r"<!-- example: ([\w-]+) -->\n```sh\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL))
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +45,26 @@ def options(pod) -> dict[str, str]:
     return dict(each.split("=", 1) for each in rest)
 
 
-def test_the_command_has_options_that_there_are(options, capsys, monkeypatch):
+def test_commands_have_options_and_files_that_there_are(options, pod, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit):
         main(["serve", "--help"])
-    assert options.keys() <= set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    assert options.keys() <= known
+    commands = BLOCKS["replicas"].splitlines()
+    assert len(commands) == 2 and all(set(re.findall(r"--[a-z-]+", line)) <= known for line in commands)
+    secret, apply = BLOCKS["kubernetes"].splitlines()
+    (its,) = (each["secret"]["secretName"] for each in pod["volumes"] if "secret" in each)
+    assert secret.startswith(
+        f"kubectl create secret generic {its} --from-literal={os.path.basename(options['--token-file'])}="
+    )
+    assert (ROOT / apply.split()[-1]).samefile(EXAMPLES / "kubernetes.yaml")
+    assert (
+        "".join(line[2:].strip() for line in (EXAMPLES / "kubernetes.yaml").open() if "kubectl create" in line)
+        == secret
+    )
+    folder, _, run_it = BLOCKS["ray-serve"].strip().partition(" && ")
+    assert (folder, run_it) == ("cd examples", "serve run ray_serve.yaml")
 
 
 def test_the_probes_ask_what_needs_no_token(pod, options, made, start):
@@ -89,9 +106,6 @@ def test_what_the_manifest_joins_has_the_same_name(manifest, pod, options):
     claim = manifest["PersistentVolumeClaim"]
     assert volumes["adapters"]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
-    assert f"create secret generic {volumes['token']['secret']['secretName']} --from-literal=token=" in (
-        EXAMPLES / "kubernetes.yaml"
-    ).read_text(encoding="utf-8")
 
 
 def test_ray_serves_file():

@@ -174,8 +174,14 @@ def test_servers_that_share_their_adapters(place, start, monkeypatch, far):
     assert not (adapters / "new" / "calibration.json").exists()
     one.call(one.server.store.reload(if_changed=True))
     assert probabilities(one, "new") == pytest.approx(probabilities(one, "cake"))
+    assert probabilities(other, "new") == pytest.approx(probabilities(one, "cake"))
+    fresh = start(place)
     assert one.http.delete("/v1/adapters/new").status_code == 200
     assert "new" not in listed(one)
+    if not far:
+        assert other.classify("new").status_code == 200, "it is in memory until the next look"
+        response = fresh.classify("new")
+        assert response.status_code == 404 and "no adapter 'new' any more" in response.text
     assert look()["removed"] == ["new"] and other.classify("new").status_code == 404
     again = mirrored(place, start, monkeypatch, "again") if far else start(place)
     assert listed(again) == ["cake", "nested/pair", "soup", "tea", "theirs"]

@@ -248,14 +248,14 @@ def test_the_services_deadline_and_a_client_that_leaves(place, service, http):
 @pytest.mark.parametrize("option", ["--data-parallel-size", "--tensor-parallel-size"])
 def test_a_service_of_two_processes(place, tmp_path, option):
     """Two engines that share the requests, or two ranks that share each layer, give the labels of one process."""
-    _, *command = shlex.split(EXAMPLES["vllm-classify"])
+    _, *command = shlex.split(EXAMPLES["vllm-parallel"].replace("--data-parallel-size", option))
     shutil.copytree(place, tmp_path / "place")
     place = tmp_path / "place"
     for name, task in TASKS.items():
         task.save(place / "adapters" / name / "task.yaml")
     shutil.copy(place / "adapters" / "tickets" / "task.yaml", place / "asks")
     shutil.move(place / "asks", place / "adapters" / "asks")
-    command = [sys.executable, "-c", "from ia3.cli import main; main()", *command, option, "2"]
+    command = [sys.executable, "-c", "from ia3.cli import main; main()", *command]
     log = tmp_path / "log"
     with serving(command, place, log, "/ready") as (server, port), httpx.Client(timeout=120) as http:
         http.base_url = f"http://127.0.0.1:{port}"

@@ -183,13 +183,18 @@ class Store:
 
     @contextlib.contextmanager
     def using(self, adapter: Adapter | None) -> Iterator[None]:
-        """Keep the engine from dropping an adapter during a `with` block."""
+        """Keep the engine from dropping an adapter during a `with` block. Raises `UnknownAdapter` in place of an error that
+        comes from another server's having deleted it."""
         if adapter is None:
             yield
             return
         adapter.users += 1
         try:
             yield
+        except InputError as error:
+            if os.path.isdir(adapter.folder):
+                raise
+            raise UnknownAdapter(f"There is no adapter {adapter.name!r} any more.") from error
         finally:
             adapter.users -= 1
             if adapter.retired and not adapter.users:
