@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from ia3.adapter.config import IA3Config
 
-OLDEST, NEWEST = "0.28", "0.32"
+OLDEST, NEWEST = "0.28", "0.33"
 """The versions of vLLM that are supported: these, those between, and the patch releases of all."""
 
 ONLY = "ia3_only"
@@ -64,7 +64,7 @@ def unsupported() -> str | None:
     if not Version(OLDEST).release <= found <= Version(NEWEST).release:
         return (
             f"ia3 serves (IA)³ adapters in vLLM {OLDEST} to {NEWEST}, found {vllm.__version__}: they are refused. Install "
-            f"vllm=={NEWEST}.*, or the ia3 that supports this version."
+            f"one of those, or the ia3 that supports this version."
         )
     try:
         missing = _missing()
@@ -73,7 +73,7 @@ def unsupported() -> str | None:
     if missing:
         return (
             f"ia3 needs {shown(missing, 9)} inside vLLM, which {vllm.__version__} does not have: (IA)³ adapters are "
-            f"refused. Install an unchanged vllm=={NEWEST}.*."
+            f"refused. Install an unchanged vLLM {OLDEST} to {NEWEST}."
         )
     return None
 
