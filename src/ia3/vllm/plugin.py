@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from ia3.adapter.config import IA3Config
 
-OLDEST, NEWEST = "0.28", "0.33"
+OLDEST, NEWEST = "0.29", "0.33"
 """The versions of vLLM that are supported: these, those between, and the patch releases of all."""
 
 ONLY = "ia3_only"
@@ -84,6 +84,7 @@ def _missing() -> list[str]:
     from vllm.lora.layers import LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA
     from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
     from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
+    from vllm.model_executor.models.utils import WeightsMapper
 
     linear = ("create_lora_weights", "reset_lora", "set_mapping", "apply", "_apply_lora_to_output")
     manager = (
@@ -103,6 +104,7 @@ def _missing() -> list[str]:
         LogitsProcessorWithLoRA: ("create_lora_weights",),
         VocabParallelEmbeddingWithLoRA: ("create_lora_weights",),
         PunicaWrapperBase: ("token_lora_indices",),
+        WeightsMapper: ("get_rename_mapper", "_map_name"),
     }
     return [
         f"{owner.__name__}.{name}"
