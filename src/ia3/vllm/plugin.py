@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from ia3.adapter.config import IA3Config
 
-OLDEST, NEWEST = "0.29", "0.33"
+OLDEST, NEWEST = "0.31", "0.33"
 """The versions of vLLM that are supported: these, those between, and the patch releases of all."""
 
 ONLY = "ia3_only"
