@@ -44,11 +44,12 @@ def test_every_block_is_named_once_and_run_here_or_by_ci():
         # Those of docs/serve.md run in serve/test_docs.py.
         "serve", "serve-classify", "serve-completions", "serve-openai", "serve-adapters", "serve-address", "serve-operation",
         "ia3.service", "Dockerfile",
+        "replicas", "kubernetes", "ray-serve",  # docs/replicas.md, checked by serve/test_deployments.py
         "processes",  # run by training/test_processes.py
         "sharing", "sharing-python", "sharing-serve", "sharing-base",  # run by test_sharing.py
         "free-text.yaml", "free-text", "free-text-python", "fields.yaml", "fields", "sft",
         "lm-eval-task.yaml", "lm-eval", "lm-eval-python",  # run by harness/test_model.py
-        "vllm-serve", "vllm-requests", "vllm-python", "vllm-question", "vllm-classify",  # run by tests/with_vllm/test_server.py
+        "vllm-serve", "vllm-requests", "vllm-python", "vllm-question", "vllm-classify", "vllm-parallel",  # run by tests/with_vllm/test_server.py
     }  # fmt: skip
 
 

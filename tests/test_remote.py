@@ -14,7 +14,7 @@ from ia3 import InputError
 from ia3.adapter.stored import OWN_NAMES
 from ia3.bank import AdapterBank
 from ia3.cli import main
-from ia3.files import CONFIG_NAME, WEIGHTS_NAME, Mirror, fetch, is_address
+from ia3.files import CONFIG_NAME, UPLOADED, WEIGHTS_NAME, Mirror, fetch, is_address
 from ia3.folder import AdapterFolder
 from support import tiny
 
@@ -129,6 +129,85 @@ def test_a_change_is_reported_although_a_later_copy_fails(bucket, monkeypatch):
     assert found(mirror.folder) == {"a": expected("two")}
     bucket.rm(f"{ADDRESS}/b", recursive=True)
     assert mirror.refresh() and not mirror.refresh()
+
+
+def source(folder: Path, text: str, *files: str) -> Path:
+    folder.mkdir()
+    for name, content in expected(text, *files).items():
+        (folder / name).write_text(content)
+    return folder
+
+
+def test_an_adapter_that_is_put_there(bucket, tmp_path, monkeypatch):
+    put(bucket, "b")
+    mirror = Mirror(ADDRESS, OWN_NAMES)
+    assert mirror.put("a", source(tmp_path / "one", "one", "task.yaml", "notes.txt")) and mirror.refresh()
+    first = found(mirror.folder)
+    assert first["a"].pop(UPLOADED) and first == {"a": expected("one", "task.yaml"), "b": expected("one")}
+    (mirror.folder / "a" / "task.yaml").unlink()  # the copy does not matter
+    assert mirror.put("a", source(tmp_path / "two", "two", "recipe.yaml")) and mirror.refresh()
+    second = found(mirror.folder)
+    assert second["a"].pop(UPLOADED) and second == {"a": expected("two", "recipe.yaml"), "b": expected("one")}
+    assert not mirror.is_last("a")
+    mirror.delete("a")
+    assert mirror.refresh() and found(mirror.folder) == {"b": expected("one")}
+    assert mirror.is_last("b") and not bucket.exists(f"{ADDRESS}/a/{UPLOADED}")
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_an_adapter_is_the_old_one_until_all_of_the_new_one_is_there(bucket, tmp_path, monkeypatch, new):
+    """Someone looks after each step of a writer, who is killed before each step once."""
+    put(bucket, "b")
+    writer, reader = Mirror(ADDRESS, OWN_NAMES), Mirror(ADDRESS, OWN_NAMES)
+    old = {} if new else {"a": expected("one", "task.yaml")}
+    if not new:
+        writer.put("a", source(tmp_path / "one", "one", "task.yaml"))
+    reader.refresh()
+    two, steps = source(tmp_path / "two", "two", "recipe.yaml"), []
+
+    def looking(method: str):
+        step = getattr(type(bucket), method)
+
+        def call(self, *args, **options):
+            step(self, *args, **options)
+            reader.refresh()
+            its = found(reader.folder)
+            its.pop("b")
+            its.get("a", {}).pop(UPLOADED, None)
+            steps.append((its, list(reader.unfinished)))
+
+        return call
+
+    with monkeypatch.context() as patched:
+        for method in ("pipe_file", "rm_file"):
+            patched.setattr(type(bucket), method, looking(method))
+        assert writer.put("a", two)
+    *before, last = steps
+    assert len(steps) == (4 if new else 5)
+    assert last == ({"a": expected("two", "recipe.yaml")}, [])
+    assert [its for its, _ in before] == [old] * len(before)
+    assert [names for _, names in before] == [[] if new else ["a"]] * len(before)
+
+
+def test_two_who_put_an_adapter_there_at_the_same_time(bucket, tmp_path, monkeypatch):
+    put(bucket, "b")
+    one, other = Mirror(ADDRESS, OWN_NAMES), Mirror(ADDRESS, OWN_NAMES)
+    sources = [source(tmp_path / name, name) for name in ("one", "other")]
+    write = type(bucket).pipe_file
+
+    def between(self, path, data, **options):
+        write(self, path, data, **options)
+        if path.endswith(WEIGHTS_NAME) and data.startswith(b"one"):
+            assert other.put("a", sources[1])
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(bucket), "pipe_file", between)
+        assert not one.put("a", sources[0])
+    assert one.refresh() and one.unfinished == ["a"] and list(found(one.folder)) == ["b"]
+    bucket.pipe(f"{ADDRESS}/a/{UPLOADED}", b'{"half')
+    one.refresh()
+    assert one.unfinished == ["a"]
+    assert one.put("a", sources[0]) and one.refresh() and not one.unfinished and "a" in found(one.folder)
 
 
 def test_addresses_that_cannot_be_opened(monkeypatch):

@@ -35,6 +35,8 @@ def test_options_that_are_refused(made, tmp_path, capsys, monkeypatch):
     assert "--queue of at least --max-texts" in refused(capsys, *model, "--queue", 3)
     assert "Expected a --dtype of 'auto'" in refused(capsys, *model, "--dtype", "half")
     assert "model's folder" in refused(capsys, "--model", "./nothing")
+    for option in ("--tensor-parallel-size", "--data-parallel-size"):
+        assert "are for --engine vllm" in refused(capsys, *model, option, 2)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -124,7 +124,7 @@ def test_what_was_not_uploaded_is_not_overwritten_or_deleted(place, start):
 
 
 def test_adapters_of_an_address(place, start, monkeypatch):
-    """New, changed and removed adapters at the address are served after the next look, and nothing is uploaded."""
+    """New, changed and removed adapters at the address are served after the next look."""
     monkeypatch.setenv("IA3_CACHE", str(place / "cache"))
     mirror = Mirror(f"file://{place / 'adapters'}", OWN_NAMES)
     mirror.refresh()
@@ -142,11 +142,79 @@ def test_adapters_of_an_address(place, start, monkeypatch):
     assert probabilities(server, "tea") == pytest.approx(soup) != pytest.approx(tea)
     assert probabilities(server, "nested/new") == pytest.approx(probabilities(server, "cake"))
     assert server.classify("soup").status_code == 404
-    response = upload(server, "more", files_of(place / "adapters" / "tea"))
-    assert response.status_code == 507 and "copied from elsewhere" in response.json()["error"]["message"]
     assert server.http.delete("/v1/adapters/cake").status_code == 200
     server.call(server.server.store.reload())
     assert listed(server) == ["nested/new", "nested/pair", "tea"]
+
+
+def mirrored(place, start, monkeypatch, cache: str):
+    """A server whose adapters are at an address, with a cache of its own."""
+    monkeypatch.setenv("IA3_CACHE", str(place / cache))
+    mirror = Mirror(f"file://{place / 'adapters'}", OWN_NAMES)
+    mirror.refresh()
+    return start(place, mirror=mirror)
+
+
+@pytest.mark.parametrize("far", [True, False], ids=["address", "folder"])
+def test_servers_that_share_their_adapters(place, start, monkeypatch, far):
+    """What one takes, replaces and deletes, the other serves, or not, after its next look."""
+    one, other = (mirrored(place, start, monkeypatch, name) if far else start(place) for name in ("one", "other"))
+    look = lambda: other.call(other.server.store.reload(if_changed=True))  # noqa: E731
+    assert look() is None
+    cake, adapters = files_of(place / "adapters" / "cake"), place / "adapters"
+    calibrated = {**cake, "calibration.json": (adapters / "soup" / "calibration.json").read_bytes()}
+    assert upload(one, "new", calibrated).status_code == 201
+    assert other.classify("new").status_code == 404
+    assert look() == {"added": ["new"], "changed": [], "removed": [], "failed": []} and look() is None
+    assert probabilities(other, "new") == pytest.approx(probabilities(one, "new"))
+    assert probabilities(other, "new") != pytest.approx(probabilities(one, "cake"))
+    shutil.copytree(adapters / "tea", adapters / "theirs")
+    assert upload(one, "theirs", cake).status_code == 409, "nobody has uploaded it"
+    assert upload(other, "new", cake).status_code == 200, "whoever took it before"
+    assert not (adapters / "new" / "calibration.json").exists()
+    one.call(one.server.store.reload(if_changed=True))
+    assert probabilities(one, "new") == pytest.approx(probabilities(one, "cake"))
+    assert probabilities(other, "new") == pytest.approx(probabilities(one, "cake"))
+    fresh = start(place)
+    assert one.http.delete("/v1/adapters/new").status_code == 200
+    assert "new" not in listed(one)
+    if not far:
+        assert other.classify("new").status_code == 200, "it is in memory until the next look"
+        response = fresh.classify("new")
+        assert response.status_code == 404 and "no adapter 'new' any more" in response.text
+    assert look()["removed"] == ["new"] and other.classify("new").status_code == 404
+    again = mirrored(place, start, monkeypatch, "again") if far else start(place)
+    assert listed(again) == ["cake", "nested/pair", "soup", "tea", "theirs"]
+
+
+def test_an_address_that_takes_nothing(place, start, monkeypatch, caplog):
+    server = mirrored(place, start, monkeypatch, "cache")
+    files = files_of(place / "spare")
+
+    def fail(*_, **__):
+        raise PermissionError("403: not yours")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("fsspec.implementations.local.LocalFileSystem.pipe_file", fail)
+        response = upload(server, "new", files)
+        assert response.status_code == 507 and "address that can be read and written to" in response.text
+        assert str(place) not in response.text
+    (reason,) = (record.fields["reason"] for record in caplog.records if record.message == "not stored")
+    assert "403: not yours" in reason
+    assert "new" not in listed(server)
+    monkeypatch.setattr(Mirror, "put", lambda *_: False)
+    response = upload(server, "new", files)
+    assert response.status_code == 409 and "at the same time" in response.text
+
+
+def test_the_last_adapter_at_an_address(place, start, monkeypatch):
+    server = mirrored(place, start, monkeypatch, "cache")
+    assert upload(server, "new", files_of(place / "spare")).status_code == 201
+    for name in ("tea", "soup", "cake", "nested"):
+        shutil.rmtree(place / "adapters" / name)
+    response = server.http.delete("/v1/adapters/new")
+    assert response.status_code == 409 and "only adapter at the address" in response.text
+    assert probabilities(server, "new")
 
 
 def test_a_folder_below_the_root(place, start):
@@ -619,6 +687,9 @@ def test_what_a_killed_process_has_left(place, start):
     (adapters / ".upload-x3").mkdir()
     start(place)
     assert (adapters / ".upload-x3").exists() and len(other) == 0
+    del other  # the others share the lock
+    Store(adapters)
+    assert (adapters / ".upload-x3").exists()
 
 
 def test_a_root_that_takes_no_files(place, start):

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -33,6 +35,7 @@ PAGE = (ROOT / "docs" / "vllm.md").read_text(encoding="utf-8")
 EXAMPLES = dict(re.findall(r"<!-- example: ([\w-]+) -->\n```\w+\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL))
 SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
 WEIGHTS = "adapter_model.safetensors"
+UPLOADED = (WEIGHTS, "adapter_config.json", "task.yaml")
 CHAT = "{% for message in messages %}{{ message.content }} {% endfor %}"
 ENVIRONMENT = {
     **os.environ,
@@ -239,6 +242,38 @@ def test_the_services_deadline_and_a_client_that_leaves(place, service, http):
     answer = http.post("/v1/classify", json={"adapter": "urgency", "texts": TEXTS})
     check_labels(place, answer, "urgency", TASKS["urgency"], TEXTS)
     assert metric(http, "ia3_generated_tokens_total") < 1000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", ["--data-parallel-size", "--tensor-parallel-size"])
+def test_a_service_of_two_processes(place, tmp_path, option):
+    """Two engines that share the requests, or two ranks that share each layer, give the labels of one process."""
+    _, *command = shlex.split(EXAMPLES["vllm-parallel"].replace("--data-parallel-size", option))
+    shutil.copytree(place, tmp_path / "place")
+    place = tmp_path / "place"
+    for name, task in TASKS.items():
+        task.save(place / "adapters" / name / "task.yaml")
+    shutil.copy(place / "adapters" / "tickets" / "task.yaml", place / "asks")
+    shutil.move(place / "asks", place / "adapters" / "asks")
+    command = [sys.executable, "-c", "from ia3.cli import main; main()", *command]
+    log = tmp_path / "log"
+    with serving(command, place, log, "/ready") as (server, port), httpx.Client(timeout=120) as http:
+        http.base_url = f"http://127.0.0.1:{port}"
+        tasks = {**TASKS, "asks": TASKS["tickets"]}
+        with ThreadPoolExecutor(6) as pool:  # so that both engines have something to do
+            asked = [{"adapter": name, "texts": TEXTS} for name in tasks for _ in range(2)]
+            answers = list(pool.map(lambda body: http.post("/v1/classify", json=body), asked))
+        for body, answer in zip(asked, answers, strict=True):
+            check_labels(place, answer, body["adapter"], tasks[body["adapter"]], TEXTS)
+        files = [("files", (name, (place / "adapters" / "tickets" / name).read_bytes())) for name in UPLOADED]
+        for status in (201, 200):  # every engine takes it, and drops the one before
+            assert http.post("/v1/adapters", data={"name": "new"}, files=files).status_code == status
+            for _ in range(4):
+                answer = http.post("/v1/classify", json={"adapter": "new", "texts": TEXTS})
+                check_labels(place, answer, "tickets", TASKS["tickets"], TEXTS)
+        assert http.delete("/v1/adapters/new").status_code == 200
+        server.terminate()
+        assert server.wait(120) == 0, log.read_text()[-4000:]
 
 
 def check_requests(port: int, place) -> None:

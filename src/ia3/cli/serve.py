@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 from enum import Enum
 from pathlib import Path
-from typing import Any
 
 import typer
 
 from ia3.adapter.pretrained import DTYPES
-from ia3.adapter.stored import OWN_NAMES
 from ia3.cli.common import BaseOption, DtypeOption, console
 from ia3.errors import InputError, reason, shown
-from ia3.files import HubMirror, Mirror, is_address, is_hub_id
+from ia3.files import are_hub_ids, is_address
 from ia3.serve.limits import Limits
 
 _DEFAULTS = Limits()
@@ -40,10 +39,12 @@ def serve(
         "such as owner/tickets,owner/tone@v1, which are copied to the cache. \\[default: adapters, where ia3 train puts them]",
         show_default=False,
     ),
-    refresh: float = typer.Option(
-        60,
+    refresh: float | None = typer.Option(
+        None,
         min=0.01,
-        help="Seconds between looks at an address or hub ids of --adapters for new, changed and removed adapters.",
+        help="Seconds between looks at --adapters for new, changed and removed ones, which other servers may have taken. "
+        "\\[default: 60 at an address or on the hub; a folder is read again on SIGHUP only]",
+        show_default=False,
     ),
     host: str = typer.Option("127.0.0.1", help="Address to listen on. All but loopback need a token."),
     port: int = typer.Option(8000, min=0, max=65535, help="Port to listen on; 0: any free port."),
@@ -60,6 +61,19 @@ def serve(
     ),
     engine: EngineKind = typer.Option(
         EngineKind.LOCAL, help="Engine that runs the model: this process, or vLLM if it is installed (docs/vllm.md)."
+    ),
+    tensor_parallel_size: int = typer.Option(
+        1,
+        "--tensor-parallel-size",
+        min=1,
+        help="Processes (GPUs) that share each layer of the model. For --engine vllm.",
+    ),
+    data_parallel_size: int = typer.Option(
+        1,
+        "--data-parallel-size",
+        min=1,
+        help="Copies of the model, each in processes of its own; a request goes to the one with the least to do. For "
+        "--engine vllm.",
     ),
     max_adapters: int = typer.Option(20_000, min=1, help="Maximum of adapters."),
     max_batch: int = typer.Option(64, min=1, help="Maximum of rows per pass through the model."),
@@ -84,6 +98,12 @@ def serve(
     deadline: float = typer.Option(
         _DEFAULTS.deadline, min=0.001, help="Maximum of seconds per request; then it gets status 504."
     ),
+    drain: float = typer.Option(
+        0,
+        min=0,
+        help="Seconds from SIGTERM to the closing of the port. Meanwhile /ready gets status 503, so that a proxy turns to "
+        "other servers, and requests are still accepted.",
+    ),
     log_texts: bool = typer.Option(False, "--log-texts", help="Also log the texts that clients send."),
 ) -> None:
     """Serve adapters of one model over HTTP: labels and probabilities, and OpenAI's completions.
@@ -92,8 +112,8 @@ def serve(
     http://127.0.0.1:8000, the API at /docs.
 
     Requests for different adapters share batches, so thousands of adapters are as fast as one. SIGHUP reads the
-    adapters' folder (or address) again. SIGTERM and Ctrl-C finish accepted requests and end. Logs are JSON lines on standard error,
-    without texts.
+    adapters' folder (or address) again. SIGTERM and Ctrl-C finish accepted requests and end. Several servers may share a
+    folder or address. Logs are JSON lines on standard error, without texts.
     """
     if max_texts > queue:
         raise InputError(f"Expected a --queue of at least --max-texts ({max_texts}), found {queue}.")
@@ -106,8 +126,12 @@ def serve(
         raise InputError(f"Expected a --dtype of {shown(DTYPES)}, found {dtype!r}.")
     if engine == EngineKind.VLLM and memory is not None:
         raise InputError("--memory is for --engine local; vLLM counts adapters. Leave it out.")
-    on_hub = adapters is not None and all(map(is_hub_id, adapters.split(",")))
-    remote = on_hub or is_address(adapters)
+    if engine == EngineKind.LOCAL and (tensor_parallel_size, data_parallel_size) != (1, 1):
+        raise InputError(
+            "--tensor-parallel-size and --data-parallel-size are for --engine vllm; add that, or start several servers with "
+            "--engine local behind a proxy."
+        )
+    remote = adapters is not None and (is_address(adapters) or are_hub_ids(adapters))
     if adapters is not None and not remote and not os.path.isdir(adapters):
         raise InputError(f"Expected a folder of adapters, found no {adapters!r}.")
     try:
@@ -116,29 +140,9 @@ def serve(
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise InputError(f"Serving needs the package {error.name!r}; install it: pip install 'ia3[serve]'") from error
-    from ia3.adapter.pretrained import find_base
-    from ia3.serve.engine import Engine
     from ia3.serve.run import run
-    from ia3.serve.server import Server
-    from ia3.serve.store import Store
+    from ia3.serve.start import open_server
 
-    mirror = (HubMirror if on_hub else Mirror)(adapters, OWN_NAMES) if adapters is not None and remote else None
-    if mirror is not None:
-        with console(True).status("Copying adapters …"):
-            mirror.refresh()
-    recorded, _ = find_base(model)  # before anything is loaded
-    name = Path(recorded).name if Path(recorded).is_dir() else recorded
-    store = Store(adapters or "adapters" if mirror is None else mirror.folder, max_adapters, name, mirror)
-    runs: Engine
-    if engine == EngineKind.VLLM:
-        from ia3.serve.vllm import VllmEngine
-
-        settings: dict[str, Any] = {} if dtype in ("auto", "stored") else {"dtype": dtype}
-        runs = VllmEngine(recorded, name, adapters=max_adapters, max_num_seqs=max_batch, **settings)
-    else:
-        from ia3.serve.local import LocalEngine
-
-        runs = LocalEngine(recorded, store.kinds(recorded), name, store.labels, memory, max_batch, dtype=dtype)
     limits = Limits(
         body_bytes=max_body,
         upload_bytes=max_upload,
@@ -149,7 +153,24 @@ def serve(
         queue=queue,
         deadline=deadline,
     )
-    run(Server(runs, store, limits, token, {host}, log_texts), host, port, None if mirror is None else refresh)
+    with console(True).status("Copying adapters …") if remote else contextlib.nullcontext():
+        server = open_server(
+            model,
+            adapters or "adapters",
+            engine=engine.value,
+            dtype=dtype,
+            memory=memory,
+            max_adapters=max_adapters,
+            max_batch=max_batch,
+            tensor_parallel_size=tensor_parallel_size,
+            data_parallel_size=data_parallel_size,
+            limits=limits,
+            token=token,
+            hosts={host},
+            log_texts=log_texts,
+            refresh=refresh,
+        )
+    run(server, host, port, drain)
 
 
 def _token(file: Path | None) -> str | None:

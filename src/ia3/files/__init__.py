@@ -4,16 +4,16 @@ from ia3.files.atomic import TEMPORARY, alone, has_unfinished, new_folder, repla
 from ia3.files.formats import parse_bytes, parse_json, read_fields, read_json, reading, to_json, write_json
 from ia3.files.hub import (
     HUB_ARGUMENTS,
+    are_hub_ids,
     at_revision,
     hub_answers,
     hub_arguments,
-    is_hub_id,
     locate,
     locate_beside,
     snapshot,
     upload,
 )
-from ia3.files.remote import HubMirror, Mirror, cache_folder, fetch, is_address
+from ia3.files.remote import UPLOADED, HubMirror, Mirror, cache_folder, fetch, is_address
 from ia3.files.saves import (
     CONFIG_NAME,
     PENDING,
@@ -33,10 +33,12 @@ __all__ = [
     "PENDING",
     "TEMPORARY",
     "TORCH_WEIGHTS_NAME",
+    "UPLOADED",
     "WEIGHTS_NAME",
     "HubMirror",
     "Mirror",
     "alone",
+    "are_hub_ids",
     "at_revision",
     "cache_folder",
     "current",
@@ -45,7 +47,6 @@ __all__ = [
     "hub_answers",
     "hub_arguments",
     "is_address",
-    "is_hub_id",
     "is_unused",
     "locate",
     "locate_beside",

@@ -39,11 +39,15 @@ def at_revision(path: str | os.PathLike) -> tuple[str, str | None]:
     return (name, revision) if at and not os.path.exists(path) else (str(path), None)
 
 
-def is_hub_id(path: object) -> bool:
-    """Whether a text can only be a hub id, "owner/name" or "owner/name@v1": there is no such path or parent folder here."""
-    if not isinstance(path, str) or not re.fullmatch(r"[\w.-]+/[\w.-]+(@\S+)?", path):
-        return False
-    return not os.path.exists(path) and not os.path.isdir(os.path.dirname(path.partition("@")[0]))
+def are_hub_ids(text: str) -> bool:
+    """Whether a text can only be hub ids, "owner/name" or "owner/name@v1", with commas between them: there are no such paths or
+    parent folders here."""
+    return all(
+        re.fullmatch(r"[\w.-]+/[\w.-]+(@\S+)?", path)
+        and not os.path.exists(path)
+        and not os.path.isdir(os.path.dirname(path.partition("@")[0]))
+        for path in text.split(",")
+    )
 
 
 def _placed(path: str | os.PathLike, hub_kwargs: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

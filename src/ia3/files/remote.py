@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import threading
@@ -19,6 +20,9 @@ from ia3.files.saves import CONFIG_NAME, PENDING, TORCH_WEIGHTS_NAME, WEIGHTS_NA
 
 # The file in a copied adapter's folder that holds the stamp of the files that it was copied from.
 _STAMP_NAME = ".copied"
+
+# The file that marks an adapter that a server's client has uploaded. At an address it names the digests of the other files.
+UPLOADED = ".uploaded"
 
 # Adapters to copy together; asynchronous file systems fetch their files at the same time.
 _TOGETHER = 64
@@ -70,16 +74,19 @@ class Mirror:
     Attributes:
         address: the address.
         folder: the copy.
+        unfinished: names of adapters that `put` had not written to the end at the last look, or that two wrote at the
+            same time. What was copied of them before stays.
 
     Raises:
         InputError: the address is not one that fsspec opens, or needs a package that is not installed.
     """
 
     def __init__(self, address: str, names: Collection[str]) -> None:
-        self.address, self._names = address, names
+        self.address, self._names = address, {*names, UPLOADED}
         self._files, root = self._opened()
         self._root = root.rstrip("/")
         self.folder = _place(address)
+        self.unfinished: list[str] = []
         self._lock = threading.Lock()
         self._seen: dict[str, str] = {}  # name → stamp of the adapters at the end of the last look
 
@@ -100,6 +107,7 @@ class Mirror:
                 )
             stamps = {name: _digest([info for _, info in sorted(its.items())]) for name, its in wanted.items()}
             news = [name for name in wanted if copied.get(name) != stamps[name]]
+            self.unfinished = []
             for start in range(0, len(news), _TOGETHER):
                 self._copy({name: wanted[name] for name in news[start : start + _TOGETHER]}, stamps)
             for name in copied.keys() - wanted.keys():
@@ -109,6 +117,52 @@ class Mirror:
 
     def _opened(self) -> tuple[Any, str]:
         return _opened(self.address)
+
+    def put(self, name: str, folder: str | os.PathLike) -> bool:
+        """Write an adapter to the address: the files of a folder, in place of those of an adapter with this name.
+
+        No file system of objects replaces several files at once. So the first file to be written says what all of them
+        will be, and mirrors leave the adapter as it was until it is true.
+
+        Args:
+            name: the adapter's name, its path below the address.
+            folder: the folder with its files.
+
+        Returns:
+            Whether that is what the adapter is now; False: somebody else has written it, too.
+
+        Raises:
+            InputError: the address cannot be written to. The adapter stays as it was for all that have copied it.
+        """
+        sources = {each.name: each.read_bytes() for each in Path(folder).iterdir() if each.name in self._names}
+        sources.pop(UPLOADED, None)
+        mark = json.dumps({file: _hash(data) for file, data in sorted(sources.items())}).encode()
+        last = (WEIGHTS_NAME, CONFIG_NAME)  # without them it is no adapter
+        order = sorted(sources, key=lambda file: last.index(file) if file in last else -1)
+        with _asking(self.address, "write to"):
+            there = f"{self._root}/{name}"
+            self._files.invalidate_cache()
+            self._files.makedirs(there, exist_ok=True)
+            for file, data in ((UPLOADED, mark), *((file, sources[file]) for file in order)):
+                self._files.pipe_file(f"{there}/{file}", data)
+            for file in self._listed().get(name, {}).keys() - {UPLOADED, *sources}:
+                self._files.rm_file(f"{there}/{file}")
+            return self._files.cat_file(f"{there}/{UPLOADED}") == mark
+
+    def is_last(self, name: str) -> bool:
+        """Whether there are no other adapters at the address, so that nobody could read it without this one."""
+        with _asking(self.address):
+            return self._listed().keys() <= {name}
+
+    def delete(self, name: str) -> None:
+        """Remove an adapter from the address, its config first.
+
+        Raises:
+            InputError: the address cannot be written to.
+        """
+        with _asking(self.address, "delete from"):
+            for file in sorted(self._listed().get(name, ()), key=lambda file: file != CONFIG_NAME):
+                self._files.rm_file(f"{self._root}/{name}/{file}")
 
     def _listed(self) -> dict[str, dict[str, dict[str, Any]]]:
         """Name of an adapter → name of a file → what the file system says of it."""
@@ -151,6 +205,9 @@ class Mirror:
                     targets.append(str(staged / str(number) / file))
             self._files.get(sources, targets)
             for number, name in enumerate(adapters):
+                if not _is_whole(staged / str(number)):
+                    self.unfinished.append(name)
+                    continue
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
                 take_over(staged / str(number), self.folder / name, sorted(self._names))
 
@@ -166,6 +223,18 @@ class Mirror:
             folder = folder.parent
 
 
+def _is_whole(folder: Path) -> bool:
+    """Whether the files in a folder are those that its mark names, if it has one."""
+    with contextlib.suppress(FileNotFoundError):
+        mark = (folder / UPLOADED).read_bytes()
+        others = (each for each in folder.iterdir() if each.name not in (UPLOADED, _STAMP_NAME))
+        try:  # a mark without content is of a folder that was copied here as a whole
+            return not mark or json.loads(mark) == {each.name: _hash(each.read_bytes()) for each in others}
+        except ValueError:  # half of it is written
+            return False
+    return True
+
+
 class HubMirror(Mirror):
     """A local copy of the adapters in hub repositories, whose ids are the adapters' names.
 
@@ -177,6 +246,14 @@ class HubMirror(Mirror):
             newest of the branch "main", which `refresh` follows.
         names: as of `Mirror`.
     """
+
+    def put(self, name: str, folder: str | os.PathLike) -> bool:
+        """Raise `InputError`: who may push to a repository is not who may use a server."""
+        raise InputError(f"Cannot write {brief(name)} to the hub; push it there: ia3 push ADAPTER OWNER/NAME.")
+
+    def delete(self, name: str) -> None:
+        """Raise `InputError`, as `put`."""
+        raise InputError(f"Cannot delete {brief(name)} from the hub; start the server without it.")
 
     def _opened(self) -> tuple[Any, str]:
         from fsspec.implementations.local import LocalFileSystem
@@ -215,14 +292,14 @@ def _opened(address: str) -> tuple[Any, str]:
 
 
 @contextmanager
-def _asking(address: str) -> Iterator[None]:
+def _asking(address: str, what: str = "copy from") -> Iterator[None]:
     """Convert all errors of a file system in a `with` block, each has others, to `InputError`."""
     try:
         yield
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"Cannot copy from {brief(address)}: {type(error).__name__}: {reason(error)}.") from error
+        raise InputError(f"Cannot {what} {brief(address)}: {type(error).__name__}: {reason(error)}.") from error
 
 
 def _place(address: str) -> Path:
@@ -235,4 +312,8 @@ def _place(address: str) -> Path:
 
 def _digest(value: Any) -> str:
     """A stamp of what a file system says of files: sizes, times, checksums, whatever it has."""
-    return hashlib.blake2b(repr(value).encode("utf-8", "backslashreplace"), digest_size=32).hexdigest()
+    return _hash(repr(value).encode("utf-8", "backslashreplace"))
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=32).hexdigest()

@@ -41,8 +41,13 @@ _PAGE_POLICY = (
 )
 
 
-def create_app(server: Server) -> Any:
-    """The ASGI application of a server, which loads the model in the background."""
+def create_app(server: Server, in_background: bool = True) -> Any:
+    """The ASGI application of a server.
+
+    Args:
+        server: does the work.
+        in_background: load the model while `/health` and `/ready` are answered; False: before anything is answered.
+    """
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -52,8 +57,10 @@ def create_app(server: Server) -> Any:
             except Exception as error:
                 server.fail(error)
 
-        starting = asyncio.ensure_future(start())
+        starting = asyncio.ensure_future(start() if in_background else server.start())
         try:
+            if not in_background:
+                await starting
             yield
         finally:
             starting.cancel()

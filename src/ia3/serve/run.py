@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Coroutine, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import uvicorn
@@ -49,13 +49,18 @@ class _JsonLines(logging.Formatter):
 
 
 class _Uvicorn(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, server: Server) -> None:
+    def __init__(self, config: uvicorn.Config, server: Server, drain: float) -> None:
         super().__init__(config)
-        self._server = server
+        self._server, self._drain = server, drain
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop listening after all received data is read; then finish the requests."""
+        """Let the proxy turn elsewhere; stop listening after all received data is read; then finish the requests."""
         self._server.closing = True
+        # A proxy must not send its next request on a connection that will be closed.
+        self.server_state.default_headers = [*self.server_state.default_headers, (b"connection", b"close")]
+        end = time.monotonic() + self._drain
+        while time.monotonic() < end and not (self.force_exit or self._server.failed):
+            await asyncio.sleep(0.1)
         await self._read_all([each for server in self.servers for each in server.sockets])
         for server in self.servers:
             server.close()
@@ -82,14 +87,14 @@ class _Uvicorn(uvicorn.Server):
             await asyncio.sleep(0.005)
 
 
-def run(server: Server, host: str, port: int, refresh: float | None = None) -> None:
+def run(server: Server, host: str, port: int, drain: float = 0) -> None:
     """Serve until a signal arrives; then finish accepted requests.
 
     Args:
-        server: serves.
+        server: serves. It reads its adapters again on SIGHUP.
         host, port: the address to listen on; port 0: any free one.
-        refresh: seconds between looks at the address that the adapters are copied from; None: they are in a folder,
-            which is read again on SIGHUP only.
+        drain: seconds from the signal to the closing of the port, in which `/ready` says no and requests are still
+            accepted, so that a proxy has time to send them elsewhere.
 
     Raises:
         InputError: the address is not available, the model cannot be loaded, or its engine has ended.
@@ -117,40 +122,17 @@ def run(server: Server, host: str, port: int, refresh: float | None = None) -> N
         timeout_keep_alive=75,
         timeout_graceful_shutdown=int(server.limits.deadline) + 5,
     )
-    running = _Uvicorn(config, server)
+    running = _Uvicorn(config, server, drain)
 
     async def serve() -> None:
         if hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread():
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hang_up)
-        if refresh is not None:
-            start(follow(refresh))
         await running.serve([listening])
 
     def hang_up() -> None:
-        start(reload())
-
-    def start(work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.ensure_future(work)
+        task = asyncio.ensure_future(server.reload())
         tasks.add(task)  # the loop holds tasks only weakly
         task.add_done_callback(tasks.discard)
-
-    async def follow(seconds: float) -> None:
-        while True:
-            await asyncio.sleep(seconds)
-            await reload(if_changed=True)
-
-    async def reload(if_changed: bool = False) -> None:
-        if not server.started:
-            return
-        try:
-            found = await server.store.reload(if_changed)
-        except (InputError, OSError) as error:  # serving continues as before
-            logger.error("reload failed", extra={"fields": {"reason": reason(error)}})
-        except Exception:
-            logger.exception("reload failed")
-        else:
-            if found is not None:
-                logger.info("reload", extra={"fields": {key: len(names) for key, names in found.items()}})
 
     tasks: set[asyncio.Future] = set()
     address = f"http://{'[' + host + ']' if ':' in host else host}:{listening.getsockname()[1]}"

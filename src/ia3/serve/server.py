@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from fastapi import Request
 from starlette.exceptions import HTTPException
 
-from ia3.errors import InputError, about
+from ia3.errors import InputError, about, reason
 from ia3.opinions.asking import head_jobs
 from ia3.opinions.opinions import VECTORS, Opinions
 from ia3.scoring.fitting import most_characters
@@ -83,6 +83,7 @@ class Server:
         token: the token that clients must send; None: none.
         hosts: see `Gate`.
         log_texts: log the texts that clients send.
+        refresh: seconds between looks at the adapters' folder or address; None: only when `reload` is called.
 
     Attributes:
         metrics: the metrics.
@@ -99,6 +100,7 @@ class Server:
         token: str | None = None,
         hosts: set[str] | None = None,
         log_texts: bool = False,
+        refresh: float | None = None,
     ) -> None:
         self.engine, self.store, self.limits = engine, store, limits or Limits()
         self.token, self.hosts, self.log_texts = token, hosts or set(), log_texts
@@ -113,6 +115,8 @@ class Server:
         engine.observe, engine.on_end = self.metrics.batch, self.fail
         self.on_failure: Callable[[BaseException], None] = lambda error: None
         self.started = self.closing = self.failed = False
+        self._refresh = refresh
+        self._following: asyncio.Future[None] | None = None
         self.worker = Worker(lambda check: bounded(self._most_characters(), check))
 
     @property
@@ -131,9 +135,34 @@ class Server:
         await self.engine.start()
         await self.store.open(self.engine)
         self.started = True
+        if self._refresh is not None:
+            self._following = asyncio.ensure_future(self._follow(self._refresh))
+
+    async def _follow(self, seconds: float) -> None:
+        while True:
+            await asyncio.sleep(seconds)
+            await self.reload(if_changed=True)
+
+    async def reload(self, if_changed: bool = False) -> None:
+        """Look at the adapters again, as `Store.reload` does. The log has the result; after an error, serving goes on as
+        before."""
+        if not self.started:
+            return
+        try:
+            found = await self.store.reload(if_changed)
+        except (InputError, OSError) as error:
+            logger.error("reload failed", extra={"fields": {"reason": reason(error)}})
+        except Exception:
+            logger.exception("reload failed")
+        else:
+            if found is not None and (any(found.values()) or not if_changed):
+                logger.info("reload", extra={"fields": {key: len(names) for key, names in found.items()}})
 
     async def stop(self) -> None:
         """Stop the engine and the worker. Call it when no request is left."""
+        if self._following is not None:
+            self._following.cancel()
+            await asyncio.gather(self._following, return_exceptions=True)
         self.worker.stop()
         await self.engine.stop()
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from ia3.adapter.config import CONFIG_NAME, IA3Config, adapter_folders
 from ia3.adapter.stored import replaced_in
 from ia3.errors import InputError, shown, similar
-from ia3.files import WEIGHTS_NAME, Mirror, current, take_over
+from ia3.files import UPLOADED, WEIGHTS_NAME, Mirror, current, take_over
 from ia3.serve.adapter import FILES, Adapter, read_settings, stamp_of
 
 if TYPE_CHECKING:
@@ -38,9 +38,6 @@ _MOST_LOGGED = 50
 # The maximum of characters of a reason.
 _MOST_REASON = 400
 
-# The file that marks an uploaded folder, which may be replaced and deleted over HTTP.
-_UPLOADED = ".uploaded"
-
 # Prefix of temporary folders of uploads and removals.
 _COMING, _GOING = ".upload-", ".deleted-"
 
@@ -58,7 +55,7 @@ class Conflict(InputError):
 
 
 class NotStored(InputError):
-    """The adapters' folder cannot be written to."""
+    """The adapters' folder, or their address, cannot be written to."""
 
 
 @contextlib.contextmanager
@@ -69,6 +66,17 @@ def _storing() -> Iterator[None]:
         raise NotStored(
             f"Expected an adapters' folder that can be written to, found: {error.strerror or type(error).__name__}. Make "
             f"room or change its permissions."
+        ) from error
+
+
+@contextlib.contextmanager
+def _storing_far() -> Iterator[None]:
+    try:
+        yield
+    except InputError as error:
+        logger.error("not stored", extra={"fields": {"reason": error.worded()}})  # names the address, not for clients
+        raise NotStored(
+            "Expected an adapters' address that can be read and written to, found that it cannot; the server's log says why."
         ) from error
 
 
@@ -112,7 +120,7 @@ class Store:
         self._changing = asyncio.Lock()
         self._version = 0
         self._clean()
-        self.found = self._scan()
+        self.found = self._scanned = self._scan()
 
     def kinds(self, base_model: str) -> list[IA3Config]:
         """The different configs of adapters, the most frequent first; those for models with other names last."""
@@ -175,13 +183,18 @@ class Store:
 
     @contextlib.contextmanager
     def using(self, adapter: Adapter | None) -> Iterator[None]:
-        """Keep the engine from dropping an adapter during a `with` block."""
+        """Keep the engine from dropping an adapter during a `with` block. Raises `UnknownAdapter` in place of an error that
+        comes from another server's having deleted it."""
         if adapter is None:
             yield
             return
         adapter.users += 1
         try:
             yield
+        except InputError as error:
+            if os.path.isdir(adapter.folder):
+                raise
+            raise UnknownAdapter(f"There is no adapter {adapter.name!r} any more.") from error
         finally:
             adapter.users -= 1
             if adapter.retired and not adapter.users:
@@ -198,51 +211,25 @@ class Store:
         """Read the root again. Running requests end with the vectors that they started with.
 
         Args:
-            if_changed: only if the mirror has found a change.
+            if_changed: only if something has changed there since it was read last.
 
         Returns:
-            Names of adapters by "added", "changed", "removed", "failed"; None: it was not read.
+            Names of adapters by "added", "changed", "removed", "failed"; None: nothing has changed.
 
         Raises:
             InputError: the mirror's address cannot be read, or there are too many adapters.
         """
-        changed = self._mirror is not None and await asyncio.to_thread(self._mirror.refresh)
-        if if_changed and not changed:
-            return None
+        if self._mirror is not None:
+            changed = await asyncio.to_thread(self._mirror.refresh)
+            if self._mirror.unfinished:
+                logger.warning("not copied", extra={"fields": {"adapters": self._mirror.unfinished[:_MOST_LOGGED]}})
+            if if_changed and not changed:
+                return None
         async with self._changing:
             found = await asyncio.to_thread(self._scan)
-            done: dict[str, list[str]] = {"added": [], "changed": [], "removed": [], "failed": []}
-            self._removed &= found.keys()
-            self._unusable = {}
-            wanted = {name: place for name, place in found.items() if name not in self._removed}
-            stamps = dict(found.values())
-            for name, adapter in self._adapters.items():
-                if adapter.folder != self._folder(name):  # served with another name than its folder's
-                    if name in wanted:
-                        logger.warning("Adapter %r is not served: another adapter has its name", name)
-                        done["failed"].append(name)
-                        del wanted[name]
-                    if adapter.folder in stamps:
-                        wanted[name] = adapter.folder, stamps[adapter.folder]
-            before = dict(self._adapters)
-            for name, (folder, stamp) in wanted.items():
-                if name in before and before[name].stamp == stamp:
-                    continue
-                try:
-                    await self._serve(name, folder, stamp, check=name in before)
-                    done["changed" if name in before else "added"].append(name)
-                except InputError as error:
-                    if name in before:  # it stays as it was
-                        logger.warning("Adapter %r is not reloaded: %s", name, error.worded(owned=False))
-                    else:
-                        self._refuse(name, error)
-                    done["failed"].append(name)
-            self._log_unusable()
-            for name in before.keys() - wanted.keys():
-                self._retire(self._adapters.pop(name))
-                self._names = []
-                done["removed"].append(name)
-            return done
+            if if_changed and found == self._scanned:
+                return None
+            return await self._take_in(found)
 
     async def admit(self, folder: str, name: str | None) -> Adapter:
         """Serve an adapter in a folder below the root, or read it again.
@@ -287,8 +274,6 @@ class Store:
             Conflict: an adapter with that name exists that was not uploaded; see also `admit`.
             NotStored: the root cannot be written to.
         """
-        if self._mirror is not None:
-            raise NotStored("Adapters are copied from elsewhere here; put new ones there instead of uploading them.")
         if "/" in self._checked(name):
             raise InputError(f"Expected a name without slashes for an upload, found {name!r}.")
         from ia3.serve import uploads
@@ -301,13 +286,16 @@ class Store:
             with _storing():
                 for file, write in files.items():
                     await write(Path(temporary, file))
-                Path(temporary, _UPLOADED).touch()
+                Path(temporary, UPLOADED).touch()
                 os.chmod(temporary, 0o755)
             await asyncio.to_thread(self._checked_upload, temporary)
             async with self._changing:
+                if self._mirror is not None:
+                    with _storing_far():
+                        await asyncio.to_thread(self._mirror.refresh)  # others may have written there
                 final = self._folder(name)
                 self._require_free(name, final)
-                if os.path.lexists(final) and not os.path.isfile(os.path.join(final, _UPLOADED)):
+                if os.path.lexists(final) and not os.path.isfile(os.path.join(final, UPLOADED)):
                     raise Conflict(
                         f"There is another {name!r} below the adapters' root, not uploaded; choose another name."
                     )
@@ -315,6 +303,15 @@ class Store:
                 new = name not in self._adapters
                 trial = await self._prepare(name, temporary, check=True)
                 await self._engine_of().drop(trial.key)
+                if self._mirror is not None:
+                    with _storing_far():
+                        whole = await asyncio.to_thread(self._mirror.put, name, temporary)
+                        await asyncio.to_thread(self._mirror.refresh)
+                    if not whole:
+                        raise Conflict(f"Another {name!r} was uploaded at the same time; upload it again.")
+                    self._removed.discard(name)
+                    await self._take_in(await asyncio.to_thread(self._scan))
+                    return self.get(name), new
                 names = dict.fromkeys([name, *(each.name for each in self._in(final))])
                 with _storing():
                     await self._take_away(final, lambda: _exchange(temporary, final))
@@ -336,7 +333,11 @@ class Store:
             adapter = None if name in self._unusable else self.get(name)
             folder = self._folder(name) if adapter is None else adapter.folder
             has_others = any(each is not adapter for each in self._in(folder))
-            if not has_others and os.path.isfile(os.path.join(folder, _UPLOADED)):
+            if self._mirror is not None and not has_others and os.path.isfile(os.path.join(folder, UPLOADED)):
+                await asyncio.to_thread(self._delete_far, self._mirror, os.path.basename(folder))
+                await self._take_in(await asyncio.to_thread(self._scan))
+                return
+            if not has_others and os.path.isfile(os.path.join(folder, UPLOADED)):
                 with _storing():
                     going = tempfile.mkdtemp(prefix=_GOING, dir=self.root)
                     await self._take_away(folder, lambda: os.rename(folder, going))
@@ -350,6 +351,42 @@ class Store:
                 self._retire(adapter)
 
     # Under the lock.
+
+    async def _take_in(self, found: dict[str, tuple[str, tuple]]) -> dict[str, list[str]]:
+        """Serve what a scan has found, and nothing else; see `reload`."""
+        self._scanned = found
+        done: dict[str, list[str]] = {"added": [], "changed": [], "removed": [], "failed": []}
+        self._removed &= found.keys()
+        self._unusable = {}
+        wanted = {name: place for name, place in found.items() if name not in self._removed}
+        stamps = dict(found.values())
+        for name, adapter in self._adapters.items():
+            if adapter.folder != self._folder(name):  # served with another name than its folder's
+                if name in wanted:
+                    logger.warning("Adapter %r is not served: another adapter has its name", name)
+                    done["failed"].append(name)
+                    del wanted[name]
+                if adapter.folder in stamps:
+                    wanted[name] = adapter.folder, stamps[adapter.folder]
+        before = dict(self._adapters)
+        for name, (folder, stamp) in wanted.items():
+            if name in before and before[name].stamp == stamp:
+                continue
+            try:
+                await self._serve(name, folder, stamp, check=name in before)
+                done["changed" if name in before else "added"].append(name)
+            except InputError as error:
+                if name in before:  # it stays as it was
+                    logger.warning("Adapter %r is not reloaded: %s", name, error.worded(owned=False))
+                else:
+                    self._refuse(name, error)
+                done["failed"].append(name)
+        self._log_unusable()
+        for name in before.keys() - wanted.keys():
+            self._retire(self._adapters.pop(name))
+            self._names = []
+            done["removed"].append(name)
+        return done
 
     def _refuse(self, name: str, error: InputError) -> None:
         """Record why an adapter is not served, in a message for clients, without paths."""
@@ -471,18 +508,32 @@ class Store:
         return found
 
     def _clean(self) -> None:
-        """Remove leftovers of a killed process in the root, unless another server uses it now."""
+        """Remove leftovers of a killed process in the root, unless other servers use it now."""
         try:
             import fcntl
 
             claimed = os.open(self.root, os.O_RDONLY)
             weakref.finalize(self, os.close, claimed)  # holds the lock until then
-            fcntl.flock(claimed, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for name in os.listdir(self.root):
-                if name.startswith((_COMING, _GOING)):
-                    shutil.rmtree(os.path.join(self.root, name), ignore_errors=True)
-        except (ImportError, OSError):  # not POSIX, no root yet, or another server's lock
+            with contextlib.suppress(BlockingIOError):  # another server's lock
+                fcntl.flock(claimed, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for name in os.listdir(self.root):
+                    if name.startswith((_COMING, _GOING)):
+                        shutil.rmtree(os.path.join(self.root, name), ignore_errors=True)
+            fcntl.flock(claimed, fcntl.LOCK_SH)  # all that use it share this one
+        except (ImportError, OSError):  # not POSIX, no root yet, or a file system without locks
             return
+
+    def _delete_far(self, mirror: Mirror, name: str) -> None:
+        with _storing_far():
+            last = mirror.is_last(name)
+            if not last:
+                mirror.delete(name)
+                mirror.refresh()
+        if last:
+            raise Conflict(
+                f"{name!r} is the only adapter at the address, and an address without any counts as one that cannot be read; "
+                f"upload another one first."
+            )
 
     def _checked_upload(self, folder: str) -> None:
         from ia3.serve import uploads

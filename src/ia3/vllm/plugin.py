@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
     from ia3.adapter.config import IA3Config
 
-SUPPORTED = "0.32"
-"""The versions of vLLM that are supported: this one and its patch releases."""
+OLDEST, NEWEST = "0.31", "0.33"
+"""The versions of vLLM that are supported: these, those between, and the patch releases of all."""
 
 ONLY = "ia3_only"
 """The key of vLLM's `additional_config` that makes an engine serve (IA)³ adapters only."""
@@ -55,11 +55,16 @@ def register() -> None:
 def unsupported() -> str | None:
     """Why the installed vLLM cannot serve (IA)³ adapters; None if it can."""
     import vllm
+    from packaging.version import InvalidVersion, Version
 
-    if ".".join(vllm.__version__.split(".")[:2]) != SUPPORTED:
+    try:
+        found = Version(vllm.__version__).release[:2]
+    except InvalidVersion:  # built from a source without one
+        found = ()
+    if not Version(OLDEST).release <= found <= Version(NEWEST).release:
         return (
-            f"ia3 serves (IA)³ adapters in vLLM {SUPPORTED}.*, found {vllm.__version__}: they are refused. Install "
-            f"vllm=={SUPPORTED}.*, or the ia3 that supports this version."
+            f"ia3 serves (IA)³ adapters in vLLM {OLDEST} to {NEWEST}, found {vllm.__version__}: they are refused. Install "
+            f"one of those, or the ia3 that supports this version."
         )
     try:
         missing = _missing()
@@ -68,7 +73,7 @@ def unsupported() -> str | None:
     if missing:
         return (
             f"ia3 needs {shown(missing, 9)} inside vLLM, which {vllm.__version__} does not have: (IA)³ adapters are "
-            f"refused. Install an unchanged vllm=={SUPPORTED}.*."
+            f"refused. Install an unchanged vLLM {OLDEST} to {NEWEST}."
         )
     return None
 
@@ -79,6 +84,7 @@ def _missing() -> list[str]:
     from vllm.lora.layers import LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA
     from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
     from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
+    from vllm.model_executor.models.utils import WeightsMapper
 
     linear = ("create_lora_weights", "reset_lora", "set_mapping", "apply", "_apply_lora_to_output")
     manager = (
@@ -98,6 +104,7 @@ def _missing() -> list[str]:
         LogitsProcessorWithLoRA: ("create_lora_weights",),
         VocabParallelEmbeddingWithLoRA: ("create_lora_weights",),
         PunicaWrapperBase: ("token_lora_indices",),
+        WeightsMapper: ("get_rename_mapper", "_map_name"),
     }
     return [
         f"{owner.__name__}.{name}"
