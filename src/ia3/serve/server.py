@@ -20,6 +20,7 @@ from ia3.serve.engine import AdapterFailed, Engine, GenerateJob, Piece, ScoreJob
 from ia3.serve.gate import described, unexpected
 from ia3.serve.limits import CLIENT_GONE, Limits, Problem, Queue, left
 from ia3.serve.metrics import Metrics
+from ia3.serve.projects import Projects, UnknownProject
 from ia3.serve.schemas import ChatBody, ClassifyBody, CompletionBody
 from ia3.serve.store import Conflict, NotStored, Store, UnknownAdapter, UnusableAdapter
 from ia3.serve.worker import Worker
@@ -88,6 +89,7 @@ class Server:
         metrics: the metrics.
         on_failure: called if the model cannot be loaded or its engine has ended, so nothing can be served.
         worker: renders and tokenizes.
+        projects: what is labelled and trained here.
         ready: the model is loaded and runs, and the server is not shutting down.
     """
 
@@ -113,6 +115,7 @@ class Server:
         engine.observe, engine.on_end = self.metrics.batch, self.fail
         self.on_failure: Callable[[BaseException], None] = lambda error: None
         self.started = self.closing = self.failed = False
+        self.projects = Projects(store, engine)
         self.worker = Worker(lambda check: bounded(self._most_characters(), check))
 
     @property
@@ -133,7 +136,8 @@ class Server:
         self.started = True
 
     async def stop(self) -> None:
-        """Stop the engine and the worker. Call it when no request is left."""
+        """Stop all that runs. Call it when no request is left."""
+        await self.projects.stop()
         self.worker.stop()
         await self.engine.stop()
 
@@ -447,6 +451,8 @@ def problem_of(error: Exception, path: str) -> Problem | None:
         return error
     if isinstance(error, UnknownAdapter):
         return Problem(404, str(error), "model_not_found" if openai else "adapter_not_found")
+    if isinstance(error, UnknownProject):
+        return Problem(404, str(error), "project_not_found")
     if isinstance(error, Conflict):
         return Problem(409, str(error), "conflict")
     if isinstance(error, AdapterFailed):
