@@ -122,10 +122,7 @@ def suggest(
             f"Expected a --count of at most {len(some)}, the different rows without a label, found {count}."
         )
     quiet()
-    from ia3.evaluation.suggesting import (
-        embeddings_of,
-    )  # with torch, so that wrong rows are told without waiting for it
-    from ia3.evaluation.suggesting import suggest as suggested
+    from ia3.evaluation import suggesting  # with torch, so that wrong rows are told without waiting for it
 
     with Bars(out) as bars:
         probabilities = (

@@ -8,7 +8,7 @@ import json
 import logging
 import sys
 from asyncio.subprocess import DEVNULL, PIPE
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,9 +57,14 @@ class Job:
 
 
 class Background:
-    """Runs jobs in a process of their own, one after the other. Used on the event loop."""
+    """Runs jobs in a process of their own, one after the other. Used on the event loop.
 
-    def __init__(self) -> None:
+    Args:
+        command: starts the process, which reads and writes what `job` does.
+    """
+
+    def __init__(self, command: Sequence[str] = (sys.executable, "-m", "ia3.serve.job")) -> None:
+        self._command = command
         self._one = asyncio.Lock()
 
     async def run(self, job: Job, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,7 +87,7 @@ class Background:
             job.stage = "Starting …"
             try:
                 process = await asyncio.create_subprocess_exec(
-                    sys.executable, "-m", "ia3.serve.job", stdin=PIPE, stdout=PIPE, stderr=DEVNULL, limit=_LONGEST_LINE
+                    *self._command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, limit=_LONGEST_LINE
                 )
             except OSError as error:
                 raise InputError(f"Cannot start a process: {reason(error)}; try again.") from error

@@ -204,7 +204,8 @@ async function projects() {
 
 const KEYS = "1234567890qwertyiopdfghjklzxcvbnm";  // without s and u
 const ENOUGH = 20;
-let project = null, rows = [], busy = false, polling, failed = "";
+const POLL = 500, RETRY = 3000;
+let project = null, rows = [], busy = false, polling, failed = null;
 
 const of = (path = "") => "v1/projects/" + encodeURIComponent(project.name) + path;
 const sum = labels => Object.values(labels).reduce((all, count) => all + count, 0);
@@ -213,7 +214,7 @@ async function open(name) {
   clearTimeout(polling);
   const found = await ask("v1/projects/" + encodeURIComponent(name));
   rows = [];
-  failed = "";
+  failed = null;
   at("text").value = "";
   at("said").replaceChildren();
   at("all-labels").value = Object.keys(found.labels).join("\n");
@@ -222,6 +223,17 @@ async function open(name) {
   await next();
 }
 
+function choice(label, place) {
+  const button = make("button");
+  button.dataset.label = label;
+  if (KEYS[place]) button.append(make("kbd", KEYS[place].toUpperCase()));
+  button.append(make("span", label), make("span", "", "count"));
+  button.addEventListener("click", () => attempt(() => give(label)));
+  return button;
+}
+
+const later = wait => { clearTimeout(polling); polling = setTimeout(poll, wait); };
+
 function update(found) {
   project = found;
   const names = Object.keys(found.labels), done = sum(found.labels), training = found.job?.kind === "train";
@@ -229,14 +241,12 @@ function update(found) {
   at("counted").textContent = counted(done, "row") + " labelled of " + found.rows
     + (found.skipped ? ", " + found.skipped + " skipped." : ".");
   at("labelled").value = done;
-  at("choices").replaceChildren(...names.map((label, place) => {
-    const button = make("button");
-    if (KEYS[place]) button.append(make("kbd", KEYS[place].toUpperCase()));
-    button.append(make("span", label), make("span", found.labels[label], "count"));
+  const shown = [...at("choices").children].map(button => button.dataset.label);
+  if (JSON.stringify(shown) !== JSON.stringify(names)) at("choices").replaceChildren(...names.map(choice));
+  for (const button of at("choices").children) {
     button.disabled = !rows.length;
-    button.addEventListener("click", () => attempt(() => give(label)));
-    return button;
-  }));
+    button.lastChild.textContent = found.labels[button.dataset.label];
+  }
   at("skip").disabled = !rows.length;
   at("undo").disabled = !found.last;
   const rare = names.filter(label => found.labels[label] < 2);
@@ -252,8 +262,7 @@ function update(found) {
     at("stage").textContent = (found.job.kind === "read" ? "Reading the texts: " : "") + stage
       + (total ? " " + done + " of " + total : "") + (note ? ", " + note : "");
     if (total) { at("steps").max = total; at("steps").value = done; } else at("steps").removeAttribute("value");
-    clearTimeout(polling);
-    polling = setTimeout(() => attempt(poll), 500);
+    later(POLL);
   }
   if (found.problem && found.problem !== failed) at("problem").textContent = found.problem;
   failed = found.problem;
@@ -272,15 +281,20 @@ function result({ examples, accuracy, majority }) {
 }
 
 async function poll() {
-  const name = project.name, before = project.job?.kind;
-  const found = await ask(of());
-  if (project.name !== name || at("project").hidden) return;
-  const problem = at("problem").textContent;
-  update(found);
-  if (!at("problem").textContent) at("problem").textContent = problem;
-  if (found.job) return;
-  if (before === "train" && !found.problem) await list();
-  if (!rows.length && !found.problem) await next();
+  const { name, job } = project;
+  const left = () => project.name !== name || at("project").hidden;
+  try {
+    const found = await ask(of());
+    if (left()) return;
+    update(found);
+    if (found.job || found.problem) return;
+    if (job?.kind === "train") await list();
+    if (!rows.length) await next();
+  } catch (error) {
+    if (left()) return;
+    at("problem").textContent = error.message;
+    later(RETRY);
+  }
 }
 
 // Show the next row, and ask for more where there is none.
@@ -290,7 +304,6 @@ async function next() {
     const found = await ask(of("/suggestions?count=10"));
     if (project.name !== name) return;
     rows = found.rows;
-    if (found.job && !project.job) { clearTimeout(polling); polling = setTimeout(() => attempt(poll), 500); }
     if (!rows.length) {
       at("row-number").textContent = "";
       at("row-text").textContent = found.job ? "The texts are being read, so that those come first whose labels teach most …"
@@ -305,25 +318,29 @@ async function next() {
   update(project);
 }
 
-// One change at a time, in the order of the keys.
-let changes = Promise.resolve();
-const change = work => changes = changes.catch(() => {}).then(work);
+// While a change is under way, keys and buttons do nothing: they would be about a row that nobody has seen.
+async function change(work) {
+  if (busy) return;
+  busy = true;
+  try {
+    update(await work());
+    await next();
+  } finally {
+    busy = false;
+  }
+}
 
-const give = label => change(async () => {
-  if (!rows.length) return;
+const give = label => rows.length && change(async () => {
   const found = await ask(of("/rows/" + rows[0].row), { label }, "PUT");
   rows.shift();
-  update(found);
-  await next();
+  return found;
 });
 
-const undo = () => change(async () => {
-  if (!project.last) return;
+const undo = () => project.last && change(async () => {
   const { row, text } = project.last;
   const found = await ask(of("/rows/" + row), undefined, "DELETE");
   rows.unshift({ row, text });
-  update(found);
-  await next();
+  return found;
 });
 
 async function download(path, name) {
@@ -337,7 +354,7 @@ async function download(path, name) {
 on("skip", "click", () => give(null));
 on("undo", "click", undo);
 on("relabel", "submit", async () => update(await ask(of("/labels"), { labels: lines(at("all-labels").value) }, "PUT")));
-once("train-now", async () => { failed = ""; update(await ask(of("/training"), undefined, "POST")); });
+once("train-now", async () => { failed = null; update(await ask(of("/training"), undefined, "POST")); });
 once("cancel", async () => update(await ask(of("/training"), undefined, "DELETE")));
 once("get-labels", () => download("/labels.csv", project.name + "-labels.csv"));
 once("get-adapter", () => download("/adapter.zip", project.name + ".zip"));
@@ -351,8 +368,8 @@ on("sentence", "submit", async () => {
   bars(at("said"), found.predictions[0]);
 });
 document.addEventListener("keydown", event => {
-  const busy = event.ctrlKey || event.metaKey || event.altKey || event.repeat;
-  if (at("project").hidden || busy || event.target.closest("input, textarea, select")) return;
+  const other = event.ctrlKey || event.metaKey || event.altKey || event.repeat;
+  if (at("project").hidden || other || event.target.closest("input, textarea, select")) return;
   const key = event.key.toLowerCase(), label = Object.keys(project.labels)[KEYS.indexOf(key)];
   if (key === "s") attempt(() => give(null));
   else if (key === "u") attempt(undo);
