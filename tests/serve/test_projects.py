@@ -418,13 +418,13 @@ def test_from_a_pasted_table_to_an_adapter_by_clicks(empty, start, page, here):
     # Without adapters, this comes first. What is wrong is said in a line.
     page.fill("#table", "a,b\n1,2,3")
     page.get_by_role("alert").filter(has_text="Expected 2 values in each row of the table").wait_for()
-    page.get_by_label("Table").fill(table())
+    page.get_by_role("textbox", name="Table").fill(table())
     page.get_by_text("40 rows with 2 columns.").wait_for()
     assert page.input_value("#column") == "message"
-    page.get_by_label("Labels").fill("pos\nneg\nfine")
+    page.get_by_role("textbox", name="Labels one a line").fill("pos\nneg\nfine")
     page.get_by_role("button", name="Start labelling").click()
     page.get_by_role("alert").filter(has_text="Give the project a name").wait_for()
-    page.get_by_label("Name").fill("tickets")
+    page.get_by_role("textbox", name="Name letters").fill("tickets")
     page.get_by_role("button", name="Start labelling").click()
     page.locator("#row-number", has_text="Row ").wait_for()
 
@@ -447,14 +447,14 @@ def test_from_a_pasted_table_to_an_adapter_by_clicks(empty, start, page, here):
     page.get_by_role("button", name="Train", exact=True).click()
     page.get_by_role("alert").filter(has_text="found 0 of 'fine'").wait_for()
     page.get_by_text("Change the labels").click()
-    page.get_by_label("Labels one a line; those").fill("pos\nneg")
+    page.get_by_role("textbox", name="Labels one a line").fill("pos\nneg")
     page.get_by_role("button", name="Save").click()
     page.get_by_role("button", name="fine").wait_for(state="detached")
     page.get_by_role("button", name="Train", exact=True).click()
     page.get_by_text("of 11 labelled rows").wait_for()
     assert project(server)["trained"]["examples"] == 11
 
-    page.get_by_label("Try it on a text").fill("the tea was lovely today")
+    page.get_by_role("textbox", name="Try it on a text").fill("the tea was lovely today")
     page.get_by_role("button", name="Classify").click()
     page.locator("#said .row").first.wait_for()
     found = server.classify("tickets", texts=["the tea was lovely today"]).json()["predictions"][0]["probabilities"]
