@@ -232,6 +232,10 @@ function choice(label, place) {
   return button;
 }
 
+// Requests about the project, one after the other, so that no answer is older than what is shown.
+let turns = Promise.resolve();
+const inTurn = work => turns = turns.catch(() => {}).then(work);
+
 const later = wait => { clearTimeout(polling); polling = setTimeout(poll, wait); };
 
 function update(found) {
@@ -284,7 +288,7 @@ async function poll() {
   const { name, job } = project;
   const left = () => project.name !== name || at("project").hidden;
   try {
-    const found = await ask(of());
+    const found = await inTurn(() => ask(of()));
     if (left()) return;
     update(found);
     if (found.job || found.problem) return;
@@ -323,7 +327,7 @@ async function change(work) {
   if (busy) return;
   busy = true;
   try {
-    update(await work());
+    update(await inTurn(work));
     await next();
   } finally {
     busy = false;
@@ -353,9 +357,10 @@ async function download(path, name) {
 
 on("skip", "click", () => give(null));
 on("undo", "click", undo);
-on("relabel", "submit", async () => update(await ask(of("/labels"), { labels: lines(at("all-labels").value) }, "PUT")));
-once("train-now", async () => { failed = null; update(await ask(of("/training"), undefined, "POST")); });
-once("cancel", async () => update(await ask(of("/training"), undefined, "DELETE")));
+const settle = (...given) => inTurn(async () => { failed = null; update(await ask(...given)); });
+on("relabel", "submit", () => settle(of("/labels"), { labels: lines(at("all-labels").value) }, "PUT"));
+once("train-now", () => settle(of("/training"), undefined, "POST"));
+once("cancel", () => settle(of("/training"), undefined, "DELETE"));
 once("get-labels", () => download("/labels.csv", project.name + "-labels.csv"));
 once("get-adapter", () => download("/adapter.zip", project.name + ".zip"));
 on("remove", "click", async () => {
