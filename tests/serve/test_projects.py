@@ -461,7 +461,7 @@ def test_from_a_pasted_table_to_an_adapter_by_clicks(empty, start, page, here):
         with open(loading.value.path(), "rb") as saved:
             assert saved.read() == its
     page.get_by_role("link", name="Try").click()
-    page.get_by_text("1 adapters of model").wait_for()
+    page.get_by_text("1 adapter of model").wait_for()
     page.get_by_role("link", name="Train").click()
     page.on("dialog", lambda dialog: dialog.accept())
     page.get_by_role("link", name="tickets").click()

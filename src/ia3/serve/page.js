@@ -63,7 +63,7 @@ const address = name => "v1/adapters/" + name.split("/").map(encodeURIComponent)
 async function list() {
   const found = await ask("v1/adapters");
   at("adapters").replaceChildren(...found.adapters.map(each => option(each.name)));
-  at("about").textContent = found.adapters.length + " adapters of " + found.base + ". Pick one, write a text, and compare the "
+  at("about").textContent = counted(found.adapters.length, "adapter") + " of " + found.base + ". Pick one, write a text, and compare the "
     + "probabilities with and without the adapter.";
   if (!at("adapter").value && found.adapters.length) at("adapter").value = found.adapters[0].name;
   if (at("adapter").value) await choose();
@@ -358,7 +358,10 @@ async function download(path, name) {
 on("skip", "click", () => give(null));
 on("undo", "click", undo);
 const settle = (...given) => inTurn(async () => { failed = null; update(await ask(...given)); });
-on("relabel", "submit", () => settle(of("/labels"), { labels: lines(at("all-labels").value) }, "PUT"));
+on("relabel", "submit", async () => {
+  await settle(of("/labels"), { labels: lines(at("all-labels").value) }, "PUT");
+  at("change").open = false;
+});
 once("train-now", () => settle(of("/training"), undefined, "POST"));
 once("cancel", () => settle(of("/training"), undefined, "DELETE"));
 once("get-labels", () => download("/labels.csv", project.name + "-labels.csv"));
