@@ -330,6 +330,8 @@ def test_one_job_at_a_time_and_each_can_be_cancelled(running):
             await asyncio.sleep(0.01)
         assert second.stage.startswith("Waiting")
         second.cancel()
+        with pytest.raises(Cancelled):  # at once, not when its turn has come
+            await tasks[1]
         first.cancel()
         while third.stage != "x":
             await asyncio.sleep(0.01)
@@ -337,6 +339,23 @@ def test_one_job_at_a_time_and_each_can_be_cancelled(running):
         return await asyncio.gather(*tasks, return_exceptions=True)
 
     assert [type(each) for each in running.call(work())] == [Cancelled] * 3
+
+
+def test_training_waits_for_reading_and_a_removed_project_ends_both(empty, start, monkeypatch):
+    monkeypatch.setattr(Background.__init__, "__defaults__", (background("time.sleep(600)")._command,))
+    server = start(empty)
+    assert server.http.post("/v1/projects", json=BODY).json()["job"]["kind"] == "read"
+    for row in range(1, 9):
+        label(server, row, KNOWN[ROWS[row - 1]["text"]])
+    assert suggested(server) == []
+    found = server.http.post("/v1/projects/tickets/training").json()["job"]
+    assert found["kind"] == "train" and found["stage"].startswith("Waiting")
+    response = server.http.post("/v1/projects/tickets/training")
+    assert response.status_code == 409 and "being trained already" in said(response)
+    assert server.http.delete("/v1/projects/tickets/training").json()["job"]["kind"] == "read"
+    server.http.post("/v1/projects/tickets/training")
+    assert server.http.delete("/v1/projects/tickets").status_code == 200
+    assert server.http.get("/v1/projects").json()["projects"] == []
 
 
 @pytest.mark.slow

@@ -42,6 +42,7 @@ class Job:
     total: int = 0
     note: str = ""
     cancelled: bool = False
+    _turn: asyncio.Future[Any] | None = field(default=None, repr=False)
     _process: asyncio.subprocess.Process | None = field(default=None, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -51,6 +52,8 @@ class Job:
     def cancel(self) -> None:
         """End it. Its result, if it has one already, is kept."""
         self.cancelled = True
+        if self._turn is not None:
+            self._turn.cancel()
         if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
@@ -81,27 +84,44 @@ class Background:
             InputError: it has failed.
             Cancelled: it was cancelled.
         """
-        async with self._one:
+        job._turn = asyncio.ensure_future(self._one.acquire())
+        try:
+            await job._turn
+        except asyncio.CancelledError:
             if job.cancelled:
+                raise Cancelled from None
+            raise
+        try:
+            return await self._run(job, arguments)
+        finally:
+            self._one.release()
+
+    async def _run(self, job: Job, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        if job.cancelled:
+            raise Cancelled
+        job.stage = "Starting …"
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *self._command,
+                stdin=PIPE,
+                stdout=PIPE,
+                stderr=DEVNULL,
+                limit=_LONGEST_LINE,
+                start_new_session=True,  # Ctrl-C ends the server, which ends this process
+            )
+        except OSError as error:
+            raise InputError(f"Cannot start a process: {reason(error)}; try again.") from error
+        job._process = process
+        try:
+            if job.cancelled:  # while it started
                 raise Cancelled
-            job.stage = "Starting …"
-            try:
-                process = await asyncio.create_subprocess_exec(
-                    *self._command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, limit=_LONGEST_LINE
-                )
-            except OSError as error:
-                raise InputError(f"Cannot start a process: {reason(error)}; try again.") from error
-            job._process = process
-            try:
-                if job.cancelled:  # while it started
-                    raise Cancelled
-                return await self._followed(job, process, json.dumps({"kind": job.kind, **arguments}))
-            finally:
-                job._process = None
-                if process.returncode is None:
-                    with contextlib.suppress(ProcessLookupError):
-                        process.kill()
-                    await process.wait()
+            return await self._followed(job, process, json.dumps({"kind": job.kind, **arguments}))
+        finally:
+            job._process = None
+            if process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+                await process.wait()
 
     async def _followed(self, job: Job, process: asyncio.subprocess.Process, line: str) -> dict[str, Any]:
         assert process.stdin is not None and process.stdout is not None

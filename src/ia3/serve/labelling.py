@@ -96,9 +96,9 @@ def add_routes(app: FastAPI, server: Server) -> None:
     async def cancel(name: str) -> Any:
         """Cancel the training; the adapter stays as it was."""
         found = await projects.get(name)
-        if found.job is None or found.job.kind != "train":
+        if not found.works("train"):
             raise InputError("Expected a project whose adapter is being trained, found that nothing is under way.")
-        await found.cancel()
+        await found.cancel("train")
         return found.to_dict()
 
     @app.get("/v1/projects/{name}/labels.csv", tags=["projects"])

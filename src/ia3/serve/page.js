@@ -66,7 +66,7 @@ async function list() {
   at("about").textContent = counted(found.adapters.length, "adapter") + " of " + found.base + ". Pick one, write a text, and compare the "
     + "probabilities with and without the adapter.";
   if (!at("adapter").value && found.adapters.length) at("adapter").value = found.adapters[0].name;
-  if (at("adapter").value) await choose();
+  if (at("adapter").value && at("adapter").value !== task?.name) await choose();  // a text that was begun stays
   return found.adapters.length;
 }
 
@@ -285,14 +285,13 @@ function result({ examples, accuracy, majority }) {
 }
 
 async function poll() {
-  const { name, job } = project;
+  const { name } = project;
   const left = () => project.name !== name || at("project").hidden;
   try {
     const found = await inTurn(() => ask(of()));
     if (left()) return;
     update(found);
-    if (found.job || found.problem) return;
-    if (job?.kind === "train") await list();
+    if (found.job?.kind === "read" || found.problem) return;
     if (!rows.length) await next();
   } catch (error) {
     if (left()) return;
@@ -409,5 +408,5 @@ async function begin() {
 }
 
 on("token", "change", begin);
-addEventListener("hashchange", () => attempt(show));
+addEventListener("hashchange", () => attempt(async () => { await list(); await show(); }));
 attempt(begin);

@@ -108,8 +108,7 @@ class Project:
 
     Attributes:
         texts: row, from 1, → its text; of equal texts the first, and none that is empty.
-        job: the work that runs or waits.
-        ended: of the last work, set when it has ended.
+        jobs: the work that runs or waits, the newest last, each with what is done when it ends.
         problem: why the last work failed, or None.
     """
 
@@ -117,8 +116,7 @@ class Project:
         self.folder, self.state = folder, state
         self.texts = _texts(rows, state.column)
         self._rows = rows
-        self.job: Job | None = None
-        self.ended: asyncio.Future[None] | None = None
+        self.jobs: dict[Job, asyncio.Future[None]] = {}
         self.problem: str | None = None
         self._saving = asyncio.Lock()
 
@@ -162,7 +160,7 @@ class Project:
             "labels": {label: counts[label] for label in state.labels},
             "skipped": len(state.given) - counts.total(),
             "last": next(({"row": row, "text": self.texts[row], "label": label} for row, label in last), None),
-            "job": None if self.job is None else self.job.to_dict(),
+            "job": next((job.to_dict() for job in reversed(self.jobs)), None),
             "problem": self.problem,
             "trained": None if state.measured is None else state.measured.model_dump(),
         }
@@ -174,11 +172,16 @@ class Project:
             with storing():
                 await asyncio.to_thread(write_json, self.folder / _STATE, content)
 
-    async def cancel(self) -> None:
-        """End its work, and wait for its end."""
-        if self.job is not None and self.ended is not None:
-            self.job.cancel()
-            await self.ended
+    def works(self, kind: str) -> bool:
+        """Whether such a job runs or waits."""
+        return any(job.kind == kind for job in self.jobs)
+
+    async def cancel(self, *kinds: str) -> None:
+        """End jobs of these kinds, and wait for their end."""
+        some = {job: ended for job, ended in self.jobs.items() if job.kind in kinds}
+        for job in some:
+            job.cancel()
+        await asyncio.gather(*some.values())
 
     async def give(self, row: int, label: str | None) -> None:
         """Label a row, or skip it. Raises `InputError` if there is no such row or label."""
@@ -327,7 +330,7 @@ class Projects:
                 raise UnknownProject(f"There is no project {name[:100]!r}.")
             project = self._open.pop(name, None)
             if project is not None:
-                await project.cancel()
+                await project.cancel("read", "train")
             with storing():
                 await asyncio.to_thread(_remove, self._root / name)
 
@@ -335,7 +338,8 @@ class Projects:
         """The rows whose labels would teach most, the best first, each with its number and text. None as long as texts are read,
         which begins anew if it has failed."""
         if not await asyncio.to_thread(project.embeddings.is_file):
-            if project.job is None:
+            self.require_training()
+            if not project.works("read"):
                 self._begin(project, "read", self._read)
             return []
         found = await asyncio.to_thread(
@@ -348,7 +352,7 @@ class Projects:
 
         Raises:
             InputError: labels are too few; see also `require_training`.
-            Conflict: something else is under way.
+            Conflict: it is being trained already.
         """
         self.require_training()
         project.examples()
@@ -356,15 +360,15 @@ class Projects:
 
     async def stop(self) -> None:
         """End all work."""
-        for project in self._open.values():
-            await project.cancel()
+        for project in [*self._open.values()]:
+            await project.cancel("read", "train")
 
     def _begin(self, project: Project, kind: str, work: Callable[[Project, Job], Coroutine[Any, Any, None]]) -> None:
-        if project.job is not None:
-            raise Conflict(f"Something is under way for {project.name!r} already: {project.job.stage}")
-        project.job, project.problem = Job(kind), None
+        if project.works(kind):
+            raise Conflict(f"Project {project.name!r} is being trained already; wait for its end, or cancel it.")
+        job, project.problem = Job(kind), None
 
-        async def run(job: Job) -> None:
+        async def run() -> None:
             try:
                 await work(project, job)
             except Cancelled:
@@ -375,9 +379,9 @@ class Projects:
                 logger.exception("a job has failed")
                 project.problem = "Something went wrong here; see the server's log."
             finally:
-                project.job = None
+                del project.jobs[job]
 
-        project.ended = asyncio.ensure_future(run(project.job))
+        project.jobs[job] = asyncio.ensure_future(run())
 
     def _model(self) -> dict[str, Any]:
         return {"model": self._engine.source, "dtype": self._engine.dtype}
