@@ -66,7 +66,6 @@ async function list() {
   at("about").textContent = counted(found.adapters.length, "adapter") + " of " + found.base + ". Pick one, write a text, and compare the "
     + "probabilities with and without the adapter.";
   if (!at("adapter").value && found.adapters.length) at("adapter").value = found.adapters[0].name;
-  if (at("adapter").value && at("adapter").value !== task?.name) await choose();  // a text that was begun stays
   return found.adapters.length;
 }
 
@@ -397,16 +396,19 @@ async function show() {
     if ((shown === "try") === (id === "try")) at("to-" + id).setAttribute("aria-current", "page");
     else at("to-" + id).removeAttribute("aria-current");
   }
+  if (shown === "try") {
+    await list();
+    if (at("adapter").value && at("adapter").value !== task?.name) await choose();  // a text that was begun stays
+  }
   if (shown === "project") await open(name);
   if (shown === "train") await projects();
 }
 
 async function begin() {
-  const count = await list();
-  if (!count && !location.hash) location.hash = "train";
+  if (!location.hash && !await list()) location.hash = "train";
   else await show();
 }
 
 on("token", "change", begin);
-addEventListener("hashchange", () => attempt(async () => { await list(); await show(); }));
+addEventListener("hashchange", () => attempt(show));
 attempt(begin);
