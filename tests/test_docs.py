@@ -42,7 +42,7 @@ def test_every_block_is_named_once_and_run_here_or_by_ci():
         "prompts-python", "fleet", "fleet-python", "many", "many-python", "compare", "compare-python",
         "pretrain", "pretrain-python", "raft", "opinions", "opinions-python", "suggest-rows", "mine.yaml", "recipe", "recipe-python", "experiment-python", "benchmarks",
         # Those of docs/serve.md run in serve/test_docs.py.
-        "serve", "serve-classify", "serve-completions", "serve-openai", "serve-adapters", "serve-address", "serve-operation",
+        "serve", "serve-classify", "serve-completions", "serve-openai", "serve-adapters", "serve-project", "serve-address", "serve-operation",
         "ia3.service", "Dockerfile",
         "replicas", "kubernetes", "ray-serve",  # docs/replicas.md, checked by serve/test_deployments.py
         "processes",  # run by training/test_processes.py

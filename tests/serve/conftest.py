@@ -1,10 +1,13 @@
 """A tiny model with adapters, and servers of it."""
 
+import asyncio
 import shutil
 
 import pytest
 
-from ia3 import IA3Config, get_peft_model, load_base
+from ia3 import IA3Config, Recipe, get_peft_model, load_base
+from ia3.serve import job
+from ia3.serve.background import Background
 from support import tiny, words
 from support.serving import CHAT, Running, save_adapter
 
@@ -56,3 +59,33 @@ def running(made):
     server = Running(made)
     yield server
     server.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("needs Chromium")
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Projects' jobs run in a thread of this process instead of another process, and train for a few steps."""
+
+    async def run(self, given, arguments):
+        def tell(line):
+            given.stage, given.done, given.total, given.note = line.values()
+
+        async with self._one:
+            work = {"read": job.read, "train": job.train}[given.kind]
+            return await asyncio.to_thread(lambda: work(**arguments, progress=job.Told(tell)))
+
+    monkeypatch.setattr(Background, "run", run)
+    short = Recipe.small().changed(steps=4)
+    monkeypatch.setattr(Recipe, "for_model", lambda *_: short)

@@ -32,7 +32,7 @@ def test_requests(tickets, start, monkeypatch):
     monkeypatch.chdir(tickets)
     server = start(tickets)
     answers = {}
-    for name in ("serve-classify", "serve-completions", "serve-adapters", "serve-operation"):
+    for name in ("serve-classify", "serve-completions", "serve-adapters", "serve-project", "serve-operation"):
         for command in BLOCKS[name].strip().splitlines():
             program, *arguments = shlex.split(command.replace("localhost:8000", f"127.0.0.1:{server.port}"))
             assert program == "curl"
@@ -50,6 +50,8 @@ def test_requests(tickets, start, monkeypatch):
         assert set(said["predictions"][0]["tickets"]["probabilities"]) == {"billing", "technical"}
     assert answers["serve-completions"][2].endswith("data: [DONE]\n\n")
     assert json.loads(answers["serve-adapters"][-1]) == {"name": "uploaded", "deleted": True}
+    assert json.loads(answers["serve-project"][-2])["labels"] == {"billing": 2, "technical": 2}
+    assert answers["serve-project"][-1].splitlines()[:2] == ["message,day,label", "I was charged twice,Mon,billing"]
 
 
 def test_openai(tickets, start, capsys):

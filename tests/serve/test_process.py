@@ -181,19 +181,6 @@ def test_a_connection_that_says_nothing_is_closed(made, start):
             assert (b"200 OK" in data) is beginning.endswith(b"\r\n\r\n")
 
 
-@pytest.fixture(scope="module")
-def browser():
-    """Headless Chromium."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if path is None:
-        pytest.skip("needs Chromium")
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 @pytest.mark.parametrize("token", [None, "right-token"])
 def test_the_page(made, start, browser, token):
     server = start(made, token=token)

@@ -122,15 +122,15 @@ def suggest(
             f"Expected a --count of at most {len(some)}, the different rows without a label, found {count}."
         )
     quiet()
+    from ia3.evaluation import suggesting  # with torch, so that wrong rows are told without waiting for it
+
     with Bars(out) as bars:
         probabilities = (
             None if folder is None else _probabilities(bars, folder, [rows[i] for i in some.values()], model, dtype)
         )
         name = model or (None if folder is None else folder.config.base) or EMBEDDED_MODEL
-        embeddings = _embeddings(bars, [*some], name, encoder, dtype)
-    from ia3.evaluation.suggesting import suggest as suggested
-
-    chosen = [[*some.values()][place] for place in suggested(embeddings, count, probabilities, seed)]
+        embeddings = suggesting.embeddings_of([*some], name, encoder or "auto", dtype, bars)
+    chosen = [[*some.values()][place] for place in suggesting.suggest(embeddings, count, probabilities, seed)]
     found = [{**rows[index], **dict.fromkeys(to_fill, "")} for index in chosen]
     if output is not None:
         write_rows(output, found, delimiter_like(data, delimiter))
@@ -176,21 +176,3 @@ def _probabilities(
     each = np.array([[one.probabilities[label] for label in task.labels] for one in found])
     # Where labels are decided one by one, each decision is in doubt.
     return np.concatenate([each, 1 - each], axis=1) if task.multi_label else each
-
-
-def _embeddings(bars: Progress, texts: Sequence[str], model: str, encoder: str | None, dtype: str) -> np.ndarray:
-    """(N, width) of a sentence encoder, or without one of a language model."""
-    from ia3.evaluation.suggesting import states_as_embeddings
-    from ia3.opinions.sentences import Sentences
-
-    stage = bars.stage("Reading", len(texts))
-    from ia3.adapter.pretrained import reads_sentences
-
-    sentences = Sentences.found(encoder or "auto") or (Sentences(model) if reads_sentences(model) else None)
-    if sentences is not None:
-        return sentences.embeddings(texts, lambda done: stage.advance(len(done)))[:, 0]
-    from ia3.adapter.pretrained import load_base
-    from ia3.scoring.scorer import Scorer
-
-    scorer = Scorer(*load_base(model, dtype=dtype))
-    return states_as_embeddings(scorer, texts, lambda done: stage.advance(len(done)))

@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 from scipy.special import entr
 
+from ia3.adapter.pretrained import load_base, reads_sentences
 from ia3.errors import InputError
+from ia3.evaluation.progress import Progress
+from ia3.opinions.sentences import Sentences
 from ia3.scoring.scorer import Scorer
 
 # Of so many times the wanted number of rows, the most doubtful ones, those are taken that differ most.
@@ -58,6 +61,25 @@ def suggest(embeddings: np.ndarray, count: int, probabilities: np.ndarray | None
     found = [int(some[nearest[cluster]]) for cluster in sorted(nearest, key=lambda cluster: -mass[cluster])]
     rest = [row for row in some.tolist() if row not in {*found}] if len(found) < count else []
     return [*found, *rest[: count - len(found)]]
+
+
+def embeddings_of(
+    texts: Sequence[str], model: str, encoder: str = "auto", dtype: str = "auto", progress: Progress | None = None
+) -> np.ndarray:
+    """What tells which of N texts are alike, for `suggest`: (N, width).
+
+    Args:
+        texts: N of them.
+        model: the base model, as `load_base` takes it.
+        encoder: a sentence encoder, as `Sentences.found` takes it. Without one, the base model's states stand in.
+        dtype: the type of the base model's weights.
+        progress: shows the progress.
+    """
+    stage = (progress or Progress()).stage("Reading", len(texts))
+    sentences = Sentences.found(encoder) or (Sentences(model) if reads_sentences(model) else None)
+    if sentences is not None:
+        return sentences.embeddings(texts, lambda done: stage.advance(len(done)))[:, 0]
+    return states_as_embeddings(Scorer(*load_base(model, dtype=dtype)), texts, lambda done: stage.advance(len(done)))
 
 
 def states_as_embeddings(

@@ -1,4 +1,4 @@
-"""The application and its routes, except those of `openai`."""
+"""The application and its routes, except those of `openai` and `labelling`."""
 
 from __future__ import annotations
 
@@ -19,24 +19,40 @@ from starlette.requests import ClientDisconnect
 
 from ia3 import __version__
 from ia3.errors import InputError
-from ia3.serve import openai
+from ia3.serve import labelling, openai
 from ia3.serve.adapter import Adapter
 from ia3.serve.gate import Gate
 from ia3.serve.limits import CLIENT_GONE, Problem
-from ia3.serve.schemas import Body, ChatBody, ClassifyBody, CompletionBody, FolderBody, read_body
+from ia3.serve.schemas import (
+    Body,
+    ChatBody,
+    ClassifyBody,
+    CompletionBody,
+    FolderBody,
+    LabelBody,
+    LabelsBody,
+    ProjectBody,
+    TableBody,
+    read_body,
+)
 from ia3.serve.server import Server, told
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-_BODIES: dict[str, type[Body]] = {
-    "/v1/classify": ClassifyBody,
-    "/v1/completions": CompletionBody,
-    "/v1/chat/completions": ChatBody,
+_BODIES: dict[tuple[str, str], type[Body]] = {
+    ("post", "/v1/classify"): ClassifyBody,
+    ("post", "/v1/completions"): CompletionBody,
+    ("post", "/v1/chat/completions"): ChatBody,
+    ("post", "/v1/adapters"): FolderBody,
+    ("post", "/v1/tables"): TableBody,
+    ("post", "/v1/projects"): ProjectBody,
+    ("put", "/v1/projects/{name}/labels"): LabelsBody,
+    ("put", "/v1/projects/{name}/rows/{row}"): LabelBody,
 }
 
 _PAGE_POLICY = (
-    "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'; "
+    "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; script-src 'self'; img-src data:; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'"
 )
 
@@ -78,6 +94,7 @@ def create_app(server: Server, in_background: bool = True) -> Any:
     _add_adapters(app, server)
     _add_classification(app, server)
     openai.add_routes(app, server)
+    labelling.add_routes(app, server)
     _describe(app)
 
     async def tell(request: Request, error: Exception) -> Response:
@@ -94,11 +111,17 @@ def create_app(server: Server, in_background: bool = True) -> Any:
 
 
 def _add_pages(app: FastAPI, server: Server) -> None:
-    page = resources.files("ia3.serve").joinpath("page.html").read_text(encoding="utf-8")
+    page, script = (
+        resources.files("ia3.serve").joinpath(name).read_text(encoding="utf-8") for name in ("page.html", "page.js")
+    )
 
     @app.get("/", include_in_schema=False)
     async def index() -> Response:
         return HTMLResponse(page, headers={"Content-Security-Policy": _PAGE_POLICY})
+
+    @app.get("/page.js", include_in_schema=False)
+    async def page_script() -> Response:
+        return Response(script, media_type="text/javascript")
 
     @app.get("/health", tags=["operation"])
     async def health() -> Any:
@@ -237,16 +260,15 @@ def _describe(app: FastAPI) -> None:
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             schema = made()
-            kinds = {**_BODIES, "/v1/adapters": FolderBody}
             _, definitions = models_json_schema(
-                [(kind, "validation") for kind in kinds.values()], ref_template="#/components/schemas/{model}"
+                [(kind, "validation") for kind in _BODIES.values()], ref_template="#/components/schemas/{model}"
             )
             schema.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
             schema["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
             schema["security"] = [{"token": []}]
-            for path, kind in kinds.items():
+            for (method, path), kind in _BODIES.items():
                 reference = {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}
-                schema["paths"][path]["post"]["requestBody"] = {
+                schema["paths"][path][method]["requestBody"] = {
                     "required": True,
                     "content": {"application/json": reference},
                 }

@@ -96,6 +96,7 @@ class Engine(Protocol):
 
     Attributes:
         name: the base model's name, for `/v1/models`.
+        dtype: the type of its weights, as `load_base` takes it.
         tokenizer: the base model's tokenizer (transformers), after `start`. It is used on one thread, not the event
             loop's.
         context_length: the maximum of tokens of prompt and continuation together; None: unknown.
@@ -107,11 +108,17 @@ class Engine(Protocol):
     """
 
     name: str
+    dtype: str
     tokenizer: PreTrainedTokenizerBase
     context_length: int | None
     generates: bool
     observe: Callable[[str, int, int], None]
     on_end: Callable[[BaseException], None]
+
+    @property
+    def source(self) -> str | None:
+        """The base model, as `load_base` takes it, for which adapters can be trained beside; None: they cannot."""
+        ...
 
     async def start(self) -> None:
         """Load the model, which may take minutes. Called once, before all other methods. Raises `InputError`."""

@@ -25,7 +25,7 @@ from ia3.serve.metrics import Metrics
 logger = logging.getLogger(__name__)
 
 # Routes that need no token: nothing about adapters, and no work.
-_OPEN = {"/", "/health", "/ready", "/docs", "/openapi.json"}
+_OPEN = {"/", "/page.js", "/health", "/ready", "/docs", "/openapi.json"}
 _OPEN_BELOW = "/static-offline-docs/"
 
 # The path of uploads, whose bodies may be larger.

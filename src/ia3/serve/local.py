@@ -126,7 +126,7 @@ class LocalEngine:
         dtype: str = "auto",
     ) -> None:
         self.name = name or model
-        self._source, self._dtype = model, dtype
+        self.source, self.dtype = model, dtype
         self.tokenizer: PreTrainedTokenizerBase
         self.context_length: int | None = None
         self.generates = False
@@ -299,7 +299,7 @@ class LocalEngine:
         from ia3.serve.generation import Decoder
 
         base, self.tokenizer = load_base(
-            self._source, self._labels(), self._dtype, next((one.task_type for one in self._kinds), None)
+            self.source, self._labels(), self.dtype, next((one.task_type for one in self._kinds), None)
         )
         family = task_type(base)
         self._model = IA3Model(base, {}).eval()

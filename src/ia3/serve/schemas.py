@@ -80,6 +80,36 @@ class FolderBody(Body):
     name: str | None = Field(None, description="By default the folder's path.")
 
 
+_Label = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=60)]
+
+
+class TableBody(Body):
+    """A table, to see its columns."""
+
+    table: str = Field(description="CSV, with the columns' names in its first line.")
+
+
+class ProjectBody(TableBody):
+    """A table whose rows are to be labelled."""
+
+    name: str = Field(description="For the project and its adapter: letters, digits, '.', '_' and '-'.")
+    column: str = Field(description="The column of the text.")
+    labels: list[_Label] = Field([], description="Further to those in the table.")
+    label_column: str | None = Field(None, description="The column with labels so far; by default no row has one.")
+
+
+class LabelsBody(Body):
+    """All labels of a project."""
+
+    labels: list[_Label]
+
+
+class LabelBody(Body):
+    """The label of a row."""
+
+    label: str | None = Field(description="null: the row is skipped.")
+
+
 class StreamOptions(Body):
     """Options of a stream."""
 

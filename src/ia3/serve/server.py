@@ -20,6 +20,7 @@ from ia3.serve.engine import AdapterFailed, Engine, GenerateJob, Piece, ScoreJob
 from ia3.serve.gate import described, unexpected
 from ia3.serve.limits import CLIENT_GONE, Limits, Problem, Queue, left
 from ia3.serve.metrics import Metrics
+from ia3.serve.projects import Projects, UnknownProject
 from ia3.serve.schemas import ChatBody, ClassifyBody, CompletionBody
 from ia3.serve.store import Conflict, NotStored, Store, UnknownAdapter, UnusableAdapter
 from ia3.serve.worker import Worker
@@ -89,6 +90,7 @@ class Server:
         metrics: the metrics.
         on_failure: called if the model cannot be loaded or its engine has ended, so nothing can be served.
         worker: renders and tokenizes.
+        projects: what is labelled and trained here.
         ready: the model is loaded and runs, and the server is not shutting down.
     """
 
@@ -117,6 +119,7 @@ class Server:
         self.started = self.closing = self.failed = False
         self._refresh = refresh
         self._following: asyncio.Future[None] | None = None
+        self.projects = Projects(store, engine)
         self.worker = Worker(lambda check: bounded(self._most_characters(), check))
 
     @property
@@ -159,10 +162,11 @@ class Server:
                 logger.info("reload", extra={"fields": {key: len(names) for key, names in found.items()}})
 
     async def stop(self) -> None:
-        """Stop the engine and the worker. Call it when no request is left."""
+        """Stop all that runs. Call it when no request is left."""
         if self._following is not None:
             self._following.cancel()
             await asyncio.gather(self._following, return_exceptions=True)
+        await self.projects.stop()
         self.worker.stop()
         await self.engine.stop()
 
@@ -476,6 +480,8 @@ def problem_of(error: Exception, path: str) -> Problem | None:
         return error
     if isinstance(error, UnknownAdapter):
         return Problem(404, str(error), "model_not_found" if openai else "adapter_not_found")
+    if isinstance(error, UnknownProject):
+        return Problem(404, str(error), "project_not_found")
     if isinstance(error, Conflict):
         return Problem(409, str(error), "conflict")
     if isinstance(error, AdapterFailed):

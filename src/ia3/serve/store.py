@@ -59,7 +59,8 @@ class NotStored(InputError):
 
 
 @contextlib.contextmanager
-def _storing() -> Iterator[None]:
+def storing() -> Iterator[None]:
+    """Convert errors of writing below the adapters' folder to `NotStored`."""
     try:
         yield
     except OSError as error:
@@ -274,16 +275,15 @@ class Store:
             Conflict: an adapter with that name exists that was not uploaded; see also `admit`.
             NotStored: the root cannot be written to.
         """
-        if "/" in self._checked(name):
-            raise InputError(f"Expected a name without slashes for an upload, found {name!r}.")
+        self.require_name(name)
         from ia3.serve import uploads
 
         uploads.check_names(files)
-        with _storing():
+        with storing():
             os.makedirs(self.root, exist_ok=True)
             temporary = tempfile.mkdtemp(prefix=_COMING, dir=self.root)
         try:
-            with _storing():
+            with storing():
                 for file, write in files.items():
                     await write(Path(temporary, file))
                 Path(temporary, UPLOADED).touch()
@@ -313,7 +313,7 @@ class Store:
                     await self._take_in(await asyncio.to_thread(self._scan))
                     return self.get(name), new
                 names = dict.fromkeys([name, *(each.name for each in self._in(final))])
-                with _storing():
+                with storing():
                     await self._take_away(final, lambda: _exchange(temporary, final))
                 stamp = stamp_of(final) or ()
                 served = [await self._serve(each, final, stamp, check=False) for each in names]
@@ -321,6 +321,21 @@ class Store:
                 return served[0], new
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+    def require_folder(self) -> None:
+        """Raise `NotStored` if the adapters are not in a folder that is the server's own."""
+        if self._mirror is not None:
+            raise NotStored(
+                "Expected a server of a folder of adapters (--adapters DIR) for labels and training, found one that copies them from "
+                "elsewhere."
+            )
+
+    def require_name(self, name: str, new: bool = False) -> None:
+        """Raise `InputError` unless an upload can have this name; with `new` also `Conflict` if there is one that has it."""
+        if "/" in self._checked(name):
+            raise InputError(f"Expected a name without slashes for an upload, found {name!r}.")
+        if new and (name in self._adapters or os.path.lexists(self._folder(name))):
+            raise Conflict(f"There is another adapter {name!r}; choose another name, or remove that one.")
 
     async def remove(self, name: str) -> None:
         """Stop serving an adapter, and delete its files if they were uploaded.
@@ -338,7 +353,7 @@ class Store:
                 await self._take_in(await asyncio.to_thread(self._scan))
                 return
             if not has_others and os.path.isfile(os.path.join(folder, UPLOADED)):
-                with _storing():
+                with storing():
                     going = tempfile.mkdtemp(prefix=_GOING, dir=self.root)
                     await self._take_away(folder, lambda: os.rename(folder, going))
                 await asyncio.to_thread(shutil.rmtree, going, True)

@@ -64,6 +64,7 @@ class VllmEngine:
         self, model: str, name: str | None = None, slots: int = 16, adapters: int = 20_000, **settings: Any
     ) -> None:
         self.name, self._source = name or model, model
+        self.source, self.dtype = None, "auto"  # vLLM takes what memory there is, and has no states for heads
         self.tokenizer: PreTrainedTokenizerBase
         self.context_length: int | None = None
         self.generates = True
