@@ -342,7 +342,9 @@ class Task(Described):
                 "Answer:".
             name: the task's name.
             grades: the labels from the lowest to the highest, if they have an order.
-            multi_label, label_separator, label_columns: see the class; a label column of lists makes a multi-label task, too.
+            multi_label: see the class; a label column of lists makes a multi-label task, too.
+            label_separator: see the class.
+            label_columns: see the class.
 
         Raises:
             InputError: a column is missing, or all labels are equal.
