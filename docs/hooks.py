@@ -29,6 +29,8 @@ def on_files(files: Any, config: Any) -> Any:
         text = (ROOT / path).read_text(encoding="utf-8")
         if path.endswith(".py"):
             text = f"# The method on one page\n\n`{path}`: tests check that the package gives the same numbers.\n\n```python\n{text}```\n"
+        if page == "index.md":
+            text = f"---\nhide: [navigation]\n---\n{text}"
         files.append(File.generated(config, page, content=text))
     return files
 

@@ -78,7 +78,9 @@ def embedded_tasks() -> list[str]:
 class Task(Described):
     """A classification task.
 
-    Attributes (more in `Described`):
+    More attributes are in `Described`.
+
+    Attributes:
         templates: one or more templates; a text is a prompt. `template` instead sets a single one.
         label_column: the column with the label.
         choices: label → answer text; or a list of labels that are their own answer texts. Labels are compared as text;
