@@ -21,7 +21,7 @@ from support import tiny, words
 from support.paths import ROOT
 from support.words import byte_level
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SPELT = ("fields", "wordings", "from-prompt", "from-prompt-train")  # their answers are no words of the other tiny model
 BLOCK = re.compile(r"(?:<!-- (\w+): ([\w.-]+) -->\n)?```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
