@@ -17,7 +17,7 @@ PAGES = {
     "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
-    "examples/reference.py": "reference.md",
+    **{f"examples/{path.name}": f"examples/{path.name}.md" for path in sorted((ROOT / "examples").glob("*.*"))},
 }
 _LOADED = re.compile(r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=[\"']?(?:https?:)?//[^>]*>")
 _LINK = re.compile(r"\[([^\]]+)\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
@@ -27,8 +27,8 @@ def on_files(files: Any, config: Any) -> Any:
     """Add the pages that are kept outside `docs`."""
     for path, page in PAGES.items():
         text = (ROOT / path).read_text(encoding="utf-8")
-        if path.endswith(".py"):
-            text = f"# The method on one page\n\n`{path}`: tests check that the package gives the same numbers.\n\n```python\n{text}```\n"
+        if path.startswith("examples/"):
+            text = f"# {path}\n\n```{path.rpartition('.')[2]}\n{text}```\n"
         if page == "index.md":
             text = f"---\nhide: [navigation]\n---\n{text}"
         files.append(File.generated(config, page, content=text))
