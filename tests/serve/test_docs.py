@@ -1,4 +1,4 @@
-"""The examples of docs/serve.md, against a server that is set up as the page says."""
+"""The requests of the documentation, against a server that is set up as docs/serve.md says."""
 
 import json
 import re
@@ -15,16 +15,18 @@ from support.paths import ROOT
 from support.serving import save_adapter
 
 PAGE = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8")
-BLOCKS = dict(re.findall(r"<!-- example: ([\w.-]+) -->\n```\w+\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL))
+ALL = PAGE + "".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("ten-minutes.md", "tenants.md"))
+BLOCKS = dict(re.findall(r"<!-- example: ([\w.-]+) -->\n```\w+\n(.*?)^```$", ALL, re.MULTILINE | re.DOTALL))
 
 
 @pytest.fixture
 def tickets(made, tmp_path):
-    """A folder with a model, and `adapters/tickets`."""
+    """A folder with a model, and in `adapters` two adapters."""
     shutil.copytree(made / "model", tmp_path / "model")
     model = get_peft_model(load_base(str(tmp_path / "model"))[0], IA3Config(task_type="CAUSAL_LM"))
     choices = {"billing": "bill", "technical": "fault"}
-    save_adapter(tmp_path / "adapters" / "tickets", model, 0, template="{{ message }} ?", choices=choices)
+    for seed, name in enumerate(("tickets", "acme")):
+        save_adapter(tmp_path / "adapters" / name, model, seed, template="{{ message }} ?", choices=choices)
     return tmp_path
 
 
@@ -32,7 +34,15 @@ def test_requests(tickets, start, monkeypatch):
     monkeypatch.chdir(tickets)
     server = start(tickets)
     answers = {}
-    for name in ("serve-classify", "serve-completions", "serve-adapters", "serve-project", "serve-operation"):
+    for name in (
+        "serve-classify",
+        "serve-completions",
+        "serve-adapters",
+        "serve-project",
+        "serve-operation",
+        "ten-minutes-ask",
+        "tenants-ask",
+    ):
         for command in BLOCKS[name].strip().splitlines():
             program, *arguments = shlex.split(command.replace("localhost:8000", f"127.0.0.1:{server.port}"))
             assert program == "curl"
@@ -44,9 +54,12 @@ def test_requests(tickets, start, monkeypatch):
     labels = json.loads(answers["serve-classify"][0])["predictions"][0]["probabilities"]
     assert set(labels) == {"billing", "technical"}
     assert json.loads(answers["serve-classify"][1])["predictions"][0]["label"] is None
-    for number, count in ((3, 2), (4, 1)):
+    for name, adapter in (("ten-minutes-ask", "tickets"), ("tenants-ask", "acme")):
+        said = json.loads(answers[name][0])
+        assert said["adapter"] == adapter and said["predictions"][0]["label"] in {"billing", "technical"}
+    for number, count, names in ((3, 2, ["tickets"]), (4, 1, ["acme", "tickets"])):
         said = json.loads(answers["serve-classify"][number])
-        assert said["adapters"] == ["tickets"] and len(said["predictions"]) == count
+        assert said["adapters"] == names and len(said["predictions"]) == count
         assert set(said["predictions"][0]["tickets"]["probabilities"]) == {"billing", "technical"}
     assert answers["serve-completions"][2].endswith("data: [DONE]\n\n")
     assert json.loads(answers["serve-adapters"][-1]) == {"name": "uploaded", "deleted": True}
@@ -84,6 +97,7 @@ def test_commands_and_files_name_options_that_there_are(capsys, monkeypatch):
     known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
     lines = [
         *BLOCKS["serve"].splitlines(),
+        *BLOCKS["ten-minutes-serve"].splitlines(),
         BLOCKS["serve-address"].splitlines()[0],
         *(line for line in BLOCKS["ia3.service"].splitlines() if "ExecStart" in line),
     ]
@@ -92,7 +106,7 @@ def test_commands_and_files_name_options_that_there_are(capsys, monkeypatch):
         for line in BLOCKS["Dockerfile"].splitlines()
         if line.startswith("CMD")
     ]
-    assert len(lines) == 5
+    assert len(lines) == 6
     for line in lines:
         assert "ia3 serve" in line and set(re.findall(r"--[a-z-]+", line)) <= known
     # systemd makes the folder that the command names.

@@ -228,7 +228,11 @@ class IA3Model(Adapted):
             adapter_name: the adapter's name in this model.
             is_trainable: go on training it; else it is frozen and the model is put into evaluation mode.
             config: use this one, not the saved one.
-            autocast_adapter_dtype, ephemeral_gpu_offload, low_cpu_mem_usage, key_mapping, **kwargs: see `load_adapter`.
+            autocast_adapter_dtype: see `load_adapter`.
+            ephemeral_gpu_offload: see `load_adapter`.
+            low_cpu_mem_usage: see `load_adapter`.
+            key_mapping: see `load_adapter`.
+            **kwargs: see `load_adapter`.
 
         Raises:
             InputError: no adapter there, another method's, damaged, or for another model; the model stays as it was.

@@ -35,7 +35,6 @@ app = typer.Typer(
     help="Adapt a pretrained transformer to a task with a few dozen labelled examples, using (IA)³ and T-Few.\n\n"
     "Start with: ia3 train (real model, real data, no download; about a minute on two cores).",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

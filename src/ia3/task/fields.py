@@ -30,7 +30,9 @@ class Fields(FreeText):
     A model writes the fields that a text has, in this order, as JSON; what is generated holds parts of the prompt's columns
     alone (see `FieldsProcessor`).
 
-    Attributes (more in `FreeText`):
+    More attributes are in `FreeText`.
+
+    Attributes:
         fields: the columns of labelled rows that hold a value, a list of values, or nothing. Each value is in one of the
             template's columns; white space may differ.
         metric: "micro_f1", "exact_match" or a function (see `field_metrics`).

@@ -29,7 +29,9 @@ class FreeText(Described):
     >>> task.wording({"review": "Stale, dented cans.", "summary": "Stale"}).answer
     'Stale'
 
-    Attributes (more in `Described`):
+    More attributes are in `Described`.
+
+    Attributes:
         template: the prompt, a Jinja template as of `Template`.
         answer: the answer, a Jinja template that sees the columns of a labelled row.
         separator: the text between prompt and answer; none in a chat.

@@ -78,7 +78,9 @@ def embedded_tasks() -> list[str]:
 class Task(Described):
     """A classification task.
 
-    Attributes (more in `Described`):
+    More attributes are in `Described`.
+
+    Attributes:
         templates: one or more templates; a text is a prompt. `template` instead sets a single one.
         label_column: the column with the label.
         choices: label → answer text; or a list of labels that are their own answer texts. Labels are compared as text;
@@ -342,7 +344,9 @@ class Task(Described):
                 "Answer:".
             name: the task's name.
             grades: the labels from the lowest to the highest, if they have an order.
-            multi_label, label_separator, label_columns: see the class; a label column of lists makes a multi-label task, too.
+            multi_label: see the class; a label column of lists makes a multi-label task, too.
+            label_separator: see the class.
+            label_columns: see the class.
 
         Raises:
             InputError: a column is missing, or all labels are equal.
