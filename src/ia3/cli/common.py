@@ -8,7 +8,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ia3.adapter.model import IA3Model
+    from ia3.cluster.connection import Workers
     from ia3.evaluation.drawing import Draw
     from ia3.folder import AdapterFolder
     from ia3.opinions.opinions import Opinions
@@ -158,6 +159,21 @@ DtypeOption = typer.Option(
     "--dtype",
     help=f"Type of the base model's weights: {', '.join(DTYPES)}. auto: bfloat16 for language models on machines that multiply "
     "it, which halves memory and nearly halves time; scores are rounded. On other machines the stored type.",
+)
+RayOption = typer.Option(
+    None,
+    "--ray",
+    metavar="ADDRESS",
+    help="Work on Ray (pip install 'ia3\\[ray]'): 'local' starts it on this machine; 'auto' takes the running cluster that this machine "
+    "is a node of, and starts it here if there is none; HOST:PORT is a cluster's.",
+    show_default=False,
+)
+WorkersOption = typer.Option(
+    None,
+    "--workers",
+    min=1,
+    help="With --ray: how many workers, each with one model. \\[default: one for each GPU, or for each core if there are none]",
+    show_default=False,
 )
 JsonOption = typer.Option(False, "--json", help="Print only JSON on standard output, for programs.")
 
@@ -307,6 +323,25 @@ def moved(opinions: Opinions, prior: str | None, labels: Sequence[str] | None) -
             argument="prior",
         )
     return opinions.toward(prior_of(prior, labels))
+
+
+def require_ray(ray: str | None, workers: int | None) -> None:
+    """Refuse --workers without --ray."""
+    if workers is not None and ray is None:
+        raise InputError("Expected --ray with --workers, found none.")
+
+
+@contextmanager
+def connecting(out: Console, address: str, workers: int | None) -> Iterator[Workers]:
+    """The workers of --ray, in a `with` block; says how many there are."""
+    from ia3.cluster.connection import connected
+
+    with ExitStack() as stack:
+        with out.status("Connecting to Ray …"):
+            found = stack.enter_context(connected(address, workers))
+        each = f"{found.gpus} GPU" if found.gpus else f"{found.cpus} cores"
+        out.print(f"{found.count} workers of {each}", style="dim", markup=False)
+        yield found
 
 
 def require_folder(path: Path) -> None:

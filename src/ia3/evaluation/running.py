@@ -67,9 +67,9 @@ class Running:
         self._balanced: dict[str, list[Scores]] = {}
         self._by_vectors: dict[str, list[Prediction]] = {}
         with progress.waiting("Loading the model …"):
-            base, self.tokenizer = load_base(experiment.model, experiment.trials[0].task.labels, experiment.dtype)
+            base, self.tokenizer = load_base(experiment.model, experiment.whole[0].task.labels, experiment.dtype)
         reads_answers = family_of(base, self.tokenizer).reads_answers
-        tasks = [(trial.task, trial.examples) for trial in experiment.trials]
+        tasks = [(trial.task, trial.examples) for trial in experiment.whole]
         self.recipe = experiment.chosen_recipe
         if not experiment.all_templates:  # for which vectors answer alone
             self.recipe = where_vectors_pay(self.recipe, tasks, reads_answers, experiment.folds, progress)
