@@ -1,21 +1,17 @@
-"""Shared code of the commands: options, the console, loading an adapter with its task and base model."""
+"""Shared code of the commands: options, the console, what people are told."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import logging
-import os
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ia3.adapter.config import CONFIG_NAME, IA3Config
-from ia3.adapter.pretrained import DTYPES, EMBEDDED_MODEL
+from ia3.adapter.config import IA3Config
+from ia3.adapter.pretrained import DTYPES, EMBEDDED_MODEL, quiet
 from ia3.adapter.stored import OWN_NAMES
 from ia3.errors import InputError, shown
 from ia3.files import fetch, is_address
@@ -25,13 +21,9 @@ from ia3.scoring import MEMORY
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ia3.adapter.model import IA3Model
     from ia3.cluster.connection import Workers
     from ia3.evaluation.drawing import Draw
-    from ia3.folder import AdapterFolder
-    from ia3.opinions.opinions import Opinions
     from ia3.training.recipe import Recipe
 
 # The largest seed of random generators.
@@ -192,19 +184,6 @@ def print_json(value: Any) -> None:
         typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def quiet() -> None:
-    """Silence the log messages of libraries. Call it before they import modules that log on import."""
-    import torch  # noqa: F401 (sets the levels of its loggers)
-    import transformers
-
-    logging.getLogger("torch").setLevel(logging.ERROR)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
-
-
 def table(*names: str, left: int = 1, title: str | None = None) -> Table:
     """A table: the first columns describe a line, the others are numbers.
 
@@ -224,76 +203,6 @@ def table(*names: str, left: int = 1, title: str | None = None) -> Table:
     return made
 
 
-def load_adapted(
-    folder: AdapterFolder, model: str | None, dtype: str = "auto"
-) -> tuple[IA3Model, PreTrainedTokenizerBase]:
-    """A base model with the adapter of a folder in it, and its tokenizer.
-
-    Args:
-        folder: the adapter's folder.
-        model: the base model; None: the one that the adapter names.
-        dtype: the type of its weights, as `load_base` takes it.
-    """
-    base, tokenizer = load_base_of(folder, model, dtype)
-    from ia3.adapter.model import IA3Model
-
-    return IA3Model.from_pretrained(base, folder), tokenizer
-
-
-def load_base_of(
-    folder: AdapterFolder, model: str | None, dtype: str
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model of an adapter, without the adapter. The arguments are those of `load_adapted`."""
-    return _load_base([folder], model, dtype)
-
-
-def load_bank(
-    folders: Mapping[str, AdapterFolder], model: str | None, dtype: str
-) -> tuple[IA3Model, PreTrainedTokenizerBase]:
-    """A base model with a bank of adapters, and its tokenizer.
-
-    Args:
-        folders: name → the adapter's folder; at least one.
-        model: the base model; None: the one that all adapters name.
-        dtype: the type of its weights, as `load_base` takes it.
-    """
-    base, tokenizer = _load_base([*folders.values()], model, dtype)
-    from ia3.adapter.model import IA3Model
-    from ia3.bank import AdapterBank
-
-    adapted = IA3Model(base, {}).eval()
-    # With columns for adapters of both kinds.
-    bank = AdapterBank(adapted, dataclasses.replace(next(iter(folders.values())).config, acts_from="start"))
-    for name, folder in folders.items():
-        bank.load(folder, name)
-        folder.require_unchanged()
-    return adapted, tokenizer
-
-
-def _load_base(
-    folders: Sequence[AdapterFolder], model: str | None, dtype: str
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model that adapters name, or the given one."""
-    first, *others = folders
-    name = model or first.config.base_model_name_or_path
-    if not name:
-        raise InputError(f"The adapter's {CONFIG_NAME} in {str(first)!r} names no base model; say which: --model.")
-    for other in others:
-        its = other.config.base_model_name_or_path
-        if model is None and its != name:
-            raise InputError(
-                f"Expected adapters of one base model, found {name!r} in {str(first)!r} and {its!r} in {str(other)!r}; "
-                f"give --model if they are the same."
-            )
-    quiet()
-    from ia3.adapter.pretrained import HEADED, load_base
-
-    kind, labels = first.config.task_type, None
-    if kind in HEADED and first.task is not None:
-        labels = first.task.labels
-    return load_base(name, labels, dtype, kind)
-
-
 def recipe_for(model: str, recipe: str | None, generates: bool = False, **changes: Any) -> Recipe:
     """The given recipe, or by default the one for a model of that size or for one that generates text, with some fields changed."""
     from ia3.training.recipe import Recipe
@@ -304,25 +213,6 @@ def recipe_for(model: str, recipe: str | None, generates: bool = False, **change
     if chosen.init is not None:
         IA3Config.from_pretrained(chosen.init)  # so that an error comes before the model is loaded
     return chosen
-
-
-def moved(opinions: Opinions, prior: str | None, labels: Sequence[str] | None) -> Opinions:
-    """An adapter's opinions for --prior.
-
-    Raises:
-        InputError: shares that do not fit the labels, or an adapter whose folder does not say what it has seen.
-    """
-    from ia3.opinions.priors import prior_of
-
-    if prior is None:
-        return opinions
-    if not opinions.seen or labels is None:
-        raise InputError(
-            "Expected an adapter that says how frequent labels were in its training, found one that does not",
-            "train it with --opinions auto, or leave out",
-            argument="prior",
-        )
-    return opinions.toward(prior_of(prior, labels))
 
 
 def require_ray(ray: str | None, workers: int | None) -> None:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ia3.adapter.config import adapter_folders
-from ia3.cli.answers import Answer, delimiter_like, print_table, to_json, write
+from ia3.answering import ALONE, Answering, adapter_of, to_json
+from ia3.cli.answers import delimiter_like, print_table, write
 from ia3.cli.bars import Bars
 from ia3.cli.common import (
     MAX_SEED,
@@ -21,25 +22,16 @@ from ia3.cli.common import (
     ModelOption,
     PriorOption,
     console,
-    load_adapted,
-    load_bank,
-    moved,
     print_json,
 )
 from ia3.cli.free_text import is_text
 from ia3.cli.free_text import predict as predict_texts
-from ia3.errors import InputError, about, brief, shown, similar
+from ia3.errors import InputError, brief, shown, similar
 from ia3.files import parse_bytes
 from ia3.folder import AdapterFolder
 
 if TYPE_CHECKING:
-    from ia3.adapter.model import IA3Model
-    from ia3.opinions.opinions import Opinions
     from ia3.task.kinds import AnyTask
-    from ia3.task.task import Row, Task
-
-# What an adapter is called that is asked alone.
-_ALONE = "default"
 
 
 def predict(
@@ -129,16 +121,16 @@ def predict(
     each = adapter_column is None and bool(options)
     if adapter_column is not None and data is not None:
         rows: Sequence[Any] = read(data, delimiter=delimiter)
-        asked = [[name] for name in _adapter_of_each(adapter, there, rows, adapter_column)]
+        asked = [[adapter_of(row, adapter_column, there, adapter, number)] for number, row in enumerate(rows, 1)]
         known = {name: AdapterFolder(there[name]) for [name] in asked}
     else:
-        names = _chosen(adapter, there, adapters) if each else [_ALONE]
+        names = _chosen(adapter, there, adapters) if each else [ALONE]
         known = {name: AdapterFolder(there[name] if each else adapter) for name in names}
-        task = None if each else known[_ALONE].any_task or known[_ALONE].required_task()
+        task = None if each else known[ALONE].any_task or known[ALONE].required_task()
         rows = list(texts or []) if data is None else read(data, task, delimiter)
         asked = [names] * len(rows)
     generating = {"--max-new-tokens": max_new_tokens, "--temperature": temperature, "--seed": seed}
-    own = known[_ALONE].any_task if _ALONE in known else None
+    own = known[ALONE].any_task if ALONE in known else None
     if own is not None and is_text(own, {"--abstain-below": abstain_below, "--prior": prior}, generating):
         assert isinstance(own, FreeText)
         if data is None and len(own.columns) != 1:
@@ -146,7 +138,7 @@ def predict(
         delimited = delimiter_like(data, delimiter)
         predict_texts(
             out,
-            known[_ALONE],
+            known[ALONE],
             own,
             rows,
             model,
@@ -160,24 +152,19 @@ def predict(
             json_output,
         )
         return
-    tasks = {name: folder.required_task() for name, folder in known.items()}
-    opinions = {}
-    for name, folder in known.items():
-        with about(f"Adapter {name!r}" if each else None):
-            opinions[name] = moved(folder.opinions, prior, tasks[name].labels)
+    answering = Answering(known, each, model, dtype, prior, zero_shot, abstain_below, memory)
+    tasks = answering.tasks
+    _ = answering.opinions
     for name, task in tasks.items():
         if data is None and len(task.columns) != 1:
             raise _not_texts(task, f"Adapter {name!r}" if each else None)
     for number, (row, names) in enumerate(zip(rows, asked, strict=True), 1):
-        for name in names:  # before a model is loaded, what cannot be used
-            with about(f"Adapter {name!r}" if each else None):
-                wording = tasks[name].wording(row, number)
-                _ = wording.prompt, wording.answers
+        answering.check(row, number, names)  # before a model is loaded, what cannot be used
     with out.status("Loading …"):
-        alone = not options and not zero_shot
-        loaded = load_adapted(known[_ALONE], model, dtype) if alone else load_bank(known, model, dtype)
+        _ = answering.loaded
     with Bars(out) as bars:
-        found = _answered(bars, loaded, known, tasks, opinions, rows, asked, zero_shot, abstain_below, memory)
+        stage = bars.stage("Predicting", answering.count(asked))
+        found = answering.answers(rows, asked, lambda done: stage.advance(len(done)))
     items = [row if data is not None else {tasks[asked[0][0]].columns[0]: row} for row in rows]
     if output is not None:
         write(output, items, found, each, delimiter_like(data, delimiter))
@@ -194,75 +181,6 @@ def _not_texts(task: AnyTask, owner: str | None = None) -> InputError:
     return InputError(f"Expected rows with the columns {columns}, found texts alone; give a file: --data.", owner=owner)
 
 
-def _answered(
-    bars: Bars,
-    loaded: tuple[IA3Model, Any],
-    known: Mapping[str, AdapterFolder],
-    tasks: Mapping[str, Task],
-    opinions: Mapping[str, Opinions],
-    rows: Sequence[Any],
-    asked: Sequence[Sequence[str]],
-    zero_shot: bool,
-    abstain_below: float,
-    memory: str,
-) -> list[list[Answer]]:
-    """For each row the answer of each adapter that is asked, with that of the untrained model where it is wanted."""
-    from ia3.adapter.rows import BASE
-    from ia3.evaluation.prediction import Respondent, predict, predict_each
-    from ia3.scoring.readings import Readings
-
-    model, tokenizer = loaded
-    if model.peft_config:  # an adapter alone
-        folder, task = known[_ALONE], tasks[_ALONE]
-        stage = bars.stage("Predicting", len(rows))
-        alone = predict(
-            model,
-            tokenizer,
-            task,
-            rows,
-            lambda done: stage.advance(len(done)),
-            temperature=folder.temperature,
-            abstain_below=abstain_below,
-            recipe=folder.recipe,
-            opinions=opinions[_ALONE],
-        )
-        return [[Answer(_ALONE, task, item)] for item in alone]
-    respondents = {
-        name: Respondent(name, tasks[name], folder.recipe, folder.temperature, opinions[name])
-        for name, folder in known.items()
-    }
-    # Adapters of one task have one untrained model beside them, which is asked once.
-    untrained: dict[str, Respondent] = {}
-    for name, folder in known.items() if zero_shot else ():
-        base = Respondent(BASE, tasks[name], folder.recipe)
-        untrained[name] = next((one for one in untrained.values() if one == base), base)
-    everyone = []
-    for names in asked:
-        its = [who[name] for who in (respondents, untrained) for name in names if name in who]
-        everyone.append(list({id(one): one for one in its}.values()))
-    stage = bars.stage("Predicting", sum(map(len, everyone)))
-    several = max(map(len, everyone)) > 1
-    predictions = predict_each(
-        model,
-        tokenizer,
-        rows,
-        everyone,
-        lambda done: stage.advance(len(done)),
-        abstain_below,
-        Readings(memory) if several else None,
-    )
-    answers = []
-    for names, its, items in zip(asked, everyone, predictions, strict=True):
-        said = {id(one): item for one, item in zip(its, items, strict=True)}
-        answers.append(
-            [
-                Answer(name, tasks[name], said[id(respondents[name])], said[id(untrained[name])] if zero_shot else None)
-                for name in names
-            ]
-        )
-    return answers
-
-
 def _adapters_in(folder: Path, option: str) -> dict[str, str]:
     """The adapters in a folder: name → their folders."""
     if not folder.is_dir():
@@ -271,23 +189,6 @@ def _adapters_in(folder: Path, option: str) -> dict[str, str]:
     if not there:
         raise InputError(f"Expected adapters in subfolders of {str(folder)!r}, as {option} asks for them.")
     return there
-
-
-def _adapter_of_each(folder: str, there: Mapping[str, str], rows: Sequence[Row], column: str) -> list[str]:
-    """The adapter of each row, named by a column."""
-    names = []
-    for number, row in enumerate(rows, 1):
-        if column not in row:
-            raise InputError(
-                f"Expected a column {column!r}, found {shown(row, 20)}", "see --adapter-column", row=number
-            )
-        name = "" if row[column] is None else str(row[column]).strip()
-        if name not in there:
-            raise InputError(
-                f"Expected an adapter in {folder!r}, found {brief(name)}", similar(name, there), row=number
-            )
-        names.append(name)
-    return names
 
 
 def _chosen(folder: str, there: Mapping[str, str], listed: str | None) -> list[str]:

@@ -78,7 +78,9 @@ def connected(address: str = AUTO, workers: int | None = None) -> Iterator[Worke
         else:
             ray.init(found, **quiet)
     except (OSError, RuntimeError, ValueError) as error:
-        raise InputError(f"Cannot connect to Ray at {brief(found or LOCAL)}: {reason(error)}", argument="ray") from error
+        raise InputError(
+            f"Cannot connect to Ray at {brief(found or LOCAL)}: {reason(error)}", argument="ray"
+        ) from error
     try:
         yield _workers(ray.nodes(), workers)
     finally:
@@ -132,7 +134,9 @@ def _workers(nodes: list[dict[str, Any]], wanted: int | None) -> Workers:
     most = gpus or sum(cores)
     if not most or (wanted or 0) > most:
         what = "GPUs" if gpus else "cores"
-        raise InputError(f"Expected at most as many workers as the cluster's {most} {what}, found {wanted}", argument="workers")
+        raise InputError(
+            f"Expected at most as many workers as the cluster's {most} {what}, found {wanted}", argument="workers"
+        )
     number = wanted or most
     if gpus:
         return Workers(number, 1, 1)

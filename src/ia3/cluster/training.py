@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import logging
+import itertools
 import os
 import shutil
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import ia3
+from ia3.adapter.pretrained import quiet
 from ia3.cluster.connection import Workers
 from ia3.cluster.progress import Board, Together, Told
 from ia3.errors import InputError, reason, shown
@@ -68,7 +68,9 @@ def run(experiment: Experiment, workers: Workers, progress: Progress | None = No
             results.update(read_json(done))
         else:
             waiting.append(number)
-    here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+        ray.get_runtime_context().get_node_id(), soft=False
+    )
     board = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
     together = Together(progress or Progress())
     work = ray.remote(max_retries=0, max_calls=1, **workers.resources)(_work)
@@ -113,13 +115,12 @@ def _work(
 ) -> dict[str, dict[str, Any]]:
     """What a worker does: a part of the experiment, from its last checkpoint on. Returns the results of its trials."""
     import ray
-    import transformers
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.getLogger("torch").setLevel(logging.ERROR)
+    quiet()
     if version != ia3.__version__:
-        raise InputError(f"Expected ia3 {version} on every machine of the cluster, found {ia3.__version__}; install the same.")
+        raise InputError(
+            f"Expected ia3 {version} on every machine of the cluster, found {ia3.__version__}; install the same."
+        )
     if os.path.isdir(place):  # for relative paths
         os.chdir(place)
     folder = experiment.checkpoints
@@ -146,7 +147,7 @@ def _dealt(names: Sequence[str], count: int) -> list[list[str]]:
     """Names in parts of nearly the same size. Neighbours, which share a task, stay together."""
     count = min(count, len(names))
     ends = [len(names) * number // count for number in range(count + 1)]
-    return [list(names[start:end]) for start, end in zip(ends, ends[1:], strict=False)]
+    return [list(names[start:end]) for start, end in itertools.pairwise(ends)]
 
 
 def parts_to_resume(experiment: Experiment) -> list[list[str]]:
@@ -178,7 +179,7 @@ def _told(error: Any) -> Exception:
     """What a worker's error means here."""
     cause = error.cause
     if isinstance(cause, ModuleNotFoundError):
-        return InputError(f"Expected ia3 {ia3.__version__} on every machine of the cluster, found none on one: {reason(cause)}.")
+        return InputError(
+            f"Expected ia3 {ia3.__version__} on every machine of the cluster, found none on one: {reason(cause)}."
+        )
     return cause if isinstance(cause, (InputError, OSError)) else error
-
-

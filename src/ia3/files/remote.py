@@ -37,8 +37,8 @@ def is_address(path: object) -> bool:
 
 def fetch(address: str, names: Collection[str]) -> str:
     """The local copy, made or brought up to date, of a file or of the adapters below a folder; see `Mirror`."""
-    files, root = _opened(address)
-    with _asking(address):
+    files, root = opened(address)
+    with asking(address):
         files.invalidate_cache()
         info = files.info(root) if files.isfile(root) else None
     if info is None:
@@ -47,9 +47,9 @@ def fetch(address: str, names: Collection[str]) -> str:
         return str(mirror.folder)
     folder = _place(address)
     # A copy that somebody has open stays as it is: another content is another file.
-    copy = folder / f"{_digest(info)[:16]}-{os.path.basename(root)}"
+    copy = folder / f"{stamp(info)[:16]}-{os.path.basename(root)}"
     if not copy.exists():
-        with _asking(address), replacing(copy) as temporary:
+        with asking(address), replacing(copy) as temporary:
             files.get_file(root, str(temporary))
     for name in os.listdir(folder):
         if name != copy.name and not name.startswith(TEMPORARY):
@@ -76,7 +76,7 @@ class Mirror:
 
     def __init__(self, address: str, names: Collection[str]) -> None:
         self.address, self._names = address, names
-        self._files, root = _opened(address)
+        self._files, root = opened(address)
         self._root = root.rstrip("/")
         self.folder = _place(address)
         self._lock = threading.Lock()
@@ -91,13 +91,13 @@ class Mirror:
         Raises:
             InputError: the address cannot be read, or has no adapters. What was copied before stays.
         """
-        with self._lock, _asking(self.address):
+        with self._lock, asking(self.address):
             wanted, copied = self._listed(), self._copied()
             if not wanted:
                 raise InputError(
                     f"Expected adapters at {brief(self.address)}, each with {CONFIG_NAME} and {WEIGHTS_NAME}, found none."
                 )
-            stamps = {name: _digest([info for _, info in sorted(its.items())]) for name, its in wanted.items()}
+            stamps = {name: stamp([info for _, info in sorted(its.items())]) for name, its in wanted.items()}
             news = [name for name in wanted if copied.get(name) != stamps[name]]
             for start in range(0, len(news), _TOGETHER):
                 self._copy({name: wanted[name] for name in news[start : start + _TOGETHER]}, stamps)
@@ -130,10 +130,10 @@ class Mirror:
         found = {}
         for where, folders, _ in os.walk(self.folder):
             folders[:] = [name for name in folders if not name.startswith(TEMPORARY)]
-            stamp = current(where) / _STAMP_NAME
-            if stamp.is_file():
+            stored = current(where) / _STAMP_NAME
+            if stored.is_file():
                 name = os.path.relpath(where, self.folder).replace(os.sep, "/")
-                found["" if name == "." else name] = stamp.read_text(encoding="utf-8")
+                found["" if name == "." else name] = stored.read_text(encoding="utf-8")
         return found
 
     def _copy(self, adapters: Mapping[str, Mapping[str, dict[str, Any]]], stamps: Mapping[str, str]) -> None:
@@ -162,8 +162,8 @@ class Mirror:
             folder = folder.parent
 
 
-def _opened(address: str) -> tuple[Any, str]:
-    """The file system of an address, and the path there."""
+def opened(address: str) -> tuple[Any, str]:
+    """fsspec's file system of an address, or of a path here, and the path there. Raises `InputError` if it cannot be opened."""
     from fsspec.core import url_to_fs
 
     protocol = address.partition("://")[0]
@@ -181,7 +181,7 @@ def _opened(address: str) -> tuple[Any, str]:
 
 
 @contextmanager
-def _asking(address: str) -> Iterator[None]:
+def asking(address: str) -> Iterator[None]:
     """Convert all errors of a file system in a `with` block, each has others, to `InputError`."""
     try:
         yield
@@ -194,11 +194,11 @@ def _asking(address: str) -> Iterator[None]:
 def _place(address: str) -> Path:
     """The folder for copies from an address."""
     name = re.sub(r"[^A-Za-z0-9.-]+", "-", address.rstrip("/"))[-60:].strip("-.")
-    folder = cache_folder() / "addresses" / f"{name}-{_digest(address.rstrip('/'))[:16]}"
+    folder = cache_folder() / "addresses" / f"{name}-{stamp(address.rstrip('/'))[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder.resolve()
 
 
-def _digest(value: Any) -> str:
+def stamp(value: Any) -> str:
     """A stamp of what a file system says of files: sizes, times, checksums, whatever it has."""
     return hashlib.blake2b(repr(value).encode("utf-8", "backslashreplace"), digest_size=32).hexdigest()
