@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import functools
+import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -227,6 +229,47 @@ def _labelled(answer: Answer, found: Prediction, label: str) -> dict[str, Any]:
     return {**given, "probabilities": found.probabilities}
 
 
+def with_answers(rows: Sequence[Row], answers: Sequence[Sequence[Answer]], each: bool) -> list[dict[str, Any]]:
+    """Rows with their answers as fields, for JSON; a row without answers stays as it is."""
+    pairs = zip(rows, answers, strict=True)
+    return [{**row, **(to_json(its, each, label="prediction") if its else {})} for row, its in pairs]
+
+
+def with_cells(
+    rows: Sequence[Row], answers: Sequence[Sequence[Answer]], each: bool, added: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Rows with their answers as cells of the columns `added` (see `columns_of`), for CSV; empty ones for a row without answers.
+    Columns of an earlier prediction are replaced."""
+    found = []
+    for row, its in zip(rows, answers, strict=True):
+        cells = _cells_of(its, each)
+        own = {name: cell for name, cell in row.items() if name not in added}
+        found.append({**own, **{name: cells.get(name, "") for name in added}})
+    return found
+
+
+def to_lines(rows: Sequence[Row]) -> str:
+    """Rows as JSON, one a line."""
+    return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+
+
+def to_csv(rows: Sequence[Row], names: Sequence[str], delimiter: str, header: bool = True) -> str:
+    """Rows as CSV with these columns."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, delimiter=delimiter, lineterminator="\n")
+    if header:
+        writer.writeheader()
+    for row in rows:
+        # Lists, such as a row's answers, as tasks read them from a CSV file.
+        writer.writerow(
+            {
+                name: json.dumps(cell, ensure_ascii=False, default=str) if isinstance(cell, (list, dict)) else cell
+                for name, cell in row.items()
+            }
+        )
+    return text.getvalue()
+
+
 def _parts(answer: Answer, each: bool) -> list[tuple[str, dict[str, str]]]:
     """The cells of an answer, by what the names of their columns begin with: `prediction`, `expected` and `spread` of grades,
     and `probability_…` of each label."""
@@ -252,7 +295,7 @@ def columns_of(answers: Sequence[Sequence[Answer]], each: bool) -> list[str]:
     return [f"{start}{name}" for start, known in names.items() for name in known]
 
 
-def cells_of(answers: Sequence[Answer], each: bool) -> dict[str, str]:
+def _cells_of(answers: Sequence[Answer], each: bool) -> dict[str, str]:
     """A row's cells for `columns_of`."""
     parts = [part for answer in answers for part in _parts(answer, each)]
     return {f"{start}{name}": cell for start, cells in parts for name, cell in cells.items()}

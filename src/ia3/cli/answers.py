@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ia3.answering import Answer, cells_of, columns_of, to_json
+from ia3.answering import Answer, columns_of, to_csv, to_lines, with_answers, with_cells
 from ia3.cli.common import table
 
 if TYPE_CHECKING:
@@ -25,15 +22,9 @@ _TEXT_WIDTH = 60
 def write(path: Path, rows: Sequence[Row], answers: Sequence[Sequence[Answer]], each: bool, delimiter: str) -> None:
     """Rows with their answers as .csv or .jsonl, in whole or not at all; arguments as of `to_json`."""
     if path.suffix.lower() == ".jsonl":
-        found = [{**row, **to_json(its, each, label="prediction")} for row, its in zip(rows, answers, strict=True)]
+        found = with_answers(rows, answers, each)
     else:
-        added = columns_of(answers, each)
-        found = []
-        for row, its in zip(rows, answers, strict=True):
-            cells = cells_of(its, each)
-            # Columns of an earlier prediction are replaced.
-            own = {name: cell for name, cell in row.items() if name not in added}
-            found.append({**own, **{name: cells.get(name, "") for name in added}})
+        found = with_cells(rows, answers, each, columns_of(answers, each))
     write_rows(path, found, delimiter)
 
 
@@ -43,22 +34,10 @@ def write_rows(path: Path, rows: Sequence[Row], delimiter: str) -> None:
 
     with replacing(path) as temporary:
         if path.suffix.lower() == ".jsonl":
-            lines = [json.dumps(row, ensure_ascii=False, default=str) for row in rows]
-            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-            return
-        text = io.StringIO()
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        writer = csv.DictWriter(text, names, delimiter=delimiter, lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            # Lists, such as a row's answers, as tasks read them from a CSV file.
-            writer.writerow(
-                {
-                    name: json.dumps(cell, ensure_ascii=False, default=str) if isinstance(cell, (list, dict)) else cell
-                    for name, cell in row.items()
-                }
-            )
-        temporary.write_text(text.getvalue(), encoding="utf-8")
+            text = to_lines(rows)
+        else:
+            text = to_csv(rows, list(dict.fromkeys(name for row in rows for name in row)), delimiter)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def delimiter_like(data: str | None, delimiter: str | None) -> str:

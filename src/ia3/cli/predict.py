@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +23,12 @@ from ia3.cli.common import (
     MemoryOption,
     ModelOption,
     PriorOption,
+    RayOption,
+    WorkersOption,
+    connecting,
     console,
     print_json,
+    require_ray,
 )
 from ia3.cli.free_text import is_text
 from ia3.cli.free_text import predict as predict_texts
@@ -31,6 +37,8 @@ from ia3.files import parse_bytes
 from ia3.folder import AdapterFolder
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from ia3.task.kinds import AnyTask
 
 
@@ -38,15 +46,20 @@ def predict(
     adapter: str = AdapterArgument,
     texts: list[str] | None = typer.Argument(None, metavar="[TEXT]...", help="Texts to label.", show_default=False),
     data: str | None = typer.Option(
-        None, "--data", "-d", help="Rows to label, instead of TEXT: .csv, .tsv, .jsonl, …", show_default=False
+        None,
+        "--data",
+        "-d",
+        help="Rows to label, instead of TEXT: .csv, .tsv, .jsonl, …; with --ray a folder or a pattern in quotes, 'rows/*.parquet', also "
+        "at an address.",
+        show_default=False,
     ),
     delimiter: str | None = DelimiterOption,
-    output: Path | None = typer.Option(
+    output: str | None = typer.Option(
         None,
         "--output",
         "-o",
         help="Write rows with label and probabilities to a .csv or .jsonl file. A .csv has the delimiter "
-        "of a .csv input.",
+        "of a .csv input. With --ray: a folder for a file for each file of --data.",
         show_default=False,
     ),
     adapter_column: str | None = typer.Option(
@@ -87,6 +100,8 @@ def predict(
     model: str | None = ModelOption,
     dtype: str = DtypeOption,
     memory: str = MemoryOption,
+    ray: str | None = RayOption,
+    workers: int | None = WorkersOption,
     json_output: bool = JsonOption,
 ) -> None:
     """Label texts, or the rows of a file, with a trained adapter: the label and each label's probability; or generate the
@@ -99,6 +114,10 @@ def predict(
     Or many adapters answer each row: ia3 predict adapters --data rows.csv --all-adapters
 
     Those that act from the question on (ia3 train --acts-from) share one reading of each text.
+
+    --ray answers many files (.parquet, .csv, .tsv, .jsonl) on many workers: ia3 predict adapters/tickets --data 'rows/*.parquet'
+    --output answered --ray auto. Each answered file appears in whole; the same command again does what is missing. Rows that
+    cannot be answered are listed in errors.parquet.
     """
     out = console(json_output)
     if bool(texts) == bool(data):
@@ -109,16 +128,33 @@ def predict(
     options = [option for option, there in {**given, "--all-adapters": all_adapters}.items() if there]
     if len(options) > 1:
         raise InputError(f"Expected one of --adapter-column, --adapters and --all-adapters, found {shown(options)}.")
-    if output is not None and output.suffix.lower() not in (".csv", ".jsonl"):
-        raise InputError(f"Expected --output to end in .csv or .jsonl, found {str(output)!r}.")
+    require_ray(ray, workers)
+    if ray is not None and (data is None or output is None):
+        raise InputError("Expected --data and --output with --ray, files of rows and a folder for the answered ones.")
+    file = None if output is None or ray is not None else Path(output)
+    if file is not None and file.suffix.lower() not in (".csv", ".jsonl"):
+        raise InputError(f"Expected --output to end in .csv or .jsonl, or a folder with --ray, found {output!r}.")
     from ia3.evaluation.drawing import read
     from ia3.task.free_text import FreeText
     from ia3.task.reading import require_delimited
 
-    require_delimited(delimiter, data)
     parse_bytes(memory, "memory for what is read once")
     there = {} if not options else _adapters_in(Path(adapter), options[0])
     each = adapter_column is None and bool(options)
+    generating = {"--max-new-tokens": max_new_tokens, "--temperature": temperature, "--seed": seed}
+    how = {"model": model, "dtype": dtype, "prior": prior, "zero_shot": zero_shot, "abstain_below": abstain_below}
+    if ray is not None and data is not None and output is not None:
+        for option, value in generating.items():
+            if value is not None:
+                raise InputError(f"Expected labels with --ray, found {option}, which is for generated text.")
+        names = (
+            [ALONE] if not options else [*there] if adapter_column is not None else _chosen(adapter, there, adapters)
+        )
+        folders = {name: AdapterFolder(there.get(name, adapter)) for name in names}
+        answering = Answering(folders, each, **how, memory=memory)
+        _on_ray(out, answering, adapter, adapter_column, data, delimiter, output, ray, workers, json_output)
+        return
+    require_delimited(delimiter, data)
     if adapter_column is not None and data is not None:
         rows: Sequence[Any] = read(data, delimiter=delimiter)
         asked = [[adapter_of(row, adapter_column, there, adapter, number)] for number, row in enumerate(rows, 1)]
@@ -129,7 +165,6 @@ def predict(
         task = None if each else known[ALONE].any_task or known[ALONE].required_task()
         rows = list(texts or []) if data is None else read(data, task, delimiter)
         asked = [names] * len(rows)
-    generating = {"--max-new-tokens": max_new_tokens, "--temperature": temperature, "--seed": seed}
     own = known[ALONE].any_task if ALONE in known else None
     if own is not None and is_text(own, {"--abstain-below": abstain_below, "--prior": prior}, generating):
         assert isinstance(own, FreeText)
@@ -147,12 +182,12 @@ def predict(
             max_new_tokens,
             temperature or 0.0,
             seed or 0,
-            output,
+            file,
             delimited,
             json_output,
         )
         return
-    answering = Answering(known, each, model, dtype, prior, zero_shot, abstain_below, memory)
+    answering = Answering(known, each, **how, memory=memory)
     tasks = answering.tasks
     _ = answering.opinions
     for name, task in tasks.items():
@@ -166,13 +201,46 @@ def predict(
         stage = bars.stage("Predicting", answering.count(asked))
         found = answering.answers(rows, asked, lambda done: stage.advance(len(done)))
     items = [row if data is not None else {tasks[asked[0][0]].columns[0]: row} for row in rows]
-    if output is not None:
-        write(output, items, found, each, delimiter_like(data, delimiter))
-        out.print(f"{len(rows)} rows written to {output}", markup=False)
+    if file is not None:
+        write(file, items, found, each, delimiter_like(data, delimiter))
+        out.print(f"{len(rows)} rows written to {file}", markup=False)
     if json_output:
         print_json([to_json(its, each, named=adapter_column is not None) for its in found])
-    elif output is None:
+    elif file is None:
         print_table(out, items, found, named=bool(options))
+
+
+def _on_ray(
+    out: Console,
+    answering: Answering,
+    folder: str,
+    column: str | None,
+    data: str,
+    delimiter: str | None,
+    output: str,
+    address: str,
+    workers: int | None,
+    json_output: bool,
+) -> None:
+    """Answer files of rows on the workers of Ray, and say how many."""
+    from ia3.cluster.rows import Asked, Job
+
+    job = Job(data, output, Asked.of(answering, folder, column, delimiter), answering)
+    try:
+        with connecting(out, address, workers) if job.left else nullcontext() as found, Bars(out) as bars:
+            done = job.run(found, bars)
+    except KeyboardInterrupt:
+        typer.echo("ia3: interrupted; files that are done stay, and the same command goes on.", err=True)
+        raise typer.Exit(130) from None
+    if json_output:
+        print_json({"output": output, **dataclasses.asdict(done), "rows_per_second": done.rate})
+        return
+    out.print(
+        f"{done.rows:,} rows of {done.files:,} files in {output}, {done.errors:,} of them in errors.parquet; {done.answered:,} rows "
+        f"now, {done.rate:,.0f} a second",
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def _not_texts(task: AnyTask, owner: str | None = None) -> InputError:
