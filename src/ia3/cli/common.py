@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -227,10 +228,12 @@ def connecting(out: Console, address: str, workers: int | None) -> Iterator[Work
     from ia3.cluster.connection import connected
 
     with ExitStack() as stack:
+        if out.stderr:  # standard output has JSON alone, but Ray prints what happens to its workers there
+            stack.enter_context(redirect_stdout(sys.stderr))
         with out.status("Connecting to Ray …"):
             found = stack.enter_context(connected(address, workers))
-        each = f"{found.gpus} GPU" if found.gpus else f"{found.cpus} cores"
-        out.print(f"{found.count} workers of {each}", style="dim", markup=False)
+        each = "a GPU" if found.gpus else "1 core" if found.cpus == 1 else f"{found.cpus} cores"
+        out.print(f"{found.count} workers, each with {each}", style="dim", markup=False)
         yield found
 
 

@@ -15,6 +15,10 @@ from ia3.processes import count
 
 LOCAL, AUTO = "local", "auto"
 
+# Ray reads these when it is imported, also in the processes that it starts: it reports its use to its makers otherwise, and writes
+# about its own workings on standard error.
+_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_DATA_LOG_LEVEL": "ERROR"}
+
 # Seconds to wait for an address. Ray itself waits for minutes.
 _PATIENCE = 5.0
 
@@ -58,8 +62,9 @@ def connected(address: str = AUTO, workers: int | None = None) -> Iterator[Worke
     """
     if count() > 1:
         raise InputError(f"Expected one process with Ray, found WORLD_SIZE={count()}; unset it.")
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     try:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # or Ray reports its use to its makers
         import ray
     except ImportError as error:
         raise InputError(
@@ -72,11 +77,12 @@ def connected(address: str = AUTO, workers: int | None = None) -> Iterator[Worke
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     found = _found(address)
     try:
-        if found is None:
-            cores = max(os.cpu_count() or 1, workers or 1)
-            ray.init("local", num_cpus=cores, include_dashboard=False, **quiet)
-        else:
-            ray.init(found, **quiet)
+        with _silent():
+            if found is None:
+                cores = max(os.cpu_count() or 1, workers or 1)
+                ray.init("local", num_cpus=cores, include_dashboard=False, **quiet)
+            else:
+                ray.init(found, **quiet)
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(
             f"Cannot connect to Ray at {brief(found or LOCAL)}: {reason(error)}", argument="ray"
@@ -85,6 +91,19 @@ def connected(address: str = AUTO, workers: int | None = None) -> Iterator[Worke
         yield _workers(ray.nodes(), workers)
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """In a `with` block, nothing is written on standard error, where Ray's own code announces its log level."""
+    before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(nowhere)
 
 
 def _found(address: str) -> str | None:
