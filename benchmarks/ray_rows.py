@@ -34,7 +34,24 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ia3 import IA3Config, IA3Model, Task
 
-WORDS = "the a tea soup cake was is lovely tasty stale bitter fine today review : answer good bad warm cold".split()
+WORDS = [
+    "the",
+    "tea",
+    "soup",
+    "cake",
+    "was",
+    "lovely",
+    "stale",
+    "today",
+    "review",
+    ":",
+    "answer",
+    "good",
+    "bad",
+    "warm",
+    "cold",
+    "fine",
+]
 TASKS = {
     "taste": Task(name="taste", templates=["review : {{ text }} answer :"], choices={"good": "good", "bad": "bad"}),
     "heat": Task(name="heat", templates=["{{ text }} is"], choices={"warm": "warm", "cold": "cold", "fine": "fine"}),
@@ -101,7 +118,7 @@ def kill_a_worker(process: subprocess.Popen, done: Path, files: int, killed: lis
     while process.poll() is None:
         if done.is_dir() and len(list(done.iterdir())) >= files:
             for child in psutil.Process(process.pid).children(recursive=True):
-                if "MapWorker" in " ".join(child.cmdline()):
+                if " ".join(child.cmdline()).startswith("ray::MapWorker"):
                     os.kill(child.pid, signal.SIGKILL)
                     killed.append(child.pid)
                     return

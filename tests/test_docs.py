@@ -45,6 +45,7 @@ def test_every_block_is_named_once_and_run_here_or_by_ci():
         "serve", "serve-classify", "serve-completions", "serve-openai", "serve-adapters", "serve-address", "serve-operation",
         "ia3.service", "Dockerfile",
         "processes",  # run by training/test_processes.py
+        "ray-train", "ray-predict",  # run by cluster/test_docs.py
         "free-text.yaml", "free-text", "free-text-python", "fields.yaml", "fields", "sft",
         "lm-eval-task.yaml", "lm-eval", "lm-eval-python",  # run by harness/test_model.py
         "vllm-serve", "vllm-requests", "vllm-python", "vllm-question", "vllm-classify",  # run by tests/with_vllm/test_server.py

@@ -15,12 +15,12 @@ def started_ray():
 
 @pytest.fixture
 def kill():
-    """Kills a worker process whose title has a text; returns whether there was one."""
+    """Kills a process of Ray that runs a function or class; returns whether there was one."""
 
     def killed(title: str) -> bool:
         for child in psutil.Process().children(recursive=True):
             try:
-                if title in " ".join(child.cmdline()):
+                if " ".join(child.cmdline()).startswith(f"ray::{title}"):
                     child.kill()
                     return True
             except psutil.NoSuchProcess:

@@ -65,7 +65,7 @@ def test_an_address_that_does_not_answer(no_ray, monkeypatch):
     for where in (address, "auto"):
         monkeypatch.setenv("RAY_ADDRESS", address)
         with (
-            pytest.raises(InputError, match="Expected a Ray cluster at '.*', found none that answers; see ray"),
+            pytest.raises(InputError, match=r"Expected a Ray cluster at '.*', found none that answers; see ray"),
             connected(where),
         ):
             pass
@@ -82,12 +82,12 @@ def test_a_server_that_is_not_rays(no_ray):
 
 def test_a_server_that_says_nothing(no_ray, monkeypatch):
     monkeypatch.setattr(connection, "_PATIENCE", 0.2)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        with (
-            pytest.raises(InputError, match="found none that answers"),
-            connected(f"127.0.0.1:{server.getsockname()[1]}"),
-        ):
-            pass
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        pytest.raises(InputError, match="found none that answers"),
+        connected(f"127.0.0.1:{server.getsockname()[1]}"),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("address", ["ray://127.0.0.1:10001", "nowhere", "host:", ":6379"])

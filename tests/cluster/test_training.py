@@ -125,7 +125,7 @@ def test_an_interrupted_run_goes_on(started_ray, place, tmp_path, ia3):
     with pytest.raises(Interrupted) as ended:
         run(experiment(place, tmp_path / "shared"), started_ray, Interrupting())
     assert "part-" in ended.value.checkpoint
-    with pytest.raises(InputError, match="the settings of the interrupted run, found another 'test_rows'|'members'"):
+    with pytest.raises(InputError, match="the settings of the interrupted run, found another 'members'"):
         run(experiment(place, tmp_path / "shared", seed=[0, 1]), started_ray, resume=True)
     run(experiment(place, tmp_path / "shared"), started_ray, resume=True)
     same(tmp_path / "shared", tmp_path / "alone", NAMES)
@@ -155,6 +155,6 @@ def test_workers_that_die_again_and_again():
     _require_progress([None, None], ["a"], RuntimeError("gone"))
     _require_progress([None, None, "checkpoint-4"], ["a"], RuntimeError("gone"))
     with pytest.raises(
-        InputError, match="3 died one after the other while they trained 'a': out of memory; .* by workers"
+        InputError, match=r"3 died one after the other while they trained 'a': out of memory; .* by workers"
     ):
         _require_progress(["checkpoint-4"] * 3, ["a"], RuntimeError("out of memory"))

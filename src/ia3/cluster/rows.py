@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import ia3
 from ia3.adapter.pretrained import quiet
@@ -236,7 +236,7 @@ class Job:
             **whole,
         )
         for batch in data.iter_batches(batch_size=None, batch_format="pyarrow"):
-            yield from batch.to_pylist()
+            yield from cast("pyarrow.Table", batch).to_pylist()
 
 
 class _Reading:
@@ -283,7 +283,8 @@ class _Worker:
         return pyarrow.concat_tables([self._answered(piece) for piece in batch.to_pylist()])
 
     def _answered(self, piece: Mapping[str, Any]) -> pyarrow.Table:
-        number, start = piece[_FILE], piece[_START]
+        number: int = piece[_FILE]
+        start: int = piece[_START]
         error = piece[_ERROR] or self._error
         if error or piece[_DATA] is None:
             return _piece(number, start, error=error)

@@ -51,6 +51,8 @@ def run(experiment: Experiment, workers: Workers, progress: Progress | None = No
         Interrupted: on a keyboard interrupt.
     """
     import ray
+    from ray.exceptions import RayError, RayTaskError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     experiment.check()
     folder = experiment.checkpoints
@@ -68,10 +70,8 @@ def run(experiment: Experiment, workers: Workers, progress: Progress | None = No
             results.update(read_json(done))
         else:
             waiting.append(number)
-    here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
-        ray.get_runtime_context().get_node_id(), soft=False
-    )
-    board = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board: Any = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
     together = Together(progress or Progress())
     work = ray.remote(max_retries=0, max_calls=1, **workers.resources)(_work)
     shared = ray.put(experiment)
@@ -91,9 +91,9 @@ def run(experiment: Experiment, workers: Workers, progress: Progress | None = No
                 number = running.pop(reference)
                 try:
                     results.update(ray.get(reference))
-                except ray.exceptions.RayTaskError as error:
+                except RayTaskError as error:
                     raise _told(error) from None
-                except ray.exceptions.RayError as error:  # its process, its machine, or the memory there
+                except RayError as error:  # its process, its machine, or the memory there
                     deaths[number].append(last_checkpoint(folder / _part_name(number)))
                     _require_progress(deaths[number], parts[number], error)
                     place = "from its last checkpoint" if deaths[number][-1] else "from the start"
