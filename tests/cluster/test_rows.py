@@ -186,7 +186,7 @@ def test_a_later_file_without_a_column_ends_the_job(started_ray, ia3, place, tmp
     write_parquet(tmp_path / "rows/b.parquet", [{"id": 1, "adapter": "taste", "words": "the tea"}])
     options = {"adapter_column": "adapter", "data": tmp_path / "rows", "output": tmp_path / "answered"}
     code, _, err = ia3("predict", place / "adapters", **options, ray="local")
-    assert code == 2 and "'b.parquet': Expected" in err and "text" in err
+    assert code == 2 and "'b.parquet': The template names 'text', but the columns are" in err
     assert sorted(path.name for path in (tmp_path / "answered").iterdir()) == [".job", "a.parquet"]
 
 
@@ -218,7 +218,7 @@ def test_what_is_refused_before_ray_starts(refused, tmp_path):
     assert "Expected rows in" in refused(tmp_path / "empty")
     assert "broken.parquet" in refused(tmp_path / "broken.parquet")
     assert "Expected files with other names than errors.parquet" in refused(tmp_path / "taken")
-    assert "no/a.parquet': Expected" in refused(tmp_path / "no") and "text" in refused(tmp_path / "no")
+    assert "no/a.parquet': The template names 'text', but the columns are" in refused(tmp_path / "no")
     assert "Expected a column 'which'" in refused(tmp_path / "rows", adapter_column="which")
     assert "another folder than that of the rows" in refused(tmp_path / "rows", output=tmp_path / "rows")
     assert "found the file" in refused(tmp_path / "rows", output=tmp_path / "other.txt")

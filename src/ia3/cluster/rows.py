@@ -36,7 +36,7 @@ from ia3.evaluation.prediction import Prediction
 from ia3.evaluation.progress import Progress
 from ia3.folder import AdapterFolder
 from ia3.task.grades import Grade
-from ia3.task.reading import as_delimiter, delimiter_of, is_delimited, read_pieces, rows_of
+from ia3.task.reading import as_delimiter, delimiter_of, is_delimited, read_pieces, require_delimited, rows_of
 
 if TYPE_CHECKING:
     import pyarrow
@@ -168,6 +168,7 @@ class Job:
     def __init__(self, data: str, output: str, asked: Asked, answering: Answering) -> None:
         self.asked = asked
         self.sources = sources_of(data)
+        require_delimited(asked.delimiter, *(source.name for source in self.sources))
         self.output = Output(output, asked.settings)
         self.earlier = self.output.done(self.sources)
         self.left = [source for source in self.sources if source.name not in self.earlier]
@@ -318,7 +319,7 @@ class _Worker:
                 asked[index] = self._asked.names(row, start + index + 1)
             except InputError as error:
                 errors.append((start + index + 1, _said(error)))
-        waiting = [[*asked]]
+        waiting = [[*asked]] if asked else []
         while waiting:
             some = waiting.pop()
             try:

@@ -73,7 +73,7 @@ def run(experiment: Experiment, workers: Workers, progress: Progress | None = No
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board: Any = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
     together = Together(progress or Progress())
-    work = ray.remote(max_retries=0, max_calls=1, **workers.resources)(_work)
+    work = ray.remote(max_retries=0, **workers.resources)(_work)
     shared = ray.put(experiment)
     deaths: dict[int, list[str | None]] = {number: [] for number in waiting}
     running: dict[Any, int] = {}
