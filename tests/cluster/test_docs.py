@@ -26,7 +26,8 @@ def test_the_commands(started_ray, ia3, tmp_path, monkeypatch):
     (tmp_path / "urgency.yaml").write_text(task.replace("name: tickets", "name: urgency"))
     names = {"pos": "billing", "neg": "technical"}
     tickets = [{"message": row["text"], "queue": names[row["label"]]} for row in words.different(60)]
-    words.write_csv(tmp_path / "tickets.csv", tickets)
+    for name in ("tickets", "checked"):
+        words.write_csv(tmp_path / f"{name}.csv", tickets)
     (tmp_path / "rows").mkdir()
     parquet.write_table(pyarrow.Table.from_pylist([{"message": row["message"]} for row in tickets]), "rows/new.parquet")
     for name, more in (
