@@ -38,7 +38,7 @@ def is_address(path: object) -> bool:
 def fetch(address: str, names: Collection[str]) -> str:
     """The local copy, made or brought up to date, of a file or of the adapters below a folder; see `Mirror`."""
     files, root = opened(address)
-    with asking(address):
+    with _asking(address):
         files.invalidate_cache()
         info = files.info(root) if files.isfile(root) else None
     if info is None:
@@ -49,7 +49,7 @@ def fetch(address: str, names: Collection[str]) -> str:
     # A copy that somebody has open stays as it is: another content is another file.
     copy = folder / f"{stamp(info)[:16]}-{os.path.basename(root)}"
     if not copy.exists():
-        with asking(address), replacing(copy) as temporary:
+        with _asking(address), replacing(copy) as temporary:
             files.get_file(root, str(temporary))
     for name in os.listdir(folder):
         if name != copy.name and not name.startswith(TEMPORARY):
@@ -91,7 +91,7 @@ class Mirror:
         Raises:
             InputError: the address cannot be read, or has no adapters. What was copied before stays.
         """
-        with self._lock, asking(self.address):
+        with self._lock, _asking(self.address):
             wanted, copied = self._listed(), self._copied()
             if not wanted:
                 raise InputError(
@@ -181,7 +181,7 @@ def opened(address: str) -> tuple[Any, str]:
 
 
 @contextmanager
-def asking(address: str) -> Iterator[None]:
+def _asking(address: str) -> Iterator[None]:
     """Convert all errors of a file system in a `with` block, each has others, to `InputError`."""
     try:
         yield
