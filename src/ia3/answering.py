@@ -352,11 +352,11 @@ def _load_base(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base model that adapters name, or the given one."""
     first, *others = folders
-    name = model or first.config.base
+    name = model or first.config.base_model_name_or_path
     if not name:
         raise InputError(f"The adapter's {CONFIG_NAME} in {str(first)!r} names no base model; say which: --model.")
     for other in others:
-        its = other.config.base
+        its = other.config.base_model_name_or_path
         if model is None and its != name:
             raise InputError(
                 f"Expected adapters of one base model, found {name!r} in {str(first)!r} and {its!r} in {str(other)!r}; "
