@@ -7,8 +7,8 @@ import shutil
 import pytest
 
 from ia3 import IA3Model, InputError, Task, load_base, predict
+from ia3.answering import load_bank
 from ia3.cli import main
-from ia3.cli.common import load_bank
 from ia3.evaluation import prediction
 from ia3.evaluation.calibration import Calibration
 from ia3.evaluation.prediction import Respondent, predict_each

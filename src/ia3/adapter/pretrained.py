@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -416,3 +418,16 @@ class _quiet_loading:
         logging.set_verbosity(self.verbosity)
         if self.bars:
             logging.enable_progress_bar()
+
+
+def quiet() -> None:
+    """Silence the log messages of libraries. Call it before they import modules that log on import."""
+    import torch  # noqa: F401 (sets the levels of its loggers)
+    import transformers
+
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")

@@ -249,6 +249,20 @@ class StoredAdapter:
         if not self._on_hub and version(self._folder)[1] != self._version:
             raise InputError(f"The adapter in {str(self)!r} was replaced while it was being used; run this again.")
 
+    def contents(self) -> dict[str, bytes]:
+        """Name → content of the files that say what the adapter answers, all of one save.
+
+        Raises:
+            InputError: the config or the vectors are missing, or the adapter was replaced after this object was made.
+        """
+        _ = self.config
+        file = Path(self.vectors_file())
+        names = [name for name in (CONFIG_NAME, *_BESIDE) if name not in (METRICS_NAME, CARD_NAME)]
+        found = {name: data for name in names if (data := self.text(name)) is not None}
+        found[file.name] = file.read_bytes()
+        self.require_unchanged()
+        return found
+
     def vectors_file(self, pickled: bool = True) -> str:
         """The file of an adapter's tensors: safetensors, else `torch.save`'s. Raises `InputError` if there is none."""
         names = (WEIGHTS_NAME, TORCH_WEIGHTS_NAME) if pickled else (WEIGHTS_NAME,)

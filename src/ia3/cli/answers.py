@@ -2,79 +2,29 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ia3.answering import Answer, columns_of, to_csv, to_lines, with_answers, with_cells
 from ia3.cli.common import table
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from ia3.evaluation.prediction import Prediction
-    from ia3.task.task import Row, Task
+    from ia3.task.task import Row
 
 # Characters of a text in a table.
 _TEXT_WIDTH = 60
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What an adapter answered to a row.
-
-    Attributes:
-        adapter: its name.
-        task: in which it was asked.
-        found: its answer.
-        zero_shot: the untrained model's in the same task; None: it was not asked.
-    """
-
-    adapter: str
-    task: Task
-    found: Prediction
-    zero_shot: Prediction | None = None
-
-
-def to_json(answers: Sequence[Answer], each: bool, named: bool = False, label: str = "label") -> dict[str, Any]:
-    """The answers to one row.
-
-    Args:
-        answers: one, or with `each` of several adapters, by whose names they are told apart.
-        each: every adapter answered the row.
-        named: say whose answer it is.
-        label: the name of the field with the label of the only answer.
-    """
-    if each:
-        return {"adapters": {one.adapter: to_json([one], False) for one in answers}}
-    [one] = answers
-    grade = one.task.grade(one.found.probabilities)
-    graded = {} if grade is None else grade._asdict()
-    which = {"adapter": one.adapter} if named else {}
-    beside = {} if one.zero_shot is None else {"zero_shot": _labelled(one, one.zero_shot, "label")}
-    return {**which, **_labelled(one, one.found, label), **graded, **beside}
-
-
-def _labelled(answer: Answer, found: Prediction, label: str) -> dict[str, Any]:
-    given = {f"{label}s": found.labels} if answer.task.multi_label else {label: found.label}
-    return {**given, "probabilities": found.probabilities}
-
-
 def write(path: Path, rows: Sequence[Row], answers: Sequence[Sequence[Answer]], each: bool, delimiter: str) -> None:
     """Rows with their answers as .csv or .jsonl, in whole or not at all; arguments as of `to_json`."""
     if path.suffix.lower() == ".jsonl":
-        found = [{**row, **to_json(its, each, label="prediction")} for row, its in zip(rows, answers, strict=True)]
+        found = with_answers(rows, answers, each)
     else:
-        added = _columns(answers, each)
-        found = []
-        for row, its in zip(rows, answers, strict=True):
-            cells = _cells(its, each)
-            # Columns of an earlier prediction are replaced.
-            own = {name: cell for name, cell in row.items() if name not in added}
-            found.append({**own, **{name: cells.get(name, "") for name in added}})
+        found = with_cells(rows, answers, each, columns_of(answers, each))
     write_rows(path, found, delimiter)
 
 
@@ -84,22 +34,10 @@ def write_rows(path: Path, rows: Sequence[Row], delimiter: str) -> None:
 
     with replacing(path) as temporary:
         if path.suffix.lower() == ".jsonl":
-            lines = [json.dumps(row, ensure_ascii=False, default=str) for row in rows]
-            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-            return
-        text = io.StringIO()
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        writer = csv.DictWriter(text, names, delimiter=delimiter, lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            # Lists, such as a row's answers, as tasks read them from a CSV file.
-            writer.writerow(
-                {
-                    name: json.dumps(cell, ensure_ascii=False, default=str) if isinstance(cell, (list, dict)) else cell
-                    for name, cell in row.items()
-                }
-            )
-        temporary.write_text(text.getvalue(), encoding="utf-8")
+            text = to_lines(rows)
+        else:
+            text = to_csv(rows, list(dict.fromkeys(name for row in rows for name in row)), delimiter)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def delimiter_like(data: str | None, delimiter: str | None) -> str:
@@ -109,37 +47,6 @@ def delimiter_like(data: str | None, delimiter: str | None) -> str:
     if data is None or Path(data).suffix.lower() != ".csv":
         return ","
     return delimiter_of(data) if delimiter is None else as_delimiter(delimiter)
-
-
-def _parts(answer: Answer, each: bool) -> list[tuple[str, dict[str, str]]]:
-    """The cells of an answer, by what the names of their columns begin with: `prediction`, `expected` and `spread` of grades,
-    and `probability_…` of each label."""
-    whose = f"{answer.adapter} " if each else ""
-    said = [(whose, answer.found)]
-    said += [] if answer.zero_shot is None else [(f"{whose}zero_shot_", answer.zero_shot)]
-    parts = []
-    for start, found in said:
-        grade = answer.task.grade(found.probabilities)
-        graded = {} if grade is None else {name: f"{value:.4f}" for name, value in grade._asdict().items()}
-        shares = {f"probability_{label}": f"{value:.6f}" for label, value in found.probabilities.items()}
-        label = json.dumps(found.labels, ensure_ascii=False) if answer.task.multi_label else found.label
-        parts.append((start, {"prediction": "" if found.label is None else str(label), **graded, **shares}))
-    return parts
-
-
-def _columns(answers: Sequence[Sequence[Answer]], each: bool) -> list[str]:
-    """The names of all columns of `_parts`, for each adapter and for the untrained model beside it."""
-    names: dict[str, dict[str, None]] = {}
-    for its in answers:
-        for start, cells in (part for answer in its for part in _parts(answer, each)):
-            names.setdefault(start, {}).update(dict.fromkeys(cells))
-    return [f"{start}{name}" for start, known in names.items() for name in known]
-
-
-def _cells(answers: Sequence[Answer], each: bool) -> dict[str, str]:
-    """A row's cells for `_columns`."""
-    parts = [part for answer in answers for part in _parts(answer, each)]
-    return {f"{start}{name}": cell for start, cells in parts for name, cell in cells.items()}
 
 
 def print_table(out: Console, rows: Sequence[Row], answers: Sequence[Sequence[Answer]], named: bool) -> None:

@@ -54,7 +54,8 @@ class Bars(Progress):
     def wordings(self, title: str, ranking: Sequence[Ranked], taken: int) -> None:
         from ia3.cli.results import print_wordings
 
-        self._stop()
+        if self._shown is not None and self._shown.finished:  # others may be at work
+            self._stop()
         print_wordings(self.out, title, ranking[:taken], len(ranking))
 
     def stage(self, title: str, total: int, done: int = 0) -> Bar:

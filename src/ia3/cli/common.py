@@ -1,21 +1,18 @@
-"""Shared code of the commands: options, the console, loading an adapter with its task and base model."""
+"""Shared code of the commands: options, the console, what people are told."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import logging
-import os
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ia3.adapter.config import CONFIG_NAME, IA3Config
-from ia3.adapter.pretrained import DTYPES, EMBEDDED_MODEL
+from ia3.adapter.config import IA3Config
+from ia3.adapter.pretrained import DTYPES, EMBEDDED_MODEL, quiet
 from ia3.adapter.stored import OWN_NAMES
 from ia3.errors import InputError, shown
 from ia3.files import fetch, is_address
@@ -25,12 +22,9 @@ from ia3.scoring import MEMORY
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ia3.adapter.model import IA3Model
+    from ia3.cluster.connection import Workers
     from ia3.evaluation.drawing import Draw
-    from ia3.folder import AdapterFolder
-    from ia3.opinions.opinions import Opinions
     from ia3.training.recipe import Recipe
 
 # The largest seed of random generators.
@@ -175,6 +169,21 @@ ReportOption = typer.Option(
     help="File of the report, .html. \\[default: report.html in the output folder]",
     show_default=False,
 )
+RayOption = typer.Option(
+    None,
+    "--ray",
+    metavar="ADDRESS",
+    help="Work on Ray (pip install 'ia3\\[ray]'): 'local' starts it on this machine; 'auto' takes the running cluster that this machine "
+    "is a node of, and starts it here if there is none; HOST:PORT is a cluster's.",
+    show_default=False,
+)
+WorkersOption = typer.Option(
+    None,
+    "--workers",
+    min=1,
+    help="With --ray: how many workers, each with one model. \\[default: one for each GPU, or for each core if there are none]",
+    show_default=False,
+)
 JsonOption = typer.Option(False, "--json", help="Print only JSON on standard output, for programs.")
 
 
@@ -190,19 +199,6 @@ def print_json(value: Any) -> None:
     """Print the result for programs, as one JSON document."""
     if is_first():
         typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
-
-
-def quiet() -> None:
-    """Silence the log messages of libraries. Call it before they import modules that log on import."""
-    import torch  # noqa: F401 (sets the levels of its loggers)
-    import transformers
-
-    logging.getLogger("torch").setLevel(logging.ERROR)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
 
 
 def table(*names: str, left: int = 1, title: str | None = None) -> Table:
@@ -224,78 +220,6 @@ def table(*names: str, left: int = 1, title: str | None = None) -> Table:
     return made
 
 
-def load_adapted(
-    folder: AdapterFolder, model: str | None, dtype: str = "auto", device_map: str | None = None
-) -> tuple[IA3Model, PreTrainedTokenizerBase]:
-    """A base model with the adapter of a folder in it, and its tokenizer.
-
-    Args:
-        folder: the adapter's folder.
-        model: the base model; None: the one that the adapter names.
-        dtype: the type of its weights, as `load_base` takes it.
-        device_map: where they go, as `load_base` takes it.
-    """
-    base, tokenizer = load_base_of(folder, model, dtype, device_map)
-    from ia3.adapter.model import IA3Model
-
-    return IA3Model.from_pretrained(base, folder), tokenizer
-
-
-def load_base_of(
-    folder: AdapterFolder, model: str | None, dtype: str, device_map: str | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model of an adapter, without the adapter. The arguments are those of `load_adapted`."""
-    return _load_base([folder], model, dtype, device_map)
-
-
-def load_bank(
-    folders: Mapping[str, AdapterFolder], model: str | None, dtype: str, device_map: str | None = None
-) -> tuple[IA3Model, PreTrainedTokenizerBase]:
-    """A base model with a bank of adapters, and its tokenizer.
-
-    Args:
-        folders: name → the adapter's folder; at least one.
-        model: the base model; None: the one that all adapters name.
-        dtype: the type of its weights, as `load_base` takes it.
-        device_map: where they go, as `load_base` takes it.
-    """
-    base, tokenizer = _load_base([*folders.values()], model, dtype, device_map)
-    from ia3.adapter.model import IA3Model
-    from ia3.bank import AdapterBank
-
-    adapted = IA3Model(base, {}).eval()
-    # With columns for adapters of both kinds.
-    bank = AdapterBank(adapted, dataclasses.replace(next(iter(folders.values())).config, acts_from="start"))
-    for name, folder in folders.items():
-        bank.load(folder, name)
-        folder.require_unchanged()
-    return adapted, tokenizer
-
-
-def _load_base(
-    folders: Sequence[AdapterFolder], model: str | None, dtype: str, device_map: str | None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model that adapters name, or the given one."""
-    first, *others = folders
-    name = model or first.config.base
-    if not name:
-        raise InputError(f"The adapter's {CONFIG_NAME} in {str(first)!r} names no base model; say which: --model.")
-    for other in others:
-        its = other.config.base
-        if model is None and its != name:
-            raise InputError(
-                f"Expected adapters of one base model, found {name!r} in {str(first)!r} and {its!r} in {str(other)!r}; "
-                f"give --model if they are the same."
-            )
-    quiet()
-    from ia3.adapter.pretrained import HEADED, load_base
-
-    kind, labels = first.config.task_type, None
-    if kind in HEADED and first.task is not None:
-        labels = first.task.labels
-    return load_base(name, labels, dtype, kind, device_map)
-
-
 def recipe_for(model: str, recipe: str | None, generates: bool = False, **changes: Any) -> Recipe:
     """The given recipe, or by default the one for a model of that size or for one that generates text, with some fields changed."""
     from ia3.training.recipe import Recipe
@@ -308,23 +232,25 @@ def recipe_for(model: str, recipe: str | None, generates: bool = False, **change
     return chosen
 
 
-def moved(opinions: Opinions, prior: str | None, labels: Sequence[str] | None) -> Opinions:
-    """An adapter's opinions for --prior.
+def require_ray(ray: str | None, workers: int | None) -> None:
+    """Refuse --workers without --ray."""
+    if workers is not None and ray is None:
+        raise InputError("Expected --ray with --workers, found none.")
 
-    Raises:
-        InputError: shares that do not fit the labels, or an adapter whose folder does not say what it has seen.
-    """
-    from ia3.opinions.priors import prior_of
 
-    if prior is None:
-        return opinions
-    if not opinions.seen or labels is None:
-        raise InputError(
-            "Expected an adapter that says how frequent labels were in its training, found one that does not",
-            "train it with --opinions auto, or leave out",
-            argument="prior",
-        )
-    return opinions.toward(prior_of(prior, labels))
+@contextmanager
+def connecting(out: Console, address: str, workers: int | None) -> Iterator[Workers]:
+    """The workers of --ray, in a `with` block; says how many there are."""
+    from ia3.cluster.connection import connected
+
+    with ExitStack() as stack:
+        if out.stderr:  # standard output has JSON alone, but Ray prints what happens to its workers there
+            stack.enter_context(redirect_stdout(sys.stderr))
+        with out.status("Connecting to Ray …"):
+            found = stack.enter_context(connected(address, workers))
+        each = "a GPU" if found.gpus else "1 core" if found.cpus == 1 else f"{found.cpus} cores"
+        out.print(f"{found.count} workers, each with {each}", style="dim", markup=False)
+        yield found
 
 
 def require_folder(path: Path) -> None:

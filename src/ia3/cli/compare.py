@@ -11,6 +11,7 @@ import typer
 
 from ia3.adapter.pretrained import EMBEDDED_MODEL
 from ia3.adapter.stored import REPORT_NAME
+from ia3.answering import load_base_of
 from ia3.cli.bars import Bars
 from ia3.cli.common import (
     MAX_SEED,
@@ -28,7 +29,6 @@ from ia3.cli.common import (
     TestRowsOption,
     TextColumnOption,
     console,
-    load_base_of,
     print_json,
     quiet,
     recipe_for,

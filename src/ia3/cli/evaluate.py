@@ -6,6 +6,7 @@ from pathlib import Path
 
 import typer
 
+from ia3.answering import load_adapted
 from ia3.cli.bars import Bars
 from ia3.cli.common import (
     AdapterArgument,
@@ -15,7 +16,6 @@ from ia3.cli.common import (
     JsonOption,
     ModelOption,
     console,
-    load_adapted,
     print_json,
     table,
 )

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ia3.answering import load_adapted
 from ia3.cli.answers import shortened, text_of, write_rows
 from ia3.cli.bars import Bars
-from ia3.cli.common import load_adapted, print_json, table
+from ia3.cli.common import print_json, table
 from ia3.errors import InputError, shown
 
 if TYPE_CHECKING:

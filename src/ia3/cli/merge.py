@@ -8,7 +8,8 @@ from pathlib import Path
 import typer
 
 from ia3.adapter.stored import TASK_NAME
-from ia3.cli.common import AdapterArgument, JsonOption, ModelOption, console, load_adapted, print_json
+from ia3.answering import load_adapted
+from ia3.cli.common import AdapterArgument, JsonOption, ModelOption, console, print_json
 from ia3.errors import InputError
 from ia3.files import new_folder
 from ia3.folder import AdapterFolder

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from ia3.adapter.pretrained import EMBEDDED_MODEL
+from ia3.answering import load_adapted
 from ia3.cli.answers import delimiter_like, write_rows
 from ia3.cli.bars import Bars
 from ia3.cli.common import (
@@ -17,7 +18,6 @@ from ia3.cli.common import (
     JsonOption,
     TextColumnOption,
     console,
-    load_adapted,
     print_json,
     quiet,
     table,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from ia3.cli.common import (
     MultiLabelOption,
     OpinionsOption,
     PriorOption,
+    RayOption,
     RecipeOption,
     ReportOption,
     StepsOption,
@@ -37,12 +39,15 @@ from ia3.cli.common import (
     TestDataOption,
     TestRowsOption,
     TextColumnOption,
+    WorkersOption,
+    connecting,
     console,
     parse_choices,
     print_json,
     quiet,
     recipe_for,
     require_folder,
+    require_ray,
     say_seen,
     saying_how_to_go_on,
 )
@@ -62,7 +67,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ia3.evaluation.drawing import Source
-    from ia3.evaluation.experiment import Experiment, Trial
+    from ia3.evaluation.experiment import Experiment, Outcome, Trial
     from ia3.task.kinds import AnyTask
 
 EMBEDDED_TASK = "courses"
@@ -96,7 +101,7 @@ def train(
     tasks: str | None = typer.Option(
         None,
         "--tasks",
-        help="Several tasks, one adapter per task: rte,cb,a.yaml. All train at once.",
+        help="Several tasks, one adapter per task: rte,cb,a.yaml, or a pattern in quotes, 'tasks/*.yaml'. All train at once.",
         show_default=False,
     ),
     test_data: str | None = TestDataOption,
@@ -181,6 +186,8 @@ def train(
     chat: bool = ChatOption,
     metric: str | None = MetricOption,
     resume: bool = typer.Option(False, "--resume", help="Continue from the last checkpoint of an interrupted run."),
+    ray: str | None = RayOption,
+    workers: int | None = WorkersOption,
     json_output: bool = JsonOption,
 ) -> None:
     """Train an adapter, and compare it with the untrained model.
@@ -201,6 +208,9 @@ def train(
     of one model, and each gets the result of a separate run. Each has a subfolder of the output folder, such as seed-0,
     TASK/seed-0 or seed-0-lr-0.001. The paper's protocol is: ia3 train --tasks rte,cb,copa --seeds 0,1,2,3,4
     --all-templates
+
+    --ray deals the adapters to workers, on this machine or on a cluster; each has one model. If a worker dies, another one goes
+    on from the last checkpoint. Adapters and results are those of a run without it.
 
     Beside the vectors, a head on the model's hidden states answers, and one on a sentence encoder's if one is installed;
     cross-validation on the training examples weighs them (--opinions, --encoder).
@@ -279,6 +289,7 @@ def train(
         several = isinstance(rows["task"], list)
         changed: Any = [with_options(one, chat, metric) for one in (rows["task"] if several else [rows["task"]])]
         rows["task"] = changed if several else changed[0]
+    require_ray(ray, workers)
     experiment = Experiment(
         **rows,
         folder=output or folder_of("adapters", name),
@@ -332,11 +343,14 @@ def train(
         opinions=opinions,
         encoder=encoder,
     )
-    _describe(out, experiment, experiment.checkpoint() if resume else None)
-
     quiet()
-    with saying_how_to_go_on(), Bars(out) as bars:
-        outcome = experiment.run(bars, resume)
+    with saying_how_to_go_on():
+        if ray is None:
+            _describe(out, experiment, experiment.checkpoint() if resume else None)
+            with Bars(out) as bars:
+                outcome = experiment.run(bars, resume)
+        else:
+            outcome = _on_ray(out, experiment, ray, workers, resume)
     folder = outcome.folder
     if json_output:
         print_json({"output": str(folder), **outcome.results})
@@ -350,6 +364,18 @@ def train(
     out.print(f"\nSaved in {folder}.{hint}", markup=False, soft_wrap=True)
     page = report or folder / ("*" * outcome.several) / REPORT_NAME
     out.print(f"How good is it? {page}", markup=False, soft_wrap=True)
+
+
+def _on_ray(out: Console, experiment: Experiment, address: str, workers: int | None, resume: bool) -> Outcome:
+    """Run an experiment on the workers of Ray."""
+    from ia3.cluster.training import parts_to_resume, run
+
+    if resume:
+        parts_to_resume(experiment)
+    with connecting(out, address, workers) as found:
+        _describe(out, experiment, str(experiment.checkpoints) if resume else None)
+        with Bars(out) as bars:
+            return run(experiment, found, bars, resume)
 
 
 def _chosen(
@@ -457,7 +483,8 @@ def _sources(files: str, delimiter: str | None) -> list[Source]:
     """Several tasks with their rows. Their names must differ, because they name folders."""
     from ia3.evaluation.experiment import TAKEN, names_a_folder
 
-    paths = [part.strip() for part in files.split(",") if part.strip()]
+    named = [part.strip() for part in files.split(",") if part.strip()]
+    paths = [path for part in named for path in (sorted(glob.glob(part)) if glob.has_magic(part) else [part])]
     if not paths:
         raise InputError(f"Expected tasks with commas between them for --tasks, found {files!r}.")
     sources = [source_of(path, delimiter=delimiter) for path in paths]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,8 +31,10 @@ from ia3.training.recipe import Recipe
 
 T = TypeVar("T")
 
+CHECKPOINTS = "checkpoints"
+
 # Names that a task cannot have, because its adapter's folder is beside these.
-TAKEN = ("checkpoints", "metrics.json")
+TAKEN = (CHECKPOINTS, "metrics.json")
 
 
 @dataclass(frozen=True)
@@ -234,10 +237,28 @@ class Experiment:
         paths = [path for trial in self.trials for path in (folder / trial.name, (folder / trial.name).parent, folder)]
         return list(dict.fromkeys(paths))
 
-    @property
+    @functools.cached_property
     def checkpoints(self) -> Path:
         """The folder of checkpoints."""
-        return Path(self.folder) / "checkpoints"
+        return Path(self.folder) / CHECKPOINTS
+
+    @functools.cached_property
+    def whole(self) -> list[Trial]:
+        """All trials of the experiment that this is, or of which this is a part; together they decide what is trained."""
+        return self.trials
+
+    def part(self, names: Collection[str], checkpoints: Path) -> Experiment:
+        """The same experiment with some of its trials, which `measured` can run apart from the others.
+
+        Args:
+            names: of the trials.
+            checkpoints: the part's own folder of checkpoints.
+        """
+        found = copy.copy(self)
+        found.whole, found.checkpoints = self.whole, checkpoints
+        found.trials = [trial for trial in self.whole if trial.name in names]
+        found.points = [point for point in self.points if point.of in names]
+        return found
 
     @functools.cached_property
     def chosen_recipe(self) -> Recipe:
@@ -374,16 +395,28 @@ class Experiment:
             InputError: see `check`, `checkpoint` and `load_base`.
             Interrupted: on a keyboard interrupt during training.
         """
-        from ia3.evaluation.running import Running
-        from ia3.evaluation.running_text import RunningText
-
         self.check()
         checkpoint = self.checkpoint() if resume else None
         rows = {trial.name: trial.test for trial in self.trials}
         if processes.sharded_by_launcher() and self.device_map is None:
             self.device_map = "shards"
         processes.connect([self.settings(), rows, self.prior, self.unlabelled, self.device_map])
-        running = (RunningText if self.generates else Running)(self, progress or Progress())
+        return self.finish(self.measured(progress or Progress(), checkpoint))
+
+    def measured(self, progress: Progress, checkpoint: str | None = None) -> dict[str, dict[str, Any]]:
+        """Measure, train, measure again and save each trial; returns their results, by name.
+
+        Args:
+            progress: shows the progress.
+            checkpoint: the checkpoint to go on from; None: begin.
+
+        Raises:
+            Interrupted: on a keyboard interrupt during training.
+        """
+        from ia3.evaluation.running import Running
+        from ia3.evaluation.running_text import RunningText
+
+        running = (RunningText if self.generates else Running)(self, progress)
         before = running.zero_shot()
         metrics, seconds = running.train(checkpoint)
         after = running.trained()
@@ -407,10 +440,15 @@ class Experiment:
                     more, calibration = running.cross_validate(trial)
                 found[trial.name].update(more)
                 results[trial.name] = running.save(trial, found[trial.name], calibration, opinions, reported=True)
+        return results
+
+    def finish(self, results: Mapping[str, dict[str, Any]]) -> Outcome:
+        """Write what belongs to all trials, given the results of each, and remove the checkpoints."""
         groups: dict[str, list[str]] = {}
-        for trial in running.own:
+        for trial in self.trials:
             groups.setdefault(trial.shared, []).append(trial.name)
-        outcome = Outcome(Path(self.folder), results, groups, self.several)
+        each = {trial.name: results[trial.name] for trial in self.trials}
+        outcome = Outcome(Path(self.folder), each, groups, self.several)
         if processes.is_first():
             if self.several:
                 write_json(outcome.folder / "metrics.json", outcome.results)

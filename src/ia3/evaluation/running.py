@@ -73,11 +73,11 @@ class Running:
         self._by_vectors: dict[str, list[Prediction]] = {}
         self.gathered: dict[str, Gathered] = defaultdict(Gathered)
         with progress.waiting("Loading the model …"):
-            labels, where = experiment.trials[0].task.labels, experiment.device_map
+            labels, where = experiment.whole[0].task.labels, experiment.device_map
             base, self.tokenizer = load_base(experiment.model, labels, experiment.dtype, device_map=where)
         reads_answers = family_of(base, self.tokenizer).reads_answers
         each = [*experiment.trials, *experiment.points]
-        tasks = [(trial.task, trial.examples) for trial in experiment.trials]
+        tasks = [(trial.task, trial.examples) for trial in experiment.whole]
         self.recipe = experiment.chosen_recipe
         if not experiment.all_templates:  # for which vectors answer alone
             self.recipe = where_vectors_pay(self.recipe, tasks, reads_answers, experiment.folds, progress)

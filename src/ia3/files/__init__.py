@@ -13,7 +13,7 @@ from ia3.files.hub import (
     snapshot,
     upload,
 )
-from ia3.files.remote import UPLOADED, HubMirror, Mirror, cache_folder, fetch, is_address
+from ia3.files.remote import UPLOADED, HubMirror, Mirror, cache_folder, fetch, is_address, opened, stamp
 from ia3.files.saves import (
     CONFIG_NAME,
     PENDING,
@@ -51,6 +51,7 @@ __all__ = [
     "locate",
     "locate_beside",
     "new_folder",
+    "opened",
     "parse_bytes",
     "parse_json",
     "read_fields",
@@ -60,6 +61,7 @@ __all__ = [
     "replacing",
     "replacing_adapter",
     "snapshot",
+    "stamp",
     "take_over",
     "to_json",
     "upload",

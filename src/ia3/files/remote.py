@@ -42,7 +42,7 @@ def is_address(path: object) -> bool:
 
 def fetch(address: str, names: Collection[str]) -> str:
     """The local copy, made or brought up to date, of a file or of the adapters below a folder; see `Mirror`."""
-    files, root = _opened(address)
+    files, root = opened(address)
     with _asking(address):
         files.invalidate_cache()
         info = files.info(root) if files.isfile(root) else None
@@ -52,7 +52,7 @@ def fetch(address: str, names: Collection[str]) -> str:
         return str(mirror.folder)
     folder = _place(address)
     # A copy that somebody has open stays as it is: another content is another file.
-    copy = folder / f"{_digest(info)[:16]}-{os.path.basename(root)}"
+    copy = folder / f"{stamp(info)[:16]}-{os.path.basename(root)}"
     if not copy.exists():
         with _asking(address), replacing(copy) as temporary:
             files.get_file(root, str(temporary))
@@ -105,7 +105,7 @@ class Mirror:
                 raise InputError(
                     f"Expected adapters at {brief(self.address)}, each with {CONFIG_NAME} and {WEIGHTS_NAME}, found none."
                 )
-            stamps = {name: _digest([info for _, info in sorted(its.items())]) for name, its in wanted.items()}
+            stamps = {name: stamp([info for _, info in sorted(its.items())]) for name, its in wanted.items()}
             news = [name for name in wanted if copied.get(name) != stamps[name]]
             self.unfinished = []
             for start in range(0, len(news), _TOGETHER):
@@ -116,7 +116,7 @@ class Mirror:
             return before != stamps
 
     def _opened(self) -> tuple[Any, str]:
-        return _opened(self.address)
+        return opened(self.address)
 
     def put(self, name: str, folder: str | os.PathLike) -> bool:
         """Write an adapter to the address: the files of a folder, in place of those of an adapter with this name.
@@ -188,10 +188,10 @@ class Mirror:
         found = {}
         for where, folders, _ in os.walk(self.folder):
             folders[:] = [name for name in folders if not name.startswith(TEMPORARY)]
-            stamp = current(where) / _STAMP_NAME
-            if stamp.is_file():
+            stored = current(where) / _STAMP_NAME
+            if stored.is_file():
                 name = os.path.relpath(where, self.folder).replace(os.sep, "/")
-                found["" if name == "." else name] = stamp.read_text(encoding="utf-8")
+                found["" if name == "." else name] = stored.read_text(encoding="utf-8")
         return found
 
     def _copy(self, adapters: Mapping[str, Mapping[str, dict[str, Any]]], stamps: Mapping[str, str]) -> None:
@@ -273,8 +273,8 @@ class HubMirror(Mirror):
         return found
 
 
-def _opened(address: str) -> tuple[Any, str]:
-    """The file system of an address, and the path there."""
+def opened(address: str) -> tuple[Any, str]:
+    """fsspec's file system of an address, or of a path here, and the path there. Raises `InputError` if it cannot be opened."""
     from fsspec.core import url_to_fs
 
     protocol = address.partition("://")[0]
@@ -305,12 +305,12 @@ def _asking(address: str, what: str = "copy from") -> Iterator[None]:
 def _place(address: str) -> Path:
     """The folder for copies from an address."""
     name = re.sub(r"[^A-Za-z0-9.-]+", "-", address.rstrip("/"))[-60:].strip("-.")
-    folder = cache_folder() / "addresses" / f"{name}-{_digest(address.rstrip('/'))[:16]}"
+    folder = cache_folder() / "addresses" / f"{name}-{stamp(address.rstrip('/'))[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder.resolve()
 
 
-def _digest(value: Any) -> str:
+def stamp(value: Any) -> str:
     """A stamp of what a file system says of files: sizes, times, checksums, whatever it has."""
     return _hash(repr(value).encode("utf-8", "backslashreplace"))
 

