@@ -302,8 +302,10 @@ class Running:
         """The report on a trial."""
         from ia3.adapter.moved import moved
         from ia3.evaluation.report.page import page_of
+        from ia3.scoring.family import passes_in_step
 
-        if not self.experiment.several:  # a row costs all adapters the same
+        # A row costs all adapters the same. Only the first process is here: it cannot ask a model of which others have parts.
+        if not self.experiment.several and not passes_in_step(self.model):
             self._measure_costs(trial, opinions)
         changed = moved(self.model, self.adapters[trial.name])
         return page_of(self.gathered[trial.name].findings(trial, results, self.recipe, changed, len(self.trials)))
