@@ -15,6 +15,7 @@ import torch
 from hypothesis import settings
 
 from ia3.adapter import pretrained
+from ia3.evaluation.report import plots
 from ia3.opinions import sentences
 from support import tiny
 
@@ -47,6 +48,18 @@ THREADS = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("PYTEST_XDIS
 torch.set_num_threads(1)
 
 os.fsync = lambda handle: None  # no power fails here, and a save waits for the disk longer than a tiny model trains
+
+
+# A report's plots take longer than a tiny model trains.
+DRAWN, plots._drawn = plots._drawn, lambda name, alt, draw: plots.Markup("<svg></svg>")
+
+
+@pytest.fixture(scope="module")
+def drawn_plots():
+    """Reports have their plots."""
+    undrawn, plots._drawn = plots._drawn, DRAWN
+    yield
+    plots._drawn = undrawn
 
 
 @pytest.fixture

@@ -22,6 +22,8 @@ HOSTILE = (
 )
 METHOD_TABLE = re.compile(r"\d+ test rows")
 
+pytestmark = pytest.mark.usefixtures("drawn_plots")
+
 
 def predictions(labels, names, chance, thresholds=None):
     """Right with a probability of about 0.7."""

@@ -228,7 +228,7 @@ def test_training_is_refused_where_uploads_are(made, start, tmp_path, monkeypatc
     mirror = Mirror(f"file://{made}/adapters", ("adapter_config.json", "adapter_model.safetensors", "task.yaml"))
     mirror.refresh()
     server = start(made, mirror=mirror)
-    assert "copied from elsewhere" in server.http.get("/v1/projects").json()["refused"]
+    assert "copies them from elsewhere" in server.http.get("/v1/projects").json()["refused"]
     assert server.http.post("/v1/projects", json=BODY).status_code == 507
 
 
