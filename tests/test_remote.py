@@ -186,7 +186,7 @@ def test_an_adapter_is_the_old_one_until_all_of_the_new_one_is_there(bucket, tmp
     assert len(steps) == (4 if new else 5)
     assert last == ({"a": expected("two", "recipe.yaml")}, [])
     assert [its for its, _ in before] == [old] * len(before)
-    assert [names for _, names in before] == [[] if new else ["a"]] * len(before)
+    assert [names for _, names in before] == [["a"]] * len(before)
 
 
 def test_two_who_put_an_adapter_there_at_the_same_time(bucket, tmp_path, monkeypatch):

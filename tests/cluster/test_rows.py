@@ -224,7 +224,8 @@ def test_what_is_refused_before_ray_starts(refused, tmp_path):
     assert "Expected files with other names than errors.parquet" in refused(tmp_path / "taken")
     assert "no/a.parquet': The template names 'text', but the columns are" in refused(tmp_path / "no")
     assert "Expected a column 'which'" in refused(tmp_path / "rows", adapter_column="which")
-    assert "another folder than that of the rows" in refused(tmp_path / "rows", output=tmp_path / "rows")
+    for output in (tmp_path / "rows", tmp_path / "rows" / "answered"):
+        assert "Expected a folder outside that of the rows" in refused(tmp_path / "rows", output=output)
     assert "found the file" in refused(tmp_path / "rows", output=tmp_path / "other.txt")
     assert "a new or empty folder, or this job's" in refused(tmp_path / "rows", output=tmp_path / "no")
     assert "Expected labels with --ray, found --seed" in refused(tmp_path / "rows", seed=1)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save, save_file
 from ia3 import IA3Config, get_peft_model, load_base
 from ia3.adapter.stored import OWN_NAMES
 from ia3.errors import InputError
-from ia3.files import PENDING, Mirror
+from ia3.files import PENDING, UPLOADED, Mirror
 from ia3.serve import store
 from ia3.serve.limits import Limits
 from ia3.serve.store import Store
@@ -185,6 +185,23 @@ def test_servers_that_share_their_adapters(place, start, monkeypatch, far):
     assert look()["removed"] == ["new"] and other.classify("new").status_code == 404
     again = mirrored(place, start, monkeypatch, "again") if far else start(place)
     assert listed(again) == ["cake", "nested/pair", "soup", "tea", "theirs"]
+
+
+def test_what_others_put_at_an_address_is_served_after_an_upload_that_failed(place, start, monkeypatch):
+    server = mirrored(place, start, monkeypatch, "cache")
+    shutil.copytree(place / "adapters" / "cake", place / "adapters" / "theirs")
+    assert upload(server, "tea", files_of(place / "spare")).status_code == 409, "it was not uploaded"
+    assert server.call(server.server.store.reload(if_changed=True))["added"] == ["theirs"]
+
+
+def test_an_upload_below_another_folder_is_deleted_there(place, start, monkeypatch):
+    adapters = place / "adapters"
+    shutil.copytree(adapters / "tea", adapters / "site" / "tea")
+    (adapters / "site" / "tea" / UPLOADED).touch()
+    server = mirrored(place, start, monkeypatch, "cache")
+    assert server.http.delete("/v1/adapters/site/tea").status_code == 200
+    assert "site/tea" not in listed(server) and "tea" in listed(server)
+    assert (adapters / "tea" / WEIGHTS).exists() and not (adapters / "site" / "tea" / WEIGHTS).exists()
 
 
 def test_an_address_that_takes_nothing(place, start, monkeypatch, caplog):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import warnings
@@ -312,7 +313,8 @@ def adapter_folders(root: str) -> dict[str, str]:
     waiting = [(root, "")]
     while waiting:
         folder, name = waiting.pop()
-        with os.scandir(folder) as children:
+        # One that was there a moment ago may be gone: uploads come and go.
+        with contextlib.suppress(FileNotFoundError), os.scandir(folder) as children:
             for child in children:
                 path = f"{name}/{child.name}" if name else child.name
                 if child.name == PENDING or (child.name == CONFIG_NAME and not child.is_dir()):

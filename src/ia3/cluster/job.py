@@ -38,12 +38,14 @@ class Source:
         path: the file's path there.
         name: what the answered file is called, below the output folder.
         stamp: what the file system said of it when the job began; another stamp means another content.
+        within: the folder all of whose files are rows, however deep; None: only those of one folder are.
     """
 
     files: Any
     path: str
     name: str
     stamp: str
+    within: str | None = None
 
     @property
     def suffix(self) -> str:
@@ -108,7 +110,8 @@ def sources_of(data: str) -> list[Source]:
                 f"Expected files with other names than {ERRORS_NAME}, which lists errors; rename {brief(ERRORS_NAME)}."
             )
         pairs = sorted(zip(names, found, strict=True))
-        return [Source(files, one, name, _stamp_of(files, one)) for name, one in pairs]
+        within = root if "**" in path or files.isdir(path) else None
+        return [Source(files, one, name, _stamp_of(files, one), within) for name, one in pairs]
 
 
 class Output:
@@ -128,13 +131,17 @@ class Output:
         """The records of the files that are done, by name.
 
         Raises:
-            InputError: the folder belongs to another job, or holds something else; a source would be replaced by its answers, or was
+            InputError: the folder belongs to another job, or holds something else, or is inside that of the sources; a source was
                 changed since it was answered.
         """
         for source in sources:
-            if type(self._files) is type(source.files) and source.path == self._path(source.name):
+            is_row = source.path == self._path(source.name)
+            becomes_one = source.within is not None and f"{self._root}/".startswith(f"{source.within}/")
+            if type(self._files) is type(source.files) and (is_row or becomes_one):
                 raise InputError(
-                    f"Expected another folder than that of the rows, found {brief(self._folder)}", argument="output"
+                    f"Expected a folder outside that of the rows, found {brief(self._folder)}, whose files would be rows, too",
+                    "take another one by",
+                    argument="output",
                 )
         with reading(self._folder, "a folder", "look at it"):
             self._files.invalidate_cache()

@@ -31,7 +31,7 @@ from ia3.answering import (
 )
 from ia3.cluster.connection import Workers
 from ia3.cluster.job import Output, Source, digest_of, sources_of
-from ia3.errors import InputError, about, brief, shown
+from ia3.errors import InputError, about, brief, reason, shown
 from ia3.evaluation.prediction import Prediction
 from ia3.evaluation.progress import Progress
 from ia3.folder import AdapterFolder
@@ -45,6 +45,9 @@ if TYPE_CHECKING:
 
 # Rows of a piece: what a worker answers at once, and does again if another one died.
 _PIECE = 1024
+
+# What kills a worker so often is not tried again.
+_DEATHS = 3
 
 # Files that are read at the same time.
 _READERS = 2
@@ -219,6 +222,7 @@ class Job:
     def _answered(self, workers: Workers) -> Iterator[dict[str, Any]]:
         """The answered pieces of all files that are left, in their order."""
         import ray.data
+        from ray.exceptions import RayError, RayTaskError
 
         read = _Reading(self.left, self.asked.delimiter)
         items = [{_FILE: number} for number in range(len(self.left))]
@@ -233,11 +237,22 @@ class Job:
             _Worker,
             fn_constructor_args=(self.asked, [source.name for source in self.left], ia3.__version__, os.getcwd()),
             compute=ray.data.ActorPoolStrategy(size=workers.count),
+            max_restarts=_DEATHS,
+            max_task_retries=_DEATHS,
             **workers.resources,
             **whole,
         )
-        for batch in data.iter_batches(batch_size=None, batch_format="pyarrow"):
-            yield from cast("pyarrow.Table", batch).to_pylist()
+        try:
+            for batch in data.iter_batches(batch_size=None, batch_format="pyarrow"):
+                yield from cast("pyarrow.Table", batch).to_pylist()
+        except RayTaskError as error:
+            raise InputError(f"A worker ended with an error: {reason(error.cause)}.") from error
+        except RayError as error:
+            raise InputError(
+                f"Expected workers that live, found that they died again and again: {reason(error)}",
+                "if memory is short, have fewer by",
+                argument="workers",
+            ) from error
 
 
 class _Reading:

@@ -87,6 +87,7 @@ class Mirror:
         self._root = root.rstrip("/")
         self.folder = _place(address)
         self.unfinished: list[str] = []
+        self._begun: list[str] = []  # uploads without all that makes an adapter, at the last look
         self._lock = threading.Lock()
         self._seen: dict[str, str] = {}  # name → stamp of the adapters at the end of the last look
 
@@ -107,7 +108,7 @@ class Mirror:
                 )
             stamps = {name: stamp([info for _, info in sorted(its.items())]) for name, its in wanted.items()}
             news = [name for name in wanted if copied.get(name) != stamps[name]]
-            self.unfinished = []
+            self.unfinished = [*self._begun]
             for start in range(0, len(news), _TOGETHER):
                 self._copy({name: wanted[name] for name in news[start : start + _TOGETHER]}, stamps)
             for name in copied.keys() - wanted.keys():
@@ -177,11 +178,13 @@ class Mirror:
                 )
                 if inside and file in self._names:
                     found.setdefault(name, {})[file] = {**info, "name": path}
-        return {
+        whole = {
             name: its
             for name, its in found.items()
             if CONFIG_NAME in its and (WEIGHTS_NAME in its or TORCH_WEIGHTS_NAME in its)
         }
+        self._begun = [name for name, its in found.items() if UPLOADED in its and name not in whole]
+        return whole
 
     def _copied(self) -> dict[str, str]:
         """Name of a copied adapter → its stamp."""

@@ -221,11 +221,9 @@ class Store:
             InputError: the mirror's address cannot be read, or there are too many adapters.
         """
         if self._mirror is not None:
-            changed = await asyncio.to_thread(self._mirror.refresh)
+            await asyncio.to_thread(self._mirror.refresh)
             if self._mirror.unfinished:
                 logger.warning("not copied", extra={"fields": {"adapters": self._mirror.unfinished[:_MOST_LOGGED]}})
-            if if_changed and not changed:
-                return None
         async with self._changing:
             found = await asyncio.to_thread(self._scan)
             if if_changed and found == self._scanned:
@@ -307,7 +305,7 @@ class Store:
                     with _storing_far():
                         whole = await asyncio.to_thread(self._mirror.put, name, temporary)
                         await asyncio.to_thread(self._mirror.refresh)
-                    if not whole:
+                    if not whole or name in self._mirror.unfinished:
                         raise Conflict(f"Another {name!r} was uploaded at the same time; upload it again.")
                     self._removed.discard(name)
                     await self._take_in(await asyncio.to_thread(self._scan))
@@ -349,7 +347,8 @@ class Store:
             folder = self._folder(name) if adapter is None else adapter.folder
             has_others = any(each is not adapter for each in self._in(folder))
             if self._mirror is not None and not has_others and os.path.isfile(os.path.join(folder, UPLOADED)):
-                await asyncio.to_thread(self._delete_far, self._mirror, os.path.basename(folder))
+                far = os.path.relpath(folder, self.root).replace(os.sep, "/")
+                await asyncio.to_thread(self._delete_far, self._mirror, far)
                 await self._take_in(await asyncio.to_thread(self._scan))
                 return
             if not has_others and os.path.isfile(os.path.join(folder, UPLOADED)):
