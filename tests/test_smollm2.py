@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from ia3 import FewShotClassifier, InputError, Recipe, Task, load_base, predict, read_rows, score_choices
-from ia3.adapter import pretrained as module
+from ia3.adapter import quantized
 from ia3.cli import main
 from ia3.evaluation.drawing import read
 
@@ -45,7 +45,7 @@ def test_scores_agree_with_each_row_alone(smollm2):
 
 def test_dequantized_once_and_cached(smollm2, monkeypatch):
     model, _ = smollm2
-    monkeypatch.setattr(module, "_dequantize", lambda *args: pytest.fail("dequantized again"))
+    monkeypatch.setattr(quantized, "release_dequantized", lambda *_: pytest.fail("dequantized again"))
     again, _ = load_base("smollm2", dtype="float32")
     assert model.dtype == torch.float32 and model.name_or_path == "smollm2"
     for a, b in zip(model.parameters(), again.parameters(), strict=True):

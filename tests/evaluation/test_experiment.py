@@ -207,6 +207,14 @@ def test_settings_tell_runs_apart():
     assert settings_of(recipe=RECIPE, seed=0) == {"recipe": RECIPE.model_dump(), "seed": 0}
 
 
+def test_where_a_report_cannot_be(tmp_path):
+    (tmp_path / "rows.csv").write_text("text,label")
+    for file, expected in {"x.txt": "ends in .html", "rows.csv/x.html": "in a folder that can be written to"}.items():
+        with pytest.raises(InputError, match=expected):
+            require_page(tmp_path / file)
+    require_page(tmp_path / "new" / "x.html")
+
+
 def test_the_majority(task):
     assert majority(["neg", "pos", "pos"]) == "pos" and majority(["neg", "pos"]) == "neg"
     assert majority_metrics(task, ["neg", "pos", "pos", "pos"])["accuracy"] == 0.75

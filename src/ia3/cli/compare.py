@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ia3.adapter.pretrained import EMBEDDED_MODEL
-from ia3.adapter.stored import REPORT_NAME
+from ia3.adapter.stored import REPORT_NAME, is_ours
 from ia3.answering import load_base_of
 from ia3.cli.bars import Bars
 from ia3.cli.common import (
@@ -120,6 +120,10 @@ def compare(
             if value is not None:
                 raise InputError(f"Expected --adapter or {option}, one of the two, found both.")
     trained = None if adapter is None else AdapterFolder(adapter)
+    if trained is not None and trained.recipe.opinions == "head":
+        raise InputError(
+            f"Expected an adapter with trained vectors to compare, found one whose head answers alone in {adapter!r}; use ia3 evaluate."
+        )
     counts = None if shots is None else numbers("--shots", shots, int)
     own = trained.any_task or trained.required_task() if trained is not None and task is None else task
     source = source_of(own, data, test_data, label_column, text_column, choices, template, delimiter)
@@ -159,6 +163,10 @@ def compare(
     folder = output or folder_of("comparisons", source.task.name)
     require_folder(folder)
     require_page(report)
+    if report is None and not is_ours(folder / REPORT_NAME):
+        raise InputError(
+            f"Expected a folder without a {REPORT_NAME} of yours, found it in {str(folder)!r}; name another: --report."
+        )
     plan = (
         trained.recipe if trained is not None else recipe_for(model or EMBEDDED_MODEL, recipe, generates, steps=steps)
     )
@@ -173,7 +181,7 @@ def compare(
         if generates:
             from ia3.evaluation.generation import require_generator
 
-            require_generator(model or EMBEDDED_MODEL)
+            require_generator(model or (None if trained is None else trained.config.base) or EMBEDDED_MODEL)
         if trained is None:
             base, tokenizer = load_base(model or EMBEDDED_MODEL, source.task.labels, dtype)
         else:

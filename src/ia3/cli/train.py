@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ia3.adapter.pretrained import EMBEDDED_MODEL
-from ia3.adapter.stored import REPORT_NAME
+from ia3.adapter.stored import REPORT_NAME, is_ours
 from ia3.cli.bars import Bars
 from ia3.cli.common import (
     MAX_SEED,
@@ -362,8 +362,10 @@ def train(
     first = experiment.trials[0]
     hint = f' Try it: ia3 predict {folder / first.name} "some text"' if len(first.task.columns) == 1 else ""
     out.print(f"\nSaved in {folder}.{hint}", markup=False, soft_wrap=True)
-    page = report or folder / ("*" * outcome.several) / REPORT_NAME
-    out.print(f"How good is it? {page}", markup=False, soft_wrap=True)
+    depth = first.name.count("/") + 1 if outcome.several else 0
+    if report is not None or is_ours(folder / first.name / REPORT_NAME):  # not so where the user's own stayed
+        page = report or folder.joinpath(*["*"] * depth, REPORT_NAME)
+        out.print(f"How good is it? {page}", markup=False, soft_wrap=True)
 
 
 def _on_ray(out: Console, experiment: Experiment, address: str, workers: int | None, resume: bool) -> Outcome:

@@ -55,7 +55,7 @@ def trained_card(
         language: the code of the texts' language, such as "en".
     """
     parts = [_head(task, results, config), _labels(task, results), _wordings(task)]
-    parts += [_training(recipe, results), _results(results), _limits(task, results), _use(task, config, where)]
+    parts += [_training(recipe, results, where), _results(results), _limits(task, results), _use(task, config, where)]
     return written(
         "\n\n".join(filter(None, parts)),
         config.base,
@@ -72,7 +72,7 @@ def trained_card(
 def pretrained_card(recipe: Recipe, results: Mapping[str, Any], config: IA3Config, name: str) -> str:
     """The card of vectors to start training from; `name` is their folder's."""
     rows = [f"| {_cell(task)} | {its['rows']} | {its['drawn']} |" for task, its in results["tasks"].items()]
-    start = "" if recipe.init is None else f", starting from `{recipe.init}`"
+    start = "" if recipe.init is None else f", starting from `{shown_base(recipe.init)}`"
     body = f"""# {name}
 
 (IA)³ vectors ([arXiv:2205.05638]({PAPER})) for `{shown_base(config.base)}` to start training from, made by
@@ -132,7 +132,7 @@ def _wording(task: AnyTask, template: Template) -> str:
     return f"{_fenced(template.prompt.rstrip())}\n\nLabels and their answers:\n\n" + "\n".join(answers)
 
 
-def _training(recipe: Recipe, results: Mapping[str, Any]) -> str:
+def _training(recipe: Recipe, results: Mapping[str, Any], where: str) -> str:
     how = []
     if "steps" in results:
         how += [f"{results['steps']} steps"]
@@ -143,7 +143,7 @@ def _training(recipe: Recipe, results: Mapping[str, Any]) -> str:
     if "learning_rate" in results:
         how += [f"learning rate {results['learning_rate']}"]
     if recipe.init is not None:
-        how += [f"starting from `{recipe.init}`"]
+        how += [f"starting from `{shown_base(recipe.init)}`"]
     if "trained_at_once" in results:
         how += [f"{results['trained_at_once']} adapters at once"]
     rows = f" on {results['train_examples']} labelled rows" if "train_examples" in results else ""
@@ -153,8 +153,11 @@ def _training(recipe: Recipe, results: Mapping[str, Any]) -> str:
     if weights:
         counted = ", ".join(f"{name} {weight:.2f}" for name, weight in weights.items())
         text += f" What answers, with its weight: {counted}."
+    shown = "No file here shows those rows."
+    if where == HERE:
+        shown = "Of this folder's files only `report.html`, if it is there, shows those rows; `ia3 push` leaves it out."
     return (
-        f"## Training\n\n{text}\n\nThis folder holds no text of those rows. `metrics.json` has a hash of each, by which `ia3 evaluate` knows "
+        f"## Training\n\n{text}\n\n{shown} `metrics.json` has a hash of each, by which `ia3 evaluate` knows "
         f"rows that were trained on."
     )
 

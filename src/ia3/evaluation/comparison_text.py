@@ -42,6 +42,8 @@ class TextComparison(Comparison):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.metric is not None:
+            self.task = self.task.model_copy(update={"metric": self.metric})
         require_metric(self.headline)
         self._scorer = Scorer(self.base, self.tokenizer)
         self.task = bounded(self.task, self._scorer, self.examples)
@@ -49,7 +51,7 @@ class TextComparison(Comparison):
 
     @property
     def headline(self) -> str:
-        return self.metric or self.task.metric
+        return self.task.metric
 
     def shots(self, counts: Sequence[int] | None = None) -> dict[int, list[Row]]:
         found = {}
@@ -94,7 +96,7 @@ class TextComparison(Comparison):
         )
         seconds = (time.perf_counter() - started) / len(self.test)
         self._answers[method] = [one.result for one in found]
-        scores = self.task.metrics(self._answers[method], self.references, self.metric)
+        scores = self.task.metrics(self._answers[method], self.references)
         stage.note(f"{OF_TEXTS.get(self.headline, self.headline)} {shown_metric(scores[self.headline])}")
         questions = [one.question for one in found]
         flops, tokens = costs.flops_of(Scorer(model, self.tokenizer), questions), map(row_length, questions)

@@ -81,13 +81,13 @@ def cache_bytes_per_token(model: nn.Module) -> int:
     base = base_of(model)
     both = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
     ids = torch.zeros((1, 4), dtype=torch.long, device=device_of(model))
-    inputs = {"input_ids": ids, **({"decoder_input_ids": ids} if both else {})}
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **({"decoder_input_ids": ids} if both else {})}
     with evaluating(model), torch.no_grad():
         cache = getattr(base(**inputs, use_cache=True, return_dict=True), "past_key_values", None)
     parts = [cache.self_attention_cache, cache.cross_attention_cache] if both and cache is not None else [cache]
     layers = [layer for part in parts for layer in getattr(part, "layers", [])]
     tensors = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
-    return sum(one.nbytes for one in tensors if one is not None) // (ids.numel() * len(inputs))
+    return sum(one.nbytes for one in tensors if one is not None) // (ids.numel() * (1 + both))
 
 
 @dataclass(frozen=True)

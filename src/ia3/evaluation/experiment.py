@@ -464,6 +464,14 @@ def require_page(path: str | os.PathLike | None) -> None:
             "change",
             argument="report",
         )
+    if path is not None:
+        there = next(parent for parent in Path(path).absolute().parents if parent.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise InputError(
+                f"Expected a report's file in a folder that can be written to, found {brief(os.fspath(path))}",
+                "change",
+                argument="report",
+            )
 
 
 def source_of(task: AnyTask, rows: Any = None, test: Any = None) -> Source:

@@ -14,7 +14,7 @@ from ia3.evaluation.generation import bounded, generate
 from ia3.evaluation.report.gathered import Gathered
 from ia3.evaluation.results import OF_TEXTS, shown_metric
 from ia3.evaluation.running import Running, Scores
-from ia3.processes import dealt
+from ia3.processes import count, dealt
 from ia3.scoring.family import passes_in_step
 from ia3.scoring.scorer import Scorer
 from ia3.scoring.spans import require_json
@@ -87,9 +87,11 @@ class RunningText(Running):
 
         started = time.perf_counter()
         found = dealt(len(trial.test), generated, passes_in_step(self.model))
-        gathered = self.gathered[trial.name]
-        gathered.costs = {**gathered.costs, method: RowCost((time.perf_counter() - started) / len(trial.test), 0.0)}
-        gathered.costs_from = "on all test rows, in batches"
+        if not self.experiment.several:
+            gathered, shared = self.gathered[trial.name], 1 if passes_in_step(self.model) else count()
+            seconds = shared * (time.perf_counter() - started) / len(trial.test)
+            gathered.costs = {**gathered.costs, method: RowCost(seconds, 0.0)}
+            gathered.costs_from = "on all test rows, in batches"
         self._keep(trial, method, [one.result for one in found])
         scores = task.metrics([one.result for one in found], [task.reference(row) for row in trial.test])
         stage.note(f"{OF_TEXTS.get(task.metric, task.metric)} {shown_metric(scores[task.metric])}")

@@ -34,9 +34,10 @@ def hub_answers() -> bool:
 
 
 def at_revision(path: str | os.PathLike) -> tuple[str, str | None]:
-    """A hub id and its revision: "owner/name@v1" → "owner/name", "v1". A path that exists here has none."""
+    """A hub id and its revision: "owner/name@v1" → "owner/name", "v1". A path that exists here, or can only be a path, has none."""
     name, at, revision = str(path).rpartition("@")
-    return (name, revision) if at and not os.path.exists(path) else (str(path), None)
+    is_path = os.path.exists(path) or str(path).startswith(("/", ".", "~"))
+    return (name, revision) if at and not is_path else (str(path), None)
 
 
 def are_hub_ids(text: str) -> bool:

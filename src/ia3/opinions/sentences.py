@@ -45,7 +45,8 @@ class Sentences:
         if name == "none":
             return None
         if name == "auto":
-            return None if sentence_folder() is None else cls(SENTENCE_MODEL)
+            # Its name, unless a folder here is called so.
+            return None if sentence_folder() is None else cls(find_base(SENTENCE_MODEL)[0])
         if not reads_sentences(name):
             raise InputError(f"Expected a sentence encoder, found {brief(name)}", "use minilm; see", argument="encoder")
         return cls(find_base(name)[0])

@@ -96,7 +96,11 @@ class _Measured:
         }
         self._values = bootstrap(self._measures)
         usual = found.task.metric
-        known = [name for name in (usual, *self.titles) if (id(found.methods[0]), name) in self._measures]
+        known = [
+            name
+            for name in (usual, "token_f1", "micro_f1", *self.titles)
+            if (id(found.methods[0]), name) in self._measures
+        ]
         self.metric = known[0] if known else usual
         self.title = self.titles.get(self.metric, self.metric)
         self.lines = [self._line(one) for one in found.methods]
