@@ -10,6 +10,7 @@ from ia3.adapter.stored import StoredAdapter
 from ia3.cli import main
 from ia3.evaluation.checkpoints import Interrupted, settings_of
 from ia3.evaluation.comparison import Comparison
+from ia3.evaluation.experiment import require_page
 from ia3.evaluation.pretraining import Pretraining
 from ia3.evaluation.progress import Progress, Stage
 from ia3.evaluation.raft import Raft

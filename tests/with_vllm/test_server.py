@@ -245,10 +245,9 @@ def test_the_services_deadline_and_a_client_that_leaves(place, service, http):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("option", ["--data-parallel-size", "--tensor-parallel-size"])
-def test_a_service_of_two_processes(place, tmp_path, option):
-    """Two engines that share the requests, or two ranks that share each layer, give the labels of one process."""
-    _, *command = shlex.split(EXAMPLES["vllm-parallel"].replace("--data-parallel-size", option))
+def test_a_service_of_two_engines(place, tmp_path):
+    """Two engines that share the requests give the labels of one. Ranks that share each layer are tested without the service."""
+    _, *command = shlex.split(EXAMPLES["vllm-parallel"])
     shutil.copytree(place, tmp_path / "place")
     place = tmp_path / "place"
     for name, task in TASKS.items():
