@@ -602,9 +602,9 @@ def test_an_answer_about_one_project_changes_no_other(empty, start, page, here):
     page.locator("#project-name", has_text="other").wait_for()
     page.locator("#row-number", has_text="Row ").wait_for()
     before = page.locator("#row-text").inner_text()
-    page.unroute("**/rows/*")
     with page.expect_response("**/rows/*"):
         waiting[0].continue_()
+    page.unroute("**/rows/*")
     server.until(lambda: sum(project(server)["labels"].values()) == 1)
     # What is labelled now is the row that is shown.
     page.wait_for_timeout(300)
