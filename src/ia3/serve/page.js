@@ -323,6 +323,7 @@ async function next() {
 }
 
 // While a change is under way, keys and buttons do nothing: they would be about a row that nobody has seen.
+// What is `moved` in the rows is of those that were shown.
 async function change(work, moved) {
   if (busy) return;
   busy = true;
@@ -358,14 +359,15 @@ async function download(path, name) {
   setTimeout(() => URL.revokeObjectURL(url), 10_000);
 }
 
-on("skip", "click", () => give(null));
-on("undo", "click", undo);
 async function settle(...given) {
   const mine = visit, found = await inTurn(() => ask(...given));
   if (mine !== visit) return;
   failed = null;
   update(found);
 }
+
+on("skip", "click", () => give(null));
+on("undo", "click", undo);
 on("relabel", "submit", async () => {
   await settle(of("/labels"), { labels: lines(at("all-labels").value) }, "PUT");
   at("change").open = false;

@@ -258,8 +258,8 @@ class Project:
         name = self.state.label_column
         text = io.StringIO()
         names = list(dict.fromkeys([*self._rows[0], name]))
-        # All, because a carriage return alone would stay bare, and end the row for whoever reads it.
-        writer = csv.DictWriter(text, names, lineterminator="\n", quoting=csv.QUOTE_ALL)
+        # Lines end in \r\n, because only characters of the line's end are quoted: a bare \r would end the row for who reads it.
+        writer = csv.DictWriter(text, names, lineterminator="\r\n")
         writer.writeheader()
         for row in self._rows:
             its = by_text.get(as_text(row[self.state.column]))

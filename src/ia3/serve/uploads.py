@@ -108,7 +108,7 @@ def _check_yaml(text: str, name: str) -> None:
         values += 1
         if values > _MOST_VALUES:
             raise InputError(f"Expected at most {_MOST_VALUES} names and values in {name}, found more.")
-        if has_jinja(event.value) and not named:  # names of labels are never rendered
+        if has_jinja(event.value) and not named:  # a key is a name, such as a label, and never rendered
             parts += _check_template(event.value, name)
             if parts > _MOST_PARTS:
                 raise InputError(
