@@ -323,7 +323,7 @@ async function next() {
 }
 
 // While a change is under way, keys and buttons do nothing: they would be about a row that nobody has seen.
-// What is `moved` in the rows is of those that were shown.
+// `work` asks the server, and `moved` changes the rows accordingly if they are still shown.
 async function change(work, moved) {
   if (busy) return;
   busy = true;
