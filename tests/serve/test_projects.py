@@ -13,8 +13,10 @@ import pytest
 from ia3.errors import InputError
 from ia3.files import Mirror
 from ia3.serve import job
-from ia3.serve.background import Background, Cancelled, Job
+from ia3.serve.background import COMMAND, Background, Cancelled, Job
 from ia3.serve.limits import Limits
+from ia3.serve.projects import Project, State, UnknownProject
+from ia3.task.reading import read_rows
 from support import words
 
 ROWS = words.different(40)
@@ -180,7 +182,9 @@ def test_doubt_decides_what_is_suggested(empty, start, here, monkeypatch):
         ({"table": "1.5,x\n2,y\n"}, "Expected the columns' names in the first line, found '1.5'; add a line"),
         ({"table": f"{'I was charged ' * 9}\nNo signal\n"}, "Expected the columns' names in the first line"),
         ({"table": "a,\n1,2\n"}, "Expected the columns' names in the first line, found ''"),
-        ({"table": "a\n" + "\n".join(map(str, range(5001)))}, "Expected at most 5000 rows, found 5001"),
+        ({"table": "a\n" + "\n".join(map(str, range(5001)))}, "Expected at most 5000 rows, found more"),
+        ({"table": "a\n" + "\n".join([*map(str, range(6000)), "1,2,3"])}, "Expected at most 5000 rows, found more"),
+        ({"table": "a,{{ b\n1,2\n"}, "Expected the columns' names in the first line, found '{{ b'"),
         ({"column": "text"}, "Expected a column of 'message', 'number', found 'text'"),
         ({"label_column": "queue"}, "Expected a column of 'message', 'number', found 'queue'"),
         ({"label_column": "message"}, "Expected two columns for text and label"),
@@ -188,6 +192,10 @@ def test_doubt_decides_what_is_suggested(empty, start, here, monkeypatch):
         ({"labels": ["pos"]}, "Expected at least two labels, found 'pos'"),
         ({"labels": []}, "Expected at least two labels, found none"),
         ({"labels": ["pos", ""]}, "labels.1"),
+        (
+            {"table": f"text,queue\na,{'x' * 61}\nb,y\nc,\nd,", "column": "text", "label_column": "queue"},
+            "Expected labels of at most 60 characters, found 'xxx",
+        ),
         ({"labels": ["good_news", "good news"]}, "good news"),
         ({"labels": [str(number) for number in range(51)]}, "Expected at most 50 labels, found 51"),
         ({"name": "a/b"}, "without slashes"),
@@ -259,13 +267,14 @@ def test_labels_that_are_too_few(empty, start, here):
 
 
 def test_what_fails_is_said_and_the_adapter_stays(empty, start, here, monkeypatch):
+    monkeypatch.setattr(job, "_MOST_OF_A_LABEL", 3)
     server = start(empty)
     make(server)
     for row in range(1, 9):
         label(server, row, KNOWN[ROWS[row - 1]["text"]])
     server.http.post("/v1/projects/tickets/training")
     before = idle(server)
-    assert before["trained"]
+    assert before["trained"]["examples"] == 6 and before["trained"]["labelled"] == 8
 
     def failing(*_, output, **__):
         raise InputError(f"Expected memory, found none in {output}.")
@@ -288,6 +297,81 @@ def test_a_damaged_project_is_named_and_can_be_removed(empty, start, here):
     assert response.status_code == 422 and "project.json" in said(response) and str(empty) not in said(response)
     assert again.http.delete("/v1/projects/tickets").status_code == 200
     assert again.http.get("/v1/projects").json()["projects"] == []
+
+
+@pytest.mark.parametrize("changes", [{"column": "text"}, {"given": {"41": "pos"}}])
+def test_a_project_of_another_table_is_named(empty, start, here, changes):
+    server = start(empty)
+    make(server)
+    server.close()
+    path = empty / "adapters" / ".projects" / "tickets" / "project.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    response = start(empty).http.get("/v1/projects/tickets")
+    assert response.status_code == 422 and "project.json and rows.csv of one table" in said(response)
+
+
+def test_one_server_has_the_projects_of_a_folder(empty, start, here):
+    first, second = start(empty), start(empty)
+    assert first.http.get("/v1/projects").json()["refused"] is second.http.get("/v1/projects").json()["refused"] is None
+    make(first)
+    for response in (
+        second.http.get("/v1/projects/tickets"),
+        second.http.put("/v1/projects/tickets/rows/1", json={"label": "pos"}),
+        second.http.delete("/v1/projects/tickets"),
+        second.http.post("/v1/projects", json={**BODY, "name": "other"}),
+    ):
+        assert response.status_code == 409 and said(response).startswith("Another server has the projects")
+    assert second.http.get("/v1/projects").json()["refused"].startswith("Another server has the projects")
+    assert second.http.get("/v1/projects/soup").status_code == 404
+    label(first, 1, "pos")
+    first.close()
+    assert project(second)["labels"] == {"pos": 1, "neg": 0}
+    assert label(second, 2, "neg")["labels"] == {"pos": 1, "neg": 1}
+
+
+def test_a_removed_project_does_not_come_back(empty, start, here):
+    server = start(empty)
+    make(server)
+    projects = server.server.projects
+    held = server.call(projects.get("tickets"))  # as by a request that is under way
+    assert server.http.delete("/v1/projects/tickets").status_code == 200
+    for work in (held.give(1, "pos"), projects.suggest(held, 3)):
+        with pytest.raises(UnknownProject):
+            server.call(work)
+    assert not (empty / "adapters" / ".projects" / "tickets").exists()
+
+
+def test_labels_that_look_like_templates(empty, start, here):
+    server = start(empty)
+    names = {"pos": "{{ range(9) }}", "neg": "{% b"}
+    make(server, labels=[*names.values()])
+    for row in range(1, 9):
+        label(server, row, names[KNOWN[ROWS[row - 1]["text"]]])
+    server.http.post("/v1/projects/tickets/training")
+    assert idle(server)["problem"] is None
+    answer = server.classify("tickets", texts=["the tea was lovely today"]).json()
+    assert set(answer["predictions"][0]["probabilities"]) == {*names.values()}
+
+
+def test_the_labels_file_is_read_as_it_was(tmp_path):
+    rows = [{"text": "a\rb", "more": 'x "y"\n'}, {"text": "c", "more": ""}]
+    state = State(column="text", label_column="label", labels=["p", "q"], given={1: "p", 2: "q"}, from_table=0)
+    path = tmp_path / "labels.csv"
+    path.write_text(Project(tmp_path, state, rows).labels_file(), encoding="utf-8", newline="")
+    assert read_rows(path) == [{**row, "label": label} for row, label in zip(rows, "pq", strict=True)]
+
+
+@pytest.mark.parametrize(
+    "method, path, says",
+    [
+        ("GET", "suggestions?count=0", "Cannot use the address: count: Input should be greater than or equal to 1."),
+        ("DELETE", "rows/abc", "Cannot use the address: row: Input should be a valid integer"),
+    ],
+)
+def test_what_is_wrong_in_an_address_is_said_as_all_else(running, method, path, says):
+    response = running.http.request(method, f"/v1/projects/tickets/{path}")
+    assert response.status_code == 422 and said(response).startswith(says)
+    assert response.json()["error"]["code"] == "invalid"
 
 
 # The process of a job, in place of which a few lines stand.
@@ -316,6 +400,21 @@ def test_a_job_tells_how_it_gets_on(running):
 def test_a_job_that_fails(running, lines, says):
     with pytest.raises(InputError, match=says):
         running.call(background(lines).run(Job("read"), {}))
+
+
+def test_the_end_of_what_a_process_says_is_logged(running, caplog):
+    lines = "print('x' * 200_000, file=sys.stderr); print('Illegal tea', file=sys.stderr); sys.exit(3)"
+    with pytest.raises(InputError, match="exit code 3"):
+        running.call(background(lines).run(Job("read"), {}))
+    (found,) = (record.fields for record in caplog.records if record.message == "a job has failed")
+    assert found["lines"][-1] == "Illegal tea" and found["code"] == 3 and len("".join(found["lines"])) < 5000
+
+
+def test_modules_in_the_working_directory_are_not_run(running, tmp_path, monkeypatch):
+    (tmp_path / "random.py").write_text("raise SystemExit(7)")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="It ended by an error: 'nothing'"):
+        running.call(Background().run(Job("nothing"), {}))
 
 
 def test_one_job_at_a_time_and_each_can_be_cancelled(running):
@@ -382,7 +481,7 @@ def test_the_real_process(empty, start):
 
 @pytest.mark.slow
 def test_the_process_ends_with_whoever_started_it(empty):
-    command = [sys.executable, "-m", "ia3.serve.job"]
+    command = COMMAND
     rows = [{"text": row["text"], "label": row["label"]} for row in ROWS]
     task = {"kind": "train", "name": "x", "rows": rows, "column": "text", "label_column": "label"}
     task |= {"model": str(empty / "nothing"), "dtype": "auto", "output": str(empty)}
@@ -487,6 +586,32 @@ def test_from_a_pasted_table_to_an_adapter_by_clicks(empty, start, page, here):
     page.get_by_role("button", name="Delete project").click()
     page.get_by_text("New project").wait_for()
     page.locator("#known").wait_for(state="hidden")
+
+
+def test_an_answer_about_one_project_changes_no_other(empty, start, page, here):
+    server = start(empty)
+    make(server)
+    make(server, name="other")
+    page.goto(f"{server.url}/#project/tickets")
+    page.locator("#row-number", has_text="Row ").wait_for()
+    waiting = []
+    page.route("**/rows/*", lambda route: waiting.append(route))
+    with page.expect_request("**/rows/*"):
+        page.keyboard.press("1")
+    page.evaluate("location.hash = 'project/other'")
+    page.locator("#project-name", has_text="other").wait_for()
+    page.locator("#row-number", has_text="Row ").wait_for()
+    before = page.locator("#row-text").inner_text()
+    with page.expect_response("**/rows/*"):
+        waiting[0].continue_()
+    page.unroute("**/rows/*")
+    server.until(lambda: sum(project(server)["labels"].values()) == 1)
+    # What is labelled now is the row that is shown.
+    page.wait_for_timeout(300)
+    assert page.locator("#row-text").inner_text() == before
+    assert page.locator("#project-name").inner_text() == "other"
+    press(page, "2")
+    assert project(server, "other")["last"]["text"] == before
 
 
 def test_a_file_is_picked_with_a_token_on_a_narrow_screen(empty, start, page, here):

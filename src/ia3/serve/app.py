@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi_offline import FastAPIOffline
 from pydantic.json_schema import models_json_schema
@@ -18,7 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from ia3 import __version__
-from ia3.errors import InputError
+from ia3.errors import InputError, excerpt
 from ia3.serve import labelling, openai
 from ia3.serve.adapter import Adapter
 from ia3.serve.gate import Gate
@@ -101,10 +102,16 @@ def create_app(server: Server, in_background: bool = True) -> Any:
         problem = told(server, request.scope, error)
         return JSONResponse(problem.body(), problem.status, problem.headers)
 
+    async def misdirected(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)  # of the path or the query; `read_body` checks bodies
+        found = "; ".join(f"{'.'.join(map(str, each['loc'][1:]))}: {each['msg']}" for each in error.errors())
+        return await tell(request, Problem(422, f"Cannot use the address: {excerpt(found)}.", "invalid"))
+
     async def gone(request: Request, error: Exception) -> Response:
         return Response(status_code=CLIENT_GONE)
 
     app.add_exception_handler(ClientDisconnect, gone)
+    app.add_exception_handler(RequestValidationError, misdirected)
     for kind in (Problem, InputError, HTTPException, Exception):
         app.add_exception_handler(kind, tell)
     return Gate(app, server.limits, server.metrics, server.token, server.hosts)

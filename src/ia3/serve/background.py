@@ -7,7 +7,7 @@ import contextlib
 import json
 import logging
 import sys
-from asyncio.subprocess import DEVNULL, PIPE
+from asyncio.subprocess import PIPE
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,16 @@ logger = logging.getLogger(__name__)
 
 # Bytes of a line of the job's process.
 _LONGEST_LINE = 1 << 20
+
+# The end of what the process writes for people, for the log: bytes, and lines.
+_KEPT, _LOGGED = 1 << 12, 20
+
+# Starts `job`. Modules in the working directory, which `-c` and `-m` put first, are not for it: think of a `random.py`.
+COMMAND = (
+    sys.executable,
+    "-c",
+    "import sys; sys.path = [path for path in sys.path if path]; from ia3.serve.job import main; main()",
+)
 
 
 class Cancelled(Exception):
@@ -66,7 +76,7 @@ class Background:
         command: starts the process, which reads and writes what `job` does.
     """
 
-    def __init__(self, command: Sequence[str] = (sys.executable, "-m", "ia3.serve.job")) -> None:
+    def __init__(self, command: Sequence[str] = COMMAND) -> None:
         self._command = command
         self._one = asyncio.Lock()
 
@@ -105,25 +115,39 @@ class Background:
                 *self._command,
                 stdin=PIPE,
                 stdout=PIPE,
-                stderr=DEVNULL,
+                stderr=PIPE,
                 limit=_LONGEST_LINE,
                 start_new_session=True,  # Ctrl-C ends the server, which ends this process
             )
         except OSError as error:
             raise InputError(f"Cannot start a process: {reason(error)}; try again.") from error
         job._process = process
+        written = bytearray()
+        reading = asyncio.ensure_future(_keep_end(process.stderr, written))
         try:
             if job.cancelled:  # while it started
                 raise Cancelled
-            return await self._followed(job, process, json.dumps({"kind": job.kind, **arguments}))
+            result = await self._followed(job, process, json.dumps({"kind": job.kind, **arguments}))
+            if result is not None:
+                return result
+            code = await process.wait()
+            if job.cancelled:
+                raise Cancelled
+            await asyncio.wait({reading}, timeout=1)  # a process that it started may keep it open
+            lines = written.decode(errors="replace").splitlines()[-_LOGGED:]
+            logger.error("a job has failed", extra={"fields": {"kind": job.kind, "code": code, "lines": lines}})
+            why = f"signal {-code}, perhaps because memory is full" if code < 0 else f"exit code {code}"
+            raise InputError(f"Expected a result, found that the process has ended ({why}); try again.")
         finally:
+            reading.cancel()
             job._process = None
             if process.returncode is None:
                 with contextlib.suppress(ProcessLookupError):
                     process.kill()
                 await process.wait()
 
-    async def _followed(self, job: Job, process: asyncio.subprocess.Process, line: str) -> dict[str, Any]:
+    async def _followed(self, job: Job, process: asyncio.subprocess.Process, line: str) -> dict[str, Any] | None:
+        """The result; None if the process ends without one."""
         assert process.stdin is not None and process.stdout is not None
         with contextlib.suppress(ConnectionError):  # it was killed
             process.stdin.write(line.encode() + b"\n")
@@ -138,8 +162,12 @@ class Background:
                     logger.error("a job has failed", extra={"fields": {"kind": job.kind, **fields}})
                 raise InputError(told["problem"])
             job.stage, job.done, job.total, job.note = (told[key] for key in ("stage", "done", "total", "note"))
-        code = await process.wait()
-        if job.cancelled:
-            raise Cancelled
-        why = f"signal {-code}, perhaps because memory is full" if code < 0 else f"exit code {code}"
-        raise InputError(f"Expected a result, found that the process has ended ({why}); try again.")
+        return None
+
+
+async def _keep_end(stream: asyncio.StreamReader | None, end: bytearray) -> None:
+    """Read a stream, so that its writer does not wait, and keep its last bytes."""
+    assert stream is not None
+    while data := await stream.read(1 << 16):
+        end += data
+        del end[:-_KEPT]

@@ -1,4 +1,4 @@
-"""Long work for a project, as a process of its own: `python -m ia3.serve.job`, which `Background` starts.
+"""Long work for a project, as a process of its own, which `Background` starts.
 
 So other requests are answered as fast as before, the work can be ended at any time, and its memory is free again behind it. The
 job is a line of JSON on standard input, which stays open: the process ends when whoever started it does. Standard output has a
@@ -137,7 +137,8 @@ def train(
                 zipped.write(path, f"{name}/{path.name}")
     most = Counter(row[label_column] for row in examples).most_common(1)[0][1]
     accuracy = results.get("cross_validation", {}).get("accuracy")
-    return {"examples": len(examples), "accuracy": accuracy, "majority": most / len(examples)}
+    counted = {"labelled": len(rows), "examples": len(examples)}
+    return {**counted, "accuracy": accuracy, "majority": most / len(examples)}
 
 
 def main() -> None:
@@ -167,7 +168,3 @@ def _end_with_parent() -> None:
     while os.read(0, 1):
         pass
     os._exit(1)
-
-
-if __name__ == "__main__":
-    main()

@@ -205,19 +205,22 @@ const KEYS = "1234567890qwertyiopdfghjklzxcvbnm";  // without s and u
 const ENOUGH = 20;
 const POLL = 500, RETRY = 3000;
 let project = null, rows = [], busy = false, polling, failed = null;
+let visit = 0;  // counts the pages that were shown; an answer to a request from an earlier one is ignored
 
 const of = (path = "") => "v1/projects/" + encodeURIComponent(project.name) + path;
 const sum = labels => Object.values(labels).reduce((all, count) => all + count, 0);
 
 async function open(name) {
-  clearTimeout(polling);
+  const mine = visit;
   const found = await ask("v1/projects/" + encodeURIComponent(name));
+  if (mine !== visit) return;
   rows = [];
   failed = null;
   at("text").value = "";
   at("said").replaceChildren();
   at("all-labels").value = Object.keys(found.labels).join("\n");
   update(found);
+  at("project").hidden = false;
   at("project-name").focus();
   await next();
 }
@@ -255,7 +258,7 @@ function update(found) {
   const rare = names.filter(label => found.labels[label] < 2);
   at("advice").textContent = rare.length ? "Each label needs two rows at least; still missing: " + rare.join(", ") + "."
     : done < ENOUGH ? counted(ENOUGH - done, "more row") + " would make it better; you can train now, and again later."
-    : found.trained && found.trained.examples < done ? "There are labels that the adapter has not learned yet."
+    : found.trained && found.trained.labelled < done ? "There are labels that the adapter has not learned yet."
     : "You can train now, and label more rows later.";
   at("train-now").hidden = training;
   at("cancel").hidden = !training;
@@ -284,16 +287,15 @@ function result({ examples, accuracy, majority }) {
 }
 
 async function poll() {
-  const { name } = project;
-  const left = () => project.name !== name || at("project").hidden;
+  const mine = visit, path = of();
   try {
-    const found = await inTurn(() => ask(of()));
-    if (left()) return;
+    const found = await inTurn(() => ask(path));
+    if (mine !== visit) return;
     update(found);
     if (found.job?.kind === "read" || found.problem) return;
     if (!rows.length) await next();
   } catch (error) {
-    if (left()) return;
+    if (mine !== visit) return;
     at("problem").textContent = error.message;
     later(RETRY);
   }
@@ -302,9 +304,9 @@ async function poll() {
 // Show the next row, and ask for more where there is none.
 async function next() {
   if (!rows.length) {
-    const name = project.name;
+    const mine = visit;
     const found = await ask(of("/suggestions?count=10"));
-    if (project.name !== name) return;
+    if (mine !== visit) return;
     rows = found.rows;
     if (!rows.length) {
       at("row-number").textContent = "";
@@ -321,29 +323,33 @@ async function next() {
 }
 
 // While a change is under way, keys and buttons do nothing: they would be about a row that nobody has seen.
-async function change(work) {
+// `work` asks the server, and `moved` changes the rows accordingly if they are still shown.
+async function change(work, moved) {
   if (busy) return;
   busy = true;
+  const mine = visit;
   try {
-    update(await inTurn(work));
+    const found = await inTurn(work);
+    if (mine !== visit) return;
+    moved();
+    update(found);
     await next();
   } finally {
     busy = false;
   }
 }
 
-const give = label => rows.length && change(async () => {
-  const found = await ask(of("/rows/" + rows[0].row), { label }, "PUT");
-  rows.shift();
-  return found;
-});
+function give(label) {
+  if (!rows.length) return;
+  const path = of("/rows/" + rows[0].row);
+  return change(() => ask(path, { label }, "PUT"), () => rows.shift());
+}
 
-const undo = () => project.last && change(async () => {
-  const { row, text } = project.last;
-  const found = await ask(of("/rows/" + row), undefined, "DELETE");
-  rows.unshift({ row, text });
-  return found;
-});
+function undo() {
+  if (!project.last) return;
+  const { row, text } = project.last, path = of("/rows/" + row);
+  return change(() => ask(path, undefined, "DELETE"), () => rows.unshift({ row, text }));
+}
 
 async function download(path, name) {
   const url = URL.createObjectURL(await (await answer(of(path))).blob()), link = make("a");
@@ -353,9 +359,15 @@ async function download(path, name) {
   setTimeout(() => URL.revokeObjectURL(url), 10_000);
 }
 
+async function settle(...given) {
+  const mine = visit, found = await inTurn(() => ask(...given));
+  if (mine !== visit) return;
+  failed = null;
+  update(found);
+}
+
 on("skip", "click", () => give(null));
 on("undo", "click", undo);
-const settle = (...given) => inTurn(async () => { failed = null; update(await ask(...given)); });
 on("relabel", "submit", async () => {
   await settle(of("/labels"), { labels: lines(at("all-labels").value) }, "PUT");
   at("change").open = false;
@@ -366,11 +378,14 @@ once("get-labels", () => download("/labels.csv", project.name + "-labels.csv"));
 once("get-adapter", () => download("/adapter.zip", project.name + ".zip"));
 on("remove", "click", async () => {
   if (!confirm("Delete the project " + project.name + " with its labels? Its adapter is served on.")) return;
+  const mine = visit;
   await ask(of(), undefined, "DELETE");
-  location.hash = "train";
+  if (mine === visit) location.hash = "train";
 });
 on("sentence", "submit", async () => {
+  const mine = visit;
   const found = await ask("v1/classify", { adapter: project.name, rows: [{ [project.column]: at("text").value }] });
+  if (mine !== visit) return;
   bars(at("said"), found.predictions[0]);
 });
 document.addEventListener("keydown", event => {
@@ -391,7 +406,9 @@ async function show() {
   const sections = { try: "try", train: "train", project: "project" };
   const shown = sections[where] ?? "try";
   clearTimeout(polling);
-  for (const id of Object.values(sections)) at(id).hidden = id !== shown;
+  visit++;
+  // A project is shown when the server has said what it is; until then no key is about the one before.
+  for (const id of Object.values(sections)) at(id).hidden = id !== shown || id === "project";
   for (const id of ["try", "train"]) {
     if ((shown === "try") === (id === "try")) at("to-" + id).setAttribute("aria-current", "page");
     else at("to-" + id).removeAttribute("aria-current");

@@ -6,6 +6,8 @@ Each is a folder in `.projects` below the adapters' folder:
     project.json      `State`: which column, which labels
     embeddings.npy    what tells which texts are alike
     adapter.zip       the trained adapter, which is served, too
+
+`.lock` beside them is locked by the one server that has the projects of this adapters' folder.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ from ia3.files.atomic import temporary_in
 from ia3.serve.adapter import FILES
 from ia3.serve.background import Background, Cancelled, Job
 from ia3.serve.store import NAME, Conflict, Store, storing
-from ia3.task.reading import read_rows
-from ia3.task.template import as_text, is_missing
+from ia3.task.reading import read_pieces, read_rows
+from ia3.task.template import as_text, has_jinja, is_missing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,7 +57,10 @@ _MOST_KNOWN = 500
 # Characters of a column's name; a longer one is a text, so that the line with names is missing.
 _LONGEST_NAME = 60
 
-_ROWS, _STATE, _EMBEDDINGS, _ZIP = "rows.csv", "project.json", "embeddings.npy", "adapter.zip"
+# Characters of a label, also in requests' bodies.
+_LONGEST_LABEL = 60
+
+_ROWS, _STATE, _EMBEDDINGS, _ZIP, _LOCK = "rows.csv", "project.json", "embeddings.npy", "adapter.zip", ".lock"
 
 Row = dict[str, Any]
 
@@ -68,11 +73,13 @@ class Measured(BaseModel):
     """What is known of a trained adapter.
 
     Attributes:
-        examples: the number of training rows.
+        labelled: the number of rows that had labels.
+        examples: the number of training rows, which are fewer if a label has very many.
         accuracy: the share of these that were predicted right by what had not seen them; None: nothing was cross-validated.
         majority: the share of the most frequent label.
     """
 
+    labelled: int
     examples: int
     accuracy: float | None
     majority: float
@@ -110,6 +117,7 @@ class Project:
         texts: row, from 1, → its text; of equal texts the first, and none that is empty.
         jobs: the work that runs or waits, the newest last, each with what is done when it ends.
         problem: why the last work failed, or None.
+        removed: nothing is written any more.
     """
 
     def __init__(self, folder: Path, state: State, rows: Sequence[Row]) -> None:
@@ -118,6 +126,7 @@ class Project:
         self._rows = rows
         self.jobs: dict[Job, asyncio.Future[None]] = {}
         self.problem: str | None = None
+        self.removed = False
         self._saving = asyncio.Lock()
 
     @classmethod
@@ -127,7 +136,12 @@ class Project:
             state = State.model_validate(read_json(folder / _STATE))
         except ValidationError as error:
             raise InputError(f"Cannot use {_STATE}: {problems(error, 'it')}.") from None
-        return cls(folder, state, read_rows(folder / _ROWS))
+        rows = read_rows(folder / _ROWS)
+        if state.column in rows[0]:
+            project = cls(folder, state, rows)
+            if state.given.keys() <= project.texts.keys():
+                return project
+        raise InputError(f"Expected {_STATE} and {_ROWS} of one table, found those of two; restore or remove them.")
 
     @property
     def name(self) -> str:
@@ -165,12 +179,26 @@ class Project:
             "trained": None if state.measured is None else state.measured.model_dump(),
         }
 
+    def require(self) -> None:
+        """Raise `UnknownProject` if it was removed meanwhile."""
+        if self.removed:
+            raise _unknown(self.name)
+
     async def save(self) -> None:
-        """Write the state, which is then on disk."""
+        """Write the state, which is then on disk. Raises `UnknownProject` if the project was removed."""
         async with self._saving:
+            self.require()  # or its folder would come back
             content = self.state.model_dump()
             with storing():
                 await asyncio.to_thread(write_json, self.folder / _STATE, content)
+
+    async def remove(self) -> None:
+        """Remove its folder, when its work has ended."""
+        self.removed = True
+        await self.cancel("read", "train")
+        async with self._saving:
+            with storing():
+                await asyncio.to_thread(_remove, self.folder)
 
     def works(self, kind: str) -> bool:
         """Whether such a job runs or waits."""
@@ -229,7 +257,9 @@ class Project:
         by_text = {self.texts[number]: label for number, label in self.labelled.items()}
         name = self.state.label_column
         text = io.StringIO()
-        writer = csv.DictWriter(text, list(dict.fromkeys([*self._rows[0], name])), lineterminator="\n")
+        names = list(dict.fromkeys([*self._rows[0], name]))
+        # Lines end in \r\n, because only characters of the line's end are quoted: a bare \r would end the row for who reads it.
+        writer = csv.DictWriter(text, names, lineterminator="\r\n")
         writer.writeheader()
         for row in self._rows:
             its = by_text.get(as_text(row[self.state.column]))
@@ -252,6 +282,7 @@ class Projects:
         self._open: dict[str, Project] = {}
         self._changing = asyncio.Lock()
         self._background = Background()
+        self._lock: int | None = None
 
     def require_training(self) -> None:
         """Raise `InputError` if no adapters can be trained here: where none can be uploaded, and beside some engines."""
@@ -261,9 +292,11 @@ class Projects:
 
     @property
     def refused(self) -> str | None:
-        """Why no adapters can be trained here; None: they can."""
+        """Why no adapters can be trained here; None: they can, and no other server takes the projects that there are."""
         try:
             self.require_training()
+            if self._root.is_dir():
+                self._claim()
         except InputError as error:
             return str(error)
         return None
@@ -282,11 +315,13 @@ class Projects:
         Raises:
             UnknownProject: there is none with this name.
             InputError: its files are damaged.
+            Conflict: another server has the projects.
         """
         async with self._changing:
             if name not in self._open:
                 if name not in await self.names():
-                    raise UnknownProject(f"There is no project {name[:100]!r}.")
+                    raise _unknown(name)
+                self._claim()
                 self._open[name] = await asyncio.to_thread(Project.load, self._root / name)
             return self._open[name]
 
@@ -304,7 +339,7 @@ class Projects:
 
         Raises:
             InputError: the table, column or labels cannot be used.
-            Conflict: there is a project or an adapter with this name, or there are too many.
+            Conflict: there is a project or an adapter with this name, there are too many, or another server has them.
             NotStored: the adapters' folder cannot be written to.
         """
         self.require_training()
@@ -312,6 +347,7 @@ class Projects:
         rows = await asyncio.to_thread(rows_of, table)
         state = await asyncio.to_thread(_first_state, name, rows, column, labels, label_column)
         async with self._changing:
+            self._claim()
             known = await self.names()
             if name in known:
                 raise Conflict(f"There is another project {name!r}; choose another name, or remove that one.")
@@ -324,13 +360,21 @@ class Projects:
         return project
 
     async def remove(self, name: str) -> None:
-        """Remove a project with its labels. Its adapter is served on."""
+        """Remove a project with its labels. Its adapter is served on.
+
+        Raises:
+            UnknownProject: there is none with this name.
+            Conflict: another server has the projects.
+            NotStored: the adapters' folder cannot be written to.
+        """
         async with self._changing:
             if name not in await self.names():
-                raise UnknownProject(f"There is no project {name[:100]!r}.")
+                raise _unknown(name)
+            self._claim()
             project = self._open.pop(name, None)
             if project is not None:
-                await project.cancel("read", "train")
+                await project.remove()
+                return
             with storing():
                 await asyncio.to_thread(_remove, self._root / name)
 
@@ -359,11 +403,36 @@ class Projects:
         self._begin(project, "train", self._train)
 
     async def stop(self) -> None:
-        """End all work."""
+        """End all work, and leave the projects to other servers."""
         for project in [*self._open.values()]:
             await project.cancel("read", "train")
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _claim(self) -> None:
+        """Keep other servers from the projects until `stop`: each has the labels in its memory, and would write over the other's.
+
+        Raises `Conflict` if another server has them. Does not wait for a lock, and is not called by two threads.
+        """
+        if self._lock is not None:
+            return
+        with storing():
+            self._root.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self._root / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise Conflict("Another server has the projects of this folder; label and train there.") from None
+        except (ImportError, OSError):  # not POSIX, or a file system without locks
+            pass
+        self._lock = lock
 
     def _begin(self, project: Project, kind: str, work: Callable[[Project, Job], Coroutine[Any, Any, None]]) -> None:
+        project.require()
         if project.works(kind):
             raise Conflict(f"Project {project.name!r} is being trained already; wait for its end, or cancel it.")
         job, project.problem = Job(kind), None
@@ -411,18 +480,21 @@ def rows_of(table: str) -> list[Row]:
         path = Path(folder, _ROWS)
         path.write_text(table.lstrip("\ufeff\r\n"), encoding="utf-8", newline="")
         try:
-            rows = read_rows(path)
+            rows = next(read_pieces(path, _MOST_ROWS + 1), [])
         except InputError as error:
             error.message = error.message.replace(repr(str(path)), "the table").replace(str(path), "the table")
             error.argument, error.advice = None, error.advice.partition(" See")[0]
             raise
-    odd = [name for name in rows[0] if not name.strip() or len(name) > _LONGEST_NAME or _is_number(name)]
+    assert isinstance(rows, list)  # as those of CSV are
+    if not rows:
+        raise InputError("Expected rows in the table, found none.")
+    odd = [name for name in rows[0] if not _is_name(name)]
     if odd:
         raise InputError(
             f"Expected the columns' names in the first line, found {brief(odd[0], 80)}", "add a line such as text above"
         )
     if len(rows) > _MOST_ROWS:
-        raise InputError(f"Expected at most {_MOST_ROWS} rows, found {len(rows)}; take some at random.")
+        raise InputError(f"Expected at most {_MOST_ROWS} rows, found more; take some at random.")
     return rows
 
 
@@ -443,12 +515,17 @@ def described(rows: Sequence[Row]) -> dict[str, Any]:
     return {"rows": len(rows), "columns": columns}
 
 
-def _is_number(text: str) -> bool:
+def _is_name(text: str) -> bool:
+    """Whether a text may be a column's name: neither a cell of a table without names, nor a template."""
     try:
         float(text)
     except ValueError:
-        return False
-    return True
+        return 0 < len(text) <= _LONGEST_NAME and not text.isspace() and not has_jinja(text)
+    return False
+
+
+def _unknown(name: str) -> UnknownProject:
+    return UnknownProject(f"There is no project {name[:100]!r}.")
 
 
 def _texts(rows: Sequence[Row], column: str) -> dict[int, str]:
@@ -491,6 +568,11 @@ def _require_labels(labels: Sequence[str]) -> None:
     if len(labels) > _MOST_LABELS:
         raise InputError(
             f"Expected at most {_MOST_LABELS} labels, found {len(labels)}; is it the column of the labels?"
+        )
+    long = [label for label in labels if len(label) > _LONGEST_LABEL]
+    if long:
+        raise InputError(
+            f"Expected labels of at most {_LONGEST_LABEL} characters, found {brief(long[0], 80)}; is it the column of the labels?"
         )
     if len({*labels}) < len(labels):
         raise InputError(f"Expected labels that differ, found {shown(labels, 20)}.")

@@ -86,19 +86,29 @@ def check(folder: Path) -> None:
 
 
 def _check_yaml(text: str, name: str) -> None:
-    depth = parts = values = 0
+    parts = values = 0
+    # Whether the next node in each open collection is a mapping's key; None: the collection is a list.
+    is_key: list[bool | None] = []
     for event in yaml.parse(text):
         if isinstance(event, yaml.AliasEvent):
             raise InputError(f"Expected YAML without aliases in {name}: they can expand to more than fits into memory.")
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > _DEEPEST:
+        if isinstance(event, yaml.CollectionEndEvent):
+            is_key.pop()
+        if not isinstance(event, yaml.NodeEvent):
+            continue
+        named = bool(is_key) and is_key[-1] is True
+        if is_key and is_key[-1] is not None:
+            is_key[-1] = not is_key[-1]
+        if isinstance(event, yaml.CollectionStartEvent):
+            is_key.append(True if isinstance(event, yaml.MappingStartEvent) else None)
+        if len(is_key) > _DEEPEST:
             raise InputError(f"Expected YAML with at most {_DEEPEST} levels in {name}, found more.")
         if not isinstance(event, yaml.ScalarEvent):
             continue
         values += 1
         if values > _MOST_VALUES:
             raise InputError(f"Expected at most {_MOST_VALUES} names and values in {name}, found more.")
-        if has_jinja(event.value):
+        if has_jinja(event.value) and not named:  # a key is a name, such as a label, and never rendered
             parts += _check_template(event.value, name)
             if parts > _MOST_PARTS:
                 raise InputError(
