@@ -87,7 +87,7 @@ def test_from_tasks_to_a_start_for_training(pretrain, ia3, place, tmp_path):
     assert code == 0, err
     trained = load_file(tmp_path / "trained" / "adapter_model.safetensors")
     assert all(torch.allclose(trained[key], vectors[key], atol=1e-6) for key in vectors)
-    assert f"starting from `{tmp_path / 'out'}`" in (tmp_path / "trained" / "README.md").read_text()
+    assert "starting from `out`" in (tmp_path / "trained" / "README.md").read_text()
 
 
 def test_goes_on_from_other_vectors(pretrain, tmp_path):
