@@ -38,7 +38,7 @@ from ia3.training.members import Member
 from ia3.training.trainer import TFewTrainer
 
 EXAMPLES = 64
-MODULES = {"all-linear": "all-linear", "paper": None}
+MODULES = ["all-linear", "paper"]
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--folds", type=int, default=2)
     parser.add_argument("--steps", default="60")
     parser.add_argument("--rates", default="0.003,0.01,0.03")
-    parser.add_argument("--modules", default="all-linear,paper")
+    parser.add_argument("--modules", default=",".join(MODULES))
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--test-rows", type=int, default=40)
     parser.add_argument("--shots", type=int, default=8)
@@ -89,7 +89,8 @@ def recipe(given: argparse.Namespace) -> str:
     for name, one in itertools.product(names, settings):
         task, rows, _ = read(name, given.data, seed=0)
         modules, rate, steps = one
-        chosen = Recipe.generate().changed(target_modules=MODULES[modules], learning_rate=float(rate), steps=int(steps))
+        fields = Recipe.generate().model_dump() | {"learning_rate": float(rate), "steps": int(steps)}
+        chosen = Recipe.create(fields | {"target_modules": None if modules == "paper" else modules})
         started = time.perf_counter()
         losses = [held_out(task, rows[:EXAMPLES], chosen, part, given.folds) for part in range(given.folds)]
         found[one][name] = statistics.mean(losses)
