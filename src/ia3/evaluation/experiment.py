@@ -231,6 +231,11 @@ class Experiment:
         return found
 
     @property
+    def members(self) -> list[Trial]:
+        """All that train together: the trials, and the points of their learning curves."""
+        return [*self.trials, *self.points]
+
+    @property
     def folders(self) -> list[Path]:
         """All folders for results."""
         folder = Path(self.folder)
@@ -275,7 +280,7 @@ class Experiment:
                 "learning_rate": trial.learning_rate,
                 "examples": trial.examples,
             }
-            for trial in [*self.trials, *self.points]
+            for trial in self.members
         }
         return settings_of(
             model=self.model,
@@ -308,14 +313,14 @@ class Experiment:
             IA3Config.from_pretrained(self.chosen_recipe.init)
         if self.chosen_recipe.opinions != VECTORS:
             Sentences.found(self.chosen_recipe.encoder)
-        for trial in [*self.trials, *self.points]:
+        for trial in self.members:
             if trial.task.multi_label:
                 self._check_label_sets(trial)
         self.check_report()
         if self.folds:
             from ia3.evaluation.calibration import fold_of_each
 
-            for trial in [*self.trials, *self.points]:
+            for trial in self.members:
                 with about(trial.name or None):
                     fold_of_each(trial.task, trial.examples, self.folds, trial.seed)
 

@@ -76,7 +76,6 @@ class Running:
             labels, where = experiment.whole[0].task.labels, experiment.device_map
             base, self.tokenizer = load_base(experiment.model, labels, experiment.dtype, device_map=where)
         reads_answers = family_of(base, self.tokenizer).reads_answers
-        each = [*experiment.trials, *experiment.points]
         tasks = [(trial.task, trial.examples) for trial in experiment.whole]
         self.recipe = experiment.chosen_recipe
         if not experiment.all_templates:  # for which vectors answer alone
@@ -84,7 +83,7 @@ class Running:
         self.forms_opinions = {
             one.name: one.task.multi_label  # whose thresholds are part of them
             or forms_opinions(self.recipe, one.task, reads_answers, experiment.all_templates)
-            for one in each
+            for one in experiment.members
         }
         moves = experiment.unlabelled is not None or experiment.prior != "file"
         require_reading([one.task for one in experiment.trials], reads_answers)
@@ -164,7 +163,7 @@ class Running:
 
         found: list[Trial] = []
         chosen: dict[tuple[int, int], tuple[Task, list[Ranked]]] = {}
-        for trial in [*self.experiment.trials, *self.experiment.points]:
+        for trial in self.experiment.members:
             key = id(trial.task), id(trial.examples)  # learning rates share a draw
             if key not in chosen:
                 title = trial.titled("Wordings")

@@ -44,8 +44,7 @@ class RunningText(Running):
         scorer = Scorer(base, self.tokenizer)
         if any(isinstance(trial.task, Fields) for trial in experiment.trials):
             require_json(self.tokenizer)  # before training
-        each = [*experiment.trials, *experiment.points]
-        self.trials = [replace(one, task=bounded(one.task, scorer, one.examples)) for one in each]
+        self.trials = [replace(one, task=bounded(one.task, scorer, one.examples)) for one in experiment.members]
         self.rankings = {trial.name: [] for trial in self.trials}
         self.forms_opinions = {trial.name: False for trial in self.trials}
         self._adapt(base)
