@@ -16,6 +16,7 @@ from ia3.cli import (
     compare,
     convert,
     evaluate,
+    export,
     inspect,
     merge,
     predict,
@@ -44,6 +45,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("suggest")(suggest.suggest)
 app.command("compare")(compare.compare)
 app.command("merge")(merge.merge)
+app.command("export")(export.export)
 app.command("inspect")(inspect.inspect)
 app.command("pretrain")(pretrain.pretrain)
 app.command("raft")(raft.raft)

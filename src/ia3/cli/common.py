@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
@@ -302,3 +303,14 @@ def parse_choices(text: str | None) -> dict[str, str] | None:
     if len(choices) < 2:
         raise InputError(f"Expected at least two --choices, found {shown(choices)}.")
     return choices
+
+
+def require_new_folder(output: Path) -> None:
+    """Raise `InputError` unless a command can make its folder here: one that does not exist yet, or is empty."""
+    if output.exists() and (output.is_file() or any(output.iterdir())):
+        raise InputError(f"Expected --output to be a new or empty folder, found {str(output)!r}; choose another.")
+    if output.exists() and (os.path.ismount(output) or output.samefile(Path())):
+        raise InputError(
+            f"Expected --output to be a folder of its own, found a mount point or the current folder, {str(output)!r}; give "
+            f"one within it."
+        )

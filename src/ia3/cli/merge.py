@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import typer
 
 from ia3.adapter.stored import TASK_NAME
 from ia3.answering import load_adapted
-from ia3.cli.common import AdapterArgument, JsonOption, ModelOption, console, print_json
-from ia3.errors import InputError
+from ia3.cli.common import AdapterArgument, JsonOption, ModelOption, console, print_json, require_new_folder
 from ia3.files import new_folder
 from ia3.folder import AdapterFolder
 
@@ -25,13 +23,7 @@ def merge(
 ) -> None:
     """Merge an adapter into its base model, and save a plain transformers model with its tokenizer."""
     out = console(json_output)
-    if output.exists() and (output.is_file() or any(output.iterdir())):
-        raise InputError(f"Expected --output to be a new or empty folder, found {str(output)!r}; choose another.")
-    if output.exists() and (os.path.ismount(output) or output.samefile(Path())):
-        raise InputError(
-            f"Expected --output to be a folder of its own, found a mount point or the current folder, {str(output)!r}; give "
-            f"one within it."
-        )
+    require_new_folder(output)
     from ia3.opinions.opinions import Opinions
 
     folder = AdapterFolder(adapter)

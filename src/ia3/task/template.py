@@ -109,15 +109,33 @@ def _columns(source: str) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
+def _parts(tree: jinja2.nodes.Template) -> list[jinja2.nodes.Node]:
+    """What a template prints and does, one thing after another."""
+    found: list[jinja2.nodes.Node] = []
+    for node in tree.body:
+        pieces = node.nodes if isinstance(node, jinja2.nodes.Output) else None
+        found += [node] if pieces is None else [jinja2.nodes.Output([piece], lineno=node.lineno) for piece in pieces]
+    return found
+
+
+def _printed(part: jinja2.nodes.Node) -> str | None:
+    """The column that a part of a template prints as it is: `{{ text }}`, `{{ row["text"] }}`; None for anything else."""
+    if not isinstance(part, jinja2.nodes.Output):
+        return None
+    [node] = part.nodes
+    if isinstance(node, jinja2.nodes.Name):
+        return node.name
+    if isinstance(node, (jinja2.nodes.Getitem, jinja2.nodes.Getattr)) and isinstance(node.node, jinja2.nodes.Name):
+        name = node.attr if isinstance(node, jinja2.nodes.Getattr) else getattr(node.arg, "value", None)
+        return name if node.node.name == "row" and isinstance(name, str) else None
+    return None
+
+
 @functools.lru_cache(maxsize=1024)
 def _compiled_question(source: str) -> jinja2.Template | None:
     """What a prompt says behind all that it takes of a row; None when nothing is left."""
-    parts: list[jinja2.nodes.Node] = []
-    for node in _prompt_tree(source).body:
-        pieces = node.nodes if isinstance(node, jinja2.nodes.Output) else None
-        parts += [node] if pieces is None else [jinja2.nodes.Output([piece], lineno=node.lineno) for piece in pieces]
     behind: list[jinja2.nodes.Node] = []
-    for part in reversed(parts):
+    for part in reversed(_parts(_prompt_tree(source))):
         # A name that is set in front of this part counts as a column, for it may have been made of one.
         if sandbox.names_in(_tree_of([part])) - {"answer_choices"}:
             break
@@ -400,6 +418,28 @@ class Template(BaseModel):
     def question(self, answers: Iterable[str] = ()) -> str:
         """What a prompt ends in behind the last that it takes of a row: "…?" of "{{ text }} …?". Arguments as of `fill`."""
         return _question(self.prompt, tuple(answers))
+
+    def pieces(self, answers: Iterable[str] = ()) -> list[str | dict[str, str]] | None:
+        """The prompt without Jinja: texts, and columns that stand there as they are; None if it is more than that.
+
+        >>> Template(prompt="{{ text }} It was").pieces()
+        [{'column': 'text'}, ' It was']
+
+        Joined, without white space at its end, that is what `fill` returns. `answers` are as of `fill`.
+        """
+        tree, answers = _prompt_tree(self.prompt), list(answers)
+        if next(tree.find_all((jinja2.nodes.Assign, jinja2.nodes.AssignBlock)), None) is not None:
+            return None  # a name may be set that is a column's
+        found: list[str | dict[str, str]] = []
+        for part in _parts(tree):
+            name = _printed(part)
+            if not sandbox.names_in(_tree_of([part])) - {"answer_choices"}:
+                found.append(_render(_ENVIRONMENT.compiled(_tree_of([part])), {}, answer_choices=answers))
+            elif name in self.columns:
+                found.append({"column": str(name)})
+            else:
+                return None
+        return found
 
     def right_answer(self, row: Row, answers: Iterable[str]) -> str:
         """The right answer's text, if the template says it; arguments and errors are those of `fill`."""

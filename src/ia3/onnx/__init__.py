@@ -1,0 +1,1 @@
+"""An adapter, its base model and its task as a folder that onnxruntime answers with."""
