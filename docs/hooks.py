@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from pathlib import Path
@@ -18,6 +19,7 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     **{f"examples/{path.name}": f"examples/{path.name}.md" for path in sorted((ROOT / "examples").glob("*.*"))},
+    **{f"notebooks/{path.name}": f"notebooks/{path.stem}.md" for path in sorted((ROOT / "notebooks").glob("*.ipynb"))},
 }
 _LOADED = re.compile(r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=[\"']?(?:https?:)?//[^>]*>")
 _LINK = re.compile(r"\[([^\]]+)\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
@@ -29,10 +31,28 @@ def on_files(files: Any, config: Any) -> Any:
         text = (ROOT / path).read_text(encoding="utf-8")
         if path.startswith("examples/"):
             text = f"# {path}\n\n```{path.rpartition('.')[2]}\n{text}```\n"
+        if path.startswith("notebooks/"):
+            text = from_notebook(json.loads(text), path)
         if page == "index.md":
             text = f"---\nhide: [navigation]\n---\n{text}"
         files.append(File.generated(config, page, content=text))
     return files
+
+
+def from_notebook(notebook: dict[str, Any], path: str) -> str:
+    """A notebook as a page: its texts, its code, and what each cell prints."""
+    found = []
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            found.append(source)
+            continue
+        found.append(f"```python\n{source}\n```")
+        printed = [output.get("text") or output["data"]["text/plain"] for output in cell["outputs"]]
+        if printed:
+            found.append("```text\n" + "".join(map("".join, printed)).rstrip() + "\n```")
+    title, *others = found
+    return "\n\n".join([title, f"The notebook is `{path}` in the repository.", *others]) + "\n"
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:

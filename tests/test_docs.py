@@ -49,6 +49,7 @@ def test_every_block_is_named_once_and_run_here_or_by_ci():
         "processes",  # run by training/test_processes.py
         "sharing", "sharing-python", "sharing-serve", "sharing-base",  # run by test_sharing.py
         "ray-train", "ray-predict",  # run by cluster/test_docs.py
+        "export",  # run by onnx/test_export.py
         "free-text.yaml", "free-text", "free-text-python", "fields.yaml", "fields", "sft",
         "install", "tickets.csv", "ten-minutes", "your-data", "models", "worded.yaml", "wordings", "wordings-python",
         "from-setfit", "prompt.yaml", "from-prompt", "from-prompt-train", "to-peft", "to-peft-python", "acme.yaml", "tenants", "tenants-python",
