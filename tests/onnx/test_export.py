@@ -22,7 +22,12 @@ needs_extra = pytest.mark.skipif(
 )
 KINDS = ("start", "question", "bert", "sentence")
 TEMPLATE = 'review : {{ text }} answer : {{ "what" }} is it {{ row["text"] }} ?'
-TEXTS = ["the tea was lovely today", "the soup was stale", "a cake", "it is awful and broken and bitter and stale today"]
+TEXTS = [
+    "the tea was lovely today",
+    "the soup was stale",
+    "a cake",
+    "it is awful and broken and bitter and stale today",
+]
 CALIBRATION = {"temperature": 0.6, "rows": 8, "log_loss": 0.5, "log_loss_before": 0.7}
 CALIBRATION |= {"calibration_error": 0.1, "calibration_error_before": 0.2}
 

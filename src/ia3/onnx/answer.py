@@ -72,7 +72,7 @@ class Model:
         if not text:
             return tokens, len(tokens)
         # A token of the text's end and the question's beginning is the question's.
-        pairs = list(zip(self._tokens(text), tokens))
+        pairs = list(zip(self._tokens(text), tokens, strict=False))
         common = next((place for place, (one, other) in enumerate(pairs) if one != other), len(pairs))
         return tokens, max(len(tokens) - common, 1)
 
@@ -95,7 +95,7 @@ class Model:
         return {one.name: inputs[one.name] for one in self.session.get_inputs()}
 
     def _answered(self, probabilities: Sequence[float]) -> dict[str, Any]:
-        found = dict(zip(self.task["labels"], probabilities))
+        found = dict(zip(self.task["labels"], probabilities, strict=True))
         costs = self.task["costs"]  # truth → given → what it costs; other mistakes cost 1
 
         def cost(given: str) -> float:

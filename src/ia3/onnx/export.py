@@ -145,7 +145,9 @@ def _fixed(task: Task, opinions: Opinions) -> tuple[dict[str, str], _Pieces]:
         )
     choices = task.choices_of(0)
     if isinstance(choices, str) or columns_of(choices):
-        raise InputError(f"Expected the same answers for all rows, found answers that {task.name!r} takes from columns.")
+        raise InputError(
+            f"Expected the same answers for all rows, found answers that {task.name!r} takes from columns."
+        )
     answers = task.answers({})
     pieces = task.templates[0].pieces(answers.values())
     if pieces is None:
