@@ -44,7 +44,7 @@ def test_a_notebook_prints_what_is_stored_in_it(path, tmp_path, monkeypatch):
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
     stored, run = nbformat.read(path, 4), nbformat.read(path, 4)
     where = {"metadata": {"path": str(tmp_path)}}
-    nbclient.NotebookClient(run, 600, kernel_name="here", coalesce_streams=True, resources=where).execute()
+    nbclient.NotebookClient(run, timeout=600, kernel_name="here", coalesce_streams=True, resources=where).execute()
     told = 0
     for before, after in zip(stored.cells, run.cells, strict=True):
         if before.cell_type == "code":

@@ -26,7 +26,7 @@ class Model:
 
     def __init__(self, folder: str | Path) -> None:
         self.task: dict[str, Any] = json.loads(Path(folder, "answer.json").read_text(encoding="utf-8"))
-        self.session = onnxruntime.InferenceSession(str(Path(folder, "model.onnx")))
+        self.session: Any = onnxruntime.InferenceSession(str(Path(folder, "model.onnx")))
         self.tokenizer = Tokenizer.from_file(str(Path(folder, "tokenizer.json")))
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()

@@ -38,6 +38,16 @@ class Graph(nn.Module):
         temperature: divides the scores.
     """
 
+    tree: torch.Tensor
+    depths: torch.Tensor
+    above: torch.Tensor
+    path: torch.Tensor
+    token: torch.Tensor
+    there: torch.Tensor
+    size: torch.Tensor
+    shift: torch.Tensor
+    moved: torch.Tensor
+
     def __init__(
         self,
         scorer: Scorer,
