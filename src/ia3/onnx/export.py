@@ -222,6 +222,7 @@ def _save(graph: Graph, path: Path, kind: str) -> None:
                 output_names=["probabilities"],
                 dynamic_shapes=shapes,
                 dynamo=True,
+                optimize=False,  # onnxruntime does so when it loads the file, in less time
                 verbose=False,
             )
             assert program is not None
