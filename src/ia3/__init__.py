@@ -6,8 +6,6 @@ Names are loaded at their first use, so that `import ia3` does not wait for torc
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-
 if TYPE_CHECKING:
     from ia3.adapter.auto import (
         AutoPeftModel,
@@ -215,6 +213,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("ia3")
     if name == "PeftConfig":  # this package has only one config class
         return import_module("ia3.adapter.config").IA3Config
     if name in _HOMES:

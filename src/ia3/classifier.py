@@ -314,10 +314,11 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             cells: Any = validate_data(self, X, reset=reset, dtype=None, ensure_all_finite="allow-nan")
             if cells.shape[1] == 1:
                 return ["" if is_missing(cell) else str(cell) for cell in cells[:, 0]]
-            import pandas
-
             names = getattr(self, "feature_names_in_", [f"x{number}" for number in range(cells.shape[1])])
-            X = pandas.DataFrame(cells, columns=names)
+            X = [
+                {name: None if cell != cell else cell for name, cell in zip(names, row, strict=True)}  # NaN is missing
+                for row in cells.tolist()
+            ]
         items = items_of(X, None if reset else self.task_)
         if not items:
             raise InputError("Expected at least one row, found none.")

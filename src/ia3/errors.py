@@ -77,6 +77,15 @@ class InputError(ValueError):
         return excerpt(before + excerpt(message, max(room, _LONGEST_PIECE)) + behind, _LONGEST)
 
 
+def needs(what: str, package: str, extra: str) -> InputError:
+    """The error where a package of an extra is missing.
+
+    >>> str(needs("Serving", "uvicorn", "serve"))
+    'Serving needs the package uvicorn; install it: pip install "ia3[serve]".'
+    """
+    return InputError(f"{what} needs the package {package}", f'install it: pip install "ia3[{extra}]"')
+
+
 class about:
     """In a `with` block, add an owner to an `InputError`, before the one that it has, and a row if it has none."""
 

@@ -2,7 +2,6 @@
 
 import http.server
 import socket
-import sys
 import threading
 import time
 
@@ -37,15 +36,6 @@ def test_the_workers_of_a_cluster(nodes, wanted, workers):
 def test_more_workers_than_a_cluster_has_room_for(nodes, what):
     with pytest.raises(InputError, match=rf"at most as many workers as the cluster's {what}; see workers"):
         _workers(nodes, 3)
-
-
-def test_without_ray_the_extra_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with (
-        pytest.raises(InputError, match=r"the package Ray, found none; install it: pip install 'ia3\[ray\]'"),
-        connected(),
-    ):
-        pass
 
 
 @pytest.fixture

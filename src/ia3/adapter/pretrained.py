@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ia3.adapter.config import TaskType
-from ia3.errors import InputError, brief, reason, shown, similar
+from ia3.errors import InputError, brief, needs, reason, shown, similar
 from ia3.files import at_revision, cache_folder, hub_answers, locate, new_folder, snapshot
 from ia3.processes import count
 
@@ -373,7 +373,7 @@ def _dequantized(file: Path) -> Path:
     if folder.exists():
         return folder
     if importlib.util.find_spec("gguf") is None:
-        raise InputError("Reading a GGUF file needs the package 'gguf'; install it: pip install gguf")
+        raise needs("Reading a GGUF file", "gguf", "gguf")
     import torch
     import transformers
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import typer
 
-from ia3 import __version__
 from ia3.cli import (
     compare,
     convert,
@@ -61,6 +60,8 @@ _OPTIONS = {"per_label": "--examples-per-label", "source": "--data"}
 
 def _version(wanted: bool) -> None:
     if wanted:
+        from ia3 import __version__
+
         typer.echo(f"ia3 {__version__}")
         raise typer.Exit
 

@@ -174,7 +174,7 @@ RayOption = typer.Option(
     None,
     "--ray",
     metavar="ADDRESS",
-    help="Work on Ray (pip install 'ia3\\[ray]'): 'local' starts it on this machine; 'auto' takes the running cluster that this machine "
+    help="Work on Ray (pip install \"ia3\\[ray]\"): 'local' starts it on this machine; 'auto' takes the running cluster that this machine "
     "is a node of, and starts it here if there is none; HOST:PORT is a cluster's.",
     show_default=False,
 )

@@ -12,7 +12,7 @@ import typer
 
 from ia3.adapter.pretrained import DTYPES
 from ia3.cli.common import BaseOption, DtypeOption, console
-from ia3.errors import InputError, reason, shown
+from ia3.errors import InputError, needs, reason, shown
 from ia3.files import are_hub_ids, is_address
 from ia3.serve.limits import Limits
 
@@ -137,9 +137,10 @@ def serve(
     try:
         import fastapi_offline  # noqa: F401
         import prometheus_client  # noqa: F401
+        import python_multipart  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise InputError(f"Serving needs the package {error.name!r}; install it: pip install 'ia3[serve]'") from error
+        raise needs("Serving", str(error.name), "serve") from error
     from ia3.serve.run import run
     from ia3.serve.start import open_server
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ia3.errors import InputError, brief, reason
+from ia3.errors import InputError, brief, needs, reason
 from ia3.processes import count
 
 LOCAL, AUTO = "local", "auto"
@@ -67,9 +67,7 @@ def connected(address: str = AUTO, workers: int | None = None) -> Iterator[Worke
     try:
         import ray
     except ImportError as error:
-        raise InputError(
-            "Expected the package Ray, found none; install it: pip install 'ia3[ray]'", argument="ray"
-        ) from error
+        raise needs("Working on a cluster", "ray", "ray") from error
     if ray.is_initialized():
         yield _workers(ray.nodes(), workers)
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -21,6 +22,7 @@ from ia3.evaluation.prediction import predict
 from ia3.evaluation.progress import Progress
 from ia3.evaluation.report.findings import Findings, Method
 from ia3.evaluation.report.page import page_of
+from ia3.evaluation.report.plots import can_draw
 from ia3.evaluation.results import OF_TEXTS
 from ia3.evaluation.running import train_alone, with_adapters
 from ia3.files import WEIGHTS_NAME, replacing, write_json
@@ -353,8 +355,13 @@ class Comparison:
             "seed": self.seed,
         }
         title = f"{self.task.name}, {Path(str(self.base.name_or_path)).name}, {len(self.test)} test rows"
-        with replacing(folder / "compare.png") as path, replacing(report or folder / REPORT_NAME) as written:
-            draw(path, rows, self.headline, title)
+        picture = folder / "compare.png"
+        with ExitStack() as files:
+            if can_draw("compare.png and the report's plots are"):
+                draw(files.enter_context(replacing(picture)), rows, self.headline, title)
+            else:
+                picture.unlink(missing_ok=True)  # that of an earlier run
+            written = files.enter_context(replacing(report or folder / REPORT_NAME))
             written.write_text(page, encoding="utf-8")
             write_json(folder / "compare.json", {**settings, "rows": rows})
 

@@ -325,7 +325,9 @@ class Experiment:
                     fold_of_each(trial.task, trial.examples, self.folds, trial.seed)
 
     def check_report(self) -> None:
-        """Raise `InputError` for a learning curve or a report that cannot be."""
+        """Raise `InputError` for a learning curve or a report that cannot be; warn of what a report lacks."""
+        from ia3.evaluation.report.plots import can_draw
+
         if self.learning_curve and self.all_templates:
             raise InputError(
                 "Expected the first template alone for a learning curve, found all of them",
@@ -340,6 +342,7 @@ class Experiment:
         if self.report is not None and self.several:
             raise InputError("Expected one adapter for a report, found several", "leave out", argument="report")
         require_page(self.report)
+        can_draw()
 
     def _check_label_sets(self, trial: Trial) -> None:
         """Raise `InputError` for what a multi-label task cannot have."""

@@ -1,4 +1,8 @@
 """(IA)³ adapters in the lm-evaluation-harness. Start with `model.py`."""
 
-EXTRA = "The harness needs the package 'lm_eval'; install it: pip install 'ia3[lm-eval]'"
-"""The error where it is not installed."""
+from ia3.errors import InputError, needs
+
+
+def missing() -> InputError:
+    """The error where the harness is not installed."""
+    return needs("The harness", "lm-eval", "lm-eval")

@@ -10,7 +10,7 @@ from typing import Any
 
 from ia3.adapter.rows import BASE
 from ia3.errors import InputError, brief, shown, similar
-from ia3.harness import EXTRA
+from ia3.harness import missing
 from ia3.harness.panel import Generation, Likelihood, Panel
 from ia3.scoring.tokens import question_lengths
 
@@ -25,7 +25,7 @@ try:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 except ImportError as error:
-    raise InputError(EXTRA) from error
+    raise missing() from error
 
 # All requests come to us at once, and we divide them.
 _ALL = 2**31

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ia3.errors import InputError
-from ia3.harness import EXTRA
+from ia3.harness import missing
 
 
 def evaluate_each(
@@ -38,7 +37,7 @@ def evaluate_each(
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise InputError(EXTRA) from error
+        raise missing() from error
     from ia3.harness.model import sharing_panels
     from ia3.harness.panel import names_of
 

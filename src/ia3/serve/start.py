@@ -8,9 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from ia3.adapter.pretrained import find_base
 from ia3.adapter.stored import OWN_NAMES
+from ia3.errors import needs
 from ia3.files import HubMirror, Mirror, are_hub_ids, is_address
-from ia3.serve.server import Server
-from ia3.serve.store import Store
+
+try:
+    from ia3.serve.server import Server
+    from ia3.serve.store import Store
+except ModuleNotFoundError as error:
+    raise needs("Serving", str(error.name), "serve") from error
 
 if TYPE_CHECKING:
     from ia3.serve.engine import Engine

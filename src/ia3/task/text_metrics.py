@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ia3.errors import InputError, brief, reason
+from ia3.errors import InputError, brief, needs, reason
 
 TEXT_METRICS = ("exact_match", "token_f1", "rouge_l")
 """The metrics of texts, each between 0 and 1."""
@@ -69,9 +69,7 @@ def _rouge_scorer() -> Any:
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
-        raise InputError(
-            "Expected the package rouge-score for the metric rouge_l, found none; install it: pip install rouge-score"
-        ) from error
+        raise needs("The metric rouge_l", "rouge-score", "rouge") from error
     return RougeScorer
 
 

@@ -147,10 +147,9 @@ class _Measured:
         for key, (what, unit) in {"seconds": ("time a row", "s"), "flops": ("FLOPs a row", "")}.items():
             some = [(one, getattr(one, key)) for one in self._found.methods if getattr(one, key)]
             if len(some) > 1:
-                made.append(
-                    plots.costs([self._spot(one.title, x, one) for one, x in some], key, self.title, what, unit)
-                )
-        return made
+                spots = [self._spot(one.title, x, one) for one, x in some]
+                made.append(plots.costs(spots, key, self.title, what, unit))
+        return [plot for plot in made if plot]
 
     def curve(self) -> dict[str, Any] | None:
         """The learning curve, all examples last."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +15,8 @@ from markupsafe import Markup, escape
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+logger = logging.getLogger(__name__)
 
 # Stand for the page's custom properties, which differ between light and dark; no other colour is drawn.
 _INK, _FAINT = "#010101", "#020202"
@@ -54,8 +58,18 @@ class Spot:
     high: float
 
 
+def can_draw(what: str = "The report's plots are") -> bool:
+    """Whether matplotlib is installed; if not, a warning says that `what` left out."""
+    if importlib.util.find_spec("matplotlib") is not None:
+        return True
+    logger.warning('%s left out, for matplotlib is not installed: pip install "ia3[report]".', what)
+    return False
+
+
 def _drawn(name: str, alt: str, draw: Callable[[Figure], None]) -> Markup:
-    """A figure as inline SVG. `name` makes its ids differ from those of the page's other figures."""
+    """A figure as inline SVG; nothing without matplotlib. `name` makes its ids differ from those of the page's other figures."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return Markup("")
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -100,9 +114,10 @@ def intervals(spots: Sequence[Spot], metric: str) -> Markup:
 
 def costs(spots: Sequence[Spot], name: str, metric: str, cost: str, unit: str = "") -> Markup:
     """Methods by what a row costs, on a logarithmic scale, and their metric."""
-    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     def draw(figure: Figure) -> None:
+        from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
         figure.set_size_inches(4.6, 3.0 + 0.17 * len(spots))
         axes = figure.add_subplot()
         for number, spot in enumerate(spots):
@@ -188,9 +203,10 @@ def learning_curve(spots: Sequence[Spot], metric: str, unit: str) -> Markup:
 
 def moved(found: Mapping[str, Mapping[int, float]]) -> Markup:
     """How far vectors are from ones, by layer: a line for each kind."""
-    from matplotlib.ticker import MaxNLocator
 
     def draw(figure: Figure) -> None:
+        from matplotlib.ticker import MaxNLocator
+
         figure.set_size_inches(4.6, 2.9 + 0.17 * len(found))
         axes = figure.add_subplot()
         for number, (kind, layers) in enumerate(found.items()):
