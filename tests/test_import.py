@@ -73,6 +73,7 @@ print([name for name in ("torch", "transformers", "datasets", "huggingface_hub")
 
 def test_answering_loads_no_trainer():
     """Which takes as long to import as all the rest, for it imports peft where that is installed."""
+    pytest.importorskip("fastapi")
     code = """
 import sys
 from ia3 import AdapterBank, IA3Model, load_base
