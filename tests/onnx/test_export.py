@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from ia3 import InputError, Task
+from ia3 import Task
 from ia3.cli import main
 from ia3.onnx import export as exporting
 from ia3.task.template import Template
@@ -18,7 +18,7 @@ from support.paths import ROOT
 
 EXTRA = ("onnx", "onnxruntime", "onnxscript")
 needs_extra = pytest.mark.skipif(
-    not all(map(importlib.util.find_spec, EXTRA)), reason="needs the extra: pip install 'ia3[onnx]'"
+    not all(map(importlib.util.find_spec, EXTRA)), reason='needs the extra: pip install "ia3[onnx]"'
 )
 KINDS = ("start", "question", "bert", "sentence")
 TEMPLATE = 'review : {{ text }} answer : {{ "what" }} is it {{ row["text"] }} ?'
@@ -163,12 +163,6 @@ def test_heads_and_encoder_decoders_are_refused(ia3, tmp_path):
     code, _, err = ia3("export", t5, "--output", tmp_path / "onnx")
     assert code == 2 and "found the encoder-decoder T5ForConditionalGeneration" in err
     assert not (tmp_path / "onnx").exists()
-
-
-def test_the_extra_is_named(monkeypatch):
-    monkeypatch.setattr(exporting.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"needs the package 'onnx'; install it: pip install 'ia3\[onnx\]'"):
-        exporting.require_packages()
 
 
 @pytest.mark.parametrize(

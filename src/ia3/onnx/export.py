@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ia3.answering import load_adapted
-from ia3.errors import InputError, reason, shown
+from ia3.errors import InputError, needs, reason, shown
 from ia3.evaluation.prediction import predict
 from ia3.files import new_folder, write_json
 from ia3.folder import AdapterFolder
@@ -60,7 +60,7 @@ def require_packages() -> None:
     """Raise `InputError` unless the packages of the extra are installed."""
     for name in PACKAGES:
         if importlib.util.find_spec(name) is None:
-            raise InputError(f"Exporting needs the package {name!r}; install it: pip install 'ia3[onnx]'")
+            raise needs("Exporting", name, "onnx")
 
 
 def export(folder: AdapterFolder, output: Path, model: str | None = None) -> Exported:
