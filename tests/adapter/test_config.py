@@ -6,11 +6,12 @@ from dataclasses import fields
 
 import peft
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from peft.utils import constants
 
 from ia3 import IA3Config, InputError, PeftType, TaskType
+from ia3.files.hub import at_revision
 
 PEFT_TARGETS = constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
 PEFT_FEEDFORWARD = constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
@@ -92,10 +93,15 @@ def test_json_round_trip(values, tmp_path):
         assert IA3Config.from_dict(config.to_dict()) == config
 
 
+def without_revision(base):
+    return at_revision(base)[1] is None
+
+
 names = st.lists(st.text("abk._é\"'\\", max_size=5), max_size=4)
 
 
-@given(names, st.none() | names | st.text(max_size=8), st.none() | st.text(max_size=8))
+@given(names, st.none() | names | st.text(max_size=8), st.none() | st.text(max_size=8).filter(without_revision))
+@example([], None, "@")
 def test_dictionary_round_trip_of_any_names(targets, excluded, base):
     config = IA3Config(
         target_modules=targets,

@@ -35,9 +35,8 @@ def hub_answers() -> bool:
 
 def at_revision(path: str | os.PathLike) -> tuple[str, str | None]:
     """A hub id and its revision: "owner/name@v1" → "owner/name", "v1". A path that exists here, or can only be a path, has none."""
-    name, at, revision = str(path).rpartition("@")
-    is_path = os.path.exists(path) or str(path).startswith(("/", ".", "~"))
-    return (name, revision) if at and not is_path else (str(path), None)
+    found = re.fullmatch(r"(\w[\w.-]*(?:/[\w.-]+)*)@(\S+)", str(path))
+    return (str(path), None) if found is None or os.path.exists(path) else (found[1], found[2])
 
 
 def are_hub_ids(text: str) -> bool:
