@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from ia3.adapter.stored import (
     RECIPE_NAME,
     SEEN,
     TASK_NAME,
+    UNFINISHED,
     StoredAdapter,
 )
 from ia3.errors import InputError, shown
@@ -95,6 +97,12 @@ class AdapterFolder(StoredAdapter):
             if self.task is not None and self.task.multi_label:
                 raise InputError(
                     f"Expected {OPINIONS_NAME} with the labels' thresholds in {str(self)!r}, found none; train to the end, or anew."
+                )
+            if UNFINISHED in self.metrics:
+                warnings.warn(
+                    f"The training of {str(self)!r} was interrupted before its opinions were formed, so its vectors answer alone. "
+                    f"The same ia3 train with --resume finishes it.",
+                    stacklevel=2,
                 )
             return Opinions()
 

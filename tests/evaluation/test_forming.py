@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -511,5 +512,10 @@ def test_an_interruption_while_opinions_form_can_be_gone_on_from(place, tmp_path
         with pytest.raises(Interrupted) as caught:
             experiment(place, tmp_path).run()
     assert caught.value.checkpoint is not None and (tmp_path / "adapter_model.safetensors").is_file()
+    with pytest.warns(UserWarning, match="interrupted before its opinions were formed.*--resume finishes it"):
+        assert AdapterFolder(tmp_path).opinions.weights == {"vectors": 1.0}
     outcome = experiment(place, tmp_path).run(resume=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(AdapterFolder(tmp_path).opinions.weights) > 1
     assert outcome.results["opinions"]["weights"] and not (tmp_path / "checkpoints").exists()

@@ -197,6 +197,15 @@ class TestDraw:
         assert len(few_shot(self.rows[:4], task())) == 4
 
 
+def test_labels_that_differ_only_in_case_are_said(caplog):
+    rows = [{"text": text, "label": label} for text, label in {"a": "Billing", "b": "shipping", "c": "billing"}.items()]
+    assert Task.infer(rows).labels == ["Billing", "billing", "shipping"]
+    assert "The labels 'Billing' and 'billing' are different ones here" in caplog.text
+    caplog.clear()
+    Task.infer(rows[:2])
+    assert not caplog.text
+
+
 def test_a_separator_that_nobody_named_is_said(caplog):
     rows = [{"text": text, "label": label} for text, label in {"a": "pin; new", "b": "pin", "c": "new"}.items()]
     assert Task.infer(rows).labels == ["new", "pin", "pin; new"]

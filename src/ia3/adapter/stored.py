@@ -75,6 +75,9 @@ _BESIDE = (
 SEEN = "train_rows"
 """The key of the training rows' fingerprints in metrics.json."""
 
+UNFINISHED = "unfinished"
+"""The key that metrics.json has until all that the training makes is there."""
+
 TRAIN_LABELS = "train_labels"
 """The key of what it has beside them: label → number of training rows."""
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from ia3 import processes
 from ia3.adapter.config import IA3Config
 from ia3.adapter.pretrained import EMBEDDED_MODEL
+from ia3.adapter.stored import UNFINISHED
 from ia3.errors import InputError, about, brief, shown
 from ia3.evaluation.checkpoints import checkpoint_of, resumable, settings_of
 from ia3.evaluation.drawing import Draw, Source, drawn, nested, read
@@ -435,7 +436,7 @@ class Experiment:
         # Before cross-validation, so that the trained adapters are not lost if it fails.
         results = {}
         if running.recipe.opinions != "head":
-            results = {trial.name: running.save(trial, found[trial.name]) for trial in running.own}
+            results = {trial.name: running.save(trial, found[trial.name] | {UNFINISHED: True}) for trial in running.own}
         with resumable(self.checkpoints):
             for trial in running.points:
                 curve = found[str(trial.of)].setdefault("learning_curve", [])

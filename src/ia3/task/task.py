@@ -400,6 +400,7 @@ class Task(Described):
                         row=number,
                         argument="choices",
                     )
+            _say_alike(labels)
             if len(labels) < 2:
                 raise InputError(
                     f"Expected at least two labels in column {label_column!r}, found {shown(labels)}; there is nothing "
@@ -541,6 +542,8 @@ class Task(Described):
         label = _label(row[self.label_column])
         label = self.aliases.get(label, label)
         if label not in answers:
+            if not label.strip():
+                raise InputError(f"Expected a label in {self.label_column!r}, found it empty", "fill or drop the row")
             several = [part.strip() for part in re.split(f"[{_SEPARATORS}]", label)]
             if len(several) > 1 and all(self.aliases.get(part, part) in answers for part in several):
                 raise _several(label)
@@ -685,6 +688,19 @@ def _say_joined(cells: Iterable[Any]) -> None:
                 extra={"argument": "label_separator"},
             )
             return
+
+
+def _say_alike(labels: Sequence[str]) -> None:
+    """Warn of labels that are one but for case and white space."""
+    alike: dict[str, list[str]] = {}
+    for label in labels:
+        alike.setdefault(" ".join(label.casefold().split()), []).append(label)
+    for its in alike.values():
+        if len(its) > 1:
+            logger.warning(
+                "The labels %s are different ones here; if they are one, write them alike.",
+                " and ".join(map(repr, its)),
+            )
 
 
 def _answers_for(labels: Iterable[str]) -> dict[str, str]:
