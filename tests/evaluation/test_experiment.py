@@ -122,6 +122,16 @@ def test_it_is_what_the_command_runs(place, task, tmp_path, capsys):
     assert "loss" in told.stages["Training"].text and told.waited == ["Loading the model …"]
 
 
+def test_an_adapter_of_another_task_is_not_replaced_in_silence(place, task, tmp_path):
+    run = experiment(place, task, tmp_path / "ours", recipe=RECIPE.changed(steps=1))
+    for choices, expected in (({"pos": "a", "neg": "b"}, 0), ({"tea": "a", "soup": "b"}, 1)):
+        (tmp_path / "ours").mkdir(exist_ok=True)
+        Task(name="foods", template="{{ text }}", choices=choices).save(tmp_path / "ours" / "task.yaml")
+        told = Told()
+        run.run(told)
+        assert len([text for text in told.said if "an adapter of another task, 'foods'; it is replaced" in text]) == expected
+
+
 def test_several_of_each(place, task, tmp_path):
     """Tasks with rows of their own, one of them without test rows, seeds and learning rates."""
     soups = Task(name="soups", template="{{ text }}", choices={"pos": "fine", "neg": "bad"})

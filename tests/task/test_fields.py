@@ -68,7 +68,7 @@ def test_values_are_parts_of_the_text():
         InputError, match=r"a value of 'date' that is a part of the row's text, found 'tonight' \(row 2\)"
     ):
         task.check(rows)
-    with pytest.raises(InputError, match="columns of the fields, found none for 'person'"):
+    with pytest.raises(InputError, match="a column of each field in some row, found none for 'person'"):
         task.check([{"text": TEXT, "date": "tomorrow"}])
     task.check([{"text": TEXT}], labelled=False)
 

@@ -250,7 +250,8 @@ def connecting(out: Console, address: str, workers: int | None) -> Iterator[Work
         with out.status("Connecting to Ray …"):
             found = stack.enter_context(connected(address, workers))
         each = "a GPU" if found.gpus else "1 core" if found.cpus == 1 else f"{found.cpus} cores"
-        out.print(f"{found.count} workers, each with {each}", style="dim", markup=False)
+        workers_found = "1 worker" if found.count == 1 else f"{found.count} workers, each"
+        out.print(f"{workers_found} with {each}", style="dim", markup=False)
         yield found
 
 

@@ -11,6 +11,7 @@ import os
 import pickle
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -233,15 +234,18 @@ class Job:
         whole: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
         # Readers have no core of their own: workers may have them all.
         data = data.map_batches(read, num_cpus=0, compute=ray.data.TaskPoolStrategy(size=_READERS), **whole)
-        data = data.map_batches(
-            _Worker,
-            fn_constructor_args=(self.asked, [source.name for source in self.left], ia3.__version__, os.getcwd()),
-            compute=ray.data.ActorPoolStrategy(size=workers.count),
-            max_restarts=_DEATHS,
-            max_task_retries=_DEATHS,
-            **workers.resources,
-            **whole,
-        )
+        with warnings.catch_warnings():
+            # Ray 2.60 has no other way yet to say how often a worker may die.
+            warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
+            data = data.map_batches(
+                _Worker,
+                fn_constructor_args=(self.asked, [source.name for source in self.left], ia3.__version__, os.getcwd()),
+                compute=ray.data.ActorPoolStrategy(size=workers.count),
+                max_restarts=_DEATHS,
+                max_task_retries=_DEATHS,
+                **workers.resources,
+                **whole,
+            )
         try:
             for batch in data.iter_batches(batch_size=None, batch_format="pyarrow"):
                 yield from cast("pyarrow.Table", batch).to_pylist()

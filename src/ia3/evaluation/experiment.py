@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import os
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 from ia3 import processes
 from ia3.adapter.config import IA3Config
 from ia3.adapter.pretrained import EMBEDDED_MODEL
-from ia3.adapter.stored import UNFINISHED
+from ia3.adapter.stored import TASK_NAME, UNFINISHED, StoredAdapter
 from ia3.errors import InputError, about, brief, shown
 from ia3.evaluation.checkpoints import checkpoint_of, resumable, settings_of
 from ia3.evaluation.drawing import Draw, Source, drawn, nested, read
@@ -25,7 +26,7 @@ from ia3.opinions.opinions import VECTORS, Opinions
 from ia3.opinions.priors import BALANCED
 from ia3.scoring import MEMORY
 from ia3.task.free_text import FreeText
-from ia3.task.kinds import AnyTask
+from ia3.task.kinds import AnyTask, task_from
 from ia3.task.rows import as_rows
 from ia3.task.task import Row
 from ia3.training.recipe import Recipe
@@ -410,7 +411,22 @@ class Experiment:
         if processes.sharded_by_launcher() and self.device_map is None:
             self.device_map = "shards"
         processes.connect([self.settings(), rows, self.prior, self.unlabelled, self.device_map])
-        return self.finish(self.measured(progress or Progress(), checkpoint))
+        progress = progress or Progress()
+        self._say_replaced(progress)
+        return self.finish(self.measured(progress, checkpoint))
+
+    def _say_replaced(self, progress: Progress) -> None:
+        """Say which folders have an adapter of another task."""
+        for trial in self.trials:
+            folder = Path(self.folder, trial.name)
+            data = StoredAdapter(folder).text(TASK_NAME) if folder.is_dir() else None
+            with contextlib.suppress(InputError):  # a damaged one is no loss
+                earlier = None if data is None else task_from(folder / TASK_NAME, data)
+                if earlier is not None and {*(earlier.labels or ())} != {*(trial.task.labels or ())}:
+                    progress.say(
+                        f"{str(folder)!r} holds an adapter of another task, {brief(earlier.name)}; it is replaced as soon as this "
+                        f"one is trained."
+                    )
 
     def measured(self, progress: Progress, checkpoint: str | None = None) -> dict[str, dict[str, Any]]:
         """Measure, train, measure again and save each trial; returns their results, by name.

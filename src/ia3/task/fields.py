@@ -102,7 +102,10 @@ class Fields(FreeText):
         rows = as_rows(rows, self)
         missing = [name for name in self.fields if not any(name in row for row in rows)]
         if rows and labelled and missing:
-            raise InputError(f"Expected columns of the fields, found none for {shown(missing)} in any row.")
+            raise InputError(
+                f"Expected a column of each field in some row, found none for {shown(missing)}; name the columns like their fields, or "
+                f"leave these out of the task's fields."
+            )
         yield from super().checked(rows, labelled)
 
 
