@@ -9,8 +9,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from peft.utils import constants
+from torch import nn
 
-from ia3 import IA3Config, InputError, PeftType, TaskType
+from ia3 import IA3Config, InputError, PeftType, TaskType, get_peft_model
 from ia3.files.hub import at_revision
 
 PEFT_TARGETS = constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
@@ -290,3 +291,9 @@ def test_saving_the_config_is_atomic(tmp_path, monkeypatch):
         IA3Config(target_modules=["v"]).save_pretrained(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["adapter_config.json"]
     assert written(tmp_path)["target_modules"] == ["k"]
+
+
+def test_a_config_of_peft_is_told_from_ours():
+    theirs = peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[])
+    with pytest.raises(InputError, match=r"Expected ia3\.IA3Config, found peft\.IA3Config; import it from ia3"):
+        get_peft_model(nn.Linear(2, 2), theirs)

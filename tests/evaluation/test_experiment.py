@@ -129,7 +129,10 @@ def test_an_adapter_of_another_task_is_not_replaced_in_silence(place, task, tmp_
         Task(name="foods", template="{{ text }}", choices=choices).save(tmp_path / "ours" / "task.yaml")
         told = Told()
         run.run(told)
-        assert len([text for text in told.said if "an adapter of another task, 'foods'; it is replaced" in text]) == expected
+        assert (
+            len([text for text in told.said if "an adapter of another task, 'foods'; it is replaced" in text])
+            == expected
+        )
 
 
 def test_several_of_each(place, task, tmp_path):

@@ -124,6 +124,12 @@ def test_the_page_of_the_docs(ia3, tmp_path, monkeypatch):
         assert code == 0, err
     done = subprocess.run([sys.executable, *shlex.split(answer)[1:]], capture_output=True, text=True)
     assert done.returncode == 0 and json.loads(done.stdout)[0]["label"] in ("neg", "pos"), done.stderr
+    script = [sys.executable, "tickets-onnx/answer.py"]
+    rows = ["{urgent} my tea", json.dumps({"message": "my tea"})]
+    done = subprocess.run([*script, *rows], capture_output=True, text=True)
+    assert done.returncode == 0 and len(json.loads(done.stdout)) == 2, done.stderr
+    done = subprocess.run([*script, "--data", "tickets.csv"], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("Expected texts, for example")
 
 
 @needs_extra

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ia3.adapter import quantized
-from ia3.adapter.config import IA3Config, PeftType
+from ia3.adapter.config import IA3Config, PeftType, require_config
 from ia3.adapter.layer import IA3Layer
 from ia3.adapter.merging import sync_weights
 from ia3.adapter.routing import Bank, Routing
@@ -144,8 +144,7 @@ class Adapted(nn.Module):
         if isinstance(adapter_name, IA3Config):  # the order of transformers' mixin
             adapter_name, peft_config = peft_config or "default", adapter_name  # type: ignore[assignment]
         self._ia3_check_name(adapter_name)
-        if not isinstance(peft_config, IA3Config):
-            raise InputError(f"Expected an IA3Config, found a {type(peft_config).__name__}.")
+        require_config(peft_config)
         found = resolve(self.model, peft_config, key_value_only)
         vector = {"ones": found.config.init_ia3_weights, "meta": low_cpu_mem_usage, "float32": autocast_adapter_dtype}
         insert(self.model, self.ia3_routing, adapter_name, found.targets, found.kept, **vector)

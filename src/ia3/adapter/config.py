@@ -291,6 +291,16 @@ class IA3Config:
         return upload(self.save_pretrained, repo_id, private, token, **kwargs)
 
 
+def require_config(found: Any) -> None:
+    """Raise `InputError` for anything but an `IA3Config`, such as PEFT's class of this name."""
+    if not isinstance(found, IA3Config):
+        kind = type(found)
+        raise InputError(
+            f"Expected ia3.IA3Config, found {kind.__module__.partition('.')[0]}.{kind.__qualname__}",
+            "import it from ia3",
+        )
+
+
 def _names(field: str, value: Any) -> list[str]:
     """A list of names, or an error that says what stands there instead."""
     if not isinstance(value, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in value):

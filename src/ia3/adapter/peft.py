@@ -21,7 +21,7 @@ from torch._dynamo.eval_frame import skip_code
 from torch.nn.modules.module import _IncompatibleKeys
 
 from ia3.adapter.adapted import find_adapted, look_through
-from ia3.adapter.config import IA3Config, TaskType
+from ia3.adapter.config import IA3Config, TaskType, require_config
 from ia3.adapter.layer import IA3Layer
 from ia3.adapter.merging import discard
 from ia3.adapter.model import IA3Model
@@ -94,8 +94,7 @@ class PeftModel(nn.Module):
     @classmethod
     def _ia3_complete(cls, peft_config: IA3Config) -> None:
         """Add the fields to a config that all adapters of this class have."""
-        if not isinstance(peft_config, IA3Config):
-            raise InputError(f"Expected an IA3Config, found a {type(peft_config).__name__}.")
+        require_config(peft_config)
 
     def _ia3_take(self, adapted: IA3Model) -> None:
         self.base_model = adapted
@@ -414,8 +413,7 @@ def get_peft_model(
     """
     if mixed:
         raise InputError("Expected mixed=False: (IA)³ is not among the methods that PEFT mixes in one model.")
-    if not isinstance(peft_config, IA3Config):
-        raise InputError(f"Expected an IA3Config, found a {type(peft_config).__name__}.")
+    require_config(peft_config)
     base = _base_in(model)
     name = getattr(base, "name_or_path", None)
     name = name if isinstance(name, str) and name else None

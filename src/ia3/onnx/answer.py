@@ -104,11 +104,22 @@ class Model:
         return {"label": min(found, key=lambda label: (cost(label), -found[label], label)), "probabilities": found}
 
 
-if __name__ == "__main__":
-    given = [json.loads(text) if text.startswith("{") else text for text in sys.argv[1:]]
-    if not given:
-        sys.exit('Expected texts, for example: python answer.py "some text"')
+def _row(text: str) -> str | dict[str, Any]:
+    """A row of several columns, which is JSON, or a text."""
     try:
+        row = json.loads(text) if text.startswith("{") else text
+    except json.JSONDecodeError:
+        return text
+    return row
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1].startswith("--"):
+        sys.exit(
+            'Expected texts, for example: python answer.py "some text". Rows of a file: Model(folder).answer(rows)'
+        )
+    try:
+        given = [_row(text) for text in sys.argv[1:]]
         answers = Model(Path(__file__).parent).answer(given)
     except ValueError as error:
         sys.exit(str(error))
