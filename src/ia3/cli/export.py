@@ -25,9 +25,7 @@ def export(
     out = console(json_output)
     require_new_folder(output)
     from ia3.onnx.export import export as write
-    from ia3.onnx.export import require_packages
 
-    require_packages()
     with out.status("Exporting …"):
         done = write(AdapterFolder(adapter), output, model)
     if json_output:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from ia3 import processes
 from ia3.adapter.config import IA3Config
 from ia3.adapter.pretrained import EMBEDDED_MODEL
-from ia3.adapter.stored import TASK_NAME, UNFINISHED, StoredAdapter
+from ia3.adapter.stored import TASK_NAME, UNFINISHED
 from ia3.errors import InputError, about, brief, shown
 from ia3.evaluation.checkpoints import checkpoint_of, resumable, settings_of
 from ia3.evaluation.drawing import Draw, Source, drawn, nested, read
@@ -418,14 +418,15 @@ class Experiment:
     def _say_replaced(self, progress: Progress) -> None:
         """Say which folders have an adapter of another task."""
         for trial in self.trials:
-            folder = Path(self.folder, trial.name)
-            data = StoredAdapter(folder).text(TASK_NAME) if folder.is_dir() else None
+            file = Path(self.folder, trial.name, TASK_NAME)
+            if not file.is_file():
+                continue
             with contextlib.suppress(InputError):  # a damaged one is no loss
-                earlier = None if data is None else task_from(folder / TASK_NAME, data)
-                if earlier is not None and {*(earlier.labels or ())} != {*(trial.task.labels or ())}:
+                earlier = task_from(file)
+                if {*(earlier.labels or ())} != {*(trial.task.labels or ())}:
                     progress.say(
-                        f"{str(folder)!r} holds an adapter of another task, {brief(earlier.name)}; it is replaced as soon as this "
-                        f"one is trained."
+                        f"{str(file.parent)!r} holds an adapter of another task, {brief(earlier.name)}; it is replaced as soon as "
+                        f"this one is trained."
                     )
 
     def measured(self, progress: Progress, checkpoint: str | None = None) -> dict[str, dict[str, Any]]:

@@ -7,6 +7,7 @@ In Python: `Model(folder).answer(texts)`. `ia3 export` has put this file here.
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +107,10 @@ class Model:
 
 def _row(text: str) -> str | dict[str, Any]:
     """A row of several columns, which is JSON, or a text."""
-    try:
-        row = json.loads(text) if text.startswith("{") else text
-    except json.JSONDecodeError:
-        return text
-    return row
+    if text.startswith("{"):
+        with suppress(json.JSONDecodeError):
+            return json.loads(text)
+    return text
 
 
 if __name__ == "__main__":

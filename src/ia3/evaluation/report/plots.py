@@ -60,15 +60,19 @@ class Spot:
 
 def can_draw(what: str = "The report's plots are") -> bool:
     """Whether matplotlib is installed; if not, a warning says that `what` left out."""
-    if importlib.util.find_spec("matplotlib") is not None:
+    if _has_matplotlib():
         return True
     logger.warning('%s left out, for matplotlib is not installed: pip install "ia3[report]".', what)
     return False
 
 
+def _has_matplotlib() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
+
+
 def _drawn(name: str, alt: str, draw: Callable[[Figure], None]) -> Markup:
     """A figure as inline SVG; nothing without matplotlib. `name` makes its ids differ from those of the page's other figures."""
-    if importlib.util.find_spec("matplotlib") is None:
+    if not _has_matplotlib():
         return Markup("")
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
