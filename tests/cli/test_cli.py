@@ -120,6 +120,12 @@ class TestTrain:
         code, _, err = train(**options)
         assert code == 2 and said in err.splitlines()[-1] and not (tmp_path / "out").exists()
 
+    @pytest.mark.parametrize(("option", "value"), [("--steps", 5), ("--learning-rates", "0.01,0.02")])
+    def test_a_head_alone_trains_no_vectors_by_any_setting(self, train, tmp_path, option, value):
+        code, _, err = train("--opinions", "head", option, value, steps=None)
+        assert code == 2 and f"found 'head' alone, which trains none; leave out {option}." in err
+        assert not (tmp_path / "out").exists()
+
     def test_peft_reads_it(self, place):
         base = transformers.AutoModelForCausalLM.from_pretrained(place / "model")
         model = peft.PeftModel.from_pretrained(base, place / "for-peft").eval()

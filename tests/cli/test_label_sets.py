@@ -41,7 +41,7 @@ OPTIONS = {"model": "model", "template": words.TEMPLATE, "steps": 4, "encoder": 
 HOW = {
     "lists": {"data": "rows.jsonl", "test_data": "test.jsonl"},
     "separated": {"data": "rows.csv", "test_data": "test.csv", "label_separator": ";", "opinions": "vectors"},
-    "columns": {"data": "rows-columns.csv", "test_data": "test-columns.csv", "label_columns": "pos,neg,tea", "opinions": "head"},
+    "columns": {"data": "rows-columns.csv", "test_data": "test-columns.csv", "label_columns": "pos,neg,tea", "opinions": "head", "steps": None},
     "single": {"data": "single.csv"},
 }  # fmt: skip
 
@@ -65,7 +65,7 @@ def place(tmp_path_factory):
         patch.setenv("COLUMNS", "200")
         for name, given in HOW.items():
             with pytest.raises(SystemExit) as ended, contextlib.redirect_stdout(said):
-                main(["train", *options(output=f"adapters/{name}", **OPTIONS, **given)])
+                main(["train", *options(output=f"adapters/{name}", **{**OPTIONS, **given})])
             assert not ended.value.code
     (folder / "said.txt").write_text(said.getvalue())
     return folder
@@ -334,5 +334,5 @@ def test_tasks_of_two_kinds_at_once(run, place):
     for task in (sets, one):
         Task.create({**task, "template": "{{ text }} is"}).save(place / f"{task['name']}.yaml")
     for tasks in ("sets.yaml,one.yaml", "one.yaml,sets.yaml"):
-        out = run("train", tasks=tasks, output="both", model="model", steps=2, opinions="head", encoder="none")
+        out = run("train", tasks=tasks, output="both", model="model", opinions="head", encoder="none")
         assert "Macro-F1 (micro-F1)" in out and "Accuracy (macro-F1)" in out and "mean of all" not in out

@@ -104,7 +104,7 @@ def test_a_label_without_examples_is_answered_beside_the_others(run, place):
 
 
 def test_heads_alone_cannot_know_it_and_say_so(run):
-    out = train(run, "alone", data="two.csv", choices=CHOICES, opinions="head", grades="neg,money,pos")
+    out = train(run, "alone", data="two.csv", choices=CHOICES, opinions="head", steps=None, grades="neg,money,pos")
     assert "Heads do not know 'money', which no training row has: it is never predicted." in " ".join(out.split())
     assert recalls(run, "alone")["money"] == 0
 
@@ -141,8 +141,8 @@ def test_vectors_start_from_the_adapters(run, place):
 
 
 def test_rows_that_the_adapter_has_learned_are_no_test_rows_and_not_held_out(run, monkeypatch):
-    train(run, "learned", data="two.csv", examples_per_label=12, opinions="head")
-    out = train(run, "again", data="two.csv", init="learned", examples_per_label=6, opinions="head")
+    train(run, "learned", data="two.csv", examples_per_label=12, opinions="head", steps=None)
+    out = train(run, "again", data="two.csv", init="learned", examples_per_label=6, opinions="head", steps=None)
     assert "12 test rows are left out: learned was trained on them." in " ".join(out.split())
     assert AdapterFolder("again").metrics["test_rows"] == 0
     started: list[str] = []

@@ -65,7 +65,9 @@ def trained(kind, folder, *more):
     save_model(kind, folder / "model")
     words.write_csv(folder / "train.csv", words.rows(40))
     arguments = ["train", "--model", folder / "model", "--data", folder / "train.csv", "--output", folder / "adapter"]
-    arguments += ["--steps", "12", "--choices", "pos=good,neg=not good it is", *more]
+    arguments += ["--choices", "pos=good,neg=not good it is", *more]
+    if "head" not in more:
+        arguments += ["--steps", "12"]
     if kind in ("start", "question"):
         arguments += ["--acts-from", kind]
     for option, value in {"--opinions": "vectors", "--template": TEMPLATE}.items():

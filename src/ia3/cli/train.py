@@ -343,6 +343,14 @@ def train(
         opinions=opinions,
         encoder=encoder,
     )
+    if experiment.recipe.opinions == "head":
+        for argument, value in {"steps": steps, "learning_rates": learning_rates}.items():
+            if value is not None:
+                raise InputError(
+                    "Expected opinions with vectors, found 'head' alone, which trains none",
+                    "leave out",
+                    argument=argument,
+                )
     quiet()
     with saying_how_to_go_on():
         if ray is None:

@@ -70,14 +70,11 @@ class Graph(nn.Module):
         nodes = len(tree.tokens) if self.is_decoder else 1
         longest = max(map(len, choices))
         fill = [[0] * (longest - len(choice)) for choice in choices]
-        above = torch.eye(nodes, dtype=torch.bool)
-        for node in range(1, nodes):
-            above[node] |= above[tree.parents[node]]
         lengths = torch.tensor([[len(choice)] for choice in choices])
         self.keep = nodes
         self._constant("tree", tree.tokens[1:nodes], torch.long)
         self._constant("depths", tree.depths[1:nodes], torch.long)
-        self._constant("above", above[1:, 1:], torch.bool)
+        self._constant("above", tree.seen[1:nodes, 1:nodes], torch.bool)
         self._constant("path", [[*path, *left] for path, left in zip(paths, fill, strict=True)], torch.long)
         self._constant("token", [[*choice, *left] for choice, left in zip(choices, fill, strict=True)], torch.long)
         self._constant("there", torch.arange(longest) < lengths, torch.bool)

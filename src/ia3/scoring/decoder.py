@@ -90,9 +90,8 @@ def pack(questions: Sequence[Question], pad_token_id: int = 0, dtype: torch.dtyp
         positions[row, start:width] = np.arange(len(question.prompt))
         positions[row, width : width + nodes] = len(question.prompt) - 1 + np.array(tree.depths[1:], dtype=np.int64)
         allowed[row, start:width, start:width] = np.tri(len(question.prompt), dtype=bool)
-        for node in range(1, nodes + 1):
-            column = width - 1 + node
-            allowed[row, column] |= allowed[row, width - 1 + tree.parents[node]]
+        allowed[row, width : width + nodes, start:width] = True
+        allowed[row, width : width + nodes, width : width + nodes] = tree.seen[1:, 1:]
     return {
         "input_ids": torch.from_numpy(ids),
         "attention_mask": additive_mask(allowed, dtype),
@@ -129,9 +128,7 @@ def join(questions: Sequence[Question], dtype: torch.dtype = torch.float32) -> B
         ids[0, mine], ids[0, its] = question.prompt[:-1], [question.prompt[-1], *tree.tokens[1:]]
         positions[0, mine], positions[0, its] = np.arange(size), size + np.array(tree.depths)
         allowed[0, mine, mine] = np.tri(size, dtype=bool)
-        allowed[0, end, mine] = True
-        for node in range(1, len(tree.tokens)):
-            allowed[0, end + node] |= allowed[0, end + tree.parents[node]]
+        allowed[0, its, mine], allowed[0, its, its] = True, tree.seen
         paths.append([[end - width + node for node in path] for path in tree.paths])
         start, end = start + size, its.stop
     return {

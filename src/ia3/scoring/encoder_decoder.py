@@ -86,8 +86,7 @@ class EncoderDecoder(Family):
             nodes = len(tree.tokens)
             ids[row, :nodes] = [start, *tree.tokens[1:]]
             positions[row, :nodes] = tree.depths
-            for node in range(1, nodes):
-                allowed[row, node] |= allowed[row, tree.parents[node]]
+            allowed[row, :nodes, :nodes] = tree.seen
         paths = [[[row * keep + node for node in path] for path in tree.paths] for row, tree in enumerate(trees)]
         return {
             **prompts_of(questions, self.pad_token_id),

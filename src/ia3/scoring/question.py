@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
+import numpy as np
+
 T = TypeVar("T")
 
 
@@ -102,6 +104,14 @@ class Tree:
     def farthest(self) -> int:
         """The choice whose last prediction stands farthest back in the row."""
         return max(range(len(self.paths)), key=lambda choice: self.paths[choice][-1])
+
+    @property
+    def seen(self) -> np.ndarray:
+        """Which nodes each node sees, itself and those that lead to it: bool (nodes, nodes)."""
+        found = np.eye(len(self.tokens), dtype=bool)
+        for node in range(1, len(self.tokens)):
+            found[node] |= found[self.parents[node]]
+        return found
 
 
 def tree_of(question: Question) -> Tree:
