@@ -4,15 +4,17 @@ import importlib.util
 import json
 import os
 
+import numpy as np
 import peft
 import pytest
 import torch
 import transformers
 
-from ia3 import FewShotClassifier, InputError, Recipe, Task, load_base, predict, read_rows, score_choices
+from ia3 import FewShotClassifier, InputError, Recipe, Scorer, Task, load_base, predict, read_rows, score_choices
 from ia3.adapter import quantized
 from ia3.cli import main
 from ia3.evaluation.drawing import read
+from ia3.scoring.trials import packs
 
 pytestmark = [
     pytest.mark.slow,
@@ -41,6 +43,26 @@ def test_scores_agree_with_each_row_alone(smollm2):
     ]
     for prompt, texts, scores in zip(prompts, choices, score_choices(model, tokenizer, prompts, choices), strict=True):
         assert scores.tolist() == pytest.approx([alone(model, tokenizer, prompt, text) for text in texts], abs=1e-4)
+
+
+def test_rounding_is_taken_for_no_mistake(monkeypatch):
+    """Where it is, each choice of a question becomes a row of its own, which takes several times as long."""
+    prompt = ["Why", "was", "I", "charged", "twice", "for", "what", "I", "sent", "to", "my", "sister"]
+    verbs, nouns = ("lost", "declined", "expired", "blocked", "new"), ("card", "cash", "PIN", "transfer", "top up")
+    answers = [f" {verb} {noun}{end}" for verb in verbs for noun in nouns for end in ("", " abroad", " fee")]
+
+    def found(count: int) -> set[bool]:
+        scorer = Scorer(*load_base("smollm2", dtype="bfloat16"))
+        asked = [
+            scorer.encode([" ".join(prompt[:words]) + "\nThis is about:"], [answers[:count]])
+            for words in range(1, len(prompt) + 1, 2)
+        ]
+        return {packs(scorer.family, some) for some in asked}
+
+    assert found(4) == found(len(answers)) == {True}
+    # Choices that see each other are a mistake.
+    monkeypatch.setattr("ia3.scoring.question.Tree.seen", property(lambda tree: np.tri(len(tree.tokens), dtype=bool)))
+    assert found(len(answers)) == {False}
 
 
 def test_dequantized_once_and_cached(smollm2, monkeypatch):

@@ -12,7 +12,8 @@ from transformers import TrainerCallback, set_seed
 from ia3 import Member, Scorer, TFewTrainer, load_base
 from ia3.adapter.pretrained import EMBEDDED_MODEL
 from ia3.evaluation.balance import balancing_rows
-from ia3.evaluation.calibration import Calibration, fold_of_each
+from ia3.evaluation.calibration import Calibration
+from ia3.evaluation.learner import fold_of_each
 from ia3.evaluation.prediction import Prediction, predict
 from ia3.scoring.question import Question
 from ia3.task.task import Row

@@ -47,11 +47,12 @@ if TYPE_CHECKING:
     from ia3.bank import AdapterBank
     from ia3.classifier import FewShotClassifier
     from ia3.errors import InputError
-    from ia3.evaluation.calibration import Calibration, cross_validate
+    from ia3.evaluation.calibration import Calibration
     from ia3.evaluation.choosing import choose_model
     from ia3.evaluation.experiment import Experiment
     from ia3.evaluation.generation import Generated, generate
     from ia3.evaluation.icl import draw_shots, predict_in_context
+    from ia3.evaluation.learner import cross_validate
     from ia3.evaluation.prediction import Prediction, Respondent, predict, predict_each
     from ia3.folder import AdapterFolder
     from ia3.scoring.decoder import pack
@@ -110,11 +111,12 @@ _NAMES = {
     "bank": ("AdapterBank",),
     "classifier": ("FewShotClassifier",),
     "errors": ("InputError",),
-    "evaluation.calibration": ("Calibration", "cross_validate"),
+    "evaluation.calibration": ("Calibration",),
     "evaluation.choosing": ("choose_model",),
     "evaluation.experiment": ("Experiment",),
     "evaluation.generation": ("Generated", "generate"),
     "evaluation.icl": ("draw_shots", "predict_in_context"),
+    "evaluation.learner": ("cross_validate",),
     "evaluation.prediction": ("Prediction", "Respondent", "predict", "predict_each"),
     "folder": ("AdapterFolder",),
     "scoring.decoder": ("pack",),

@@ -433,6 +433,7 @@ class _Base:
         from ia3.evaluation.card import trained_card
         from ia3.evaluation.forming import form_opinions, forms_opinions
         from ia3.evaluation.label_sets import form_label_sets, require_reading
+        from ia3.evaluation.learner import Learner
         from ia3.evaluation.progress import Progress
         from ia3.evaluation.start import Start
         from ia3.opinions.priors import weighted_shares
@@ -457,9 +458,8 @@ class _Base:
             self.model.set_adapter("default")
             arguments = recipe.training_arguments(folder, seed=seed, save_strategy="no", disable_tqdm=not verbose)
             kept = readings if self.model.waits_for_question() else None
-            trainer = TFewTrainer(
-                self.model, arguments, self.tokenizer, Member(task, rows, known=task.taught(rows)), recipe, kept
-            )
+            taught = task.taught(rows)
+            trainer = TFewTrainer(self.model, arguments, self.tokenizer, Member(task, rows, known=taught), recipe, kept)
             reads_answers = trainer.scorer.family.reads_answers
             require_reading([task], reads_answers)
             forms = task.multi_label or forms_opinions(recipe, task, reads_answers)
@@ -473,8 +473,8 @@ class _Base:
             files, opinions = self._written(), Opinions()
             if forms:
                 form = form_label_sets if task.multi_label else form_opinions
-                formed = form(Progress(), "", self.model, self.tokenizer, task, rows, recipe, 0, seed, folder, kept)
-                opinions = formed.opinions
+                learner = Learner(self.model, self.tokenizer, task, rows, recipe, seed, folder, kept, taught)
+                opinions = form(Progress(), "", learner).opinions
                 if not task.multi_label:
                     labels = [task.label(row) for row in rows]
                     shares = weighted_shares(labels, task.weights(labels), _labels_of(task))

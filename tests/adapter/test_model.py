@@ -734,6 +734,7 @@ def test_a_weighted_adapter_takes_the_head_of_the_one_that_has_one():
         (([], [], "sum"), "0 adapters"),
         ((["a", "side"], [1, 1], "sum"), "different sides"),
         ((["a", "b"], [1, 1], "b"), "already exists"),
+        ((["a", "b"], [1, float("nan")], "sum"), "finite numbers, found 1, nan"),
     ],
 )
 def test_sums_that_make_no_sense(arguments, shown):

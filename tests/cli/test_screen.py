@@ -101,6 +101,20 @@ def test_progress_shows_whole_names(screen):
     assert "…" not in screen.file.getvalue() and re.sub(r"\s", "", screen.file.getvalue()).count("Zero-shot") == 1
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_file_has_a_line_now_and_then_instead_of_a_moving_bar(monkeypatch, terminal):
+    clock = iter([0, 10, 31, 40, 70])
+    monkeypatch.setattr("ia3.cli.bars.time.monotonic", lambda: next(clock, 71))
+    out = Console(file=io.StringIO(), width=80, highlight=False, force_terminal=terminal)
+    with Bars(out) as bars:
+        stage = bars.stage("Training", 8)
+        for _ in range(3):
+            stage.advance(2)
+        stage.reach(8)
+    said = re.findall(r"Training: \d of 8", out.file.getvalue())
+    assert said == ([] if terminal else ["Training: 4 of 8", "Training: 8 of 8"])
+
+
 def test_compare_shows_whole_numbers(screen):
     numbers = dict.fromkeys(
         ("inference_flops", "inference_flops_uncached", "inference_flops_estimate", "training_flops"), 1.25e12

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ia3 import AdapterFolder, FewShotClassifier, IA3Model, Readings, Recipe, Task, load_base, read_rows
-from ia3.evaluation.calibration import trained_on_others
+from ia3 import AdapterFolder, FewShotClassifier, IA3Model, Recipe, Task, load_base, read_rows
+from ia3.evaluation.learner import Learner
 from ia3.evaluation.start import Start
 from support import tiny, words
 from support.serving import Running
@@ -150,8 +150,8 @@ def test_rows_that_the_adapter_has_learned_are_no_test_rows_and_not_held_out(run
 
     base, tokenizer = load_base("model")
     task, recipe = Task.load("learned/task.yaml"), Recipe.small().changed(steps=1, init="learned")
-    arguments = (task, read_rows("two.csv"), recipe, 2, 0, "out", None, Readings())
-    with trained_on_others(IA3Model(base, {}), tokenizer, *arguments) as names:
+    learner = Learner(IA3Model(base, {}), tokenizer, task, read_rows("two.csv"), recipe, output_dir="out")
+    with learner.trained_on_others(2) as names:
         assert set(names) == {"fold0", "fold1"} and not started
 
 

@@ -23,7 +23,7 @@ from ia3 import (
     predict,
     score_choices,
 )
-from ia3.evaluation.calibration import fold_of_each
+from ia3.evaluation.learner import fold_of_each
 from ia3.evaluation.progress import Stage
 from ia3.folder import AdapterFolder
 from support import tiny, words

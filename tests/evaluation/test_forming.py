@@ -27,6 +27,7 @@ from ia3 import (
 )
 from ia3.evaluation.checkpoints import Interrupted
 from ia3.evaluation.forming import form_opinions
+from ia3.evaluation.learner import Learner
 from ia3.evaluation.prediction import Prediction
 from ia3.evaluation.progress import Progress
 from ia3.opinions.opinions import Opinions
@@ -68,18 +69,9 @@ def formed(place, recipe=RECIPE, rows=ROWS, folds=0, its=None, readings=None):
     config = IA3Config(task_type="CAUSAL_LM", acts_from="question")
     model = IA3Model(base, config)
     tiny.randomize(model, 4)
-    found = form_opinions(
-        Progress(),
-        "",
-        model,
-        tokenizer,
-        its or task(),
-        rows,
-        recipe,
-        folds,
-        output_dir=place / "out",
-        readings=readings,
-    )
+    its = its or task()
+    learner = Learner(model, tokenizer, its, rows, recipe, 0, place / "out", readings, its.taught(rows))
+    found = form_opinions(Progress(), "", learner, folds)
     assert list(model.peft_config) == ["default"]
     return model.eval(), tokenizer, found
 
@@ -418,7 +410,7 @@ class TestRowsWithoutLabels:
         base, tokenizer = load_base(str(place / "model"))
         model = IA3Model(base, IA3Config(task_type="CAUSAL_LM", acts_from="question"))
         recipe = RECIPE.changed(opinions="head")
-        return form_opinions(Progress(), "", model, tokenizer, task(), ROWS, recipe, **fields)
+        return form_opinions(Progress(), "", Learner(model, tokenizer, task(), ROWS, recipe), **fields)
 
     def test_heads_learn_from_them_where_cross_validation_agrees(self, place):
         before = self.formed(place)
@@ -491,9 +483,8 @@ class TestRareLabels:
         base, tokenizer = load_base(str(place / "model"))
         model = IA3Model(base, IA3Config(task_type="CAUSAL_LM", acts_from="question"))
         rows = [self.ROWS[-1], *self.ROWS[:-1]]  # wherever it stands
-        again = form_opinions(
-            Progress(), "", model, tokenizer, its, rows, RECIPE.changed(opinions="head"), unlabelled=pool
-        )
+        learner = Learner(model, tokenizer, its, rows, RECIPE.changed(opinions="head"))
+        again = form_opinions(Progress(), "", learner, unlabelled=pool)
         assert "20 rows without labels" in again.why and len(again.held_out) == 16
 
     def test_vectors_and_head_are_weighed(self, place):

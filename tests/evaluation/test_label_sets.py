@@ -9,8 +9,9 @@ from sklearn.metrics import log_loss, precision_recall_fscore_support
 
 from ia3 import InputError, Recipe, Task
 from ia3.evaluation import label_sets
-from ia3.evaluation.calibration import Calibration, fold_of_each
+from ia3.evaluation.calibration import Calibration
 from ia3.evaluation.label_sets import by_answers, centred, require_label_sets
+from ia3.evaluation.learner import fold_of_each
 from ia3.evaluation.prediction import Prediction
 from ia3.evaluation.results import majority, report
 from support import words

@@ -28,9 +28,9 @@ from ia3 import (
     predict_in_context,
     score_choices,
 )
-from ia3.evaluation.calibration import fold_of_each
 from ia3.evaluation.costs import measure
 from ia3.evaluation.icl import shots_text
+from ia3.evaluation.learner import fold_of_each
 from ia3.training.pretrain import MixtureTrainer
 from support import tiny, words
 

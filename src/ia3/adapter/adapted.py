@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -317,9 +318,9 @@ class Adapted(nn.Module):
             adapter_name: the new adapter's name.
 
         Raises:
-            InputError: a name is unknown or taken, the lists differ in length, two adapters rescale different sides
-                of one module or act from different places (`acts_from`), or more than one trains a module of
-                `modules_to_save`.
+            InputError: a name is unknown or taken, the lists differ in length, a weight is not finite, two adapters rescale
+                different sides of one module or act from different places (`acts_from`), or more than one trains a module
+                of `modules_to_save`.
         """
         self._ia3_check_name(adapter_name)
         self.require_adapters(adapters)
@@ -328,6 +329,8 @@ class Adapted(nn.Module):
             raise InputError(
                 f"Expected one weight for each adapter, found {len(adapters)} adapters and {len(weights)} weights."
             )
+        if not all(map(math.isfinite, weights)):
+            raise InputError(f"Expected weights that are finite numbers, found {shown(weights)}.")
         layers = {
             path: layer for path, layer in self.ia3_layers.items() if any(name in layer.held for name in adapters)
         }

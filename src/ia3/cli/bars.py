@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -11,13 +12,17 @@ from ia3.evaluation.progress import Progress, Stage
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as RichProgress
-    from rich.progress import TaskID
+    from rich.progress import Task, TaskID
 
     from ia3.evaluation.wordings import Ranked
 
 
+# Between two lines in a file, where bars cannot move.
+_SECONDS = 30.0
+
+
 class Bars(Progress):
-    """Shows an experiment's progress in a `with` block.
+    """Shows an experiment's progress in a `with` block; in a file, a line every half minute and all bars at the end.
 
     Args:
         out: the console for people.
@@ -26,6 +31,7 @@ class Bars(Progress):
     def __init__(self, out: Console) -> None:
         self.out = out
         self._shown: RichProgress | None = None
+        self._told = time.monotonic()
 
     def __enter__(self) -> Bars:
         return self
@@ -62,27 +68,43 @@ class Bars(Progress):
         if self._shown is None:
             self._shown = _bars(self.out)
             self._shown.start()
-        return Bar(self._shown, self._shown.add_task(title, total=total, completed=done, note=""))
+        return Bar(self._shown, self._shown.add_task(title, total=total, completed=done, note=""), self)
+
+    def tell(self, task: Task) -> None:
+        """Say in a file how far a stage is, unless a line has just been said."""
+        now = time.monotonic()
+        if not (self.out.is_terminal or self.out.is_jupyter) and now - self._told >= _SECONDS:
+            self._told = now
+            self.say(f"{task.description}: {task.completed:.0f} of {task.total:.0f}")
 
 
 class Bar(Stage):
     """One of the bars."""
 
-    def __init__(self, bars: RichProgress, number: TaskID) -> None:
-        self._bars, self._number = bars, number
+    def __init__(self, bars: RichProgress, number: TaskID, shown_by: Bars) -> None:
+        self._bars, self._number, self._shown_by = bars, number, shown_by
 
     def advance(self, count: int) -> None:
         self._bars.advance(self._number, count)
+        self._tell()
 
     def reach(self, done: int) -> None:
         self._bars.update(self._number, completed=done)
+        self._tell()
 
     def note(self, text: str) -> None:
         self._bars.update(self._number, note=text)
 
     def end(self) -> None:
-        [shown] = [task for task in self._bars.tasks if task.id == self._number]
-        self._bars.update(self._number, total=shown.completed)
+        self._bars.update(self._number, total=self._task.completed)
+
+    @property
+    def _task(self) -> Task:
+        [task] = [task for task in self._bars.tasks if task.id == self._number]
+        return task
+
+    def _tell(self) -> None:
+        self._shown_by.tell(self._task)
 
 
 def _bars(out: Console) -> RichProgress:

@@ -61,7 +61,7 @@ def raft(
     """
     out = console(json_output)
     require_folder(output)
-    from ia3.evaluation.calibration import fold_of_each
+    from ia3.evaluation.learner import fold_of_each
     from ia3.evaluation.raft import Raft
     from ia3.task.raft import RAFT_TASKS, TRAIN_ROWS, RaftTask
 

@@ -452,7 +452,7 @@ def _together(one: str, value: Any, other: str, others: Any) -> None:
 
 def _check_folds(trials: Sequence[Trial], folds: int) -> None:
     """Refuse --folds if the examples of a trial cannot be divided into that many parts."""
-    from ia3.evaluation.calibration import fold_of_each
+    from ia3.evaluation.learner import fold_of_each
 
     for trial in trials:
         with about(f"{trial.titled('Cannot cross-validate')} (--folds {folds})"):

@@ -21,6 +21,7 @@ from ia3.adapter.pretrained import (
 from ia3.errors import InputError, brief
 from ia3.evaluation.balance import can_balance
 from ia3.evaluation.forming import Forming, form_opinions
+from ia3.evaluation.learner import Learner
 from ia3.evaluation.prediction import Prediction
 from ia3.evaluation.progress import Progress
 from ia3.evaluation.wordings import choose_wording
@@ -154,6 +155,6 @@ def _held_out(
 
     recipe, readings = Recipe.for_model(name).changed(opinions=HEAD, encoder=encoder), Readings()
     task, _ = choose_wording(base, tokenizer, task, rows, recipe, progress, readings=readings)
-    model = IA3Model(base, {})
-    formed = form_opinions(progress, "", model, tokenizer, task, rows, recipe, seed=seed, readings=readings)
+    learner = Learner(IA3Model(base, {}), tokenizer, task, rows, recipe, seed, readings=readings)
+    formed = form_opinions(progress, "", learner)
     return formed.held_out, formed.labels

@@ -18,13 +18,14 @@ from ia3.adapter.stored import RECIPE_NAME, REPORT_NAME, StoredAdapter
 from ia3.errors import InputError
 from ia3.evaluation import costs, icl
 from ia3.evaluation.balance import Balance, balancing_rows, can_balance
+from ia3.evaluation.learner import Learner
 from ia3.evaluation.prediction import predict
 from ia3.evaluation.progress import Progress
 from ia3.evaluation.report.findings import Findings, Method
 from ia3.evaluation.report.page import page_of
 from ia3.evaluation.report.plots import can_draw
 from ia3.evaluation.results import OF_TEXTS
-from ia3.evaluation.running import train_alone, with_adapters
+from ia3.evaluation.running import with_adapters
 from ia3.files import WEIGHTS_NAME, replacing, write_json
 from ia3.scoring.prefix import Prefix
 from ia3.scoring.question import row_length
@@ -193,9 +194,8 @@ class Comparison:
         recipe = self.recipe
         model = with_adapters(self.base, {"default": recipe.place(self.base, self.task)}, recipe)
         with tempfile.TemporaryDirectory() as scratch:
-            trainer, _, seconds = train_alone(
-                self._progress, "training", model, self.tokenizer, self.task, self.examples, recipe, self.seed, scratch
-            )
+            learner = Learner(model, self.tokenizer, self.task, self.examples, recipe, self.seed, scratch)
+            trainer, _, seconds = learner.train(self._progress, "training")
             save_adapter(model, scratch)
             size = Path(scratch, WEIGHTS_NAME).stat().st_size
         steps = trainer.steps_of("default")

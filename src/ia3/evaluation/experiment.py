@@ -320,7 +320,7 @@ class Experiment:
                 self._check_label_sets(trial)
         self.check_report()
         if self.folds:
-            from ia3.evaluation.calibration import fold_of_each
+            from ia3.evaluation.learner import fold_of_each
 
             for trial in self.members:
                 with about(trial.name or None):

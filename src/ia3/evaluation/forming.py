@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +13,8 @@ from scipy.special import log_softmax
 
 from ia3.errors import InputError, shown
 from ia3.evaluation.balance import can_balance, shift_of
-from ia3.evaluation.calibration import fold_of_each, trained_on_others
-from ia3.evaluation.prediction import Prediction, predict
+from ia3.evaluation.learner import Learner, fold_of_each
+from ia3.evaluation.prediction import Prediction
 from ia3.evaluation.progress import Progress, Stage
 from ia3.opinions.head import Head, fit_head, weights_of
 from ia3.opinions.opinions import HEAD, LEAST, MOST_ASKING, SENTENCES, USUAL, VECTORS, Opinions, weigh
@@ -24,14 +23,10 @@ from ia3.opinions.self_training import Examples, self_train
 from ia3.opinions.sentences import Sentences, sentence_of
 from ia3.processes import dealt, from_first
 from ia3.scoring.family import passes_in_step
-from ia3.scoring.readings import Readings
 from ia3.scoring.scorer import Scorer
 from ia3.task.candidates import are_codes
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from ia3.adapter.model import IA3Model
     from ia3.scoring.question import Question
     from ia3.task.task import Row, Task
     from ia3.training.recipe import Recipe
@@ -70,36 +65,21 @@ class Formed:
 
 
 def form_opinions(
-    progress: Progress,
-    title: str,
-    model: IA3Model,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    rows: Sequence[Row],
-    recipe: Recipe,
-    folds: int = 0,
-    seed: int = 0,
-    output_dir: str | os.PathLike = "cross-validation",
-    readings: Readings | None = None,
-    unlabelled: Sequence[Row] = (),
+    progress: Progress, title: str, learner: Learner, folds: int = 0, unlabelled: Sequence[Row] = ()
 ) -> Formed:
     """Fit heads on the training rows, and weigh them and the vectors by cross-validation.
 
     Args:
         progress, title: show the steps.
-        model: gets an adapter per fold during the call.
-        tokenizer: the model's tokenizer.
-        task: with the same labels for all rows.
-        rows: the training rows.
-        recipe: how vectors are trained; with `opinions` "head" heads answer alone.
+        learner: what is trained on which rows, which have the same labels; with a recipe with `opinions` "head" heads answer alone.
         folds: the number of cross-validation parts; 0: 4, or as many as the rarest label of several rows has. Where vectors take
             long to train (many rows and labels), their weight is then a usual one.
-        seed, output_dir, readings: as of `cross_validate`.
         unlabelled: rows without labels, from which heads learn where that lowers the cross-validated log-loss (see
             `self_train`).
     """
-    made = Forming(task, rows, unlabelled, folds, seed, progress, title)
-    scorer = Scorer(model, tokenizer, readings)
+    task, rows, recipe = learner.task, learner.rows, learner.recipe
+    made = Forming(task, rows, unlabelled, folds, learner.seed, progress, title)
+    scorer = Scorer(learner.model, learner.tokenizer, learner.readings)
     questions = scorer.questions(made.wordings, labelled=False, long_prompts=recipe.long_prompts)
     made.fit(HEAD, "Head", lambda told: states_of(scorer, questions, told))
     encoder = Sentences.found(recipe.encoder)
@@ -119,12 +99,8 @@ def form_opinions(
     else:
         if VECTORS in asked:
             stage = progress.stage(f"Cross-validation {title}".strip(), recipe.steps)
-            readings = Readings() if readings is None else readings
-            labels = [*made.names, *made.unseen]
-            scores = held_out_scores(
-                model, tokenizer, task, rows, recipe, made.count, seed, output_dir, stage, readings, labels
-            )
-            balance = made.balance(scores)
+            templates = templates_asking(task, recipe)
+            balance = made.balance(learner.held_out_scores(made.count, stage, templates, [*made.names, *made.unseen]))
             stage.end()
             made.note(stage, VECTORS)
         weights = made.weights(asked)
@@ -299,35 +275,6 @@ def states_of(scorer: Scorer, questions: Sequence[Question], told: Callable[[lis
     return np.stack(dealt(len(questions), some, passes_in_step(scorer.model)))
 
 
-def held_out_scores(
-    model: IA3Model,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    rows: Sequence[Row],
-    recipe: Recipe,
-    folds: int,
-    seed: int,
-    output_dir: str | os.PathLike,
-    stage: Stage,
-    readings: Readings,
-    names: Sequence[str],
-) -> list[np.ndarray]:
-    """For each template that asks, the scores (N, labels) of rows by vectors that were trained without them."""
-    found = []
-    given = model, tokenizer, task, rows, recipe, folds, seed, output_dir, stage, readings, task.taught(rows)
-    with trained_on_others(*given) as by_fold:
-        for template in _asking(task, recipe):
-
-            def said_to(some: list[int], template: int = template) -> list[Prediction]:
-                how: dict[str, Any] = {"template": template, "recipe": recipe, "readings": readings}
-                names = [by_fold[index] for index in some]
-                return predict(model, tokenizer, task, [rows[index] for index in some], None, names, **how)
-
-            said = dealt(len(rows), said_to, passes_in_step(model))
-            found.append(np.array([[one.scores[name] for name in names] for one in said]))
-    return found
-
-
 def where_vectors_pay(
     recipe: Recipe, tasks: Sequence[tuple[Task, Sequence[Row]]], reads_answers: bool, folds: int, progress: Progress
 ) -> Recipe:
@@ -386,7 +333,7 @@ def forms_opinions(recipe: Recipe, task: Task, reads_answers: bool, all_template
     return possible and recipe.opinions != VECTORS
 
 
-def _asking(task: Task, recipe: Recipe) -> range:
+def templates_asking(task: Task, recipe: Recipe) -> range:
     """The templates that ask the vectors: the first of those that training draws from."""
     drawn = len(task.templates) if recipe.templates == "random" else 1
     able = itertools.takewhile(lambda template: can_balance(task, template), range(min(drawn, MOST_ASKING)))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ia3.errors import InputError, shown
-from ia3.evaluation.calibration import fold_of_each
-from ia3.evaluation.forming import FOLDS, QUICK, Formed, held_out_scores, states_of
+from ia3.evaluation.forming import FOLDS, QUICK, Formed, states_of, templates_asking
+from ia3.evaluation.learner import Learner, fold_of_each
 from ia3.evaluation.prediction import Prediction
 from ia3.evaluation.progress import Progress
 from ia3.opinions.label_sets import decide, fit_label_sets
@@ -18,14 +17,10 @@ from ia3.opinions.opinions import HEAD, SENTENCES, VECTORS, WORDS, Opinions
 from ia3.opinions.sentences import Sentences, sentence_of
 from ia3.opinions.words import Words
 from ia3.processes import from_first
-from ia3.scoring.readings import Readings
 from ia3.scoring.scorer import Scorer
 from ia3.task.label_sets import indicators
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from ia3.adapter.model import IA3Model
     from ia3.task.task import Row, Task
     from ia3.training.recipe import Recipe
 
@@ -33,24 +28,13 @@ MOST_ROWS = 10_000
 """For heads: their regression takes the cube of the rows' number, and memory for its square."""
 
 
-def form_label_sets(
-    progress: Progress,
-    title: str,
-    model: IA3Model,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    rows: Sequence[Row],
-    recipe: Recipe,
-    folds: int = 0,
-    seed: int = 0,
-    output_dir: str | os.PathLike = "cross-validation",
-    readings: Readings | None = None,
-) -> Formed:
+def form_label_sets(progress: Progress, title: str, learner: Learner, folds: int = 0) -> Formed:
     """Fit heads on the rows of a multi-label task, weigh them and the vectors, and find each label's threshold.
 
     Arguments as of `form_opinions`. Heads' held-out scores cost nothing (`fit_label_sets`). Vectors train once for each fold; where
     that takes long and heads answer as well, they do not count.
     """
+    task, rows, recipe = learner.task, learner.rows, learner.recipe
     wordings = task.wordings(rows)
     labels = [one.labels for one in wordings]
     names = sorted({label for its in labels for label in its})
@@ -59,7 +43,7 @@ def form_label_sets(
     heads, encoder = {}, None
     if recipe.opinions != VECTORS:
         encoder = Sentences.found(recipe.encoder)
-        scorer = Scorer(model, tokenizer, readings)
+        scorer = Scorer(learner.model, learner.tokenizer, learner.readings)
         questions = scorer.questions(wordings, labelled=False, long_prompts=recipe.long_prompts)
         sentences = [sentence_of(wording) for wording in wordings]
 
@@ -80,13 +64,12 @@ def form_label_sets(
     unseen = [label for label in task.labels or () if label not in names]
     count = min(folds or FOLDS, len({one.fingerprint for one in wordings}))
     long = not folds and len(rows) * len(names) > QUICK
-    divides = bool(folds) or _divides(task, rows, count, seed)
+    divides = bool(folds) or _divides(task, rows, count, learner.seed)
     asked = recipe.opinions == VECTORS or (recipe.opinions != HEAD and not long and divides)
     if asked:
         stage = progress.stage(f"Cross-validation {title}".strip(), recipe.steps)
-        readings = Readings() if readings is None else readings
         every = [*names, *unseen]
-        scores = held_out_scores(model, tokenizer, task, rows, recipe, count, seed, output_dir, stage, readings, every)
+        scores = learner.held_out_scores(count, stage, templates_asking(task, recipe), every)
         stage.end()
         balance, centred_scores = centred(scores, every)
         held_out[VECTORS] = centred_scores[:, : len(names)]

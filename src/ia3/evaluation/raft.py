@@ -101,8 +101,9 @@ class Raft:
         """Cross-validate, train, predict and save; return the results."""
         from transformers import set_seed
 
+        from ia3.evaluation.learner import Learner
         from ia3.evaluation.prediction import predict
-        from ia3.evaluation.running import cross_validated, train_alone
+        from ia3.evaluation.running import cross_validated
 
         one, folder, recipe = self.tasks[name], Path(self.folder, name), self.recipe
         task, started = one.task, time.perf_counter()
@@ -112,12 +113,9 @@ class Raft:
         with progress.waiting("Loading the model …"):
             model, tokenizer = self._with_new_adapter(task)
         set_seed(self.seed)
-        scores, calibration, _ = cross_validated(
-            progress, "Cross-validation", model, tokenizer, task, one.train, recipe, self.folds, self.seed, folder
-        )
-        trainer, trained, train_seconds = train_alone(
-            progress, "Training", model, tokenizer, task, one.train, recipe, self.seed, folder
-        )
+        learner = Learner(model, tokenizer, task, one.train, recipe, self.seed, folder)
+        scores, calibration, _ = cross_validated(progress, "Cross-validation", learner, self.folds)
+        trainer, trained, train_seconds = learner.train(progress, "Training")
         stage = progress.stage("Predicting", len(one.test))
         found = predict(model, tokenizer, task, one.test, lambda done: stage.advance(len(done)), recipe=recipe)
         results = {

@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,19 +28,18 @@ from ia3.processes import dealt, from_first
 from ia3.task.rows import as_rows
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from ia3.adapter.model import IA3Model
     from ia3.evaluation.calibration import Calibration
     from ia3.evaluation.experiment import Experiment, Trial
+    from ia3.evaluation.learner import Learner
     from ia3.evaluation.prediction import Prediction
     from ia3.evaluation.wordings import Ranked
     from ia3.opinions.opinions import Opinions
     from ia3.scoring.readings import Readings
-    from ia3.task.kinds import AnyTask
     from ia3.task.task import Row, Task
     from ia3.training.recipe import Recipe
-    from ia3.training.trainer import TFewTrainer
 
 # What asks a head about test rows is called.
 _TITLES = {"head": "Head, test rows", "sentences": "Sentence encoder, test rows"}
@@ -325,14 +324,12 @@ class Running:
         from ia3.opinions.opinions import VECTORS, Opinions
 
         experiment, task = self.experiment, trial.task
-        recipe = self.recipe.changed(learning_rate=trial.learning_rate)
-        given = self.progress, trial.name, self.model, self.tokenizer, task, trial.examples, recipe
-        how = experiment.folds, trial.seed, experiment.checkpoints, self.readings
+        given = self.progress, trial.name, self._learner(trial), experiment.folds
         if task.multi_label:
-            formed = form_label_sets(*given, *how)
+            formed = form_label_sets(*given)
         else:
             pool = [] if experiment.unlabelled is None else as_rows(experiment.unlabelled, task)
-            formed = form_opinions(*given, *how, pool)
+            formed = form_opinions(*given, pool)
         found: dict[str, Any] = {"weights": formed.opinions.weights, "why": formed.why}
         results: dict[str, Any] = {"opinions": found}
         calibration = None
@@ -437,20 +434,8 @@ class Running:
         """What a trial's examples have by adapters that have not seen them, and how they calibrate its own; with costs, also what it
         has on test rows with that, for then the decisions are others."""
         experiment, task = self.experiment, trial.task
-        scores, calibration, found = cross_validated(
-            self.progress,
-            trial.titled("Cross-validation"),
-            self.model,
-            self.tokenizer,
-            task,
-            trial.examples,
-            self.recipe.changed(learning_rate=trial.learning_rate),
-            experiment.folds,
-            trial.seed,
-            experiment.checkpoints,
-            self.readings,
-            task.taught(trial.examples),
-        )
+        title = trial.titled("Cross-validation")
+        scores, calibration, found = cross_validated(self.progress, title, self._learner(trial), experiment.folds)
         results: dict[str, Any] = {"cross_validation": scores}
         at = calibration.temperature
         self.gathered[trial.name].held_out = HeldOut(
@@ -462,6 +447,22 @@ class Running:
             if task.costs and not experiment.all_templates:
                 results["trained"] = _scores(trial, said, 0)
         return results, calibration
+
+    def _learner(self, trial: Trial) -> Learner:
+        from ia3.evaluation.learner import Learner
+
+        recipe = self.recipe.changed(learning_rate=trial.learning_rate)
+        return Learner(
+            self.model,
+            self.tokenizer,
+            trial.task,
+            trial.examples,
+            recipe,
+            trial.seed,
+            self.experiment.checkpoints,
+            self.readings,
+            trial.task.taught(trial.examples),
+        )
 
     # Measuring.
 
@@ -637,76 +638,26 @@ def _note(stage: Stage | None, task: Task, scores: Sequence[Scores | None]) -> N
 
 
 def cross_validated(
-    progress: Progress,
-    title: str,
-    model: IA3Model,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    rows: Sequence[Row],
-    recipe: Recipe,
-    folds: int,
-    seed: int,
-    folder: Path,
-    readings: Readings | None = None,
-    known: Collection[str] | None = None,
+    progress: Progress, title: str, learner: Learner, folds: int
 ) -> tuple[Scores, Calibration, list[Prediction]]:
-    """The metrics of labelled rows, each predicted by an adapter that has not seen it, what they calibrate, and the predictions
+    """The metrics of a learner's rows, each predicted by an adapter that has not seen it, what they calibrate, and the predictions
     with a temperature of 1.
 
     Args:
         progress: told of the steps.
         title: of its stage.
-        model, tokenizer, task, rows, recipe, folds, seed, readings, known: as of `cross_validate`.
-        folder: its `output_dir`.
+        learner, folds: as of `Learner.cross_validate`.
     """
-    from ia3.evaluation.calibration import Calibration, cross_validate
+    from ia3.evaluation.calibration import Calibration
 
-    stage = progress.stage(title, recipe.steps)
-    found = cross_validate(model, tokenizer, task, rows, recipe, folds, seed, folder, stage, readings, known)
-    labels = [task.label(row) for row in rows]
+    stage = progress.stage(title, learner.recipe.steps)
+    found = learner.cross_validate(folds, stage)
+    labels = [learner.task.label(row) for row in learner.rows]
     calibration = Calibration.fit(found, labels)
-    scores = task.metrics(labels, [prediction.at(calibration.temperature).best for prediction in found])
+    scores = learner.task.metrics(labels, [prediction.at(calibration.temperature).best for prediction in found])
     stage.end()
-    _note(stage, task, [scores])
+    _note(stage, learner.task, [scores])
     return scores, calibration, found
-
-
-def train_alone(
-    progress: Progress,
-    title: str,
-    model: IA3Model,
-    tokenizer: PreTrainedTokenizerBase,
-    task: AnyTask,
-    rows: Sequence[Row],
-    recipe: Recipe,
-    seed: int,
-    folder: Path | str,
-) -> tuple[TFewTrainer, Scores, float]:
-    """Train a model's active adapter as an `Experiment` does, without checkpoints.
-
-    Args:
-        progress: told of the steps.
-        title: of its stage.
-        model: what `with_adapters` makes of a base model.
-        tokenizer, task, rows, recipe, seed: as of `TFewTrainer` and its `Member`.
-        folder: the trainer's; nothing is written to it.
-
-    Returns:
-        The trainer, its metrics, and the seconds that training took.
-    """
-    from transformers import set_seed
-
-    from ia3.training.members import Member
-    from ia3.training.trainer import TFewTrainer
-
-    arguments = recipe.training_arguments(folder, seed=seed, save_strategy="no", disable_tqdm=True)
-    set_seed(seed)
-    callbacks = [training_stages(progress, {"loss": title})]
-    trainer = TFewTrainer(model, arguments, tokenizer, Member(task, rows), recipe, callbacks=callbacks)
-    trainer.silence()
-    started = time.perf_counter()
-    metrics = trainer.train().metrics
-    return trainer, metrics, time.perf_counter() - started
 
 
 def with_adapters(base: PreTrainedModel, adapters: Mapping[str, Place], recipe: Recipe) -> IA3Model:

@@ -22,7 +22,7 @@ from ia3.scoring.batch import PASS_TOKENS, Batch
 from ia3.scoring.decoder import Decoder
 from ia3.scoring.family import Family, evaluating, frozen, passes_in_step, waits_for_question
 from ia3.scoring.question import Question, row_length
-from ia3.scoring.trials import ROUNDING, Size, deviation, judged, scores_of, size_of, telling, verdicts_of
+from ia3.scoring.trials import Size, deviation, judged, rounding, scores_of, size_of, telling, verdicts_of
 
 logger = logging.getLogger(__name__)
 
@@ -197,8 +197,7 @@ def is_exact_behind(family: Family, layout: Layout, question: Question, moved: Q
         if not torch.isfinite(expected).all():
             return None
         difference, why = deviation(family, lambda: layout(asked), expected, (rows, choices))
-    rounding = torch.finfo(family.dtype).eps * max(float(expected.abs().max()), 1.0)
-    if difference <= max(ROUNDING, 4 * rounding):
+    if difference <= rounding(family, expected):
         return True
     logger.info(
         "%s: rows behind what was read before are not exact in this layout (%s).", type(family.base).__name__, why
