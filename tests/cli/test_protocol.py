@@ -192,7 +192,7 @@ def test_an_interrupted_cross_validation_leaves_the_adapters(ia3, place, task, t
         raise KeyboardInterrupt
 
     assert train(ia3, place, task, tmp_path / "whole", seeds="0,1")[0] == 0
-    monkeypatch.setattr("ia3.evaluation.learner.Learner.cross_validate", interrupted)
+    monkeypatch.setattr("ia3.evaluation.learner.Learner.held_out", interrupted)
     assert train(ia3, place, task, tmp_path / "out", seeds="0,1", folds=4)[0] == 130
     for name in ("seed-0", "seed-1"):
         whole, cut = (tmp_path / folder / name for folder in ("whole", "out"))

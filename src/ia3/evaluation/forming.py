@@ -99,8 +99,7 @@ def form_opinions(
     else:
         if VECTORS in asked:
             stage = progress.stage(f"Cross-validation {title}".strip(), recipe.steps)
-            templates = templates_asking(task, recipe)
-            balance = made.balance(learner.held_out_scores(made.count, stage, templates, [*made.names, *made.unseen]))
+            balance = made.balance(held_out_scores(learner, made.count, stage, [*made.names, *made.unseen]))
             stage.end()
             made.note(stage, VECTORS)
         weights = made.weights(asked)
@@ -275,6 +274,12 @@ def states_of(scorer: Scorer, questions: Sequence[Question], told: Callable[[lis
     return np.stack(dealt(len(questions), some, passes_in_step(scorer.model)))
 
 
+def held_out_scores(learner: Learner, folds: int, stage: Stage, labels: Sequence[str]) -> list[np.ndarray]:
+    """For each template that asks, the scores (N, labels) of rows by vectors that were trained without them."""
+    each = learner.held_out(folds, stage, _asking(learner.task, learner.recipe))
+    return [np.array([[one.scores[label] for label in labels] for one in said]) for said in each]
+
+
 def where_vectors_pay(
     recipe: Recipe, tasks: Sequence[tuple[Task, Sequence[Row]]], reads_answers: bool, folds: int, progress: Progress
 ) -> Recipe:
@@ -333,7 +338,7 @@ def forms_opinions(recipe: Recipe, task: Task, reads_answers: bool, all_template
     return possible and recipe.opinions != VECTORS
 
 
-def templates_asking(task: Task, recipe: Recipe) -> range:
+def _asking(task: Task, recipe: Recipe) -> range:
     """The templates that ask the vectors: the first of those that training draws from."""
     drawn = len(task.templates) if recipe.templates == "random" else 1
     able = itertools.takewhile(lambda template: can_balance(task, template), range(min(drawn, MOST_ASKING)))

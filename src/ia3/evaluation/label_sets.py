@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ia3.errors import InputError, shown
-from ia3.evaluation.forming import FOLDS, QUICK, Formed, states_of, templates_asking
+from ia3.evaluation.forming import FOLDS, QUICK, Formed, held_out_scores, states_of
 from ia3.evaluation.learner import Learner, fold_of_each
 from ia3.evaluation.prediction import Prediction
 from ia3.evaluation.progress import Progress
@@ -69,7 +69,7 @@ def form_label_sets(progress: Progress, title: str, learner: Learner, folds: int
     if asked:
         stage = progress.stage(f"Cross-validation {title}".strip(), recipe.steps)
         every = [*names, *unseen]
-        scores = learner.held_out_scores(count, stage, templates_asking(task, recipe), every)
+        scores = held_out_scores(learner, count, stage, every)
         stage.end()
         balance, centred_scores = centred(scores, every)
         held_out[VECTORS] = centred_scores[:, : len(names)]

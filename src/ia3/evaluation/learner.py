@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ia3.errors import InputError, shown
 from ia3.evaluation.progress import Progress, Stage, training_stages
 from ia3.processes import dealt
@@ -77,27 +75,11 @@ class Learner:
         metrics = trainer.train().metrics
         return trainer, metrics, time.perf_counter() - started
 
-    def cross_validate(self, folds: int, stage: Stage | None = None) -> list[Prediction]:
-        """N predictions of the rows, each by an adapter that was trained on the other folds (see `trained_on_others`)."""
-        from ia3.evaluation.prediction import predict
-        from ia3.scoring.readings import Readings
-
-        its = self if self.readings is not None else replace(self, readings=Readings())
-        with its.trained_on_others(folds, stage) as names:
-            return predict(
-                its.model,
-                its.tokenizer,
-                its.task,
-                its.rows,
-                adapter_names=names,
-                recipe=its.recipe,
-                readings=its.readings,
-            )
-
-    def held_out_scores(
-        self, folds: int, stage: Stage, templates: Sequence[int], labels: Sequence[str]
-    ) -> list[np.ndarray]:
-        """For each of some templates the scores (N, labels) of the rows, each by an adapter that was trained on the other folds."""
+    def held_out(
+        self, folds: int, stage: Stage | None = None, templates: Sequence[int] = (0,)
+    ) -> list[list[Prediction]]:
+        """For each of some templates, N predictions of the rows, each by an adapter that was trained on the other folds (see
+        `trained_on_others`)."""
         from ia3.evaluation.prediction import predict
         from ia3.scoring.family import passes_in_step
         from ia3.scoring.readings import Readings
@@ -109,12 +91,10 @@ class Learner:
 
                 def said_to(some: list[int], template: int = template) -> list[Prediction]:
                     how: dict[str, Any] = {"template": template, "recipe": its.recipe, "readings": its.readings}
-                    names = [by_fold[index] for index in some]
-                    rows = [its.rows[index] for index in some]
-                    return predict(its.model, its.tokenizer, its.task, rows, None, names, **how)
+                    how["adapter_names"] = [by_fold[index] for index in some]
+                    return predict(its.model, its.tokenizer, its.task, [its.rows[index] for index in some], **how)
 
-                said = dealt(len(its.rows), said_to, passes_in_step(its.model))
-                found.append(np.array([[one.scores[label] for label in labels] for one in said]))
+                found.append(dealt(len(its.rows), said_to, passes_in_step(its.model)))
         return found
 
     @contextmanager
@@ -226,7 +206,7 @@ def cross_validate(
         InputError: see `fold_of_each`.
     """
     learner = Learner(model, tokenizer, task, as_rows(rows, task), recipe, seed, output_dir, readings, known)
-    return learner.cross_validate(folds, stage)
+    return learner.held_out(folds, stage)[0]
 
 
 def fold_of_each(task: Task, rows: Any, folds: int, seed: int = 0) -> list[int]:

@@ -646,12 +646,12 @@ def cross_validated(
     Args:
         progress: told of the steps.
         title: of its stage.
-        learner, folds: as of `Learner.cross_validate`.
+        learner, folds: as of `Learner.held_out`.
     """
     from ia3.evaluation.calibration import Calibration
 
     stage = progress.stage(title, learner.recipe.steps)
-    found = learner.cross_validate(folds, stage)
+    [found] = learner.held_out(folds, stage)
     labels = [learner.task.label(row) for row in learner.rows]
     calibration = Calibration.fit(found, labels)
     scores = learner.task.metrics(labels, [prediction.at(calibration.temperature).best for prediction in found])
