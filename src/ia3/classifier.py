@@ -458,8 +458,9 @@ class _Base:
             self.model.set_adapter("default")
             arguments = recipe.training_arguments(folder, seed=seed, save_strategy="no", disable_tqdm=not verbose)
             kept = readings if self.model.waits_for_question() else None
-            taught = task.taught(rows)
-            trainer = TFewTrainer(self.model, arguments, self.tokenizer, Member(task, rows, known=taught), recipe, kept)
+            trainer = TFewTrainer(
+                self.model, arguments, self.tokenizer, Member(task, rows, known=task.taught(rows)), recipe, kept
+            )
             reads_answers = trainer.scorer.family.reads_answers
             require_reading([task], reads_answers)
             forms = task.multi_label or forms_opinions(recipe, task, reads_answers)
@@ -473,7 +474,7 @@ class _Base:
             files, opinions = self._written(), Opinions()
             if forms:
                 form = form_label_sets if task.multi_label else form_opinions
-                learner = Learner(self.model, self.tokenizer, task, rows, recipe, seed, folder, kept, taught)
+                learner = Learner(self.model, self.tokenizer, task, rows, recipe, seed, folder, kept)
                 opinions = form(Progress(), "", learner).opinions
                 if not task.multi_label:
                     labels = [task.label(row) for row in rows]

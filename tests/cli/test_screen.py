@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -104,7 +105,7 @@ def test_progress_shows_whole_names(screen):
 @pytest.mark.parametrize("terminal", [False, True])
 def test_a_file_has_a_line_now_and_then_instead_of_a_moving_bar(monkeypatch, terminal):
     clock = iter([0, 10, 31, 40, 70])
-    monkeypatch.setattr("ia3.cli.bars.time.monotonic", lambda: next(clock, 71))
+    monkeypatch.setattr("ia3.cli.bars.time", SimpleNamespace(monotonic=lambda: next(clock, 71)))
     out = Console(file=io.StringIO(), width=80, highlight=False, force_terminal=terminal)
     with Bars(out) as bars:
         stage = bars.stage("Training", 8)

@@ -86,6 +86,14 @@ def test_a_model_that_ignores_position_ids_is_found_out(llama):
     assert not packs(llama)
 
 
+@pytest.mark.parametrize("sure", [0.01, 0.5])
+def test_a_model_that_is_sure_rounds_no_less(llama, sure):
+    """Its scores are near 0, but they are differences of logits, which are not."""
+    family, spacing = scorer(llama.bfloat16()).family, torch.finfo(torch.bfloat16).eps
+    small, large = (trials.rounding(family, torch.tensor([-sure, -size])) for size in (sure, 8.0))
+    assert small >= 3 * spacing and large >= 8 * 3 * spacing
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_window_of_the_model_is_found_out_in_half_precision_too(dtype):
     long = [Question([5, *range(3, 33)], [[9, 10], [11, 12, 13]])]

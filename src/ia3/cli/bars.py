@@ -22,7 +22,7 @@ _SECONDS = 30.0
 
 
 class Bars(Progress):
-    """Shows an experiment's progress in a `with` block; in a file, a line every half minute and all bars at the end.
+    """Shows an experiment's progress in a `with` block; in a file, a line at most every half minute, and all bars at the end.
 
     Args:
         out: the console for people.
@@ -70,11 +70,11 @@ class Bars(Progress):
             self._shown.start()
         return Bar(self._shown, self._shown.add_task(title, total=total, completed=done, note=""), self)
 
-    def tell(self, task: Task) -> None:
+    def tell(self, bar: Bar) -> None:
         """Say in a file how far a stage is, unless a line has just been said."""
         now = time.monotonic()
         if not (self.out.is_terminal or self.out.is_jupyter) and now - self._told >= _SECONDS:
-            self._told = now
+            self._told, task = now, bar.task
             self.say(f"{task.description}: {task.completed:.0f} of {task.total:.0f}")
 
 
@@ -86,25 +86,23 @@ class Bar(Stage):
 
     def advance(self, count: int) -> None:
         self._bars.advance(self._number, count)
-        self._tell()
+        self._shown_by.tell(self)
 
     def reach(self, done: int) -> None:
         self._bars.update(self._number, completed=done)
-        self._tell()
+        self._shown_by.tell(self)
 
     def note(self, text: str) -> None:
         self._bars.update(self._number, note=text)
 
     def end(self) -> None:
-        self._bars.update(self._number, total=self._task.completed)
+        self._bars.update(self._number, total=self.task.completed)
 
     @property
-    def _task(self) -> Task:
+    def task(self) -> Task:
+        """What rich knows of it."""
         [task] = [task for task in self._bars.tasks if task.id == self._number]
         return task
-
-    def _tell(self) -> None:
-        self._shown_by.tell(self._task)
 
 
 def _bars(out: Console) -> RichProgress:

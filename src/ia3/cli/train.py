@@ -313,6 +313,8 @@ def train(
         require_folder(path)
     if folds:
         _check_folds(experiment.trials, folds)
+    trains = {"steps": steps, "learning_rates": learning_rates}
+    _require_use(opinions, trains)
     from ia3.evaluation.choosing import named_models  # with torch, so that wrong rows are told without waiting for it
 
     models = named_models(model)
@@ -343,14 +345,7 @@ def train(
         opinions=opinions,
         encoder=encoder,
     )
-    if experiment.recipe.opinions == "head":
-        for argument, value in {"steps": steps, "learning_rates": learning_rates}.items():
-            if value is not None:
-                raise InputError(
-                    "Expected opinions with vectors, found 'head' alone, which trains none",
-                    "leave out",
-                    argument=argument,
-                )
+    _require_use(experiment.recipe.opinions, trains)
     quiet()
     with saying_how_to_go_on():
         if ray is None:
@@ -374,6 +369,15 @@ def train(
     if report is not None or is_ours(folder / first.name / REPORT_NAME):  # not so where the user's own stayed
         page = report or folder.joinpath(*["*"] * depth, REPORT_NAME)
         out.print(f"How good is it? {page}", markup=False, soft_wrap=True)
+
+
+def _require_use(opinions: str | None, trains: Mapping[str, Any]) -> None:
+    """Refuse options for the training of vectors, argument → value, where none are trained."""
+    for argument, value in trains.items():
+        if opinions == "head" and value is not None:
+            raise InputError(
+                "Expected opinions with vectors, found 'head' alone, which trains none", "leave out", argument=argument
+            )
 
 
 def _on_ray(out: Console, experiment: Experiment, address: str, workers: int | None, resume: bool) -> Outcome:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -71,7 +71,8 @@ def form_opinions(
 
     Args:
         progress, title: show the steps.
-        learner: what is trained on which rows, which have the same labels; with a recipe with `opinions` "head" heads answer alone.
+        learner: the model and its training rows, which all have the same choice of labels. If its recipe's `opinions` is "head",
+            heads answer alone.
         folds: the number of cross-validation parts; 0: 4, or as many as the rarest label of several rows has. Where vectors take
             long to train (many rows and labels), their weight is then a usual one.
         unlabelled: rows without labels, from which heads learn where that lowers the cross-validated log-loss (see
@@ -122,7 +123,7 @@ class Forming:
     """Opinions in the making.
 
     Args:
-        task, rows, unlabelled, folds, seed, progress, title: as of `form_opinions`.
+        task, rows, seed: as of `Learner`; the others as of `form_opinions`.
 
     Attributes:
         names: the labels that rows have, in alphabetical order.
@@ -276,6 +277,7 @@ def states_of(scorer: Scorer, questions: Sequence[Question], told: Callable[[lis
 
 def held_out_scores(learner: Learner, folds: int, stage: Stage, labels: Sequence[str]) -> list[np.ndarray]:
     """For each template that asks, the scores (N, labels) of rows by vectors that were trained without them."""
+    learner = replace(learner, known=learner.task.taught(learner.rows))
     each = learner.held_out(folds, stage, _asking(learner.task, learner.recipe))
     return [np.array([[one.scores[label] for label in labels] for one in said]) for said in each]
 

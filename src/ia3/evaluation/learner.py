@@ -37,12 +37,12 @@ class Learner:
     Attributes:
         model: with the adapters that it has.
         tokenizer: the model's tokenizer.
-        task: the task of the rows; one whose answer is text only learns, and has no folds.
+        task: the task of the rows; a task whose answer is text can be trained, but not divided into folds.
         rows: N labelled rows.
         recipe: how to train.
         seed: decides the folds, and the order of examples in training.
         output_dir: the trainer's output folder; nothing is written to it.
-        readings: keeps the rows' texts, which all that read them share; None: kept during a call.
+        readings: keeps what is read of the rows' texts, from call to call; None: during each call.
         known: as of `Member`.
     """
 
@@ -78,8 +78,12 @@ class Learner:
     def held_out(
         self, folds: int, stage: Stage | None = None, templates: Sequence[int] = (0,)
     ) -> list[list[Prediction]]:
-        """For each of some templates, N predictions of the rows, each by an adapter that was trained on the other folds (see
-        `trained_on_others`)."""
+        """For each template, a prediction of each row by an adapter that was trained on the other folds: N of them.
+
+        Args:
+            folds, stage: as of `trained_on_others`.
+            templates: the indices of some of the task's templates.
+        """
         from ia3.evaluation.prediction import predict
         from ia3.scoring.family import passes_in_step
         from ia3.scoring.readings import Readings
@@ -99,7 +103,7 @@ class Learner:
 
     @contextmanager
     def trained_on_others(self, folds: int, stage: Stage | None = None) -> Iterator[list[str]]:
-        """In a `with` block, the name of an adapter for each row that was trained without its fold (see `fold_of_each`).
+        """In a `with` block, for each row the name of an adapter that was trained without the row's fold (see `fold_of_each`).
 
         The adapters train all at once, with the results of separate runs. The model's own adapters stay as they are, trainable
         and active or not.

@@ -646,7 +646,8 @@ def cross_validated(
     Args:
         progress: told of the steps.
         title: of its stage.
-        learner, folds: as of `Learner.held_out`.
+        learner: an adapter of it is trained for each fold.
+        folds: their number.
     """
     from ia3.evaluation.calibration import Calibration
 

@@ -33,8 +33,8 @@ _LONGEST_PACKED = 8192
 # row's places have changed a tiny model's choices by 1e-3, but those that a trial looks at by as little as 5e-5.
 _ROUNDING = 3e-5
 
-# Of half precision's spacing at the largest score: rounding came to at most 2.1 of it in SmolLM2-135M in bfloat16, while
-# siblings that see each other in a tree came to 7 and more.
+# Scores may differ by so many spacings (eps) at the largest score, or at 1 where scores are smaller: rounding in bfloat16 came to at
+# most 3 of them in SmolLM2-135M, while siblings that see each other in a tree came to 7 and more.
 _SPACINGS = 4
 
 Size = tuple[int, ...]
@@ -170,7 +170,7 @@ def tolerance(family: Family, questions: Sequence[Question], right: torch.Tensor
 
 def rounding(family: Family, scores: torch.Tensor) -> float:
     """How far another layout's scores may be from these, as its sums are rounded in another order."""
-    return max(_ROUNDING, _SPACINGS * torch.finfo(family.dtype).eps * float(scores.abs().max()))
+    return max(_ROUNDING, _SPACINGS * torch.finfo(family.dtype).eps * max(float(scores.abs().max()), 1.0))
 
 
 def packs(family: Family, questions: Sequence[Question]) -> bool:
