@@ -475,7 +475,7 @@ class Task(Described):
 
     def answers(self, row: Row, number: int | None = None, template: int = 0) -> dict[str, str]:
         """Label → answer text, for a row; see `Wording`."""
-        return self.wording(row, number, template).answers
+        return dict(self.wording(row, number, template).answers)
 
     def label(self, row: Row, number: int | None = None, template: int = 0) -> str:
         """A row's label; see `Wording`."""

@@ -55,12 +55,14 @@ class Wording:
         Raises:
             InputError: the row lacks a column that the choices name, an answer is empty, or two are equal.
         """
-        others = set() if self.learns is None else {*self.labels} - {self.learns}
+        if self.learns is None:
+            return self._listed
+        others = {*self.labels} - {self.learns}
         return {label: text for label, text in self._listed.items() if label not in others}
 
     @functools.cached_property
     def _listed(self) -> dict[str, str]:
-        """Label → answer text, of all labels."""
+        """Label → answer text, of all labels. It is the task's own dictionary where all rows have the same answers."""
         with about(row=self.number):
             return answers_of(self.task.choices_of(self._place), self._read(self.row))
 
