@@ -46,7 +46,7 @@ def test_scores_agree_with_each_row_alone(smollm2):
 
 
 def test_rounding_is_taken_for_no_mistake(monkeypatch):
-    """Where it is, each choice of a question becomes a row of its own, which takes several times as long."""
+    """A model whose packed rows are judged wrong scores each choice in a row of its own. That takes several times as long."""
     prompt = ["Why", "was", "I", "charged", "twice", "for", "what", "I", "sent", "to", "my", "sister"]
     verbs, nouns = ("lost", "declined", "expired", "blocked", "new"), ("card", "cash", "PIN", "transfer", "top up")
     answers = [f" {verb} {noun}{end}" for verb in verbs for noun in nouns for end in ("", " abroad", " fee")]

@@ -69,8 +69,7 @@ def formed(place, recipe=RECIPE, rows=ROWS, folds=0, its=None, readings=None):
     config = IA3Config(task_type="CAUSAL_LM", acts_from="question")
     model = IA3Model(base, config)
     tiny.randomize(model, 4)
-    its = its or task()
-    learner = Learner(model, tokenizer, its, rows, recipe, 0, place / "out", readings, its.taught(rows))
+    learner = Learner(model, tokenizer, its or task(), rows, recipe, 0, place / "out", readings)
     found = form_opinions(Progress(), "", learner, folds)
     assert list(model.peft_config) == ["default"]
     return model.eval(), tokenizer, found

@@ -7,7 +7,7 @@ import os
 import time
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from ia3.evaluation.prediction import Prediction
     from ia3.scoring.readings import Readings
     from ia3.task.task import Task
-    from ia3.training.members import Member
     from ia3.training.recipe import Recipe
     from ia3.training.trainer import TFewTrainer
 
@@ -69,7 +68,7 @@ class Learner:
         from transformers import set_seed
 
         set_seed(self.seed)
-        trainer = self._trainer(self._member(self.rows))
+        trainer = self._trainer({None: self.rows})
         trainer.add_callback(training_stages(progress, {"loss": title}))
         started = time.perf_counter()
         metrics = trainer.train().metrics
@@ -138,7 +137,7 @@ class Learner:
                 others = {
                     name: [row for row, its in zip(self.rows, by_fold, strict=True) if its != name] for name in names
                 }
-                trainer = self._trainer([self._member(rows, name, self.seed) for name, rows in others.items()])
+                trainer = self._trainer(others)
                 if stage is not None:
                     trainer.add_callback(_steps(stage))
                 trainer.train()
@@ -157,14 +156,12 @@ class Learner:
         place = self.recipe.place(base, self.task)
         return IA3Config(task_type=task_type(base), acts_from=place, target_modules=self.recipe.target_modules)
 
-    def _member(self, rows: Sequence[Any], name: str | None = None, seed: int | None = None) -> Member:
+    def _trainer(self, rows_of: Mapping[Any, Sequence[Any]]) -> TFewTrainer:
+        """Of adapters, name → rows; None is the active one."""
         from ia3.training.members import Member
-
-        return Member(self.task, rows, name, seed, known=self.known)
-
-    def _trainer(self, members: Member | list[Member]) -> TFewTrainer:
         from ia3.training.trainer import TFewTrainer
 
+        members = [Member(self.task, rows, name, known=self.known) for name, rows in rows_of.items()]
         how = {"seed": self.seed, "save_strategy": "no", "disable_tqdm": True}
         arguments = self.recipe.training_arguments(self.output_dir, **how)
         trainer = TFewTrainer(self.model, arguments, self.tokenizer, members, self.recipe, self.readings)

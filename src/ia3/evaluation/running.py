@@ -435,7 +435,8 @@ class Running:
         has on test rows with that, for then the decisions are others."""
         experiment, task = self.experiment, trial.task
         title = trial.titled("Cross-validation")
-        scores, calibration, found = cross_validated(self.progress, title, self._learner(trial), experiment.folds)
+        learner = replace(self._learner(trial), known=task.taught(trial.examples))
+        scores, calibration, found = cross_validated(self.progress, title, learner, experiment.folds)
         results: dict[str, Any] = {"cross_validation": scores}
         at = calibration.temperature
         self.gathered[trial.name].held_out = HeldOut(
@@ -461,7 +462,6 @@ class Running:
             trial.seed,
             self.experiment.checkpoints,
             self.readings,
-            trial.task.taught(trial.examples),
         )
 
     # Measuring.

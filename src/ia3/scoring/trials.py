@@ -33,8 +33,8 @@ _LONGEST_PACKED = 8192
 # row's places have changed a tiny model's choices by 1e-3, but those that a trial looks at by as little as 5e-5.
 _ROUNDING = 3e-5
 
-# Scores may differ by so many spacings (eps) at the largest score, or at 1 where scores are smaller: rounding in bfloat16 came to at
-# most 3 of them in SmolLM2-135M, while siblings that see each other in a tree came to 7 and more.
+# A score may differ by 4 eps, times the largest score if that is above 1. Rounding came to at most 3 eps in SmolLM2-135M in
+# bfloat16. Siblings of a tree that wrongly see each other changed scores by 7 eps and more.
 _SPACINGS = 4
 
 Size = tuple[int, ...]
