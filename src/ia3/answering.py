@@ -48,7 +48,7 @@ class Answering:
         prior: how frequent labels are where predictions are made, as `prior_of` takes it; None: as in training.
         zero_shot: also ask the untrained model.
         abstain_below: give no label where the best one's probability is lower.
-        memory: the maximum that `Readings` keep.
+        memory: as of `Readings`.
     """
 
     folders: Mapping[str, AdapterFolder]
@@ -103,7 +103,6 @@ class Answering:
             on_progress: called with the indices of the rows that each batch answered, once for each answer.
         """
         from ia3.evaluation.prediction import predict, predict_each
-        from ia3.scoring.readings import Readings
 
         model, tokenizer = self.loaded
         if self._is_alone:
@@ -118,12 +117,12 @@ class Answering:
                 abstain_below=self.abstain_below,
                 recipe=folder.recipe,
                 opinions=self.opinions[ALONE],
+                memory=self.memory,
             )
             return [[Answer(ALONE, task, item)] for item in alone]
         everyone = [self._respondents(names) for names in asked]
-        several = max(map(len, everyone), default=0) > 1
-        readings = Readings(self.memory) if several else None
-        predictions = predict_each(model, tokenizer, rows, everyone, on_progress, self.abstain_below, readings)
+        how: dict[str, Any] = {"abstain_below": self.abstain_below, "memory": self.memory}
+        predictions = predict_each(model, tokenizer, rows, everyone, on_progress, **how)
         adapters, untrained = self._known
         answers = []
         for names, its, items in zip(asked, everyone, predictions, strict=True):

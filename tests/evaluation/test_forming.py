@@ -87,6 +87,34 @@ def test_the_folder_says_what_answers_and_metrics_what_each_is_worth(trained):
         assert set(results["opinions"]["head"]) == set(results["trained"])
 
 
+@pytest.mark.parametrize("memory", ["2GiB", "40KB"])
+def test_what_head_and_vectors_read_is_read_once(place, memory, monkeypatch):
+    model, tokenizer, found = formed(place)
+    its = Opinions.of({"vectors": 0.6, "head": 0.9}, found.opinions.heads, found.opinions.balance)
+    rows = [{"text": " ".join(row["text"] for row in OTHERS[:count])} for count in range(1, 10)] * 2
+    rows = [{"text": f"{row['text']} {OTHERS[index % 9]['text']}"} for index, row in enumerate(rows)]
+    tokens = []
+    model.get_input_embeddings().register_forward_hook(lambda module, args, output: tokens.append(args[0].numel()))
+
+    def scores(some):
+        tokens.clear()
+        said = predict(model, tokenizer, task(), some, opinions=its, memory=memory)
+        return [one.scores for one in said], sum(tokens)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Scorer, "keeping", lambda scorer, questions: scorer)
+        twice, before = scores(rows)
+        _, few = scores(rows[:2])
+    done = []
+    predict(model, tokenizer, task(), rows, done.extend, opinions=its, memory=memory)
+    assert sorted(done) == list(range(len(rows)))
+    once, after = scores(rows)
+    assert after < 0.75 * before
+    for one, other in zip(once, twice, strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+    assert scores(rows[:2])[1] <= few
+
+
 @pytest.mark.parametrize("weights", [{"vectors": 0.6, "head": 0.9}, {"head": 1.0}, {"vectors": 0.5}])
 def test_predictions_are_the_weighed_sum(place, weights):
     model, tokenizer, found = formed(place, RECIPE.changed(opinions="head"))

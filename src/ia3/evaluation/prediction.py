@@ -5,14 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ia3.adapter.rows import BASE
 from ia3.errors import InputError, about
-from ia3.opinions.asking import head_jobs, heads_say
+from ia3.opinions.asking import HeadJob, head_jobs, heads_say
 from ia3.opinions.opinions import Opinions
+from ia3.scoring import MEMORY
 from ia3.scoring.prefix import Prefix
 from ia3.scoring.readings import Readings
 from ia3.scoring.scorer import Scorer
@@ -120,6 +121,7 @@ def predict(
     prefix: Prefix | None = None,
     readings: Readings | None = None,
     opinions: Opinions | None = None,
+    memory: int | str = MEMORY,
 ) -> list[Prediction]:
     """Predict for each row the label whose answer text has the best length-normalized log-probability; for a task with costs, the
     label with the least expected cost.
@@ -140,6 +142,7 @@ def predict(
         prefix: a text before each row's prompt, such as shots (see `predict_in_context`).
         readings: keeps what the base model reads of the rows' texts from call to call (see `Readings`).
         opinions: what answers beside the vectors, for all rows; None: the vectors alone.
+        memory: as of `Readings`, for texts that are asked more than once, where no readings are given.
 
     Raises:
         InputError: the numbers of tasks or temperatures and rows differ, or a temperature or threshold is out of range;
@@ -161,7 +164,7 @@ def predict(
         for number, (item, one) in enumerate(zip(items, tasks, strict=True), 1)
     ]
     _check(temperatures, abstain_below)
-    scorer = Scorer(model, tokenizer, readings)
+    scorer = Scorer(model, tokenizer, readings, memory)
     count = len(wordings)
     each = [its] * count
     scores = _scored(scorer, wordings, [recipe] * count, each, temperatures, adapter_names, on_progress, prefix)
@@ -198,6 +201,7 @@ def predict_each(
     on_progress: Callable[[list[int]], None] | None = None,
     abstain_below: float = 0.0,
     readings: Readings | None = None,
+    memory: int | str = MEMORY,
 ) -> list[list[Prediction]]:
     """What several adapters say to each row, each in its own task: `predict` for one text and many adapters.
 
@@ -213,6 +217,7 @@ def predict_each(
         abstain_below: give no label where the best one's probability is lower.
         readings: what the base model makes of the rows' texts, kept from call to call; None: kept for a few rows only, where
             several ask about a text.
+        memory: as of `predict`.
 
     Returns:
         For each row a prediction of each of its respondents, in their order.
@@ -224,7 +229,7 @@ def predict_each(
     if len(respondents) != len(items):
         raise InputError(f"Expected respondents for each of the {len(items)} rows, found {len(respondents)}.")
     _check([one.temperature for its in respondents for one in its], abstain_below)
-    scorer = Scorer(model, tokenizer, readings)
+    scorer = Scorer(model, tokenizer, readings, memory)
     found: list[list[Prediction]] = [[] for _ in items]
     for part in _parts([len(its) for its in respondents]):
         asked = [(index, one) for index in part for one in respondents[index]]
@@ -302,40 +307,84 @@ def _scored(
     for long_prompts, indices in alike.items():
         some = scorer.questions([flat[index] for index in indices], False, long_prompts, prefix)
         by_index.update(zip(indices, some, strict=True))
-    asked = [
+    jobs = [
         (row, name, job)
         for row, its in enumerate(opinions)
         for name, job in head_jobs(its, flat[firsts[row]], by_index[firsts[row]]).items()
     ]
     asks = [index for index, row in enumerate(row_of) if opinions[row].vectors]
+    if adapter_names is not None:
+        names = [adapter_names[row_of[index]] for index in asks]
+        named = scorer.named([by_index[index] for index in asks], names)
+        by_index.update(zip(asks, named, strict=True))
+    questions = [(row_of[index], by_index[index], recipes[row_of[index]].length_normalization) for index in asks]
+    by_heads, each = _answered(scorer, len(wordings), jobs, questions, on_progress, prefix)
+    by_vectors = dict(zip(asks, each, strict=True))
+    found = []
+    for row, its in enumerate(opinions):
+        scored = []
+        for index in range(firsts[row], firsts[row + 1]):
+            labels = flat[index].answers
+            values = by_vectors[index] if index in by_vectors else [0.0] * len(labels)
+            scored.append(dict(zip(labels, values, strict=True)))
+        found.append(its.together(scored, by_heads[row], temperatures[row]))
+    return found
+
+
+def _answered(
+    scorer: Scorer,
+    count: int,
+    jobs: Sequence[tuple[int, str, HeadJob]],
+    questions: Sequence[tuple[int, Question, float]],
+    on_progress: Callable[[list[int]], None] | None,
+    prefix: Prefix | None,
+) -> tuple[list[dict[str, dict[str, float]]], list[list[float]]]:
+    """What heads say to so many rows (opinion → label → score), and the score of each choice of each question.
+
+    What both read of a text is read once.
+
+    Args:
+        scorer: asks the model.
+        count: the number of rows.
+        jobs: heads' jobs, with the row and the opinion.
+        questions: for vectors, with the row and the power of length normalization.
+        on_progress, prefix: as of `predict`.
+    """
     # A row is done when nothing of it is left to ask.
-    left = Counter([*(row for row, *_ in asked), *(row_of[index] for index in asks)])
+    left = Counter([*(row for row, *_ in jobs), *(row for row, *_ in questions)])
 
     def answered(rows: list[int]) -> None:
         left.subtract(rows)
         if on_progress is not None:
             on_progress([row for row in dict.fromkeys(rows) if not left[row]])
 
-    by_heads = heads_say(scorer, [job for *_, job in asked], lambda done: answered([asked[k][0] for k in done]))
-    said: list[dict[str, dict[str, float]]] = [{} for _ in wordings]
-    for (row, name, _), one in zip(asked, by_heads, strict=True):
-        said[row][name] = one
-    names = None if adapter_names is None else [adapter_names[row_of[index]] for index in asks]
-    powers = [recipes[row_of[index]].length_normalization for index in asks]
-    scores = scorer.score(
-        [by_index[index] for index in asks],
-        powers[0] if len(set(powers)) == 1 else powers,
-        on_progress=lambda done: answered([row_of[asks[k]] for k in done]),
-        adapter_names=names,
-        prefix=prefix,
-    )
-    by_vectors = dict(zip(asks, scores, strict=True))
-    found = []
-    for row, its in enumerate(opinions):
-        scored = []
-        for index in range(firsts[row], firsts[row + 1]):
-            labels = flat[index].answers
-            values = by_vectors[index].tolist() if index in by_vectors else [0.0] * len(labels)
-            scored.append(dict(zip(labels, values, strict=True)))
-        found.append(its.together(scored, said[row], temperatures[row]))
-    return found
+    def ask(part: Collection[int]) -> None:
+        some = [job for job in jobs if job[0] in part]
+        told = heads_say(scorer, [job for *_, job in some], lambda done: answered([some[k][0] for k in done]))
+        for (row, name, _), its in zip(some, told, strict=True):
+            said[row][name] = its
+        indices = [index for index, (row, *_) in enumerate(questions) if row in part]
+        powers = [questions[index][2] for index in indices]
+        found = scorer.score(
+            [questions[index][1] for index in indices],
+            powers[0] if len(set(powers)) == 1 else powers,
+            on_progress=lambda done: answered([questions[indices[k]][0] for k in done]),
+            prefix=prefix,
+        )
+        for index, its in zip(indices, found, strict=True):
+            scores[index] = its.tolist()
+
+    said: list[dict[str, dict[str, float]]] = [{} for _ in range(count)]
+    scores: list[list[float]] = [[] for _ in questions]
+    if prefix is not None:  # which is read once, and the texts behind it whole
+        ask(range(count))
+        return said, scores
+    reads: list[list[Question]] = [[] for _ in range(count)]
+    for row, _, job in jobs:
+        reads[row] += job.reads
+    for row, question, _ in questions:
+        reads[row].append(question)
+    scorer = scorer.keeping([question for its in reads for question in its])
+    for part in scorer.parts(reads):
+        ask({*part})
+    return said, scores

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from ia3.adapter.rows import BASE
 from ia3.opinions.head import Head
 from ia3.opinions.opinions import HEAD, WORDS, Opinions
 from ia3.opinions.sentences import Sentences, sentence_of
@@ -36,6 +37,11 @@ class HeadJob:
     def read(self) -> tuple[Any, ...]:
         """What is read: the same for all heads that read the same."""
         return (self.question.read, *self.question.prompt) if self.encoder is None else (self.encoder, self.sentence)
+
+    @property
+    def reads(self) -> list[Question]:
+        """What the frozen model reads for it: its question, or nothing."""
+        return [replace(self.question, adapter=BASE)] if self.encoder is None else []
 
 
 def head_jobs(opinions: Opinions, wording: Wording, question: Question) -> dict[str, HeadJob]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,6 +47,8 @@ _LEAST = 4
 _STATES = 4
 
 Text = tuple[int, ...]
+
+_LAYOUT = "behind texts"
 
 
 @dataclass(frozen=True)
@@ -188,7 +191,7 @@ class Readings:
 
     def exact(self, family: Family, questions: Sequence[Question]) -> bool:
         """Whether rows that go on from texts are exact for all of these questions."""
-        verdicts = verdicts_of(family, "behind texts")
+        verdicts = verdicts_of(family, _LAYOUT)
 
         def size(question: Question) -> Size:
             return question.read, *size_of(question.behind(question.read))
@@ -211,25 +214,41 @@ class Readings:
         by_text: dict[Text, list[int]] = {}
         for index, question in enumerate(questions):
             by_text.setdefault(question.text, []).append(index)
-        # What is there comes first; and neighbours of one length, for they are padded least.
-        order = sorted(by_text, key=lambda text: (text not in self._kept, -len(text)))
-        if not self._token_bytes:
-            self._have(family, order[-1:])  # says how much a token takes
+        texts, groups = [*by_text], [*by_text.values()]
+        for part in self.parts(family, [[text] for text in texts]):
+            for text in (texts[i] for i in part):
+                if self._bytes(text) > self.memory:
+                    raise InputError(
+                        f"Expected memory for at least one text, which takes {self._bytes(text)} bytes ({len(text)} tokens), "
+                        f"found {self.memory}; give more memory, or use an adapter that acts from the start."
+                    )
+            yield [index for i in part for index in groups[i]]
+
+    def parts(self, family: Family, groups: Sequence[Collection[Text]]) -> Iterator[list[int]]:
+        """Groups of texts that are needed together, as indices, in parts whose texts the memory holds at once.
+
+        A group that it does not hold is a part of its own.
+        """
+        self._own(family)
+
+        def place(index: int) -> tuple[bool, int]:
+            # What is there comes first; and neighbours of one length, for they are padded least.
+            return not self._kept.keys() >= {*groups[index]}, -sum(map(len, groups[index]))
+
+        order = sorted(range(len(groups)), key=place)
+        if not self._token_bytes and (shortest := min(itertools.chain(*groups), key=len, default=None)):
+            self._have(family, [shortest])  # says how much a token takes
         part: list[int] = []
         filled = 0
-        for text in order:
-            size = self._bytes(text)
-            if size > self.memory:
-                raise InputError(
-                    f"Expected memory for at least one text, which takes {size} bytes ({len(text)} tokens), found "
-                    f"{self.memory}; give more memory, or use an adapter that acts from the start."
-                )
+        for index in order:
+            size = sum(map(self._bytes, groups[index]))
             if part and filled + size > self.memory:
                 yield part
                 part, filled = [], 0
-            part += by_text[text]
+            part.append(index)
             filled += size
-        yield part
+        if part:
+            yield part
 
     def _bytes(self, text: Text) -> int:
         """What a text takes."""
@@ -271,6 +290,11 @@ def askable(family: Family, questions: Sequence[Question]) -> list[bool]:
             acting = () if not routing.enabled else routing.active if name is None else (name,)
             known[name] = not routing.merged and (not acting or adapted.waits_for_question(acting))
     return [known[question.adapter] and question.read >= _LEAST for question in questions]
+
+
+def tried_behind_texts(family: Family) -> bool:
+    """Whether a trial has found that the model goes on from texts exactly; others may follow for larger questions."""
+    return bool(verdicts_of(family, _LAYOUT).exact)
 
 
 def read_texts(family: Family, texts: Sequence[Text]) -> dict[Text, Reading | Encoded] | None:

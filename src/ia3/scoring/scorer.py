@@ -14,7 +14,7 @@ from torch import nn
 from ia3.adapter.placement import device_of
 from ia3.adapter.targets import inside_wrappers
 from ia3.errors import InputError
-from ia3.scoring import trials
+from ia3.scoring import MEMORY, trials
 from ia3.scoring.batch import (
     PASS_TOKENS,
     Batch,
@@ -33,7 +33,7 @@ from ia3.scoring.family import evaluating, frozen, waits_for_question
 from ia3.scoring.fitting import answer_lengths, fitted, warn_of_cuts
 from ia3.scoring.prefix import SEPARATOR, Prefix
 from ia3.scoring.question import Question
-from ia3.scoring.readings import Readings, askable
+from ia3.scoring.readings import Readings, askable, tried_behind_texts
 from ia3.scoring.states import whole_states
 from ia3.scoring.tokens import chat_tokens, closing_token, question_lengths
 from ia3.task.wording import Wording
@@ -47,6 +47,9 @@ if TYPE_CHECKING:
 
 # Tokens of a row of several questions, at most: attention, which grows with the square, sees all of them.
 _JOINED = 1024
+
+# A trial whether rows may go on from texts takes about so many passes of the longest of these.
+_TRIAL = 5
 
 
 class Scorer:
@@ -64,18 +67,43 @@ class Scorer:
         tokenizer: its tokenizer.
         readings: keep what the base model makes of texts, for whatever is asked about them later; None: of those only
             that one call asks for several times, until it ends.
+        memory: as of `Readings`, for what is kept where none are given.
 
     Attributes:
         family: how models of this kind are asked.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, readings: Readings | None = None) -> None:
-        self.model, self.tokenizer, self.readings = model, tokenizer, readings
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        readings: Readings | None = None,
+        memory: int | str = MEMORY,
+    ) -> None:
+        self.model, self.tokenizer, self.readings, self.memory = model, tokenizer, readings, memory
         self.family = family_of(model, tokenizer)
 
     def through(self, model: nn.Module) -> Scorer:
         """The scorer of the same model in a wrapper for parallel training, which computes."""
-        return self if model is self.model else Scorer(model, self.tokenizer, self.readings)
+        return self if model is self.model else Scorer(model, self.tokenizer, self.readings, self.memory)
+
+    def keeping(self, questions: Sequence[Question]) -> Scorer:
+        """The scorer for several calls that ask these questions in all: it reads texts once that they share, where that pays."""
+        if self.readings is not None or not self._shared(questions):
+            return self
+        return Scorer(self.model, self.tokenizer, Readings(self.memory), self.memory)
+
+    def parts(self, rows: Sequence[Sequence[Question]]) -> Iterator[list[int]]:
+        """Rows of questions, as indices, in parts whose texts are kept at once; all in one where none are kept."""
+        if self.readings is None:
+            yield [*range(len(rows))]
+            return
+        row_of = [row for row, questions in enumerate(rows) for _ in questions]
+        flat = [question for questions in rows for question in questions]
+        texts: list[set[tuple[int, ...]]] = [set() for _ in rows]
+        for index in self._apart(flat)[0]:
+            texts[row_of[index]].add(flat[index].text)
+        yield from self.readings.parts(self.family, texts)
 
     @property
     def max_length(self) -> int | None:
@@ -310,14 +338,22 @@ class Scorer:
         found = [i for i, ok in enumerate(askable(self.family, questions)) if ok]
         readings = self.readings
         if readings is None:
-            times = Counter(questions[i].text for i in found)
-            found = [i for i in found if times[questions[i].text] > 1]
-            if sum((times[text] - 1) * len(text) for text in times) < 2 * PASS_TOKENS:
-                return [], None
-            readings = Readings()
+            shared = self._shared([questions[i] for i in found])
+            found = [i for i in found if questions[i].text in shared]
+            readings = Readings(self.memory)
         if not found or not readings.exact(self.family, [questions[i] for i in found]):
             return [], None
         return found, readings
+
+    def _shared(self, questions: Sequence[Question]) -> set[tuple[int, ...]]:
+        """Texts that several of the questions ask about; none where it does not pay to read them apart."""
+        asks = askable(self.family, questions)
+        times = Counter(question.text for question, ok in zip(questions, asks, strict=True) if ok)
+        shared = {text for text, count in times.items() if count > 1}
+        saved = sum((times[text] - 1) * len(text) for text in shared)
+        tried = tried_behind_texts(self.family)
+        least = max(2 * PASS_TOKENS, 0 if tried else _TRIAL * max(map(len, shared), default=0))
+        return shared if saved >= least else set()
 
     def training_batches(self, questions: Sequence[Question]) -> Iterator[tuple[list[int], Batch]]:
         """As `batches`, for a backward pass behind each of them, before the next is asked for.
@@ -405,7 +441,7 @@ class Scorer:
             apart, readings = self._apart(asked)
             # What an encoder reads is what is kept of it.
             if self.family.has_encoder and len(apart) < len(asked):
-                apart, readings = [*range(len(asked))], Readings()
+                apart, readings = [*range(len(asked))], Readings(self.memory)
             left = sorted({*range(len(asked))} - {*apart})
             parts = [(left, whole_states(self.family, [asked[i] for i in left]))]
             if readings is not None:
@@ -438,7 +474,7 @@ class Scorer:
         `length_normalization` may be a number for each question.
         """
         if adapter_names is not None:
-            questions = self._named(questions, adapter_names)
+            questions = self.named(questions, adapter_names)
         device = device_of(self.model)
         results: list[torch.Tensor] = [torch.empty(0)] * len(questions)
         power: Any = length_normalization
@@ -491,7 +527,7 @@ class Scorer:
         if not isinstance(family, SentenceEncoder):
             raise InputError(f"Expected a sentence encoder for embeddings, found a {type(family.base).__name__}.")
         if adapter_names is not None:
-            questions = self._named(questions, adapter_names)
+            questions = self.named(questions, adapter_names)
         device = device_of(self.model)
         found: dict[int, torch.Tensor] = {}
         with evaluating(self.model), torch.inference_mode():
@@ -500,7 +536,7 @@ class Scorer:
                 found.update(zip(group, family.embeddings(batch).cpu(), strict=True))
         return torch.stack([found[i] for i in range(len(questions))])
 
-    def _named(self, questions: Sequence[Question], adapter_names: Sequence[str]) -> list[Question]:
+    def named(self, questions: Sequence[Question], adapter_names: Sequence[str]) -> list[Question]:
         """The questions, each for the adapter of an `IA3Model` that answers it."""
         check: Callable | None = getattr(inside_wrappers(self.model), "check_adapter_names", None)
         if check is None:

@@ -420,14 +420,16 @@ class LocalEngine:
         from ia3.adapter.rows import BASE
         from ia3.opinions.asking import heads_say
 
-        heads = [asked for asked in batch if asked.job.head is not None]
+        heads = [(asked, asked.job.head) for asked in batch if asked.job.head is not None]
         others = [asked for asked in batch if asked.job.head is None]
         names = [asked.job.adapter or BASE for asked in others]
         powers = [asked.job.length_normalization for asked in others]
-        results = self._scorer.score([asked.job.question for asked in others], powers, adapter_names=names)
+        questions = self._scorer.named([asked.job.question for asked in others], names)
+        scorer = self._scorer.keeping([*questions, *(one for _, head in heads for one in head.reads)])
+        results = scorer.score(questions, powers)
         found = [(asked, result.tolist()) for asked, result in zip(others, results, strict=True)]
-        said = heads_say(self._scorer, [asked.job.head for asked in heads if asked.job.head is not None])
-        found += [(asked, [*one.values()]) for asked, one in zip(heads, said, strict=True)]
+        said = heads_say(scorer, [head for _, head in heads])
+        found += [(asked, [*one.values()]) for (asked, _), one in zip(heads, said, strict=True)]
         self.observe("score", len(batch), len(set(names)))
         # Not earlier, because all questions are asked again if one fails.
         for asked, result in found:
