@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicLayer
 
 from ia3.adapter.placement import device_of
 from ia3.errors import reason
+from ia3.scoring.attention import shared_keys
 from ia3.scoring.batch import PASS_TOKENS, Batch
 from ia3.scoring.decoder import Decoder
 from ia3.scoring.family import Family, evaluating, frozen, passes_in_step, waits_for_question
@@ -120,9 +121,10 @@ def fill(family: Decoder, cache: DynamicCache, ids: torch.Tensor, **inputs: Any)
     options: dict[str, Any] = {"logits_to_keep": torch.tensor([-1])} if "logits_to_keep" in known else {}
     length = cache.get_seq_length() + ids.shape[1]
     try:
-        found = family.model(
-            input_ids=ids, past_key_values=cache, use_cache=True, return_dict=True, **inputs, **options
-        )
+        with shared_keys(ids.device):
+            found = family.model(
+                input_ids=ids, past_key_values=cache, use_cache=True, return_dict=True, **inputs, **options
+            )
         filled = bool(cache.layers) and all(
             type(layer) is DynamicLayer and layer.get_seq_length() == length for layer in cache.layers
         )

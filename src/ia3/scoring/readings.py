@@ -48,8 +48,6 @@ _STATES = 4
 
 Text = tuple[int, ...]
 
-_LAYOUT = "behind texts"
-
 
 @dataclass(frozen=True)
 class Reading:
@@ -191,7 +189,7 @@ class Readings:
 
     def exact(self, family: Family, questions: Sequence[Question]) -> bool:
         """Whether rows that go on from texts are exact for all of these questions."""
-        verdicts = verdicts_of(family, _LAYOUT)
+        verdicts = verdicts_of(family, "behind texts")
 
         def size(question: Question) -> Size:
             return question.read, *size_of(question.behind(question.read))
@@ -290,11 +288,6 @@ def askable(family: Family, questions: Sequence[Question]) -> list[bool]:
             acting = () if not routing.enabled else routing.active if name is None else (name,)
             known[name] = not routing.merged and (not acting or adapted.waits_for_question(acting))
     return [known[question.adapter] and question.read >= _LEAST for question in questions]
-
-
-def tried_behind_texts(family: Family) -> bool:
-    """Whether a trial has found that the model goes on from texts exactly; others may follow for larger questions."""
-    return bool(verdicts_of(family, _LAYOUT).exact)
 
 
 def read_texts(family: Family, texts: Sequence[Text]) -> dict[Text, Reading | Encoded] | None:

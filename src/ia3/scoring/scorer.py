@@ -33,7 +33,7 @@ from ia3.scoring.family import evaluating, frozen, waits_for_question
 from ia3.scoring.fitting import answer_lengths, fitted, warn_of_cuts
 from ia3.scoring.prefix import SEPARATOR, Prefix
 from ia3.scoring.question import Question
-from ia3.scoring.readings import Readings, askable, tried_behind_texts
+from ia3.scoring.readings import Readings, askable
 from ia3.scoring.states import whole_states
 from ia3.scoring.tokens import chat_tokens, closing_token, question_lengths
 from ia3.task.wording import Wording
@@ -87,9 +87,14 @@ class Scorer:
         """The scorer of the same model in a wrapper for parallel training, which computes."""
         return self if model is self.model else Scorer(model, self.tokenizer, self.readings, self.memory)
 
-    def keeping(self, questions: Sequence[Question]) -> Scorer:
-        """The scorer for several calls that ask these questions in all: it reads texts once that they share, where that pays."""
-        if self.readings is not None or not self._shared(questions):
+    def keeping(self, questions: Sequence[Question], lasting: bool = False) -> Scorer:
+        """The scorer for several calls that ask these questions in all: it reads texts once that they share, where that pays.
+
+        Args:
+            questions: of all calls.
+            lasting: many more will be asked of the model, so that trials pay whatever they cost.
+        """
+        if self.readings is not None or not self._shared(questions, lasting):
             return self
         return Scorer(self.model, self.tokenizer, Readings(self.memory), self.memory)
 
@@ -345,15 +350,15 @@ class Scorer:
             return [], None
         return found, readings
 
-    def _shared(self, questions: Sequence[Question]) -> set[tuple[int, ...]]:
+    def _shared(self, questions: Sequence[Question], lasting: bool = False) -> set[tuple[int, ...]]:
         """Texts that several of the questions ask about; none where it does not pay to read them apart."""
         asks = askable(self.family, questions)
         times = Counter(question.text for question, ok in zip(questions, asks, strict=True) if ok)
         shared = {text for text, count in times.items() if count > 1}
         saved = sum((times[text] - 1) * len(text) for text in shared)
-        tried = tried_behind_texts(self.family)
-        least = max(2 * PASS_TOKENS, 0 if tried else _TRIAL * max(map(len, shared), default=0))
-        return shared if saved >= least else set()
+        # Whether there has been a trial is not asked: rounding must not depend on the past.
+        trial = 0 if lasting else _TRIAL * max(map(len, shared), default=0)
+        return shared if saved >= max(2 * PASS_TOKENS, trial) else set()
 
     def training_batches(self, questions: Sequence[Question]) -> Iterator[tuple[list[int], Batch]]:
         """As `batches`, for a backward pass behind each of them, before the next is asked for.

@@ -425,7 +425,8 @@ class LocalEngine:
         names = [asked.job.adapter or BASE for asked in others]
         powers = [asked.job.length_normalization for asked in others]
         questions = self._scorer.named([asked.job.question for asked in others], names)
-        scorer = self._scorer.keeping([*questions, *(one for _, head in heads for one in head.reads)])
+        asked_in_all = [*questions, *(one for _, head in heads for one in head.reads)]
+        scorer = self._scorer.keeping(asked_in_all, lasting=True)
         results = scorer.score(questions, powers)
         found = [(asked, result.tolist()) for asked, result in zip(others, results, strict=True)]
         said = heads_say(scorer, [head for _, head in heads])
