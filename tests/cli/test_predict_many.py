@@ -241,7 +241,6 @@ ALL = ("--all-adapters",)
         (None, (*ALL, "--adapters", "soups"), "Expected one of --adapter-column, --adapters and --all-adapters"),
         (None, (*ALL, "--adapter-column", "id"), "Expected one of --adapter-column, --adapters and --all-adapters"),
         (None, (*ALL, "--memory", "much"), "memory"),
-        (None, (*ALL, "--memory", "10"), "Expected memory for at least one text"),
         (lambda f: (f / "all/soups/task.yaml").unlink(), ALL, "Expected a task.yaml beside the adapter"),
         (lambda f: shutil.rmtree(f / "all"), ALL, "Expected a folder of adapters with --all-adapters"),
         (lambda f: (shutil.rmtree(f / "all"), (f / "all").mkdir()), ALL, "as --all-adapters asks for them"),

@@ -1,5 +1,6 @@
 """Texts that are read once: whatever is asked of what they left scores, and teaches, as whole rows do."""
 
+import functools
 import itertools
 import random
 from dataclasses import replace
@@ -7,6 +8,8 @@ from dataclasses import replace
 import peft
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -117,9 +120,12 @@ class TestTheBaseModel:
                 assert scores.tolist() == pytest.approx(alone(model, question), abs=1e-5)
         assert asks.readings.read > 5
 
-    def test_too_little_memory_for_a_text_is_said(self):
-        with pytest.raises(InputError, match=r"Expected memory for at least one text, which takes .* found 100;"):
-            with_readings(tiny.build("llama"), 100).score(asked())
+    def test_memory_for_no_text_keeps_one_at_a_time(self):
+        model, questions = tiny.build("llama"), asked()
+        asks = with_readings(model, 100)
+        for question, scores in zip(questions, asks.score(questions), strict=True):
+            assert scores.tolist() == pytest.approx(alone(model, question), abs=1e-5)
+        assert len(asks.readings) == 1
         with pytest.raises(InputError, match="Expected memory for readings in bytes, or such as '512MB'"):
             Readings("much")
 
@@ -347,8 +353,8 @@ class TestEncoderDecoders:
             assert torch.allclose(torch.cat(found), torch.cat(expected), atol=1e-5)
         assert asks.readings.read > 5
         asks.readings = Readings(100)
-        with pytest.raises(InputError, match=r"Expected memory for at least one text, which takes .* found 100;"):
-            asks.score(questions)
+        assert torch.allclose(torch.cat(asks.score(questions)), torch.cat(expected), atol=1e-5)
+        assert len(asks.readings) == 1
 
     def test_one_prompt_for_many_adapters_is_read_once_within_a_call(self, arch, monkeypatch):
         model = in_decoder(arch, [f"member{i}" for i in range(8)])
@@ -500,3 +506,36 @@ class TestWhereTheQuestionBegins:
             found.add(question.text)
             assert question.read < len(question.prompt)
         assert found == {(vocab["c"], vocab["a."]), (vocab["c"],)}
+
+
+_family = functools.cache(lambda: scorer(tiny.build("llama")).family)
+
+
+class TestParts:
+    """Groups of texts that are needed together."""
+
+    @given(
+        groups=st.lists(st.lists(st.integers(0, 7), max_size=3), min_size=1, max_size=12),
+        known=st.lists(st.integers(0, 7), max_size=4),
+        memory=st.integers(1, 12),
+    )
+    @settings(max_examples=60, deadline=None)
+    def test_each_is_in_one_part_that_fits_and_equal_ones_are_together(self, groups, known, memory):
+        family = _family()
+        texts = [(3 + number, *range(3, 8)) for number in range(8)]
+        readings = Readings()
+        readings._have(family, [texts[0]])
+        size = readings.nbytes
+        readings.memory = size * memory
+        readings.clear()
+        readings._have(family, [texts[i] for i in dict.fromkeys(known)][:memory])
+        parts = list(readings.parts(family, [[texts[i] for i in its] for its in groups]))
+        assert sorted(index for part in parts for index in part) == list(range(len(groups)))
+        for part in parts:
+            sets = [{*groups[index]} for index in part]
+            assert len(set().union(*sets)) <= max([memory, *map(len, sets)])
+        # Groups of the same texts are together.
+        of = {index: number for number, part in enumerate(parts) for index in part}
+        for index, its in enumerate(groups):
+            for other, same in enumerate(groups):
+                assert {*its} != {*same} or of[index] == of[other]

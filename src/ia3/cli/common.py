@@ -143,7 +143,8 @@ PriorOption = typer.Option(
     show_default=False,
 )
 MemoryOption = typer.Option(
-    MEMORY, help="Keep at most so much of what is read once (512MB, 2GiB, …); the rest is read again."
+    MEMORY,
+    help="Keep at most so much of what is read once (512MB, 2GiB, …), but always one text; the rest is read again.",
 )
 BaseOption = typer.Option(
     EMBEDDED_MODEL,

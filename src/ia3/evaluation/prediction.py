@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ia3.adapter.rows import BASE
 from ia3.errors import InputError, about
-from ia3.opinions.asking import HeadJob, head_jobs, heads_say
+from ia3.opinions.asking import HeadJob, head_jobs, heads_read, heads_say
 from ia3.opinions.opinions import Opinions
 from ia3.scoring import MEMORY
 from ia3.scoring.prefix import Prefix
@@ -215,8 +215,8 @@ def predict_each(
         respondents: for each row those that answer it.
         on_progress: called with the indices of the rows that each batch answered, once for each answer.
         abstain_below: give no label where the best one's probability is lower.
-        readings: what the base model makes of the rows' texts, kept from call to call; None: kept for a few rows only, where
-            several ask about a text.
+        readings: keeps what the base model makes of the rows' texts from call to call; None: of texts that are asked about more than
+            once, during this call.
         memory: as of `predict`.
 
     Returns:
@@ -358,12 +358,21 @@ def _answered(
         if on_progress is not None:
             on_progress([row for row in dict.fromkeys(rows) if not left[row]])
 
-    def ask(part: Collection[int]) -> None:
-        some = [job for job in jobs if job[0] in part]
+    jobs_of: list[list[int]] = [[] for _ in range(count)]
+    questions_of: list[list[int]] = [[] for _ in range(count)]
+    for index, (row, *_) in enumerate(jobs):
+        jobs_of[row].append(index)
+    for index, (row, *_) in enumerate(questions):
+        questions_of[row].append(index)
+    said: list[dict[str, dict[str, float]]] = [{} for _ in range(count)]
+    scores: list[list[float]] = [[] for _ in questions]
+
+    def ask(part: Sequence[int]) -> None:
+        some = [jobs[index] for row in part for index in jobs_of[row]]
         told = heads_say(scorer, [job for *_, job in some], lambda done: answered([some[k][0] for k in done]))
         for (row, name, _), its in zip(some, told, strict=True):
             said[row][name] = its
-        indices = [index for index, (row, *_) in enumerate(questions) if row in part]
+        indices = [index for row in part for index in questions_of[row]]
         powers = [questions[index][2] for index in indices]
         found = scorer.score(
             [questions[index][1] for index in indices],
@@ -374,17 +383,15 @@ def _answered(
         for index, its in zip(indices, found, strict=True):
             scores[index] = its.tolist()
 
-    said: list[dict[str, dict[str, float]]] = [{} for _ in range(count)]
-    scores: list[list[float]] = [[] for _ in questions]
     if prefix is not None:  # which is read once, and the texts behind it whole
         ask(range(count))
         return said, scores
-    reads: list[list[Question]] = [[] for _ in range(count)]
-    for row, _, job in jobs:
-        reads[row] += job.reads
-    for row, question, _ in questions:
-        reads[row].append(question)
-    scorer = scorer.keeping([question for its in reads for question in its])
+    asked = [question for _, question, _ in questions]
+    scorer = scorer.keeping([*heads_read(job for *_, job in jobs), *asked])
+    reads = [
+        [*heads_read(jobs[index][2] for index in jobs_of[row]), *(asked[index] for index in questions_of[row])]
+        for row in range(count)
+    ]
     for part in scorer.parts(reads):
-        ask({*part})
+        ask(part)
     return said, scores

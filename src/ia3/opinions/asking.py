@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,11 +38,6 @@ class HeadJob:
         """What is read: the same for all heads that read the same."""
         return (self.question.read, *self.question.prompt) if self.encoder is None else (self.encoder, self.sentence)
 
-    @property
-    def reads(self) -> list[Question]:
-        """What the frozen model reads for it: its question, or nothing."""
-        return [replace(self.question, adapter=BASE)] if self.encoder is None else []
-
 
 def head_jobs(opinions: Opinions, wording: Wording, question: Question) -> dict[str, HeadJob]:
     """Opinion → what its head is asked about a row."""
@@ -52,6 +47,12 @@ def head_jobs(opinions: Opinions, wording: Wording, question: Question) -> dict[
         else HeadJob(head, question, WORDS if name == WORDS else opinions.encoder, sentence_of(wording))
         for name, head in opinions.heads.items()
     }
+
+
+def heads_read(jobs: Iterable[HeadJob]) -> list[Question]:
+    """What `heads_say` has the frozen model read for these jobs."""
+    different = {job.read: job.question for job in jobs if job.encoder is None}
+    return [replace(question, adapter=BASE) for question in different.values()]
 
 
 def heads_say(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +17,6 @@ from ia3.adapter.adapted import find_adapted
 from ia3.adapter.placement import device_of
 from ia3.adapter.rows import BASE
 from ia3.adapter.targets import inside_wrappers
-from ia3.errors import InputError
 from ia3.files import parse_bytes
 from ia3.scoring import MEMORY
 from ia3.scoring.batch import Batch, groups, groups_of_sizes, padded, pass_tokens, to_device, training_groups
@@ -110,8 +108,8 @@ class Readings:
     model whole. Where a model does not go on from keys and values exactly, which a trial finds out, all rows do.
 
     Args:
-        memory: bytes that they take at most, or such as "512MB" or "2GiB"; texts that do not fit are read again. The base
-            model's weights have to stay as they are.
+        memory: bytes that they take at most, or such as "512MB" or "2GiB", but one text is always kept; texts that do not fit are read
+            again. The base model's weights have to stay as they are.
 
     Attributes:
         memory: in bytes.
@@ -144,9 +142,6 @@ class Readings:
         """Questions of `askable` in batches of rows that go on from their texts: indices, and the batch.
 
         Texts are read as their turn comes, as many as the memory holds.
-
-        Raises:
-            InputError: the memory does not hold a single text.
         """
         for group, readings in self._divided(family, questions, batch_tokens, training):
             yield group, rows_behind(family, [questions[i] for i in group], readings)
@@ -212,14 +207,8 @@ class Readings:
         by_text: dict[Text, list[int]] = {}
         for index, question in enumerate(questions):
             by_text.setdefault(question.text, []).append(index)
-        texts, groups = [*by_text], [*by_text.values()]
-        for part in self.parts(family, [[text] for text in texts]):
-            for text in (texts[i] for i in part):
-                if self._bytes(text) > self.memory:
-                    raise InputError(
-                        f"Expected memory for at least one text, which takes {self._bytes(text)} bytes ({len(text)} tokens), "
-                        f"found {self.memory}; give more memory, or use an adapter that acts from the start."
-                    )
+        groups = [*by_text.values()]
+        for part in self.parts(family, [[text] for text in by_text]):
             yield [index for i in part for index in groups[i]]
 
     def parts(self, family: Family, groups: Sequence[Collection[Text]]) -> Iterator[list[int]]:
@@ -227,26 +216,34 @@ class Readings:
 
         A group that it does not hold is a part of its own.
         """
-        self._own(family)
+        self._learn(family, [text for texts in groups for text in texts])
 
-        def place(index: int) -> tuple[bool, int]:
-            # What is there comes first; and neighbours of one length, for they are padded least.
-            return not self._kept.keys() >= {*groups[index]}, -sum(map(len, groups[index]))
+        def place(index: int) -> Any:
+            # What is there comes first; and neighbours of one length, for they are padded least, those of the same texts together.
+            texts = sorted({*groups[index]})
+            return not self._kept.keys() >= {*texts}, -sum(map(len, texts)), texts
 
-        order = sorted(range(len(groups)), key=place)
-        if not self._token_bytes and (shortest := min(itertools.chain(*groups), key=len, default=None)):
-            self._have(family, [shortest])  # says how much a token takes
         part: list[int] = []
+        held: set[Text] = set()
         filled = 0
-        for index in order:
-            size = sum(map(self._bytes, groups[index]))
-            if part and filled + size > self.memory:
+        for index in sorted(range(len(groups)), key=place):
+            texts = {*groups[index]}
+            more = sum(map(self._bytes, texts - held))
+            if part and more and filled + more > self.memory:
                 yield part
-                part, filled = [], 0
+                part, held, filled = [], set(), 0
+                more = sum(map(self._bytes, texts))
             part.append(index)
-            filled += size
+            held |= texts
+            filled += more
         if part:
             yield part
+
+    def _learn(self, family: Family, texts: Sequence[Text]) -> None:
+        """Find out how much a token takes, by the shortest of the texts."""
+        self._own(family)
+        if texts and not self._token_bytes:
+            self._have(family, [min(texts, key=len)])
 
     def _bytes(self, text: Text) -> int:
         """What a text takes."""
@@ -277,7 +274,7 @@ def askable(family: Family, questions: Sequence[Question]) -> list[bool]:
     if not family.reads_answers or not may_continue(family):
         return [False] * len(questions)
     adapted = find_adapted(family.model)
-    known: dict[str | None, bool] = {None: True, BASE: True}
+    known: dict[str | None, bool] = {None: True, BASE: adapted is None or not adapted.ia3_routing.merged}
     if adapted is None:
         # Another library's adapters act on texts too; and what is trained of a model itself changes what it reads.
         learns = family.model.training and torch.is_grad_enabled()

@@ -48,9 +48,6 @@ if TYPE_CHECKING:
 # Tokens of a row of several questions, at most: attention, which grows with the square, sees all of them.
 _JOINED = 1024
 
-# A trial whether rows may go on from texts takes about so many passes of the longest of these.
-_TRIAL = 5
-
 
 class Scorer:
     """A model and its tokenizer, asked which answer choices are how probable.
@@ -81,22 +78,21 @@ class Scorer:
         memory: int | str = MEMORY,
     ) -> None:
         self.model, self.tokenizer, self.readings, self.memory = model, tokenizer, readings, memory
+        self._kept: set[tuple[int, ...]] | None = None  # the texts that readings are for; None: all
         self.family = family_of(model, tokenizer)
 
     def through(self, model: nn.Module) -> Scorer:
         """The scorer of the same model in a wrapper for parallel training, which computes."""
         return self if model is self.model else Scorer(model, self.tokenizer, self.readings, self.memory)
 
-    def keeping(self, questions: Sequence[Question], lasting: bool = False) -> Scorer:
-        """The scorer for several calls that ask these questions in all: it reads texts once that they share, where that pays.
-
-        Args:
-            questions: of all calls.
-            lasting: many more will be asked of the model, so that trials pay whatever they cost.
-        """
-        if self.readings is not None or not self._shared(questions, lasting):
+    def keeping(self, questions: Sequence[Question]) -> Scorer:
+        """The scorer for several calls that ask these questions in all: texts that they share are read once, where that pays."""
+        shared = set() if self.readings is not None else self._shared(questions)
+        if not shared:
             return self
-        return Scorer(self.model, self.tokenizer, Readings(self.memory), self.memory)
+        found = Scorer(self.model, self.tokenizer, Readings(self.memory), self.memory)
+        found._kept = shared
+        return found
 
     def parts(self, rows: Sequence[Sequence[Question]]) -> Iterator[list[int]]:
         """Rows of questions, as indices, in parts whose texts are kept at once; all in one where none are kept."""
@@ -341,24 +337,21 @@ class Scorer:
     def _apart(self, questions: Sequence[Question]) -> tuple[list[int], Readings | None]:
         """Questions that are asked of what was read of their texts, as indices, and where that is."""
         found = [i for i, ok in enumerate(askable(self.family, questions)) if ok]
-        readings = self.readings
+        readings, kept = self.readings, self._kept
         if readings is None:
-            shared = self._shared([questions[i] for i in found])
-            found = [i for i in found if questions[i].text in shared]
-            readings = Readings(self.memory)
+            readings, kept = Readings(self.memory), self._shared([questions[i] for i in found])
+        if kept is not None:
+            found = [i for i in found if questions[i].text in kept]
         if not found or not readings.exact(self.family, [questions[i] for i in found]):
             return [], None
         return found, readings
 
-    def _shared(self, questions: Sequence[Question], lasting: bool = False) -> set[tuple[int, ...]]:
-        """Texts that several of the questions ask about; none where it does not pay to read them apart."""
+    def _shared(self, questions: Sequence[Question]) -> set[tuple[int, ...]]:
+        """Texts that several of the questions ask about; none where reading them apart saves less than it costs."""
         asks = askable(self.family, questions)
         times = Counter(question.text for question, ok in zip(questions, asks, strict=True) if ok)
         shared = {text for text, count in times.items() if count > 1}
-        saved = sum((times[text] - 1) * len(text) for text in shared)
-        # Whether there has been a trial is not asked: rounding must not depend on the past.
-        trial = 0 if lasting else _TRIAL * max(map(len, shared), default=0)
-        return shared if saved >= max(2 * PASS_TOKENS, trial) else set()
+        return shared if sum((times[text] - 1) * len(text) for text in shared) >= 2 * PASS_TOKENS else set()
 
     def training_batches(self, questions: Sequence[Question]) -> Iterator[tuple[list[int], Batch]]:
         """As `batches`, for a backward pass behind each of them, before the next is asked for.

@@ -418,15 +418,14 @@ class LocalEngine:
 
     def _score(self, batch: list[_Asked]) -> None:
         from ia3.adapter.rows import BASE
-        from ia3.opinions.asking import heads_say
+        from ia3.opinions.asking import heads_read, heads_say
 
         heads = [(asked, asked.job.head) for asked in batch if asked.job.head is not None]
         others = [asked for asked in batch if asked.job.head is None]
         names = [asked.job.adapter or BASE for asked in others]
         powers = [asked.job.length_normalization for asked in others]
         questions = self._scorer.named([asked.job.question for asked in others], names)
-        asked_in_all = [*questions, *(one for _, head in heads for one in head.reads)]
-        scorer = self._scorer.keeping(asked_in_all, lasting=True)
+        scorer = self._scorer.keeping([*questions, *heads_read(head for _, head in heads)])
         results = scorer.score(questions, powers)
         found = [(asked, result.tolist()) for asked, result in zip(others, results, strict=True)]
         said = heads_say(scorer, [head for _, head in heads])
