@@ -468,8 +468,8 @@ def test_loading_on_another_base_model(make, tmp_path):
         (TEXTS, LABELS[:-1], "a label for each of the 32 rows, found 31"),
         (TEXTS[:2], ["pos", "pos"], "at least two classes, found one class, 'pos'"),
         ([*TEXTS[:2], " "], LABELS[:3], r"found it empty \(row 3\)"),
-        ([*TEXTS[:2], float("nan")], LABELS[:3], r"or a text, found a float \(row 3\)"),
-        ([*TEXTS[:2], None], LABELS[:3], r"or a text, found a NoneType \(row 3\)"),
+        ([*TEXTS[:2], float("nan")], LABELS[:3], r"found it empty \(row 3\)"),
+        ([*TEXTS[:2], None], LABELS[:3], r"found it empty \(row 3\)"),
         (TEXTS[:3], ["pos", "neg", None], r"a label, found none \(row 3\)"),
         (TEXTS[:3], [1.0, 2.0, float("nan")], r"a label, found none \(row 3\)"),
         (TEXTS[:3], [0.5, 1.5, 2.5], "Unknown label type: continuous"),
@@ -530,6 +530,11 @@ def test_what_is_asked_before_fitting_and_with_other_columns(make):
         classifier.predict([{"first": "tea"}])
     with pytest.raises(InputError, match=r"found it empty \(row 2\)"):
         make().fit(TEXTS, LABELS).predict(["tea", ""])
+    for empty in (None, float("nan")):  # as pandas reads an empty cell
+        with pytest.raises(InputError, match=r"found it empty \(row 2\); fill the row, or leave it out"):
+            make().fit(TEXTS, LABELS).predict(["tea", empty])
+    with pytest.raises(InputError, match="found the same for all 6; let the template name a column"):
+        make(template="about").fit(TEXTS[:6], LABELS[:6])
 
 
 def test_folders_that_hold_no_classifier(make, tmp_path):

@@ -159,6 +159,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             for number, (item, cell) in enumerate(zip(items, cells, strict=True), 1)
         ]
         task.check(rows)
+        from ia3.evaluation.drawing import require_different
+
+        require_different(task, rows)
         by_label = (
             _values_by_label(task, rows, values) if several is None else {_in_words(name): name for name in several[0]}
         )

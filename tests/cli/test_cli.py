@@ -14,7 +14,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from ia3 import Task, predict, read_rows
+from ia3 import AdapterFolder, Task, predict, read_rows
 from ia3.cli import main
 from support import tiny, words
 
@@ -125,6 +125,11 @@ class TestTrain:
         code, _, err = train("--opinions", "head", option, value, steps=None)
         assert code == 2 and f"found 'head' alone, which trains none; leave out {option}." in err
         assert not (tmp_path / "out").exists()
+
+    def test_a_head_alone_is_said_to_train_no_vectors(self, train):
+        code, out, err = train("--opinions", "head", steps=None)
+        assert code == 0, err
+        assert "No vectors were trained; adapter of" in out
 
     def test_peft_reads_it(self, place):
         base = transformers.AutoModelForCausalLM.from_pretrained(place / "model")
@@ -247,6 +252,30 @@ class TestTrain:
         assert a == b
         assert not (tmp_path / "cut" / "checkpoints").exists()
 
+    def test_several_text_columns(self, train, tmp_path):
+        rows = [{"title": row["text"], "body": row["text"], "label": row["label"]} for row in words.rows(24, seed=3)]
+        words.write_csv(tmp_path / "two.csv", rows)
+        given = {"data": tmp_path / "two.csv", "test_data": None, "template": None, "choices": None}
+        code, _, err = train(**given, text_column="body, title")
+        assert code == 0, err
+        columns = AdapterFolder(tmp_path / "out").required_task().columns
+        assert sorted(columns) == ["body", "title"]
+        code, _, err = train(**given, text_column="body,name")
+        assert code == 2 and "Expected a column 'name', found the columns 'title', 'body', 'label'" in err
+
+    @pytest.mark.parametrize(
+        ("name", "data", "options", "message"),
+        [
+            ("t.txt", "text\tlabel\n", {}, "give a table's file one of these endings"),
+            ("t.txt", "text\tlabel\n", {"delimiter": "tab"}, "Expected a .csv or .tsv file with a delimiter"),
+            ("t.csv", "text,label\nna\xefve,pos\n", {}, "; save the file as UTF-8."),
+        ],
+    )
+    def test_files_that_are_no_table_are_told_what_to_become(self, train, tmp_path, name, data, options, message):
+        (tmp_path / name).write_bytes(data.encode("latin-1"))
+        code, _, err = train(data=tmp_path / name, test_data=None, **options)
+        assert code == 2 and message in err and "leave out" not in err and err.count("\n") == 1
+
     @pytest.mark.parametrize(
         "changes, message",
         [
@@ -262,7 +291,8 @@ class TestTrain:
             ({"template": "{{ text"}, "Jinja"),
             ({"template": "{{ text }} {{ label }}"}, "without the label column 'label', which gives the answer away"),
             ({"text_column": "label", "template": None}, "two columns for text and label, found 'label' for both"),
-            ({"choices": "pos=good"}, "at least two"),
+            ({"choices": "pos=good"}, "Expected --choices with all labels, label=text,label=text, found one, 'pos'"),
+            ({"template": "about"}, "found the same for all 60; let the template name a column"),
             ({"choices": "pos=good,pos=bad"}, "different labels"),
             ({"choices": "pos=good,bad=bad"}, "found 'neg' (row 2)"),
             (

@@ -441,7 +441,7 @@ def test_a_head_alone_trains_no_vectors(place):
     assert "vectors" not in outcome.results["opinions"]
     rowwise = Task(template=words.TEMPLATE, choices="{{ a }} ||| {{ b }}")
     rows = [{**row, "a": "good", "b": "bad", "label": str(int(row["label"] == "pos"))} for row in ROWS]
-    with pytest.raises(InputError, match="its first template alone, for a head"):
+    with pytest.raises(InputError, match="a head to answer in the first template alone, found all templates"):
         experiment(place, place / "no", recipe=head, all_templates=True).run()
     with pytest.raises(InputError, match="same labels for all rows"):
         experiment(place, place / "no", rows, its=rowwise, recipe=head).run()

@@ -244,7 +244,7 @@ class TestValues:
         (b"tea", TASK, "single text"),
         (3, TASK, "Expected rows, such as a list of dictionaries or a DataFrame, found a int"),
         (None, TASK, "found a NoneType"),
-        ([None], TASK, r"Expected a row as a dictionary, .* or a text, found a NoneType \(row 1\)"),
+        ([None], TASK, r"Expected some text, found it empty \(row 1\); fill the row, or leave it out"),
         ([{"text": "tea"}, ("tea", "pos")], TASK, r"found a tuple \(row 2\)"),
         ([SimpleNamespace(text="tea")], TASK, r"found a SimpleNamespace \(row 1\)"),
         (np.array([["tea", "pos"]]), TASK, r"found a ndarray \(row 1\)"),

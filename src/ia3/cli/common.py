@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,7 +53,7 @@ ModelOption = typer.Option(
     show_default=False,
 )
 TextColumnOption = typer.Option(
-    None, help="Column with the text. \\[default: 'text', or the only other one]", show_default=False
+    None, help="Column with the text, or several: a,b. \\[default: 'text', or the only other one]", show_default=False
 )
 LabelColumnOption = typer.Option(None, help="Column with the label. \\[default: 'label']", show_default=False)
 TestDataOption = typer.Option(
@@ -124,7 +124,7 @@ OpinionsOption = typer.Option(
     None,
     "--opinions",
     help="What answers: the trained 'vectors' alone, as in the paper; the 'head', a linear classifier on the frozen model's "
-    "hidden states (and one on a sentence encoder's, see --encoder), which takes seconds and trains no vectors; or 'auto': "
+    "hidden states (and one on a sentence encoder's, see --encoder), which takes seconds once the texts are read, and trains no vectors; or 'auto': "
     "all of them, weighed by cross-validation on the training examples. \\[default: the recipe's]",
     show_default=False,
 )
@@ -256,6 +256,13 @@ def connecting(out: Console, address: str, workers: int | None) -> Iterator[Work
         yield found
 
 
+def text_columns(given: str | None, columns: Container[str]) -> str | list[str] | None:
+    """The value of --text-column: a column, or several with commas between them."""
+    if given is None or given in columns or "," not in given:
+        return given
+    return [part.strip() for part in given.split(",")]
+
+
 def require_folder(path: Path) -> None:
     """Refuse a file for --output, which must be a folder."""
     if path.is_file():
@@ -274,6 +281,9 @@ def saying_how_to_go_on() -> Iterator[None]:
         if error.checkpoint is not None:
             way = f"go on from {error.checkpoint} with the same command and --resume"
         typer.echo(f"ia3: interrupted; {way}.", err=True)
+        raise typer.Exit(130) from None
+    except KeyboardInterrupt:
+        typer.echo("ia3: interrupted.", err=True)
         raise typer.Exit(130) from None
 
 
@@ -303,7 +313,10 @@ def parse_choices(text: str | None) -> dict[str, str] | None:
             )
         choices[label] = answer
     if len(choices) < 2:
-        raise InputError(f"Expected at least two --choices, found {shown(choices)}.")
+        raise InputError(
+            f"Expected --choices with all labels, label=text,label=text, found one, {shown(choices)}; with a file (--data) the "
+            f"labels alone need not be given."
+        )
     return choices
 
 

@@ -46,10 +46,9 @@ def print_table(out: Console, results: dict[str, Any]) -> None:
         temperature = f"; temperature {results['calibration']['temperature']:.2f}" if "calibration" in results else ""
         said = ", ".join(f"{title} {scores[name]:.1%}" for name, title in titles_of(scores).items())
         out.print(f"Cross-validated on the examples: {said}{temperature}")
-    out.print(
-        f"{results['steps']} steps in {results['train_seconds']:.0f} s; {results['trainable_parameters']:,} trained "
-        f"parameters; adapter of {results['adapter_bytes'] / 1000:.0f} kB"
-    )
+    trained = f"{results['steps']} steps in {results['train_seconds']:.0f} s; {results['trainable_parameters']:,} trained parameters"
+    trained = trained if results["steps"] else "No vectors were trained"
+    out.print(f"{trained}; adapter of {results['adapter_bytes'] / 1000:.0f} kB")
 
 
 def print_wordings(out: Console, title: str, ranking: Sequence[Ranked], tried: int) -> None:

@@ -50,6 +50,7 @@ from ia3.cli.common import (
     require_ray,
     say_seen,
     saying_how_to_go_on,
+    text_columns,
 )
 from ia3.cli.free_text import (
     ChatOption,
@@ -549,8 +550,9 @@ def source_of(
     if task is None and data is not None:
         require_delimited(delimiter, data, test_data)
         rows = read(data, delimiter=delimiter)
+        columns = text_columns(text_column, rows[0])
         description = Task.infer(
-            rows, label_column, text_column, given, template, name_of(data), ordered, **(several or {})
+            rows, label_column, columns, given, template, name_of(data), ordered, **(several or {})
         )
     else:
         if task is None:

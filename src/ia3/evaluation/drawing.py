@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ia3.errors import InputError
+from ia3.errors import InputError, shown
 from ia3.opinions.priors import shares_of
 from ia3.task.free_text import FreeText, few_rows
 from ia3.task.kinds import AnyTask
@@ -41,6 +41,16 @@ def read(source: str, task: AnyTask | None = None, delimiter: str | None = None)
     return [row for row in rows if as_text(row.get(task.label_column)) in known]
 
 
+def require_different(task: AnyTask, rows: Sequence[Row]) -> None:
+    """Raise `InputError` if the task asks the same of all rows, so that nothing can tell them apart."""
+    asked = {task.fingerprint(row, number) for number, row in enumerate(rows, 1)}
+    if len(rows) > 1 and len(asked) == 1:
+        raise InputError(
+            f"Expected rows that differ in the prompt, found the same for all {len(rows)}; let the template name a column with "
+            f"texts: {{{{ COLUMN }}}}, of {shown(rows[0], 20)}."
+        )
+
+
 @dataclass(frozen=True)
 class Source:
     """A task with the rows to draw training examples from, and given test rows or None."""
@@ -58,6 +68,7 @@ class Source:
         """Raise `InputError` for a row that does not fit the task."""
         self.task.check(self.rows)
         self.task.check(self.test or [])
+        require_different(self.task, self.rows)
 
 
 @dataclass(frozen=True)

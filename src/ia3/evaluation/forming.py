@@ -330,14 +330,15 @@ def forms_opinions(recipe: Recipe, task: Task, reads_answers: bool, all_template
     Raises:
         InputError: a head is to answer alone, and cannot.
     """
-    possible = task.labels is not None and can_balance(task) and reads_answers and not all_templates
-    if recipe.opinions == HEAD and not possible:
-        raise InputError(
-            "Expected a language model, a task with the same labels for all rows, and its first template alone, for a head",
-            "let vectors answer, too; see",
-            argument="opinions",
-        )
-    return possible and recipe.opinions != VECTORS
+    lacks = {
+        "a language model for a head, found one that reads no answers": not reads_answers,
+        "a task with the same labels for all rows, for a head": task.labels is None or not can_balance(task),
+        "a head to answer in the first template alone, found all templates": all_templates,
+    }
+    lacking = next((what for what, does in lacks.items() if does), None)
+    if recipe.opinions == HEAD and lacking is not None:
+        raise InputError(f"Expected {lacking}", "let vectors answer, too; see", argument="opinions")
+    return lacking is None and recipe.opinions != VECTORS
 
 
 def _asking(task: Task, recipe: Recipe) -> range:

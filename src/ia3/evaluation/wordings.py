@@ -119,7 +119,7 @@ def choose_wording(
             progress.say(f"The wording is that of {recipe.init}, which its vectors know; --template sets another.")
             return kept, []
     if task_type(base_of(model)) in HEADED:
-        progress.say("A classifier reads no answers, so the wording stays plain.")
+        progress.say("This model reads no answers, so the wording stays plain.")
         return task, []
     scorer = Scorer(model, tokenizer, readings or Readings())
     asked, each = task, list(rows)

@@ -41,7 +41,9 @@ def reading(path: str | os.PathLike, expected: str, advice: str = _AGAIN) -> Ite
     except InputError:
         raise
     except UnicodeDecodeError as error:
-        raise InputError(f"Expected UTF-8 text in {where}: {error.reason} at byte {error.start}.") from error
+        raise InputError(
+            f"Expected UTF-8 text in {where}: {error.reason} at byte {error.start}; save the file as UTF-8."
+        ) from error
     except OSError as error:
         raise InputError(f"Cannot read {where}: {error.strerror or reason(error)}; expected {expected}.") from error
     except Exception as error:

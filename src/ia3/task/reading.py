@@ -69,7 +69,9 @@ def read_rows(
             else:
                 rows = list(_of_json_lines(path) if "json" in path.suffix.lower() else _of_csv(path, delimiter))
     elif os.path.isfile(path):
-        raise InputError(f"Expected a .csv, .tsv, .jsonl or .parquet file, found {brief(text)}.")
+        raise InputError(
+            f"Expected a .csv, .tsv, .jsonl or .parquet file, found {brief(text)}; give a table's file one of these endings."
+        )
     else:
         with reading(text, "rows", "write the data set anew"):
             rows = _from_datasets(text, class_names)
@@ -143,9 +145,13 @@ def is_delimited(source: str | os.PathLike) -> bool:
 def require_delimited(delimiter: str | None, *sources: str | None) -> None:
     """Raise `InputError` if a delimiter is given, but none of the sources has one."""
     if delimiter is not None and not any(source is not None and is_delimited(source) for source in sources):
-        found = shown(source for source in sources if source is not None)
+        found = [source for source in sources if source is not None]
+        if any(Path(source).suffix.lower() not in _READ and os.path.isfile(source) for source in found):
+            raise InputError(
+                f"Expected a .csv or .tsv file with a delimiter, found {shown(found)}; give the file such an ending."
+            )
         raise InputError(
-            f"Expected a .csv or .tsv file with a delimiter, found {found}", "leave out", argument="delimiter"
+            f"Expected a .csv or .tsv file with a delimiter, found {shown(found)}", "leave out", argument="delimiter"
         )
 
 

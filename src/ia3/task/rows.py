@@ -77,6 +77,8 @@ def as_row(item: Any, task: AnyTask | None = None, number: int | None = None) ->
     pandas = sys.modules.get("pandas")
     if pandas is not None and isinstance(item, pandas.Series):
         return _of_frame(item.to_frame().T)[0]
+    if item is None or (isinstance(item, float) and item != item):  # how pandas reads an empty cell
+        raise InputError("Expected some text, found it empty", "fill the row, or leave it out", row=number)
     raise InputError(
         f"Expected a row as a dictionary, column → value, or a text, found a {type(item).__name__}.", row=number
     )

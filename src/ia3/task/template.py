@@ -267,7 +267,8 @@ def require(row: Row, names: Iterable[str]) -> None:
     missing = sorted(name for name in names if name not in row)
     if missing:
         raise InputError(
-            f"The template names {shown(missing)}, but the columns are {shown(row, 20)}", "correct one or the other"
+            f"The template names {shown(missing)}, but the columns are {shown(row, 20)}",
+            "rename the column, or change the template",
         )
 
 
