@@ -159,9 +159,14 @@ def similar(name: str, names: Iterable[str], total: int | None = None) -> str:
 
 def problems(error: ValidationError, whole: str) -> str:
     """The errors in the fields of a pydantic model, in one line; `whole` names the model itself."""
-    found = [
-        (".".join(map(str, item["loc"])) or whole, item["msg"].removeprefix("Value error, ").removesuffix("."))
-        for item in error.errors(include_url=False, include_context=False, include_input=False)
-    ]
+    found = []
+    for item in error.errors(include_url=False, include_context=False):
+        what = item["msg"].removeprefix("Value error, ").removesuffix(".")
+        # Our own errors say what they found.
+        if item["type"] not in ("value_error", "missing", "extra_forbidden") and isinstance(
+            item["input"], (str, int, float)
+        ):
+            what += f", found {brief(item['input'])}"
+        found.append((".".join(map(str, item["loc"])) or whole, what))
     more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
     return "; ".join(f"{excerpt(where, _LONGEST_NAME)}: {excerpt(what)}" for where, what in found[:3]) + more
