@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from ia3 import AdapterFolder, Task, predict, read_rows
 from ia3.cli import main
+from ia3.evaluation.running import Running
 from support import tiny, words
 
 CHOICES = "pos=good,neg=not good"
@@ -251,6 +252,14 @@ class TestTrain:
         a, b = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "cut"))
         assert a == b
         assert not (tmp_path / "cut" / "checkpoints").exists()
+
+    def test_an_interrupted_search_or_measurement_says_so(self, train, monkeypatch):
+        def interrupted(self):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Running, "zero_shot", interrupted)
+        code, _, err = train()
+        assert code == 130 and err == "ia3: interrupted.\n"
 
     def test_several_text_columns(self, train, tmp_path):
         rows = [{"title": row["text"], "body": row["text"], "label": row["label"]} for row in words.rows(24, seed=3)]

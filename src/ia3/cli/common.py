@@ -124,8 +124,8 @@ OpinionsOption = typer.Option(
     None,
     "--opinions",
     help="What answers: the trained 'vectors' alone, as in the paper; the 'head', a linear classifier on the frozen model's "
-    "hidden states (and one on a sentence encoder's, see --encoder), which takes seconds once the texts are read, and trains no vectors; or 'auto': "
-    "all of them, weighed by cross-validation on the training examples. \\[default: the recipe's]",
+    "hidden states (and one on a sentence encoder's, see --encoder), which takes seconds once the texts are read, and trains no "
+    "vectors; or 'auto': all of them, weighed by cross-validation on the training examples. \\[default: the recipe's]",
     show_default=False,
 )
 EncoderOption = typer.Option(
@@ -314,8 +314,8 @@ def parse_choices(text: str | None) -> dict[str, str] | None:
         choices[label] = answer
     if len(choices) < 2:
         raise InputError(
-            f"Expected --choices with all labels, label=text,label=text, found one, {shown(choices)}; with a file (--data) the "
-            f"labels alone need not be given."
+            f"Expected --choices with all labels, label=text,label=text, found one, {shown(choices)}; without --choices "
+            f"the labels are the answers."
         )
     return choices
 

@@ -214,12 +214,12 @@ class Readings:
     def parts(self, family: Family, groups: Sequence[Collection[Text]]) -> Iterator[list[int]]:
         """Groups of texts that are needed together, as indices, in parts whose texts the memory holds at once.
 
-        A group that it does not hold is a part of its own.
+        A group that it does not hold is in a part without other texts.
         """
         self._learn(family, [text for texts in groups for text in texts])
 
         def place(index: int) -> Any:
-            # What is there comes first; and neighbours of one length, for they are padded least, those of the same texts together.
+            # What is there comes first; then neighbours are of one length, for they are padded least, and of one text.
             texts = sorted({*groups[index]})
             return not self._kept.keys() >= {*texts}, -sum(map(len, texts)), texts
 
