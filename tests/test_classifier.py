@@ -534,7 +534,7 @@ def test_what_is_asked_before_fitting_and_with_other_columns(make):
         with pytest.raises(InputError, match=r"found it empty \(row 2\); fill the row, or leave it out"):
             make().fit(TEXTS, LABELS).predict(["tea", empty])
     with pytest.raises(InputError, match="found the same for all 6; let the template name a column"):
-        make(template="about").fit(TEXTS[:6], LABELS[:6])
+        make(template="about").fit(FRAME[:6], LABELS[:6])
 
 
 def test_folders_that_hold_no_classifier(make, tmp_path):

@@ -14,7 +14,7 @@ from support import tiny
 from support.asked import scorer
 
 VARIABLE = "TRANSFORMERS_SDPA_FORCE_GQA"
-CPU = torch.device("cpu")
+ON_CPU = torch.nn.Linear(1, 1)
 QUESTIONS = [Question([*range(3, 20)], [[3, 4], [5, 6, 7]], label=1), Question([*range(5, 12)], [[9], [8, 4]], label=0)]
 
 
@@ -31,11 +31,13 @@ def copied(monkeypatch):
     return found
 
 
-def gradients():
+def gradients(again=False):
     base = tiny.build("llama", num_attention_heads=4, num_key_value_heads=2)
+    if again:
+        base.gradient_checkpointing_enable()
     model = IA3Model(base, IA3Config(task_type="CAUSAL_LM"))
     tiny.randomize(model, 1)
-    asks, total = scorer(model), 0
+    asks, total = scorer(model.train(again)), 0
     for _, batch in asks.training_batches(QUESTIONS):
         total = total + asks.log_probs(batch).sum()
     total.backward()
@@ -51,13 +53,20 @@ def test_nothing_is_copied_and_scores_and_gradients_stay(copied, monkeypatch):
     torch.testing.assert_close([*scores, *grads], [*wanted, *known], rtol=1e-5, atol=1e-6)
 
 
+def test_layers_that_are_computed_again_do_the_same_twice(copied):
+    scores, grads = gradients(again=True)
+    assert copied
+    wanted, known = gradients()
+    torch.testing.assert_close([*scores, *grads], [*wanted, *known], rtol=1e-5, atol=1e-6)
+
+
 def test_it_ends_with_the_block():
-    with shared_keys(CPU), suppress(ZeroDivisionError), shared_keys(CPU):
+    with shared_keys(ON_CPU), suppress(ZeroDivisionError), shared_keys(ON_CPU):
         assert os.environ[VARIABLE] == "1"
         1 / 0  # noqa: B018
     assert VARIABLE not in os.environ
 
 
 def test_on_other_devices_nothing_is_said():
-    with shared_keys(torch.device("meta")):
+    with shared_keys(torch.nn.Linear(1, 1, device="meta")):
         assert VARIABLE not in os.environ

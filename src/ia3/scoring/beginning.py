@@ -121,7 +121,7 @@ def fill(family: Decoder, cache: DynamicCache, ids: torch.Tensor, **inputs: Any)
     options: dict[str, Any] = {"logits_to_keep": torch.tensor([-1])} if "logits_to_keep" in known else {}
     length = cache.get_seq_length() + ids.shape[1]
     try:
-        with shared_keys(ids.device):
+        with shared_keys(family.base):
             found = family.model(
                 input_ids=ids, past_key_values=cache, use_cache=True, return_dict=True, **inputs, **options
             )

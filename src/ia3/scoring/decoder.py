@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from ia3.adapter.placement import device_of
 from ia3.scoring.attention import shared_keys
 from ia3.scoring.batch import Batch, additive_mask, answers_of, names_of, padded
 from ia3.scoring.family import Family, waits_for_question
@@ -192,5 +191,5 @@ def output_of(model: nn.Module, base: nn.Module, batch: Batch, **more: Any) -> A
     # vocabulary's matrix anew for each row. (A model on several devices would divide the indices among them.)
     last: Any = keep if isinstance(model, nn.DataParallel) else torch.arange(-keep, 0)
     options: dict[str, Any] = {"use_cache": "past_key_values" in batch, "logits_to_keep": last, "return_dict": True}
-    with shared_keys(device_of(base)):
+    with shared_keys(base):
         return model(**inputs, **{key: value for key, value in options.items() if key in known}, **more)

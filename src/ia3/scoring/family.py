@@ -15,6 +15,7 @@ from torch import nn
 from ia3.adapter.adapted import find_adapted
 from ia3.adapter.targets import inside_wrappers
 from ia3.errors import InputError, brief
+from ia3.scoring.attention import recomputes
 from ia3.scoring.batch import Batch
 from ia3.scoring.question import Question
 from ia3.scoring.tokens import padding_id
@@ -95,9 +96,7 @@ class Family(ABC):
     @property
     def recomputes(self) -> bool:
         """Whether layers are computed again in the backward pass, without what was handed to them."""
-        return self.model.training and any(
-            getattr(module, "gradient_checkpointing", False) for module in self.base.modules()
-        )
+        return recomputes(self.model, self.base)
 
     @property
     def unwrapped(self) -> Family:
