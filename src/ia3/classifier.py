@@ -161,7 +161,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         task.check(rows)
         from ia3.evaluation.drawing import require_different
 
-        require_different(task, rows)
+        require_different(rows, [task.fingerprint(row) for row in rows])
         by_label = (
             _values_by_label(task, rows, values) if several is None else {_in_words(name): name for name in several[0]}
         )

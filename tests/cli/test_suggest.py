@@ -65,6 +65,14 @@ def test_the_way_from_a_pool_to_an_adapter_and_back(ia3, place):
         assert all(one["text"] == [*POOL, POOL[0], ""][one["row"] - 1] for one in found)
 
 
+def test_several_text_columns(ia3, place):
+    words.write_csv(place / "two.csv", [{"title": text, "body": text} for text in POOL])
+    code, out, err = ia3("suggest", "-d", "two.csv", "-n", "3", "--model", "model", "--text-column", "title,body")
+    assert code == 0 and "3 of " in out, err
+    code, _, err = ia3("suggest", "-d", "two.csv", "-n", "3", "--model", "model", "--text-column", "title,name")
+    assert code == 2 and "Expected a column 'name', found the columns 'title', 'body'" in err
+
+
 def test_rows_that_have_a_label_are_left_out(ia3, place):
     rows = [{"text": text, "label": "" if number < 3 else "pos"} for number, text in enumerate(POOL)]
     words.write_csv(place / "half.csv", rows)

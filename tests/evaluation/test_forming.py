@@ -112,7 +112,7 @@ def test_what_head_and_vectors_read_is_read_once(place, memory, monkeypatch):
     assert after < 0.75 * before
     for one, other in zip(once, twice, strict=True):
         assert one == pytest.approx(other, abs=1e-4)
-    # Few tokens are not worth a pass of their own.
+    # A row alone has too few tokens: its text is not read apart.
     assert scores(rows[:1])[1] == few
 
 

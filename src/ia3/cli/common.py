@@ -256,10 +256,10 @@ def connecting(out: Console, address: str, workers: int | None) -> Iterator[Work
         yield found
 
 
-def text_columns(given: str | None, columns: Container[str]) -> str | list[str] | None:
-    """The value of --text-column: a column, or several with commas between them."""
-    if given is None or given in columns or "," not in given:
-        return given
+def text_columns(given: str | None, columns: Container[str]) -> list[str] | None:
+    """The columns that --text-column names, with commas between them; None: it is not given."""
+    if given is None or given in columns:
+        return None if given is None else [given]
     return [part.strip() for part in given.split(",")]
 
 

@@ -46,9 +46,7 @@ def print_table(out: Console, results: dict[str, Any]) -> None:
         temperature = f"; temperature {results['calibration']['temperature']:.2f}" if "calibration" in results else ""
         said = ", ".join(f"{title} {scores[name]:.1%}" for name, title in titles_of(scores).items())
         out.print(f"Cross-validated on the examples: {said}{temperature}")
-    trained = f"{results['steps']} steps in {results['train_seconds']:.0f} s; {results['trainable_parameters']:,} trained parameters"
-    trained = trained if results["steps"] else "No vectors were trained"
-    out.print(f"{trained}; adapter of {results['adapter_bytes'] / 1000:.0f} kB")
+    out.print(f"{_training(results)}; adapter of {results['adapter_bytes'] / 1000:.0f} kB")
 
 
 def print_wordings(out: Console, title: str, ranking: Sequence[Ranked], tried: int) -> None:
@@ -118,10 +116,15 @@ def print_fleet_table(out: Console, members: Mapping[str, dict[str, Any]], seeds
             scores.add_row("mean of all", "", *_means(groups), style="bold")
         out.print(scores)
     first = next(iter(members.values()))
-    out.print(
-        f"{first['steps']} steps of {len(members)} adapters in {first['train_seconds']:.0f} s; "
-        f"{first['trainable_parameters']:,} trained parameters in each"
-    )
+    out.print(_training(first, f" of {len(members)} adapters", " in each"))
+
+
+def _training(results: Mapping[str, Any], whose: str = "", each: str = "") -> str:
+    """What training did."""
+    if not results["steps"]:
+        return "No vectors were trained"
+    seconds, parameters = results["train_seconds"], results["trainable_parameters"]
+    return f"{results['steps']} steps{whose} in {seconds:.0f} s; {parameters:,} trained parameters{each}"
 
 
 def _two(scores: Mapping[str, float]) -> dict[str, str]:

@@ -21,6 +21,7 @@ from ia3.cli.common import (
     print_json,
     quiet,
     table,
+    text_columns,
 )
 from ia3.errors import InputError, about, brief
 from ia3.folder import AdapterFolder
@@ -103,7 +104,8 @@ def suggest(
         raise InputError(f"Expected rows in {brief(data)}, found none.")
     to_fill = [label_column or "label"] if task is None or label_column is not None else task.answer_columns
     if task is None:
-        columns = [column_of(text_column, list(rows[0]), "text", "text_column", to_fill)]
+        asked = text_columns(text_column, rows[0]) or [None]
+        columns = [column_of(one, list(rows[0]), "text", "text_column", to_fill) for one in asked]
     else:
         columns = task.templates[0].columns
         for number, row in enumerate(rows, 1):

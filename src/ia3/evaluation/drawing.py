@@ -41,10 +41,9 @@ def read(source: str, task: AnyTask | None = None, delimiter: str | None = None)
     return [row for row in rows if as_text(row.get(task.label_column)) in known]
 
 
-def require_different(task: AnyTask, rows: Sequence[Row]) -> None:
-    """Raise `InputError` if the task asks the same of all rows, so that nothing can tell them apart."""
-    asked = {task.fingerprint(row, number) for number, row in enumerate(rows, 1)}
-    if len(rows) > 1 and len(asked) == 1:
+def require_different(rows: Sequence[Row], fingerprints: Sequence[str]) -> None:
+    """Raise `InputError` if a task asks the same of all rows, by their fingerprints, so that nothing can tell them apart."""
+    if len(rows) > 1 and len({*fingerprints}) == 1:
         raise InputError(
             f"Expected rows that differ in the prompt, found the same for all {len(rows)}; let the template name a column with "
             f"texts: {{{{ COLUMN }}}}, of {shown(rows[0], 20)}."
@@ -68,7 +67,7 @@ class Source:
         """Raise `InputError` for a row that does not fit the task."""
         self.task.check(self.rows)
         self.task.check(self.test or [])
-        require_different(self.task, self.rows)
+        require_different(self.rows, self.fingerprints)
 
 
 @dataclass(frozen=True)

@@ -339,9 +339,9 @@ def _answered(
     on_progress: Callable[[list[int]], None] | None,
     prefix: Prefix | None,
 ) -> tuple[list[dict[str, dict[str, float]]], list[list[float]]]:
-    """What heads say to so many rows (opinion → label → score), and the score of each choice of each question.
+    """Ask heads and vectors about rows; what both read of a text is read once.
 
-    What both read of a text is read once.
+    Returns for each row what its heads say (opinion → label → score), and for each question the scores of its choices.
 
     Args:
         scorer: asks the model.

@@ -87,7 +87,10 @@ class Scorer:
 
     def keeping(self, questions: Sequence[Question]) -> Scorer:
         """The scorer for several calls that ask these questions in all: texts that they share are read once, where that pays."""
-        shared = set() if self.readings is not None else self._shared(questions)
+        if self.readings is not None:
+            return self
+        asks = askable(self.family, questions)
+        shared = _shared([question for question, ok in zip(questions, asks, strict=True) if ok])
         if not shared:
             return self
         found = Scorer(self.model, self.tokenizer, Readings(self.memory), self.memory)
@@ -339,19 +342,12 @@ class Scorer:
         found = [i for i, ok in enumerate(askable(self.family, questions)) if ok]
         readings, kept = self.readings, self._kept
         if readings is None:
-            readings, kept = Readings(self.memory), self._shared([questions[i] for i in found])
+            readings, kept = Readings(self.memory), _shared([questions[i] for i in found])
         if kept is not None:
             found = [i for i in found if questions[i].text in kept]
         if not found or not readings.exact(self.family, [questions[i] for i in found]):
             return [], None
         return found, readings
-
-    def _shared(self, questions: Sequence[Question]) -> set[tuple[int, ...]]:
-        """Texts that several of the questions ask about; none where reading them apart saves less than it costs."""
-        asks = askable(self.family, questions)
-        times = Counter(question.text for question, ok in zip(questions, asks, strict=True) if ok)
-        shared = {text for text, count in times.items() if count > 1}
-        return shared if sum((times[text] - 1) * len(text) for text in shared) >= 2 * PASS_TOKENS else set()
 
     def training_batches(self, questions: Sequence[Question]) -> Iterator[tuple[list[int], Batch]]:
         """As `batches`, for a backward pass behind each of them, before the next is asked for.
@@ -544,6 +540,13 @@ class Scorer:
         if len(adapter_names) != len(questions):
             raise InputError(f"Expected adapter_names for the {len(questions)} prompts, found {len(adapter_names)}.")
         return [replace(one, adapter=name) for one, name in zip(questions, adapter_names, strict=True)]
+
+
+def _shared(questions: Sequence[Question]) -> set[tuple[int, ...]]:
+    """Texts that several of these questions, all `askable`, are about; none where reading them apart saves less than it costs."""
+    times = Counter(question.text for question in questions)
+    shared = {text for text, count in times.items() if count > 1}
+    return shared if sum((times[text] - 1) * len(text) for text in shared) >= 2 * PASS_TOKENS else set()
 
 
 def no_text(model: nn.Module, task: Task | FreeText) -> InputError:
